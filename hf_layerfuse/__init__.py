@@ -1,0 +1,48 @@
+"""Make a pretrained Hugging Face model smaller and faster by fusing its layers."""
+
+from importlib.metadata import version
+
+from .adapters import ModelAdapter, TransformerAdapter, adapter_for
+from .auto import AutoFusedModel, fuse
+from .errors import (
+    CheckpointError,
+    DataError,
+    LayerFuseError,
+    LayerFuseWarning,
+    PlanError,
+    RecipeError,
+    UnsupportedModelError,
+    VerificationError,
+)
+from .methods.fusion import plan_fusion
+from .modeling import apply, expand, register_adapter
+from .plan import Drop, Fuse, Plan
+from .recipe import FusionRecipe
+from .verify import verify
+
+__version__ = version("hf-layerfuse")
+
+__all__ = [
+    "AutoFusedModel",
+    "CheckpointError",
+    "DataError",
+    "Drop",
+    "Fuse",
+    "FusionRecipe",
+    "LayerFuseError",
+    "LayerFuseWarning",
+    "ModelAdapter",
+    "Plan",
+    "PlanError",
+    "RecipeError",
+    "TransformerAdapter",
+    "UnsupportedModelError",
+    "VerificationError",
+    "adapter_for",
+    "apply",
+    "expand",
+    "fuse",
+    "plan_fusion",
+    "register_adapter",
+    "verify",
+]

@@ -1,0 +1,22 @@
+"""One table per architecture; `BUILTIN` lists those that come with the package."""
+
+from .base import ADAPTERS, FUSED_PREFIX, Block, ModelAdapter, TransformerAdapter, adapter_for
+from .bert import BertAdapter, DistilBertAdapter, RobertaAdapter
+from .gpt2 import GPT2Adapter
+from .llama import LlamaAdapter, MistralAdapter, Qwen2Adapter, Qwen3Adapter
+from .vit import DeiTAdapter, ViTAdapter
+
+BUILTIN: tuple[type[TransformerAdapter], ...] = (
+    GPT2Adapter,
+    BertAdapter,
+    RobertaAdapter,
+    DistilBertAdapter,
+    ViTAdapter,
+    DeiTAdapter,
+    LlamaAdapter,
+    MistralAdapter,
+    Qwen2Adapter,
+    Qwen3Adapter,
+)
+
+__all__ = ["ADAPTERS", "BUILTIN", "FUSED_PREFIX", "Block", "ModelAdapter", "TransformerAdapter", "adapter_for"]

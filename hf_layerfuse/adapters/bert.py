@@ -1,0 +1,47 @@
+"""BERT, RoBERTa and DistilBERT: post-norm, each block followed by the norm of its residual sum."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .base import KeepResidual, TransformerAdapter, ZeroAttention, ZeroBlock
+
+
+class BertAdapter(TransformerAdapter):
+    model_type = "bert"
+    layers = "encoder.layer"
+    attention = {
+        "q": "attention.self.query",
+        "k": "attention.self.key",
+        "v": "attention.self.value",
+        "out": "attention.output.dense",
+        "norm": "attention.output.LayerNorm",
+    }
+    mlp = {"in": "intermediate.dense", "out": "output.dense", "norm": "output.LayerNorm"}
+    skip = {
+        "attention": {"attention.self": ZeroAttention, "attention.output": KeepResidual},
+        "mlp": {"intermediate": nn.Identity, "output": KeepResidual},
+    }
+    post_norm = True
+
+
+class RobertaAdapter(BertAdapter):
+    model_type = "roberta"
+
+
+class DistilBertAdapter(TransformerAdapter):
+    model_type = "distilbert"
+    layers = "transformer.layer"
+    attention = {
+        "q": "attention.q_lin",
+        "k": "attention.k_lin",
+        "v": "attention.v_lin",
+        "out": "attention.out_lin",
+        "norm": "sa_layer_norm",
+    }
+    mlp = {"in": "ffn.lin1", "out": "ffn.lin2", "norm": "output_layer_norm"}
+    skip = {
+        "attention": {"attention": ZeroAttention, "sa_layer_norm": nn.Identity},
+        "mlp": {"ffn": ZeroBlock, "output_layer_norm": nn.Identity},
+    }
+    post_norm = True

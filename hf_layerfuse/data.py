@@ -1,0 +1,340 @@
+"""From a data recipe to batches: load, check, tokenise, pack into windows, collate."""
+
+import csv
+import glob
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
+
+from .errors import DataError
+from .recipe import DataRecipe, Task
+
+Processor = PreTrainedTokenizerBase | BaseImageProcessor
+
+# Quotes and words such as "null" are text, not syntax: by default the csv builder would read them as missing values.
+_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": ("text", {}),
+    ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".json": ("json", {}),
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+_COMPRESSIONS = (".xz", ".gz", ".zst")
+_LINES_AT_ONCE = 10_000  # bounds the memory of the tokeniser; more than the lines of WikiText-2 validation or test
+_LABELLED_TASKS = ("text-classification", "image-classification")
+_STRINGS = ("string", "large_string")
+_PADDING = {"labels": -100, "attention_mask": 0, "token_type_ids": 0}
+
+
+def load_splits(data: DataRecipe, task: Task, seed: int, *, label2id: dict[str, int] | None = None) -> DatasetDict:
+    """Load `train`, `validation` and `test`, as far as the recipe has them, and check their columns.
+
+    Without `data.validation`, the last `data.held_out` rows leave `train` to become it. Rows that are grouped by
+    class, as in image folders and IMDB, are first shuffled with `seed`: their head and tail hold a single class.
+    Classes become ids by `label2id` where the names agree (in any case), else in the order of the data set, else in
+    the sorted order of the names in `train`.
+
+    Args:
+        data: where the rows come from.
+        task: decides which columns are needed.
+        seed: of the shuffle.
+        label2id: classes of the model that the ids have to fit; the placeholders `LABEL_0`, ... say nothing.
+
+    Raises:
+        DataError: a file, a column or a text is missing, a split is empty or too small, or a class is unknown.
+    """
+    splits = DatasetDict()
+    for split in ("train", "validation", "test"):
+        source = getattr(data, split)
+        if source is not None:
+            splits[split] = _load_hub(data, source) if data.name else _load_local(source, split)
+            _check_columns(splits[split], split, data, task)
+    if task in _LABELLED_TASKS:
+        _encode_labels(splits, data.label_column, label2id)
+        for split, rows in splits.items():
+            labels = np.asarray(rows[data.label_column][:])
+            if np.count_nonzero(np.diff(labels)) < len(np.unique(labels)):
+                splits[split] = rows.shuffle(seed=seed)
+    if "validation" not in splits:
+        rows = splits["train"]
+        kept = len(rows) - data.held_out
+        if kept < 1:
+            raise DataError(
+                f"data.train={data.train!r} has {len(rows)} rows, too few to hold out data.held_out={data.held_out} of "
+                "them for validation: lower data.held_out, or name a split or file as data.validation."
+            )
+        splits["train"], splits["validation"] = rows.select(range(kept)), rows.select(range(kept, len(rows)))
+    return splits
+
+
+def text_of(dataset: Dataset, data: DataRecipe) -> str:
+    """Join the rows of `data.text_column`, each ended by exactly one newline: the text of the file they came from."""
+    return _join(dataset[data.text_column][:])
+
+
+def prepare(dataset: Dataset, processor: Processor, data: DataRecipe, task: Task, *, training: bool) -> Dataset:
+    """Turn rows into model inputs.
+
+    Causal language models get windows of `data.max_length` tokens of the joined text, without overlap and without
+    special tokens; text is tokenised in pieces of 10,000 lines. Images are processed when they are read.
+
+    Args:
+        dataset: one split of `load_splits`.
+        processor: tokenizer, or image processor for image classification.
+        data: columns, `max_length`, and how many rows (windows) to use at most: the first ones.
+        task: decides the inputs and whether there are `labels`.
+        training: `max_train_samples` rather than `max_test_samples` holds, and a last window that is shorter than
+            the others is left out.
+
+    Returns:
+        Rows with `input_ids`, or `pixel_values` of shape (channels, height, width), and `labels` where the task has
+        them. For causal language models `labels` are the `input_ids`; the model shifts them.
+
+    Raises:
+        DataError: `data.max_length` is longer than the model reads, or there is no whole window to train on.
+    """
+    if not isinstance(processor, BaseImageProcessor) and data.max_length > processor.model_max_length:
+        raise DataError(
+            f"data.max_length={data.max_length} is more than the {processor.model_max_length} tokens the model reads: "
+            "lower data.max_length."
+        )
+    limit = data.max_train_samples if training else data.max_test_samples
+    if task == "causal-lm":
+        return _first(_windows(dataset, processor, data, training), limit)
+
+    rows = _first(dataset.select_columns(_columns(data, task)), limit)
+    label = data.label_column if task in _LABELLED_TASKS else None
+    if task == "image-classification":
+        return rows.with_transform(partial(_pixels, processor=processor, image=data.image_column, label=label))
+    # A tokenizer remembers the truncation it was last called with, and the cache key of `map` covers that state:
+    # calling it once beforehand makes the key the same on the first run and on every later one.
+    processor("", truncation=True, max_length=data.max_length)
+    arguments = {"tokenizer": processor, "text": data.text_column, "label": label, "max_length": data.max_length}
+    return rows.map(_tokenise, batched=True, remove_columns=rows.column_names, fn_kwargs=arguments, desc="tokenise")
+
+
+def loader(
+    prepared: Dataset, processor: Processor, batch_size: int, *, shuffle: bool, seed: int, task: Task
+) -> DataLoader:
+    """Batch prepared rows into dicts of tensors for `model(**batch)`; text is padded on the right, with a mask.
+
+    Args:
+        prepared: what `prepare` returns.
+        processor: the one it was prepared with.
+        batch_size: rows per batch.
+        shuffle: read in an order drawn anew from `seed` every epoch, and leave out a last, smaller batch.
+        seed: of the order.
+        task: as for `prepare`.
+
+    Returns:
+        Batches with `input_ids` and `attention_mask` (batch, tokens), or `pixel_values` (batch, channels, height,
+        width); with `labels` (batch, tokens) that are -100 on padding, or (batch,) for classification.
+
+    Raises:
+        DataError: there is no full batch to shuffle, or the tokenizer has no padding token.
+    """
+    if shuffle and len(prepared) < batch_size:
+        raise DataError(
+            f"{len(prepared)} training rows do not fill one batch of {batch_size}: lower the batch size or use more rows."
+        )
+    if task == "image-classification":
+        collate = _collate_images
+    else:
+        pad = processor.pad_token_id
+        if pad is None and task != "causal-lm":
+            raise DataError(
+                "the tokenizer has no padding token, so texts of different lengths cannot share a batch: set "
+                "tokenizer.pad_token (to tokenizer.eos_token, for example) and model.config.pad_token_id to match."
+            )
+        collate = partial(_collate_text, pad=pad or 0)  # windows of a causal model are masked, so any token will do
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(prepared, batch_size, shuffle, drop_last=shuffle, collate_fn=collate, generator=generator)
+
+
+def calibration_batches(
+    prepared_train: Dataset, processor: Processor, data: DataRecipe, task: Task, *, batch_size: int, seed: int
+) -> list[dict[str, Tensor]]:
+    """Draw `data.calibration_samples` prepared training rows (all, if there are fewer) at random and batch them."""
+    order = np.random.default_rng(seed).permutation(len(prepared_train))[: data.calibration_samples]
+    sample = prepared_train.select(order)
+    return list(loader(sample, processor, batch_size, shuffle=False, seed=seed, task=task))
+
+
+def _load_hub(data: DataRecipe, split: str) -> Dataset:
+    return _load(f"{split!r} of {data.name!r}, config {data.config!r},", data.name, name=data.config, split=split)
+
+
+def _load_local(source: str, split: str) -> Dataset:
+    path = Path(source).expanduser()
+    files = glob.escape(str(path.resolve()))
+    if path.is_dir():
+        return _load(f"image folder {source!r}", "imagefolder", data_files=f"{files}/*/*", drop_labels=False)
+    if not path.is_file():
+        raise DataError(
+            f"data.{split}={source!r}: no such file or folder. Correct the path, or set data.name to use the Hub."
+        )
+    *_, kind, compression = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    if compression not in _COMPRESSIONS:
+        kind = compression
+    if kind not in _BUILDERS or (kind == ".parquet" and kind != compression):
+        raise DataError(
+            f"data.{split}={source!r}: cannot read this kind of file. Use {', '.join(_BUILDERS)}, or a folder with one "
+            f"subfolder of images per class; all but .parquet may end in {', '.join(_COMPRESSIONS)} as well."
+        )
+    builder, options = _BUILDERS[kind]
+    return _load(f"file {source!r}", builder, data_files=files, **options)
+
+
+def _load(what: str, builder: str, *, split: str = "train", **options: Any) -> Dataset:
+    try:
+        return datasets.load_dataset(builder, split=split, **options)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{what} cannot be loaded, or is empty: {error.__cause__ or error}. Check the name and the split, and that "
+            "the file is whole."
+        ) from error
+
+
+def _columns(data: DataRecipe, task: Task) -> list[str]:
+    content = data.image_column if task == "image-classification" else data.text_column
+    return [content, data.label_column] if task in _LABELLED_TASKS else [content]
+
+
+def _check_columns(rows: Dataset, split: str, data: DataRecipe, task: Task) -> None:
+    if len(rows) == 0:
+        raise DataError(f"data.{split}={getattr(data, split)!r} has no rows: choose another split or file.")
+    columns = _columns(data, task)
+    for column in columns:
+        if column not in rows.column_names:
+            raise DataError(
+                f"{split} has no column {column!r}; its columns are {', '.join(rows.column_names)}. Set "
+                "data.text_column, data.label_column or data.image_column."
+            )
+        if rows.data.column(column).null_count:
+            raise DataError(f"column {column!r} of {split} has missing values: fill them in or remove those rows.")
+    feature = rows.features[columns[0]]
+    is_image, is_text = isinstance(feature, datasets.Image), getattr(feature, "dtype", None) in _STRINGS
+    if not (is_image if task == "image-classification" else is_text):
+        raise DataError(
+            f"column {columns[0]!r} of {split} holds {feature}, which {task} cannot read: choose another column."
+        )
+
+
+def _encode_labels(splits: DatasetDict, column: str, label2id: dict[str, int] | None) -> None:
+    """Replace class names by ids that mean the same in every split, and check ids."""
+    model_classes = sorted(label2id, key=label2id.get) if label2id else []
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in model_classes):
+        model_classes = []
+    names = _class_names(splits["train"], column)
+    fold = str.casefold if {name.casefold() for name in names} <= {name.casefold() for name in model_classes} else str
+    classes = model_classes if fold is str.casefold else names
+    if fold is str and model_classes and splits["train"].features[column].dtype in _STRINGS:
+        raise DataError(
+            f"the classes of the data are {names}, those of the model {model_classes}: rename them, or use a model with "
+            "these classes."
+        )
+    ids = {fold(name): index for index, name in enumerate(classes)}
+    for split, rows in splits.items():
+        labels, own_names = rows[column][:], rows.features[column]
+        if names:
+            if isinstance(own_names, ClassLabel):
+                labels = [own_names.names[label] if label >= 0 else str(label) for label in labels]
+            unknown = sorted({str(label) for label in labels if fold(str(label)) not in ids})
+            if unknown:
+                raise DataError(f"{split} has the classes {unknown}; the known ones are {classes}. Correct these rows.")
+            labels = [ids[fold(label)] for label in labels]
+            splits[split] = rows.remove_columns(column).add_column(column, labels, feature=ClassLabel(names=classes))
+        if min(labels) < 0 or (model_classes and max(labels) >= len(model_classes)):
+            raise DataError(
+                f"{split} has labels from {min(labels)} to {max(labels)}; they must go from 0 to less than the number of "
+                f"classes, {len(model_classes) or 'as in train'}. Choose a split that has labels, or another model."
+            )
+
+
+def _class_names(train: Dataset, column: str) -> list[str]:
+    """The names of the classes in the order of their ids; none where the labels are whole numbers already."""
+    feature = train.features[column]
+    if isinstance(feature, ClassLabel):
+        return feature.names
+    if feature.dtype in _STRINGS:
+        return sorted(train.unique(column))
+    if feature.dtype.startswith(("int", "uint", "bool")):
+        return []
+    raise DataError(f"column {column!r} of train holds {feature.dtype}, not classes: use whole numbers or names.")
+
+
+def _first(rows: Dataset, limit: int | None) -> Dataset:
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _join(lines: list[str]) -> str:
+    return "".join(line.removesuffix("\n") + "\n" for line in lines)
+
+
+def _windows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataRecipe, training: bool) -> Dataset:
+    pieces = rows.map(
+        _tokenise_lines,
+        batched=True,
+        batch_size=_LINES_AT_ONCE,
+        remove_columns=rows.column_names,
+        fn_kwargs={"tokenizer": tokenizer, "text": data.text_column},
+        desc="tokenise",
+    )
+    ids = np.concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces["input_ids"]])
+    end = len(ids) // data.max_length * data.max_length if training else len(ids)
+    if end < 2:
+        raise DataError(
+            f"the text has {len(ids)} tokens, too few for a window of data.max_length={data.max_length}: use a longer "
+            "text or a smaller max_length."
+        )
+    windows = [ids[start : min(start + data.max_length, end)] for start in range(0, end, data.max_length)]
+    return Dataset.from_dict({"input_ids": windows, "labels": windows})
+
+
+def _tokenise_lines(
+    batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, text: str
+) -> dict[str, list[list[int]]]:
+    tokens = tokenizer(
+        _join(batch[text]), add_special_tokens=False, verbose=False
+    )  # too long for the model, on purpose
+    return {"input_ids": [tokens["input_ids"]]}
+
+
+def _tokenise(
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, text: str, label: str | None, max_length: int
+) -> dict[str, list[Any]]:
+    rows = dict(tokenizer(batch[text], truncation=True, max_length=max_length))
+    return rows if label is None else {**rows, "labels": batch[label]}
+
+
+def _pixels(batch: dict[str, list[Any]], processor: BaseImageProcessor, image: str, label: str) -> dict[str, Any]:
+    images = [picture.convert("RGB") for picture in batch[image]]  # grey and transparent images among coloured ones
+    return {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"], "labels": batch[label]}
+
+
+def _collate_text(rows: list[dict[str, Any]], pad: int) -> dict[str, Tensor]:
+    rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if isinstance(values[0], list):
+            fill = _PADDING.get(name, pad)
+            values = [value + [fill] * (longest - len(value)) for value in values]
+        batch[name] = torch.tensor(values)
+    return batch
+
+
+def _collate_images(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    labels = torch.tensor([int(row["labels"]) for row in rows])
+    return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": labels}

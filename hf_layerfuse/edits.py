@@ -1,0 +1,196 @@
+"""How the edits of a plan reshape a model, and where the weights of the result come from.
+
+The same functions serve compressing and loading: `reshape` gives a freshly built model of the right depth its shape,
+`fused_weights` fills it while compressing, the checkpoint fills it while loading.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+
+from .adapters import TransformerAdapter
+from .errors import PlanError, UnsupportedModelError
+from .plan import Layout, Operator, Plan
+
+
+def check_plan(model: PreTrainedModel, adapter: TransformerAdapter, plan: Plan) -> None:
+    """Raise unless `plan` was made for this architecture and depth, and the model can be fused at all.
+
+    Raises:
+        PlanError: the plan is for another architecture or number of layers.
+        UnsupportedModelError: the model is quantised, carries PEFT adapters, or differs from layer to layer.
+    """
+    check_model(model, adapter)
+    if plan.model_type != adapter.model_type:
+        raise PlanError(f"the plan is for {plan.model_type!r}, the model is {adapter.model_type!r}: make a new plan.")
+    depth = len(adapter.layer_list(model))
+    if plan.num_layers != depth:
+        raise PlanError(f"the plan is for {plan.num_layers} layers, the model has {depth}: make a new plan.")
+
+
+def check_model(model: PreTrainedModel, adapter: TransformerAdapter) -> None:
+    """Raise `UnsupportedModelError` unless the model is one that can be fused."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModelError("the model is quantised: fuse the full-precision model, then quantise the result.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError("the model carries PEFT adapters: merge them (merge_and_unload), then fuse.")
+    if getattr(model.config, "is_heterogeneous", False):
+        raise UnsupportedModelError("config.per_layer_config makes layers differ: such models cannot be fused yet.")
+    adapter.check(model)
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise UnsupportedModelError(f"{name} is on the meta device: load the model without offloading to fuse it.")
+        if not torch.isfinite(tensor).all():
+            raise UnsupportedModelError(
+                f"{name} holds NaN or infinite values: the checkpoint is damaged or was trained past divergence; "
+                "use an earlier one."
+            )
+
+
+def target_config(config: PreTrainedConfig, adapter: TransformerAdapter, layout: Layout) -> PreTrainedConfig:
+    """The config of the result: fewer layers, every per-layer list in step. `config` is not changed."""
+    target = copy.deepcopy(config)
+    for name in adapter.per_layer_config:
+        if getattr(config, name, None) is not None:
+            values = getattr(config, name)
+            setattr(target, name, [values[slot.layers[0]] for slot in layout.slots])
+    types = getattr(target, "layer_types", None)
+    if types is not None:
+        # A layer without attention needs no cache of its own type. Where a type has lost all its attention, a cache
+        # of that type would stay empty and report length 0, so such layers take the type of one that is there.
+        used = {kind: None for kind, slot in zip(types, layout.slots, strict=True) if slot.attention}
+        fallback = next(iter(used))
+        target.layer_types = [kind if kind in used else fallback for kind in types]
+    target.num_hidden_layers = len(layout.slots)
+    return target
+
+
+def reshape(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout) -> None:
+    """Take the removed blocks out of a model with one layer per slot, and renumber its cache. In place.
+
+    The key-value cache of transformers has one entry per layer of the config, and asks the first entry of each layer
+    type how long the sequence is, so the attention blocks that remain take the first entries of their own type.
+    """
+    layers = adapter.layer_list(model)
+    types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers)
+    free = {kind: iter([i for i, other in enumerate(types) if other == kind]) for kind in types}
+    for layer, slot, layer_type in zip(layers, layout.slots, types, strict=True):
+        for kind in ("attention", "mlp"):
+            if slot.source(kind) is None:
+                for path, stand_in in adapter.skip[kind].items():
+                    layer.set_submodule(path, stand_in())
+        if slot.attention is None:
+            continue
+        index = next(free[layer_type])
+        for path in adapter.skip["attention"]:
+            for module in layer.get_submodule(path).modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = index
+
+
+def tied_weights(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout) -> dict[str, str]:
+    """Shared weight matrices of a reshaped model, {name of a copy: name of the one that is kept}."""
+    path, layers = adapter.layers_path(model), adapter.layer_list(model)
+    return {
+        f"{path}.{slot}.{name}": f"{path}.{tie.slots[0]}.{name}"
+        for tie in layout.ties
+        for name, tensor in layers[tie.slots[0]].named_parameters()
+        if adapter.owner(name) == tie.kind and is_shared(tensor)
+        for slot in tie.slots[1:]
+    }
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Weight matrices are shared; norms and biases stay per depth, where they cost little and repair a lot."""
+    return tensor.ndim >= 2
+
+
+def fused_weights(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout) -> dict[str, Tensor]:
+    """Weights of the result by live name, made from those of `model`; none aliases the original.
+
+    Tied copies are left out, as they are on disk.
+    """
+    path, layers = adapter.layers_path(model), adapter.layer_list(model)
+    weights = {
+        name: tensor.detach().clone()
+        for name, tensor in untied_state(model).items()
+        if not name.startswith(f"{path}.")
+    }
+    states = [layer.state_dict() for layer in layers]
+    ties = {(slot, tie.kind): tie for tie in layout.ties for slot in tie.slots}
+    for index, slot in enumerate(layout.slots):
+        for name, tensor in states[slot.layers[0]].items():
+            kind = adapter.owner(name)
+            source = slot.source(kind)
+            tie = ties.get((index, kind))
+            if tie is not None and is_shared(tensor):
+                if index != tie.slots[0]:
+                    continue
+                source = tie.source
+            if source is not None:
+                group = [states[layer][name] for layer in source.layers]
+                weights[f"{path}.{index}.{name}"] = combine(group, source.operator)
+    return weights
+
+
+def expanded_weights(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout) -> dict[str, Tensor]:
+    """Weights for a stock model that computes what a fused one does: shared matrices are copied, and a removed block
+    becomes one whose output projection is zero.
+
+    Raises:
+        UnsupportedModelError: a post-norm block was removed: its norm cannot be made to pass its input through.
+    """
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    path = adapter.layers_path(model)
+    states = [layer.state_dict() for layer in adapter.layer_list(model)]
+    for kind in ("attention", "mlp"):
+        removed = [i for i, slot in enumerate(layout.slots) if slot.source(kind) is None]
+        if removed and adapter.post_norm:
+            raise UnsupportedModelError(
+                f"layers {removed} have lost their {kind} block, and a stock {adapter.model_type} layer would still "
+                "normalise there: save without expanding, and load with hf_layerfuse."
+            )
+        donor = states[next(i for i, slot in enumerate(layout.slots) if slot.source(kind) is not None)]
+        out = getattr(adapter, kind)["out"]
+        for index in removed:
+            for name, tensor in donor.items():
+                if adapter.owner(name) == kind:
+                    # Not all zeros: a block of zeros has no gradient, and could never be trained again.
+                    is_out = name.startswith(f"{out}.")
+                    weights[f"{path}.{index}.{name}"] = torch.zeros_like(tensor) if is_out else tensor.clone()
+    return weights
+
+
+def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """`state_dict` without the copies that the model declares as tied and that really are."""
+    state = model.state_dict(keep_vars=True)
+    ties = model.all_tied_weights_keys
+    return {name: tensor for name, tensor in state.items() if state.get(ties.get(name, "")) is not tensor}
+
+
+def combine(tensors: Sequence[Tensor], operator: Operator) -> Tensor:
+    """One tensor from those of a group, all of one shape; computed in float64, cast once.
+
+    `mean` averages; `freeze` takes the one nearest the group's middle, the later of two; `telescope` is
+    theta_0 + sum_k (theta_k - theta_0) (LaCo, Yang et al. 2024, eq. 1).
+    """
+    first = tensors[0].detach()
+    if operator == "freeze":
+        return tensors[len(tensors) // 2].detach().clone()
+    if len(tensors) == 1 or not first.is_floating_point():
+        return first.clone()
+    total = sum(_double(tensors), start=torch.zeros_like(first, dtype=torch.float64))
+    if operator == "mean":
+        return (total / len(tensors)).to(first.dtype)
+    return (total - (len(tensors) - 1) * first.double()).to(first.dtype)
+
+
+def _double(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    for tensor in tensors:
+        yield tensor.detach().double()

@@ -1,0 +1,1 @@
+"""Model and recipe in, plan out: one file per published system."""

@@ -1,0 +1,303 @@
+"""Fused model classes. Every touch of a semi-private hook of transformers is in this file.
+
+A fused model is its stock class, reshaped by the plan in its config: `FusedGPT2LMHeadModel` builds
+`GPT2LMHeadModel`, takes the removed blocks out and declares the shared weights, so that saving, loading, moving and
+casting all work as transformers does them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import sys
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
+from transformers.pytorch_utils import Conv1D
+
+from .adapters import ADAPTERS, BUILTIN, FUSED_PREFIX, TransformerAdapter, adapter_for
+from .edits import (
+    check_plan,
+    expanded_weights,
+    fused_weights,
+    reshape,
+    target_config,
+    tied_weights,
+)
+from .errors import CheckpointError, LayerFuseError, PlanError, UnsupportedModelError
+from .plan import Layout, Plan
+
+_AUTO_CLASSES = [
+    value
+    for value in vars(modeling_auto).values()
+    if isinstance(value, type)
+    and issubclass(value, auto_factory._BaseAutoModelClass)
+    and value._model_mapping is not None
+]
+
+
+class FusedMixin:
+    """What a stock class needs to be a fused one; mixed in before it by `fused_class`."""
+
+    _fused_ties: dict[str, str] = {}  # noqa: RUF012 - replaced per instance, and read before __init__ has run
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        adapter = adapter_for(config)
+        layout = layout_of(config)
+        reshape(self, adapter, layout)
+        # Saving reads the patterns in `_tied_weights_keys`, loading reads `all_tied_weights_keys`.
+        self._fused_ties = tied_weights(self, adapter, layout)
+        self._tied_weights_keys = {**(self._tied_weights_keys or {}), **self._fused_ties}
+        self.all_tied_weights_keys.update(self._fused_ties)
+        self.tie_weights()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        # The stock method returns nothing where the config does not tie word embeddings.
+        return {**super().get_expanded_tied_weights_keys(all_submodels=all_submodels), **self._fused_ties}
+
+    def _adjust_bias(self, output_embeddings: Any, input_embeddings: Any) -> None:
+        # The stock method takes weight.shape[0] for the size of the bias, which cuts that of a Conv1D.
+        if not isinstance(output_embeddings, Conv1D):
+            super()._adjust_bias(output_embeddings, input_embeddings)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, expanded: bool = False, **kwargs: Any):
+        """Save as transformers does; with `expanded`, as a stock checkpoint.
+
+        The stock checkpoint is bigger on disk, computes the same, and loads without this library.
+
+        Raises:
+            UnsupportedModelError: `expanded`, and a post-norm block was removed (see `expand`).
+        """
+        if expanded:
+            return expand(self).save_pretrained(save_directory, *args, **kwargs)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def register_adapter(adapter: type[TransformerAdapter]) -> type[TransformerAdapter]:
+    """Make an architecture known, so that its models can be fused, saved, and loaded by the Auto classes.
+
+    Its config and model classes must be registered with `AutoConfig` and `AutoModel...` first, unless transformers
+    ships them. Usable as a class decorator.
+
+    Raises:
+        UnsupportedModelError: no config class is registered for `adapter.model_type`.
+    """
+    model_type = adapter.model_type
+    if model_type not in configuration_auto.CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"no config class for {model_type!r}: call AutoConfig.register({model_type!r}, YourConfig) and "
+            "AutoModel.register(YourConfig, YourModel) before register_adapter."
+        )
+    ADAPTERS[model_type] = adapter()
+    base = configuration_auto.CONFIG_MAPPING[model_type]
+    config_class = _fused_config(base)
+    configuration_auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto_class in _AUTO_CLASSES:
+        heads = tuple(fused_class(head) for head in _heads(auto_class, base))
+        if heads:
+            auto_class._model_mapping.register(config_class, heads if len(heads) > 1 else heads[0], exist_ok=True)
+    return adapter
+
+
+@functools.cache
+def _fused_config(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    fields = {
+        "__module__": __name__,
+        "__doc__": f"{base.__name__} with the plan that shapes the model.",
+        "__annotations__": {"layerfuse_plan": dict[str, Any] | None},
+        "model_type": FUSED_PREFIX + base.model_type,
+        "layerfuse_plan": None,
+    }
+    return _publish(type(f"Fused{base.__name__}", (base,), fields))
+
+
+@functools.cache
+def fused_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The fused counterpart of a stock model class, `FusedGPT2LMHeadModel` for `GPT2LMHeadModel`."""
+    fields = {
+        "__module__": __name__,
+        "__doc__": f"{base.__name__}, reshaped by the plan in its config.",
+        "config_class": _fused_config(base.config_class),
+    }
+    fused = _publish(type(f"Fused{base.__name__}", (FusedMixin, base), fields))
+    renamings = get_checkpoint_conversion_mapping(base.__name__)
+    if renamings is not None:  # ViT has other names on disk than in memory; a fused ViT keeps the same ones on disk
+        register_checkpoint_conversion_mapping(fused.__name__, renamings, overwrite=True)
+    return fused
+
+
+def _publish(cls: type) -> type:
+    """Let pickle and spawned processes find a class that was made here."""
+    setattr(sys.modules[__name__], cls.__name__, cls)
+    return cls
+
+
+def layout_of(config: PreTrainedConfig) -> Layout:
+    """The shape that the plan in a fused config asks for.
+
+    Raises:
+        PlanError: no plan, a plan of another architecture or newer format, or one that does not fit the config.
+    """
+    plan = Plan.from_dict(config.layerfuse_plan)
+    layout = plan.layout()
+    if FUSED_PREFIX + plan.model_type != config.model_type:
+        raise PlanError(f"config.json is {config.model_type!r} and holds a plan for {plan.model_type!r}.")
+    if len(layout.slots) != config.num_hidden_layers:
+        raise PlanError(
+            f"the plan in config.json leads to {len(layout.slots)} layers, and num_hidden_layers is "
+            f"{config.num_hidden_layers}: the file was changed by hand; restore the original."
+        )
+    return layout
+
+
+def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """Carry out a plan. It decides nothing, and the model is untouched.
+
+    Args:
+        model: a stock model of the plan's architecture, with any head.
+        plan: from `plan_fusion`, from a `plan.json`, or written by hand.
+
+    Returns:
+        A new model on the same device and of the same dtype: of the stock class with fewer layers where the plan
+        leads to one, else of the fused class with the plan in its config.
+
+    Raises:
+        PlanError: the plan is for another architecture or number of layers.
+        UnsupportedModelError: no adapter, already fused, quantised, or with NaN weights.
+    """
+    if isinstance(model, FusedMixin):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is already fused: apply a new plan to the original, or to expand(model)."
+        )
+    adapter = adapter_for(model)
+    check_plan(model, adapter, plan)
+    layout = plan.layout()
+    config = target_config(model.config, adapter, layout)
+    cls = type(model)
+    if not layout.is_stock:
+        cls = fused_class(cls)
+        values = config.to_dict()
+        values.pop("model_type")
+        config = cls.config_class(**values, layerfuse_plan=plan.to_dict(notes=False))
+    return _build(cls, config, fused_weights(model, adapter, layout), model)
+
+
+def expand(model: PreTrainedModel) -> PreTrainedModel:
+    """A stock model that computes the same: shared weights are copied, removed blocks contribute zero.
+
+    A stock model is returned as a copy.
+
+    Raises:
+        UnsupportedModelError: a post-norm block (BERT) was removed; no stock layer computes that.
+    """
+    if not isinstance(model, FusedMixin):
+        return copy.deepcopy(model)
+    stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
+    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "layerfuse_plan")}
+    weights = expanded_weights(model, adapter_for(model), layout_of(model.config))
+    return _build(stock, stock.config_class(**values), weights, model)
+
+
+def _build(cls: type, config: PreTrainedConfig, weights: dict[str, Any], like: PreTrainedModel) -> PreTrainedModel:
+    """A `cls` with these weights, through the same loading code that reads a checkpoint."""
+    config._attn_implementation = like.config._attn_implementation
+    generation = {"generation_config": copy.deepcopy(like.generation_config)} if like.can_generate() else {}
+    model, report = cls.from_pretrained(
+        None, config=config, state_dict=weights, dtype=like.dtype, output_loading_info=True, **generation
+    )
+    wrong = {key: sorted(report[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
+    if wrong:
+        raise UnsupportedModelError(
+            f"{type(like).__name__} does not hold the weights that its config asks for: {wrong}. Load the model with "
+            "from_pretrained, without arguments that add or remove modules."
+        )
+    model.config.name_or_path = model.name_or_path = like.config.name_or_path
+    return model.to(like.device).train(like.training)
+
+
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
+def load_checkpoint(path: str | os.PathLike, **kwargs: Any) -> Any:
+    """Load a fused or stock checkpoint with the head it was saved with; see `AutoFusedModel.from_pretrained`.
+
+    Raises:
+        CheckpointError: nothing there, not a model, damaged, or a fused checkpoint with weights missing.
+        PlanError: a plan of a newer format, or one that does not fit the config.
+    """
+    path = os.fspath(path)
+    config = kwargs.pop("config", None)
+    wants_report = kwargs.pop("output_loading_info", False)
+    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    try:
+        config = config or configuration_auto.AutoConfig.from_pretrained(path, **hub)
+        cls = head_class(config)
+        model, report = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    except LayerFuseError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"cannot load a model from {path!r}: {reason}") from error
+    if isinstance(model, FusedMixin) and (report["missing_keys"] or report["mismatched_keys"]):
+        wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        raise CheckpointError(
+            f"the checkpoint at {path!r} lacks weights that its plan asks for: {', '.join(wrong[:5])}"
+            f"{' and more' if len(wrong) > 5 else ''}. Save it again, or download it afresh."
+        )
+    return (model, report) if wants_report else model
+
+
+def head_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The model class that a checkpoint was saved from, by `architectures` in its config.
+
+    Raises:
+        CheckpointError: the class is not one of those that transformers or the user registered for this config.
+    """
+    names = config.architectures or []
+    heads = [head for auto_class in _AUTO_CLASSES for head in _heads(auto_class, type(config))]
+    for name in names:
+        plain = name.removeprefix("Fused") if config.model_type.startswith(FUSED_PREFIX) else name
+        for head in heads:
+            if head.__name__ == name:
+                return head
+        # heads that transformers ships without an Auto class, such as DeiTForImageClassificationWithTeacher
+        head = getattr(transformers, plain, None)
+        if isinstance(head, type) and issubclass(head, PreTrainedModel):
+            return fused_class(head) if plain != name else head
+    if not names and heads:
+        return heads[0]
+    raise CheckpointError(
+        f"config.json names the class {names}, which is not known for {config.model_type!r}: register it with an Auto "
+        "class, or import the package that defines it, before loading."
+    )
+
+
+def _heads(auto_class: type, config_class: type[PreTrainedConfig]) -> tuple[type[PreTrainedModel], ...]:
+    mapping = auto_class._model_mapping
+    if config_class not in mapping:
+        return ()
+    heads = mapping[config_class]
+    # a few Auto classes also list heads that are built from another config, which they make themselves
+    return tuple(h for h in (heads if isinstance(heads, tuple) else (heads,)) if h.config_class is config_class)
+
+
+for _adapter in BUILTIN:
+    register_adapter(_adapter)

@@ -1,0 +1,244 @@
+"""A plan: which blocks of a model become what. Readable JSON, no torch, no parameter names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from .errors import PlanError
+
+FORMAT_VERSION = 1
+
+Kind = Literal["layer", "attention", "mlp"]
+Mode = Literal["depth", "share"]
+Operator = Literal["mean", "freeze", "telescope"]
+
+
+def _one_of(value: object, allowed: object, what: str) -> None:
+    if value not in get_args(allowed):
+        raise PlanError(f"{what} is {value!r}; allowed: {', '.join(map(repr, get_args(allowed)))}.")
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """Several blocks become one.
+
+    In `depth` mode the fused block runs once, at the depth of the first of `layers`, which must be neighbours.
+    In `share` mode one set of weight matrices serves every one of these depths; norms and biases stay per depth.
+    `operator` says how the weights of the group become one.
+    """
+
+    kind: Kind
+    layers: tuple[int, ...]
+    mode: Mode = "depth"
+    operator: Operator = "mean"
+    edit: ClassVar[str] = "fuse"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        _one_of(self.kind, Kind, "Fuse.kind")
+        _one_of(self.mode, Mode, "Fuse.mode")
+        _one_of(self.operator, Operator, "Fuse.operator")
+        if len(self.layers) < 2 or list(self.layers) != sorted(set(self.layers)):
+            raise PlanError(f"Fuse.layers is {self.layers}: give two or more different layers in ascending order.")
+        if self.mode == "depth" and self.layers[-1] - self.layers[0] != len(self.layers) - 1:
+            raise PlanError(
+                f"Fuse.layers is {self.layers}: in depth mode they must be neighbours, because the fused block runs "
+                "once. Use mode='share' for blocks that are apart."
+            )
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A block is removed, its norm with it; the residual stream passes through."""
+
+    kind: Kind
+    layer: int
+    edit: ClassVar[str] = "drop"
+
+    def __post_init__(self) -> None:
+        _one_of(self.kind, Kind, "Drop.kind")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+
+Edit = Fuse | Drop
+_EDITS: Mapping[str, type[Edit]] = {kind.edit: kind for kind in (Fuse, Drop)}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The original layers whose blocks make one block of the result, and how their weights become one."""
+
+    layers: tuple[int, ...]
+    operator: Operator = "mean"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One layer of the result: `layers` are the original depths it stands for; None is a block that is gone."""
+
+    layers: tuple[int, ...]
+    attention: Source | None
+    mlp: Source | None
+
+    def source(self, kind: str | None) -> Source | None:
+        """Where the block `kind` comes from; None asks for what belongs to neither block, such as cross-attention."""
+        if kind is not None:
+            return getattr(self, kind)
+        whole = self.attention is not None and self.attention == self.mlp
+        return self.attention if whole else Source(self.layers[:1])
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Blocks of the result, by position, that share one set of weight matrices made from `source`."""
+
+    kind: Literal["attention", "mlp"]
+    slots: tuple[int, ...]
+    source: Source
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of the model that a plan leads to."""
+
+    slots: tuple[Slot, ...]
+    ties: tuple[Tie, ...]
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the stock class with fewer layers can hold it: every layer whole, nothing shared."""
+        return not self.ties and all(slot.attention and slot.mlp for slot in self.slots)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions of one compression: `edits` on a model of `num_layers` layers of architecture `model_type`.
+
+    `notes` holds what the edits were decided from (recipe, distances, scores); nothing reads it to apply the plan.
+
+    Raises:
+        PlanError: an edit names a layer that is not there, two edits claim the same block, or nothing is left.
+    """
+
+    model_type: str
+    num_layers: int
+    edits: tuple[Edit, ...] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "edits", tuple(self.edits))
+        claimed: dict[tuple[str, int], Edit] = {}
+        for edit in self.edits:
+            for layer in edit.layers:
+                if not 0 <= layer < self.num_layers:
+                    raise PlanError(f"{edit} names layer {layer}; the model has layers 0 to {self.num_layers - 1}.")
+                for kind in _kinds(edit.kind):
+                    if (kind, layer) in claimed:
+                        raise PlanError(
+                            f"{edit} and {claimed[kind, layer]} both claim the {kind} block of layer {layer}: "
+                            "keep one of them."
+                        )
+                    claimed[kind, layer] = edit
+        slots = self.layout().slots
+        for kind in _kinds("layer"):
+            if not any(slot.source(kind) for slot in slots):
+                raise PlanError(f"the plan removes every {kind} block: keep at least one.")
+
+    def layout(self) -> Layout:
+        """The shape of the result. A layer that loses both of its blocks is removed as a whole."""
+        blocks: dict[str, list[Source | None]] = {
+            kind: [Source((layer,)) for layer in range(self.num_layers)] for kind in _kinds("layer")
+        }
+        for kind, edit in self._by_block():
+            if isinstance(edit, Drop):
+                blocks[kind][edit.layer] = None
+            elif edit.mode == "depth":
+                blocks[kind][edit.layers[0]] = Source(edit.layers, edit.operator)
+                for layer in edit.layers[1:]:
+                    blocks[kind][layer] = None
+
+        kept = [i for i in range(self.num_layers) if blocks["attention"][i] or blocks["mlp"][i]]
+        ends = [*kept[1:], self.num_layers]
+        slots = tuple(
+            Slot(tuple(range(start, end)), blocks["attention"][start], blocks["mlp"][start])
+            for start, end in zip(kept, ends, strict=True)
+        )
+        ties = tuple(
+            Tie(kind, tuple(kept.index(layer) for layer in edit.layers), Source(edit.layers, edit.operator))
+            for kind, edit in self._by_block()
+            if isinstance(edit, Fuse) and edit.mode == "share"
+        )
+        return Layout(slots, ties)
+
+    def _by_block(self) -> Iterator[tuple[Any, Edit]]:
+        for edit in self.edits:
+            for kind in _kinds(edit.kind):
+                yield kind, edit
+
+    def to_dict(self, *, notes: bool = True) -> dict[str, Any]:
+        """The plan as JSON types, `notes` included or not."""
+        tree = {
+            "format_version": FORMAT_VERSION,
+            "model_type": self.model_type,
+            "num_layers": self.num_layers,
+            "edits": [{"edit": edit.edit, **asdict(edit)} for edit in self.edits],
+        }
+        return {**tree, "notes": dict(self.notes)} if notes else tree
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Plan:
+        """Read a plan from JSON types.
+
+        Raises:
+            PlanError: written by a newer format, or not a plan.
+        """
+        if not isinstance(tree, Mapping) or "format_version" not in tree:
+            raise PlanError(f"not a plan: {str(tree)[:80]!r} has no format_version.")
+        if tree["format_version"] != FORMAT_VERSION:
+            raise PlanError(
+                f"the plan has format version {tree['format_version']!r}, this release of hf_layerfuse reads "
+                f"{FORMAT_VERSION}: upgrade with `pip install -U hf-layerfuse`."
+            )
+        try:
+            edits = tuple(_read_edit(edit) for edit in tree["edits"])
+            return cls(str(tree["model_type"]), int(tree["num_layers"]), edits, tree.get("notes", {}))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"not a readable plan: {type(error).__name__}: {error}.") from error
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` wrote. Raises `PlanError` as `from_dict` does."""
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise PlanError(f"not JSON: {error}.") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a `plan.json`. Raises `PlanError` as `from_dict` does, or when there is no such file."""
+        path = Path(path)
+        if not path.is_file():
+            raise PlanError(f"no plan at {path}: give the path of a plan.json that fuse.py wrote.")
+        return cls.from_json(path.read_text(encoding="utf-8"))
+
+
+def _kinds(kind: str) -> tuple[str, ...]:
+    return ("attention", "mlp") if kind == "layer" else (kind,)
+
+
+def _read_edit(tree: Mapping[str, Any]) -> Edit:
+    values = dict(tree)
+    name = values.pop("edit")
+    if name not in _EDITS:
+        raise PlanError(f"unknown edit {name!r}; this release knows: {', '.join(_EDITS)}.")
+    return _EDITS[name](**values)

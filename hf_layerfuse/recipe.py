@@ -1,0 +1,295 @@
+"""What the user asks for: strict dataclasses, read from YAML and overridden from the command line."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import yaml
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+
+from .errors import RecipeError
+
+Task = Literal["causal-lm", "text-classification", "image-classification", "feature-extraction"]
+
+_T = TypeVar("_T")
+
+
+def _recipe(cls: type[_T]) -> type[_T]:
+    """Make `cls` a keyword-only strict dataclass whose every complaint is a `RecipeError`."""
+    cls = strict(dataclasses.dataclass(cls, kw_only=True))
+    fill = cls.__init__
+    hints = get_type_hints(cls)
+
+    def __init__(self, **values: Any) -> None:
+        for name in values:
+            if name not in hints:
+                close = difflib.get_close_matches(name, hints, n=1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise RecipeError(
+                    f"{cls.__name__} has no field {name!r}.{hint} Its fields are: {', '.join(hints)}."
+                )
+            if "float" in str(hints[name]) and type(values[name]) is int:
+                values[name] = float(values[name])  # YAML and people write 1 for 1.0
+        try:
+            fill(self, **values)
+        except (StrictDataclassError, TypeError) as error:
+            reason = str(error).splitlines()[-1].strip().rstrip(".")
+            raise RecipeError(f"{cls.__name__}: {reason}. Correct this value in the recipe.") from error
+
+    cls.__init__ = __init__
+    return cls
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RecipeError(message)
+
+
+@_recipe
+class FusionRecipe:
+    """How a model is to be made smaller.
+
+    Give exactly one target: `keep_layers`, the number of blocks (of the kind `blocks`) that stay distinct, or
+    `ratio`, the share of their parameters to remove, met as closely as whole blocks allow.
+
+    Attributes:
+        keep_layers: distinct blocks after fusion, from 1 to one less than the model has.
+        ratio: share of block parameters to remove, 0 < ratio < 1.
+        mode: `depth` runs a fused block once (smaller and faster); `share` lets one set of weights serve every
+            depth of its group (smaller on disk and in memory, not faster).
+        blocks: fuse whole layers, or their attention or MLP blocks alone.
+        similarity: distance between blocks. `euclidean` and `cosine` compare weights; `cka` and
+            `block_influence` compare activations on calibration `batches`.
+        cluster: `adjacent` groups neighbours only; `global` groups any blocks (`share` mode only).
+        operator: how the weights of a group become one. `mean`; `freeze` keeps the layer nearest the group's
+            middle; `telescope` adds all differences to the first layer (LaCo, eq. 1).
+        seed: seed of the subsample of calibration tokens that the activation measures compare.
+        verify: save, reload and compare the result before it is returned.
+
+    Raises:
+        RecipeError: unknown field, wrong type, or a combination that cannot be met.
+    """
+
+    keep_layers: int | None = None
+    ratio: float | None = None
+    mode: Literal["depth", "share"] = "depth"
+    blocks: Literal["layer", "attention", "mlp"] = "layer"
+    similarity: Literal["euclidean", "cosine", "cka", "block_influence"] = "cosine"
+    cluster: Literal["adjacent", "global"] = "adjacent"
+    operator: Literal["mean", "freeze", "telescope"] = "mean"
+    seed: int = 0
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.keep_layers is None) != (self.ratio is None),
+            f"give exactly one target, got keep_layers={self.keep_layers} and ratio={self.ratio}: "
+            "set keep_layers (for example 8) or ratio (for example 0.5).",
+        )
+        _require(
+            self.keep_layers is None or self.keep_layers >= 1,
+            f"keep_layers={self.keep_layers} leaves no layer: use 1 or more.",
+        )
+        _require(
+            self.ratio is None or 0 < self.ratio < 1,
+            f"ratio={self.ratio} is not a share of the parameters to remove: use a number between 0 and 1.",
+        )
+        _require(
+            not (self.mode == "depth" and self.cluster == "global"),
+            "mode='depth' with cluster='global' would merge layers that are far apart and run the result once, in "
+            "the place of neither: use cluster='adjacent', or mode='share'.",
+        )
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether the similarity measure compares activations, so that calibration batches are required."""
+        return self.similarity in ("cka", "block_influence")
+
+
+@_recipe
+class DataRecipe:
+    """Where the data come from.
+
+    With `name`, `train`, `validation` and `test` are splits of that Hub data set (slices such as
+    `train[:5000]` work); without it they are local files (.txt, .tsv, .csv, .json, .jsonl, .parquet, each also
+    as .xz, .gz or .zst) or image folders with one subfolder per class.
+
+    Attributes:
+        name: Hub data set such as `Salesforce/wikitext`, or None for local files.
+        config: configuration of the Hub data set, such as `wikitext-2-raw-v1`.
+        train: what healing learns from and calibration samples from.
+        validation: what healing watches. Without it, `held_out` rows leave the end of `train` for this.
+        test: what is reported, never used to choose anything.
+        held_out: rows of `train` that become `validation` when there is none.
+        text_column: column with the text.
+        label_column: column with the class, an int or a string.
+        image_column: column with the image.
+        max_length: longest sequence in tokens; windows of this length for causal language models.
+        calibration_samples: training rows (windows, for language models) used as calibration batches.
+        max_train_samples: use only so many rows (windows) of `train`.
+        max_test_samples: use only so many rows (windows) of `validation` and of `test`.
+    """
+
+    name: str | None = None
+    config: str | None = None
+    train: str = "train"
+    validation: str | None = None
+    test: str | None = None
+    held_out: int = 2000
+    text_column: str = "text"
+    label_column: str = "label"
+    image_column: str = "image"
+    max_length: int = 256
+    calibration_samples: int = 128
+    max_train_samples: int | None = None
+    max_test_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("held_out", "max_length", "calibration_samples", "max_train_samples", "max_test_samples"):
+            value = getattr(self, field)
+            _require(value is None or value >= 1, f"data.{field}={value}: use a whole number of 1 or more.")
+
+
+@_recipe
+class HealRecipe:
+    """How the fused model is retrained, with the original as teacher.
+
+    The loss is `ce_weight` x cross-entropy + `kl_weight` x KL(teacher || student) at `temperature` (scaled by its
+    square, Hinton et al. 2015).
+
+    Attributes:
+        steps: optimiser steps; 0 skips healing.
+        batch_size: sequences or images per device and step.
+        gradient_accumulation_steps: batches that make one optimiser step.
+        learning_rate: peak of the warm-up and cosine schedule.
+        warmup_ratio: share of the steps spent warming up.
+        weight_decay: AdamW weight decay, not applied to norms and biases.
+        max_grad_norm: gradient clipping.
+        ce_weight: weight of the cross-entropy with the labels.
+        kl_weight: weight of the divergence from the teacher's logits; 0 needs no teacher.
+        temperature: softens both distributions in the divergence.
+        mixed_precision: `auto` is bf16 where the device computes in it natively, unless `accelerate launch` says
+            otherwise.
+        eval_every: validation loss is taken every so many steps, and at the end.
+    """
+
+    steps: int = 500
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ce_weight: float = 1.0
+    kl_weight: float = 1.0
+    temperature: float = 1.0
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    eval_every: int = 100
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, f"heal.steps={self.steps}: use 0 to skip healing, or more.")
+        for field in ("batch_size", "gradient_accumulation_steps", "eval_every"):
+            value = getattr(self, field)
+            _require(value >= 1, f"heal.{field}={value}: use a whole number of 1 or more.")
+        for field in ("learning_rate", "max_grad_norm", "temperature"):
+            value = getattr(self, field)
+            _require(value > 0, f"heal.{field}={value}: use a number above 0.")
+        for field in ("ce_weight", "kl_weight", "weight_decay"):
+            value = getattr(self, field)
+            _require(value >= 0, f"heal.{field}={value}: use 0 or more.")
+        _require(self.ce_weight + self.kl_weight > 0, "heal.ce_weight and heal.kl_weight are both 0: nothing to learn.")
+        _require(0 <= self.warmup_ratio <= 1, f"heal.warmup_ratio={self.warmup_ratio}: use a share from 0 to 1.")
+
+
+@_recipe
+class EvaluateRecipe:
+    """What is measured before fusing, after it, and after healing.
+
+    Attributes:
+        batch_size: sequences or images per batch; does not change the figures beyond rounding.
+        stride: tokens by which the window moves when perplexity is taken; `data.max_length` (the default) gives
+            windows that do not overlap, less gives every token more context and costs more.
+        latency: time the model at batch 1 and 8.
+        latency_repeats: timed runs, after as many warm-up runs as needed.
+    """
+
+    batch_size: int = 16
+    stride: int | None = None
+    latency: bool = True
+    latency_repeats: int = 10
+
+    def __post_init__(self) -> None:
+        for field in ("batch_size", "stride", "latency_repeats"):
+            value = getattr(self, field)
+            _require(value is None or value >= 1, f"evaluate.{field}={value}: use a whole number of 1 or more.")
+
+
+@_recipe
+class Recipe:
+    """A whole run of `fuse.py`: a recipe file has these fields, the last four as sections.
+
+    Attributes:
+        model: Hub name or path of the model to make smaller.
+        task: decides the data columns, the head class and the metrics.
+        output_dir: where the result is written; never an existing non-empty directory without `overwrite`.
+        overwrite: replace `output_dir` once the new result is complete.
+        trust_remote_code: let a Hub model run its own code. Off unless you say so.
+        seed: seed of shuffling, sampling and dropout.
+    """
+
+    model: str
+    task: Task
+    output_dir: str
+    overwrite: bool = False
+    trust_remote_code: bool = False
+    seed: int = 0
+    data: DataRecipe
+    fusion: FusionRecipe
+    heal: HealRecipe = dataclasses.field(default_factory=HealRecipe)
+    evaluate: EvaluateRecipe = dataclasses.field(default_factory=EvaluateRecipe)
+
+
+_SECTIONS = {"data": DataRecipe, "fusion": FusionRecipe, "heal": HealRecipe, "evaluate": EvaluateRecipe}
+
+
+def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a YAML recipe and apply overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted names to values, such as `{"model": "gpt2", "fusion.keep_layers": 8}`. Setting one of
+            `fusion.keep_layers` and `fusion.ratio` replaces the other.
+
+    Raises:
+        RecipeError: the file is missing or not a mapping, or a field is unknown or has a wrong value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"no recipe at {path}: give the path of a YAML file such as recipes/gpt2-wikitext2.yaml.")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} holds {type(tree).__name__}, not a mapping of recipe fields to values.")
+
+    for name, value in (overrides or {}).items():
+        section, _, field = name.rpartition(".")
+        if section and section not in _SECTIONS:
+            raise RecipeError(f"--{name}: no section {section!r}. The sections are: {', '.join(_SECTIONS)}.")
+        target = tree.setdefault(section, {}) if section else tree
+        if not isinstance(target, dict):
+            raise RecipeError(f"{path}: section {section!r} holds {target!r}, not fields and values.")
+        if name in ("fusion.keep_layers", "fusion.ratio"):
+            target.pop("ratio" if field == "keep_layers" else "keep_layers", None)
+        target[field] = value
+
+    for section, kind in _SECTIONS.items():
+        if section in tree:
+            values = tree[section] or {}
+            if not isinstance(values, dict):
+                raise RecipeError(f"{path}: section {section!r} holds {values!r}, not fields and values.")
+            tree[section] = kind(**values)
+    return Recipe(**tree)

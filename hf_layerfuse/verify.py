@@ -1,0 +1,175 @@
+"""Refuse to hand over what cannot be reloaded; say loudly what would do harm."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .calibration import Batches
+from .errors import LayerFuseWarning, VerificationError
+from .inputs import example_inputs
+from .modeling import load_checkpoint
+
+
+def verify(
+    model: PreTrainedModel, path: str | Path | None = None, inputs: Mapping[str, Tensor] | None = None
+) -> dict[str, float]:
+    """Save a model, reload it from disk, and compare.
+
+    Args:
+        model: any model that `apply` returned, healed or not.
+        path: a checkpoint of it that is already on disk; by default one is written to a temporary directory.
+        inputs: a batch to compare on; by default random inputs of the right shape.
+
+    Returns:
+        `reload`, the largest absolute difference of the outputs after reloading (0: nothing else is accepted), and
+        for models that generate `cache`, the largest difference between decoding with a key-value cache and without,
+        relative to the largest logit.
+
+    Raises:
+        VerificationError: weights are missing or left over, outputs differ after reloading, are not finite, or differ
+            between cached and uncached decoding.
+    """
+    inputs = _inputs(model, inputs)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            expected = model(**inputs)[0]
+        if not torch.isfinite(expected).all():
+            raise VerificationError("the fused model returns NaN or infinite values: check the data type and the plan.")
+        if path is not None:
+            report = {"reload": _compare_reloaded(model, Path(path), inputs, expected)}
+        else:
+            with tempfile.TemporaryDirectory(prefix="layerfuse-") as directory:
+                model.save_pretrained(directory)
+                report = {"reload": _compare_reloaded(model, Path(directory), inputs, expected)}
+        if _decodes(model):
+            report["cache"] = _compare_cached(model, inputs)
+    finally:
+        model.train(was_training)
+    return report
+
+
+def _inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    if inputs is None:
+        return example_inputs(model)
+    return {k: v.to(model.device) for k, v in inputs.items() if isinstance(v, Tensor) and k != "labels"}
+
+
+def _decodes(model: PreTrainedModel) -> bool:
+    # BERT with a language-model head can generate, but caches only when it is configured as a decoder
+    return model.can_generate() and getattr(model.config, "is_decoder", None) is not False
+
+
+@torch.inference_mode()
+def _compare_reloaded(model: PreTrainedModel, path: Path, inputs: dict[str, Tensor], expected: Tensor) -> float:
+    reloaded, info = load_checkpoint(path, dtype=model.dtype, output_loading_info=True)
+    wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        raise VerificationError(f"the saved checkpoint does not match its config: {wrong}.")
+    reloaded.set_attn_implementation(model.config._attn_implementation)
+    difference = (reloaded.to(model.device)(**inputs)[0] - expected).abs().max().item()
+    if difference != 0:
+        raise VerificationError(
+            f"outputs differ by up to {difference:.3g} after saving and loading; they must be equal. Please report "
+            "this with the plan."
+        )
+    return difference
+
+
+@torch.inference_mode()
+def _compare_cached(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
+    ids = inputs["input_ids"]
+    ids = ids.reshape(-1, ids.shape[-1])[:1, :16]  # double heads have a dimension for choices
+    prefix = max(1, ids.shape[1] // 2)
+    whole = model(input_ids=ids, use_cache=False).logits
+    first = model(input_ids=ids[:, :prefix], use_cache=True)
+    parts, cache = [first.logits], first.past_key_values
+    for position in range(prefix, ids.shape[1]):
+        step = model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+        parts, cache = [*parts, step.logits], step.past_key_values
+    difference = (torch.cat(parts, dim=1) - whole).abs().max() / whole.abs().max()
+    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    if not difference <= tolerance:
+        raise VerificationError(
+            f"decoding with a cache differs from decoding without by {difference:.3g} of the largest logit (allowed "
+            f"{tolerance}): the layer indices are wrong. Please report this with the plan."
+        )
+    return difference.item()
+
+
+@torch.inference_mode()
+def warn_if_useless(original: PreTrainedModel, fused: PreTrainedModel, batches: Batches | None) -> None:
+    """Warn where fusing changed nothing, or left a model that is worse than chance on the calibration batches.
+
+    With labels, chance is the loss of a uniform guess, ln(classes). Without, it is the mean cosine between the
+    original's outputs for different inputs: a fused model farther from the original than that has lost its content.
+    """
+    if sum(p.numel() for p in fused.parameters()) >= sum(p.numel() for p in original.parameters()):
+        _warn("fusing removed no parameters: the plan is empty. Lower keep_layers or raise ratio.")
+        return
+    batch = next(iter(batches), None) if batches is not None else None
+    if batch is None:
+        return
+    labels = batch.get("labels")
+    inputs = _inputs(fused, batch)
+    modes = original.training, fused.training
+    original.eval(), fused.eval()
+    try:
+        if labels is not None and (classes := _classes(fused)):
+            loss = fused(**inputs, labels=labels.to(fused.device)).loss.item()
+            if not loss < math.log(classes):
+                _warn(
+                    f"the fused model is worse than chance on the calibration batch: loss {loss:.2f}, a uniform guess "
+                    f"over {classes} classes has {math.log(classes):.2f}. Fuse less, or heal it before use."
+                )
+            return
+        teacher, student = (_vectors(m(**inputs)[0], inputs) for m in (original, fused))
+        cosine = torch.nn.functional.cosine_similarity
+        if len(teacher) > 1:
+            chance = cosine(teacher, teacher.roll(1, 0), dim=-1).mean().item()
+            match = cosine(teacher, student, dim=-1).mean().item()
+            if not match > chance:
+                _warn(
+                    f"the fused model is worse than chance on the calibration batch: cosine {match:.2f} with the "
+                    f"original, whose outputs for different inputs have {chance:.2f}. Fuse less, or heal it before use."
+                )
+    finally:
+        original.train(modes[0]), fused.train(modes[1])
+
+
+def _classes(model: PreTrainedModel) -> int:
+    """Number of classes a cross-entropy head chooses from, 0 for other losses."""
+    config = model.config
+    if config.problem_type in ("regression", "multi_label_classification"):
+        return 0
+    if "Classification" in type(model).__name__:
+        return config.num_labels if config.num_labels > 1 else 0
+    return getattr(config, "vocab_size", 0)
+
+
+def _vectors(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(batch, features), averaged over the tokens that are not padding."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and output.shape[: mask.ndim] == mask.shape and output.ndim == mask.ndim + 1:
+        weights = mask[..., None].to(output.dtype)
+        output = (output * weights).sum(-2) / weights.sum(-2).clamp_min(1)
+    elif output.ndim == 3:
+        output = output.mean(1)
+    return output.float().flatten(1)
+
+
+def _warn(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
+    warnings.warn(message, LayerFuseWarning, stacklevel=4)
+
+

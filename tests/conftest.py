@@ -1,0 +1,113 @@
+"""Tiny random models of every architecture. No test reaches the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+import hf_layerfuse
+
+torch.set_num_threads(1)
+
+LAYERS = 6
+
+_TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_BERT = {**_TEXT, "intermediate_size": 48, "max_position_embeddings": 40}
+_VIT = {
+    **{k: v for k, v in _TEXT.items() if k != "vocab_size"},
+    "intermediate_size": 48,
+    "image_size": 8,
+    "patch_size": 2,
+    "encoder_stride": 2,
+}
+_LLAMA = {**_TEXT, **_TOKENS, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+# one row an architecture: what makes it tiny
+TINY = {
+    "gpt2": {**_TOKENS, "vocab_size": 64, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64},
+    "bert": _BERT,
+    "roberta": {**_BERT, "pad_token_id": 1},
+    "distilbert": {
+        "vocab_size": 64,
+        "dim": 32,
+        "n_layers": LAYERS,
+        "n_heads": 4,
+        "hidden_dim": 48,
+        "max_position_embeddings": 40,
+    },
+    "vit": _VIT,
+    "deit": _VIT,
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "sliding_window": 6},
+    "qwen2": {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3},
+    "qwen3": {**_LLAMA, "head_dim": 8},
+}
+
+
+def heads_of(model_type: str) -> list[type[PreTrainedModel]]:
+    """Every public model class that transformers has for an architecture."""
+    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    return [
+        value
+        for name in module.__all__
+        if isinstance(value := getattr(module, name), type)
+        and issubclass(value, PreTrainedModel)
+        and not name.endswith("PreTrainedModel")
+    ]
+
+
+HEADS = [(model_type, head) for model_type in TINY for head in heads_of(model_type)]
+
+
+def tiny_config(model_type: str, head: type[PreTrainedModel] | None = None, **changes):
+    values = {**TINY[model_type], **changes}
+    name = head.__name__ if head else ""
+    if "CausalLM" in name and model_type == "roberta" or name == "BertLMHeadModel":
+        values.setdefault("is_decoder", True)
+    return CONFIG_MAPPING[model_type](**values)
+
+
+def tiny_model(model_type: str, head: type[PreTrainedModel] | str | None = None, seed: int = 0, **changes):
+    """A random model whose blocks all do something: norms and biases are random too."""
+    if head is None:
+        head = heads_of(model_type)[0]
+    if isinstance(head, str):
+        head = getattr(transformers, head)
+    torch.manual_seed(seed)
+    model = head(tiny_config(model_type, head, **changes)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(params=sorted(TINY))
+def model_type(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def causal_lm(request):
+    kind = {"GPT2": "gpt2", "Llam": "llama", "Mist": "mistral"}.get(request.param[:4]) or request.param[:5].lower()
+    return tiny_model(kind, request.param)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with real data and checkpoints; a test that needs it is skipped where it is absent."""
+    default = Path(__file__).resolve().parents[2] / "shared"
+    path = Path(os.environ.get("LAYERFUSE_DATA", default))
+    if not (path / "data").is_dir():
+        pytest.skip(f"real data not found at {path}: set LAYERFUSE_DATA")
+    return path
+
