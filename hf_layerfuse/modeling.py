@@ -220,6 +220,8 @@ def _build(cls: type, config: PreTrainedConfig, weights: dict[str, Any], like: P
             f"{type(like).__name__} does not hold the weights that its config asks for: {wrong}. Load the model with "
             "from_pretrained, without arguments that add or remove modules."
         )
+    # names on disk follow the file that the original came from, as they do when that is saved again
+    model._weight_conversions = getattr(like, "_weight_conversions", None)
     model.config.name_or_path = model.name_or_path = like.config.name_or_path
     return model.to(like.device).train(like.training)
 
@@ -247,6 +249,7 @@ def load_checkpoint(path: str | os.PathLike, **kwargs: Any) -> Any:
     config = kwargs.pop("config", None)
     wants_report = kwargs.pop("output_loading_info", False)
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    kwargs.setdefault("use_safetensors", True)  # never a pickle, unless the caller insists
     try:
         config = config or configuration_auto.AutoConfig.from_pretrained(path, **hub)
         cls = head_class(config)

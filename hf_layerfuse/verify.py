@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def verify(
     model.eval()
     try:
         with torch.inference_mode():
-            expected = model(**inputs)[0]
+            expected = prediction(model(**inputs))
         if not torch.isfinite(expected).all():
             raise VerificationError("the fused model returns NaN or infinite values: check the data type and the plan.")
         if path is not None:
@@ -57,6 +58,11 @@ def verify(
     finally:
         model.train(was_training)
     return report
+
+
+def prediction(output: Mapping[str, Any]) -> Tensor:
+    """What a model predicts: the first of its outputs that is not the loss, such as logits or hidden states."""
+    return next(value for value in output.values() if isinstance(value, Tensor) and value.ndim > 0)
 
 
 def _inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -77,7 +83,7 @@ def _compare_reloaded(model: PreTrainedModel, path: Path, inputs: dict[str, Tens
     if any(wrong.values()):
         raise VerificationError(f"the saved checkpoint does not match its config: {wrong}.")
     reloaded.set_attn_implementation(model.config._attn_implementation)
-    difference = (reloaded.to(model.device)(**inputs)[0] - expected).abs().max().item()
+    difference = (prediction(reloaded.to(model.device)(**inputs)) - expected).abs().max().item()
     if difference != 0:
         raise VerificationError(
             f"outputs differ by up to {difference:.3g} after saving and loading; they must be equal. Please report "
@@ -133,7 +139,7 @@ def warn_if_useless(original: PreTrainedModel, fused: PreTrainedModel, batches: 
                     f"over {classes} classes has {math.log(classes):.2f}. Fuse less, or heal it before use."
                 )
             return
-        teacher, student = (_vectors(m(**inputs)[0], inputs) for m in (original, fused))
+        teacher, student = (_vectors(prediction(m(**inputs)), inputs) for m in (original, fused))
         cosine = torch.nn.functional.cosine_similarity
         if len(teacher) > 1:
             chance = cosine(teacher, teacher.roll(1, 0), dim=-1).mean().item()
