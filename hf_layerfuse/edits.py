@@ -16,7 +16,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .adapters import TransformerAdapter
 from .errors import PlanError, UnsupportedModelError
-from .plan import Layout, Operator, Plan
+from .plan import Layout, Operator, Plan, Source
 
 
 def check_plan(model: PreTrainedModel, adapter: TransformerAdapter, plan: Plan) -> None:
@@ -133,6 +133,8 @@ def fused_weights(model: PreTrainedModel, adapter: TransformerAdapter, layout: L
                 if index != tie.slots[0]:
                     continue
                 source = tie.source
+            if source is None and adapter.stays(name):
+                source = Source(slot.layers[:1])
             if source is not None:
                 group = [states[layer][name] for layer in source.layers]
                 weights[f"{path}.{index}.{name}"] = combine(group, source.operator)
@@ -142,25 +144,16 @@ def fused_weights(model: PreTrainedModel, adapter: TransformerAdapter, layout: L
 def expanded_weights(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout) -> dict[str, Tensor]:
     """Weights for a stock model that computes what a fused one does: shared matrices are copied, and a removed block
     becomes one whose output projection is zero.
-
-    Raises:
-        UnsupportedModelError: a post-norm block was removed: its norm cannot be made to pass its input through.
     """
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     path = adapter.layers_path(model)
     states = [layer.state_dict() for layer in adapter.layer_list(model)]
     for kind in ("attention", "mlp"):
-        removed = [i for i, slot in enumerate(layout.slots) if slot.source(kind) is None]
-        if removed and adapter.post_norm:
-            raise UnsupportedModelError(
-                f"layers {removed} have lost their {kind} block, and a stock {adapter.model_type} layer would still "
-                "normalise there: save without expanding, and load with hf_layerfuse."
-            )
-        donor = states[next(i for i, slot in enumerate(layout.slots) if slot.source(kind) is not None)]
+        donor = states[next(i for i, slot in enumerate(layout.slots) if slot.source(kind))]
         out = getattr(adapter, kind)["out"]
-        for index in removed:
+        for index, slot in enumerate(layout.slots):
             for name, tensor in donor.items():
-                if adapter.owner(name) == kind:
+                if slot.source(kind) is None and adapter.owner(name) == kind and not adapter.stays(name):
                     # Not all zeros: a block of zeros has no gradient, and could never be trained again.
                     is_out = name.startswith(f"{out}.")
                     weights[f"{path}.{index}.{name}"] = torch.zeros_like(tensor) if is_out else tensor.clone()

@@ -73,9 +73,6 @@ class FusedMixin:
         """Save as transformers does; with `expanded`, as a stock checkpoint.
 
         The stock checkpoint is bigger on disk, computes the same, and loads without this library.
-
-        Raises:
-            UnsupportedModelError: `expanded`, and a post-norm block was removed (see `expand`).
         """
         if expanded:
             return expand(self).save_pretrained(save_directory, *args, **kwargs)
@@ -195,9 +192,6 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     """A stock model that computes the same: shared weights are copied, removed blocks contribute zero.
 
     A stock model is returned as a copy.
-
-    Raises:
-        UnsupportedModelError: a post-norm block (BERT) was removed; no stock layer computes that.
     """
     if not isinstance(model, FusedMixin):
         return copy.deepcopy(model)

@@ -53,7 +53,11 @@ class Fuse:
 
 @dataclass(frozen=True)
 class Drop:
-    """A block is removed, its norm with it; the residual stream passes through."""
+    """A block is removed; the residual stream passes through.
+
+    The norm in front of the block goes with it; a norm that follows the residual sum (BERT) stays, unless the whole
+    layer goes.
+    """
 
     kind: Kind
     layer: int

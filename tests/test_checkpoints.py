@@ -30,9 +30,7 @@ from hf_layerfuse import (
     Plan,
     PlanError,
     RecipeError,
-    UnsupportedModelError,
     apply,
-    expand,
 )
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.verify import prediction
@@ -260,17 +258,6 @@ def test_pickle_is_never_read(tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(LayerFuseError, match="safetensors"):
         AutoFusedModel.from_pretrained(tmp_path)
-
-
-def test_expand_refuses_what_no_stock_layer_computes(tmp_path):
-    """A removed pre-norm block expands to a zero projection; a removed post-norm block cannot be expanded."""
-    model = fused("llama", PARTS)
-    stock = expand(model)
-    assert type(stock).__name__ == "LlamaForCausalLM" or type(stock).__name__ == "LlamaModel"
-    torch.testing.assert_close(outputs(stock), outputs(model))
-    with pytest.raises(UnsupportedModelError, match="post-norm|normalise"):
-        fused("bert", PARTS).save_pretrained(tmp_path / "no", expanded=True)
-    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ class TransformerAdapter(ModelAdapter):
         attention: role -> path of the modules of the attention block.
         mlp: role -> path of the modules of the MLP block.
         skip: for each kind, the modules to replace, and by what, so that a layer runs without that block.
-        post_norm: the block's norm comes after the residual sum (BERT) instead of before the block (GPT-2).
+        post_norm: the block's norm comes after the residual sum (BERT) instead of before the block (GPT-2). Such a
+            norm stays when its block is removed: the next block was trained to read normalised states.
         per_layer_config: config fields with one entry per layer, kept in step with the layers.
     """
 
@@ -80,6 +81,11 @@ class TransformerAdapter(ModelAdapter):
                     found.append(Block(index, kind, modules))
         return found
 
+    def stays(self, parameter: str) -> bool:
+        """Whether a parameter, named from its layer on, outlives the removal of the block that owns it."""
+        module = parameter.rpartition(".")[0]
+        return self.post_norm and module in (self.attention["norm"], self.mlp["norm"])
+
     def owner(self, parameter: str) -> str | None:
         """The kind of block that a parameter, named from its layer on, belongs to; None is neither."""
         module = parameter.rpartition(".")[0]
@@ -101,13 +107,6 @@ class ZeroBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(hidden_states)
-
-
-class KeepResidual(nn.Module):
-    """Stands where a module added the residual and normalised (BERT): passes the residual alone."""
-
-    def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
-        return input_tensor
 
 
 ADAPTERS: dict[str, TransformerAdapter] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import KeepResidual, TransformerAdapter, ZeroAttention, ZeroBlock
+from .base import TransformerAdapter, ZeroAttention, ZeroBlock
 
 
 class BertAdapter(TransformerAdapter):
@@ -19,8 +19,8 @@ class BertAdapter(TransformerAdapter):
     }
     mlp = {"in": "intermediate.dense", "out": "output.dense", "norm": "output.LayerNorm"}
     skip = {
-        "attention": {"attention.self": ZeroAttention, "attention.output": KeepResidual},
-        "mlp": {"intermediate": nn.Identity, "output": KeepResidual},
+        "attention": {"attention.self": ZeroAttention, "attention.output.dense": nn.Identity},
+        "mlp": {"intermediate": ZeroBlock, "output.dense": nn.Identity},
     }
     post_norm = True
 
@@ -41,7 +41,7 @@ class DistilBertAdapter(TransformerAdapter):
     }
     mlp = {"in": "ffn.lin1", "out": "ffn.lin2", "norm": "output_layer_norm"}
     skip = {
-        "attention": {"attention": ZeroAttention, "sa_layer_norm": nn.Identity},
-        "mlp": {"ffn": ZeroBlock, "output_layer_norm": nn.Identity},
+        "attention": {"attention": ZeroAttention},
+        "mlp": {"ffn": ZeroBlock},
     }
     post_norm = True
