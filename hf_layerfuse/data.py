@@ -2,7 +2,6 @@
 
 import csv
 import glob
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import Dataset, DatasetDict
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from .errors import DataError
+from .labels import encode_labels
 from .recipe import DataRecipe, Task
 
 Processor = PreTrainedTokenizerBase | BaseImageProcessor
@@ -29,7 +29,7 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
-_COMPRESSIONS = (".xz", ".gz", ".zst")
+_COMPRESSIONS = (".xz", ".gz")
 _LINES_AT_ONCE = 10_000  # bounds the memory of the tokeniser; more than the lines of WikiText-2 validation or test
 _LABELLED_TASKS = ("text-classification", "image-classification")
 _STRINGS = ("string", "large_string")
@@ -60,7 +60,7 @@ def load_splits(data: DataRecipe, task: Task, seed: int, *, label2id: dict[str, 
             splits[split] = _load_hub(data, source) if data.name else _load_local(source, split)
             _check_columns(splits[split], split, data, task)
     if task in _LABELLED_TASKS:
-        _encode_labels(splits, data.label_column, label2id)
+        encode_labels(splits, data.label_column, label2id)
         for split, rows in splits.items():
             labels = np.asarray(rows[data.label_column][:])
             if np.count_nonzero(np.diff(labels)) < len(np.unique(labels)):
@@ -145,7 +145,7 @@ def loader(
     """
     if shuffle and len(prepared) < batch_size:
         raise DataError(
-            f"{len(prepared)} training rows do not fill one batch of {batch_size}: lower the batch size or use more rows."
+            f"{len(prepared)} training rows do not fill a batch of {batch_size}: lower the batch size or use more rows."
         )
     if task == "image-classification":
         collate = _collate_images
@@ -228,49 +228,6 @@ def _check_columns(rows: Dataset, split: str, data: DataRecipe, task: Task) -> N
         raise DataError(
             f"column {columns[0]!r} of {split} holds {feature}, which {task} cannot read: choose another column."
         )
-
-
-def _encode_labels(splits: DatasetDict, column: str, label2id: dict[str, int] | None) -> None:
-    """Replace class names by ids that mean the same in every split, and check ids."""
-    model_classes = sorted(label2id, key=label2id.get) if label2id else []
-    if all(re.fullmatch(r"LABEL_\d+", name) for name in model_classes):
-        model_classes = []
-    names = _class_names(splits["train"], column)
-    fold = str.casefold if {name.casefold() for name in names} <= {name.casefold() for name in model_classes} else str
-    classes = model_classes if fold is str.casefold else names
-    if fold is str and model_classes and splits["train"].features[column].dtype in _STRINGS:
-        raise DataError(
-            f"the classes of the data are {names}, those of the model {model_classes}: rename them, or use a model with "
-            "these classes."
-        )
-    ids = {fold(name): index for index, name in enumerate(classes)}
-    for split, rows in splits.items():
-        labels, own_names = rows[column][:], rows.features[column]
-        if names:
-            if isinstance(own_names, ClassLabel):
-                labels = [own_names.names[label] if label >= 0 else str(label) for label in labels]
-            unknown = sorted({str(label) for label in labels if fold(str(label)) not in ids})
-            if unknown:
-                raise DataError(f"{split} has the classes {unknown}; the known ones are {classes}. Correct these rows.")
-            labels = [ids[fold(label)] for label in labels]
-            splits[split] = rows.remove_columns(column).add_column(column, labels, feature=ClassLabel(names=classes))
-        if min(labels) < 0 or (model_classes and max(labels) >= len(model_classes)):
-            raise DataError(
-                f"{split} has labels from {min(labels)} to {max(labels)}; they must go from 0 to less than the number of "
-                f"classes, {len(model_classes) or 'as in train'}. Choose a split that has labels, or another model."
-            )
-
-
-def _class_names(train: Dataset, column: str) -> list[str]:
-    """The names of the classes in the order of their ids; none where the labels are whole numbers already."""
-    feature = train.features[column]
-    if isinstance(feature, ClassLabel):
-        return feature.names
-    if feature.dtype in _STRINGS:
-        return sorted(train.unique(column))
-    if feature.dtype.startswith(("int", "uint", "bool")):
-        return []
-    raise DataError(f"column {column!r} of train holds {feature.dtype}, not classes: use whole numbers or names.")
 
 
 def _first(rows: Dataset, limit: int | None) -> Dataset:

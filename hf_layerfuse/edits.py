@@ -118,9 +118,7 @@ def fused_weights(model: PreTrainedModel, adapter: TransformerAdapter, layout: L
     """
     path, layers = adapter.layers_path(model), adapter.layer_list(model)
     weights = {
-        name: tensor.detach().clone()
-        for name, tensor in untied_state(model).items()
-        if not name.startswith(f"{path}.")
+        name: tensor.detach().clone() for name, tensor in untied_state(model).items() if not name.startswith(f"{path}.")
     }
     states = [layer.state_dict() for layer in layers]
     ties = {(slot, tie.kind): tie for tie in layout.ties for slot in tie.slots}

@@ -47,7 +47,7 @@ _AUTO_CLASSES = [
 class FusedMixin:
     """What a stock class needs to be a fused one; mixed in before it by `fused_class`."""
 
-    _fused_ties: dict[str, str] = {}  # noqa: RUF012 - replaced per instance, and read before __init__ has run
+    _fused_ties: dict[str, str] = {}  # replaced per instance, and read before __init__ has run
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -232,11 +232,16 @@ _HUB_ARGUMENTS = (
 )
 
 
-def load_checkpoint(path: str | os.PathLike, **kwargs: Any) -> Any:
-    """Load a fused or stock checkpoint with the head it was saved with; see `AutoFusedModel.from_pretrained`.
+def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, **kwargs: Any) -> Any:
+    """Load a fused or stock checkpoint, see `AutoFusedModel.from_pretrained`.
+
+    Args:
+        path: directory or Hub name.
+        auto_class: such as `AutoModelForCausalLM`; by default, the head that the checkpoint was saved with.
+        kwargs: as for `PreTrainedModel.from_pretrained`.
 
     Raises:
-        CheckpointError: nothing there, not a model, damaged, or a fused checkpoint with weights missing.
+        CheckpointError: nothing there, not a model, damaged, or with weights of the body or the head missing.
         PlanError: a plan of a newer format, or one that does not fit the config.
     """
     path = os.fspath(path)
@@ -246,18 +251,20 @@ def load_checkpoint(path: str | os.PathLike, **kwargs: Any) -> Any:
     kwargs.setdefault("use_safetensors", True)  # never a pickle, unless the caller insists
     try:
         config = config or configuration_auto.AutoConfig.from_pretrained(path, **hub)
-        cls = head_class(config)
+        cls = auto_class or head_class(config)
         model, report = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     except LayerFuseError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"cannot load a model from {path!r}: {reason}") from error
-    if isinstance(model, FusedMixin) and (report["missing_keys"] or report["mismatched_keys"]):
-        wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    # published bodies often come without the pooler that their class has; nothing else may start out random
+    wrong = [str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]) if "pooler." not in str(key)]
+    if wrong:
         raise CheckpointError(
-            f"the checkpoint at {path!r} lacks weights that its plan asks for: {', '.join(wrong[:5])}"
-            f"{' and more' if len(wrong) > 5 else ''}. Save it again, or download it afresh."
+            f"the checkpoint at {path!r} lacks weights that {type(model).__name__} asks for: "
+            f"{', '.join(sorted(wrong)[:5])}{' and more' if len(wrong) > 5 else ''}. Download it afresh if it is "
+            "damaged; fine-tune it first if it has no head for this task."
         )
     return (model, report) if wants_report else model
 

@@ -1,5 +1,6 @@
 """What the user asks for: strict dataclasses, read from YAML and overridden from the command line."""
 
+import contextlib
 import dataclasses
 import difflib
 from pathlib import Path
@@ -27,11 +28,9 @@ def _recipe(cls: type[_T]) -> type[_T]:
             if name not in hints:
                 close = difflib.get_close_matches(name, hints, n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
-                raise RecipeError(
-                    f"{cls.__name__} has no field {name!r}.{hint} Its fields are: {', '.join(hints)}."
-                )
-            if "float" in str(hints[name]) and type(values[name]) is int:
-                values[name] = float(values[name])  # YAML and people write 1 for 1.0
+                raise RecipeError(f"{cls.__name__} has no field {name!r}.{hint} Its fields are: {', '.join(hints)}.")
+            if "float" in str(hints[name]):
+                values[name] = _as_float(values[name])
         try:
             fill(self, **values)
         except (StrictDataclassError, TypeError) as error:
@@ -40,6 +39,14 @@ def _recipe(cls: type[_T]) -> type[_T]:
 
     cls.__init__ = __init__
     return cls
+
+
+def _as_float(value: Any) -> Any:
+    """People write 1 for 1.0, and YAML 1.1 reads 1e-4 as text."""
+    if type(value) in (int, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _require(condition: bool, message: str) -> None:
@@ -113,8 +120,8 @@ class DataRecipe:
     """Where the data come from.
 
     With `name`, `train`, `validation` and `test` are splits of that Hub data set (slices such as
-    `train[:5000]` work); without it they are local files (.txt, .tsv, .csv, .json, .jsonl, .parquet, each also
-    as .xz, .gz or .zst) or image folders with one subfolder per class.
+    `train[:5000]` work); without it they are local files (.txt, .tsv, .csv, .json, .jsonl, each also as .xz or .gz,
+    and .parquet) or image folders with one subfolder per class.
 
     Attributes:
         name: Hub data set such as `Salesforce/wikitext`, or None for local files.
@@ -122,7 +129,8 @@ class DataRecipe:
         train: what healing learns from and calibration samples from.
         validation: what healing watches. Without it, `held_out` rows leave the end of `train` for this.
         test: what is reported, never used to choose anything.
-        held_out: rows of `train` that become `validation` when there is none.
+        held_out: rows of `train` that become `validation` when there is none; data that are sorted by class are
+            shuffled first.
         text_column: column with the text.
         label_column: column with the class, an int or a string.
         image_column: column with the image.

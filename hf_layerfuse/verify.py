@@ -177,5 +177,3 @@ def _vectors(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
 def _warn(message: str) -> None:
     logging.getLogger(__name__).warning(message)
     warnings.warn(message, LayerFuseWarning, stacklevel=4)
-
-

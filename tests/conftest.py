@@ -7,14 +7,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib
+import tempfile
 from pathlib import Path
+
+# before `datasets` is imported; one per worker, removed at exit
+_CACHE = tempfile.TemporaryDirectory(prefix="layerfuse-tests-")
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 
 import pytest
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-import hf_layerfuse
+import hf_layerfuse  # noqa: F401 - registers the fused classes
 
 torch.set_num_threads(1)
 
@@ -72,7 +77,7 @@ HEADS = [(model_type, head) for model_type in TINY for head in heads_of(model_ty
 def tiny_config(model_type: str, head: type[PreTrainedModel] | None = None, **changes):
     values = {**TINY[model_type], **changes}
     name = head.__name__ if head else ""
-    if "CausalLM" in name and model_type == "roberta" or name == "BertLMHeadModel":
+    if ("CausalLM" in name and model_type == "roberta") or name == "BertLMHeadModel":
         values.setdefault("is_decoder", True)
     return CONFIG_MAPPING[model_type](**values)
 
@@ -96,7 +101,9 @@ def model_type(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=["GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.fixture(
+    params=["GPT2LMHeadModel", "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+)
 def causal_lm(request):
     kind = {"GPT2": "gpt2", "Llam": "llama", "Mist": "mistral"}.get(request.param[:4]) or request.param[:5].lower()
     return tiny_model(kind, request.param)
@@ -110,4 +117,3 @@ def shared() -> Path:
     if not (path / "data").is_dir():
         pytest.skip(f"real data not found at {path}: set LAYERFUSE_DATA")
     return path
-

@@ -1,0 +1,8 @@
+"""accelerate launch fuse.py recipes/gpt2-wikitext2.yaml [--model PATH] [--output_dir DIR] [--section.field value]"""
+
+import sys
+
+from hf_layerfuse.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Class names to ids that mean the same in every split, and to the model."""
+
+import re
+
+from datasets import ClassLabel, Dataset, DatasetDict
+
+from .errors import DataError
+
+_STRINGS = ("string", "large_string")
+
+
+def encode_labels(splits: DatasetDict, column: str, label2id: dict[str, int] | None) -> None:
+    """Replace class names by ids that mean the same in every split, and check ids."""
+    model_classes = sorted(label2id, key=label2id.get) if label2id else []
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in model_classes):
+        model_classes = []
+    names = _class_names(splits["train"], column)
+    fold = str.casefold if {name.casefold() for name in names} <= {name.casefold() for name in model_classes} else str
+    classes = model_classes if fold is str.casefold else names
+    if fold is str and model_classes and splits["train"].features[column].dtype in _STRINGS:
+        raise DataError(
+            f"the classes of the data are {names}, those of the model {model_classes}: rename them, or use a model "
+            "that has them."
+        )
+    ids = {fold(name): index for index, name in enumerate(classes)}
+    for split, rows in splits.items():
+        labels, own_names = rows[column][:], rows.features[column]
+        if names:
+            if isinstance(own_names, ClassLabel):
+                labels = [own_names.names[label] if label >= 0 else str(label) for label in labels]
+            unknown = sorted({str(label) for label in labels if fold(str(label)) not in ids})
+            if unknown:
+                raise DataError(f"{split} has the classes {unknown}; the known ones are {classes}. Correct these rows.")
+            labels = [ids[fold(label)] for label in labels]
+            splits[split] = rows.remove_columns(column).add_column(column, labels, feature=ClassLabel(names=classes))
+        if min(labels) < 0 or (model_classes and max(labels) >= len(model_classes)):
+            raise DataError(
+                f"{split} has labels from {min(labels)} to {max(labels)}; the first class is 0, and the model has "
+                f"{len(model_classes) or 'any number of'} classes. Choose a split with labels, or another model."
+            )
+
+
+def _class_names(train: Dataset, column: str) -> list[str]:
+    """The names of the classes in the order of their ids; none where the labels are whole numbers already."""
+    feature = train.features[column]
+    if isinstance(feature, ClassLabel):
+        return feature.names
+    if feature.dtype in _STRINGS:
+        return sorted(train.unique(column))
+    if feature.dtype.startswith(("int", "uint")):
+        return []
+    raise DataError(f"column {column!r} of train holds {feature.dtype}, not classes: use whole numbers or names.")

@@ -1,0 +1,90 @@
+"""How long a forward pass takes, alone and side by side with other models."""
+
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .evaluate import evaluating
+from .inputs import example_inputs
+
+_DEFAULT_SEQUENCE_LENGTH = 128  # of the sentences that encoders usually see
+
+
+def latency(
+    model: PreTrainedModel,
+    batch_sizes: Iterable[int] = (1, 8),
+    *,
+    sequence_length: int | None = None,
+    repeats: int = 10,
+    warmup: int = 3,
+) -> dict[int, dict[str, Any]]:
+    """Time the forward pass of one model: `latency_side_by_side` without anything to compare it with."""
+    timed = latency_side_by_side(
+        {"model": model}, batch_sizes, sequence_length=sequence_length, repeats=repeats, warmup=warmup
+    )
+    return timed["model"]
+
+
+def latency_side_by_side(
+    models: Mapping[str, PreTrainedModel],
+    batch_sizes: Iterable[int] = (1, 8),
+    *,
+    sequence_length: int | None = None,
+    repeats: int = 10,
+    warmup: int = 3,
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Time the forward passes of several models in turn, so that what else the machine does slows all of them alike.
+
+    Args:
+        models: names to models.
+        batch_sizes: rows or images per pass.
+        sequence_length: tokens per row; 128 when None, at most as many as the model has positions for.
+        repeats: timed passes of each model and batch size.
+        warmup: passes before those, not timed.
+
+    Returns:
+        For each model and batch size: `median_ms`; `spread_ms`, the distance between the quartiles; `repeats`,
+        `warmup`, `threads`, `device`, `dtype` and `input_shape`.
+    """
+    results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in models}
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(model))
+        for batch_size in tqdm(list(batch_sizes), desc="latency", disable=None):
+            length = sequence_length or _DEFAULT_SEQUENCE_LENGTH
+            inputs = {name: example_inputs(model, batch_size, length) for name, model in models.items()}
+            rounds = [
+                {name: _milliseconds(model, inputs[name]) for name, model in models.items()}
+                for _ in range(warmup + repeats)
+            ]
+            for name, model in models.items():
+                low, median, high = np.percentile([times[name] for times in rounds[warmup:]], (25, 50, 75))
+                results[name][batch_size] = {
+                    "median_ms": float(median),
+                    "spread_ms": float(high - low),
+                    "repeats": repeats,
+                    "warmup": warmup,
+                    "threads": torch.get_num_threads(),
+                    "device": str(model.device),
+                    "dtype": str(model.dtype).removeprefix("torch."),
+                    "input_shape": list(inputs[name][model.main_input_name].shape),
+                }
+    return results
+
+
+def _milliseconds(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> float:
+    on_cuda = model.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.synchronize(model.device)
+    start = time.perf_counter()
+    model(**inputs)
+    if on_cuda:
+        torch.cuda.synchronize(model.device)
+    return (time.perf_counter() - start) * 1000

@@ -1,0 +1,152 @@
+"""What a run of `fuse.py` tells the user: a table for the terminal and a model card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .plan import Drop, Fuse, Plan
+from .recipe import Recipe
+
+_PIPELINE_TAGS = {"causal-lm": "text-generation"}
+
+_METRIC_NAMES = {
+    "token_perplexity": "perplexity (token)",
+    "word_perplexity": "perplexity (word)",
+    "accuracy": "accuracy",
+    "cross_entropy": "cross-entropy",
+    "cosine": "cosine to the original",
+}
+
+
+def stages(results: dict[str, Any]) -> list[str]:
+    """The stages that a run went through, in order."""
+    return [stage for stage in ("before", "fused", "healed") if results.get(stage)]
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """The figures of a run as rows of text, a header first: one row a figure, one column a stage."""
+    names = stages(results)
+    table = [["", *names]]
+
+    def add(label: str, values: list[Any], form: str) -> None:
+        table.append([label, *(form.format(value) for value in values)])
+
+    add("parameters", [results[s]["parameters"] for s in names], "{:,}")
+    add("  outside embeddings", [results[s]["non_embedding_parameters"] for s in names], "{:,}")
+    add("bytes on disk", [results[s]["bytes"] for s in names], "{:,}")
+    for batch in results["before"]["latency_ms"] or {}:
+        add(f"latency, batch {batch} (ms)", [results[s]["latency_ms"][batch] for s in names], "{:.1f}")
+    for metric, label in _METRIC_NAMES.items():
+        if metric in results["before"]["metrics"]:
+            add(label, [results[s]["metrics"][metric] for s in names], "{:.4g}")
+    return table
+
+
+def text_table(table: list[list[str]]) -> str:
+    """Rows of text in columns, for the terminal."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in table
+    )
+
+
+def markdown_table(table: list[list[str]]) -> str:
+    """Rows of text as a Markdown table."""
+    header, *body = table
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
+
+
+def describe(plan: Plan) -> list[str]:
+    """The plan in words, one line an edit."""
+    lines = []
+    for edit in plan.edits:
+        what = {"layer": "layers", "attention": "the attention of layers", "mlp": "the MLPs of layers"}[edit.kind]
+        where = ", ".join(map(str, edit.layers))
+        if isinstance(edit, Drop):
+            lines.append(f"{what} {where}: dropped")
+        elif isinstance(edit, Fuse):
+            become = "become one, which runs once" if edit.mode == "depth" else "share one set of weight matrices"
+            lines.append(f"{what} {where}: {become} ({edit.operator})")
+    return lines
+
+
+def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str) -> ModelCard:
+    """The card of a run: what became of which layers, the figures, the command and the limits."""
+    last = stages(results)[-1]
+    split = results["metrics_on"]
+    dataset = recipe.data.name or recipe.data.test or recipe.data.validation or recipe.data.train
+    evaluations = [
+        EvalResult(
+            task_type=_PIPELINE_TAGS.get(recipe.task, recipe.task),
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_config=recipe.data.config,
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=results[last]["metrics"][metric],
+        )
+        for metric in _METRIC_NAMES
+        if metric in results[last]["metrics"]
+    ]
+    data = ModelCardData(
+        base_model=recipe.model,
+        datasets=[recipe.data.name] if recipe.data.name else None,
+        library_name="transformers",
+        pipeline_tag=_PIPELINE_TAGS.get(recipe.task, recipe.task),
+        tags=["hf-layerfuse", "layer-fusion", "model-compression"],
+        model_name=f"{recipe.model}, fused",
+        eval_results=evaluations,
+    )
+    stock = plan.layout().is_stock
+    shares = bool(plan.layout().ties)
+    load = "from transformers import AutoModel  # a stock checkpoint" if stock else "import hf_layerfuse"
+    limits = [
+        *(["Sharing weights makes the file and the memory smaller. It does not make the model faster."] * shares),
+        "Latency was measured on the machine named below; ratios carry over better than milliseconds.",
+        f"Nothing was chosen on the {split} split that is reported here."
+        if split == "test"
+        else "The recipe names no test split: the figures are from the validation split.",
+    ]
+    environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    body = "\n".join(
+        [
+            f"# {recipe.model}, fused",
+            "",
+            f"Made from `{recipe.model}` with [hf_layerfuse](https://pypi.org/project/hf-layerfuse/).",
+            "",
+            f"## Before and after, on {dataset} ({split})",
+            "",
+            markdown_table(rows(results)),
+            "",
+            f"## What became of its {plan.num_layers} layers",
+            "",
+            *(f"- {line}" for line in describe(plan)),
+            "",
+            "## Use",
+            "",
+            "```python",
+            load,
+            "from hf_layerfuse import AutoFusedModel" if not stock else "",
+            "",
+            "model = " + ("AutoModel" if stock else "AutoFusedModel") + '.from_pretrained("path/to/this/model")',
+            "```",
+            "",
+            "## Limits",
+            "",
+            *(f"- {limit}" for limit in limits),
+            "",
+            "## How it was made",
+            "",
+            "```bash",
+            command,
+            "```",
+            "",
+            f"Seed {recipe.seed}; {environment}. `plan.json` and `results.json` beside this card hold every decision "
+            "and figure.",
+        ]
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")

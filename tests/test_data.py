@@ -1,0 +1,298 @@
+"""Rows become the batches that the recipe asks for: every file type, both label types, windows, and clear errors."""
+
+import gzip
+import json
+import lzma
+import subprocess
+import sys
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoImageProcessor, PreTrainedTokenizerFast, ViTImageProcessor
+
+from hf_layerfuse.data import calibration_batches, load_splits, loader, prepare, text_of
+from hf_layerfuse.errors import DataError
+from hf_layerfuse.recipe import DataRecipe
+
+ROWS = [
+    ("it 's \"good , really", "pos"),
+    ("null", "neg"),
+    ("NA", "pos"),
+    ("bad", "neg"),
+    ("awful", "neg"),
+    ("ok", "pos"),
+]
+TEXT = " \n = Title = \n\n caf\u00e9 \u2028 one\ttwo \n" + "".join(f" line {i} of the text . \n" for i in range(40))
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte: lossless, and nothing to download."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, **{character: index + 1 for index, character in enumerate(alphabet)}}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", model_max_length=64)
+
+
+def _write(path: Path, rows: list[tuple[str, object]]) -> Path:
+    """Write rows as the file name asks."""
+    kind, *compression = path.name.split(".")[1:]
+    if kind == "parquet":
+        Dataset.from_dict({"text": [r[0] for r in rows], "label": [r[1] for r in rows]}).to_parquet(path)
+        return path
+    if kind == "jsonl":
+        content = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
+    elif kind == "json":
+        content = json.dumps([{"text": text, "label": label} for text, label in rows])
+    elif kind == "tsv":
+        content = "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows)
+    elif kind == "csv":
+        quoted = [(text.replace('"', '""'), label) for text, label in rows]
+        content = "text,label\n" + "".join(f'"{text}",{label}\n' for text, label in quoted)
+    else:
+        content = "".join(text for text, _ in rows)
+    opener = {"xz": lzma.open, "gz": gzip.open}.get(compression[0]) if compression else open
+    with opener(path, "wt", encoding="utf-8") as file:
+        file.write(content)
+    return path
+
+
+def _recipe(path: Path, **values) -> DataRecipe:
+    return DataRecipe(**{"train": str(path), "held_out": 2, "max_length": 16, **values})
+
+
+@pytest.mark.parametrize(
+    "name", ["a.tsv", "a.tsv.xz", "a.csv", "a.csv.gz", "a.json", "a.jsonl", "a.jsonl.xz", "a.parquet", "odd[1].tsv"]
+)
+def test_every_file_type_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    """Quotes, commas and words such as "null" survive; the last rows are held out; classes are sorted by name."""
+    splits = load_splits(_recipe(_write(tmp_path / name, ROWS)), "text-classification", seed=0)
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 4, "validation": 2}
+    assert [*splits["train"]["text"], *splits["validation"]["text"]] == [text for text, _ in ROWS]
+    assert [*splits["train"]["label"], *splits["validation"]["label"]] == [1, 0, 1, 0, 0, 1]
+    assert splits["train"].features["label"] == ClassLabel(names=["neg", "pos"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.xz", "a.txt.gz"])
+def test_text_comes_back_exactly(tmp_path: Path, name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Joined rows are the file; evaluation windows hold all of it, training windows all but an incomplete last one."""
+    data = _recipe(_write(tmp_path / name, [(TEXT, 0)]), test=str(tmp_path / name))
+    splits = load_splits(data, "causal-lm", seed=0)
+    assert text_of(splits["train"], data) + text_of(splits["validation"], data) == TEXT
+
+    tested = prepare(splits["test"], tokenizer, data, "causal-lm", training=False)
+    assert tokenizer.decode(list(chain.from_iterable(tested["input_ids"]))) == TEXT
+    trained = prepare(splits["test"], tokenizer, data, "causal-lm", training=True)
+    size = len(TEXT.encode())
+    assert size % 16
+    assert {len(window) for window in trained["input_ids"]} == {16}
+    assert len(trained) == size // 16 == len(tested) - 1
+    assert trained["labels"][:] == trained["input_ids"][:]
+
+
+def test_rows_that_end_with_a_newline_get_no_second_one() -> None:
+    """The Hub's WikiText keeps the newline of each line, local files do not: both give the same text."""
+    rows = Dataset.from_dict({"text": ["a\n", "b", ""]})
+    assert text_of(rows, DataRecipe()) == "a\nb\n\n"
+
+
+def test_padding_is_masked_and_never_a_label(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The ragged last window is padded on the right with mask 0 and label -100."""
+    data = _recipe(_write(tmp_path / "a.txt", [(TEXT, 0)]), test=str(tmp_path / "a.txt"))
+    rows = load_splits(data, "causal-lm", seed=0)["test"]
+    tokenizer.pad_token = None
+    prepared = prepare(rows, tokenizer, data, "causal-lm", training=False)
+    *_, last = loader(prepared, tokenizer, len(prepared), shuffle=False, seed=0, task="causal-lm")
+    rest = len(TEXT.encode()) % 16
+    assert last["attention_mask"][-1].tolist() == [1] * rest + [0] * (16 - rest)
+    assert torch.equal(last["labels"] == -100, last["attention_mask"] == 0)
+    with pytest.raises(DataError, match="padding token"):
+        loader(prepared, tokenizer, 2, shuffle=False, seed=0, task="feature-extraction")
+
+
+def test_classification_batches(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Texts are cut at max_length and padded to the longest of their batch; the same seed gives the same order."""
+    data = _recipe(_write(tmp_path / "a.tsv", ROWS), max_length=5, max_train_samples=3)
+    train = load_splits(data, "text-classification", seed=0)["train"]
+    prepared = prepare(train, tokenizer, data, "text-classification", training=True)
+    assert len(prepared) == 3
+    batch = next(iter(loader(prepared, tokenizer, 3, shuffle=False, seed=0, task="text-classification")))
+    assert batch["attention_mask"].sum(1).tolist() == [5, 4, 2]
+    assert batch["labels"].tolist() == [1, 0, 1]
+
+    def epochs(seed: int) -> list[list[int]]:
+        batches = loader(prepared, tokenizer, 1, shuffle=True, seed=seed, task="text-classification")
+        return [[len(b["input_ids"][0]) for b in batches] for _ in range(6)]
+
+    assert epochs(0) == epochs(0) != epochs(1)
+    assert len({tuple(order) for order in epochs(0)}) > 1
+    features = prepare(train, tokenizer, data, "feature-extraction", training=True)
+    assert "labels" not in features.column_names
+    with pytest.raises(DataError, match="batch of 4"):
+        loader(prepared, tokenizer, 4, shuffle=True, seed=0, task="text-classification")
+
+
+def test_calibration_is_a_seeded_sample_of_train(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """As many windows as asked for, none twice, the same for the same seed; all where fewer exist."""
+    data = _recipe(_write(tmp_path / "a.txt", [(TEXT, 0)]), calibration_samples=5)
+    train = load_splits(data, "causal-lm", seed=0)["train"]
+    prepared = prepare(train, tokenizer, data, "causal-lm", training=True)
+
+    def sample(seed: int, size: int = 5) -> list[tuple[int, ...]]:
+        some = _recipe(tmp_path / "a.txt", calibration_samples=size)
+        batches = calibration_batches(prepared, tokenizer, some, "causal-lm", batch_size=2, seed=seed)
+        return [tuple(row.tolist()) for batch in batches for row in batch["input_ids"]]
+
+    windows = Counter(map(tuple, prepared["input_ids"]))
+    assert len(sample(0)) == 5
+    assert Counter(sample(0)) <= windows
+    assert sample(0) == sample(0) != sample(1)
+    assert Counter(sample(0, 10_000)) == windows
+
+
+def test_labels_follow_the_model(tmp_path: Path) -> None:
+    """Ids are those of label2id, whatever its case; placeholders say nothing; strange names are an error."""
+    data = _recipe(_write(tmp_path / "a.tsv", ROWS))
+
+    def train_labels(label2id: dict[str, int]) -> list[int]:
+        return load_splits(data, "text-classification", seed=0, label2id=label2id)["train"]["label"][:]
+
+    assert train_labels({"POS": 0, "NEG": 1}) == [0, 1, 0, 1]
+    assert train_labels({"LABEL_0": 0, "LABEL_1": 1}) == [1, 0, 1, 0]
+    with pytest.raises(DataError, match="rename them"):
+        train_labels({"cat": 0, "dog": 1})
+
+
+def test_unknown_and_missing_classes_are_errors(tmp_path: Path) -> None:
+    """A class that train lacks, an unlabelled split (-1), and a class the model lacks are named."""
+    data = _recipe(_write(tmp_path / "a.tsv", ROWS), test=str(_write(tmp_path / "b.tsv", [("x", "maybe")])))
+    with pytest.raises(DataError, match=r"test has the classes \['maybe'\]"):
+        load_splits(data, "text-classification", seed=0)
+    data = _recipe(_write(tmp_path / "c.jsonl", [("x", 0), ("y", -1), ("z", 1)]))
+    with pytest.raises(DataError, match="from -1 to 1"):
+        load_splits(data, "text-classification", seed=0)
+    data = _recipe(_write(tmp_path / "d.jsonl", [("x", 0), ("y", 2), ("z", 1)]))
+    with pytest.raises(DataError, match="has 2 classes"):
+        load_splits(data, "text-classification", seed=0, label2id={"no": 0, "yes": 1})
+
+
+def test_rows_grouped_by_class_are_shuffled_first(tmp_path: Path) -> None:
+    """Sorted data (as IMDB) would be held out one-sidedly; mixed data keep their order."""
+    path = _write(tmp_path / "sorted.tsv", [(f"row {i}", i // 50) for i in range(100)])
+    splits = load_splits(_recipe(path, held_out=20), "text-classification", seed=0)
+    assert set(splits["validation"]["label"]) == {0, 1}
+    assert set(splits["train"]["text"]).isdisjoint(splits["validation"]["text"])
+    again = load_splits(_recipe(path, held_out=20), "text-classification", seed=0)
+    assert splits["train"]["text"][:] == again["train"]["text"][:]
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    """Class subfolders become labels; pixels come as the processor makes them, grey images included."""
+    for split, count in (("train", 6), ("test", 2)):
+        for index, animal in enumerate(("cat", "dog")):
+            folder = tmp_path / split / animal
+            folder.mkdir(parents=True)
+            for number in range(count):
+                picture = Image.new(
+                    "L" if number == 0 else "RGB", (12, 10), color=(index * 200 if number == 0 else (index * 200,) * 3)
+                )
+                picture.save(folder / f"{number}.png")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "processor")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "processor")
+    data = DataRecipe(train=str(tmp_path / "train"), test=str(tmp_path / "test"), held_out=4, max_test_samples=3)
+    splits = load_splits(data, "image-classification", seed=0, label2id={"dog": 0, "cat": 1})
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 8, "validation": 4, "test": 4}
+
+    prepared = prepare(splits["test"], processor, data, "image-classification", training=False)
+    batch = next(iter(loader(prepared, processor, 8, shuffle=False, seed=0, task="image-classification")))
+    assert batch["pixel_values"].shape == (3, 3, 8, 8)
+    brightness = batch["pixel_values"].mean(dim=(1, 2, 3))
+    assert torch.equal(brightness > 0, batch["labels"] == 0), "dogs are the bright ones and have id 0"
+    calibration = calibration_batches(prepared, processor, data, "image-classification", batch_size=2, seed=0)
+    assert [len(batch["labels"]) for batch in calibration] == [2, 1]
+
+
+def _broken(tmp_path: Path, case: str) -> tuple[DataRecipe, str]:
+    good = _write(tmp_path / "good.tsv", ROWS)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "header.csv").write_text("text,label\n")
+    (tmp_path / "damaged.txt.xz").write_bytes(b"nonsense")
+    (tmp_path / "a.docx").write_bytes(b"")
+    (tmp_path / "a.parquet.xz").write_bytes(b"")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "null.jsonl").write_text('{"text": "a", "label": 0}\n{"text": null, "label": 1}\n')
+    (tmp_path / "numbers.csv").write_text("text,label\n1,0\n2,1\n3,0\n")
+    return {
+        "missing file": (_recipe(tmp_path / "absent.tsv"), "no such file"),
+        "default split": (DataRecipe(), "set data.name"),
+        "empty": (_recipe(tmp_path / "empty.txt"), "empty"),
+        "only a header": (_recipe(tmp_path / "header.csv"), "empty"),
+        "damaged": (_recipe(tmp_path / "damaged.txt.xz"), "not supported by decoder"),
+        "unknown kind": (_recipe(tmp_path / "a.docx"), r"\.parquet"),
+        "compressed parquet": (_recipe(tmp_path / "a.parquet.xz"), "all but .parquet"),
+        "empty folder": (_recipe(tmp_path / "nothing"), "cannot be loaded"),
+        "no column": (_recipe(good, text_column="sentence"), "its columns are text, label"),
+        "missing value": (_recipe(tmp_path / "null.jsonl"), "missing values"),
+        "wrong column type": (_recipe(tmp_path / "numbers.csv"), "cannot read"),
+        "too small": (_recipe(good, held_out=6), "held_out=6"),
+        "not in the cache": (DataRecipe(name="nobody/nothing"), "nobody/nothing"),
+    }[case]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("missing file", "default split", "empty", "only a header", "damaged", "unknown kind", "compressed parquet"),
+        *("empty folder", "no column", "missing value", "wrong column type", "too small", "not in the cache"),
+    ],
+)
+def test_errors_say_what_is_wrong(tmp_path: Path, case: str) -> None:
+    """Every way to have no data is a DataError that names it."""
+    data, message = _broken(tmp_path, case)
+    with pytest.raises(DataError, match=message):
+        load_splits(data, "text-classification", seed=0)
+
+
+def test_windows_must_fit_the_model_and_the_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """max_length beyond the model, and a text shorter than one window, are errors."""
+    data = _recipe(_write(tmp_path / "a.txt", [("a\nb\nc\n", 0)]), max_length=65)
+    rows = load_splits(data, "causal-lm", seed=0)["train"]
+    with pytest.raises(DataError, match="64 tokens"):
+        prepare(rows, tokenizer, data, "causal-lm", training=True)
+    with pytest.raises(DataError, match="2 tokens"):
+        prepare(rows, tokenizer, _recipe(tmp_path / "a.txt"), "causal-lm", training=True)
+
+
+def test_another_process_prepares_the_same_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The cache key of the tokenised rows is the same in a second process, so ranks share one cache file."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    _write(tmp_path / "a.tsv", ROWS)
+    program = """
+import sys
+from transformers import AutoTokenizer
+from hf_layerfuse.data import load_splits, prepare
+from hf_layerfuse.recipe import DataRecipe
+
+def fingerprint(folder):
+    data = DataRecipe(train=f"{folder}/a.tsv", held_out=2, max_length=16)
+    rows = load_splits(data, "text-classification", seed=0)["train"]
+    tokenizer = AutoTokenizer.from_pretrained(f"{folder}/tokenizer")
+    return prepare(rows, tokenizer, data, "text-classification", training=True)._fingerprint
+
+if __name__ == "__main__":
+    print(fingerprint(sys.argv[1]))
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    here: dict = {"__name__": "here"}
+    exec(program, here)
+    assert output.strip() == here["fingerprint"](tmp_path)
