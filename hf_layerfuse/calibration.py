@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,9 +45,7 @@ def states_after(
     recorder = _Recorder(model, adapter, kind)
     generator = torch.Generator().manual_seed(seed)
     kept = keys = None
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model), recorder:
         for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=None, leave=False):
             inputs = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
             states = recorder.run(inputs, mask=inputs.get("attention_mask"))
@@ -56,12 +55,22 @@ def states_after(
             if len(keys) > max_tokens:
                 chosen = keys.topk(max_tokens).indices
                 kept, keys = kept[:, chosen.to(kept.device)], keys[chosen]
-    finally:
-        recorder.close()
-        model.train(was_training)
     if kept is None or kept.shape[1] == 0:
         raise DataError("the calibration batches hold no tokens: give `batches` with at least one batch of inputs.")
     return kept
+
+
+@contextmanager
+def eval_mode(*models: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule is in the mode it was in."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class _Recorder:
@@ -104,6 +113,9 @@ class _Recorder:
             states = states[:, mask.flatten().bool()]
         return states
 
-    def close(self) -> None:
+    def __enter__(self) -> _Recorder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         for handle in self.handles:
             handle.remove()

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from .adapters import TransformerAdapter
+from .adapters import FUSED_PREFIX, TransformerAdapter
 from .errors import PlanError, UnsupportedModelError
 from .plan import Layout, Operator, Plan, Source
 
@@ -24,7 +24,8 @@ def check_plan(model: PreTrainedModel, adapter: TransformerAdapter, plan: Plan) 
 
     Raises:
         PlanError: the plan is for another architecture or number of layers.
-        UnsupportedModelError: the model is quantised, carries PEFT adapters, or differs from layer to layer.
+        UnsupportedModelError: the model is already fused, quantised, carries PEFT adapters, or differs from layer to
+            layer.
     """
     check_model(model, adapter)
     if plan.model_type != adapter.model_type:
@@ -36,6 +37,10 @@ def check_plan(model: PreTrainedModel, adapter: TransformerAdapter, plan: Plan) 
 
 def check_model(model: PreTrainedModel, adapter: TransformerAdapter) -> None:
     """Raise `UnsupportedModelError` unless the model is one that can be fused."""
+    if model.config.model_type.startswith(FUSED_PREFIX):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is already fused: apply a new plan to the original, or to expand(model)."
+        )
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError("the model is quantised: fuse the full-precision model, then quantise the result.")
     if getattr(model, "_hf_peft_config_loaded", False):

@@ -171,10 +171,6 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         PlanError: the plan is for another architecture or number of layers.
         UnsupportedModelError: no adapter, already fused, quantised, or with NaN weights.
     """
-    if isinstance(model, FusedMixin):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is already fused: apply a new plan to the original, or to expand(model)."
-        )
     adapter = adapter_for(model)
     check_plan(model, adapter, plan)
     layout = plan.layout()

@@ -287,11 +287,15 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         section, _, field = name.rpartition(".")
         if section and section not in _SECTIONS:
             raise RecipeError(f"--{name}: no section {section!r}. The sections are: {', '.join(_SECTIONS)}.")
-        target = tree.setdefault(section, {}) if section else tree
+        if section and tree.get(section) is None:
+            tree[section] = {}
+        target = tree[section] if section else tree
         if not isinstance(target, dict):
             raise RecipeError(f"{path}: section {section!r} holds {target!r}, not fields and values.")
         if name in ("fusion.keep_layers", "fusion.ratio"):
-            target.pop("ratio" if field == "keep_layers" else "keep_layers", None)
+            other = "ratio" if field == "keep_layers" else "keep_layers"
+            if f"fusion.{other}" not in overrides:
+                target.pop(other, None)
         target[field] = value
 
     for section, kind in _SECTIONS.items():
@@ -299,5 +303,10 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
             values = tree[section] or {}
             if not isinstance(values, dict):
                 raise RecipeError(f"{path}: section {section!r} holds {values!r}, not fields and values.")
-            tree[section] = kind(**values)
-    return Recipe(**tree)
+            tree[section] = kind(**_named(values))
+    return Recipe(**_named(tree))
+
+
+def _named(values: dict[Any, Any]) -> dict[str, Any]:
+    """The same values, their names as text: YAML reads `1:` and `on:` as a number and a boolean."""
+    return {str(name): value for name, value in values.items()}

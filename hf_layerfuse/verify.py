@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .calibration import Batches
+from .calibration import Batches, eval_mode
 from .errors import LayerFuseWarning, VerificationError
 from .inputs import example_inputs
 from .modeling import load_checkpoint
@@ -40,9 +40,7 @@ def verify(
             between cached and uncached decoding.
     """
     inputs = _inputs(model, inputs)
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         with torch.inference_mode():
             expected = prediction(model(**inputs))
         if not torch.isfinite(expected).all():
@@ -55,8 +53,6 @@ def verify(
                 report = {"reload": _compare_reloaded(model, Path(directory), inputs, expected)}
         if _decodes(model):
             report["cache"] = _compare_cached(model, inputs)
-    finally:
-        model.train(was_training)
     return report
 
 
@@ -128,9 +124,7 @@ def warn_if_useless(original: PreTrainedModel, fused: PreTrainedModel, batches: 
         return
     labels = batch.get("labels")
     inputs = _inputs(fused, batch)
-    modes = original.training, fused.training
-    original.eval(), fused.eval()
-    try:
+    with eval_mode(original, fused):
         if labels is not None and (classes := _classes(fused)):
             loss = fused(**inputs, labels=labels.to(fused.device)).loss.item()
             if not loss < math.log(classes):
@@ -149,8 +143,6 @@ def warn_if_useless(original: PreTrainedModel, fused: PreTrainedModel, batches: 
                     f"the fused model is worse than chance on the calibration batch: cosine {match:.2f} with the "
                     f"original, whose outputs for different inputs have {chance:.2f}. Fuse less, or heal it before use."
                 )
-    finally:
-        original.train(modes[0]), fused.train(modes[1])
 
 
 def _classes(model: PreTrainedModel) -> int:

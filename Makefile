@@ -1,0 +1,36 @@
+# `make demo` and `make test` do all the set-up on a fresh machine.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# 2.13.0 is the release the project is tested with; any torch >= 2.4 that is already in $(VENV) is kept
+TORCH ?= torch==2.13.0
+CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
+
+.PHONY: demo test slow lint clean
+demo: $(VENV)/.installed
+	$(BIN)/python recipes/demo.py outputs/demo-model
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
+	  --dynamo_backend no --num_cpu_threads_per_process $(CORES) fuse.py recipes/demo.yaml --overwrite
+	$(BIN)/python -c "from hf_layerfuse import AutoFusedModel; m = AutoFusedModel.from_pretrained('outputs/demo'); print(f'Reloaded: {type(m).__name__} with {m.config.num_hidden_layers} layers')"
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(CORES) -m "not slow"
+
+slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Where there is no GPU, a torch without CUDA saves gigabytes: from PyTorch's own index, else whatever pip resolves.
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || command -v nvidia-smi >/dev/null || \
+	  $(BIN)/pip install --quiet --retries 0 --timeout 15 --index-url https://download.pytorch.org/whl/cpu $(TORCH) || \
+	  $(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf outputs .pytest_cache .ruff_cache

@@ -1,0 +1,219 @@
+"""Recipes: what cannot be met is refused before anything runs, with the value and what would be allowed."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from hf_layerfuse import FusionRecipe, LayerFuseError, RecipeError
+from hf_layerfuse.recipe import DataRecipe, EvaluateRecipe, HealRecipe, Recipe, load_recipe
+
+WHOLE = """
+model: gpt2
+task: causal-lm
+output_dir: out
+data: {name: some/text, max_length: 64}
+fusion: {keep_layers: 8, mode: share}
+heal: {steps: 10, learning_rate: 1e-4, kl_weight: 1}
+"""
+RUN = {"model": "gpt2", "task": "causal-lm", "output_dir": "out"}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a recipe file and gives its path."""
+
+    def write(text: str | bytes):
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def test_errors_are_one_family():
+    """Every complaint about a recipe can be caught as a `LayerFuseError` and as a `ValueError`."""
+    assert issubclass(RecipeError, LayerFuseError)
+    assert issubclass(RecipeError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (FusionRecipe, {}, r"exactly one target, got keep_layers=None and ratio=None.*set keep_layers .* or ratio"),
+        (FusionRecipe, {"keep_layers": 3, "ratio": 0.5}, r"exactly one target, got keep_layers=3 and ratio=0.5"),
+        (FusionRecipe, {"keep_layers": 0}, r"keep_layers=0 .* 1 or more"),
+        (FusionRecipe, {"keep_layers": -2}, r"keep_layers=-2 .* 1 or more"),
+        (FusionRecipe, {"ratio": 0}, r"ratio=0\.0 .* between 0 and 1"),
+        (FusionRecipe, {"ratio": 1}, r"ratio=1\.0 .* between 0 and 1"),
+        (FusionRecipe, {"ratio": 1.5}, r"ratio=1\.5 .* between 0 and 1"),
+        (FusionRecipe, {"ratio": float("nan")}, r"ratio=nan .* between 0 and 1"),
+        (FusionRecipe, {"keep_layers": 3, "cluster": "global"}, r"mode='depth' with cluster='global'.*mode='share'"),
+        (DataRecipe, {"max_length": 0}, r"data\.max_length=0: .* 1 or more"),
+        (DataRecipe, {"max_test_samples": 0}, r"data\.max_test_samples=0: .* 1 or more"),
+        (HealRecipe, {"steps": -1}, r"heal\.steps=-1: .*0"),
+        (HealRecipe, {"batch_size": 0}, r"heal\.batch_size=0: .* 1 or more"),
+        (HealRecipe, {"temperature": 0}, r"heal\.temperature=0\.0: .* above 0"),
+        (HealRecipe, {"learning_rate": float("nan")}, r"heal\.learning_rate=nan: .* above 0"),
+        (HealRecipe, {"ce_weight": 0, "kl_weight": 0}, r"both 0"),
+        (HealRecipe, {"warmup_ratio": 2}, r"heal\.warmup_ratio=2\.0: .* 0 to 1"),
+        (EvaluateRecipe, {"stride": 0}, r"evaluate\.stride=0: .* 1 or more"),
+    ],
+)
+def test_impossible_values_are_refused(kind, values, message):
+    """A value or combination that cannot be met is refused with itself and what would be allowed."""
+    with pytest.raises(RecipeError, match=message):
+        kind(**values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "named"),
+    [
+        (FusionRecipe, {"keep_layers": "three"}, ("keep_layers", "'three'", "int")),
+        (FusionRecipe, {"keep_layers": 3.0}, ("keep_layers", "3.0", "int")),
+        (FusionRecipe, {"keep_layers": True}, ("keep_layers", "True", "int")),
+        (FusionRecipe, {"ratio": "half"}, ("ratio", "'half'", "float")),
+        (FusionRecipe, {"ratio": [0.5]}, ("ratio", "[0.5]", "float")),
+        (FusionRecipe, {"keep_layers": 3, "mode": "wide"}, ("mode", "wide", "'depth'", "'share'")),
+        (FusionRecipe, {"keep_layers": 3, "blocks": "head"}, ("blocks", "head", "'layer'", "'attention'", "'mlp'")),
+        (FusionRecipe, {"keep_layers": 3, "verify": "no"}, ("verify", "'no'", "bool")),
+        (FusionRecipe, {"keep_layers": 3, "seed": 1.5}, ("seed", "1.5", "int")),
+        (DataRecipe, {"text_column": 3}, ("text_column", "3", "str")),
+        (HealRecipe, {"mixed_precision": "fp8"}, ("mixed_precision", "fp8", "'auto'", "'bf16'")),
+        (Recipe, {**RUN, "task": "chess"}, ("task", "chess", "'causal-lm'", "'feature-extraction'")),
+        (Recipe, {**RUN, "data": {"name": "x"}}, ("data", "DataRecipe", "dict")),
+    ],
+)
+def test_wrong_types_are_refused(kind, values, named):
+    """A value of the wrong type is refused with its field, itself and the type that is wanted; nothing is coerced."""
+    rest = {"data": DataRecipe(), "fusion": FusionRecipe(keep_layers=3)} if kind is Recipe else {}
+    with pytest.raises(RecipeError) as refused:
+        kind(**{**rest, **values})
+    assert all(name in str(refused.value) for name in (kind.__name__, *named)), refused.value
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "close"),
+    [
+        (FusionRecipe, "keep_layer", "keep_layers"),
+        (FusionRecipe, "similarty", "similarity"),
+        (DataRecipe, "max_len", "max_length"),
+        (HealRecipe, "learningrate", "learning_rate"),
+        (EvaluateRecipe, "strid", "stride"),
+        (Recipe, "heel", "heal"),
+    ],
+)
+def test_unknown_fields_are_refused_with_the_nearest(kind, field, close):
+    """A misspelt field is never ignored: the error suggests the nearest and lists all."""
+    with pytest.raises(RecipeError, match=f"{kind.__name__} has no field '{field}'. Did you mean '{close}'") as refused:
+        kind(**{field: 1})
+    assert all(name.name in str(refused.value) for name in dataclasses.fields(kind))
+    with pytest.raises(RecipeError) as refused:
+        kind(zzzzz=1)
+    assert "Did you mean" not in str(refused.value)
+
+
+def test_whole_numbers_and_exponents_are_floats(written):
+    """Where a float is wanted, 1 is 1.0, and 1e-4, which YAML reads as text, is the number."""
+    recipe = HealRecipe(temperature=2, learning_rate="1e-4")
+    assert (recipe.temperature, recipe.learning_rate) == (2.0, 1e-4)
+    assert type(recipe.temperature) is type(recipe.learning_rate) is float
+    heal = load_recipe(written(WHOLE)).heal
+    assert (heal.learning_rate, heal.kl_weight) == (1e-4, 1.0)
+    assert type(heal.learning_rate) is type(heal.kl_weight) is float
+
+
+def test_needs_batches():
+    """Only the measures that compare activations ask for calibration batches."""
+    needing = {
+        name: FusionRecipe(keep_layers=3, similarity=name).needs_batches
+        for name in ("euclidean", "cosine", "cka", "block_influence")
+    }
+    assert needing == {"euclidean": False, "cosine": False, "cka": True, "block_influence": True}
+
+
+def test_file(written):
+    """A file gives the same recipe as its fields given in Python; sections that are left out take their defaults."""
+    assert load_recipe(written(WHOLE)) == Recipe(
+        **RUN,
+        data=DataRecipe(name="some/text", max_length=64),
+        fusion=FusionRecipe(keep_layers=8, mode="share"),
+        heal=HealRecipe(steps=10, learning_rate=1e-4, kl_weight=1.0),
+        evaluate=EvaluateRecipe(),
+    )
+
+
+def test_overrides(written):
+    """Overrides replace fields inside and outside of sections, and make the sections that a file lacks."""
+    overrides = {"model": "other", "fusion.mode": "depth", "heal.steps": 0, "evaluate.latency": False}
+    recipe = load_recipe(written(WHOLE), overrides)
+    assert (recipe.model, recipe.fusion.mode, recipe.heal.steps) == ("other", "depth", 0)
+    assert recipe.evaluate == EvaluateRecipe(latency=False)
+    assert recipe.heal.learning_rate == 1e-4
+    empty = written("model: gpt2\ntask: causal-lm\noutput_dir: out\ndata:\nfusion:\n")
+    assert load_recipe(empty, {"fusion.ratio": 0.5}).fusion == FusionRecipe(ratio=0.5)
+
+
+def test_a_new_target_replaces_the_old_one(written):
+    """The command line sets the target that it names, whichever the file has; naming both is still refused."""
+    assert load_recipe(written(WHOLE), {"fusion.ratio": 0.25}).fusion == FusionRecipe(ratio=0.25, mode="share")
+    by_ratio = written(WHOLE.replace("keep_layers: 8", "ratio: 0.5"))
+    assert load_recipe(by_ratio, {"fusion.keep_layers": 4}).fusion == FusionRecipe(keep_layers=4, mode="share")
+    with pytest.raises(RecipeError, match=r"exactly one target, got keep_layers=4 and ratio=0.25"):
+        load_recipe(by_ratio, {"fusion.keep_layers": 4, "fusion.ratio": 0.25})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"fussion.ratio": 0.5}, r"--fussion\.ratio: no section 'fussion'.*data, fusion, heal, evaluate"),
+        ({"fusion.heal.steps": 1}, r"no section 'fusion\.heal'"),
+        ({"fusion.keep_layer": 1}, r"no field 'keep_layer'. Did you mean 'keep_layers'"),
+        ({"moddel": "gpt2"}, r"no field 'moddel'. Did you mean 'model'"),
+        ({"fusion": 8}, r"section 'fusion' holds 8, not fields"),
+    ],
+)
+def test_bad_overrides_are_refused(written, overrides, message):
+    """An override of a section or field that does not exist is refused by name."""
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(written(WHOLE), overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"recipe\.yaml holds NoneType, not a mapping"),
+        ("- model: gpt2", r"recipe\.yaml holds list, not a mapping"),
+        ("just words", r"recipe\.yaml holds str, not a mapping"),
+        ("model: [gpt2", r"recipe\.yaml is not valid YAML"),
+        (b"model: \xff", r"recipe\.yaml is not valid YAML"),
+        ("1: gpt2", r"no field '1'"),
+        (WHOLE.replace("mode: share", "on: true"), r"FusionRecipe has no field 'True'"),
+        (WHOLE.replace("{keep_layers: 8, mode: share}", "8"), r"section 'fusion' holds 8, not fields"),
+        (WHOLE.replace("{keep_layers: 8, mode: share}", ""), r"exactly one target"),
+        (WHOLE.replace("data:", "date:"), r"no field 'date'. Did you mean 'data'"),
+        (WHOLE.replace("output_dir: out", ""), r"Recipe: .*'output_dir'"),
+    ],
+)
+def test_bad_files_are_refused(written, text, message):
+    """A file that is no recipe is a `RecipeError` that says what it holds instead, never a bare TypeError."""
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(written(text))
+
+
+def test_missing_files_are_named(tmp_path):
+    """A path that holds no file is named in the error, a directory too."""
+    for path in (tmp_path / "nowhere.yaml", tmp_path):
+        with pytest.raises(RecipeError, match=f"no recipe at {path}"):
+            load_recipe(path)
+
+
+def test_yaml_runs_no_code(written, tmp_path):
+    """A YAML tag that calls a function is refused and not called; a loader that is not safe would have called it."""
+    victim = tmp_path / "victim"
+    path = written(WHOLE.replace("model: gpt2", f"model: !!python/object/apply:os.mkdir [{victim}]"))
+    with pytest.raises(RecipeError, match="is not valid YAML"):
+        load_recipe(path)
+    assert not victim.exists()
+    yaml.unsafe_load(path.read_text())
+    assert victim.exists(), "the tag does nothing: this test is blind"
