@@ -45,7 +45,7 @@ from .recipe import Recipe, load_recipe
 from .report import model_card, rows, text_table
 from .verify import verify, warn_if_useless
 
-_AUTO_CLASSES = {
+AUTO_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
     "text-classification": AutoModelForSequenceClassification,
     "image-classification": AutoModelForImageClassification,
@@ -168,7 +168,7 @@ def _load(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
     say(f"loading {recipe.model}")
     trust = {"trust_remote_code": True} if recipe.trust_remote_code else {}
     auto_class = AutoImageProcessor if recipe.task == "image-classification" else AutoTokenizer
-    model = load_checkpoint(recipe.model, auto_class=_AUTO_CLASSES[recipe.task], dtype=torch.float32, **trust)
+    model = load_checkpoint(recipe.model, auto_class=AUTO_CLASSES[recipe.task], dtype=torch.float32, **trust)
     try:
         processor = auto_class.from_pretrained(recipe.model, **trust)
     except (OSError, ValueError) as error:

@@ -37,6 +37,11 @@ def check_plan(model: PreTrainedModel, adapter: TransformerAdapter, plan: Plan) 
 
 def check_model(model: PreTrainedModel, adapter: TransformerAdapter) -> None:
     """Raise `UnsupportedModelError` unless the model is one that can be fused."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model: pass the model itself, without torch.compile or "
+            "other wrappers; merge PEFT adapters first (merge_and_unload)."
+        )
     if model.config.model_type.startswith(FUSED_PREFIX):
         raise UnsupportedModelError(
             f"{type(model).__name__} is already fused: apply a new plan to the original, or to expand(model)."

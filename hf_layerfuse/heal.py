@@ -312,10 +312,13 @@ def _accelerator(student: PreTrainedModel, recipe: HealRecipe) -> Accelerator:
 
 
 def _mixed_precision(recipe: HealRecipe) -> str | None:
-    """What the recipe names; for `auto`, None (what Accelerate was told), else what the device is fast in."""
+    """What the recipe names; for `auto`, None (what Accelerate was told), else what the device is fast in.
+
+    `accelerate launch` says "no" also where the user said nothing, so only another word of it counts.
+    """
     if recipe.mixed_precision != "auto":
         return recipe.mixed_precision
-    if is_initialized() or "ACCELERATE_MIXED_PRECISION" in os.environ:
+    if is_initialized() or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         return None
     device = PartialState().device
     if device.type == "cuda":

@@ -178,8 +178,8 @@ class HealRecipe:
         ce_weight: weight of the cross-entropy with the labels.
         kl_weight: weight of the divergence from the teacher's logits; 0 needs no teacher.
         temperature: softens both distributions in the divergence.
-        mixed_precision: `auto` is bf16 where the device computes in it natively, unless `accelerate launch` says
-            otherwise.
+        mixed_precision: `auto` is bf16 where the device computes in it natively, unless `accelerate launch` was told
+            bf16, fp16 or fp8. `no` is float32.
         eval_every: validation loss is taken every so many steps, and at the end.
     """
 

@@ -12,7 +12,6 @@ from hf_layerfuse import (
     DataError,
     Fuse,
     FusionRecipe,
-    LayerFuseWarning,
     Plan,
     RecipeError,
     adapter_for,
@@ -29,9 +28,8 @@ MEASURES = ("euclidean", "cosine", "cka", "block_influence")
 
 
 def base_model(model_type, **changes):
-    return tiny_model(
-        model_type, next(head for head in heads_of(model_type) if head.__name__.endswith("Model")), **changes
-    )
+    heads = [head for head in heads_of(model_type) if head.__name__.endswith("Model")]
+    return tiny_model(model_type, min(heads, key=lambda head: len(head.__name__)), **changes)
 
 
 def batches_for(model, count=2):
@@ -187,7 +185,7 @@ def test_padding_does_not_change_distances(model_type, measure):
 
 
 def test_states_of_blocks(model_type):
-    """States after an MLP are the outputs of its layer; after attention, what the MLP of the layer reads and adds to."""
+    """After an MLP the state is the output of its layer; after attention, what the MLP of the layer adds to."""
     model = base_model(model_type)
     adapter, batches = adapter_for(model), batches_for(model)
     layer, attention, mlp = (states_after(model, adapter, kind, batches) for kind in ("layer", "attention", "mlp"))
@@ -201,7 +199,7 @@ def test_states_of_blocks(model_type):
             parameter.data.zero_()
         expected = attention[index]
         if adapter.post_norm:
-            expected = idle.get_submodule(block.modules["norm"])(expected).detach()
+            expected = idle.get_submodule(block.modules["norm"])(expected.clone()).detach()
         torch.testing.assert_close(states_after(idle, adapter, "layer", batches)[index], expected)
 
 
@@ -305,7 +303,9 @@ def test_fuse_leaves_its_input_as_it_was(model_type, mode):
 
 def same(one, other):
     assert type(one) is type(other)
-    assert one.config.to_dict() == other.config.to_dict()
+    # saving, which verify does, writes the name of the class into the config
+    mine, others = ({**model.config.to_dict(), "architectures": None} for model in (one, other))
+    assert mine == others
     torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
 
 
@@ -332,7 +332,7 @@ def test_overrides_on_top_of_a_recipe():
         before = copy.copy(recipe)
         same(fuse(model, recipe, **overrides), fuse(model, expected))
         assert recipe == before
-    with pytest.raises(RecipeError, match="got keep_layers=3 and ratio=0.5"):
+    with pytest.raises(RecipeError, match=r"got keep_layers=3 and ratio=0\.5"):
         fuse(model, FusionRecipe(keep_layers=2), keep_layers=3, ratio=0.5)
     with pytest.raises(RecipeError, match="Did you mean 'keep_layers'"):
         fuse(model, keep_layer=3)
@@ -371,13 +371,3 @@ def test_the_same_seed_gives_the_same_plan():
     one, two = (plan_fusion(model, recipe, batches_for(model)) for _ in range(2))
     assert one == two
     assert one.notes == two.notes
-
-
-def test_warns_of_useless_results_only_with_batches():
-    """Without batches there is nothing to judge a result by, and `fuse` stays silent."""
-    model = tiny_model("vit", "ViTForImageClassification")
-    model.classifier.weight.data *= 100
-    labels = {"labels": model(**example_inputs(model, 8)).logits.argmin(-1)}
-    fuse(model, keep_layers=1)
-    with pytest.warns(LayerFuseWarning, match="worse than chance"):
-        fuse(model, keep_layers=5, batches=[example_inputs(model, 8) | labels])

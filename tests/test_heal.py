@@ -249,13 +249,16 @@ def test_auto_precision_is_what_the_device_does_natively(monkeypatch: pytest.Mon
     assert report.mixed_precision == ("bf16" if bf16 else "no")
 
 
-def test_auto_precision_obeys_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `accelerate launch` set wins over the capability of the device."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+@pytest.mark.parametrize(
+    ("launcher", "capable", "expected"), [("bf16", False, "bf16"), ("no", True, "bf16"), ("no", False, "no")]
+)
+def test_auto_precision_heeds_the_launcher(monkeypatch: pytest.MonkeyPatch, launcher, capable, expected) -> None:
+    """What `accelerate launch` was told wins over the device; its "no" is also its silence, so there the device decides."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     student = tiny_model("gpt2", "GPT2LMHeadModel")
     report = heal(student, _loader(_rows("causal-lm")), _recipe(steps=0, kl_weight=0.0, mixed_precision="auto"))
-    assert report.mixed_precision == "no"
+    assert report.mixed_precision == expected
 
 
 def test_a_given_accelerator_is_used() -> None:

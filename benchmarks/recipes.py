@@ -1,0 +1,116 @@
+"""Run the shipped recipes on real checkpoints and data: the figures of the README.
+
+    python benchmarks/recipes.py [JOB ...] [--threads 2]
+
+Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Each job runs `fuse.py` as a user would, then
+retrains the untouched original on the same budget, because a retrained model compares with nothing else. Jobs whose
+result is there are skipped; delete benchmarks/results/JOB.json to run one again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from hf_layerfuse import evaluate
+from hf_layerfuse.cli import AUTO_CLASSES
+from hf_layerfuse.data import load_splits, loader, prepare, text_of
+from hf_layerfuse.heal import heal
+from hf_layerfuse.modeling import load_checkpoint
+from hf_layerfuse.recipe import Recipe, load_recipe
+from hf_layerfuse.report import rows, text_table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DATA = Path(os.environ.get("LAYERFUSE_DATA", "../shared"))
+
+_LOCAL = ["--data.name", "null", "--data.config", "null"]
+_WIKITEXT = [
+    *("recipes/gpt2-wikitext2.yaml", "--model", f"{DATA}/models/gpt2-wikitext2", *_LOCAL),
+    *("--data.train", f"{DATA}/data/wikitext2/train.txt.xz"),
+    *("--data.validation", f"{DATA}/data/wikitext2/valid.txt.xz"),
+    *("--data.test", f"{DATA}/data/wikitext2/test.txt.xz"),
+    *("--heal.steps", "200", "--heal.learning_rate", "5e-4"),
+]
+_SST2 = [
+    *("recipes/bert-sst2.yaml", "--model", f"{DATA}/models/minilm-l6-sst2", *_LOCAL),
+    *("--data.train", f"{DATA}/data/sst2/train.tsv.xz", "--data.test", f"{DATA}/data/sst2/dev.tsv"),
+    *("--heal.steps", "300"),
+]
+JOBS = {
+    "bert-sst2": [*_SST2, "--fusion.keep_layers", "4"],
+    "gpt2-depth": [*_WIKITEXT, "--fusion.mode", "depth"],
+    "gpt2-share": [*_WIKITEXT, "--fusion.mode", "share"],
+}
+
+
+def run(name: str, threads: int) -> dict:
+    """Carry out one job and return its results, the retrained original among them."""
+    output = ROOT / "outputs" / name
+    arguments = [*JOBS[name], "--output_dir", os.path.relpath(output, ROOT)]
+    if not (output / "results.json").is_file():
+        launch = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch += ["--num_cpu_threads_per_process", str(threads)]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "fuse.py", *arguments]
+        subprocess.run(command, check=True, cwd=ROOT)
+    results = json.loads((output / "results.json").read_text())
+    options = dict(zip(arguments[1::2], arguments[2::2], strict=True))
+    recipe = load_recipe(
+        ROOT / arguments[0], {key[2:]: None if v == "null" else _number(v) for key, v in options.items()}
+    )
+    return results | {"original_healed": retrain_original(recipe, threads)}
+
+
+def _number(text: str) -> str | int | float:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def retrain_original(recipe: Recipe, threads: int) -> dict:
+    """Heal the original on the same batches, steps and losses as the fused model had, and measure it."""
+    torch.set_num_threads(threads)
+    data, task = recipe.data, recipe.task
+    model = load_checkpoint(recipe.model, auto_class=AUTO_CLASSES[task], dtype=torch.float32)
+    teacher = load_checkpoint(recipe.model, auto_class=AUTO_CLASSES[task], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    label2id = model.config.label2id if task == "text-classification" else None
+    splits = load_splits(data, task, recipe.seed, label2id=label2id)
+    train = prepare(splits["train"], tokenizer, data, task, training=True)
+    batches = loader(train, tokenizer, recipe.heal.batch_size, shuffle=True, seed=recipe.seed, task=task)
+    report = heal(model, batches, recipe.heal, teacher=teacher, seed=recipe.seed)
+    size = recipe.evaluate.batch_size
+    if task == "causal-lm":
+        metrics = evaluate.perplexity(
+            model, tokenizer, text_of(splits["test"], data), max_length=data.max_length, batch_size=size
+        )
+    else:
+        test = prepare(splits["test"], tokenizer, data, task, training=False)
+        metrics = evaluate.classification(model, loader(test, tokenizer, size, shuffle=False, seed=0, task=task))
+    return {"metrics": metrics, "seconds": report.seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("jobs", nargs="*", choices=[*JOBS, []], help=f"default: all of {', '.join(JOBS)}")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    RESULTS.mkdir(exist_ok=True)
+    for name in options.jobs or JOBS:
+        path = RESULTS / f"{name}.json"
+        if not path.is_file():
+            path.write_text(json.dumps(run(name, options.threads), indent=1) + "\n")
+        print(f"\n{name}\n{text_table(rows(json.loads(path.read_text())))}")
+
+
+if __name__ == "__main__":
+    main()

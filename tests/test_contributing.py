@@ -1,0 +1,122 @@
+"""CONTRIBUTING.md works as it is written: its code makes an architecture known that this package has never seen."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_layerfuse import UnsupportedModelError, fuse, register_adapter
+from hf_layerfuse.adapters import ADAPTERS, BUILTIN, TransformerAdapter
+
+GUIDE = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
+
+# in a process of its own, so that the registries of this one stay as they are
+USE = """
+import tempfile
+import toy, torch
+from transformers import AutoModelForSequenceClassification
+from hf_layerfuse import AutoFusedModel, Drop, Fuse, FusionRecipe, Plan, apply, expand, fuse, plan_fusion, verify
+from hf_layerfuse.inputs import example_inputs
+
+torch.manual_seed(0)
+model = toy.ToyForSequenceClassification(toy.ToyConfig(num_labels=3)).eval()
+inputs = example_inputs(model, 4)
+
+def logits(which):
+    with torch.inference_mode():
+        return which(**inputs).logits
+
+plans = {
+    "ToyForSequenceClassification": [Fuse("layer", (1, 2)), Drop("layer", 4)],
+    "FusedToyForSequenceClassification": [Fuse("layer", (1, 3), "share"), Drop("attention", 0), Fuse("mlp", (4, 5))],
+}
+for name, edits in plans.items():
+    small = apply(model, Plan("toy", 6, edits))
+    assert type(small).__name__ == name
+    assert small.num_parameters() < model.num_parameters()
+    assert not torch.allclose(logits(small), logits(model))
+    assert verify(small) == {"reload": 0}
+    torch.testing.assert_close(logits(expand(small)), logits(small))
+    with tempfile.TemporaryDirectory() as path:
+        small.save_pretrained(path)
+        for load in (AutoFusedModel, AutoModelForSequenceClassification):
+            loaded = load.from_pretrained(path)
+            assert type(loaded) is type(small)
+            assert loaded.num_parameters() == small.num_parameters()
+            torch.testing.assert_close(logits(loaded), logits(small))
+
+for mode in ("depth", "share"):
+    for blocks in ("layer", "attention", "mlp"):
+        for similarity in ("cosine", "cka"):
+            recipe = FusionRecipe(keep_layers=4, mode=mode, blocks=blocks, similarity=similarity)
+            plan = plan_fusion(model, recipe, [inputs])
+            assert sum(len(edit.layers) - 1 for edit in plan.edits) == 2
+            assert all((edit.kind, edit.mode) == (blocks, mode) for edit in plan.edits)
+    plan = plan_fusion(model, FusionRecipe(keep_layers=4, mode=mode))
+    assert torch.equal(logits(fuse(model, keep_layers=4, mode=mode)), logits(apply(model, plan)))
+
+untouched = apply(model, Plan("toy", 6, []))
+assert torch.equal(logits(untouched), logits(model))
+print("done")
+"""
+
+
+def blocks_of(section: str) -> list[str]:
+    """The Python code in a section of the guide."""
+    text = GUIDE.read_text(encoding="utf-8")
+    (body,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"^```python\n(.*?)^```$", body, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_adding_an_architecture_works_as_written(tmp_path):
+    """The code of the guide, to the letter, is all it takes to fuse, save, reload and verify a model that is new."""
+    code = blocks_of("Add an architecture")
+    assert len(code) == 2
+    (tmp_path / "toy.py").write_text("\n".join(code), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", USE],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "done", done.stderr
+
+
+def test_an_unknown_architecture_is_refused_with_directions():
+    """A model without an adapter gets an error that lists the known ones and points at the guide, where that is."""
+
+    class UnknownConfig(PreTrainedConfig):
+        model_type = "unheard-of"
+
+    class UnknownModel(PreTrainedModel):
+        config_class = UnknownConfig
+
+    with pytest.raises(UnsupportedModelError, match="no adapter for the architecture 'unheard-of'") as refused:
+        fuse(UnknownModel(UnknownConfig()), keep_layers=1)
+    known = re.search(r"Known: (.*?)\. ", str(refused.value))[1]
+    assert known.split(", ") == sorted(ADAPTERS)
+    assert "see 'Add an architecture' in CONTRIBUTING.md" in str(refused.value)
+    assert blocks_of("Add an architecture")
+
+
+def test_registering_needs_a_config_class():
+    """An adapter for a config that nobody registered is refused with the two calls that are missing."""
+
+    class Adapter(TransformerAdapter):
+        model_type = "unheard-of"
+
+    with pytest.raises(UnsupportedModelError, match=r"AutoConfig\.register\('unheard-of', YourConfig\).*AutoModel"):
+        register_adapter(Adapter)
+    assert "unheard-of" not in ADAPTERS
+
+
+def test_every_built_in_architecture_is_tested():
+    """Each adapter that comes with the package has its row in `TINY`, and the guide names the place."""
+    assert {adapter.model_type for adapter in BUILTIN} == TINY.keys()
+    assert "`TINY`" in GUIDE.read_text(encoding="utf-8")
