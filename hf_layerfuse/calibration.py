@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .adapters import TransformerAdapter
 from .errors import DataError
+from .modes import eval_mode
 from .plan import Kind
 
 Batches = Iterable[Mapping[str, Any]]
@@ -58,19 +58,6 @@ def states_after(
     if kept is None or kept.shape[1] == 0:
         raise DataError("the calibration batches hold no tokens: give `batches` with at least one batch of inputs.")
     return kept
-
-
-@contextmanager
-def eval_mode(*models: torch.nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule is in the mode it was in."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class _Recorder:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CheckpointError, DataError
+from .modes import eval_mode
 
 
 class Accuracy(evaluate.Metric):
@@ -205,14 +206,8 @@ def bytes_on_disk(path: str | Path) -> int:
 def evaluating(model: nn.Module, *, bf16: bool = False) -> Iterator[torch.device]:
     """Put a model in eval and inference mode, yield its device, and restore the mode of every submodule."""
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            yield device
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model), torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        yield device
 
 
 def _windows(tokens: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:

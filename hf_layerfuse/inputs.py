@@ -74,7 +74,7 @@ def _token_inputs(
         shape = (batch_size, _CHOICES, sequence_length)
     vocabulary = model.config.vocab_size
     input_ids = torch.randint(vocabulary, shape, generator=generator)
-    pad = model.config.pad_token_id
+    pad = getattr(model.config, "pad_token_id", None)
     if pad is not None:
         input_ids[input_ids == pad] = (pad + 1) % vocabulary
     return {"input_ids": input_ids}

@@ -34,7 +34,7 @@ class Fuse:
     kind: Kind
     layers: tuple[int, ...]
     mode: Mode = "depth"
-    operator: Operator = "mean"
+    operator: Operator = "freeze"
     edit: ClassVar[str] = "fuse"
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class Source:
     """The original layers whose blocks make one block of the result, and how their weights become one."""
 
     layers: tuple[int, ...]
-    operator: Operator = "mean"
+    operator: Operator = "freeze"
 
 
 @dataclass(frozen=True)

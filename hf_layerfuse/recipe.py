@@ -70,8 +70,9 @@ class FusionRecipe:
         similarity: distance between blocks. `euclidean` and `cosine` compare weights; `cka` and
             `block_influence` compare activations on calibration `batches`.
         cluster: `adjacent` groups neighbours only; `global` groups any blocks (`share` mode only).
-        operator: how the weights of a group become one. `mean`; `freeze` keeps the layer nearest the group's
-            middle; `telescope` adds all differences to the first layer (LaCo, eq. 1).
+        operator: how the weights of a group become one. `freeze` keeps the layer nearest the group's middle, the
+            later of two; `mean` averages, which is worse on every checkpoint measured here; `telescope` adds all
+            differences to the first layer (LaCo, eq. 1), which for pairs keeps the second.
         seed: seed of the subsample of calibration tokens that the activation measures compare.
         verify: save, reload and compare the result before it is returned.
 
@@ -85,7 +86,7 @@ class FusionRecipe:
     blocks: Literal["layer", "attention", "mlp"] = "layer"
     similarity: Literal["euclidean", "cosine", "cka", "block_influence"] = "cosine"
     cluster: Literal["adjacent", "global"] = "adjacent"
-    operator: Literal["mean", "freeze", "telescope"] = "mean"
+    operator: Literal["mean", "freeze", "telescope"] = "freeze"
     seed: int = 0
     verify: bool = True
 

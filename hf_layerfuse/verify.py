@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .calibration import Batches, eval_mode
-from .errors import LayerFuseWarning, VerificationError
+from .calibration import Batches
+from .errors import CheckpointError, LayerFuseWarning, VerificationError
 from .inputs import example_inputs
 from .modeling import load_checkpoint
+from .modes import eval_mode
 
 
 def verify(
@@ -86,7 +87,10 @@ def _decodes(model: PreTrainedModel) -> bool:
 
 @torch.inference_mode()
 def _compare_reloaded(model: PreTrainedModel, path: Path, inputs: dict[str, Tensor], expected: Tensor) -> float:
-    reloaded, info = load_checkpoint(path, dtype=model.dtype, output_loading_info=True)
+    try:
+        reloaded, info = load_checkpoint(path, dtype=model.dtype, output_loading_info=True)
+    except CheckpointError as error:
+        raise VerificationError(f"the saved checkpoint cannot be loaded: {error}") from error
     wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         raise VerificationError(f"the saved checkpoint does not match its config: {wrong}.")
@@ -125,8 +129,8 @@ def _compare_cached(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
 def warn_if_useless(original: PreTrainedModel, fused: PreTrainedModel, batches: Batches | None) -> None:
     """Warn where fusing changed nothing, or left a model that is worse than chance on the calibration batches.
 
-    With labels, chance is the loss of a uniform guess, ln(classes). Without, it is the mean cosine between the
-    original's outputs for different inputs: a fused model farther from the original than that has lost its content.
+    With labels, chance is the loss of a uniform guess, ln(classes). Without, it is the mean cosine with the original's
+    outputs for other inputs: a fused model no nearer to those for its own inputs has lost its content.
     """
     if sum(p.numel() for p in fused.parameters()) >= sum(p.numel() for p in original.parameters()):
         _warn("fusing removed no parameters: the plan is empty. Lower keep_layers or raise ratio.")
@@ -148,12 +152,12 @@ def warn_if_useless(original: PreTrainedModel, fused: PreTrainedModel, batches: 
         teacher, student = (_vectors(prediction(m(**inputs)), inputs) for m in (original, fused))
         cosine = torch.nn.functional.cosine_similarity
         if teacher.shape[0] > 1 and teacher.shape[1] > 1:  # a single number has no direction
-            chance = cosine(teacher, teacher.roll(1, 0), dim=-1).mean().item()
+            chance = cosine(teacher.roll(1, 0), student, dim=-1).mean().item()
             match = cosine(teacher, student, dim=-1).mean().item()
             if not match > chance:
                 _warn(
                     f"the fused model is worse than chance on the calibration batch: cosine {match:.2f} with the "
-                    f"original, whose outputs for different inputs have {chance:.2f}. Fuse less, or heal it before use."
+                    f"original's outputs for its inputs, {chance:.2f} with those for others. Fuse less, or heal it."
                 )
 
 

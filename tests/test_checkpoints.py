@@ -35,7 +35,7 @@ from hf_layerfuse import (
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.verify import prediction
 
-SHARE = (Fuse("layer", (1, 3), "share"), Fuse("mlp", (4, 5), "share"))
+SHARE = (Fuse("layer", (1, 3), "share", "mean"), Fuse("mlp", (4, 5), "share"))
 PARTS = (Drop("attention", 0), Fuse("mlp", (3, 4)))
 
 

@@ -13,10 +13,10 @@ from hf_layerfuse.modeling import FusedMixin
 from hf_layerfuse.verify import prediction
 
 EDITS = {
-    "depth": (Fuse("layer", (1, 2)), Fuse("layer", (3, 4), operator="telescope")),
-    "share": (Fuse("layer", (1, 3), "share"), Fuse("layer", (2, 4, 5), "share", "freeze")),
+    "depth": (Fuse("layer", (1, 2), operator="mean"), Fuse("layer", (3, 4), operator="telescope")),
+    "share": (Fuse("layer", (1, 3), "share", "mean"), Fuse("layer", (2, 4, 5), "share", "freeze")),
     "attention": (Fuse("attention", (0, 1)), Drop("attention", 3), Fuse("attention", (4, 5), "share")),
-    "mlp": (Fuse("mlp", (1, 2, 3)), Drop("mlp", 5), Fuse("mlp", (0, 4), "share")),
+    "mlp": (Fuse("mlp", (1, 2, 3), operator="mean"), Drop("mlp", 5), Fuse("mlp", (0, 4), "share")),
     "drop": (Drop("layer", 0), Drop("layer", 4)),
 }
 STOCK = {"depth", "drop"}

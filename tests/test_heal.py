@@ -253,7 +253,7 @@ def test_auto_precision_is_what_the_device_does_natively(monkeypatch: pytest.Mon
     ("launcher", "capable", "expected"), [("bf16", False, "bf16"), ("no", True, "bf16"), ("no", False, "no")]
 )
 def test_auto_precision_heeds_the_launcher(monkeypatch: pytest.MonkeyPatch, launcher, capable, expected) -> None:
-    """What `accelerate launch` was told wins over the device; its "no" is also its silence, so there the device decides."""
+    """What `accelerate launch` was told wins over the device; its "no" is also its silence: the device decides."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     student = tiny_model("gpt2", "GPT2LMHeadModel")

@@ -1,6 +1,15 @@
 """One table per architecture; `BUILTIN` lists those that come with the package."""
 
-from .base import ADAPTERS, FUSED_PREFIX, Block, ModelAdapter, TransformerAdapter, adapter_for
+from .base import (
+    ADAPTERS,
+    FUSED_PREFIX,
+    Block,
+    ModelAdapter,
+    TransformerAdapter,
+    ZeroAttention,
+    ZeroBlock,
+    adapter_for,
+)
 from .bert import BertAdapter, DistilBertAdapter, RobertaAdapter
 from .gpt2 import GPT2Adapter
 from .llama import LlamaAdapter, MistralAdapter, Qwen2Adapter, Qwen3Adapter
@@ -19,4 +28,14 @@ BUILTIN: tuple[type[TransformerAdapter], ...] = (
     Qwen3Adapter,
 )
 
-__all__ = ["ADAPTERS", "BUILTIN", "FUSED_PREFIX", "Block", "ModelAdapter", "TransformerAdapter", "adapter_for"]
+__all__ = [
+    "ADAPTERS",
+    "BUILTIN",
+    "FUSED_PREFIX",
+    "Block",
+    "ModelAdapter",
+    "TransformerAdapter",
+    "ZeroAttention",
+    "ZeroBlock",
+    "adapter_for",
+]
