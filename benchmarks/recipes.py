@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_layerfuse import evaluate
-from hf_layerfuse.cli import AUTO_CLASSES
+from hf_layerfuse.cli import AUTO_CLASSES, parse_overrides
 from hf_layerfuse.data import load_splits, loader, prepare, text_of
 from hf_layerfuse.heal import heal
 from hf_layerfuse.modeling import load_checkpoint
@@ -59,20 +59,19 @@ def run(name: str, threads: int) -> dict:
         command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "fuse.py", *arguments]
         subprocess.run(command, check=True, cwd=ROOT)
     results = json.loads((output / "results.json").read_text())
-    options = dict(zip(arguments[1::2], arguments[2::2], strict=True))
-    recipe = load_recipe(
-        ROOT / arguments[0], {key[2:]: None if v == "null" else _number(v) for key, v in options.items()}
-    )
-    return results | {"original_healed": retrain_original(recipe, threads)}
+    recipe = load_recipe(ROOT / arguments[0], parse_overrides(arguments[1:]))
+    return results | {"original_healed": _known_retraining(results["recipe"]) or retrain_original(recipe, threads)}
 
 
-def _number(text: str) -> str | int | float:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def _known_retraining(recipe: dict) -> dict | None:
+    """What another job has measured already: jobs that differ in the fusion alone share one retrained original."""
+    for path in sorted(RESULTS.glob("*.json")):
+        other = json.loads(path.read_text())
+        if "original_healed" in other and all(
+            other["recipe"][key] == recipe[key] for key in ("model", "data", "heal", "seed")
+        ):
+            return other["original_healed"]
+    return None
 
 
 def retrain_original(recipe: Recipe, threads: int) -> dict:

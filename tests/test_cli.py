@@ -1,0 +1,271 @@
+"""`fuse.py` end to end on small local data: every task, what it writes, what it refuses, and being interrupted."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import tiny_model
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessorPil
+
+from hf_layerfuse import AutoFusedModel, Plan, RecipeError, cli, verify
+from hf_layerfuse.cli import main, parse_overrides
+from hf_layerfuse.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+# random models are worse than chance, and say so
+pytestmark = pytest.mark.filterwarnings("ignore::hf_layerfuse.errors.LayerFuseWarning")
+
+WORDS = [f"w{i}" for i in range(3, 60)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    """Accelerate keeps its settings for the whole process; `fuse.py` has one to itself."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def save_text_model(path: Path, head: str, **changes):
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {word: i for i, word in enumerate(WORDS, start=3)}
+    backend = Tokenizer(models.WordLevel(vocabulary | {"<unk>": 63}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **tokens).save_pretrained(path)
+    model = tiny_model("gpt2" if "GPT2" in head else "bert", head, **changes)
+    model.save_pretrained(path)
+    return model
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for _ in range(count)]
+
+
+def causal_lm(path: Path) -> list[str]:
+    save_text_model(path / "model", "GPT2LMHeadModel")
+    for split in ("train", "validation", "test"):
+        (path / f"{split}.txt").write_text("\n".join(sentences(60, len(split))) + "\n")
+    return [*local(path, "causal-lm", "txt"), "--data.max_length", "16"]
+
+
+def text_classification(path: Path) -> list[str]:
+    save_text_model(path / "model", "BertForSequenceClassification")
+    for split in ("train", "validation", "test"):
+        rows = [f"{text}\t{int('w7' in text)}" for text in sentences(60, len(split))]
+        (path / f"{split}.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    return local(path, "text-classification", "tsv")
+
+
+def feature_extraction(path: Path) -> list[str]:
+    save_text_model(path / "model", "BertModel")
+    for split in ("train", "validation", "test"):
+        lines = [json.dumps({"text": text}) for text in sentences(40, len(split))]
+        (path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return local(path, "feature-extraction", "jsonl")
+
+
+def image_classification(path: Path) -> list[str]:
+    tiny_model("vit", "ViTForImageClassification").save_pretrained(path / "model")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(path / "model")
+    rng = random.Random(0)
+    for split in ("train", "validation", "test"):
+        for kind in ("cat", "dog"):
+            folder = path / split / kind
+            folder.mkdir(parents=True)
+            for index in range(12):
+                pixels = bytes(rng.randrange(256) for _ in range(10 * 10 * 3))
+                Image.frombytes("RGB", (10, 10), pixels).save(folder / f"{index}.png")
+    return local(path, "image-classification", None)
+
+
+def local(path: Path, task: str, suffix: str | None) -> list[str]:
+    """A recipe file for data in `path`, and the words that run it."""
+    splits = {
+        split: str(path / (f"{split}.{suffix}" if suffix else split)) for split in ("train", "validation", "test")
+    }
+    recipe = {
+        "model": str(path / "model"),
+        "task": task,
+        "output_dir": str(path / "out"),
+        "data": {**splits, "max_length": 32, "calibration_samples": 8},
+        "fusion": {"keep_layers": 4},
+        "heal": {"steps": 3, "batch_size": 8, "eval_every": 2},
+        "evaluate": {"latency_repeats": 1},
+    }
+    (path / "recipe.yaml").write_text(json.dumps(recipe))
+    return [str(path / "recipe.yaml")]
+
+
+JOBS = {
+    "causal-lm": (causal_lm, ["token_perplexity", "word_perplexity"]),
+    "text-classification": (text_classification, ["accuracy", "cross_entropy"]),
+    "image-classification": (image_classification, ["accuracy", "cross_entropy"]),
+    "feature-extraction": (feature_extraction, ["cosine"]),
+}
+
+
+@pytest.mark.parametrize("mode", ["depth", "share"])
+@pytest.mark.parametrize("task", JOBS)
+def test_end_to_end(tmp_path, capsys, task, mode):
+    """Every task and mode leaves a checkpoint with its processor, plan, results and card, all of them consistent."""
+    prepare, metrics = JOBS[task]
+    words = [*prepare(tmp_path), "--fusion.mode", mode, "--fusion.similarity", "block_influence"]
+    assert main(words) == 0
+    out = tmp_path / "out"
+    assert not list(tmp_path.glob(".out*")), "a temporary directory was left behind"
+
+    results = json.loads((out / "results.json").read_text())
+    for stage in ("before", "fused", "healed"):
+        assert {"parameters", "non_embedding_parameters", "bytes", "latency_ms", "metrics"} <= results[stage].keys()
+        assert set(results[stage]["latency_ms"]) == {"1", "8"}
+        assert set(metrics) <= results[stage]["metrics"].keys()
+    assert results["healed"]["bytes"] == (out / "model.safetensors").stat().st_size
+    assert results["fused"]["parameters"] < results["before"]["parameters"]
+    assert results["heal"]["steps"] == 3
+
+    model = AutoFusedModel.from_pretrained(out)
+    assert model.num_parameters() == results["healed"]["parameters"]
+    plan = Plan.load(out / "plan.json")
+    assert plan.layout().is_stock == (mode == "depth")
+    assert sum(len(edit.layers) - 1 for edit in plan.edits) == 2
+    processor = ViTImageProcessorPil if task == "image-classification" else AutoTokenizer
+    assert processor.from_pretrained(out)
+
+    card = (out / "README.md").read_text()
+    printed = capsys.readouterr().out
+    for text in (f"{results['healed']['parameters']:,}", f"{results['before']['metrics'][metrics[0]]:.4g}"):
+        assert text in card
+        assert text in printed
+    assert ("not make the model faster" in card) == (mode == "share")
+    assert "accelerate launch fuse.py" in card
+
+
+def test_figures_are_those_of_the_file(tmp_path):
+    """A float16 checkpoint stays float16, and the figures were taken with the rounded weights that the file holds."""
+    words = text_classification(tmp_path)
+    AutoFusedModel.from_pretrained(tmp_path / "model", dtype=torch.float16).save_pretrained(tmp_path / "model")
+    assert main(words) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert AutoFusedModel.from_pretrained(tmp_path / "out").dtype == torch.float16
+    assert results["before"]["bytes"] == pytest.approx(2 * results["before"]["parameters"], rel=0.3)
+    # the same recipe on the result, without healing or fusing further than one layer, measures the result as `before`
+    again = [*words, "--model", str(tmp_path / "out"), "--output_dir", str(tmp_path / "again"), "--heal.steps", "0"]
+    assert main([*again, "--fusion.keep_layers", "3"]) == 0
+    measured = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert measured["before"]["metrics"] == results["healed"]["metrics"]
+    assert "healed" not in measured
+
+
+def test_never_overwrites_unasked(tmp_path, capsys):
+    """A directory with anything in it is refused before any work, and replaced whole with --overwrite."""
+    words = [*causal_lm(tmp_path), "--heal.steps", "0", "--evaluate.latency", "false"]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    assert main(words) == 1
+    message = capsys.readouterr().err
+    assert "not empty" in message
+    assert "--overwrite" in message
+    assert "loading" not in message, "it was refused after work had begun"
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    assert main([*words, "--overwrite"]) == 0
+    assert not (out / "precious.txt").exists()
+    assert (out / "model.safetensors").exists()
+
+
+def test_interrupted_while_saving(tmp_path, monkeypatch):
+    """Ctrl-C in the middle of saving leaves what was there before, and nothing half-written."""
+    words = [*causal_lm(tmp_path), "--heal.steps", "0", "--evaluate.latency", "false", "--overwrite"]
+    out = tmp_path / "out"
+    before = set(tmp_path.iterdir())
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "model_card", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            main(words)
+        assert set(tmp_path.iterdir()) == before
+        out.mkdir()
+        (out / "old.txt").write_text("old")
+        with pytest.raises(KeyboardInterrupt):
+            main(words)
+    assert [path.name for path in out.iterdir()] == ["old.txt"]
+    assert set(tmp_path.iterdir()) == {*before, out}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "nowhere/nothing"], "cannot load a model"),
+        (["--fusion.keep_layer", "3"], "Did you mean 'keep_layers'"),
+        (["--fusion.keep_layers", "7"], "keep_layers=7 of the model's 6"),
+        (["--data.train", "missing.txt"], "no such file"),
+        (["--data.text_column", "sentence"], "no column 'sentence'"),
+        (["--data.train", "EMPTY"], "empty"),
+        (["--task", "text-classification"], "lacks weights"),
+        (["--surprise"], "no value"),
+        (["surprise"], "unrecognized|not an option"),
+    ],
+)
+def test_bad_input(tmp_path, capsys, words, message):
+    """Each mistake ends with exit code 1, one clear line, and no output directory."""
+    (tmp_path / "empty.txt").write_text("")
+    words = [str(tmp_path / "empty.txt") if word == "EMPTY" else word for word in words]
+    assert main([*causal_lm(tmp_path), *words]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fuse.py: ")
+    assert any(part in error for part in message.split("|"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_overrides():
+    """Values are YAML, with and without an equals sign."""
+    words = ["--heal.steps", "0", "--data.name=null", "--model", "a/b", "--heal.learning_rate", "1e-4", "--x.y=a=b"]
+    assert parse_overrides(words) == {
+        "heal.steps": 0,
+        "data.name": None,
+        "model": "a/b",
+        "heal.learning_rate": "1e-4",  # YAML 1.1 reads this as text; the recipe takes it for a number
+        "x.y": "a=b",
+    }
+    for wrong in (["steps", "3"], ["--steps"], ["--steps", "--other"], ["--steps", "[1"]):
+        with pytest.raises(RecipeError):
+            parse_overrides(wrong)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes(path):
+    """Every shipped recipe parses, takes overrides, and asks for something that its model can be."""
+    recipe = load_recipe(path, {"heal.learning_rate": "1e-4", "output_dir": "elsewhere"})
+    assert recipe.heal.learning_rate == 1e-4
+    assert recipe.output_dir == "elsewhere"
+    assert recipe.data.name or path.stem == "demo"
+
+
+@pytest.mark.slow
+def test_under_accelerate_launch(tmp_path):
+    """The command of the README, in processes of its own: one, and two that share the work and agree on the result."""
+    words = [*causal_lm(tmp_path), "--evaluate.latency", "false"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "fuse.py")]
+    subprocess.run([*launch, *words], check=True, env=environment, cwd=tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "fuse.py")]
+    subprocess.run([*torchrun, *words, "--output_dir", str(tmp_path / "two")], check=True, env=environment)
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("out", "two"))
+    assert one["heal"]["num_processes"] == 1
+    assert two["heal"]["num_processes"] == 2
+    assert one["fused"]["metrics"] == two["fused"]["metrics"]
+    assert verify(AutoFusedModel.from_pretrained(tmp_path / "two"))["reload"] == 0

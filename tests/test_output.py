@@ -1,0 +1,60 @@
+"""Output directories appear whole or not at all."""
+
+import stat
+
+import pytest
+
+from hf_layerfuse import CheckpointError
+from hf_layerfuse.output import new_directory
+
+
+def test_appears_at_the_end(tmp_path):
+    """Parents are made, the name is taken when the block ends, and others may read it as they may any directory."""
+    target = tmp_path / "a" / "b"
+    with new_directory(target) as path:
+        (path / "file").write_text("new")
+        assert not target.exists()
+    assert (target / "file").read_text() == "new"
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_replaces_whole_when_asked(tmp_path):
+    """With `overwrite`, no file of the old directory survives; an empty one needs no asking."""
+    target = tmp_path / "out"
+    target.mkdir()
+    with new_directory(target) as path:
+        (path / "old").write_text("old")
+    with pytest.raises(CheckpointError, match="--overwrite"), new_directory(target):
+        pass
+    with new_directory(target, overwrite=True) as path:
+        (path / "new").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_leaves_nothing_behind(tmp_path, error):
+    """Whatever ends the block early, the old content stays and the new is gone."""
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+
+    def fail():
+        with new_directory(target, overwrite=True) as path:
+            (path / "new").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert [path.name for path in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_files_are_refused(tmp_path):
+    """A file in the place of the directory is never replaced."""
+    (tmp_path / "out").write_text("file")
+    with pytest.raises(CheckpointError, match="is a file"), new_directory(tmp_path / "out", overwrite=True):
+        pass
