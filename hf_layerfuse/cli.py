@@ -19,7 +19,6 @@ import datasets
 import torch
 import transformers
 import yaml
-from accelerate import PartialState
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -41,6 +40,7 @@ from .methods.fusion import plan_fusion
 from .modeling import apply, load_checkpoint
 from .output import check_output, new_directory
 from .plan import Plan
+from .processes import process_state
 from .recipe import Recipe, load_recipe
 from .report import model_card, rows, text_table
 from .verify import verify, warn_if_useless
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = load_recipe(known.recipe, overrides)
         run(recipe, command=shlex.join(["accelerate", "launch", "fuse.py", *arguments]))
     except LayerFuseError as error:
-        if PartialState().is_main_process:
+        if process_state().is_main_process:
             print(f"fuse.py: {error}", file=sys.stderr)
         return 1
     return 0
@@ -118,7 +118,7 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
     Raises:
         LayerFuseError: one of its children, for each thing that the user can mend.
     """
-    state = PartialState()
+    state = process_state()
     check_output(recipe.output_dir, recipe.overwrite)
     set_seed(recipe.seed)
 
@@ -160,7 +160,7 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
 
 def say(message: str) -> None:
     """One line on standard error, from the main process."""
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         print(f"[layerfuse] {message}", file=sys.stderr, flush=True)
 
 
@@ -233,7 +233,7 @@ class _Inputs:
 
     def measure(self, model: PreTrainedModel, original: PreTrainedModel, name: str) -> dict[str, Any] | None:
         """Size, speed and quality of a model whose weights are rounded already; on the main process alone."""
-        state = PartialState()
+        state = process_state()
         figures = None
         if state.is_main_process:
             say(f"measuring {name}")
@@ -290,7 +290,7 @@ def _file_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def _environment() -> dict[str, str]:
-    state = PartialState()
+    state = process_state()
     device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else f"cpu {platform.machine()}"
     return {
         "hf_layerfuse": __version__,

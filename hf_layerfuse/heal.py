@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import is_initialized
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from transformers.utils import ModelOutput
 
 from .errors import DataError, LayerFuseError, RecipeError
+from .processes import process_state
 from .recipe import HealRecipe
 
 Batch = Mapping[str, Tensor]
@@ -320,7 +321,7 @@ def _mixed_precision(recipe: HealRecipe) -> str | None:
         return recipe.mixed_precision
     if is_initialized() or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         return None
-    device = PartialState().device
+    device = process_state().device
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if device.type == "cpu":

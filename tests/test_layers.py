@@ -23,7 +23,7 @@ RANKS = (
     ("inputs",),
     ("adapters", "plan", "recipe"),
     ("math",),
-    ("errors", "modes"),
+    ("errors", "modes", "processes"),
 )
 RANK = {name: rank for rank, row in enumerate(RANKS) for name in row}
 
