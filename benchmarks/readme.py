@@ -1,0 +1,65 @@
+"""Write the tables of the README from the JSON files of the benchmarks.
+
+python benchmarks/readme.py
+"""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+from hf_layerfuse.report import markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+_RUNS = {
+    "bert-sst2": "MiniLM-L6, SST-2, 6 -> 4 layers, depth",
+    "gpt2-depth": "GPT-2 (12 x 256), WikiText-2, 12 -> 8 layers, depth",
+    "gpt2-share": "the same, share",
+}
+
+
+def recipes() -> list[list[str]]:
+    """One row a job: size and speed against the original, and quality before, after fusing and after healing."""
+    table = [
+        ["model and task", "metric", "bytes", "speed-up, batch 8", "original", "fused", "healed", "original, retrained"]
+    ]
+    for name, label in _RUNS.items():
+        results = json.loads((RESULTS / f"{name}.json").read_text())
+        metric = "accuracy" if "accuracy" in results["before"]["metrics"] else "token_perplexity"
+        form = "{:.2%}" if metric == "accuracy" else "{:.1f}"
+        stages = ("before", "fused", "healed", "original_healed")
+        table.append(
+            [
+                label,
+                metric.replace("_", " "),
+                f"{results['healed']['bytes'] / results['before']['bytes']:.0%}",
+                f"{results['healed']['latency']['8']['speedup']:.2f}",
+                *(form.format(results[stage]["metrics"][metric]) for stage in stages),
+            ]
+        )
+    return table
+
+
+def latency() -> list[list[str]]:
+    """The table that benchmarks/latency.py prints."""
+    spec = importlib.util.spec_from_file_location("latency_benchmark", ROOT / "benchmarks" / "latency.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.table(json.loads((RESULTS / "latency.json").read_text()))
+
+
+def filled(text: str) -> str:
+    """The README with its tables as the JSON files have them."""
+    for name, make in (("recipes", recipes), ("latency", latency)):
+        block = rf"\g<1>{markdown_table(make())}\n\g<2>"
+        text, count = re.subn(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", block, text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"README.md has {count} places for the table {name!r}; it needs one.")
+    return text
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
