@@ -4,12 +4,13 @@
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Each job runs `fuse.py` as a user would, then
 retrains the untouched original on the same budget, because a retrained model compares with nothing else. Jobs whose
-result is there are skipped; delete benchmarks/results/JOB.json to run one again.
+result is there are skipped; delete benchmarks/results/JOB.json to run one again. The cards go to model_cards/.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,7 @@ def main() -> None:
         path = RESULTS / f"{name}.json"
         if not path.is_file():
             path.write_text(json.dumps(run(name, options.threads), indent=1) + "\n")
+            shutil.copy(ROOT / "outputs" / name / "README.md", ROOT / "model_cards" / f"{name}.md")
         print(f"\n{name}\n{text_table(rows(json.loads(path.read_text())))}")
 
 
