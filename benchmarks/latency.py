@@ -77,7 +77,7 @@ def speed(repeats: int) -> list[dict]:
         model = head(config)
         models = {
             "original": model,
-            "fused": fuse(model, keep_layers=6, verify=False),
+            "fused": fuse(model, keep_layers=6, check=False),
             "no layers": without_layers(head(config)),
         }
         timed = latency_side_by_side(models, sequence_length=128, repeats=repeats)

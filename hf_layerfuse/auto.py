@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -16,15 +17,21 @@ from .verify import verify, warn_if_useless
 
 
 def fuse(
-    model: PreTrainedModel, recipe: FusionRecipe | None = None, *, batches: Batches | None = None, **overrides: Any
+    model: PreTrainedModel,
+    recipe: FusionRecipe | None = None,
+    *,
+    batches: Batches | None = None,
+    check: bool = True,
+    **overrides: Any,
 ) -> PreTrainedModel:
     """Make a model smaller: plan, apply, verify.
 
     Args:
         model: a stock model with any head; never changed.
         recipe: what is asked for; `FusionRecipe(keep_layers=6)`, say.
-        batches: calibration batches, an iterable of dicts of model inputs that can be read more than once. Needed by
-            the similarities `cka` and `block_influence`; with any other, used to say when the result is worthless.
+        batches: calibration batches, an iterable of dicts of model inputs. Needed by the similarities `cka` and
+            `block_influence`; with any other, used to say when the result is worthless.
+        check: save, reload and compare the result before it is returned, as `verify` does.
         overrides: fields of `FusionRecipe`, in place of the recipe or on top of it.
 
     Returns:
@@ -45,9 +52,11 @@ def fuse(
     elif overrides:
         target = {"keep_layers": None, "ratio": None} if overrides.keys() & {"keep_layers", "ratio"} else {}
         recipe = FusionRecipe(**{**vars(recipe), **target, **overrides})
+    if isinstance(batches, Iterator):
+        batches = list(batches)  # read for the plan, and again to judge the result
     plan = plan_fusion(model, recipe, batches)
     fused = apply(model, plan)
-    if recipe.verify:
+    if check:
         verify(fused)
     warn_if_useless(model, fused, batches)
     return fused

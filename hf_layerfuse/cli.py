@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="fuse.py",
+        usage="accelerate launch fuse.py RECIPE [--model M] [--output_dir DIR] [--overwrite] [--section.field VALUE]",
+        allow_abbrev=False,
         description="Fuse the layers of a pretrained model by a recipe, heal it, evaluate it and save it.",
         epilog="Every field of the recipe can be set: --section.field value, such as --fusion.keep_layers 8 or "
         "--heal.steps 0. A field that is not in a section goes without one: --seed 1.",
@@ -68,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace output_dir if it is not empty")
     known, rest = parser.parse_known_args(arguments)
     try:
+        if arguments[0].startswith("-"):
+            raise RecipeError(f"the recipe comes first, before {arguments[0]}: fuse.py RECIPE.yaml {arguments[0]} ...")
         overrides = parse_overrides(rest)
         overrides |= {name: value for name in ("model", "output_dir") if (value := getattr(known, name)) is not None}
         if known.overwrite:
@@ -119,7 +123,9 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
         LayerFuseError: one of its children, for each thing that the user can mend.
     """
     state = process_state()
-    check_output(recipe.output_dir, recipe.overwrite)
+    data = recipe.data
+    inputs = (recipe.model, *(() if data.name else (data.train, data.validation, data.test)))
+    check_output(recipe.output_dir, recipe.overwrite, keep=inputs)
     set_seed(recipe.seed)
 
     original, processor = _load(recipe)
@@ -175,8 +181,16 @@ def _load(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
         raise CheckpointError(
             f"{recipe.model!r} has no tokenizer or image processor: save the one it was trained with beside it."
         ) from error
-    if auto_class is AutoTokenizer and processor.pad_token is None:
-        processor.pad_token = processor.eos_token  # GPT-2 has none; the attention mask hides it
+    if auto_class is AutoTokenizer:
+        if len(processor) < model.config.vocab_size // 2:  # from a config alone, transformers makes up an empty one
+            raise CheckpointError(
+                f"{recipe.model!r} has no tokenizer: {len(processor)} tokens for a vocabulary of "
+                f"{model.config.vocab_size}. Save the one it was trained with beside it."
+            )
+        if processor.pad_token is None:
+            processor.pad_token = processor.eos_token  # GPT-2 has none; the attention mask hides it
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = processor.pad_token_id
     return model, processor
 
 
@@ -206,14 +220,14 @@ class _Inputs:
         self.splits = load_splits(recipe.data, recipe.task, recipe.seed, label2id=label2id)
         self.reported = "test" if "test" in self.splits else "validation"
         self.train = self._prepare("train", training=True)
-        self._report_batches: list[Any] | None = None
+        self._report_batches: Any = None
 
     def _prepare(self, split: str, *, training: bool = False) -> Any:
         return prepare(self.splits[split], self.processor, self.recipe.data, self.recipe.task, training=training)
 
-    def _batches(self, split: str) -> list[Any]:
+    def _batches(self, split: str) -> Any:
         size, task = self.recipe.evaluate.batch_size, self.recipe.task
-        return list(loader(self._prepare(split), self.processor, size, shuffle=False, seed=0, task=task))
+        return loader(self._prepare(split), self.processor, size, shuffle=False, seed=0, task=task)
 
     def calibration(self) -> list[Any]:
         recipe = self.recipe
@@ -228,7 +242,7 @@ class _Inputs:
             self.train, self.processor, recipe.heal.batch_size, shuffle=True, seed=recipe.seed, task=recipe.task
         )
 
-    def validation_batches(self) -> list[Any]:
+    def validation_batches(self) -> Any:
         return self._batches("validation")
 
     def measure(self, model: PreTrainedModel, original: PreTrainedModel, name: str) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .adapters import FUSED_PREFIX, TransformerAdapter
 from .errors import PlanError, UnsupportedModelError
-from .plan import Layout, Operator, Plan, Source
+from .plan import Layout, Operator, Plan, Slot, Source
+
+_T = TypeVar("_T")
 
 
 def check_plan(model: PreTrainedModel, adapter: TransformerAdapter, plan: Plan) -> None:
@@ -68,8 +71,7 @@ def target_config(config: PreTrainedConfig, adapter: TransformerAdapter, layout:
     target = copy.deepcopy(config)
     for name in adapter.per_layer_config:
         if getattr(config, name, None) is not None:
-            values = getattr(config, name)
-            setattr(target, name, [values[slot.layers[0]] for slot in layout.slots])
+            setattr(target, name, [_per_layer(getattr(config, name), slot, name) for slot in layout.slots])
     types = getattr(target, "layer_types", None)
     if types is not None:
         # A layer without attention needs no cache of its own type. Where a type has lost all its attention, a cache
@@ -79,6 +81,20 @@ def target_config(config: PreTrainedConfig, adapter: TransformerAdapter, layout:
         target.layer_types = [kind if kind in used else fallback for kind in types]
     target.num_hidden_layers = len(layout.slots)
     return target
+
+
+def _per_layer(values: Sequence[Any], slot: Slot, name: str) -> Any:
+    """The entry of a per-layer config list that belongs to the layer whose weights a slot gets."""
+    source = slot.attention or Source(slot.layers[:1])
+    entries = [values[layer] for layer in source.layers]
+    if source.operator == "freeze":
+        return frozen(entries)
+    if any(entry != entries[0] for entry in entries):
+        raise PlanError(
+            f"layers {source.layers} differ in config.{name} ({', '.join(map(str, entries))}), so their weights do "
+            f"not make one layer by {source.operator!r}: use operator 'freeze', or group layers of one kind."
+        )
+    return entries[0]
 
 
 def reshape(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout) -> None:
@@ -183,13 +199,18 @@ def combine(tensors: Sequence[Tensor], operator: Operator) -> Tensor:
     """
     first = tensors[0].detach()
     if operator == "freeze":
-        return tensors[len(tensors) // 2].detach().clone()
+        return frozen(tensors).detach().clone()
     if len(tensors) == 1 or not first.is_floating_point():
         return first.clone()
     total = sum(_double(tensors), start=torch.zeros_like(first, dtype=torch.float64))
     if operator == "mean":
         return (total / len(tensors)).to(first.dtype)
     return (total - (len(tensors) - 1) * first.double()).to(first.dtype)
+
+
+def frozen(group: Sequence[_T]) -> _T:
+    """What `freeze` keeps of a group: the one nearest the middle, the later of two."""
+    return group[len(group) // 2]
 
 
 def _double(tensors: Sequence[Tensor]) -> Iterator[Tensor]:

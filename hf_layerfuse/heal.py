@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from transformers.utils import ModelOutput
 
 from .errors import DataError, LayerFuseError, RecipeError
+from .inputs import predicts_next_token
 from .processes import process_state
 from .recipe import HealRecipe
 
@@ -108,7 +109,7 @@ def heal(
         model, optimizer, loader, scheduler = accelerator.prepare(student, optimizer, train_batches, scheduler)
         if teacher is not None:
             teacher.to(accelerator.device).eval()
-        objective, batches = _Objective(recipe, teacher), _cycle(loader)
+        objective, batches = _Objective(recipe, student, teacher), _cycle(loader)
         progress = tqdm(range(recipe.steps + 1), desc="heal", disable=None if accelerator.is_main_process else True)
         for step in progress:
             if step > 0:
@@ -154,8 +155,9 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
 class _Objective:
     """The loss of a batch, for training and for validation."""
 
-    def __init__(self, recipe: HealRecipe, teacher: PreTrainedModel | None) -> None:
+    def __init__(self, recipe: HealRecipe, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         self.recipe = recipe
+        self.causal = predicts_next_token(student)
         self.teacher = teacher if recipe.kl_weight > 0 else None
 
     def train(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -194,9 +196,27 @@ class _Objective:
             mask = batch["attention_mask"].bool() if "attention_mask" in batch else ...
             return F.mse_loss(ours[mask].float(), theirs[mask].float())
         if ours.dim() == 3:
-            mask = _next_tokens(batch)
-            ours, theirs = ours[:, :-1][mask], theirs[:, :-1][mask]
+            if self.causal:
+                ours, theirs = ours[:, :-1], theirs[:, :-1]
+            mask = self._positions(batch)
+            ours, theirs = ours[mask], theirs[mask]
         return distillation_loss(ours, theirs, self.recipe.temperature)
+
+    def count(self, batch: Batch) -> int:
+        """How many targets a batch holds, which weigh its loss among those of other batches."""
+        if "labels" in batch and batch["labels"].dim() != 2:
+            return len(batch["labels"])
+        return int(self._positions(batch).sum()) if "input_ids" in batch else len(next(iter(batch.values())))
+
+    def _positions(self, batch: Batch) -> Tensor:
+        """Which positions predict something that counts: (batch, tokens), one less for causal models."""
+        if "labels" in batch:
+            counts = batch["labels"] != -100
+        elif "attention_mask" in batch:
+            counts = batch["attention_mask"].bool()
+        else:
+            counts = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+        return counts[:, 1:] if self.causal else counts
 
 
 def _take_step(
@@ -240,7 +260,7 @@ def _validate(
     with torch.no_grad(), accelerator.autocast():
         for batch in islice(batches, accelerator.process_index, None, accelerator.num_processes):
             batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-            count = _target_count(batch)
+            count = objective.count(batch)
             if count:
                 total += objective.validate(student, batch).item() * count
                 targets += count
@@ -250,21 +270,6 @@ def _validate(
             "there are no validation batches: pass a DataLoader or a list, which can be read again and again."
         )
     return total / targets
-
-
-def _next_tokens(batch: Batch) -> Tensor:
-    """Which positions but the last predict a token that counts: (batch, tokens - 1)."""
-    if "labels" in batch:
-        return batch["labels"][:, 1:] != -100
-    if "attention_mask" in batch:
-        return batch["attention_mask"][:, 1:].bool()
-    return torch.ones_like(batch["input_ids"][:, 1:], dtype=torch.bool)
-
-
-def _target_count(batch: Batch) -> int:
-    if "labels" in batch:
-        return int(_next_tokens(batch).sum()) if batch["labels"].dim() == 2 else len(batch["labels"])
-    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(next(iter(batch.values())))
 
 
 def _without_labels(batch: Batch) -> Batch:

@@ -50,6 +50,11 @@ def example_inputs(
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 
+def predicts_next_token(model: PreTrainedModel) -> bool:
+    """Whether the logits at a position are about the token after it, as those of a causal language model are."""
+    return model.can_generate()
+
+
 def _has_head(model: PreTrainedModel, class_names: dict[str, str]) -> bool:
     """Whether the class of the model, or one that it extends, is in an Auto mapping of transformers."""
     return not {base.__name__ for base in type(model).__mro__}.isdisjoint(class_names.values())

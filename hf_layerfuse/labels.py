@@ -11,6 +11,7 @@ _STRINGS = ("string", "large_string")
 
 def encode_labels(splits: DatasetDict, column: str, label2id: dict[str, int] | None) -> None:
     """Replace class names by ids that mean the same in every split, and check ids."""
+    count = len(label2id or {})
     model_classes = sorted(label2id, key=label2id.get) if label2id else []
     if all(re.fullmatch(r"LABEL_\d+", name) for name in model_classes):
         model_classes = []
@@ -33,20 +34,21 @@ def encode_labels(splits: DatasetDict, column: str, label2id: dict[str, int] | N
                 raise DataError(f"{split} has the classes {unknown}; the known ones are {classes}. Correct these rows.")
             labels = [ids[fold(label)] for label in labels]
             splits[split] = rows.remove_columns(column).add_column(column, labels, feature=ClassLabel(names=classes))
-        if min(labels) < 0 or (model_classes and max(labels) >= len(model_classes)):
+        if min(labels) < 0 or (count and max(labels) >= count):
             raise DataError(
                 f"{split} has labels from {min(labels)} to {max(labels)}; the first class is 0, and the model has "
-                f"{len(model_classes) or 'any number of'} classes. Choose a split with labels, or another model."
+                f"{count or 'any number of'} classes. Choose a split with labels, or another model."
             )
 
 
 def _class_names(train: Dataset, column: str) -> list[str]:
     """The names of the classes in the order of their ids; none where the labels are whole numbers already."""
     feature = train.features[column]
+    dtype = getattr(feature, "dtype", "")  # a list, as of several labels a row, has none
     if isinstance(feature, ClassLabel):
         return feature.names
-    if feature.dtype in _STRINGS:
+    if dtype in _STRINGS:
         return sorted(train.unique(column))
-    if feature.dtype.startswith(("int", "uint")):
+    if dtype.startswith(("int", "uint")):
         return []
-    raise DataError(f"column {column!r} of train holds {feature.dtype}, not classes: use whole numbers or names.")
+    raise DataError(f"column {column!r} of train holds {feature}, not one class a row: use whole numbers or names.")

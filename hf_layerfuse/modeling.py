@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
@@ -240,22 +241,36 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
         CheckpointError: nothing there, not a model, damaged, or with weights of the body or the head missing.
         PlanError: a plan of a newer format, or one that does not fit the config.
     """
+    if isinstance(path, PreTrainedModel):
+        raise CheckpointError("a model is in memory already: call fuse(model, recipe) to fuse it.")
     path = os.fspath(path)
     config = kwargs.pop("config", None)
     wants_report = kwargs.pop("output_loading_info", False)
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     kwargs.setdefault("use_safetensors", True)  # never a pickle, unless the caller insists
     try:
-        config = config or configuration_auto.AutoConfig.from_pretrained(path, **hub)
+        if config is None:
+            # as the Auto classes do: what the config has a field for goes there, the data type excepted
+            fields = {k: v for k, v in kwargs.items() if k not in (*_HUB_ARGUMENTS, "dtype", "torch_dtype")}
+            config, rest = configuration_auto.AutoConfig.from_pretrained(
+                path, return_unused_kwargs=True, **hub, **fields
+            )
+            kwargs = {k: v for k, v in kwargs.items() if k not in fields or k in rest}
+        elif not isinstance(config, PreTrainedConfig):
+            config = configuration_auto.AutoConfig.from_pretrained(config, **hub)
         cls = auto_class or head_class(config)
         model, report = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     except LayerFuseError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"cannot load a model from {path!r}: {reason}") from error
-    # published bodies often come without the pooler that their class has; nothing else may start out random
-    wrong = [str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]) if "pooler." not in str(key)]
+    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        if not os.path.exists(path) and (os.path.isabs(path) or path.startswith(".") or path.count("/") != 1):
+            raise CheckpointError(f"there is no directory {path!r}: correct the path, or give a Hub name.") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"cannot load a model from {path!r}: {reason[:400]}") from error
+    wrong = [str(key) for key in (*report["missing_keys"], *report["mismatched_keys"])]
+    if model.base_model is model:
+        # published bodies often come without the pooler that their class has; nothing else may start out random
+        wrong = [key for key in wrong if not key.startswith("pooler.")]
     if wrong:
         raise CheckpointError(
             f"the checkpoint at {path!r} lacks weights that {type(model).__name__} asks for: "

@@ -5,22 +5,51 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import CheckpointError
 
+MARK = "results.json"  # the file by which an earlier result is known
 
-def check_output(path: str | Path, overwrite: bool) -> None:
-    """Raise `CheckpointError` where writing to `path` would destroy something that the user did not give up."""
-    path = Path(path)
-    if path.is_file():
+
+def check_output(path: str | Path, overwrite: bool, keep: Iterable[str | None] = ()) -> None:
+    """Refuse an output directory that cannot be written, or whose replacement would destroy something.
+
+    Args:
+        path: directory to be, see `new_directory`.
+        overwrite: the user allows to replace an earlier result there. Only that: a directory with anything else in it
+            is never replaced.
+        keep: paths that must not lie inside `path`, such as the model and the data of a run. What is not a path is
+            passed over.
+
+    Raises:
+        CheckpointError: for each of these.
+    """
+    target = Path(path).absolute()
+    for source in keep:
+        if source and Path(source).exists() and Path(source).resolve().is_relative_to(target.resolve()):
+            raise CheckpointError(f"output_dir={str(path)!r} holds the input {source!r}: choose another directory.")
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise CheckpointError(f"output_dir={str(path)!r} is the working directory: choose one inside it.")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise CheckpointError(
+                f"output_dir={str(path)!r} is not empty: choose another directory, or pass --overwrite to replace it."
+            )
+        if not (target / MARK).is_file():
+            raise CheckpointError(
+                f"output_dir={str(path)!r} holds no {MARK}, so it is not an earlier result and is not replaced: choose "
+                "another directory, or empty this one yourself."
+            )
+    if target.exists() and not target.is_dir():
         raise CheckpointError(f"output_dir={str(path)!r} is a file: choose a directory.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise CheckpointError(
-            f"output_dir={str(path)!r} is not empty: choose another directory, or pass --overwrite to replace it."
-        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=".layerfuse-", dir=target.parent).cleanup()
+    except OSError as error:
+        raise CheckpointError(f"output_dir={str(path)!r} cannot be written: {error}. Choose another.") from error
 
 
 @contextmanager
@@ -30,11 +59,10 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     On an error, or Ctrl-C, what was written is removed and what was at `path` before is still there.
 
     Raises:
-        CheckpointError: `path` is a file, or a directory that is not empty and `overwrite` is false.
+        CheckpointError: as `check_output` does.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     check_output(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # beside the target, so that renaming stays within one file system
     fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".partial", dir=path.parent))
     try:
@@ -42,15 +70,25 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         fresh.chmod(0o777 & ~_umask())  # mkdtemp lets only the owner in
         check_output(path, overwrite)
         if path.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".old", dir=path.parent))
-            path.rename(retired / "old")
-            fresh.rename(path)
-            shutil.rmtree(retired)
+            _swap(fresh, path)
         else:
             fresh.rename(path)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def _swap(fresh: Path, path: Path) -> None:
+    retired = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".old", dir=path.parent))
+    try:
+        path.rename(retired / "old")
+        fresh.rename(path)
+    except BaseException:
+        if (retired / "old").exists() and not path.exists():
+            (retired / "old").rename(path)
+        retired.rmdir()
+        raise
+    shutil.rmtree(retired)
 
 
 def _umask() -> int:

@@ -17,6 +17,11 @@ Mode = Literal["depth", "share"]
 Operator = Literal["mean", "freeze", "telescope"]
 
 
+def _layer_indices(layers: tuple[int, ...], what: str) -> None:
+    if not all(type(layer) is int for layer in layers):
+        raise PlanError(f"{what} is {layers!r}; layers are counted from 0 in whole numbers.")
+
+
 def _one_of(value: object, allowed: object, what: str) -> None:
     if value not in get_args(allowed):
         raise PlanError(f"{what} is {value!r}; allowed: {', '.join(map(repr, get_args(allowed)))}.")
@@ -42,6 +47,7 @@ class Fuse:
         _one_of(self.kind, Kind, "Fuse.kind")
         _one_of(self.mode, Mode, "Fuse.mode")
         _one_of(self.operator, Operator, "Fuse.operator")
+        _layer_indices(self.layers, "Fuse.layers")
         if len(self.layers) < 2 or list(self.layers) != sorted(set(self.layers)):
             raise PlanError(f"Fuse.layers is {self.layers}: give two or more different layers in ascending order.")
         if self.mode == "depth" and self.layers[-1] - self.layers[0] != len(self.layers) - 1:
@@ -65,6 +71,7 @@ class Drop:
 
     def __post_init__(self) -> None:
         _one_of(self.kind, Kind, "Drop.kind")
+        _layer_indices(self.layers, "Drop.layer")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -208,12 +215,14 @@ class Plan:
         if tree["format_version"] != FORMAT_VERSION:
             raise PlanError(
                 f"the plan has format version {tree['format_version']!r}, this release of hf_layerfuse reads "
-                f"{FORMAT_VERSION}: upgrade with `pip install -U hf-layerfuse`."
+                f"{FORMAT_VERSION}: for a newer one, upgrade with `pip install -U hf-layerfuse`."
             )
         try:
             edits = tuple(_read_edit(edit) for edit in tree["edits"])
             return cls(str(tree["model_type"]), int(tree["num_layers"]), edits, tree.get("notes", {}))
-        except (KeyError, TypeError, AttributeError) as error:
+        except PlanError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(f"not a readable plan: {type(error).__name__}: {error}.") from error
 
     def to_json(self) -> str:
@@ -233,7 +242,10 @@ class Plan:
         path = Path(path)
         if not path.is_file():
             raise PlanError(f"no plan at {path}: give the path of a plan.json that fuse.py wrote.")
-        return cls.from_json(path.read_text(encoding="utf-8"))
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise PlanError(f"{path} is not text: give the path of a plan.json that fuse.py wrote.") from error
 
 
 def _kinds(kind: str) -> tuple[str, ...]:

@@ -74,7 +74,6 @@ class FusionRecipe:
             later of two; `mean` averages, which is worse on every checkpoint measured here; `telescope` adds all
             differences to the first layer (LaCo, eq. 1), which for pairs keeps the second.
         seed: seed of the subsample of calibration tokens that the activation measures compare.
-        verify: save, reload and compare the result before it is returned.
 
     Raises:
         RecipeError: unknown field, wrong type, or a combination that cannot be met.
@@ -88,7 +87,6 @@ class FusionRecipe:
     cluster: Literal["adjacent", "global"] = "adjacent"
     operator: Literal["mean", "freeze", "telescope"] = "freeze"
     seed: int = 0
-    verify: bool = True
 
     def __post_init__(self) -> None:
         _require(
@@ -156,6 +154,11 @@ class DataRecipe:
     max_test_samples: int | None = None
 
     def __post_init__(self) -> None:
+        _require(
+            self.name is not None or self.config is None,
+            f"data.config={self.config!r} belongs to a Hub data set, and data.name is not set: set it, or leave "
+            "data.config out.",
+        )
         for field in ("held_out", "max_length", "calibration_samples", "max_train_samples", "max_test_samples"):
             value = getattr(self, field)
             _require(value is None or value >= 1, f"data.{field}={value}: use a whole number of 1 or more.")
@@ -298,6 +301,11 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
             if f"fusion.{other}" not in overrides:
                 target.pop(other, None)
         target[field] = value
+
+    data = tree.get("data")
+    named = (overrides or {}).keys()
+    if "data.name" in named and "data.config" not in named and isinstance(data, dict) and data.get("name") is None:
+        data.pop("config", None)  # that of the Hub data set, which local files replace
 
     for section, kind in _SECTIONS.items():
         if section in tree:

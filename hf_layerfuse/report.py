@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -10,6 +11,12 @@ from .plan import Drop, Fuse, Plan
 from .recipe import Recipe
 
 _PIPELINE_TAGS = {"causal-lm": "text-generation"}
+_AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "feature-extraction": "AutoModel",
+}
 
 _METRIC_NAMES = {
     "token_perplexity": "perplexity (token)",
@@ -77,8 +84,11 @@ def describe(plan: Plan) -> list[str]:
 def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str) -> ModelCard:
     """The card of a run: what became of which layers, the figures, the command and the limits."""
     last = stages(results)[-1]
-    split = results["metrics_on"]
-    dataset = recipe.data.name or recipe.data.test or recipe.data.validation or recipe.data.train
+    part = results["metrics_on"]
+    source = getattr(recipe.data, part) or recipe.data.train  # rows held out of train, where there is no validation
+    dataset = recipe.data.name or Path(source).name
+    split = source if recipe.data.name else part
+    name = Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
     evaluations = [
         EvalResult(
             task_type=_PIPELINE_TAGS.get(recipe.task, recipe.task),
@@ -93,30 +103,36 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
         if metric in results[last]["metrics"]
     ]
     data = ModelCardData(
-        base_model=recipe.model,
+        base_model=None if Path(recipe.model).exists() else recipe.model,  # the Hub takes repositories only
         datasets=[recipe.data.name] if recipe.data.name else None,
         library_name="transformers",
         pipeline_tag=_PIPELINE_TAGS.get(recipe.task, recipe.task),
         tags=["hf-layerfuse", "layer-fusion", "model-compression"],
-        model_name=f"{recipe.model}, fused",
+        model_name=f"{name}, fused",
         eval_results=evaluations,
     )
     stock = plan.layout().is_stock
     shares = bool(plan.layout().ties)
-    load = "from transformers import AutoModel  # a stock checkpoint" if stock else "import hf_layerfuse"
+    auto_class = _AUTO_CLASSES[recipe.task]
+    imports = [f"from transformers import {auto_class}"]
+    if not stock:
+        imports = ["import hf_layerfuse  # teaches transformers this kind of checkpoint", *imports]
     limits = [
         *(["Sharing weights makes the file and the memory smaller. It does not make the model faster."] * shares),
         "Latency was measured on the machine named below; ratios carry over better than milliseconds.",
-        f"Nothing was chosen on the {split} split that is reported here."
-        if split == "test"
-        else "The recipe names no test split: the figures are from the validation split.",
+        "Nothing was chosen on the data that are reported here."
+        if part == "test"
+        else "The recipe names no test data: the figures are from those that healing was watched on.",
     ]
+    metrics = results["before"]["metrics"]
+    if "stride" in metrics:
+        limits.append(f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}.")
     environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     body = "\n".join(
         [
-            f"# {recipe.model}, fused",
+            f"# {name}, fused",
             "",
-            f"Made from `{recipe.model}` with [hf_layerfuse](https://pypi.org/project/hf-layerfuse/).",
+            f"Made from `{name}` with [hf_layerfuse](https://pypi.org/project/hf-layerfuse/).",
             "",
             f"## Before and after, on {dataset} ({split})",
             "",
@@ -129,10 +145,9 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
             "## Use",
             "",
             "```python",
-            load,
-            "from hf_layerfuse import AutoFusedModel" if not stock else "",
+            *imports,
             "",
-            "model = " + ("AutoModel" if stock else "AutoFusedModel") + '.from_pretrained("path/to/this/model")',
+            f'model = {auto_class}.from_pretrained("path/to/this/model")',
             "```",
             "",
             "## Limits",

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .calibration import Batches
 from .errors import CheckpointError, LayerFuseWarning, VerificationError
-from .inputs import example_inputs
+from .inputs import example_inputs, predicts_next_token
 from .modeling import load_checkpoint
 from .modes import eval_mode
 
@@ -76,7 +76,8 @@ def _predict(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def _inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     if inputs is None:
-        return example_inputs(model)
+        # decoders that classify a sequence find its end by the padding token, and take one row where there is none
+        return example_inputs(model, 1 if getattr(model.config, "pad_token_id", None) is None else 2)
     return {k: v.to(model.device) for k, v in inputs.items() if isinstance(v, Tensor) and k != "labels"}
 
 
@@ -129,46 +130,49 @@ def _compare_cached(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
 def warn_if_useless(original: PreTrainedModel, fused: PreTrainedModel, batches: Batches | None) -> None:
     """Warn where fusing changed nothing, or left a model that is worse than chance on the calibration batches.
 
-    With labels, chance is the loss of a uniform guess, ln(classes). Without, it is the mean cosine with the original's
-    outputs for other inputs: a fused model no nearer to those for its own inputs has lost its content.
+    With class labels, chance is the loss of a uniform guess, ln(classes). Without, it is the mean cosine with the
+    original's outputs for other inputs: a fused model no nearer to those for its own inputs has lost its content.
     """
     if sum(p.numel() for p in fused.parameters()) >= sum(p.numel() for p in original.parameters()):
         _warn("fusing removed no parameters: the plan is empty. Lower keep_layers or raise ratio.")
         return
-    batch = next(iter(batches), None) if batches is not None else None
-    if batch is None:
-        return
-    labels = batch.get("labels")
-    inputs = _inputs(fused, batch)
+    losses, matches, chances, classes = [], [], [], 0
     with eval_mode(original, fused):
-        if labels is not None and (classes := _classes(fused)):
-            loss = fused(**inputs, labels=labels.to(fused.device)).loss.item()
-            if not loss < math.log(classes):
-                _warn(
-                    f"the fused model is worse than chance on the calibration batch: loss {loss:.2f}, a uniform guess "
-                    f"over {classes} classes has {math.log(classes):.2f}. Fuse less, or heal it before use."
-                )
-            return
-        teacher, student = (_vectors(prediction(m(**inputs)), inputs) for m in (original, fused))
-        cosine = torch.nn.functional.cosine_similarity
-        if teacher.shape[0] > 1 and teacher.shape[1] > 1:  # a single number has no direction
-            chance = cosine(teacher.roll(1, 0), student, dim=-1).mean().item()
-            match = cosine(teacher, student, dim=-1).mean().item()
-            if not match > chance:
-                _warn(
-                    f"the fused model is worse than chance on the calibration batch: cosine {match:.2f} with the "
-                    f"original's outputs for its inputs, {chance:.2f} with those for others. Fuse less, or heal it."
-                )
+        for batch in batches or ():
+            inputs = _inputs(fused, batch)
+            student = prediction(fused(**inputs))
+            loss = _cross_entropy(fused, student, batch.get("labels"))
+            if loss is not None:
+                losses.append(loss)
+                classes = student.shape[-1]
+                continue
+            ours, theirs = _vectors(student, inputs), _vectors(prediction(original(**inputs)), inputs)
+            if ours.shape[0] > 1 and ours.shape[1] > 1:  # a single number has no direction
+                matches.append(torch.nn.functional.cosine_similarity(theirs, ours, dim=-1).mean().item())
+                chances.append(torch.nn.functional.cosine_similarity(theirs.roll(1, 0), ours, dim=-1).mean().item())
+    if losses and not (loss := math.fsum(losses) / len(losses)) < math.log(classes):
+        _warn(
+            f"the fused model is worse than chance on the calibration batches: loss {loss:.2f}, a uniform guess over "
+            f"{classes} classes has {math.log(classes):.2f}. Fuse less, or heal it before use."
+        )
+    if matches and not math.fsum(matches) > math.fsum(chances):
+        match, chance = math.fsum(matches) / len(matches), math.fsum(chances) / len(chances)
+        _warn(
+            f"the fused model is worse than chance on the calibration batches: cosine {match:.2f} with the original's "
+            f"outputs for its inputs, {chance:.2f} with those for others. Fuse less, or heal it."
+        )
 
 
-def _classes(model: PreTrainedModel) -> int:
-    """Number of classes a cross-entropy head chooses from, 0 for other losses."""
-    config = model.config
-    if config.problem_type in ("regression", "multi_label_classification"):
-        return 0
-    if "Classification" in type(model).__name__:
-        return config.num_labels if config.num_labels > 1 else 0
-    return getattr(config, "vocab_size", 0)
+def _cross_entropy(model: PreTrainedModel, logits: Tensor, labels: Tensor | None) -> float | None:
+    """Loss of class labels under logits, in nats; None where the labels are not classes for these logits."""
+    if labels is None or labels.is_floating_point() or logits.ndim != labels.ndim + 1 or logits.shape[-1] < 2:
+        return None
+    labels = labels.to(logits.device)
+    if predicts_next_token(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    if logits.shape[:-1] != labels.shape:
+        return None
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten()).item()
 
 
 def _vectors(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:

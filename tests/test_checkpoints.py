@@ -11,6 +11,7 @@ from conftest import LAYERS, heads_of, tiny_model
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
@@ -214,22 +215,33 @@ def test_bad_checkpoints(tmp_path):
     def load(name, **options):
         return AutoFusedModel.from_pretrained(tmp_path / name, **options)
 
-    with pytest.raises(CheckpointError, match="nowhere"):
+    with pytest.raises(CheckpointError, match="there is no directory"):
         load("nowhere")
+    with pytest.raises(CheckpointError, match="cannot load a model"):
+        AutoFusedModel.from_pretrained("nobody/nothing")  # the network is off
+    with pytest.raises(CheckpointError, match="in memory already"):
+        AutoFusedModel.from_pretrained(model)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"empty.*config\.json|empty"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         load("empty")
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "config.json").write_text("not json")
-    with pytest.raises(CheckpointError, match="text"):
-        load("text")
+    (tmp_path / "not-json").mkdir()
+    (tmp_path / "not-json" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not a valid JSON"):
+        load("not-json")
 
     for name in ("truncated", "no-weights", "newer", "foreign", "depth", "less", "class"):
         model.save_pretrained(tmp_path / name)
     weights = tmp_path / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="truncated"):
+    with pytest.raises(CheckpointError, match=r"incomplete|header|buffer"):
         load("truncated")
+    model.save_pretrained(tmp_path / "sizes")
+    damage(tmp_path / "sizes", n_embd=16)
+    with pytest.raises(CheckpointError, match="mismatch"):
+        load("sizes")
+    damage(tmp_path / "sizes", n_embd="abc")
+    with pytest.raises(CheckpointError, match=r"n_embd|hidden_size"):
+        load("sizes")
     (tmp_path / "no-weights" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load("no-weights")
@@ -249,6 +261,28 @@ def test_bad_checkpoints(tmp_path):
     damage(tmp_path / "class", architectures=["FusedGPT2ForTeaMaking"])
     with pytest.raises(CheckpointError, match="TeaMaking"):
         load("class")
+
+
+def test_takes_the_arguments_of_transformers(tmp_path):
+    """Config fields, a config of one's own, and the data type by either name, as the Auto classes take them."""
+    tiny_model("gpt2", "GPT2LMHeadModel").save_pretrained(tmp_path)
+    assert AutoFusedModel.from_pretrained(tmp_path, output_hidden_states=True).config.output_hidden_states
+    config = AutoConfig.from_pretrained(tmp_path, embd_pdrop=0.5)
+    assert AutoFusedModel.from_pretrained(tmp_path, config=config).config.embd_pdrop == 0.5
+    assert AutoFusedModel.from_pretrained(tmp_path, config=str(tmp_path)).config.embd_pdrop == 0.1
+    assert AutoFusedModel.from_pretrained(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+    assert AutoFusedModel.from_pretrained(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
+
+
+def test_only_a_body_may_lack_its_pooler(tmp_path):
+    """Published bodies come without one; a classifier without it would answer at random."""
+    for head, prefix in (("BertModel", ""), ("BertForSequenceClassification", "bert.")):
+        model = tiny_model("bert", head)
+        weights = {k: v for k, v in model.state_dict().items() if not k.startswith(f"{prefix}pooler.")}
+        model.save_pretrained(tmp_path / head, state_dict=weights)
+    assert AutoFusedModel.from_pretrained(tmp_path / "BertModel")
+    with pytest.raises(CheckpointError, match=r"bert\.pooler"):
+        AutoFusedModel.from_pretrained(tmp_path / "BertForSequenceClassification")
 
 
 def test_pickle_is_never_read(tmp_path):

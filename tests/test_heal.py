@@ -347,3 +347,23 @@ def test_two_processes_heal_as_one_does(tmp_path: Path) -> None:
         for history in ("train_loss", "validation_loss"):
             losses, expected = ([loss for _, loss in report[history]] for report in (two, one))
             assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def test_distillation_shifts_only_where_the_next_token_is_predicted() -> None:
+    """A token classifier learns the teacher's answer at the labelled position itself, a causal model the one before."""
+    no_dropout = {
+        "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        "gpt2": {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0},
+    }
+    for kind, head, shift in (("bert", "BertForTokenClassification", 0), ("gpt2", "GPT2LMHeadModel", 1)):
+        student, teacher = (tiny_model(kind, head, seed=seed, **no_dropout[kind]) for seed in (1, 2))
+        ids = torch.arange(3, 15)[None]
+        labels = torch.full_like(ids, -100)
+        labels[0, 5] = 1
+        batch = {"input_ids": ids, "labels": labels}
+        recipe = _recipe(steps=1, ce_weight=0.0, learning_rate=1e-12)
+        report = heal(student, DataLoader([{k: v[0] for k, v in batch.items()}]), recipe, teacher=teacher)
+        with torch.no_grad():
+            ours, theirs = student(input_ids=ids).logits[0, 5 - shift], teacher(input_ids=ids).logits[0, 5 - shift]
+        expected = (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum()
+        assert report.train_loss[0][1] == pytest.approx(expected.item(), rel=1e-4)

@@ -1,11 +1,12 @@
 """Output directories appear whole or not at all."""
 
 import stat
+from pathlib import Path
 
 import pytest
 
 from hf_layerfuse import CheckpointError
-from hf_layerfuse.output import new_directory
+from hf_layerfuse.output import check_output, new_directory
 
 
 def test_appears_at_the_end(tmp_path):
@@ -27,6 +28,7 @@ def test_replaces_whole_when_asked(tmp_path):
     target.mkdir()
     with new_directory(target) as path:
         (path / "old").write_text("old")
+        (path / "results.json").write_text("{}")
     with pytest.raises(CheckpointError, match="--overwrite"), new_directory(target):
         pass
     with new_directory(target, overwrite=True) as path:
@@ -40,7 +42,7 @@ def test_leaves_nothing_behind(tmp_path, error):
     """Whatever ends the block early, the old content stays and the new is gone."""
     target = tmp_path / "out"
     target.mkdir()
-    (target / "old").write_text("old")
+    (target / "results.json").write_text("{}")
 
     def fail():
         with new_directory(target, overwrite=True) as path:
@@ -49,8 +51,50 @@ def test_leaves_nothing_behind(tmp_path, error):
 
     with pytest.raises(error):
         fail()
-    assert [path.name for path in target.iterdir()] == ["old"]
+    assert [path.name for path in target.iterdir()] == ["results.json"]
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_interrupted_between_the_renames(tmp_path, monkeypatch):
+    """Ctrl-C after the old directory was moved aside and before the new one has its name brings the old one back."""
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "results.json").write_text("old")
+    rename = Path.rename
+
+    def interrupt(self, other):
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, other)
+
+    def write():
+        with new_directory(target, overwrite=True) as path:
+            (path / "results.json").write_text("new")
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert (target / "results.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_is_no_earlier_result_stays(tmp_path, monkeypatch):
+    """Even with `overwrite`: directories of others, the inputs of the run, the working directory."""
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"no results\.json"), new_directory(target, overwrite=True):
+        pass
+    (target / "results.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds the input .*thesis\.txt"):
+        check_output(target, True, keep=[None, "a/hub-name", str(target / "thesis.txt")])
+    with pytest.raises(CheckpointError, match="holds the input"):
+        check_output(tmp_path, True, keep=[str(target)])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="working directory"):
+        check_output(".", True)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        check_output(target / "thesis.txt" / "x", False)
 
 
 def test_files_are_refused(tmp_path):

@@ -76,7 +76,6 @@ def test_impossible_values_are_refused(kind, values, message):
         (FusionRecipe, {"ratio": [0.5]}, ("ratio", "[0.5]", "float")),
         (FusionRecipe, {"keep_layers": 3, "mode": "wide"}, ("mode", "wide", "'depth'", "'share'")),
         (FusionRecipe, {"keep_layers": 3, "blocks": "head"}, ("blocks", "head", "'layer'", "'attention'", "'mlp'")),
-        (FusionRecipe, {"keep_layers": 3, "verify": "no"}, ("verify", "'no'", "bool")),
         (FusionRecipe, {"keep_layers": 3, "seed": 1.5}, ("seed", "1.5", "int")),
         (DataRecipe, {"text_column": 3}, ("text_column", "3", "str")),
         (HealRecipe, {"mixed_precision": "fp8"}, ("mixed_precision", "fp8", "'auto'", "'bf16'")),

@@ -12,7 +12,18 @@ import torch
 from conftest import LAYERS, heads_of, tiny_config, tiny_model
 from safetensors import safe_open
 
-from hf_layerfuse import AutoFusedModel, Drop, Fuse, Plan, UnsupportedModelError, adapter_for, apply, expand, fuse
+from hf_layerfuse import (
+    AutoFusedModel,
+    Drop,
+    Fuse,
+    Plan,
+    PlanError,
+    UnsupportedModelError,
+    adapter_for,
+    apply,
+    expand,
+    fuse,
+)
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.verify import prediction
 
@@ -95,8 +106,8 @@ def test_1_sharing_the_module_would_decode_wrongly(model_type):
     ("edits", "kept"),
     [
         ((Drop("layer", 0),), [1, 2, 3, 4, 5]),
-        ((Drop("layer", 1), Fuse("layer", (3, 4, 5))), [0, 2, 3]),
-        ((Fuse("layer", (0, 1)), Fuse("layer", (2, 3))), [0, 2, 4, 5]),
+        ((Drop("layer", 1), Fuse("layer", (3, 4, 5))), [0, 2, 4]),  # freeze keeps the one in the middle
+        ((Fuse("layer", (0, 1)), Fuse("layer", (2, 3))), [1, 3, 4, 5]),
         ((Drop("layer", 3), Drop("layer", 4), Drop("layer", 5)), [0, 1, 2]),
     ],
 )
@@ -116,6 +127,18 @@ def test_2_layers_are_renumbered_with_their_types(model_type, edits, kept):
     torch.testing.assert_close(decoded(model, ids, True), decoded(model, ids, False), rtol=1e-4, atol=1e-4)
 
 
+def test_2_frozen_layers_keep_their_type():
+    """Freezing layer 3 of (2, 3) is dropping layer 2, its kind of attention included; averaging the two is refused."""
+    original = causal_lm("qwen2")
+    frozen = apply(original, Plan("qwen2", LAYERS, (Fuse("layer", (2, 3)),)))
+    dropped = apply(original, Plan("qwen2", LAYERS, (Drop("layer", 2),)))
+    ids = example_inputs(frozen, 2, 12)["input_ids"]
+    with torch.inference_mode():
+        assert torch.equal(frozen(input_ids=ids).logits, dropped(input_ids=ids).logits)
+    with pytest.raises(PlanError, match="full_attention, sliding_attention"):
+        apply(original, Plan("qwen2", LAYERS, (Fuse("layer", (2, 3), operator="mean"),)))
+
+
 @pytest.mark.parametrize(
     ("edits", "types", "indices"),
     [
@@ -123,7 +146,7 @@ def test_2_layers_are_renumbered_with_their_types(model_type, edits, kept):
         ((Drop("attention", 1), Drop("attention", 3)), "fffsss", [0, 1, 3, 4]),
         ((Drop("attention", 0), Drop("attention", 1), Drop("attention", 2)), "ssssss", [0, 1, 2]),
         ((Drop("layer", 2), Drop("attention", 4)), "ffsss", [0, 1, 2, 3]),
-        ((Fuse("attention", (2, 3)), Drop("mlp", 0)), "fffsss", [0, 1, 2, 3, 4]),
+        ((Fuse("attention", (2, 3)), Drop("mlp", 0)), "ffssss", [0, 1, 2, 3, 4]),
     ],
 )
 def test_2_mixed_attention_types(edits, types, indices):

@@ -8,6 +8,7 @@ import torch
 from conftest import LAYERS, heads_of, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import GPT2ForSequenceClassification
 
 from hf_layerfuse import (
     AutoFusedModel,
@@ -159,7 +160,7 @@ def test_verification_leaves_every_mode(monkeypatch):
 
 
 def test_fuse_verifies_unless_told_not_to(monkeypatch):
-    """`fuse` hands over nothing that fails verification; `verify=False` skips it."""
+    """`fuse` hands over nothing that fails verification; `check=False` skips it."""
 
     def failing(model):
         raise VerificationError("seen")
@@ -168,7 +169,7 @@ def test_fuse_verifies_unless_told_not_to(monkeypatch):
     model = tiny_model("gpt2")
     with pytest.raises(VerificationError, match="seen"):
         fuse(model, keep_layers=3)
-    assert fuse(model, keep_layers=3, verify=False).config.num_hidden_layers == 3
+    assert fuse(model, keep_layers=3, check=False).config.num_hidden_layers == 3
 
 
 LABELLED = [
@@ -325,3 +326,29 @@ def test_plans_for_another_model_are_refused(plan, message):
     with pytest.raises(PlanError, match=message):
         apply(model, plan)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_decoder_that_takes_one_row():
+    """GPT-2 with a classifier and no padding token reads one sequence at a time, which is transformers' default."""
+    config = tiny_config("gpt2", pad_token_id=None)
+    model = GPT2ForSequenceClassification(config).eval()
+    assert fuse(model, keep_layers=3).config.num_hidden_layers == 3
+
+
+def test_batches_from_a_generator():
+    """A generator is read for the plan and again to judge the result, so a worthless one is still reported."""
+    model = tiny_model("gpt2", "GPT2LMHeadModel")
+    inputs = example_inputs(model, 4)
+    batches = ({**inputs, "labels": inputs["input_ids"]} for _ in range(2))
+    with pytest.warns(LayerFuseWarning, match="worse than chance on the calibration batches: loss"):
+        fuse(model, keep_layers=3, similarity="block_influence", batches=batches)
+
+
+def test_labels_that_are_no_classes_are_no_obstacle():
+    """A body given labelled batches, and float labels of a regression, are judged without the labels."""
+    for head, labels in (("BertModel", torch.tensor([0, 1])), ("BertForSequenceClassification", torch.rand(2, 2))):
+        model = tiny_model("bert", head)
+        before = model.config.to_dict()
+        small = fuse(model, keep_layers=5, batches=[{**example_inputs(model), "labels": labels}])
+        assert model.config.to_dict() == before
+        assert getattr(small.config, "problem_type", None) is None
