@@ -161,6 +161,7 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
         print(text_table(rows(results)))
         print(f"\nWritten to {recipe.output_dir}")
     state.wait_for_everyone()
+    state.destroy_process_group()
     return results
 
 
