@@ -1,15 +1,17 @@
 """Run the shipped recipes on real checkpoints and data: the figures of the README.
 
-    python benchmarks/recipes.py [JOB ...] [--threads 2]
+    python benchmarks/recipes.py [JOB ...] [--threads 2] [--latency]
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Each job runs `fuse.py` as a user would, then
 retrains the untouched original on the same budget, because a retrained model compares with nothing else. Jobs whose
 result is there are skipped; delete benchmarks/results/JOB.json to run one again. The cards go to model_cards/.
+`--latency` times the checkpoints of finished jobs again, for when the machine was busy while they ran.
 """
 
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,13 +20,14 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from hf_layerfuse import evaluate
+from hf_layerfuse import AutoFusedModel, Plan, evaluate
 from hf_layerfuse.cli import AUTO_CLASSES, parse_overrides
 from hf_layerfuse.data import load_splits, loader, prepare, text_of
 from hf_layerfuse.heal import heal
+from hf_layerfuse.latency import latency_side_by_side
 from hf_layerfuse.modeling import load_checkpoint
 from hf_layerfuse.recipe import Recipe, load_recipe
-from hf_layerfuse.report import rows, text_table
+from hf_layerfuse.report import model_card, rows, text_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -52,16 +55,24 @@ JOBS = {
 
 def run(name: str, threads: int) -> dict:
     """Carry out one job and return its results, the retrained original among them."""
-    output = ROOT / "outputs" / name
-    arguments = [*JOBS[name], "--output_dir", os.path.relpath(output, ROOT)]
+    output, arguments = ROOT / "outputs" / name, _arguments(name)
     if not (output / "results.json").is_file():
         launch = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launch += ["--num_cpu_threads_per_process", str(threads)]
         command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "fuse.py", *arguments]
         subprocess.run(command, check=True, cwd=ROOT)
     results = json.loads((output / "results.json").read_text())
-    recipe = load_recipe(ROOT / arguments[0], parse_overrides(arguments[1:]))
+    recipe = _recipe(name)
     return results | {"original_healed": _known_retraining(results["recipe"]) or retrain_original(recipe, threads)}
+
+
+def _arguments(name: str) -> list[str]:
+    return [*JOBS[name], "--output_dir", f"outputs/{name}"]
+
+
+def _recipe(name: str) -> Recipe:
+    arguments = _arguments(name)
+    return load_recipe(ROOT / arguments[0], parse_overrides(arguments[1:]))
 
 
 def _known_retraining(recipe: dict) -> dict | None:
@@ -98,10 +109,29 @@ def retrain_original(recipe: Recipe, threads: int) -> dict:
     return {"metrics": metrics, "seconds": report.seconds}
 
 
+def time_again(name: str, results: dict, threads: int) -> None:
+    """Replace the latencies in results, and the card, by those of the original and the result side by side."""
+    torch.set_num_threads(threads)
+    recipe, output = _recipe(name), ROOT / "outputs" / name
+    original = load_checkpoint(recipe.model, auto_class=AUTO_CLASSES[recipe.task], dtype=torch.float32)
+    model = AutoFusedModel.from_pretrained(output, dtype=torch.float32)
+    models = {"before": original, "fused": model, "healed": model}  # healing changes no shape
+    timed = latency_side_by_side(models, sequence_length=recipe.data.max_length, repeats=20)
+    for stage, batches in timed.items():
+        results[stage]["latency_ms"] = {str(batch): row["median_ms"] for batch, row in batches.items()}
+        results[stage]["latency"] = {
+            str(batch): {**row, "speedup": timed["before"][batch]["median_ms"] / row["median_ms"]}
+            for batch, row in batches.items()
+        }
+    command = shlex.join(["accelerate", "launch", "fuse.py", *_arguments(name)])
+    model_card(recipe, Plan.load(output / "plan.json"), results, command).save(ROOT / "model_cards" / f"{name}.md")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("jobs", nargs="*", choices=[*JOBS, []], help=f"default: all of {', '.join(JOBS)}")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--latency", action="store_true", help="time the checkpoints of finished jobs again")
     options = parser.parse_args()
     os.chdir(ROOT)
     RESULTS.mkdir(exist_ok=True)
@@ -110,6 +140,10 @@ def main() -> None:
         if not path.is_file():
             path.write_text(json.dumps(run(name, options.threads), indent=1) + "\n")
             shutil.copy(ROOT / "outputs" / name / "README.md", ROOT / "model_cards" / f"{name}.md")
+        if options.latency:
+            results = json.loads(path.read_text())
+            time_again(name, results, options.threads)
+            path.write_text(json.dumps(results, indent=1) + "\n")
         print(f"\n{name}\n{text_table(rows(json.loads(path.read_text())))}")
 
 
