@@ -21,9 +21,10 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_layerfuse import AutoFusedModel, Plan, evaluate
-from hf_layerfuse.cli import AUTO_CLASSES, parse_overrides
+from hf_layerfuse.cli import parse_overrides
 from hf_layerfuse.data import load_splits, loader, prepare, text_of
 from hf_layerfuse.heal import heal
+from hf_layerfuse.job import AUTO_CLASSES
 from hf_layerfuse.latency import latency_side_by_side
 from hf_layerfuse.modeling import load_checkpoint
 from hf_layerfuse.recipe import Recipe, load_recipe

@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from hf_layerfuse import AutoFusedModel, Plan, RecipeError, cli, fuse, verify
+from hf_layerfuse import AutoFusedModel, Plan, RecipeError, fuse, job, verify
 from hf_layerfuse.cli import main, parse_overrides
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.recipe import load_recipe
@@ -206,7 +206,7 @@ def test_interrupted_while_saving(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "model_card", interrupt)
+        patch.setattr(job, "model_card", interrupt)
         with pytest.raises(KeyboardInterrupt):
             main(words)
         assert set(tmp_path.iterdir()) == before

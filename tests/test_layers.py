@@ -12,6 +12,7 @@ PACKAGE = Path(hf_layerfuse.__file__).parent
 # from top to bottom; a module may import those of lower rows, a folder counts as one module
 RANKS = (
     ("cli",),
+    ("job",),
     ("__init__",),
     ("report", "heal", "latency", "data"),
     ("evaluate", "labels", "output"),

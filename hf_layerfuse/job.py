@@ -1,0 +1,277 @@
+"""A recipe carried out: load, calibrate, plan, apply, verify, heal, evaluate, save."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import torch
+import transformers
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    set_seed,
+)
+
+from . import __version__, evaluate
+from .adapters import adapter_for
+from .data import calibration_batches, load_splits, loader, prepare, text_of
+from .errors import CheckpointError
+from .heal import heal
+from .latency import latency_side_by_side
+from .methods.fusion import plan_fusion
+from .modeling import apply, load_checkpoint
+from .output import check_output, new_directory
+from .plan import Plan
+from .processes import process_state
+from .recipe import Recipe
+from .report import model_card, rows, text_table
+from .verify import verify, warn_if_useless
+
+AUTO_CLASSES = {
+    "causal-lm": AutoModelForCausalLM,
+    "text-classification": AutoModelForSequenceClassification,
+    "image-classification": AutoModelForImageClassification,
+    "feature-extraction": AutoModel,
+}
+
+
+def run(recipe: Recipe, command: str) -> dict[str, Any]:
+    """Carry out a recipe and write its output directory: checkpoint, processor, plan, results and card.
+
+    Args:
+        recipe: the whole run.
+        command: what the user typed, for the card.
+
+    Returns:
+        What `results.json` holds: `before`, `fused` and, with `heal.steps` above 0, `healed`.
+
+    Raises:
+        LayerFuseError: one of its children, for each thing that the user can mend.
+    """
+    state = process_state()
+    data = recipe.data
+    inputs = (recipe.model, *(() if data.name else (data.train, data.validation, data.test)))
+    check_output(recipe.output_dir, recipe.overwrite, keep=inputs)
+    set_seed(recipe.seed)
+
+    original, processor = _load(recipe)
+    original.to(state.device)
+    adapter_for(original)  # an unknown architecture is refused before the data are read
+    inputs = _Inputs(recipe, processor, original)
+    batches = inputs.calibration()
+
+    say("planning")
+    plan = plan_fusion(original, recipe.fusion, batches)
+    fused = _round(apply(original, plan), inputs.dtype)
+    warn_if_useless(original, fused, batches)
+
+    results: dict[str, Any] = {"before": inputs.measure(original, original, "the original")}
+    results["fused"] = inputs.measure(fused, original, "the fused model")
+    if recipe.heal.steps > 0:
+        say(f"healing for {recipe.heal.steps} steps")
+        report = heal(
+            fused,
+            inputs.train_loader(),
+            recipe.heal,
+            teacher=original,
+            validation_batches=inputs.validation_batches(),
+            seed=recipe.seed,
+        )
+        _round(fused, inputs.dtype)
+        results["healed"] = inputs.measure(fused, original, "the healed model")
+        results["heal"] = dataclasses.asdict(report)
+    results |= {"metrics_on": inputs.reported, "recipe": dataclasses.asdict(recipe), "environment": _environment()}
+
+    if state.is_main_process:
+        _save(recipe, fused, processor, inputs.dtype, plan, results, command)
+        print(text_table(rows(results)))
+        print(f"\nWritten to {recipe.output_dir}")
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return results
+
+
+def say(message: str) -> None:
+    """One line on standard error, from the main process."""
+    if process_state().is_main_process:
+        print(f"[layerfuse] {message}", file=sys.stderr, flush=True)
+
+
+def _load(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
+    say(f"loading {recipe.model}")
+    trust = {"trust_remote_code": True} if recipe.trust_remote_code else {}
+    auto_class = AutoImageProcessor if recipe.task == "image-classification" else AutoTokenizer
+    model = load_checkpoint(recipe.model, auto_class=AUTO_CLASSES[recipe.task], dtype=torch.float32, **trust)
+    try:
+        processor = auto_class.from_pretrained(recipe.model, **trust)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{recipe.model!r} has no tokenizer or image processor: save the one it was trained with beside it."
+        ) from error
+    if auto_class is AutoTokenizer:
+        if len(processor) < model.config.vocab_size // 2:  # from a config alone, transformers makes up an empty one
+            raise CheckpointError(
+                f"{recipe.model!r} has no tokenizer: {len(processor)} tokens for a vocabulary of "
+                f"{model.config.vocab_size}. Save the one it was trained with beside it."
+            )
+        if processor.pad_token is None:
+            processor.pad_token = processor.eos_token  # GPT-2 has none; the attention mask hides it
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = processor.pad_token_id
+    return model, processor
+
+
+def _round(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Round weights to what the file will hold, so that the figures are those of the file."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+    return model
+
+
+def _save_weights(model: PreTrainedModel, dtype: torch.dtype, path: Path) -> None:
+    if model.dtype != dtype:
+        model = copy.deepcopy(model).to(dtype)
+    model.save_pretrained(path)
+
+
+class _Inputs:
+    """The data of a run, prepared once, and the measurements that are taken on them."""
+
+    def __init__(self, recipe: Recipe, processor: Any, model: PreTrainedModel) -> None:
+        say("reading the data")
+        self.recipe, self.processor = recipe, processor
+        # the result is saved in the data type of the original's file, whatever it was computed in
+        self.dtype = _file_dtype(recipe)
+        label2id = model.config.label2id if "classification" in recipe.task else None
+        self.splits = load_splits(recipe.data, recipe.task, recipe.seed, label2id=label2id)
+        self.reported = "test" if "test" in self.splits else "validation"
+        self.train = self._prepare("train", training=True)
+        self._report_batches: Any = None
+
+    def _prepare(self, split: str, *, training: bool = False) -> Any:
+        return prepare(self.splits[split], self.processor, self.recipe.data, self.recipe.task, training=training)
+
+    def _batches(self, split: str) -> Any:
+        size, task = self.recipe.evaluate.batch_size, self.recipe.task
+        return loader(self._prepare(split), self.processor, size, shuffle=False, seed=0, task=task)
+
+    def calibration(self) -> list[Any]:
+        recipe = self.recipe
+        size = recipe.evaluate.batch_size
+        return calibration_batches(
+            self.train, self.processor, recipe.data, recipe.task, batch_size=size, seed=recipe.seed
+        )
+
+    def train_loader(self) -> Any:
+        recipe = self.recipe
+        return loader(
+            self.train, self.processor, recipe.heal.batch_size, shuffle=True, seed=recipe.seed, task=recipe.task
+        )
+
+    def validation_batches(self) -> Any:
+        return self._batches("validation")
+
+    def measure(self, model: PreTrainedModel, original: PreTrainedModel, name: str) -> dict[str, Any] | None:
+        """Size, speed and quality of a model whose weights are rounded already; on the main process alone."""
+        state = process_state()
+        figures = None
+        if state.is_main_process:
+            say(f"measuring {name}")
+            with tempfile.TemporaryDirectory(prefix="layerfuse-") as directory:
+                _save_weights(model, self.dtype, Path(directory))
+                if model is not original:
+                    verify(model, Path(directory))
+                figures = {**evaluate.parameter_counts(model), "bytes": evaluate.bytes_on_disk(directory)}
+            figures |= self._latency(model, original) | {"metrics": self._metrics(model, original)}
+        state.wait_for_everyone()
+        return figures
+
+    def _latency(self, model: PreTrainedModel, original: PreTrainedModel) -> dict[str, Any]:
+        settings = self.recipe.evaluate
+        if not settings.latency:
+            return {"latency_ms": None}
+        # side by side with the original, so that a busy machine does not look like a slower model
+        timed = latency_side_by_side(
+            {"original": original, "model": model},
+            sequence_length=self.recipe.data.max_length,
+            repeats=settings.latency_repeats,
+        )
+        return {
+            "latency_ms": {str(batch): figures["median_ms"] for batch, figures in timed["model"].items()},
+            "latency": {
+                str(batch): {**figures, "speedup": timed["original"][batch]["median_ms"] / figures["median_ms"]}
+                for batch, figures in timed["model"].items()
+            },
+        }
+
+    def _metrics(self, model: PreTrainedModel, original: PreTrainedModel) -> dict[str, Any]:
+        data, settings = self.recipe.data, self.recipe.evaluate
+        if self.recipe.task == "causal-lm":
+            return evaluate.perplexity(
+                model,
+                self.processor,
+                text_of(self.splits[self.reported], data),
+                max_length=data.max_length,
+                stride=settings.stride,
+                batch_size=settings.batch_size,
+                max_windows=data.max_test_samples,
+            )
+        if self._report_batches is None:
+            self._report_batches = self._batches(self.reported)
+        if self.recipe.task == "feature-extraction":
+            return evaluate.embedding_fidelity(model, original, self._report_batches)
+        return evaluate.classification(model, self._report_batches)
+
+
+def _file_dtype(recipe: Recipe) -> torch.dtype:
+    trust = {"trust_remote_code": True} if recipe.trust_remote_code else {}
+    dtype = transformers.AutoConfig.from_pretrained(recipe.model, **trust).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _environment() -> dict[str, str]:
+    state = process_state()
+    device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else f"cpu {platform.machine()}"
+    return {
+        "hf_layerfuse": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "datasets": datasets.__version__,
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "processes": str(state.num_processes),
+    }
+
+
+def _save(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    processor: Any,
+    dtype: torch.dtype,
+    plan: Plan,
+    results: dict[str, Any],
+    command: str,
+) -> None:
+    with new_directory(recipe.output_dir, overwrite=recipe.overwrite) as path:
+        _save_weights(model, dtype, path)
+        processor.save_pretrained(path)
+        (path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+        (path / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        model_card(recipe, plan, results, command).save(path / "README.md")
+        verify(model, path)
