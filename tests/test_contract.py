@@ -79,10 +79,10 @@ def test_depth_fusing_equal_layers_gives_that_layer(model_type, head, operator):
     """Three equal layers fused in depth are the same function as one of them with the others dropped."""
     model = tiny_model(model_type, head)
     layers = adapter_for(model).layer_list(model)
-    for layer in layers[2:4]:
-        layer.load_state_dict(layers[1].state_dict())
-    fused = apply(model, Plan(model_type, LAYERS, (Fuse("layer", (1, 2, 3), operator=operator),)))
-    dropped = apply(model, Plan(model_type, LAYERS, (Drop("layer", 2), Drop("layer", 3))))
+    for layer in layers[4:]:
+        layer.load_state_dict(layers[3].state_dict())
+    fused = apply(model, Plan(model_type, LAYERS, (Fuse("layer", (3, 4, 5), operator=operator),)))
+    dropped = apply(model, Plan(model_type, LAYERS, (Drop("layer", 4), Drop("layer", 5))))
     assert torch.equal(outputs(fused), outputs(dropped))
 
 
