@@ -20,7 +20,7 @@ from hf_layerfuse.recipe import DataRecipe, HealRecipe
 
 LAYERS, WIDTH, HEADS, VOCABULARY, WINDOW = 6, 128, 4, 2048, 128
 TRAIN_BYTES, TEST_BYTES = 3_000_000, 200_000
-STEPS = 600
+STEPS = 400
 
 
 def write_splits(path: Path) -> None:
