@@ -71,7 +71,7 @@ class FusionRecipe:
             `block_influence` compare activations on calibration `batches`.
         cluster: `adjacent` groups neighbours only; `global` groups any blocks (`share` mode only).
         operator: how the weights of a group become one. `freeze` keeps the layer nearest the group's middle, the
-            later of two; `mean` averages, which is worse on every checkpoint measured here; `telescope` adds all
+            later of two; `mean` averages, which was worse on nearly all groupings measured here; `telescope` adds all
             differences to the first layer (LaCo, eq. 1), which for pairs keeps the second.
         seed: seed of the subsample of calibration tokens that the activation measures compare.
 
