@@ -16,7 +16,8 @@ from conftest import tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse.errors import DataError, LayerFuseError, RecipeError
-from hf_layerfuse.heal import distillation_loss, heal
+from hf_layerfuse.heal import heal
+from hf_layerfuse.objective import distillation_loss
 from hf_layerfuse.recipe import HealRecipe
 
 

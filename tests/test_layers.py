@@ -15,7 +15,7 @@ RANKS = (
     ("job",),
     ("__init__",),
     ("report", "heal", "latency", "data"),
-    ("evaluate", "labels", "output"),
+    ("evaluate", "labels", "objective", "output"),
     ("auto",),
     ("verify",),
     ("modeling",),
