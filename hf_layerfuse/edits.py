@@ -7,8 +7,9 @@ The same functions serve compressing and loading: `reshape` gives a freshly buil
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+import zlib
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .adapters import FUSED_PREFIX, TransformerAdapter
 from .errors import PlanError, UnsupportedModelError
-from .plan import Layout, Operator, Plan, Slot, Source
-
-_T = TypeVar("_T")
+from .plan import Layout, Plan, Slot, Source
 
 
 def check_plan(model: PreTrainedModel, adapter: TransformerAdapter, plan: Plan) -> None:
@@ -86,9 +85,9 @@ def target_config(config: PreTrainedConfig, adapter: TransformerAdapter, layout:
 def _per_layer(values: Sequence[Any], slot: Slot, name: str) -> Any:
     """The entry of a per-layer config list that belongs to the layer whose weights a slot gets."""
     source = slot.attention or Source(slot.layers[:1])
-    entries = [values[layer] for layer in source.layers]
     if source.operator == "freeze":
-        return frozen(entries)
+        return values[source.kept]
+    entries = [values[layer] for layer in source.layers]
     if any(entry != entries[0] for entry in entries):
         raise PlanError(
             f"layers {source.layers} differ in config.{name} ({', '.join(map(str, entries))}), so their weights do "
@@ -161,7 +160,8 @@ def fused_weights(model: PreTrainedModel, adapter: TransformerAdapter, layout: L
                 source = Source(slot.layers[:1])
             if source is not None:
                 group = [states[layer][name] for layer in source.layers]
-                weights[f"{path}.{index}.{name}"] = combine(group, source.operator)
+                seed = zlib.crc32(name.encode())  # the same parameter of another group draws anew, whatever the process
+                weights[f"{path}.{index}.{name}"] = combine(group, source, seed=seed + source.layers[0])
     return weights
 
 
@@ -191,28 +191,31 @@ def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if state.get(ties.get(name, "")) is not tensor}
 
 
-def combine(tensors: Sequence[Tensor], operator: Operator) -> Tensor:
+def combine(tensors: Sequence[Tensor], source: Source, *, seed: int = 0) -> Tensor:
     """One tensor from those of a group, all of one shape; computed in float64, cast once.
 
-    `mean` averages; `freeze` takes the one nearest the group's middle, the later of two; `telescope` is
+    `mean` averages, `weighted` by the shares of the source; `freeze` takes the kept layer's; `mix` takes each element
+    from one of the layers, drawn with equal chances (O'Neill et al. 2021); `telescope` is
     theta_0 + sum_k (theta_k - theta_0) (LaCo, Yang et al. 2024, eq. 1).
+
+    Args:
+        tensors: one per layer of the source, in its order.
+        source: the layers and the operator.
+        seed: of the draws of `mix`.
     """
     first = tensors[0].detach()
-    if operator == "freeze":
-        return frozen(tensors).detach().clone()
+    if source.operator == "freeze":
+        return tensors[source.layers.index(source.kept)].detach().clone()
     if len(tensors) == 1 or not first.is_floating_point():
         return first.clone()
-    total = sum(_double(tensors), start=torch.zeros_like(first, dtype=torch.float64))
-    if operator == "mean":
-        return (total / len(tensors)).to(first.dtype)
-    return (total - (len(tensors) - 1) * first.double()).to(first.dtype)
-
-
-def frozen(group: Sequence[_T]) -> _T:
-    """What `freeze` keeps of a group: the one nearest the middle, the later of two."""
-    return group[len(group) // 2]
-
-
-def _double(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    for tensor in tensors:
-        yield tensor.detach().double()
+    stack = torch.stack([tensor.detach().double() for tensor in tensors])
+    if source.operator == "mix":
+        generator = torch.Generator().manual_seed(seed)
+        pick = torch.randint(len(tensors), first.shape, generator=generator).to(first.device)
+        return stack.gather(0, pick.unsqueeze(0)).squeeze(0).to(first.dtype)
+    if source.operator == "telescope":
+        return (stack.sum(0) - (len(tensors) - 1) * stack[0]).to(first.dtype)
+    if source.operator == "mean":
+        return stack.mean(0).to(first.dtype)
+    shares = torch.tensor(source.weights, dtype=torch.float64, device=first.device)
+    return torch.tensordot(shares, stack, 1).to(first.dtype)

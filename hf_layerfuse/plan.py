@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -13,8 +13,9 @@ from .errors import PlanError
 FORMAT_VERSION = 1
 
 Kind = Literal["layer", "attention", "mlp"]
-Mode = Literal["depth", "share"]
-Operator = Literal["mean", "freeze", "telescope"]
+Mode = Literal["depth", "share", "basis"]
+Operator = Literal["mean", "weighted", "freeze", "mix", "telescope"]
+Align = Literal["none", "permutation", "activation", "transport", "rotation"]
 
 
 def _layer_indices(layers: tuple[int, ...], what: str) -> None:
@@ -32,21 +33,34 @@ class Fuse:
     """Several blocks become one.
 
     In `depth` mode the fused block runs once, at the depth of the first of `layers`, which must be neighbours.
-    In `share` mode one set of weight matrices serves every one of these depths; norms and biases stay per depth.
-    `operator` says how the weights of the group become one.
+    In `share` mode one set of weight matrices serves every one of these depths; norms and biases stay per depth, and
+    so does a residual of `rank` on every matrix (Relaxed Recursive Transformers, Bae et al. 2024).
+    In `basis` mode the matrices of the group are combinations, per depth, of one shared basis of `rank` vectors
+    (Basis Sharing, Wang et al. 2024).
+
+    `operator` says how the weights of the group become one: `keep` is the layer that `freeze` keeps, by default the
+    one nearest the middle; `weights` are the shares that `weighted` gives to the layers, which sum to one. `align` is
+    the symmetry of the blocks that is undone before their weights are combined.
     """
 
     kind: Kind
     layers: tuple[int, ...]
     mode: Mode = "depth"
     operator: Operator = "freeze"
+    keep: int | None = None
+    weights: tuple[float, ...] | None = None
+    align: Align = "none"
+    rank: int = 0
     edit: ClassVar[str] = "fuse"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", tuple(self.weights))
         _one_of(self.kind, Kind, "Fuse.kind")
         _one_of(self.mode, Mode, "Fuse.mode")
         _one_of(self.operator, Operator, "Fuse.operator")
+        _one_of(self.align, Align, "Fuse.align")
         _layer_indices(self.layers, "Fuse.layers")
         if len(self.layers) < 2 or list(self.layers) != sorted(set(self.layers)):
             raise PlanError(f"Fuse.layers is {self.layers}: give two or more different layers in ascending order.")
@@ -55,6 +69,36 @@ class Fuse:
                 f"Fuse.layers is {self.layers}: in depth mode they must be neighbours, because the fused block runs "
                 "once. Use mode='share' for blocks that are apart."
             )
+        self._check_operator()
+        self._check_rank()
+
+    def _check_operator(self) -> None:
+        if self.keep is not None and (self.operator != "freeze" or self.keep not in self.layers):
+            raise PlanError(
+                f"Fuse.keep is {self.keep!r}: it names the one of layers {self.layers} that operator 'freeze' keeps, "
+                f"and the operator is {self.operator!r}."
+            )
+        if (self.weights is not None) != (self.operator == "weighted"):
+            raise PlanError(f"Fuse.weights is {self.weights}, the operator {self.operator!r}: 'weighted' needs them.")
+        if self.weights is not None and not (
+            len(self.weights) == len(self.layers)
+            and all(isinstance(w, float | int) and w >= 0 for w in self.weights)
+            and abs(sum(self.weights) - 1) < 1e-6
+        ):
+            raise PlanError(f"Fuse.weights is {self.weights}: give {len(self.layers)} shares that sum to one.")
+
+    def _check_rank(self) -> None:
+        if type(self.rank) is not int or self.rank < 0:
+            raise PlanError(f"Fuse.rank is {self.rank!r}: use a whole number of 0 or more.")
+        if self.mode == "depth" and self.rank:
+            raise PlanError(f"Fuse.rank is {self.rank} in depth mode, where nothing is shared: use mode='share'.")
+        if self.mode == "basis" and not self.rank:
+            raise PlanError("mode='basis' needs Fuse.rank, the number of basis vectors that the layers share.")
+
+    @property
+    def source(self) -> Source:
+        """Where the weights of the fused block come from."""
+        return Source(self.layers, self.operator, self.keep, self.weights)
 
 
 @dataclass(frozen=True)
@@ -88,6 +132,13 @@ class Source:
 
     layers: tuple[int, ...]
     operator: Operator = "freeze"
+    keep: int | None = None
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def kept(self) -> int:
+        """The layer that `freeze` keeps: `keep`, or the one nearest the middle, the later of two."""
+        return self.layers[len(self.layers) // 2] if self.keep is None else self.keep
 
 
 @dataclass(frozen=True)
@@ -108,11 +159,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class Tie:
-    """Blocks of the result, by position, that share one set of weight matrices made from `source`."""
+    """Blocks of the result, by position, that share one set of weight matrices made from `source`.
+
+    With mode `share` and a `rank`, each depth adds a residual of that rank; with mode `basis`, the matrices are
+    combinations of a shared basis of `rank` vectors.
+    """
 
     kind: Literal["attention", "mlp"]
     slots: tuple[int, ...]
     source: Source
+    mode: Literal["share", "basis"] = "share"
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,7 +228,7 @@ class Plan:
             if isinstance(edit, Drop):
                 blocks[kind][edit.layer] = None
             elif edit.mode == "depth":
-                blocks[kind][edit.layers[0]] = Source(edit.layers, edit.operator)
+                blocks[kind][edit.layers[0]] = edit.source
                 for layer in edit.layers[1:]:
                     blocks[kind][layer] = None
 
@@ -182,9 +239,9 @@ class Plan:
             for start, end in zip(kept, ends, strict=True)
         )
         ties = tuple(
-            Tie(kind, tuple(kept.index(layer) for layer in edit.layers), Source(edit.layers, edit.operator))
+            Tie(kind, tuple(kept.index(layer) for layer in edit.layers), edit.source, edit.mode, edit.rank)
             for kind, edit in self._by_block()
-            if isinstance(edit, Fuse) and edit.mode == "share"
+            if isinstance(edit, Fuse) and edit.mode != "depth"
         )
         return Layout(slots, ties)
 
@@ -199,7 +256,7 @@ class Plan:
             "format_version": FORMAT_VERSION,
             "model_type": self.model_type,
             "num_layers": self.num_layers,
-            "edits": [{"edit": edit.edit, **asdict(edit)} for edit in self.edits],
+            "edits": [_write_edit(edit) for edit in self.edits],
         }
         return {**tree, "notes": dict(self.notes)} if notes else tree
 
@@ -250,6 +307,13 @@ class Plan:
 
 def _kinds(kind: str) -> tuple[str, ...]:
     return ("attention", "mlp") if kind == "layer" else (kind,)
+
+
+def _write_edit(edit: Edit) -> dict[str, Any]:
+    """JSON types of an edit; what few edits have, such as `rank`, is left out of those that have it not."""
+    rare = {f.name: f.default for f in fields(edit) if f.name in ("keep", "weights", "align", "rank")}
+    values = {k: v for k, v in asdict(edit).items() if k not in rare or v != rare[k]}
+    return {"edit": edit.edit, **values}
 
 
 def _read_edit(tree: Mapping[str, Any]) -> Edit:

@@ -7,6 +7,7 @@ import torch
 
 from hf_layerfuse.edits import combine
 from hf_layerfuse.math import cluster, similarity
+from hf_layerfuse.plan import Source
 
 
 @pytest.fixture
@@ -122,18 +123,28 @@ def test_connected_joins_what_is_far_apart():
 def test_operators():
     """mean, freeze (the later of two in the middle) and telescope equal their formulas."""
     a, b, c, d = torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(0)).unbind()
-    torch.testing.assert_close(combine([a, b, c], "mean"), (a + b + c) / 3)
-    assert torch.equal(combine([a, b, c], "freeze"), b)
-    assert torch.equal(combine([a, b, c, d], "freeze"), c)
-    torch.testing.assert_close(combine([a, b, c], "telescope"), a + (b - a) + (c - a))
+    pair, triple, four = (tuple(range(n)) for n in (2, 3, 4))
+    torch.testing.assert_close(combine([a, b, c], Source(triple, "mean")), (a + b + c) / 3)
+    shares = (0.5, 0.25, 0.25)
+    weighted = combine([a, b, c], Source(triple, "weighted", weights=shares))
+    torch.testing.assert_close(weighted, a / 2 + b / 4 + c / 4)
+    assert torch.equal(combine([a, b, c], Source(triple)), b)
+    assert torch.equal(combine([a, b, c, d], Source(four)), c)
+    assert torch.equal(combine([a, b, c, d], Source((4, 5, 6, 7), keep=7)), d)
+    torch.testing.assert_close(combine([a, b, c], Source(triple, "telescope")), a + (b - a) + (c - a))
+    mixed = combine([a, b], Source(pair, "mix"), seed=1)
+    assert ((mixed == a) | (mixed == b)).all()
+    assert torch.equal(mixed, combine([a, b], Source(pair, "mix"), seed=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_operators_round_once(dtype):
     """Half-precision weights are averaged in float64 and cast once: no overflow, no drift, equal blocks unchanged."""
     weights = [torch.full((2, 2), 6e4, dtype=dtype), torch.full((2, 2), 6e4, dtype=dtype)]
-    assert torch.equal(combine(weights, "mean"), weights[0])
+    assert torch.equal(combine(weights, Source((0, 1), "mean")), weights[0])
     same = [torch.randn(50, generator=torch.Generator().manual_seed(0)).to(dtype)] * 7
-    for operator in ("mean", "freeze", "telescope"):
-        assert torch.equal(combine(same, operator), same[0])
-        assert combine(same, operator).dtype == dtype
+    for operator in ("mean", "weighted", "freeze", "mix", "telescope"):
+        weights = (0.25, 0.25, 0.5, 0, 0, 0, 0) if operator == "weighted" else None
+        fused = combine(same, Source(tuple(range(7)), operator, weights=weights))
+        assert torch.equal(fused, same[0])
+        assert fused.dtype == dtype

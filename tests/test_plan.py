@@ -65,7 +65,7 @@ def test_layout():
         (lambda: Fuse("layer", (1, 3)), "neighbours"),
         (lambda: Fuse("head", (1, 2)), "allowed: 'layer', 'attention', 'mlp'"),
         (lambda: Fuse("mlp", (1, 2), "wide"), "allowed: 'depth', 'share'"),
-        (lambda: Fuse("mlp", (1, 2), "share", "median"), "allowed: 'mean', 'freeze', 'telescope'"),
+        (lambda: Fuse("mlp", (1, 2), "share", "median"), "allowed: 'mean', 'weighted', 'freeze', 'mix', 'telescope'"),
         (lambda: Drop("head", 1), "Drop.kind"),
     ],
 )

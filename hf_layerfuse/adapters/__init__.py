@@ -13,6 +13,7 @@ from .base import (
 from .bert import BertAdapter, DistilBertAdapter, RobertaAdapter
 from .gpt2 import GPT2Adapter
 from .llama import LlamaAdapter, MistralAdapter, Qwen2Adapter, Qwen3Adapter
+from .maps import Heads, LinearMap, heads_of, linear_maps
 from .vit import DeiTAdapter, ViTAdapter
 
 BUILTIN: tuple[type[TransformerAdapter], ...] = (
@@ -33,9 +34,13 @@ __all__ = [
     "BUILTIN",
     "FUSED_PREFIX",
     "Block",
+    "Heads",
+    "LinearMap",
     "ModelAdapter",
     "TransformerAdapter",
     "ZeroAttention",
     "ZeroBlock",
     "adapter_for",
+    "heads_of",
+    "linear_maps",
 ]
