@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from .calibration import Batches
+from .calibration import Batches, read
 from .errors import RecipeError
-from .methods.fusion import plan_fusion
-from .modeling import apply, load_checkpoint
-from .recipe import FusionRecipe
+from .modeling import load_checkpoint
+from .recipe import TARGETS, FusionRecipe
+from .search import search
 from .verify import verify, warn_if_useless
 
 
@@ -24,13 +23,17 @@ def fuse(
     check: bool = True,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Make a model smaller: plan, apply, verify.
+    """Make a model smaller: plan, apply, refit, verify.
+
+    With calibration `batches`, candidates compete on how near they stay to the original, and the result is repaired in
+    closed form. Without, everything is decided from the weights alone, and nothing is repaired: heal such a model
+    before use.
 
     Args:
         model: a stock model with any head; never changed.
         recipe: what is asked for; `FusionRecipe(keep_layers=6)`, say.
-        batches: calibration batches, an iterable of dicts of model inputs. Needed by the similarities `cka` and
-            `block_influence`; with any other, used to say when the result is worthless.
+        batches: calibration data: any iterable of dicts of model inputs, or a tokenised `datasets.Dataset`. A few
+            hundred sequences like those the model will see; labels are not needed.
         check: save, reload and compare the result before it is returned, as `verify` does.
         overrides: fields of `FusionRecipe`, in place of the recipe or on top of it.
 
@@ -43,22 +46,20 @@ def fuse(
         VerificationError: the result does not survive saving and loading, or caching.
 
     Example:
-        >>> small = fuse(model, keep_layers=8, mode="share")  # doctest: +SKIP
+        >>> small = fuse(model, keep_layers=8, batches=batches)  # doctest: +SKIP
     """
     if recipe is None:
         recipe = FusionRecipe(**overrides)
     elif not isinstance(recipe, FusionRecipe):
         raise RecipeError(f"recipe is {type(recipe).__name__}: pass a FusionRecipe, or its fields as keywords.")
     elif overrides:
-        target = {"keep_layers": None, "ratio": None} if overrides.keys() & {"keep_layers", "ratio"} else {}
+        target = dict.fromkeys(TARGETS) if overrides.keys() & set(TARGETS) else {}
         recipe = FusionRecipe(**{**vars(recipe), **target, **overrides})
-    if isinstance(batches, Iterator):
-        batches = list(batches)  # read for the plan, and again to judge the result
-    plan = plan_fusion(model, recipe, batches)
-    fused = apply(model, plan)
+    sequences = None if batches is None else read(batches, model)
+    fused = search(model, recipe, sequences).model
     if check:
         verify(fused)
-    warn_if_useless(model, fused, batches)
+    warn_if_useless(model, fused, sequences)
     return fused
 
 

@@ -1,12 +1,18 @@
-"""Run unlabelled batches through a model once, and keep the statistics that methods need."""
+"""Unlabelled batches: which of them judge, and a pass that shows what goes through a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -17,54 +23,141 @@ from .plan import Kind
 
 Batches = Iterable[Mapping[str, Any]]
 
-MAX_TOKENS = 4096
+
+JUDGES = 8
+"""One calibration sequence in so many judges."""
 
 
-@torch.inference_mode()
-def states_after(
+ROWS = 16
+"""Rows of a data set that make one batch."""
+
+
+def read(batches: Batches | Dataset, model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Calibration data as a list of batches.
+
+    The rows of a data set become batches of 16 with the columns that the model takes; token sequences of different
+    length are padded on the right, with a mask.
+
+    Raises:
+        DataError: the data set has no column that is the main input of the model.
+    """
+    if not isinstance(batches, Dataset):
+        return list(batches)
+    main = model.main_input_name
+    if main not in batches.column_names:
+        raise DataError(
+            f"the calibration data set has the columns {', '.join(batches.column_names)} and not {main!r}: tokenise "
+            "it (or process its images) first."
+        )
+    takes = inspect.signature(model.forward).parameters
+    rows = batches.select_columns([name for name in batches.column_names if name in takes and name != "labels"])
+    return [_collate(part) for part in rows.with_format("torch").iter(ROWS)]
+
+
+def _collate(columns: Mapping[str, Any]) -> dict[str, Tensor]:
+    """One tensor per column, ragged ones padded with zeros, and a mask where there was none."""
+    found = {
+        name: values if isinstance(values, Tensor) else pad_sequence(list(values), batch_first=True)
+        for name, values in columns.items()
+    }
+    ragged = columns.get("input_ids")
+    if ragged is not None and not isinstance(ragged, Tensor) and "attention_mask" not in found:
+        found["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids in ragged], batch_first=True)
+    return found
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Calibration sequences, some of which judge what the others have led to.
+
+    Attributes:
+        batches: dicts of model inputs, tensors only, without labels.
+        judges: (batch,) per batch, True for a sequence that nothing is fitted to.
+    """
+
+    batches: Sequence[Mapping[str, Tensor]]
+    judges: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, batches: Batches, share: float = 1.0) -> Sample:
+        """Every eighth sequence judges; with fewer, the last one; a single one is fitted and judges.
+
+        Args:
+            batches: calibration batches.
+            share: of the batches to use, evenly spread.
+
+        Raises:
+            DataError: there are no sequences.
+        """
+        every = [
+            {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim and k != "labels"} for batch in batches
+        ]
+        count = max(1, math.ceil(share * len(every)))
+        kept = [every[i * len(every) // count] for i in range(count)] if every else []
+        sizes = [len(next(iter(batch.values()))) for batch in kept]
+        total = sum(sizes)
+        if not total:
+            raise DataError("the calibration batches hold no sequences: give `batches` with at least one of inputs.")
+        numbers = torch.arange(total)
+        judges = numbers % JUDGES == JUDGES - 1 if total >= JUDGES else numbers == max(total - 1, 1)
+        return cls(kept, judges.split(sizes))
+
+    @property
+    def judged(self) -> list[Tensor]:
+        """(batch,) per batch: the judges, or all where there is a single sequence."""
+        alone = not any(mask.any() for mask in self.judges)
+        return [torch.ones_like(mask) if alone else mask for mask in self.judges]
+
+    @property
+    def judging(self) -> list[dict[str, Tensor]]:
+        """The batches of the judges alone."""
+        return [take(batch, mask) for batch, mask in zip(self.batches, self.judged, strict=True) if mask.any()]
+
+
+def take(batch: Mapping[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
+    """Some sequences of a batch; tensors that are not per sequence stay whole."""
+    return {k: v[chosen.to(v.device)] if len(v) == len(chosen) else v for k, v in batch.items()}
+
+
+@torch.no_grad()
+def observe(
     model: PreTrainedModel,
     adapter: TransformerAdapter,
-    kind: Kind,
     batches: Batches,
-    *,
-    seed: int = 0,
-    max_tokens: int = MAX_TOKENS,
-) -> Tensor:
-    """The residual stream after each layer, attention block or MLP block, on calibration tokens.
+    observers: Mapping[Kind, Callable[[Tensor], None]],
+) -> None:
+    """Run batches once, and show each observer the residual stream after every block of its kind.
+
+    Nothing is kept here: memory grows with the largest batch only.
 
     Args:
         batches: dicts of model inputs, such as `{"input_ids", "attention_mask"}`; padding is left out.
-        max_tokens: memory does not grow past this: a uniform sample is kept (reservoir sampling by random keys).
-
-    Returns:
-        (blocks, tokens, hidden) float32 on the model's device, the same tokens for every block.
+        observers: called once a batch with (blocks, tokens, stream) float32 on the model's device, the same tokens for
+            every block.
 
     Raises:
         DataError: there are no batches, or they hold no token that is not padding.
     """
-    recorder = _Recorder(model, adapter, kind)
-    generator = torch.Generator().manual_seed(seed)
-    kept = keys = None
-    with eval_mode(model), recorder:
+    tokens = 0
+    with eval_mode(model), ExitStack() as hooks:
+        recorders = {kind: hooks.enter_context(_Recorder(model, adapter, kind)) for kind in observers}
         for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=None, leave=False):
             inputs = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
-            states = recorder.run(inputs, mask=inputs.get("attention_mask"))
-            fresh = torch.rand(states.shape[1], generator=generator)
-            kept = states if kept is None else torch.cat([kept, states], dim=1)
-            keys = fresh if keys is None else torch.cat([keys, fresh])
-            if len(keys) > max_tokens:
-                chosen = keys.topk(max_tokens).indices
-                kept, keys = kept[:, chosen.to(kept.device)], keys[chosen]
-    if kept is None or kept.shape[1] == 0:
+            model(**inputs)
+            for kind, recorder in recorders.items():
+                states = recorder.take(inputs.get("attention_mask"))
+                if states.shape[1]:
+                    observers[kind](states)
+                tokens += states.shape[1]
+    if not tokens:
         raise DataError("the calibration batches hold no tokens: give `batches` with at least one batch of inputs.")
-    return kept
 
 
 class _Recorder:
     """Hooks that record the residual stream after every block of one kind during a forward pass."""
 
     def __init__(self, model: PreTrainedModel, adapter: TransformerAdapter, kind: Kind) -> None:
-        self.model, self.states, self.handles = model, [], []
+        self.states, self.handles = [], []
         if kind == "layer":
             for layer in adapter.layer_list(model):
                 self._hook(layer, self._output)
@@ -91,11 +184,10 @@ class _Recorder:
     def _addition(self, module: torch.nn.Module, args: tuple, output: Tensor) -> None:
         self.states[-1] = self.states[-1] + output
 
-    def run(self, inputs: dict[str, Tensor], mask: Tensor | None) -> Tensor:
+    def take(self, mask: Tensor | None) -> Tensor:
+        """What the last forward pass left: (blocks, tokens, stream), without the tokens that the mask leaves out."""
+        states = torch.stack([state.float() for state in self.states]).flatten(1, -2)
         self.states.clear()
-        self.model(**inputs)
-        states = torch.stack([state.float() for state in self.states])
-        states = states.flatten(1, -2)
         if mask is not None and mask.numel() == states.shape[1]:
             states = states[:, mask.flatten().bool()]
         return states

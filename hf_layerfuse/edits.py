@@ -12,20 +12,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from .adapters import FUSED_PREFIX, TransformerAdapter
 from .errors import PlanError, UnsupportedModelError
-from .plan import Layout, Plan, Slot, Source
+from .math.lowrank import low_rank, shared_basis
+from .plan import Layout, Plan, Slot, Source, Tie
+from .relaxed import PER_DEPTH, Linear, Relaxed, can_relax, out_in, relax
 
 
 def check_plan(model: PreTrainedModel, adapter: TransformerAdapter, plan: Plan) -> None:
     """Raise unless `plan` was made for this architecture and depth, and the model can be fused at all.
 
     Raises:
-        PlanError: the plan is for another architecture or number of layers.
+        PlanError: the plan is for another architecture or number of layers, or asks for a rank that no matrix has.
         UnsupportedModelError: the model is already fused, quantised, carries PEFT adapters, or differs from layer to
             layer.
     """
@@ -35,6 +37,15 @@ def check_plan(model: PreTrainedModel, adapter: TransformerAdapter, plan: Plan) 
     depth = len(adapter.layer_list(model))
     if plan.num_layers != depth:
         raise PlanError(f"the plan is for {plan.num_layers} layers, the model has {depth}: make a new plan.")
+    for edit in plan.edits:
+        layer = adapter.layer_list(model)[edit.layers[0]]
+        ties = Plan(plan.model_type, plan.num_layers, (edit,)).layout().ties  # a whole layer is two
+        ranks = [rank for tie in ties for _, rank in relaxed_maps(layer, adapter, tie).values()]
+        if ranks and max(ranks) < edit.rank:
+            raise PlanError(
+                f"Fuse.rank is {edit.rank}, and no matrix of these {edit.kind} blocks can use more than {max(ranks)} "
+                f"with mode={edit.mode!r}: lower it, to much less than that to save anything."
+            )
 
 
 def check_model(model: PreTrainedModel, adapter: TransformerAdapter) -> None:
@@ -97,7 +108,8 @@ def _per_layer(values: Sequence[Any], slot: Slot, name: str) -> Any:
 
 
 def reshape(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout) -> None:
-    """Take the removed blocks out of a model with one layer per slot, and renumber its cache. In place.
+    """Take the removed blocks out of a model with one layer per slot, renumber its cache, and put relaxed maps in the
+    place of those that are shared with a rank. In place.
 
     The key-value cache of transformers has one entry per layer of the config, and asks the first entry of each layer
     type how long the sequence is, so the attention blocks that remain take the first entries of their own type.
@@ -117,16 +129,46 @@ def reshape(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout)
             for module in layer.get_submodule(path).modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = index
+    for tie in layout.ties:
+        for slot in tie.slots:
+            for at, (module, rank) in relaxed_maps(layers[slot], adapter, tie).items():
+                layers[slot].set_submodule(at, relax(module, tie.mode, rank))
+
+
+def relaxed_maps(layer: nn.Module, adapter: TransformerAdapter, tie: Tie) -> dict[str, tuple[Linear, int]]:
+    """Path -> (stock module, rank) of the maps of a layer that a tie is to relax; none where it has no rank.
+
+    A joint map of queries, keys and values is one map. The rank is that of the tie, or where a map has fewer
+    dimensions as many as it has, which is enough to be exact: min(out, in) of a residual, min(in, depths x out) of a
+    basis.
+
+    Raises:
+        UnsupportedModelError: a matrix belongs to a module that computes something else than `nn.Linear`.
+    """
+    found = {}
+    for at in getattr(adapter, tie.kind).values() if tie.rank else ():
+        module = layer.get_submodule(at)
+        # a head that builds its body by AutoModel, as those of Llama do, gets one that is reshaped already
+        if not isinstance(module, Relaxed) and any(is_shared(tensor) for tensor in module.parameters()):
+            if not can_relax(module):
+                raise UnsupportedModelError(
+                    f"{at} is a {type(module).__name__}, and only nn.Linear and Conv1D can have a residual or a "
+                    "basis: share this block with rank 0."
+                )
+            outs, ins = out_in(module, module.weight).shape
+            full = min(ins, outs * len(tie.slots) if tie.mode == "basis" else outs)
+            found[at] = module, min(tie.rank, full)
+    return found
 
 
 def tied_weights(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout) -> dict[str, str]:
-    """Shared weight matrices of a reshaped model, {name of a copy: name of the one that is kept}."""
+    """Shared matrices of a reshaped model, {name of a copy: name of the one that is kept}: weights and bases."""
     path, layers = adapter.layers_path(model), adapter.layer_list(model)
     return {
         f"{path}.{slot}.{name}": f"{path}.{tie.slots[0]}.{name}"
         for tie in layout.ties
         for name, tensor in layers[tie.slots[0]].named_parameters()
-        if adapter.owner(name) == tie.kind and is_shared(tensor)
+        if adapter.owner(name) == tie.kind and is_shared(tensor) and name.rpartition(".")[2] not in PER_DEPTH
         for slot in tie.slots[1:]
     }
 
@@ -162,21 +204,49 @@ def fused_weights(model: PreTrainedModel, adapter: TransformerAdapter, layout: L
                 group = [states[layer][name] for layer in source.layers]
                 seed = zlib.crc32(name.encode())  # the same parameter of another group draws anew, whatever the process
                 weights[f"{path}.{index}.{name}"] = combine(group, source, seed=seed + source.layers[0])
+    for tie in layout.ties:
+        for at, (module, rank) in relaxed_maps(layers[tie.source.layers[0]], adapter, tie).items():
+            shared = weights[f"{path}.{tie.slots[0]}.{at}.weight"]
+            originals = [out_in(module, states[layer][f"{at}.weight"]) for layer in tie.source.layers]
+            if tie.mode == "basis":
+                del weights[f"{path}.{tie.slots[0]}.{at}.weight"]
+            made = _relaxed_weights(originals, out_in(module, shared), tie.mode, rank)
+            weights |= {
+                f"{path}.{slot}.{at}.{name}": tensor.to(shared.dtype, copy=True).contiguous()
+                for slot, tensors in zip(tie.slots, made, strict=True)
+                for name, tensor in tensors.items()
+            }
     return weights
 
 
+def _relaxed_weights(originals: list[Tensor], shared: Tensor, mode: str, rank: int) -> list[dict[str, Tensor]]:
+    """Per depth, what a relaxed map has beside the shared weight, or instead of it; all weights are (out, in)."""
+    if mode == "basis":
+        basis, coefficients = shared_basis(originals, rank)
+        return [{"coefficients": part} | ({} if i else {"basis": basis}) for i, part in enumerate(coefficients)]
+    pairs = [low_rank(original.double() - shared.double(), rank) for original in originals]
+    return [{"residual_out": left, "residual_in": right} for left, right in pairs]
+
+
 def expanded_weights(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout) -> dict[str, Tensor]:
-    """Weights for a stock model that computes what a fused one does: shared matrices are copied, and a removed block
-    becomes one whose output projection is zero.
+    """Weights for a stock model that computes what a fused one does: shared matrices are copied, residuals and bases
+    multiplied out, and a removed block becomes one whose output projection is zero.
     """
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    for at, module in model.named_modules():
+        if isinstance(module, Relaxed):
+            matrices = {name: tensor for name, tensor in module.named_parameters() if is_shared(tensor)}
+            for name in matrices:
+                del weights[f"{at}.{name}"]
+            dtype = next(iter(matrices.values())).dtype
+            weights[f"{at}.weight"] = module.merged_weight().to(dtype).contiguous()
     path = adapter.layers_path(model)
-    states = [layer.state_dict() for layer in adapter.layer_list(model)]
     for kind in ("attention", "mlp"):
-        donor = states[next(i for i, slot in enumerate(layout.slots) if slot.source(kind))]
+        donor = f"{path}.{next(i for i, slot in enumerate(layout.slots) if slot.source(kind))}."
+        state = {name.removeprefix(donor): tensor for name, tensor in weights.items() if name.startswith(donor)}
         out = getattr(adapter, kind)["out"]
         for index, slot in enumerate(layout.slots):
-            for name, tensor in donor.items():
+            for name, tensor in state.items():
                 if slot.source(kind) is None and adapter.owner(name) == kind and not adapter.stays(name):
                     # Not all zeros: a block of zeros has no gradient, and could never be trained again.
                     is_out = name.startswith(f"{out}.")

@@ -32,13 +32,13 @@ from .data import calibration_batches, load_splits, loader, prepare, text_of
 from .errors import CheckpointError
 from .heal import heal
 from .latency import latency_side_by_side
-from .methods.fusion import plan_fusion
-from .modeling import apply, load_checkpoint
+from .modeling import load_checkpoint
 from .output import check_output, new_directory
 from .plan import Plan
 from .processes import process_state
 from .recipe import Recipe
 from .report import model_card, rows, text_table
+from .search import search
 from .verify import verify, warn_if_useless
 
 AUTO_CLASSES = {
@@ -74,9 +74,9 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
     inputs = _Inputs(recipe, processor, original)
     batches = inputs.calibration()
 
-    say("planning")
-    plan = plan_fusion(original, recipe.fusion, batches)
-    fused = _round(apply(original, plan), inputs.dtype)
+    say("fusing")
+    found = search(original, recipe.fusion, batches)
+    plan, fused = found.plan, _round(found.model, inputs.dtype)
     warn_if_useless(original, fused, batches)
 
     results: dict[str, Any] = {"before": inputs.measure(original, original, "the original")}

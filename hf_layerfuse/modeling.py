@@ -35,6 +35,7 @@ from .edits import (
 )
 from .errors import CheckpointError, LayerFuseError, PlanError, UnsupportedModelError
 from .plan import Layout, Plan
+from .relaxed import Relaxed
 
 _AUTO_CLASSES = [
     value
@@ -67,8 +68,15 @@ class FusedMixin:
 
     def _adjust_bias(self, output_embeddings: Any, input_embeddings: Any) -> None:
         # The stock method takes weight.shape[0] for the size of the bias, which cuts that of a Conv1D.
-        if not isinstance(output_embeddings, Conv1D):
+        if not isinstance(output_embeddings, Conv1D | Relaxed):
             super()._adjust_bias(output_embeddings, input_embeddings)
+
+    def initialize_weights(self) -> None:
+        # Not in `_init_weights`: a head leaves the modules of its body to the body, which is of the stock class.
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, Relaxed):
+                module.reset()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, expanded: bool = False, **kwargs: Any):
         """Save as transformers does; with `expanded`, as a stock checkpoint.
@@ -169,7 +177,7 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         leads to one, else of the fused class with the plan in its config.
 
     Raises:
-        PlanError: the plan is for another architecture or number of layers.
+        PlanError: the plan is for another architecture or number of layers, or asks for a rank that no matrix has.
         UnsupportedModelError: no adapter, already fused, quantised, or with NaN weights.
     """
     adapter = adapter_for(model)

@@ -36,11 +36,13 @@ class Fuse:
     In `share` mode one set of weight matrices serves every one of these depths; norms and biases stay per depth, and
     so does a residual of `rank` on every matrix (Relaxed Recursive Transformers, Bae et al. 2024).
     In `basis` mode the matrices of the group are combinations, per depth, of one shared basis of `rank` vectors
-    (Basis Sharing, Wang et al. 2024).
+    (Basis Sharing, Wang et al. 2024). A rank is for every linear map of the blocks; a map with fewer dimensions gets
+    as many as it has, and then loses nothing.
 
-    `operator` says how the weights of the group become one: `keep` is the layer that `freeze` keeps, by default the
-    one nearest the middle; `weights` are the shares that `weighted` gives to the layers, which sum to one. `align` is
-    the symmetry of the blocks that is undone before their weights are combined.
+    `operator` says how the weights of the group become one, save for a basis, which is made of all of them: `keep` is
+    the layer that `freeze` keeps, by default the one nearest the middle; `weights` are the shares that `weighted`
+    gives to the layers, which sum to one. `align` is the symmetry of the blocks that is undone before their weights
+    are combined.
     """
 
     kind: Kind

@@ -14,6 +14,9 @@ from .errors import RecipeError
 
 Task = Literal["causal-lm", "text-classification", "image-classification", "feature-extraction"]
 
+TARGETS = ("keep_layers", "ratio", "max_parameters", "max_bytes")
+"""The fields of `FusionRecipe` that say how small the result is to be; a recipe has one of them."""
+
 _T = TypeVar("_T")
 
 
@@ -58,22 +61,41 @@ def _require(condition: bool, message: str) -> None:
 class FusionRecipe:
     """How a model is to be made smaller.
 
-    Give exactly one target: `keep_layers`, the number of blocks (of the kind `blocks`) that stay distinct, or
-    `ratio`, the share of their parameters to remove, met as closely as whole blocks allow.
+    Give exactly one target: `keep_layers`, the number of blocks (of the kind `blocks`) that stay distinct; `ratio`, the
+    share of their parameters to remove, met as closely as whole blocks allow; or `max_parameters` or `max_bytes`, which
+    the whole model may have, so that as many blocks stay distinct as fit.
 
     Attributes:
         keep_layers: distinct blocks after fusion, from 1 to one less than the model has.
         ratio: share of block parameters to remove, 0 < ratio < 1.
+        max_parameters: most parameters of the result, embeddings and head included, shared ones counted once.
+        max_bytes: most bytes of its weights on disk, in the dtype of the model; the header of the file comes on top.
         mode: `depth` runs a fused block once (smaller and faster); `share` lets one set of weights serve every
-            depth of its group (smaller on disk and in memory, not faster).
-        blocks: fuse whole layers, or their attention or MLP blocks alone.
-        similarity: distance between blocks. `euclidean` and `cosine` compare weights; `cka` and
-            `block_influence` compare activations on calibration `batches`.
-        cluster: `adjacent` groups neighbours only; `global` groups any blocks (`share` mode only).
-        operator: how the weights of a group become one. `freeze` keeps the layer nearest the group's middle, the
-            later of two; `mean` averages, which was worse on nearly all groupings measured here; `telescope` adds all
-            differences to the first layer (LaCo, eq. 1), which for pairs keeps the second.
-        seed: seed of the subsample of calibration tokens that the activation measures compare.
+            depth of its group (smaller on disk and in memory, not faster); `basis` lets the depths of a group combine
+            one shared basis of `rank` vectors (the same).
+        rank: of the residual that each depth adds to a shared matrix (`share`), or size of the basis (`basis`).
+        blocks: fuse whole layers, or their attention or MLP blocks alone, or `separate`: both, each kind in groups of
+            its own and to the same number of blocks.
+        similarity: distance between blocks. `euclidean`, `cosine`, `covariance`, `kl` and `wasserstein` compare
+            weights; `cka`, `cka_unbiased`, `angular` and `block_influence` compare activations on calibration
+            `batches`.
+        cluster: `auto` groups neighbours so that the calibration losses of the groups add up to the least, as far as
+            `effort` goes, and falls back on `adjacent` without batches. `adjacent` groups neighbours with the least
+            distance inside the groups; `global` connects the closest pairs of any blocks, and `agglomerative` merges
+            the groups that are closest on average (both not in `depth` mode).
+        operator: how the weights of a group become one. `auto` lets the others compete on calibration loss; without
+            batches it is `freeze`. `freeze` keeps one layer: the one nearest the group's middle, the later of two;
+            `mean` averages, `weighted` by how much each layer changes the residual stream; `mix` takes every element
+            from one of the layers at random; `telescope` adds all differences to the first layer (LaCo, eq. 1).
+        align: the symmetry that is undone before weights are combined: the order of MLP units and heads, found from
+            the weights (`permutation`), from `activation`s on batches, or by optimal `transport` (needs the extra of
+            that name); or that order and a `rotation` of each head.
+        refit: closed-form repair on calibration batches. `full` refits all maps of the repaired blocks, `linear` one
+            map of what the last block before removed ones adds (ReplaceMe); `none`, or no batches: no repair.
+        effort: how much is tried on calibration batches: `low` is the heuristic choice and one refit (at most about 6
+            forward passes of the original over the batches), `medium` also compares groups and operators (25), `high`
+            also the plans next to the best one (60).
+        seed: seed of everything that is drawn.
 
     Raises:
         RecipeError: unknown field, wrong type, or a combination that cannot be met.
@@ -81,18 +103,35 @@ class FusionRecipe:
 
     keep_layers: int | None = None
     ratio: float | None = None
-    mode: Literal["depth", "share"] = "depth"
-    blocks: Literal["layer", "attention", "mlp"] = "layer"
-    similarity: Literal["euclidean", "cosine", "cka", "block_influence"] = "cosine"
-    cluster: Literal["adjacent", "global"] = "adjacent"
-    operator: Literal["mean", "freeze", "telescope"] = "freeze"
+    max_parameters: float | None = None
+    max_bytes: float | None = None
+    mode: Literal["depth", "share", "basis"] = "depth"
+    rank: int = 0
+    blocks: Literal["layer", "attention", "mlp", "separate"] = "layer"
+    similarity: Literal[
+        "euclidean",
+        "cosine",
+        "covariance",
+        "kl",
+        "wasserstein",
+        "cka",
+        "cka_unbiased",
+        "angular",
+        "block_influence",
+    ] = "cosine"
+    cluster: Literal["auto", "adjacent", "global", "agglomerative"] = "auto"
+    operator: Literal["auto", "mean", "weighted", "freeze", "mix", "telescope"] = "auto"
+    align: Literal["none", "permutation", "activation", "transport", "rotation"] = "none"
+    refit: Literal["full", "linear", "none"] = "full"
+    effort: Literal["low", "medium", "high"] = "medium"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        given = {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
         _require(
-            (self.keep_layers is None) != (self.ratio is None),
-            f"give exactly one target, got keep_layers={self.keep_layers} and ratio={self.ratio}: "
-            "set keep_layers (for example 8) or ratio (for example 0.5).",
+            len(given) == 1,
+            f"give exactly one target, got {' and '.join(f'{k}={v}' for k, v in given.items()) or 'none'}: set "
+            "keep_layers (for example 8), ratio (0.5), max_parameters (8e7) or max_bytes (2e8).",
         )
         _require(
             self.keep_layers is None or self.keep_layers >= 1,
@@ -102,16 +141,28 @@ class FusionRecipe:
             self.ratio is None or 0 < self.ratio < 1,
             f"ratio={self.ratio} is not a share of the parameters to remove: use a number between 0 and 1.",
         )
+        for name in ("max_parameters", "max_bytes"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name}={value} leaves no model: use a number above 0, such as 8e7.")
         _require(
-            not (self.mode == "depth" and self.cluster == "global"),
-            "mode='depth' with cluster='global' would merge layers that are far apart and run the result once, in "
-            "the place of neither: use cluster='adjacent', or mode='share'.",
+            not (self.mode == "depth" and self.cluster not in ("auto", "adjacent")),
+            f"mode='depth' with cluster={self.cluster!r} would merge layers that are far apart and run the result "
+            "once, in the place of neither: use cluster='auto' or 'adjacent', or mode='share'.",
+        )
+        _require(self.rank >= 0, f"rank={self.rank}: use a whole number of 0 or more.")
+        _require(
+            not (self.mode == "depth" and self.rank),
+            f"rank={self.rank} with mode='depth', where nothing is shared: leave it out, or use mode='share'.",
+        )
+        _require(
+            self.mode != "basis" or self.rank > 0,
+            "mode='basis' needs rank, the number of basis vectors: a quarter of the model's width, for example.",
         )
 
     @property
     def needs_batches(self) -> bool:
         """Whether the similarity measure compares activations, so that calibration batches are required."""
-        return self.similarity in ("cka", "block_influence")
+        return self.similarity in ("cka", "cka_unbiased", "angular", "block_influence")
 
 
 @_recipe
@@ -271,8 +322,8 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
 
     Args:
         path: the YAML file.
-        overrides: dotted names to values, such as `{"model": "gpt2", "fusion.keep_layers": 8}`. Setting one of
-            `fusion.keep_layers` and `fusion.ratio` replaces the other.
+        overrides: dotted names to values, such as `{"model": "gpt2", "fusion.keep_layers": 8}`. A target of the
+            fusion, `fusion.ratio` say, replaces the one that the file has.
 
     Raises:
         RecipeError: the file is missing or not a mapping, or a field is unknown or has a wrong value.
@@ -296,10 +347,10 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         target = tree[section] if section else tree
         if not isinstance(target, dict):
             raise RecipeError(f"{path}: section {section!r} holds {target!r}, not fields and values.")
-        if name in ("fusion.keep_layers", "fusion.ratio"):
-            other = "ratio" if field == "keep_layers" else "keep_layers"
-            if f"fusion.{other}" not in overrides:
-                target.pop(other, None)
+        if section == "fusion" and field in TARGETS:
+            for other in TARGETS:
+                if f"fusion.{other}" not in overrides:
+                    target.pop(other, None)
         target[field] = value
 
     data = tree.get("data")

@@ -8,7 +8,6 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from .errors import CheckpointError, LayerFuseWarning, VerificationError
 from .inputs import example_inputs, predicts_next_token
 from .modeling import load_checkpoint
 from .modes import eval_mode
+from .prediction import prediction
 
 
 def verify(
@@ -55,11 +55,6 @@ def verify(
         if _decodes(model):
             report["cache"] = _compare_cached(model, inputs)
     return report
-
-
-def prediction(output: Mapping[str, Any]) -> Tensor:
-    """What a model predicts: the first of its outputs that is not the loss, such as logits or hidden states."""
-    return next(value for value in output.values() if isinstance(value, Tensor) and value.ndim > 0)
 
 
 def _predict(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -134,7 +129,7 @@ def warn_if_useless(original: PreTrainedModel, fused: PreTrainedModel, batches: 
     original's outputs for other inputs: a fused model no nearer to those for its own inputs has lost its content.
     """
     if sum(p.numel() for p in fused.parameters()) >= sum(p.numel() for p in original.parameters()):
-        _warn("fusing removed no parameters: the plan is empty. Lower keep_layers or raise ratio.")
+        _warn("fusing removed no parameters: the plan is empty. Lower the target.")
         return
     losses, matches, chances, classes = [], [], [], 0
     with eval_mode(original, fused):

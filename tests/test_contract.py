@@ -18,6 +18,7 @@ EDITS = {
     "attention": (Fuse("attention", (0, 1)), Drop("attention", 3), Fuse("attention", (4, 5), "share")),
     "mlp": (Fuse("mlp", (1, 2, 3), operator="mean"), Drop("mlp", 5), Fuse("mlp", (0, 4), "share")),
     "drop": (Drop("layer", 0), Drop("layer", 4)),
+    "relaxed": (Fuse("layer", (1, 3), "share", "mean", rank=2), Fuse("layer", (0, 2, 4), "basis", rank=6)),
 }
 STOCK = {"depth", "drop"}
 
@@ -111,7 +112,7 @@ def test_dropped_block_contributes_nothing(model_type, head):
 
 
 @every_head
-@pytest.mark.parametrize("name", ["share", "attention", "mlp"])
+@pytest.mark.parametrize("name", ["share", "attention", "mlp", "relaxed"])
 def test_fused_model_expands_to_an_equal_stock_model(model_type, head, name):
     """The stock export of a fused model has the original's class and size, and the fused model's outputs."""
     model = tiny_model(model_type, head)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import LAYERS, TINY, heads_of, tiny_model
 
 from hf_layerfuse import (
     DataError,
+    Drop,
     Fuse,
     FusionRecipe,
     Plan,
@@ -19,12 +21,14 @@ from hf_layerfuse import (
     fuse,
     plan_fusion,
 )
-from hf_layerfuse.calibration import states_after
+from hf_layerfuse.adapters import linear_maps
+from hf_layerfuse.calibration import observe
 from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.math import similarity
+from hf_layerfuse.math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
+from hf_layerfuse.methods.fusion import planned_size
 
 TEXT = sorted(TINY.keys() - {"vit", "deit"})
-MEASURES = ("euclidean", "cosine", "cka", "block_influence")
+MEASURES = (*ON_WEIGHTS, *ON_ACTIVATIONS)
 
 
 def base_model(model_type, **changes):
@@ -41,7 +45,14 @@ def groups(plan):
 
 
 def distances(plan):
-    return torch.tensor(plan.notes["distances"], dtype=torch.float64)
+    (matrix,) = plan.notes["distances"].values()
+    return torch.tensor(matrix, dtype=torch.float64)
+
+
+def states_after(model, kind, batches):
+    seen = []
+    observe(model, adapter_for(model), batches, {kind: seen.append})
+    return torch.cat(seen, dim=1)
 
 
 def distinct(model):
@@ -74,7 +85,10 @@ def make_idle(model, layer):
             norm.bias.data.zero_()
 
 
-@pytest.mark.parametrize(("mode", "cluster"), [("depth", "adjacent"), ("share", "adjacent"), ("share", "global")])
+@pytest.mark.parametrize(
+    ("mode", "cluster"),
+    [("depth", "adjacent"), ("share", "adjacent"), ("share", "global"), ("share", "agglomerative")],
+)
 @pytest.mark.parametrize("blocks", ["layer", "attention", "mlp"])
 def test_target_is_met_exactly(model_type, blocks, mode, cluster):
     """`keep_layers` distinct blocks of the kind remain, and the other kind is as it was."""
@@ -119,7 +133,7 @@ def test_targets_out_of_reach_are_refused(target, message):
         plan_fusion(base_model("gpt2", n_layer=1), FusionRecipe(keep_layers=1))
 
 
-@pytest.mark.parametrize("measure", ["cka", "block_influence"])
+@pytest.mark.parametrize("measure", ON_ACTIVATIONS)
 def test_activation_measures_need_batches(measure):
     """Without batches the error says what to pass; batches without a token are a `DataError`."""
     model, recipe = base_model("gpt2"), FusionRecipe(keep_layers=3, similarity=measure)
@@ -132,7 +146,7 @@ def test_activation_measures_need_batches(measure):
             plan_fusion(model, recipe, batches)
 
 
-@pytest.mark.parametrize("measure", ["cka", "block_influence"])
+@pytest.mark.parametrize("measure", ON_ACTIVATIONS)
 def test_layer_distances_are_those_of_the_hidden_states(model_type, measure):
     """The distances are the measure of the hidden states that transformers returns, over all batches."""
     model = base_model(model_type)
@@ -155,7 +169,9 @@ def test_layer_distances_are_those_of_the_hidden_states(model_type, measure):
         ],
         dim=1,
     )
-    expected = getattr(similarity, measure)(states)
+    whole = ON_ACTIVATIONS[measure]()
+    whole.update(states)
+    expected = whole.distance()
     got = distances(plan_fusion(model, FusionRecipe(keep_layers=3, similarity=measure), batches))
     assert expected[0, 1] > 1e-4, "layers that are all alike: this test is blind"
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
@@ -188,7 +204,7 @@ def test_states_of_blocks(model_type):
     """After an MLP the state is the output of its layer; after attention, what the MLP of the layer adds to."""
     model = base_model(model_type)
     adapter, batches = adapter_for(model), batches_for(model)
-    layer, attention, mlp = (states_after(model, adapter, kind, batches) for kind in ("layer", "attention", "mlp"))
+    layer, attention, mlp = (states_after(model, kind, batches) for kind in ("layer", "attention", "mlp"))
     torch.testing.assert_close(mlp, layer)
     assert not torch.allclose(attention, layer, rtol=1e-2)
     for index in (0, 3):
@@ -200,31 +216,32 @@ def test_states_of_blocks(model_type):
         expected = attention[index]
         if adapter.post_norm:
             expected = idle.get_submodule(block.modules["norm"])(expected.clone()).detach()
-        torch.testing.assert_close(states_after(idle, adapter, "layer", batches)[index], expected)
+        torch.testing.assert_close(states_after(idle, "layer", batches)[index], expected)
 
 
-def test_calibration_keeps_a_bounded_uniform_sample():
-    """Past `max_tokens` a seeded sample remains: the same tokens for every block, from early and late batches alike."""
-    model = base_model("gpt2")
-    adapter, batches = adapter_for(model), batches_for(model, 4)
-    everything = states_after(model, adapter, "layer", batches)
-    assert everything.shape == (LAYERS, 4 * 30, 32)
+def test_observers_see_every_token_once(model_type):
+    """Kinds are observed side by side in one pass, batch by batch, with all tokens of each; no hook stays behind."""
+    model = base_model(model_type)
+    batches = batches_for(model, 3)
+    seen = {"attention": [], "mlp": []}
+    observe(model, adapter_for(model), iter(batches), {kind: states.append for kind, states in seen.items()})
+    for kind, states in seen.items():
+        assert [state.shape for state in states] == [states[0].shape] * 3
+        torch.testing.assert_close(torch.cat(states, dim=1), states_after(model, kind, batches))
+    assert seen["mlp"][0].shape[::2] == (LAYERS, 32)
+    assert not any(module._forward_hooks for module in model.modules())
 
-    def sample(seed):
-        kept = states_after(model, adapter, "layer", batches, seed=seed, max_tokens=24)
-        assert kept.shape == (LAYERS, 24, 32)
-        found = [(kept[i][:, None] == everything[i][None]).all(-1) for i in range(LAYERS)]
-        tokens = found[0].int().argmax(1)
-        for matrix in found:
-            assert matrix[torch.arange(24), tokens].all(), "another token, or another state, than the first block's"
-        assert len(set(tokens.tolist())) == 24
-        return tokens
 
-    samples = [sample(seed) for seed in range(30)]
-    assert torch.equal(sample(7), samples[7])
-    assert not torch.equal(samples[0].sort().values, samples[1].sort().values)
-    share = torch.bincount(torch.cat(samples) // 30, minlength=4) / (30 * 24)
-    torch.testing.assert_close(share, torch.full((4,), 0.25), atol=0.06, rtol=0)
+@pytest.mark.parametrize("measure", ON_ACTIVATIONS)
+def test_the_size_of_batches_does_not_change_distances(measure):
+    """Rows one by one give the distances that they give together, to what the model itself rounds."""
+    model = base_model("bert")
+    ids = example_inputs(model, 12, 10)["input_ids"]
+    recipe = FusionRecipe(keep_layers=3, similarity=measure)
+    one, many = (
+        distances(plan_fusion(model, recipe, [{"input_ids": part} for part in ids.split(size)])) for size in (12, 1)
+    )
+    torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("blocks", ["layer", "mlp"])
@@ -245,13 +262,14 @@ def test_the_measure_drives_the_groups(model_type, measure, blocks):
         assert neighbours.pop(pair) < 0.5 * min(neighbours.values())
 
 
-@pytest.mark.parametrize("measure", ["euclidean", "cosine"])
+@pytest.mark.parametrize("cluster", ["global", "agglomerative"])
+@pytest.mark.parametrize("measure", ["euclidean", "kl"])
 @pytest.mark.parametrize("blocks", ["layer", "attention", "mlp"])
-def test_global_clusters_find_blocks_that_are_apart(model_type, blocks, measure):
-    """`global` groups the first layer with the fifth where these are alike; `adjacent` never does."""
+def test_free_clusters_find_blocks_that_are_apart(model_type, blocks, measure, cluster):
+    """They group the first layer with the fifth where these are alike; `adjacent` never does."""
     model = base_model(model_type)
     make_equal(model, (0, 4))
-    recipe = FusionRecipe(keep_layers=LAYERS - 1, mode="share", blocks=blocks, similarity=measure, cluster="global")
+    recipe = FusionRecipe(keep_layers=LAYERS - 1, mode="share", blocks=blocks, similarity=measure, cluster=cluster)
     assert groups(plan_fusion(model, recipe)) == [(0, 4)]
     recipe.cluster = "adjacent"
     ((first, second),) = groups(plan_fusion(model, recipe))
@@ -262,8 +280,9 @@ def test_other_blocks_do_not_count():
     """The distance between MLPs reads the weights of MLPs only, that between layers those of both."""
     model = base_model("llama")
     layers = model.layers
-    layers[3].mlp.load_state_dict(layers[2].mlp.state_dict())
-    layers[1].self_attn.load_state_dict(layers[0].self_attn.state_dict())
+    for pair, names in (((2, 3), ("mlp", "post_attention_layernorm")), ((0, 1), ("self_attn", "input_layernorm"))):
+        for name in names:  # the norm scales what the block reads
+            layers[pair[1]].get_submodule(name).load_state_dict(layers[pair[0]].get_submodule(name).state_dict())
     matrix = {
         blocks: distances(plan_fusion(model, FusionRecipe(keep_layers=5, blocks=blocks, similarity="euclidean")))
         for blocks in ("layer", "attention", "mlp")
@@ -272,6 +291,200 @@ def test_other_blocks_do_not_count():
     assert min(matrix["mlp"][0, 1], matrix["attention"][2, 3]) > 1
     squares = matrix["attention"] ** 2 + matrix["mlp"] ** 2
     torch.testing.assert_close(matrix["layer"] ** 2, squares, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("measure", ON_WEIGHTS)
+def test_gains_are_part_of_what_reads_them(model_type, measure):
+    """A gain moved from a norm in front of a block into its maps changes no distance; one that follows has no say."""
+    model = base_model(model_type)
+    adapter, recipe = adapter_for(model), FusionRecipe(keep_layers=3, similarity=measure)
+    before = distances(plan_fusion(model, recipe))
+    generator = torch.Generator().manual_seed(1)
+    for block in adapter.blocks(model):
+        gain = torch.rand(32, generator=generator) + 0.5
+        model.get_submodule(block.modules["norm"]).weight.data /= gain
+        for role, found in linear_maps(model, block).items():
+            if role != "out" and not adapter.post_norm:
+                found.weight.mul_(gain)
+    torch.testing.assert_close(distances(plan_fusion(model, recipe)), before, rtol=1e-4, atol=1e-6)
+    if not adapter.post_norm:
+        first = next(iter(adapter.blocks(model)))
+        model.get_submodule(first.modules["norm"]).weight.data[::2] *= 3
+        assert not torch.allclose(distances(plan_fusion(model, recipe))[0], before[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("measure", ON_WEIGHTS)
+def test_every_weight_is_compared_and_no_bias(model_type, measure):
+    """Another weight matrix, whichever, makes another distance; other biases do not (O'Neill et al. 2021)."""
+    model = base_model(model_type)
+    recipe = FusionRecipe(keep_layers=3, similarity=measure)
+    before = distances(plan_fusion(model, recipe))
+    for block in adapter_for(model).blocks(model):
+        for role, found in linear_maps(model, block).items():
+            if found.bias is not None:
+                found.bias.normal_()
+            if block.layer == 2:
+                kept = found.weight.clone()
+                found.weight.mul_(torch.linspace(0.5, 2, found.weight.shape[1]))
+                after = distances(plan_fusion(model, recipe))
+                changed = after != before
+                assert changed[2].any(), role
+                assert changed[2].sum() == changed.sum() / 2, role
+                found.weight.copy_(kept)
+    assert torch.equal(distances(plan_fusion(model, recipe)), before)
+
+
+@pytest.mark.parametrize("measure", ON_WEIGHTS)
+def test_order_of_hidden_units(model_type, measure):
+    """Measures of distributions see two MLPs as one where only the order of their hidden units differs."""
+    model = base_model(model_type)
+    make_equal(model, (2, 3), noise=0)
+    block = next(block for block in adapter_for(model).blocks(model) if (block.layer, block.kind) == (3, "mlp"))
+    maps = linear_maps(model, block)
+    order = torch.randperm(maps["out"].weight.shape[1], generator=torch.Generator().manual_seed(0))
+    for role, found in maps.items():
+        permuted = found.weight[:, order] if role == "out" else found.weight[order]
+        found.weight.copy_(permuted.clone())
+    matrix = distances(plan_fusion(model, FusionRecipe(keep_layers=5, similarity=measure, blocks="mlp")))
+    if measure in ("covariance", "kl", "wasserstein"):
+        assert matrix[2, 3] < 1e-9 * matrix.max()
+    else:
+        assert matrix[2, 3] > 0.5 * matrix.max()
+
+
+@pytest.mark.parametrize("mode", ["depth", "share"])
+@pytest.mark.parametrize("measure", ["cosine", "cka"])
+def test_kinds_apart(model_type, mode, measure):
+    """`separate` groups attention by the distances of attention and MLPs by those of MLPs, in one pass over batches."""
+    model = base_model(model_type)
+    recipe = FusionRecipe(keep_layers=4, mode=mode, similarity=measure, blocks="separate")
+    plan = plan_fusion(model, recipe, iter(batches_for(model)))
+    assert distinct(apply(model, plan)) == {"attention": 4, "mlp": 4}
+    for kind in ("attention", "mlp"):
+        recipe.blocks = kind
+        alone = plan_fusion(model, recipe, batches_for(model))
+        assert [edit for edit in plan.edits if edit.kind == kind] == list(alone.edits)
+        assert plan.notes["distances"][kind] == alone.notes["distances"][kind]
+
+
+def test_kinds_apart_compute_what_the_plan_says(model_type):
+    """With attention of one pair of layers and the MLPs of another fused in depth, the others run as before."""
+    model = base_model(model_type)
+    adapter = adapter_for(model)
+    alike = {"attention": (0, 1), "mlp": (4, 5)}
+    blocks = {(block.kind, block.layer): block for block in adapter.blocks(model)}
+    with torch.no_grad():
+        for kind, (first, second) in alike.items():
+            for role, path in blocks[kind, first].modules.items():
+                for name, tensor in model.get_submodule(path).named_parameters():
+                    model.get_submodule(blocks[kind, second].modules[role]).get_parameter(name).copy_(tensor)
+    plan = plan_fusion(model, FusionRecipe(keep_layers=LAYERS - 1, blocks="separate"))
+    assert {edit.kind: edit.layers for edit in plan.edits} == alike
+    fused = apply(model, plan)
+    # the second block of either pair adds nothing: `freeze` keeps its weights, which are those of the first
+    expected = copy.deepcopy(model)
+    for kind, (_, second) in alike.items():
+        for parameter in expected.get_submodule(blocks[kind, second].modules["out"]).parameters():
+            parameter.data.zero_()
+    inputs = example_inputs(model, 3, 12)
+    with torch.inference_mode():
+        got, wanted, before = (m(**inputs).last_hidden_state for m in (fused, expected, model))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, wanted, rtol=1e-2)
+
+
+def test_kinds_apart_can_meet():
+    """Where both kinds fall into the same groups, whole layers go, and the result is a stock model."""
+    model = base_model("gpt2")
+    make_equal(model, (2, 3))
+    fused = apply(model, plan_fusion(model, FusionRecipe(keep_layers=LAYERS - 1, blocks="separate")))
+    assert type(fused) is type(model)
+    assert fused.config.num_hidden_layers == LAYERS - 1
+
+
+HEADED = [("gpt2", "GPT2LMHeadModel"), ("bert", "BertForMaskedLM"), ("llama", "LlamaForCausalLM"), ("vit", "ViTModel")]
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def bytes_of_file(model, path):
+    """Of the tensors in the file that `save_pretrained` writes, which come after eight bytes and a header."""
+    model.save_pretrained(path)
+    content = (path / "model.safetensors").read_bytes()
+    return len(content) - 8 - int.from_bytes(content[:8], "little")
+
+
+@pytest.mark.parametrize(("name", "head"), HEADED[:2])
+@pytest.mark.parametrize("blocks", ["layer", "mlp", "separate"])
+@pytest.mark.parametrize("mode", ["depth", "share"])
+def test_sizes_are_met_with_as_many_blocks_as_fit(name, head, mode, blocks):
+    """At any limit in reach the result is within it, and with one block more it would not be."""
+    model = tiny_model(name, head)
+    options = {"mode": mode, "blocks": blocks}
+    counts = [
+        parameters(apply(model, plan_fusion(model, FusionRecipe(keep_layers=keep, **options))))
+        for keep in range(1, LAYERS)
+    ]
+    assert counts == sorted(set(counts))
+    for keep, most in enumerate(counts, start=1):
+        for limit in (most, *([counts[keep] - 1] if keep < LAYERS - 1 else [])):
+            plan = plan_fusion(model, FusionRecipe(max_parameters=limit, **options))
+            assert plan == plan_fusion(model, FusionRecipe(keep_layers=keep, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "head"), HEADED)
+@pytest.mark.parametrize("mode", ["depth", "share"])
+def test_bytes_are_those_of_the_file(tmp_path, name, head, mode, dtype):
+    """The file holds at most `max_bytes` of weights, in the dtype of the model, and exactly what was planned."""
+    model = tiny_model(name, head).to(dtype)
+    whole = bytes_of_file(model, tmp_path / "whole")
+    assert planned_size(model, Plan(name, LAYERS)) == {"parameters": parameters(model), "bytes": whole}
+    plan = plan_fusion(model, FusionRecipe(max_bytes=0.75 * whole, mode=mode))
+    small = bytes_of_file(apply(model, plan), tmp_path / "small")
+    assert small == planned_size(model, plan)["bytes"] <= 0.75 * whole
+    keep = LAYERS - sum(len(group) - 1 for group in groups(plan))
+    more = apply(model, plan_fusion(model, FusionRecipe(keep_layers=keep + 1, mode=mode)))
+    assert bytes_of_file(more, tmp_path / "more") > 0.75 * whole
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [Drop("attention", 1), Fuse("mlp", (2, 3))],
+        [Drop("layer", 0), Fuse("layer", (2, 4, 5), "share")],
+        [Fuse("layer", (1, 2), "share", rank=3), Fuse("attention", (3, 5), "share")],
+        [Fuse("mlp", (1, 2, 4), "basis", rank=5)],
+        [Fuse("layer", (1, 2, 3, 4), operator="mean")],
+    ],
+)
+def test_planned_sizes_are_those_of_the_result(model_type, edits):
+    """Whatever the edits, the size is known before they are carried out; for `mean` too where layer types differ."""
+    model = base_model(model_type, **({"use_sliding_window": False} if model_type == "qwen2" else {}))
+    plan = Plan(model_type, LAYERS, edits)
+    assert planned_size(model, plan)["parameters"] == parameters(apply(model, plan))
+
+
+def test_sizes_out_of_reach_are_refused_before_calibration():
+    """The error names the smallest size, which is then within reach; no batch is read for it."""
+    model = base_model("gpt2")
+    unread = iter([pytest.fail])
+    for mode, blocks in itertools.product(("depth", "share"), ("layer", "mlp", "separate")):
+        options = {"mode": mode, "blocks": blocks, "similarity": "cka"}
+        for name, unit in (("max_parameters", "parameters"), ("max_bytes", "bytes")):
+            with pytest.raises(RecipeError, match=rf"{name}=100 is out of reach: .* \d+ {unit} remain") as refused:
+                plan_fusion(model, FusionRecipe(**{name: 100}, **options), unread)
+            smallest = int(re.search(rf"(\d+) {unit} remain", str(refused.value))[1])
+            plan = plan_fusion(model, FusionRecipe(**{name: smallest}, **options), batches_for(model))
+            assert all(group == tuple(range(LAYERS)) for group in groups(plan))
+            assert planned_size(model, plan)[unit] == smallest
+            whole = planned_size(model, Plan("gpt2", LAYERS))[unit]
+            message = rf"{name}={whole} fuses nothing, the model has {whole} {unit}: use less, down to {smallest}"
+            with pytest.raises(RecipeError, match=message):
+                plan_fusion(model, FusionRecipe(**{name: whole}, **options), unread)
+    assert next(unread) is pytest.fail
 
 
 # the models are random, so that fusing them may well be worse than chance: what is said of it is not the claim here
@@ -357,7 +570,7 @@ def test_notes_say_what_the_plan_was_decided_from(measure):
     tree = json.loads(plan.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert tree["notes"] == plan.notes
     assert FusionRecipe(**tree["notes"]["recipe"]) == recipe
-    matrix = torch.tensor(tree["notes"]["distances"])
+    matrix = torch.tensor(tree["notes"]["distances"]["layer"])
     assert matrix.shape == (LAYERS, LAYERS)
     assert torch.equal(matrix, matrix.T)
     assert torch.equal(matrix.diagonal(), torch.zeros(LAYERS))

@@ -1,82 +1,26 @@
-"""Similarities and clusters: against definitions written out, and against brute force."""
+"""Clusters against brute force and scipy, and how several tensors become one."""
 
 import itertools
 
 import pytest
 import torch
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
 
 from hf_layerfuse.edits import combine
-from hf_layerfuse.math import cluster, similarity
+from hf_layerfuse.math import cluster
 from hf_layerfuse.plan import Source
 
 
-@pytest.fixture
-def states():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(5, 40, 7, generator=generator).cumsum(0)
-
-
-@pytest.fixture
-def blocks():
-    generator = torch.Generator().manual_seed(0)
-    return [
-        {"q": torch.randn(4, 6, generator=generator), "in": torch.randn(9, 4, generator=generator)} for _ in range(5)
-    ]
-
-
-def test_weight_distances(blocks):
-    """Both weight measures equal their definitions, and are zero between equal blocks only."""
-    blocks[3] = {role: weight.clone() for role, weight in blocks[1].items()}
-    euclidean, cosine = similarity.euclidean(blocks), similarity.cosine(blocks)
-    for i, j in itertools.product(range(5), repeat=2):
-        squares = sum((blocks[i][role] - blocks[j][role]).square().sum() for role in blocks[0])
-        cosines = [torch.cosine_similarity(blocks[i][r].flatten(), blocks[j][r].flatten(), 0) for r in blocks[0]]
-        torch.testing.assert_close(euclidean[i, j].float(), squares.sqrt())
-        torch.testing.assert_close(cosine[i, j].float(), 1 - torch.stack(cosines).mean(), atol=1e-6, rtol=1e-5)
-    assert euclidean[1, 3] == 0
-    assert (euclidean == 0).sum() == 7
-
-
-def test_cosine_ignores_scale_and_euclidean_does_not(blocks):
-    """A block and the same block at twice the weights are one block to `cosine`."""
-    twice = [blocks[0], {role: 2 * weight for role, weight in blocks[0].items()}]
-    assert similarity.cosine(twice)[0, 1] < 1e-12
-    assert similarity.euclidean(twice)[0, 1] > 1
-
-
-def test_cka(states):
-    """CKA equals the published definition with centred Gram matrices, on either side of its shape switch."""
-    for tokens in (6, 40):
-        part = states[:, :tokens].double()
-        centre = torch.eye(tokens, dtype=torch.float64) - 1 / tokens
-        grams = [centre @ block @ block.T @ centre for block in part]
-        got = similarity.cka(states[:, :tokens])
-        for i, j in itertools.product(range(5), repeat=2):
-            hsic = (grams[i] * grams[j]).sum()
-            expected = 1 - hsic / (grams[i].norm() * grams[j].norm())
-            torch.testing.assert_close(got[i, j], expected.clamp_min(0), atol=1e-12, rtol=1e-9)
-
-
-def test_cka_is_blind_to_rotation_scale_and_shift(states):
-    """Linear CKA does not change under an orthogonal map, a scale and an offset: it needs the centring for that."""
-    turn, _ = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(1)))
-    pair = torch.stack([states[0], 3 * states[0] @ turn + 5])
-    assert similarity.cka(pair)[0, 1] < 1e-6
-
-
-def test_block_influence(states):
-    """1 - mean cosine between the states after two blocks (ShortGPT, eq. 1)."""
-    got = similarity.block_influence(states)
-    for i, j in itertools.combinations(range(5), 2):
-        expected = 1 - torch.cosine_similarity(states[i].double(), states[j].double(), dim=-1).mean()
-        torch.testing.assert_close(got[i, j], expected)
+def random_distance(count, seed=0):
+    matrix = torch.rand(count, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (matrix + matrix.T).fill_diagonal_(0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
 def test_adjacent_is_optimal(count):
     """The dynamic program finds the same least cost as trying every partition into runs."""
-    matrix = torch.rand(count, count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
-    matrix = (matrix + matrix.T).fill_diagonal_(0)
+    matrix = random_distance(count, seed=count)
 
     def cost(runs):
         return sum(matrix[i, j].item() for run in runs for i, j in itertools.combinations(run, 2))
@@ -92,25 +36,18 @@ def test_adjacent_is_optimal(count):
         assert cost(runs) == pytest.approx(best)
 
 
-@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("count", [3, 7])
 def test_connected_merges_the_closest_pairs(count):
-    """Components of the graph of the closest pairs, exactly as many as asked for, ties included."""
-    matrix = torch.rand(count, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    matrix = (matrix + matrix.T).fill_diagonal_(0)
-    for distance in (matrix, torch.ones_like(matrix).fill_diagonal_(0)):
-        for groups in range(1, count + 1):
-            found = cluster.connected(distance, groups)
-            assert len(found) == groups
-            assert sorted(sum(found, ())) == list(range(count))
+    """The groups are the components of the graph of the closest pairs."""
+    matrix = random_distance(count)
     pairs = sorted(itertools.combinations(range(count), 2), key=lambda pair: matrix[pair].item())
     label = list(range(count))
     for i, j in pairs:
         if len(set(label)) == 2:
             break
         label = [label[i] if value == label[j] else value for value in label]
-    if count > 2:
-        expected = sorted(tuple(k for k in range(count) if label[k] == value) for value in set(label))
-        assert cluster.connected(matrix, 2) == expected
+    expected = sorted(tuple(k for k in range(count) if label[k] == value) for value in set(label))
+    assert cluster.connected(matrix, 2) == expected
 
 
 def test_connected_joins_what_is_far_apart():
@@ -118,6 +55,40 @@ def test_connected_joins_what_is_far_apart():
     matrix = torch.ones(4, 4, dtype=torch.float64).fill_diagonal_(0)
     matrix[0, 3] = matrix[3, 0] = 0.1
     assert cluster.connected(matrix, 3) == [(0, 3), (1,), (2,)]
+
+
+@pytest.mark.parametrize("method", ["single", "average", "complete"])
+@pytest.mark.parametrize("count", [2, 5, 9])
+def test_agglomerative_is_that_of_scipy(count, method):
+    """Without ties the groups are those into which scipy cuts the same tree."""
+    for seed in range(5):
+        matrix = random_distance(count, seed)
+        tree = linkage(squareform(matrix.numpy()), method=method)
+        for groups in range(1, count + 1):
+            labels = fcluster(tree, groups, criterion="maxclust")
+            expected = {tuple((labels == label).nonzero()[0].tolist()) for label in labels}
+            found = cluster.agglomerative(matrix, groups, method)
+            assert set(found) == expected
+            assert found == sorted(found)
+
+
+@pytest.mark.parametrize("find", [cluster.connected, cluster.agglomerative])
+def test_groups_are_as_many_as_asked_for_whatever_the_ties(find):
+    """Where all distances are equal there are still exactly as many groups, and every block is in one."""
+    for count in (1, 2, 7):
+        equal = torch.ones(count, count, dtype=torch.float64).fill_diagonal_(0)
+        for groups in range(1, count + 1):
+            found = find(equal, groups)
+            assert len(found) == groups
+            assert sorted(sum(found, ())) == list(range(count))
+
+
+def test_average_linkage_resists_chains():
+    """Blocks in a row, each a little farther from the next: the closest pairs chain them up, the average does not."""
+    place = torch.tensor([0.0, 1.0, 2.1, 3.3, 4.6, 6.0], dtype=torch.float64)
+    matrix = (place[:, None] - place).abs()
+    assert cluster.connected(matrix, 2) == [(0, 1, 2, 3, 4), (5,)]
+    assert cluster.agglomerative(matrix, 2) == [(0, 1, 2, 3), (4, 5)]
 
 
 def test_operators():

@@ -22,6 +22,20 @@ def test_round_trip():
     assert "notes" not in plan.to_dict(notes=False)
 
 
+def test_rank_and_mode_reach_the_layout():
+    """Residuals and bases are ties with a rank; what an edit has not is left out of the JSON."""
+    edits = (Fuse("layer", (0, 2), "share", "mean", rank=4), Fuse("mlp", (1, 3), "basis", rank=8), Fuse("mlp", (4, 5)))
+    plan = Plan("gpt2", 6, edits)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.layout().ties == (
+        Tie("attention", (0, 2), Source((0, 2), "mean"), "share", 4),
+        Tie("mlp", (0, 2), Source((0, 2), "mean"), "share", 4),
+        Tie("mlp", (1, 3), Source((1, 3)), "basis", 8),
+    )
+    assert not plan.layout().is_stock
+    assert ["rank" in edit for edit in plan.to_dict()["edits"]] == [True, True, False]
+
+
 def test_names_blocks_by_layer_and_kind_only():
     """No parameter name reaches the JSON: ViT has other names on disk than in memory."""
     text = Plan("vit", 6, EDITS).to_json()
@@ -67,6 +81,10 @@ def test_layout():
         (lambda: Fuse("mlp", (1, 2), "wide"), "allowed: 'depth', 'share'"),
         (lambda: Fuse("mlp", (1, 2), "share", "median"), "allowed: 'mean', 'weighted', 'freeze', 'mix', 'telescope'"),
         (lambda: Drop("head", 1), "Drop.kind"),
+        (lambda: Fuse("mlp", (1, 2), "share", rank=-1), "rank is -1: use a whole number"),
+        (lambda: Fuse("mlp", (1, 2), "share", rank=2.0), "rank is 2.0: use a whole number"),
+        (lambda: Fuse("mlp", (1, 2), rank=4), "rank is 4 in depth mode"),
+        (lambda: Fuse("mlp", (1, 2), "basis"), "mode='basis' needs Fuse.rank"),
     ],
 )
 def test_refuses(make, message):

@@ -1,12 +1,15 @@
 """Recipes: what cannot be met is refused before anything runs, with the value and what would be allowed."""
 
 import dataclasses
+import itertools
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
 from hf_layerfuse import FusionRecipe, LayerFuseError, RecipeError
-from hf_layerfuse.recipe import DataRecipe, EvaluateRecipe, HealRecipe, Recipe, load_recipe
+from hf_layerfuse.math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
+from hf_layerfuse.recipe import TARGETS, DataRecipe, EvaluateRecipe, HealRecipe, Recipe, load_recipe
 
 WHOLE = """
 model: gpt2
@@ -40,15 +43,21 @@ def test_errors_are_one_family():
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        (FusionRecipe, {}, r"exactly one target, got keep_layers=None and ratio=None.*set keep_layers .* or ratio"),
-        (FusionRecipe, {"keep_layers": 3, "ratio": 0.5}, r"exactly one target, got keep_layers=3 and ratio=0.5"),
+        (FusionRecipe, {}, r"exactly one target, got none: set keep_layers .* ratio .* max_parameters .* max_bytes"),
+        (FusionRecipe, {"keep_layers": 3, "ratio": 0.5}, r"exactly one target, got keep_layers=3 and ratio=0.5: set"),
+        (FusionRecipe, {"max_bytes": 9, "max_parameters": 8}, r"got max_parameters=8.0 and max_bytes=9.0: set"),
+        (FusionRecipe, {"max_parameters": 0}, r"max_parameters=0\.0 leaves no model: use a number above 0"),
+        (FusionRecipe, {"max_bytes": float("nan")}, r"max_bytes=nan leaves no model: use a number above 0"),
         (FusionRecipe, {"keep_layers": 0}, r"keep_layers=0 .* 1 or more"),
         (FusionRecipe, {"keep_layers": -2}, r"keep_layers=-2 .* 1 or more"),
         (FusionRecipe, {"ratio": 0}, r"ratio=0\.0 .* between 0 and 1"),
         (FusionRecipe, {"ratio": 1}, r"ratio=1\.0 .* between 0 and 1"),
         (FusionRecipe, {"ratio": 1.5}, r"ratio=1\.5 .* between 0 and 1"),
         (FusionRecipe, {"ratio": float("nan")}, r"ratio=nan .* between 0 and 1"),
-        (FusionRecipe, {"keep_layers": 3, "cluster": "global"}, r"mode='depth' with cluster='global'.*mode='share'"),
+        *(
+            (FusionRecipe, {"keep_layers": 3, "cluster": name}, rf"mode='depth' with cluster='{name}'.*mode='share'")
+            for name in ("global", "agglomerative")
+        ),
         (DataRecipe, {"max_length": 0}, r"data\.max_length=0: .* 1 or more"),
         (DataRecipe, {"max_test_samples": 0}, r"data\.max_test_samples=0: .* 1 or more"),
         (HealRecipe, {"steps": -1}, r"heal\.steps=-1: .*0"),
@@ -74,8 +83,11 @@ def test_impossible_values_are_refused(kind, values, message):
         (FusionRecipe, {"keep_layers": True}, ("keep_layers", "True", "int")),
         (FusionRecipe, {"ratio": "half"}, ("ratio", "'half'", "float")),
         (FusionRecipe, {"ratio": [0.5]}, ("ratio", "[0.5]", "float")),
+        (FusionRecipe, {"max_parameters": "8M"}, ("max_parameters", "'8M'", "float")),
+        (FusionRecipe, {"max_bytes": True}, ("max_bytes", "True", "float")),
+        (FusionRecipe, {"keep_layers": 3, "cluster": "local"}, ("cluster", "local", "'adjacent'", "'agglomerative'")),
         (FusionRecipe, {"keep_layers": 3, "mode": "wide"}, ("mode", "wide", "'depth'", "'share'")),
-        (FusionRecipe, {"keep_layers": 3, "blocks": "head"}, ("blocks", "head", "'layer'", "'attention'", "'mlp'")),
+        (FusionRecipe, {"keep_layers": 3, "blocks": "head"}, ("blocks", "head", "'layer'", "'mlp'", "'separate'")),
         (FusionRecipe, {"keep_layers": 3, "seed": 1.5}, ("seed", "1.5", "int")),
         (DataRecipe, {"text_column": 3}, ("text_column", "3", "str")),
         (HealRecipe, {"mixed_precision": "fp8"}, ("mixed_precision", "fp8", "'auto'", "'bf16'")),
@@ -124,11 +136,9 @@ def test_whole_numbers_and_exponents_are_floats(written):
 
 def test_needs_batches():
     """Only the measures that compare activations ask for calibration batches."""
-    needing = {
-        name: FusionRecipe(keep_layers=3, similarity=name).needs_batches
-        for name in ("euclidean", "cosine", "cka", "block_influence")
-    }
-    assert needing == {"euclidean": False, "cosine": False, "cka": True, "block_influence": True}
+    needing = {name: FusionRecipe(keep_layers=3, similarity=name).needs_batches for name in ON_WEIGHTS | ON_ACTIVATIONS}
+    assert needing == {**dict.fromkeys(ON_WEIGHTS, False), **dict.fromkeys(ON_ACTIVATIONS, True)}
+    assert {*needing} == {*get_args(get_type_hints(FusionRecipe)["similarity"])}
 
 
 def test_file(written):
@@ -155,11 +165,15 @@ def test_overrides(written):
 
 def test_a_new_target_replaces_the_old_one(written):
     """The command line sets the target that it names, whichever the file has; naming both is still refused."""
-    assert load_recipe(written(WHOLE), {"fusion.ratio": 0.25}).fusion == FusionRecipe(ratio=0.25, mode="share")
-    by_ratio = written(WHOLE.replace("keep_layers: 8", "ratio: 0.5"))
-    assert load_recipe(by_ratio, {"fusion.keep_layers": 4}).fusion == FusionRecipe(keep_layers=4, mode="share")
-    with pytest.raises(RecipeError, match=r"exactly one target, got keep_layers=4 and ratio=0.25"):
-        load_recipe(by_ratio, {"fusion.keep_layers": 4, "fusion.ratio": 0.25})
+    values = {"keep_layers": 4, "ratio": 0.25, "max_parameters": 8e6, "max_bytes": 2e7}
+    assert {*values} == {*TARGETS}
+    for old, new in itertools.permutations(values, 2):
+        path = written(WHOLE.replace("keep_layers: 8", f"{old}: {values[old]}"))
+        expected = FusionRecipe(**{new: values[new]}, mode="share")
+        assert load_recipe(path, {f"fusion.{new}": values[new]}).fusion == expected
+        with pytest.raises(RecipeError, match=r"exactly one target, got \w+=\S+ and \w+=\S+: set"):
+            load_recipe(path, {f"fusion.{name}": values[name] for name in (old, new)})
+    assert load_recipe(written(WHOLE), {"fusion.max_bytes": "2e7"}).fusion.max_bytes == 2e7
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from .base import (
 from .bert import BertAdapter, DistilBertAdapter, RobertaAdapter
 from .gpt2 import GPT2Adapter
 from .llama import LlamaAdapter, MistralAdapter, Qwen2Adapter, Qwen3Adapter
-from .maps import Heads, LinearMap, heads_of, linear_maps
+from .maps import READERS, Heads, LinearMap, heads_of, linear_maps
 from .vit import DeiTAdapter, ViTAdapter
 
 BUILTIN: tuple[type[TransformerAdapter], ...] = (
@@ -33,6 +33,7 @@ __all__ = [
     "ADAPTERS",
     "BUILTIN",
     "FUSED_PREFIX",
+    "READERS",
     "Block",
     "Heads",
     "LinearMap",

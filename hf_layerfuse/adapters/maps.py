@@ -12,6 +12,9 @@ from .base import Block
 
 _NORMS = ("norm", "q_norm", "k_norm")
 
+READERS = ("qkv", "q", "k", "v", "gate", "in")
+"""Roles of the maps that read what enters a block."""
+
 
 @dataclass(frozen=True)
 class LinearMap:

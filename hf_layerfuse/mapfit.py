@@ -1,0 +1,81 @@
+"""Linear maps of a model, fitted to moments within what their weights are free to be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .math.lowrank import low_rank
+from .math.ridge import Fit, Moments, chain, fit
+from .relaxed import BasisLinear, Relaxed, out_in
+
+
+def theta_of(module: nn.Module) -> Tensor:
+    """What a map computes, [x, 1] @ theta: (in + 1, out) float64, whatever its orientation and parts."""
+    weight = module.merged_weight() if isinstance(module, Relaxed) else module.weight.detach().double()
+    stored_out_in = not isinstance(module, BasisLinear) or not module.transposed
+    weight = out_in(module, weight) if stored_out_in else weight.T
+    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().double()
+    return torch.cat([weight.T, bias.unsqueeze(0)])
+
+
+@torch.no_grad()
+def fit_map(module: nn.Module, train: Moments, held_out: Moments, *, tied: bool) -> Fit:
+    """Fit a map to moments and store it, where that is better on the held-out ones than the map as it is.
+
+    A weight that is `tied` to other depths stays as it is: the bias is free, and beside it the residual, (the fit
+    projected on its rank, which is reduced-rank regression), or the coefficients of a shared basis.
+    """
+    if isinstance(module, BasisLinear):
+        return _fit_coefficients(module, train, held_out)
+    start = theta_of(module)
+    if not tied:
+        found = fit(train, held_out, start)
+        if found.strength is not None:
+            store(module, found.theta)
+        return found
+    every = train + held_out
+    before = held_out.error(start)
+    weight, factors, strength = start[:-1].T, None, 0.0
+    if isinstance(module, Relaxed):
+        free = fit(train, held_out, start)
+        shared = out_in(module, module.weight.detach().double())
+        factors = low_rank(free.theta[:-1].T - shared, len(module.residual_in), every.centred())
+        weight, strength = shared + factors[0] @ factors[1], free.strength
+    mean = every.xx[-1:] / every.rows
+    bias = every.xy[-1:] / every.rows - mean[:, :-1] @ weight.T
+    theta = torch.cat([weight.T, start[-1:] if module.bias is None else bias])
+    after = held_out.error(theta)
+    if not after < before:
+        return Fit(start, before, before, None)
+    if factors is not None:
+        module.residual_out.copy_(factors[0])
+        module.residual_in.copy_(factors[1])
+    if module.bias is not None:
+        module.bias.copy_(theta[-1])
+    return Fit(theta, before, after, strength)
+
+
+def _fit_coefficients(module: BasisLinear, train: Moments, held_out: Moments) -> Fit:
+    basis = torch.cat([module.basis.T.double(), module.basis.new_zeros(1, len(module.basis), dtype=torch.float64)])
+    bias = theta_of(module)[-1:]
+    found = fit(train.through(basis), held_out.through(basis), torch.cat([module.coefficients.T.double(), bias]))
+    if found.strength is not None:
+        module.coefficients.copy_(found.theta[:-1].T)
+        if module.bias is not None:
+            module.bias.copy_(found.theta[-1])
+    return found
+
+
+@torch.no_grad()
+def fold(module: nn.Module, before: Tensor) -> None:
+    """Let a stock map read [x, 1] @ before, (in + 1, in), instead of x. Without a bias, the constant is lost."""
+    store(module, chain(before, theta_of(module)))
+
+
+@torch.no_grad()
+def store(module: nn.Module, theta: Tensor) -> None:
+    """Write theta (in + 1, out) to a stock map. Without a bias, the constant is lost."""
+    out_in(module, module.weight).copy_(theta[:-1].T)
+    if module.bias is not None:
+        module.bias.copy_(theta[-1])

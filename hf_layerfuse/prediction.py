@@ -1,0 +1,58 @@
+"""What a model predicts, and how far that of one model is from that of another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .errors import DataError
+from .modes import eval_mode
+
+
+def prediction(output: Mapping[str, Any]) -> Tensor:
+    """The main output of any head: the logits, or the hidden states of a model without a head."""
+    return next(value for value in output.values() if isinstance(value, Tensor) and value.ndim > 0)
+
+
+def divergence(ours: Mapping[str, Any], theirs: Mapping[str, Any], mask: Tensor | None = None) -> tuple[float, float]:
+    """How far one output of a model is from another, as a sum and what to divide it by.
+
+    Logits of classes or tokens: the sum of KL(theirs || ours) in nats, and the number of distributions. Anything else,
+    such as hidden states: the sum of squared differences, and that of the squares of `theirs`.
+
+    Args:
+        ours: output of the model that is judged.
+        theirs: output of the reference for the same inputs.
+        mask: (batch, tokens), False on padding; ignored where the output has no such dimensions.
+    """
+    name = next(key for key, value in theirs.items() if isinstance(value, Tensor) and value.ndim > 0)
+    p, q = prediction(theirs).double(), prediction(ours).double()
+    if mask is not None and p.shape[: mask.ndim] == mask.shape:
+        mask = mask.to(p.device).bool()
+        p, q = p[mask], q[mask]
+    if "logits" in name and p.shape[-1] > 1:
+        p, q = p.flatten(0, -2), q.flatten(0, -2)
+        return F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True).item(), len(p)
+    return (p - q).square().sum().item(), p.square().sum().item()
+
+
+@torch.inference_mode()
+def calibration_loss(model: nn.Module, reference: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
+    """Mean divergence of a model from its reference over batches of inputs: see `divergence`.
+
+    Raises:
+        DataError: there are no batches.
+    """
+    total = count = 0.0
+    with eval_mode(model, reference):
+        for batch in batches:
+            inputs = {k: v.to(reference.device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
+            found = divergence(model(**inputs), reference(**inputs), inputs.get("attention_mask"))
+            total, count = total + found[0], count + found[1]
+    if not count:
+        raise DataError("the calibration batches hold nothing to compare: give `batches` with at least one batch.")
+    return total / count

@@ -1,0 +1,292 @@
+"""Candidates compete on calibration loss: which blocks are fused, and how the weights of each group become one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .adapters import adapter_for
+from .align import align
+from .calibration import Batches, Sample
+from .edits import check_model
+from .errors import PlanError
+from .math import cluster
+from .methods.fusion import Importance, group_edit, importance_of, plan_fusion
+from .modeling import apply
+from .modes import eval_mode
+from .plan import Fuse, Kind, Plan
+from .prediction import calibration_loss, divergence
+from .recipe import FusionRecipe
+from .refit import RefitReport, Repair, Trace, refit_by
+from .walk import Walk
+
+TABLE_COST = 8
+"""Forward passes of the original, over all of the calibration data, that a table of costs may take."""
+
+MOVES = 12
+"""Plans next to the best one that are tried with effort `high`."""
+
+Groups = Sequence[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A fused model and how it came about. `report` is None where there was no calibration data."""
+
+    model: PreTrainedModel
+    plan: Plan
+    report: RefitReport | None
+
+
+def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None = None) -> Found:
+    """Make a model smaller by a recipe: choose the groups and the operators, apply, refit.
+
+    With calibration data, `effort` says how much is tried:
+
+    - `low`: groups by similarity (evenly spread with cluster `auto`), one refit;
+    - `medium`: groups by an exact dynamic program over the calibration loss that each run of layers costs when it
+      alone is fused and refitted; for each group, the operators compete on that loss; the result competes, refitted as
+      a whole, with that of `low`;
+    - `high`: plans next to the best one compete too, refitted as a whole.
+
+    Without calibration data, groups and operators come from the weights alone and nothing is repaired; the plan's
+    notes say so.
+
+    Args:
+        model: a stock model with a registered adapter; never changed.
+        recipe: what is asked for.
+        batches: calibration batches, read once.
+
+    Raises:
+        RecipeError: the target cannot be met, or what is asked for needs batches and there are none.
+        UnsupportedModelError: no adapter for the architecture, or a model that cannot be fused.
+    """
+    check_model(model, adapter_for(model))
+    batches = None if batches is None else list(batches)
+    first = plan_fusion(model, recipe, batches)
+    if batches is None:
+        notes = {**first.notes, "recipe": asdict(recipe), "calibration": "none: from the weights alone"}
+        return Found(_apply(model, first, None), replace(first, notes=notes), None)
+    with eval_mode(model):
+        return _Search(model, recipe, batches, first).run()
+
+
+def _apply(model: PreTrainedModel, plan: Plan, batches: Batches | None) -> PreTrainedModel:
+    return apply(align(model, plan, batches), plan)
+
+
+class _Search:
+    """One search; `scores` keeps what was tried, for the notes of the plan."""
+
+    def __init__(self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], first: Plan) -> None:
+        self.model, self.recipe, self.batches, self.first = model, recipe, batches, first
+        self.sample = Sample.of(batches)
+        self.trace = Trace(Walk(model, self.sample), keep=recipe.effort != "low")
+        self.importance = importance_of(model, batches)
+        self.tried: dict[tuple, tuple[Plan, RefitReport]] = {}
+        self.best: Found | None = None
+
+    def run(self) -> Found:
+        recipe = self.recipe
+        start = self._with_groups({kind: self._start(kind) for kind in self._kinds()})
+        self._try(start)
+        scores: list[dict[str, Any]] = []
+        if recipe.effort != "low":
+            table = _Table(self.model, recipe, self.batches, self.importance)
+            if recipe.cluster == "auto":
+                start = self._with_groups({kind: table.groups(kind, self._count(kind)) for kind in self._kinds()})
+            chosen, scores = table.operators(start)
+            self._try(start)
+            self._try(chosen)
+        if recipe.effort == "high" and recipe.cluster == "auto":
+            self._climb()
+        found = self.best
+        competition = [
+            {"edits": plan.to_dict()["edits"], "loss": report.after, "loss_before_refit": report.before}
+            for plan, report in self.tried.values()
+        ]
+        notes = {
+            **self.first.notes,
+            "recipe": asdict(recipe),
+            "calibration": f"{sum(map(len, self.sample.judges))} sequences",
+            "operators": scores,
+            "competition": competition,
+            "refit": asdict(found.report),
+        }
+        return replace(found, plan=replace(found.plan, notes=notes))
+
+    def _kinds(self) -> tuple[Kind, ...]:
+        return ("attention", "mlp") if self.recipe.blocks == "separate" else (self.recipe.blocks,)
+
+    def _count(self, kind: Kind) -> int:
+        return len(groups_of(self.first, kind))
+
+    def _start(self, kind: Kind) -> Groups:
+        spread = self.recipe.cluster == "auto" and self.recipe.mode == "depth"
+        return even(self.first.num_layers, self._count(kind)) if spread else groups_of(self.first, kind)
+
+    def _with_groups(self, groups: dict[Kind, Groups]) -> Plan:
+        edits = [
+            group_edit(kind, group, self.recipe, self.importance)
+            for kind, found in groups.items()
+            for group in found
+            if len(group) > 1
+        ]
+        return replace(self.first, edits=tuple(edits))
+
+    def _try(self, plan: Plan) -> RefitReport:
+        """Apply and refit a plan on all calibration data; the best model so far is kept."""
+        if plan.edits in self.tried:
+            return self.tried[plan.edits][1]
+        student = _apply(self.model, plan, self.batches)
+        before = calibration_loss(student, self.model, self.sample.judging)
+        report = RefitReport(before, before, kept=False)
+        if self.recipe.refit != "none":
+            with eval_mode(student):
+                report = refit_by(student, self.trace, plan, before, self.recipe.refit)
+        self.tried[plan.edits] = plan, report
+        if self.best is None or report.after < self.best.report.after:
+            self.best = Found(student, plan, report)
+        return report
+
+    def _climb(self) -> None:
+        """Move the borders of groups by one, as long as that helps."""
+        left = MOVES
+        improved = True
+        while improved and left:
+            improved = False
+            for plan in self._neighbours(self.best.plan):
+                if left and plan.edits not in self.tried:
+                    left -= 1
+                    improved = self._try(plan) is self.best.report
+                if improved:
+                    break
+
+    def _neighbours(self, plan: Plan) -> Iterator[Plan]:
+        """Plans in which one border between two groups has moved by one layer; other groups keep their edits."""
+        edits = {(edit.kind, edit.layers): edit for edit in plan.edits}
+        for kind in self._kinds():
+            groups = groups_of(plan, kind)
+            for i, (left, right) in enumerate(pairwise(groups)):
+                for moved in (((*left, right[0]), right[1:]), (left[:-1], (left[-1], *right))):
+                    made = [(kind, group) for group in (*groups[:i], *moved, *groups[i + 2 :]) if len(group) > 1]
+                    rest = [edit for edit in plan.edits if edit.kind != kind]
+                    fresh = [edits.get(key) or group_edit(*key, self.recipe, self.importance) for key in made]
+                    if all(moved):
+                        yield replace(plan, edits=(*rest, *fresh))
+
+
+class _Table:
+    """Calibration losses of models in which one group alone is fused and refitted, on a part of the data.
+
+    Such losses add up well enough to be minimised over partitions: what one group breaks, the next one's refit
+    repairs only in part.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], importance: Importance
+    ) -> None:
+        self.model, self.recipe, self.batches, self.importance = model, recipe, batches, importance
+        self.depth = len(adapter_for(model).layer_list(model))
+        # a run costs about six layers to refit and what is left of the model to judge, two thirds with its head
+        runs = 3 * self.depth
+        share = min(0.5, TABLE_COST / runs / (6 / self.depth + 0.67))
+        self.sample = Sample.of(batches, share)
+        self.trace = Trace(Walk(model, self.sample), keep=True)
+        self.trace.states(self.depth)
+        self.losses: dict[Fuse, float] = {}
+
+    def loss(self, edit: Fuse) -> float:
+        """Calibration loss when `edit` is all that is done to the model; infinite where it cannot be done."""
+        if edit not in self.losses:
+            self.losses[edit] = self._measure(edit)
+        return self.losses[edit]
+
+    def _measure(self, edit: Fuse) -> float:
+        plan = Plan(adapter_for(self.model).model_type, self.depth, (edit,))
+        try:
+            student = _apply(self.model, plan, self.batches)
+        except PlanError:  # such as the average of layers of different types
+            return math.inf
+        with eval_mode(student):
+            walk = Walk(student, self.sample)
+            walk.depth, walk.states = edit.layers[0], self.trace.states(edit.layers[0])
+            if self.recipe.refit != "none":
+                repair = Repair(walk, self.trace, plan.layout(), self.recipe.refit)
+                last = edit.layers[0] if edit.mode == "depth" else edit.layers[-1]
+                while walk.depth <= last:
+                    repair.step()
+            while walk.depth < len(walk.layers):
+                walk.advance()
+            total = count = 0.0
+            for (ours, mask), (theirs, _) in zip(walk.outputs(), self.trace.walk.outputs(), strict=True):
+                found = divergence(ours, theirs, mask)
+                total, count = total + found[0], count + found[1]
+        return total / count
+
+    def groups(self, kind: Kind, count: int) -> Groups:
+        """The partition into so many runs with the least sum of losses, by dynamic programming."""
+        longest = min(self.depth - count + 1, math.ceil(self.depth / count) + 2)
+        runs = [
+            (start, end)
+            for start in range(self.depth)
+            for end in range(start + 2, min(start + longest, self.depth) + 1)
+        ]
+        cost = np.full((self.depth + 1, self.depth + 1), np.inf)
+        cost[range(self.depth), range(1, self.depth + 1)] = 0
+        for start, end in tqdm(runs, "Comparing groups", unit="group", disable=None, leave=False):
+            cost[start, end] = self.loss(group_edit(kind, tuple(range(start, end)), self.recipe, self.importance))
+        return cluster.partition(cost, count)
+
+    def operators(self, plan: Plan) -> tuple[Plan, list[dict[str, Any]]]:
+        """For each group, the operator and alignment of least loss, and the losses of all."""
+        edits, scores = [], []
+        for edit in tqdm(plan.edits, "Comparing operators", unit="group", disable=None, leave=False):
+            losses = {other: self.loss(other) for other in candidates(edit, self.recipe)}
+            edits.append(min(losses, key=losses.get))
+            scores.append(
+                {
+                    "kind": edit.kind,
+                    "layers": list(edit.layers),
+                    "losses": {_name(other): loss for other, loss in losses.items() if math.isfinite(loss)},
+                }
+            )
+        return replace(plan, edits=tuple(edits)), scores
+
+
+def groups_of(plan: Plan, kind: Kind) -> list[tuple[int, ...]]:
+    """The groups of a plan, blocks that are alone among them, in order of their first layer."""
+    groups = [edit.layers for edit in plan.edits if edit.kind == kind]
+    alone = set(range(plan.num_layers)).difference(*groups)
+    return sorted([*groups, *((layer,) for layer in alone)])
+
+
+def even(layers: int, groups: int) -> list[tuple[int, ...]]:
+    """Runs of as equal length as can be; the longer ones in the middle, where layers are most alike."""
+    size, longer = divmod(layers, groups)
+    before = (groups - longer) // 2
+    sizes = [size + (before <= i < before + longer) for i in range(groups)]
+    ends = np.cumsum(sizes)
+    return [tuple(range(end - size, end)) for end, size in zip(ends.tolist(), sizes, strict=True)]
+
+
+def candidates(edit: Fuse, recipe: FusionRecipe) -> list[Fuse]:
+    """What may become of a group: the edit itself, and with operator `auto` each layer kept, and averages."""
+    if recipe.operator != "auto":
+        return [edit]
+    plain = replace(edit, operator="freeze", keep=None, align="none")
+    kept = [replace(plain, keep=layer) for layer in dict.fromkeys((edit.layers[0], plain.source.kept))]
+    means = [replace(plain, operator="mean", align=how) for how in ("permutation", "rotation")]
+    return list(dict.fromkeys([edit, *kept, *means]))
+
+
+def _name(edit: Fuse) -> str:
+    name = edit.operator if edit.keep is None else f"{edit.operator} {edit.keep}"
+    return name if edit.align == "none" else f"{name}, {edit.align}"

@@ -1,0 +1,230 @@
+"""Hidden states of calibration tokens, one layer at a time: a model is walked through once, front to back."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .adapters import TransformerAdapter, adapter_for
+from .calibration import Sample, take
+from .errors import UnsupportedModelError
+from .plan import Kind
+
+
+class States:
+    """One tensor per batch, kept in files that are mapped into memory, so that they need no memory of the process."""
+
+    def __init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="layerfuse-states-")
+        self._tensors: list[Tensor] = []
+
+    def append(self, tensor: Tensor) -> None:
+        path = Path(self._directory.name) / str(len(self._tensors))
+        kept = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        self._tensors.append(kept.view(tensor.shape).copy_(tensor))
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._tensors[index]
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place inside a layer: of the block `kind`, what its maps `read`, the `features` that enter its output
+    projection, the `residual` that its output is added to, or their `sum` (before a norm that follows)."""
+
+    kind: Kind
+    place: str
+
+
+class Walk:
+    """The calibration tokens at one depth of a model.
+
+    Args:
+        model: in eval mode; its layers may change between calls, but not in number.
+        sample: what to walk with.
+
+    Attributes:
+        depth: the layer that comes next.
+        states: what enters it, (batch, tokens, hidden) per batch.
+
+    Raises:
+        UnsupportedModelError: the model does not run each of its layers once, in order.
+    """
+
+    def __init__(self, model: PreTrainedModel, sample: Sample) -> None:
+        self.model, self.adapter, self.sample = model, adapter_for(model), sample
+        self.layers = self.adapter.layer_list(model)
+        self.depth = 0
+        self.states = States()
+        self._fitted: list[Tensor] = []
+        self._calls: list[list[tuple[tuple, dict[str, Any]]]] = []
+        for batch, judges in zip(sample.batches, sample.judges, strict=True):
+            self._enter(batch, judges)
+
+    @torch.inference_mode()
+    def _enter(self, batch: Mapping[str, Tensor], judges: Tensor) -> None:
+        """Record what enters the first layer, and with which masks and positions each layer is called."""
+        calls: list[tuple[tuple, dict[str, Any]]] = []
+        first: list[Tensor] = []
+
+        def record(*args: Any, **kwargs: Any) -> Tensor:
+            states = args[0] if args else kwargs.pop("hidden_states")
+            first.append(states)
+            calls.append((args[1:], {**kwargs, "past_key_values": None} if "past_key_values" in kwargs else kwargs))
+            if len(calls) == len(self.layers):
+                raise _Seen
+            return states
+
+        # layers that only record: the arguments of a layer do not depend on what the layers before it compute
+        inputs = self._inputs(batch)
+        with self._layers_replaced(record), contextlib.suppress(_Seen):
+            self.model(**inputs)
+        if len(calls) != len(self.layers):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} called {len(calls)} of its {len(self.layers)} layers: refit needs a "
+                "model that runs each layer once, in order."
+            )
+        self.states.append(first[0].float())
+        mask = inputs.get("attention_mask")
+        if mask is None or mask.shape != first[0].shape[:-1]:
+            mask = torch.ones(first[0].shape[:-1], device=first[0].device)
+        judges = _per_sequence(judges.to(mask.device), mask)
+        self._fitted.append(mask.bool() & ~judges.view(-1, *[1] * (mask.ndim - 1)))
+        self._calls.append(calls)
+
+    def _inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+
+    @contextlib.contextmanager
+    def _layers_replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+        own = [layer.__dict__.get("forward") for layer in self.layers]
+        for layer in self.layers:
+            layer.forward = forward
+        try:
+            yield
+        finally:
+            for layer, before in zip(self.layers, own, strict=True):
+                del layer.forward
+                if before is not None:  # such as the hooks that accelerate puts around it
+                    layer.forward = before
+
+    @torch.inference_mode()
+    def outputs(self) -> Iterator[tuple[Any, Tensor | None]]:
+        """What the model makes of the states of the judges, at the end of the walk: (output, mask) per batch."""
+        for index, batch in enumerate(self.sample.batches):
+            chosen = self.sample.judged[index]
+            if not chosen.any():
+                continue
+            inputs = self._inputs(take(batch, chosen))
+            states = self.states[index][_per_sequence(chosen, self.states[index])]
+            states = states.to(self.model.device, self.model.dtype)
+            with self._layers_replaced(lambda *args, states=states, **kwargs: states):
+                yield self.model(**inputs), inputs.get("attention_mask")
+
+    def advance(self) -> None:
+        """Go through the layer at `depth`."""
+        after = States()
+        for _, tensors in self.look():
+            after.append(tensors[None])
+        self.states = after
+        self.depth += 1
+
+    @torch.inference_mode()
+    def look(self, *taps: Tap) -> Iterator[tuple[int, dict[Tap | None, Tensor]]]:
+        """Run the layer at `depth` on every batch, and yield (batch index, what was tapped).
+
+        The key None is the output of the layer, there when no taps are asked for; with taps, the layer runs no
+        further than they need.
+        """
+        layer = self.layers[self.depth]
+        for index in range(len(self.states)):
+            args, kwargs = self._calls[index][self.depth]
+            states = self.states[index].to(self.model.device, self.model.dtype)
+            with _Taps(layer, self.adapter, taps) as found:
+                try:
+                    output = layer(states, *args, **kwargs)
+                except _Seen:
+                    pass
+                else:
+                    found[None] = (output[0] if isinstance(output, tuple) else output).float()
+            yield index, found
+
+    def rows(self, index: int, states: Tensor) -> Tensor:
+        """The tokens of a batch that are fitted, (tokens, width) float32: no padding, no judges."""
+        return states[self._fitted[index]].float()
+
+
+def _per_sequence(chosen: Tensor, states: Tensor) -> Tensor:
+    """The same choice for states, which have a row for each choice of a multiple choice input."""
+    return chosen.repeat_interleave(len(states) // len(chosen))
+
+
+class _Seen(Exception):
+    """Everything asked for was seen: the rest of the layer need not run."""
+
+
+class _Taps:
+    """Hooks on one layer; `with` gives the dict that they fill."""
+
+    def __init__(self, layer: nn.Module, adapter: TransformerAdapter, taps: Sequence[Tap]) -> None:
+        self.layer, self.adapter, self.wanted = layer, adapter, set(taps)
+        self.found: dict[Tap | None, Tensor] = {}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> dict[Tap | None, Tensor]:
+        if not self.adapter.post_norm:  # nothing but the addition itself sees the sum
+            self.wanted |= {Tap(tap.kind, "residual") for tap in self.wanted if tap.place == "sum"}
+        for tap in tuple(self.wanted):
+            self._hook(tap)
+        return self.found
+
+    def _hook(self, tap: Tap) -> None:
+        """Where a place can be seen: what enters a module, or what leaves it."""
+        post, attention = self.adapter.post_norm, self.adapter.attention
+        table = getattr(self.adapter, tap.kind)
+        if tap.place == "features":
+            self._before(tap, table["out"])
+        elif tap.place == "sum":
+            self._before(tap, table["norm"]) if post else self._added(tap, table["out"])
+        elif tap.place == "read" and not post:
+            self._after(tap, table["norm"])
+        elif tap.kind == "attention":
+            self._before(tap, "")
+        elif post:
+            self._after(tap, attention["norm"])
+        else:
+            self._before(tap, table["norm"])
+
+    def _before(self, tap: Tap, path: str) -> None:
+        module = self.layer.get_submodule(path)
+        self.handles.append(module.register_forward_pre_hook(lambda module, args: self._keep(tap, args[0])))
+
+    def _after(self, tap: Tap, path: str) -> None:
+        module = self.layer.get_submodule(path)
+        self.handles.append(module.register_forward_hook(lambda module, args, output: self._keep(tap, output)))
+
+    def _added(self, tap: Tap, path: str) -> None:
+        def add(module: nn.Module, args: tuple, output: Tensor) -> None:
+            self._keep(tap, self.found[Tap(tap.kind, "residual")] + output)
+
+        self.handles.append(self.layer.get_submodule(path).register_forward_hook(add))
+
+    def _keep(self, tap: Tap, tensor: Tensor) -> None:
+        self.found[tap] = tensor
+        if self.wanted <= self.found.keys():
+            raise _Seen
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.handles:
+            handle.remove()
