@@ -6,6 +6,7 @@ python benchmarks/readme.py
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 from hf_layerfuse.report import markdown_table
@@ -42,18 +43,21 @@ def recipes() -> list[list[str]]:
     return table
 
 
-def latency() -> list[list[str]]:
-    """The table that benchmarks/latency.py prints."""
-    spec = importlib.util.spec_from_file_location("latency_benchmark", ROOT / "benchmarks" / "latency.py")
+def table_of(benchmark: str, *arguments: str) -> list[list[str]]:
+    """The table that another benchmark prints."""
+    spec = importlib.util.spec_from_file_location(f"{benchmark}_benchmark", ROOT / "benchmarks" / f"{benchmark}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.table(json.loads((RESULTS / "latency.json").read_text()))
+    return module.table(json.loads((RESULTS / f"{benchmark}.json").read_text()), *arguments)
 
 
 def filled(text: str) -> str:
     """The README with its tables as the JSON files have them."""
-    for name, make in (("recipes", recipes), ("latency", latency)):
-        block = rf"\g<1>{markdown_table(make())}\n\g<2>"
+    tables = {"recipes": recipes(), "latency": table_of("latency")}
+    tables |= {name: table_of("fusion", name) for name in ("minilm", "minilm-sst2", "gpt2")}
+    for name, rows in tables.items():
+        block = rf"\g<1>{markdown_table(rows)}\n\g<2>"
         text, count = re.subn(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", block, text, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(f"README.md has {count} places for the table {name!r}; it needs one.")

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from .adapters import ModelAdapter, TransformerAdapter, adapter_for
+from .align import align
 from .auto import AutoFusedModel, fuse
 from .errors import (
     CheckpointError,
@@ -18,6 +19,8 @@ from .methods.fusion import plan_fusion
 from .modeling import apply, expand, register_adapter
 from .plan import Drop, Fuse, Plan
 from .recipe import FusionRecipe
+from .refit import RefitReport, refit
+from .search import search
 from .verify import verify
 
 __version__ = version("hf-layerfuse")
@@ -35,14 +38,18 @@ __all__ = [
     "Plan",
     "PlanError",
     "RecipeError",
+    "RefitReport",
     "TransformerAdapter",
     "UnsupportedModelError",
     "VerificationError",
     "adapter_for",
+    "align",
     "apply",
     "expand",
     "fuse",
     "plan_fusion",
+    "refit",
     "register_adapter",
+    "search",
     "verify",
 ]

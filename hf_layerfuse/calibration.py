@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -26,6 +25,9 @@ Batches = Iterable[Mapping[str, Any]]
 
 JUDGES = 8
 """One calibration sequence in so many judges."""
+
+CHOOSERS = 5
+"""Of those that do not, one in so many chooses the strength of a penalty."""
 
 
 ROWS = 16
@@ -51,18 +53,29 @@ def read(batches: Batches | Dataset, model: PreTrainedModel) -> list[dict[str, A
         )
     takes = inspect.signature(model.forward).parameters
     rows = batches.select_columns([name for name in batches.column_names if name in takes and name != "labels"])
-    return [_collate(part) for part in rows.with_format("torch").iter(ROWS)]
+    pad = max(getattr(model.config, "pad_token_id", None) or 0, 0)
+    return [_collate(part, pad) for part in rows.with_format("torch").iter(ROWS)]
 
 
-def _collate(columns: Mapping[str, Any]) -> dict[str, Tensor]:
-    """One tensor per column, ragged ones padded with zeros, and a mask where there was none."""
-    found = {
-        name: values if isinstance(values, Tensor) else pad_sequence(list(values), batch_first=True)
-        for name, values in columns.items()
-    }
-    ragged = columns.get("input_ids")
-    if ragged is not None and not isinstance(ragged, Tensor) and "attention_mask" not in found:
-        found["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids in ragged], batch_first=True)
+def _collate(columns: Mapping[str, Any], pad: int) -> dict[str, Tensor]:
+    """One tensor per column, ragged ones filled with zeros, or the padding token, and a mask where there was none."""
+    found = {name: _filled(values, 0) for name, values in columns.items()}
+    if isinstance(columns.get("input_ids"), list):
+        ids = _filled(columns["input_ids"], -1)
+        found["input_ids"] = ids.masked_fill(ids < 0, pad)  # where heads look for the end of a sequence
+        found.setdefault("attention_mask", (ids >= 0).long())
+    return found
+
+
+def _filled(rows: Tensor | Sequence[Any], value: int) -> Tensor:
+    """Tensors of different sizes, in lists that may hold lists, as one tensor."""
+    if isinstance(rows, Tensor):
+        return rows
+    rows = [_filled(row, value) for row in rows]
+    sizes = [max(of) for of in zip(*(row.shape for row in rows), strict=True)]
+    found = rows[0].new_full((len(rows), *sizes), value)
+    for place, row in zip(found, rows, strict=True):
+        place[tuple(map(slice, row.shape))] = row
     return found
 
 
@@ -73,34 +86,39 @@ class Sample:
     Attributes:
         batches: dicts of model inputs, tensors only, without labels.
         judges: (batch,) per batch, True for a sequence that nothing is fitted to.
+        choosers: (batch,) per batch, True for a sequence that chooses the strength of the penalty of a fit, and is
+            fitted afterwards. None are where fewer than five sequences are fitted: the end of each takes their place.
     """
 
     batches: Sequence[Mapping[str, Tensor]]
     judges: Sequence[Tensor]
+    choosers: Sequence[Tensor]
 
     @classmethod
     def of(cls, batches: Batches, share: float = 1.0) -> Sample:
         """Every eighth sequence judges; with fewer, the last one; a single one is fitted and judges.
+
+        Who does what depends on the order of the sequences, and not on the batches that they come in.
 
         Args:
             batches: calibration batches.
             share: of the batches to use, evenly spread.
 
         Raises:
-            DataError: there are no sequences.
+            DataError: there are no sequences, or a batch is no dict of tensors.
         """
-        every = [
-            {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim and k != "labels"} for batch in batches
-        ]
+        every = [batch for batch in map(_tensors, batches) if len(next(iter(batch.values())))]
+        if not every:
+            raise DataError("the calibration batches hold no sequences: give `batches` with at least one of inputs.")
         count = max(1, math.ceil(share * len(every)))
-        kept = [every[i * len(every) // count] for i in range(count)] if every else []
+        kept = [every[i * len(every) // count] for i in range(count)]
         sizes = [len(next(iter(batch.values()))) for batch in kept]
         total = sum(sizes)
-        if not total:
-            raise DataError("the calibration batches hold no sequences: give `batches` with at least one of inputs.")
         numbers = torch.arange(total)
         judges = numbers % JUDGES == JUDGES - 1 if total >= JUDGES else numbers == max(total - 1, 1)
-        return cls(kept, judges.split(sizes))
+        order = (~judges).cumsum(0)
+        choosers = ~judges & (order % CHOOSERS == 0)
+        return cls(kept, judges.split(sizes), choosers.split(sizes))
 
     @property
     def judged(self) -> list[Tensor]:
@@ -112,6 +130,18 @@ class Sample:
     def judging(self) -> list[dict[str, Tensor]]:
         """The batches of the judges alone."""
         return [take(batch, mask) for batch, mask in zip(self.batches, self.judged, strict=True) if mask.any()]
+
+
+def _tensors(batch: Any) -> dict[str, Tensor]:
+    """The inputs of a batch, without labels and what belongs to no sequence."""
+    items = batch.items() if isinstance(batch, Mapping) else ()
+    found = {name: value for name, value in items if isinstance(value, Tensor) and value.ndim and name != "labels"}
+    if not found:
+        raise DataError(
+            f"a calibration batch is a {type(batch).__name__} without tensors: give dicts of model inputs, as "
+            "`tokenizer(texts, padding=True, return_tensors='pt')` makes them, or a tokenised `datasets.Dataset`."
+        )
+    return found
 
 
 def take(batch: Mapping[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:

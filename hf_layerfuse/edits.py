@@ -96,7 +96,7 @@ def target_config(config: PreTrainedConfig, adapter: TransformerAdapter, layout:
 def _per_layer(values: Sequence[Any], slot: Slot, name: str) -> Any:
     """The entry of a per-layer config list that belongs to the layer whose weights a slot gets."""
     source = slot.attention or Source(slot.layers[:1])
-    if source.operator == "freeze":
+    if source.operator in ("freeze", "select"):
         return values[source.kept]
     entries = [values[layer] for layer in source.layers]
     if any(entry != entries[0] for entry in entries):
@@ -264,9 +264,9 @@ def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
 def combine(tensors: Sequence[Tensor], source: Source, *, seed: int = 0) -> Tensor:
     """One tensor from those of a group, all of one shape; computed in float64, cast once.
 
-    `mean` averages, `weighted` by the shares of the source; `freeze` takes the kept layer's; `mix` takes each element
-    from one of the layers, drawn with equal chances (O'Neill et al. 2021); `telescope` is
-    theta_0 + sum_k (theta_k - theta_0) (LaCo, Yang et al. 2024, eq. 1).
+    `freeze` takes the kept layer's, and so does `select`, until the refit chooses; `mean` averages, `weighted` by the
+    shares of the source; `mix` takes each element from one of the layers, drawn with equal chances (O'Neill et al.
+    2021); `telescope` is theta_0 + sum_k (theta_k - theta_0) (LaCo, Yang et al. 2024, eq. 1).
 
     Args:
         tensors: one per layer of the source, in its order.
@@ -274,7 +274,7 @@ def combine(tensors: Sequence[Tensor], source: Source, *, seed: int = 0) -> Tens
         seed: of the draws of `mix`.
     """
     first = tensors[0].detach()
-    if source.operator == "freeze":
+    if source.operator in ("freeze", "select"):
         return tensors[source.layers.index(source.kept)].detach().clone()
     if len(tensors) == 1 or not first.is_floating_point():
         return first.clone()

@@ -13,8 +13,7 @@ from .relaxed import BasisLinear, Relaxed, out_in
 def theta_of(module: nn.Module) -> Tensor:
     """What a map computes, [x, 1] @ theta: (in + 1, out) float64, whatever its orientation and parts."""
     weight = module.merged_weight() if isinstance(module, Relaxed) else module.weight.detach().double()
-    stored_out_in = not isinstance(module, BasisLinear) or not module.transposed
-    weight = out_in(module, weight) if stored_out_in else weight.T
+    weight = out_in(module, weight)
     bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().double()
     return torch.cat([weight.T, bias.unsqueeze(0)])
 
@@ -30,6 +29,8 @@ def fit_map(module: nn.Module, train: Moments, held_out: Moments, *, tied: bool)
         return _fit_coefficients(module, train, held_out)
     start = theta_of(module)
     if not tied:
+        if module.bias is None:
+            train, held_out = train.linear(), held_out.linear()
         found = fit(train, held_out, start)
         if found.strength is not None:
             store(module, found.theta)

@@ -14,7 +14,7 @@ FORMAT_VERSION = 1
 
 Kind = Literal["layer", "attention", "mlp"]
 Mode = Literal["depth", "share", "basis"]
-Operator = Literal["mean", "weighted", "freeze", "mix", "telescope"]
+Operator = Literal["mean", "weighted", "freeze", "mix", "telescope", "select"]
 Align = Literal["none", "permutation", "activation", "transport", "rotation"]
 
 
@@ -75,11 +75,13 @@ class Fuse:
         self._check_rank()
 
     def _check_operator(self) -> None:
-        if self.keep is not None and (self.operator != "freeze" or self.keep not in self.layers):
+        if self.keep is not None and (self.operator not in ("freeze", "select") or self.keep not in self.layers):
             raise PlanError(
                 f"Fuse.keep is {self.keep!r}: it names the one of layers {self.layers} that operator 'freeze' keeps, "
-                f"and the operator is {self.operator!r}."
+                f"or 'select' starts from, and the operator is {self.operator!r}."
             )
+        if self.operator == "select" and self.mode != "depth":
+            raise PlanError(f"operator 'select' chooses what runs once, and the mode is {self.mode!r}: use 'depth'.")
         if (self.weights is not None) != (self.operator == "weighted"):
             raise PlanError(f"Fuse.weights is {self.weights}, the operator {self.operator!r}: 'weighted' needs them.")
         if self.weights is not None and not (

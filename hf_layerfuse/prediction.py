@@ -27,13 +27,16 @@ def divergence(ours: Mapping[str, Any], theirs: Mapping[str, Any], mask: Tensor 
     Args:
         ours: output of the model that is judged.
         theirs: output of the reference for the same inputs.
-        mask: (batch, tokens), False on padding; ignored where the output has no such dimensions.
+        mask: (batch, tokens), False on padding; ignored where the output has no such dimensions. Tokens that are
+            classes themselves, as starts and ends of answers are, are not chosen from padding.
     """
     name = next(key for key, value in theirs.items() if isinstance(value, Tensor) and value.ndim > 0)
     p, q = prediction(theirs).double(), prediction(ours).double()
-    if mask is not None and p.shape[: mask.ndim] == mask.shape:
-        mask = mask.to(p.device).bool()
+    mask = None if mask is None else mask.to(p.device).bool()
+    if mask is not None and p.ndim > mask.ndim and p.shape[: mask.ndim] == mask.shape:
         p, q = p[mask], q[mask]
+    elif mask is not None and name == "start_logits" and p.shape == mask.shape:
+        p, q = (logits.masked_fill(~mask, -1e9) for logits in (p, q))
     if "logits" in name and p.shape[-1] > 1:
         p, q = p.flatten(0, -2), q.flatten(0, -2)
         return F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True).item(), len(p)

@@ -84,9 +84,12 @@ class FusionRecipe:
             distance inside the groups; `global` connects the closest pairs of any blocks, and `agglomerative` merges
             the groups that are closest on average (both not in `depth` mode).
         operator: how the weights of a group become one. `auto` lets the others compete on calibration loss; without
-            batches it is `freeze`. `freeze` keeps one layer: the one nearest the group's middle, the later of two;
-            `mean` averages, `weighted` by how much each layer changes the residual stream; `mix` takes every element
-            from one of the layers at random; `telescope` adds all differences to the first layer (LaCo, eq. 1).
+            batches it is `freeze`, or where weights are shared `mean` with align `rotation`. `select` keeps the
+            attention of the first layer of a group, and the hidden units of all its MLPs that the refit finds most
+            useful (`depth` mode, with batches). `freeze` keeps one layer: the one nearest the group's middle, the
+            later of two; `mean` averages, `weighted` by how much each layer changes the residual stream; `mix` takes
+            every element from one of the layers at random; `telescope` adds all differences to the first layer (LaCo,
+            eq. 1).
         align: the symmetry that is undone before weights are combined: the order of MLP units and heads, found from
             the weights (`permutation`), from `activation`s on batches, or by optimal `transport` (needs the extra of
             that name); or that order and a `rotation` of each head.
@@ -120,7 +123,7 @@ class FusionRecipe:
         "block_influence",
     ] = "cosine"
     cluster: Literal["auto", "adjacent", "global", "agglomerative"] = "auto"
-    operator: Literal["auto", "mean", "weighted", "freeze", "mix", "telescope"] = "auto"
+    operator: Literal["auto", "select", "freeze", "mean", "weighted", "mix", "telescope"] = "auto"
     align: Literal["none", "permutation", "activation", "transport", "rotation"] = "none"
     refit: Literal["full", "linear", "none"] = "full"
     effort: Literal["low", "medium", "high"] = "medium"
@@ -148,6 +151,11 @@ class FusionRecipe:
             not (self.mode == "depth" and self.cluster not in ("auto", "adjacent")),
             f"mode='depth' with cluster={self.cluster!r} would merge layers that are far apart and run the result "
             "once, in the place of neither: use cluster='auto' or 'adjacent', or mode='share'.",
+        )
+        _require(
+            not (self.operator == "select" and (self.mode != "depth" or self.refit != "full")),
+            f"operator='select' chooses hidden units while a block is refitted, to run once: it needs mode='depth' and "
+            f"refit='full', not mode={self.mode!r} and refit={self.refit!r}.",
         )
         _require(self.rank >= 0, f"rank={self.rank}: use a whole number of 0 or more.")
         _require(

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .adapters import READERS, Block
 from .calibration import Batches, Sample
 from .mapfit import fit_map, fold, store, theta_of
-from .math.ridge import Fit, Moments, chain, fit
+from .math.ridge import STRENGTHS, Fit, Moments, chain, eliminate, fit
 from .modes import eval_mode
 from .plan import Kind, Layout, Plan, Slot
 from .prediction import calibration_loss
 from .walk import States, Tap, Walk
 
 Method = Literal["full", "linear", "none"]
-
-STRENGTH_ROWS = 5
-"""Of the tokens that are fitted, one in so many chooses the strength of the penalty."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,8 @@ def refit(
     so that its input maps are refitted to give what the original's gave (a ridge fit of the original's input by the
     student's, folded into the maps), and its output projection to lead to the original's state at the end of the
     group: min ||X (W + dW)^T + b + db - R||^2 + lambda ||dW||^2, X what enters the projection, R the original's state
-    less what the projection is added to. Attention is led to where the MLP of its group stood.
+    less what the projection is added to. Attention is led to where the MLP of its group stood. Operator `select` makes
+    an MLP of those hidden units of all layers of its group that lead best there (backward elimination).
 
     Shared matrices stay as they are. Their biases are refitted per depth, and so are residuals and coefficients of
     relaxed sharing: the fit is projected on the rank that they have.
@@ -78,7 +76,7 @@ def refit(
     if method == "none":
         return RefitReport(before, before, kept=False)
     with eval_mode(student, teacher):
-        return refit_by(student, Trace(Walk(teacher, sample), keep=False), plan, before, method)
+        return refit_by(student, Trace(Walk(teacher, sample), keep=True), plan, before, method)
 
 
 def refit_by(student: PreTrainedModel, trace: Trace, plan: Plan, before: float, method: Method) -> RefitReport:
@@ -160,7 +158,9 @@ class Repair:
         index = self.student.depth
         slot = self.slots[index]
         missing = {kind for kind in ("attention", "mlp") if slot.source(kind) is None}
-        edited = len(slot.layers) > 1 or missing or any((index, kind) in self.tied for kind in ("attention", "mlp"))
+        fused = any(source and len(source.layers) > 1 for source in (slot.attention, slot.mlp))
+        tied = any((index, kind) in self.tied for kind in ("attention", "mlp"))
+        edited = len(slot.layers) > 1 or missing or fused or tied
         self._differs = bool(self._differs or edited or slot.layers[0] > index)
         if self._differs:
             self._repair(index, slot, self.teacher.see(self._wanted(slot)))
@@ -171,7 +171,12 @@ class Repair:
         wanted = {_target(slot, kind) for kind in ("attention", "mlp") if slot.source(kind)}
         if self.method == "full":
             sources = {kind: slot.source(kind) for kind in ("attention", "mlp")}
-            wanted |= {(source.kept, Tap(kind, "read")) for kind, source in sources.items() if source}
+            wanted |= {
+                (layer, Tap(kind, "read"))
+                for kind, source in sources.items()
+                if source
+                for layer in (source.layers if _selects(slot, kind) else (source.kept,))
+            }
         return wanted
 
     def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, Tap], States]) -> None:
@@ -190,31 +195,42 @@ class Repair:
                 self._fit_outputs(blocks[-1], seen[_target(slot, blocks[-1].kind)])
             return
         for block in blocks:
-            source = slot.source(block.kind).kept
-            self._fit_inputs(block, source, seen[source, Tap(block.kind, "read")])
-            self._fit_projection(block, seen[_target(slot, block.kind)])
+            target, source = seen[_target(slot, block.kind)], slot.source(block.kind)
+            if _selects(slot, block.kind):
+                self._select(block, {layer: seen[layer, Tap(block.kind, "read")] for layer in source.layers}, target)
+            else:
+                self._fit_inputs(block, source.kept, seen[source.kept, Tap(block.kind, "read")])
+                self._fit_projection(block, target)
 
-    def _fit_inputs(self, block: Block, source: int, original: States) -> None:
-        """Refit the maps that read the stream, so that they give what they gave for the original's."""
+    def _readers(self, block: Block) -> dict[str, str]:
+        """Role -> path of the maps that read what enters a block."""
+        return {role: path for role, path in block.modules.items() if role in READERS}
+
+    def _reading(self, block: Block, original: States) -> list[Moments]:
+        """Moments of what a block reads in the student, and what one read in the original."""
 
         def rows(index: int, read: Tensor) -> tuple[Tensor, Tensor]:
             return read, original[index].to(read.device)
 
-        moments = self._moments(rows, Tap(block.kind, "read"))
-        readers = {role: path for role, path in block.modules.items() if role in READERS}
+        return self._moments(rows, Tap(block.kind, "read"))
+
+    def _fit_inputs(self, block: Block, source: int, original: States) -> None:
+        """Refit the maps that read the stream, so that they give what they gave for the original's."""
+        moments = self._reading(block, original)
         if (block.layer, block.kind) in self.tied:
-            for role, path in readers.items():
+            for role, path in self._readers(block).items():
                 relative = getattr(self.student.adapter, block.kind)[role]
                 aim = theta_of(self.teacher.layers[source].get_submodule(relative))
                 self._fit(block, role, path, [part.towards(aim) for part in moments])
             return
-        width = len(moments[0].yy)
-        eye = torch.eye(width + 1, width, dtype=torch.float64, device=moments[0].xx.device)
-        found = fit(*moments, eye)
+        modules = [self.student.model.get_submodule(path) for path in self._readers(block).values()]
+        if any(module.bias is None for module in modules):
+            moments = [part.linear() for part in moments]
+        found = fit(*moments, _identity(moments[0]))
         self._note(block, "read", found)
         if found.strength is not None:
-            for path in readers.values():
-                fold(self.student.model.get_submodule(path), found.theta)
+            for module in modules:
+                fold(module, found.theta)
 
     def _fit_projection(self, block: Block, target: States) -> None:
         """Refit the output projection, so that the stream becomes the target."""
@@ -225,6 +241,64 @@ class Repair:
         moments = self._moments(rows, Tap(block.kind, "features"), Tap(block.kind, "residual"))
         self._fit(block, "out", block.modules["out"], moments)
 
+    def _select(self, block: Block, originals: Mapping[int, States], target: States) -> None:
+        """Make an MLP of the hidden units of all layers of its group that lead best to the target.
+
+        The units of each layer read the student's stream through the ridge fit of what they read in the original.
+        What they write starts from what they wrote there, and is refitted for the chosen.
+        """
+        model, table = self.student.model, self.student.adapter.mlp
+        readers = self._readers(block)
+        variants: list[nn.Module] = []
+        thetas: dict[str, list[Tensor]] = {role: [] for role in readers}
+        outs: list[Tensor] = []
+        for depth, original in originals.items():
+            moments = self._reading(block, original)
+            reading = fit(*moments, _identity(moments[0])).theta
+            stock = self.teacher.layers[depth]
+            variants.append(copy.deepcopy(self.student.layers[block.layer]))
+            for role in readers:
+                thetas[role].append(chain(reading, theta_of(stock.get_submodule(table[role]))))
+                store(variants[-1].get_submodule(table[role]), thetas[role][-1])
+            outs.append(theta_of(stock.get_submodule(table["out"])))
+
+        start = torch.cat([*(theta[:-1] for theta in outs), sum(theta[-1:] for theta in outs)])
+        width = len(outs[0]) - 1
+        able = self._able(block, variants, start, width)
+        start = torch.cat([start[able], start[-1:]])
+        moments = self._union(block, variants, target, able)
+        kept = eliminate(moments[0], start, width, fit(*moments, start).strength or STRENGTHS[0])
+        found = fit(*(part.only(kept) for part in moments), torch.cat([start[kept], start[-1:]]))
+        for role, path in readers.items():
+            store(model.get_submodule(path), torch.cat(thetas[role], dim=1)[:, able[kept]])
+        store(model.get_submodule(block.modules["out"]), found.theta)
+        self._note(block, "out", found)
+
+    def _able(self, block: Block, variants: Sequence[nn.Module], start: Tensor, width: int) -> Tensor:
+        """The units, as many as two layers have, that add most to the stream in one batch.
+
+        A group of many layers would have a matrix of moments that takes longer to fill than all else.
+        """
+        if len(variants) <= 2:
+            return torch.arange(len(start) - 1, device=start.device)
+        tap = Tap(block.kind, "features")
+        features = torch.cat([next(self.student.look(tap, layer=variant))[1][tap] for variant in variants], dim=-1)
+        energy = self.student.rows(0, features).double().var(0) * start[:-1].square().sum(1)
+        return energy.topk(2 * width).indices.sort().values
+
+    def _union(self, block: Block, variants: Sequence[nn.Module], target: States, inputs: Tensor) -> list[Moments]:
+        """Moments of what enters the output projections of several layers, side by side, to the rest of the target."""
+        features, residual = Tap(block.kind, "features"), Tap(block.kind, "residual")
+        walks = [self.student.look(features, residual, layer=variant) for variant in variants]
+
+        def found() -> Iterator[tuple[int, Tensor, Tensor]]:
+            for steps in zip(*walks, strict=True):
+                index, first = steps[0]
+                x = torch.cat([step[features] for _, step in steps], dim=-1)[..., inputs]
+                yield index, x.float(), target[index].to(x.device) - first[residual].float()
+
+        return self._sum(found())
+
     def _fit_outputs(self, block: Block, target: States) -> None:
         """Refit what the block adds to the stream by one map of it, folded into the output projection."""
 
@@ -232,24 +306,27 @@ class Repair:
             return total - residual, target[index].to(residual.device) - residual
 
         moments = self._moments(rows, Tap(block.kind, "sum"), Tap(block.kind, "residual"))
-        width = len(moments[0].yy)
-        found = fit(*moments, torch.eye(width + 1, width, dtype=torch.float64, device=moments[0].xx.device))
+        module = self.student.model.get_submodule(block.modules["out"])
+        if module.bias is None:
+            moments = [part.linear() for part in moments]
+        found = fit(*moments, _identity(moments[0]))
         self._note(block, "linear", found)
         if found.strength is not None:
-            module = self.student.model.get_submodule(block.modules["out"])
             store(module, chain(theta_of(module), found.theta))
 
     def _moments(self, rows: Callable[..., tuple[Tensor, Tensor]], *taps: Tap) -> list[Moments]:
         """Moments of the rows (inputs, targets) that `rows` makes of what is tapped, to fit and to hold out."""
+        found = ((index, rows(index, *(seen[tap].float() for tap in taps))) for index, seen in self.student.look(*taps))
+        return self._sum((index, x, y) for index, (x, y) in found)
+
+    def _sum(self, found: Iterable[tuple[int, Tensor, Tensor]]) -> list[Moments]:
+        """Moments of (batch index, inputs, targets), those to fit and those to hold out."""
         moments: list[Moments] = []
-        for index, found in self.student.look(*taps):
-            x, y = rows(index, *(found[tap].float() for tap in taps))
-            x, y = self.student.rows(index, x), self.student.rows(index, y)
+        for index, x, y in found:
             if not moments:
-                moments = [Moments.empty(x.shape[1], y.shape[1], x.device) for _ in range(2)]
-            cut = len(x) - len(x) // STRENGTH_ROWS
-            for part, chosen in zip(moments, (slice(cut), slice(cut, None)), strict=True):
-                part.add(x[chosen], y[chosen])
+                moments = [Moments.empty(x.shape[-1], y.shape[-1], x.device) for _ in range(2)]
+            for part, *rows in zip(moments, self.student.split(index, x), self.student.split(index, y), strict=True):
+                part.add(*rows)
         return moments
 
     def _fit(self, block: Block, role: str, path: str, moments: Sequence[Moments]) -> None:
@@ -261,11 +338,26 @@ class Repair:
         self.blocks.append(row)
 
 
+def _identity(moments: Moments) -> Tensor:
+    """The map that gives x for [x, 1], (in + 1, in)."""
+    width = len(moments.xx) - 1
+    return torch.eye(width + 1, width, dtype=torch.float64, device=moments.xx.device)
+
+
+def _selects(slot: Slot, kind: Kind) -> bool:
+    """Whether the units of a block are chosen from all layers of its group.
+
+    Those of an MLP are. Heads stay those of the kept layer: no choice of heads that read the stream before the MLPs of
+    the group was measured to do better, at the target that they have.
+    """
+    return kind == "mlp" and slot.mlp.operator == "select"
+
+
 def _target(slot: Slot, kind: Kind) -> tuple[int, Tap]:
     """Where a block is to lead the stream: (layer of the original, tap).
 
     Attention leads to where its MLP stood, the MLP, or a block that is alone, to the end of the slot.
     """
     if kind == "attention" and slot.mlp is not None:
-        return slot.mlp.kept, Tap("attention", "sum")
+        return min(slot.mlp.kept, slot.layers[-1]), Tap("attention", "sum")
     return slot.layers[-1], Tap("mlp", "sum")

@@ -76,9 +76,21 @@ def describe(plan: Plan) -> list[str]:
         if isinstance(edit, Drop):
             lines.append(f"{what} {where}: dropped")
         elif isinstance(edit, Fuse):
-            become = "become one, which runs once" if edit.mode == "depth" else "share one set of weight matrices"
-            lines.append(f"{what} {where}: {become} ({edit.operator})")
+            lines.append(f"{what} {where}: {_BECOME[edit.mode].format(rank=edit.rank)} ({_how(edit)})")
     return lines
+
+
+_BECOME = {
+    "depth": "become one, which runs once",
+    "share": "share one set of weight matrices, with residuals of rank {rank}",
+    "basis": "combine one shared basis of {rank} vectors",
+}
+
+
+def _how(edit: Fuse) -> str:
+    """Operator and alignment of an edit in words."""
+    how = edit.operator if edit.keep is None else f"{edit.operator}, layer {edit.keep}"
+    return how if edit.align == "none" else f"{how}, aligned by {edit.align}"
 
 
 def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str) -> ModelCard:

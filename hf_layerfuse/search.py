@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from .adapters import adapter_for
 from .align import align
 from .calibration import Batches, Sample
 from .edits import check_model
-from .errors import PlanError
+from .errors import PlanError, UnsupportedModelError
 from .math import cluster
 from .methods.fusion import Importance, group_edit, importance_of, plan_fusion
 from .modeling import apply
@@ -27,7 +28,7 @@ from .recipe import FusionRecipe
 from .refit import RefitReport, Repair, Trace, refit_by
 from .walk import Walk
 
-TABLE_COST = 8
+TABLE_COST = 5
 """Forward passes of the original, over all of the calibration data, that a table of costs may take."""
 
 MOVES = 12
@@ -51,9 +52,9 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
     With calibration data, `effort` says how much is tried:
 
     - `low`: groups by similarity (evenly spread with cluster `auto`), one refit;
-    - `medium`: groups by an exact dynamic program over the calibration loss that each run of layers costs when it
-      alone is fused and refitted; for each group, the operators compete on that loss; the result competes, refitted as
-      a whole, with that of `low`;
+    - `medium`: also groups by an exact dynamic program over the calibration loss that each run of layers costs when it
+      alone is fused and refitted. For each group, the operators compete on that loss, and the two results compete,
+      refitted as a whole;
     - `high`: plans next to the best one compete too, refitted as a whole.
 
     Without calibration data, groups and operators come from the weights alone and nothing is repaired; the plan's
@@ -72,10 +73,16 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
     batches = None if batches is None else list(batches)
     first = plan_fusion(model, recipe, batches)
     if batches is None:
+        logging.getLogger(__name__).warning(
+            "no calibration batches: decided from the weights alone, nothing is repaired. Pass batches=, or heal the "
+            "result before use."
+        )
         notes = {**first.notes, "recipe": asdict(recipe), "calibration": "none: from the weights alone"}
         return Found(_apply(model, first, None), replace(first, notes=notes), None)
     with eval_mode(model):
-        return _Search(model, recipe, batches, first).run()
+        found = _Search(model, recipe, batches, first).run()
+    found.model.train(model.training)
+    return found
 
 
 def _apply(model: PreTrainedModel, plan: Plan, batches: Batches | None) -> PreTrainedModel:
@@ -88,7 +95,7 @@ class _Search:
     def __init__(self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], first: Plan) -> None:
         self.model, self.recipe, self.batches, self.first = model, recipe, batches, first
         self.sample = Sample.of(batches)
-        self.trace = Trace(Walk(model, self.sample), keep=recipe.effort != "low")
+        self.trace = Trace(Walk(model, self.sample), keep=True)
         self.importance = importance_of(model, batches)
         self.tried: dict[tuple, tuple[Plan, RefitReport]] = {}
         self.best: Found | None = None
@@ -96,17 +103,19 @@ class _Search:
     def run(self) -> Found:
         recipe = self.recipe
         start = self._with_groups({kind: self._start(kind) for kind in self._kinds()})
-        self._try(start)
         scores: list[dict[str, Any]] = []
-        if recipe.effort != "low":
-            table = _Table(self.model, recipe, self.batches, self.importance)
-            if recipe.cluster == "auto":
-                start = self._with_groups({kind: table.groups(kind, self._count(kind)) for kind in self._kinds()})
-            chosen, scores = table.operators(start)
+        if recipe.effort == "low":
             self._try(start)
-            self._try(chosen)
-        if recipe.effort == "high" and recipe.cluster == "auto":
-            self._climb()
+        else:
+            table = _Table(self.model, recipe, self.batches, self.importance)
+            plans = [start]
+            if recipe.cluster == "auto":
+                plans.append(self._with_groups({k: table.groups(k, self._count(k)) for k in self._kinds()}))
+            for plan in (start, *map(table.operators, plans)):  # never worse than with effort `low`
+                self._try(plan)
+            if recipe.effort == "high" and recipe.cluster == "auto":
+                self._climb(table)
+            scores = table.scores()
         found = self.best
         competition = [
             {"edits": plan.to_dict()["edits"], "loss": report.after, "loss_before_refit": report.before}
@@ -156,13 +165,13 @@ class _Search:
             self.best = Found(student, plan, report)
         return report
 
-    def _climb(self) -> None:
+    def _climb(self, table: _Table) -> None:
         """Move the borders of groups by one, as long as that helps."""
         left = MOVES
         improved = True
         while improved and left:
             improved = False
-            for plan in self._neighbours(self.best.plan):
+            for plan in map(table.operators, self._neighbours(self.best.plan)):
                 if left and plan.edits not in self.tried:
                     left -= 1
                     improved = self._try(plan) is self.best.report
@@ -213,7 +222,7 @@ class _Table:
         plan = Plan(adapter_for(self.model).model_type, self.depth, (edit,))
         try:
             student = _apply(self.model, plan, self.batches)
-        except PlanError:  # such as the average of layers of different types
+        except (PlanError, UnsupportedModelError):  # the average of layers of different types; heads of unknown number
             return math.inf
         with eval_mode(student):
             walk = Walk(student, self.sample)
@@ -245,20 +254,17 @@ class _Table:
             cost[start, end] = self.loss(group_edit(kind, tuple(range(start, end)), self.recipe, self.importance))
         return cluster.partition(cost, count)
 
-    def operators(self, plan: Plan) -> tuple[Plan, list[dict[str, Any]]]:
-        """For each group, the operator and alignment of least loss, and the losses of all."""
-        edits, scores = [], []
-        for edit in tqdm(plan.edits, "Comparing operators", unit="group", disable=None, leave=False):
-            losses = {other: self.loss(other) for other in candidates(edit, self.recipe)}
-            edits.append(min(losses, key=losses.get))
-            scores.append(
-                {
-                    "kind": edit.kind,
-                    "layers": list(edit.layers),
-                    "losses": {_name(other): loss for other, loss in losses.items() if math.isfinite(loss)},
-                }
-            )
-        return replace(plan, edits=tuple(edits)), scores
+    def operators(self, plan: Plan) -> Plan:
+        """For each group, the operator and alignment of least loss."""
+        return replace(plan, edits=tuple(min(candidates(edit, self.recipe), key=self.loss) for edit in plan.edits))
+
+    def scores(self) -> list[dict[str, Any]]:
+        """All losses that were taken, group by group."""
+        found: dict[tuple, dict[str, float]] = {}
+        for edit, loss in self.losses.items():
+            if math.isfinite(loss):
+                found.setdefault((edit.kind, edit.layers), {})[_name(edit)] = loss
+        return [{"kind": kind, "layers": list(layers), "losses": losses} for (kind, layers), losses in found.items()]
 
 
 def groups_of(plan: Plan, kind: Kind) -> list[tuple[int, ...]]:
@@ -283,8 +289,10 @@ def candidates(edit: Fuse, recipe: FusionRecipe) -> list[Fuse]:
         return [edit]
     plain = replace(edit, operator="freeze", keep=None, align="none")
     kept = [replace(plain, keep=layer) for layer in dict.fromkeys((edit.layers[0], plain.source.kept))]
-    means = [replace(plain, operator="mean", align=how) for how in ("permutation", "rotation")]
-    return list(dict.fromkeys([edit, *kept, *means]))
+    others = [replace(plain, operator="mean", align="rotation")]
+    if edit.mode == "depth" and edit.kind != "attention" and recipe.refit == "full":
+        others.append(replace(plain, operator="select", keep=edit.layers[0]))
+    return list(dict.fromkeys([edit, *kept, *others]))
 
 
 def _name(edit: Fuse) -> str:

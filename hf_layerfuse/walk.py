@@ -6,15 +6,14 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from .adapters import TransformerAdapter, adapter_for
-from .calibration import Sample, take
+from .calibration import CHOOSERS, Sample, take
 from .errors import UnsupportedModelError
 from .plan import Kind
 
@@ -23,12 +22,11 @@ class States:
     """One tensor per batch, kept in files that are mapped into memory, so that they need no memory of the process."""
 
     def __init__(self) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="layerfuse-states-")
         self._tensors: list[Tensor] = []
 
     def append(self, tensor: Tensor) -> None:
-        path = Path(self._directory.name) / str(len(self._tensors))
-        kept = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        with tempfile.NamedTemporaryFile(prefix="layerfuse-") as file:  # the mapping outlives the name
+            kept = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         self._tensors.append(kept.view(tensor.shape).copy_(tensor))
 
     def __getitem__(self, index: int) -> Tensor:
@@ -68,12 +66,13 @@ class Walk:
         self.depth = 0
         self.states = States()
         self._fitted: list[Tensor] = []
+        self._choosing: list[Tensor] = []
         self._calls: list[list[tuple[tuple, dict[str, Any]]]] = []
-        for batch, judges in zip(sample.batches, sample.judges, strict=True):
-            self._enter(batch, judges)
+        for batch, judges, choosers in zip(sample.batches, sample.judges, sample.choosers, strict=True):
+            self._enter(batch, judges, choosers)
 
     @torch.inference_mode()
-    def _enter(self, batch: Mapping[str, Tensor], judges: Tensor) -> None:
+    def _enter(self, batch: Mapping[str, Tensor], judges: Tensor, choosers: Tensor) -> None:
         """Record what enters the first layer, and with which masks and positions each layer is called."""
         calls: list[tuple[tuple, dict[str, Any]]] = []
         first: list[Tensor] = []
@@ -81,7 +80,7 @@ class Walk:
         def record(*args: Any, **kwargs: Any) -> Tensor:
             states = args[0] if args else kwargs.pop("hidden_states")
             first.append(states)
-            calls.append((args[1:], {**kwargs, "past_key_values": None} if "past_key_values" in kwargs else kwargs))
+            calls.append((tuple(map(_uncached, args[1:])), {name: _uncached(arg) for name, arg in kwargs.items()}))
             if len(calls) == len(self.layers):
                 raise _Seen
             return states
@@ -96,11 +95,16 @@ class Walk:
                 "model that runs each layer once, in order."
             )
         self.states.append(first[0].float())
-        mask = inputs.get("attention_mask")
-        if mask is None or mask.shape != first[0].shape[:-1]:
-            mask = torch.ones(first[0].shape[:-1], device=first[0].device)
-        judges = _per_sequence(judges.to(mask.device), mask)
-        self._fitted.append(mask.bool() & ~judges.view(-1, *[1] * (mask.ndim - 1)))
+        mask, shape = inputs.get("attention_mask"), first[0].shape[:-1]
+        if mask is None or mask.numel() != shape.numel():
+            mask = torch.ones(shape, device=first[0].device)
+        mask = mask.reshape(shape).bool()  # the choices of a multiple choice input are rows here
+        judges, choosers = (_per_sequence(chosen.to(mask.device), mask).unsqueeze(1) for chosen in (judges, choosers))
+        if not any(chosen.any() for chosen in self.sample.choosers):
+            # of n tokens, the last n // 5
+            choosers = CHOOSERS * (mask.sum(1, keepdim=True) - mask.cumsum(1) + 1) <= mask.sum(1, keepdim=True)
+        self._fitted.append(mask & ~judges)
+        self._choosing.append(choosers & mask)
         self._calls.append(calls)
 
     def _inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -130,7 +134,8 @@ class Walk:
             states = self.states[index][_per_sequence(chosen, self.states[index])]
             states = states.to(self.model.device, self.model.dtype)
             with self._layers_replaced(lambda *args, states=states, **kwargs: states):
-                yield self.model(**inputs), inputs.get("attention_mask")
+                output = self.model(**inputs)
+            yield output, inputs.get("attention_mask")
 
     def advance(self) -> None:
         """Go through the layer at `depth`."""
@@ -141,13 +146,13 @@ class Walk:
         self.depth += 1
 
     @torch.inference_mode()
-    def look(self, *taps: Tap) -> Iterator[tuple[int, dict[Tap | None, Tensor]]]:
-        """Run the layer at `depth` on every batch, and yield (batch index, what was tapped).
+    def look(self, *taps: Tap, layer: nn.Module | None = None) -> Iterator[tuple[int, dict[Tap | None, Tensor]]]:
+        """Run the layer at `depth`, or another in its place, on every batch; yield (batch index, what was tapped).
 
         The key None is the output of the layer, there when no taps are asked for; with taps, the layer runs no
         further than they need.
         """
-        layer = self.layers[self.depth]
+        layer = layer or self.layers[self.depth]
         for index in range(len(self.states)):
             args, kwargs = self._calls[index][self.depth]
             states = self.states[index].to(self.model.device, self.model.dtype)
@@ -162,12 +167,23 @@ class Walk:
 
     def rows(self, index: int, states: Tensor) -> Tensor:
         """The tokens of a batch that are fitted, (tokens, width) float32: no padding, no judges."""
-        return states[self._fitted[index]].float()
+        return states[self._fitted[index].to(states.device)].float()
+
+    def split(self, index: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """`rows` in two: those to fit at first, and those that choose the strength of a penalty."""
+        chooses = self._choosing[index][self._fitted[index]].to(states.device)
+        rows = self.rows(index, states)
+        return rows[~chooses], rows[chooses]
 
 
 def _per_sequence(chosen: Tensor, states: Tensor) -> Tensor:
     """The same choice for states, which have a row for each choice of a multiple choice input."""
     return chosen.repeat_interleave(len(states) // len(chosen))
+
+
+def _uncached(argument: Any) -> Any:
+    """What a layer is called with; a cache would hold the tokens of an earlier call, so there is none."""
+    return None if isinstance(argument, Cache) else argument
 
 
 class _Seen(Exception):

@@ -186,19 +186,20 @@ def test_warns_where_labels_say_worse_than_chance(model_type, head, caplog):
     """Labels that the result finds least likely give a warning with both losses, those it prefers give none."""
     model = tiny_model(model_type, head, **({} if "LM" in head else {"num_labels": 5}))
     inputs = example_inputs(model, 4)
-    scores = logits(fuse(model, keep_layers=5), inputs)
+    plain = {"keep_layers": 5, "operator": "freeze", "cluster": "adjacent", "refit": "none", "effort": "low"}
+    scores = logits(fuse(model, **plain), inputs)
     best, worst = scores.argmax(-1), scores.argmin(-1)
     if "LM" in head:  # position i is scored by what follows it
         first = torch.full((4, 1), -100)
         best, worst = (torch.cat([first, labels[:, :-1]], dim=1) for labels in (best, worst))
-    same = fuse(model, keep_layers=5, batches=[{**inputs, "labels": best}])
+    same = fuse(model, **plain, batches=[{**inputs, "labels": best}])
     torch.testing.assert_close(logits(same, inputs), scores, rtol=0, atol=0)
     classes = 64 if "LM" in head else 5
     with (
         caplog.at_level(logging.WARNING, "hf_layerfuse"),
         pytest.warns(LayerFuseWarning, match=rf"worse than chance .* loss \d.* over {classes} classes") as caught,
     ):
-        fuse(model, keep_layers=5, batches=[{**inputs, "labels": worst}])
+        fuse(model, **plain, batches=[{**inputs, "labels": worst}])
     assert caught[0].filename == __file__, "the warning does not point at the call of fuse"
     assert "worse than chance" in caplog.text
 

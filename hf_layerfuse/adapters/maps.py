@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import UnsupportedModelError
 from .base import Block
 
 _NORMS = ("norm", "q_norm", "k_norm")
@@ -65,9 +66,18 @@ def linear_maps(model: PreTrainedModel, block: Block) -> dict[str, LinearMap]:
 
 
 def heads_of(model: PreTrainedModel) -> Heads:
-    """How the attention blocks of a model split their width."""
+    """How the attention blocks of a model split their width.
+
+    Raises:
+        UnsupportedModelError: the config does not say how many heads there are.
+    """
     config = model.config
-    count = config.num_attention_heads
+    count = getattr(config, "num_attention_heads", None)
+    if count is None:
+        raise UnsupportedModelError(
+            f"{type(config).__name__} has no num_attention_heads, so that heads cannot be aligned: add the field to "
+            "the config, or use align='none'."
+        )
     return Heads(
         count=count,
         groups=getattr(config, "num_key_value_heads", None) or count,

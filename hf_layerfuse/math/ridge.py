@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+ROUNDS = 4
+
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 
 
@@ -46,13 +48,13 @@ class Moments:
         return Moments(self.xx + other.xx, self.xy + other.xy, self.yy + other.yy)
 
     def error(self, theta: Tensor) -> float:
-        """Mean over the rows of ||[x, 1] theta - y||^2.
+        """Mean over the rows of ||[x, 1] theta - y||^2; 0 where there are none, so that no map looks better there.
 
         Args:
             theta: (in + 1, out) float64, the constant in its last row.
         """
         fitted = (theta * (self.xx @ theta - 2 * self.xy)).sum() + self.yy.trace()
-        return max(fitted.item(), 0.0) / self.rows
+        return max(fitted.item(), 0.0) / max(self.rows, 1.0)
 
     def ridge(self, start: Tensor, strength: float) -> Tensor:
         """The theta that minimises sum ||[x, 1] theta - y||^2 + strength tr(x^T x)/in ||theta - start||^2.
@@ -63,16 +65,36 @@ class Moments:
             start: (in + 1, out) float64.
             strength: relative to the mean square of the inputs.
         """
+        factor, failed = torch.linalg.cholesky_ex(self._penalised(strength))
+        return start if failed else start + torch.cholesky_solve(self.xy - self.xx @ start, factor)
+
+    def inverse(self, strength: float) -> Tensor:
+        """The inverse of the system that `ridge` solves, (in + 1, in + 1), or where it has none its pseudoinverse."""
+        system = self._penalised(strength)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        return torch.linalg.pinv(system, hermitian=True) if failed else torch.cholesky_inverse(factor)
+
+    def _penalised(self, strength: float) -> Tensor:
         system = self.xx.clone()
         diagonal = system.diagonal()
         diagonal[:-1] += strength * diagonal[:-1].mean()
-        factor, failed = torch.linalg.cholesky_ex(system)
-        return start if failed else start + torch.cholesky_solve(self.xy - self.xx @ start, factor)
+        return system
+
+    def only(self, inputs: Tensor) -> Moments:
+        """The moments of the same rows with some of the inputs, given by their indices."""
+        chosen = torch.cat([inputs, inputs.new_tensor([len(self.xx) - 1])])
+        return Moments(self.xx[chosen][:, chosen], self.xy[chosen], self.yy)
 
     def centred(self) -> Tensor:
         """Sum of squares and products of the inputs about their mean, (in, in)."""
         total = self.xx[-1:, :-1]
         return self.xx[:-1, :-1] - total.T @ total / self.rows
+
+    def linear(self) -> Moments:
+        """As if the inputs and targets were uncorrelated with the constant, so that fits from 0 leave that at 0."""
+        xx, xy = self.xx.clone(), self.xy.clone()
+        xx[-1, :-1] = xx[:-1, -1] = xy[-1] = 0
+        return Moments(xx, xy, self.yy)
 
     def through(self, theta: Tensor) -> Moments:
         """The moments of the same rows with [x, 1] @ theta, theta (in + 1, width), in place of x."""
@@ -84,6 +106,31 @@ class Moments:
         total = self.xy[-1:]
         yy = torch.cat([torch.cat([self.yy, total.T], dim=1), torch.cat([total, self.xx[-1:, -1:]], dim=1)])
         return Moments(self.xx, torch.cat([self.xy, self.xx[:, -1:]], dim=1) @ theta, theta.T @ yy @ theta)
+
+
+def eliminate(moments: Moments, start: Tensor, keep: int, strength: float) -> Tensor:
+    """The inputs that a ridge fit of the targets can least do without.
+
+    Backward elimination in four rounds: each drops those whose removal, made up for by the others, costs least,
+    ||theta_i||^2 / [(xx + penalty)^-1]_ii (Optimal Brain Surgeon, Hassibi and Stork 1993, eq. 5).
+
+    Args:
+        moments: of all inputs.
+        start: (in + 1, out) float64, towards which the fits are held.
+        keep: how many inputs stay.
+        strength: of the ridge, see `Moments.ridge`.
+
+    Returns:
+        The indices of the kept inputs, ascending.
+    """
+    total = len(start) - 1
+    left = torch.arange(total, device=start.device)
+    for step in range(1, ROUNDS + 1):
+        part = moments.only(left)
+        theta = part.ridge(torch.cat([start[left], start[-1:]]), strength)
+        cost = theta[:-1].square().sum(1) / part.inverse(strength).diagonal()[:-1]
+        left = left[cost.topk(round(total * (keep / total) ** (step / ROUNDS))).indices].sort().values
+    return left
 
 
 def chain(first: Tensor, then: Tensor) -> Tensor:

@@ -99,6 +99,10 @@ def group_edit(kind: Kind, group: tuple[int, ...], recipe: FusionRecipe, importa
         shares = [importance()[layer] for layer in group]
         weights = [share / sum(shares) for share in shares] if sum(shares) else [1 / len(group)] * len(group)
         return Fuse(kind, group, operator="weighted", weights=tuple(weights), **rest)
+    if recipe.operator == "select":
+        if importance is None:
+            raise RecipeError("operator='select' chooses units by calibration: pass batches=, or use 'freeze'.")
+        return Fuse(kind, group, operator="select", keep=group[0], **rest)
     if recipe.operator != "auto":
         return Fuse(kind, group, operator=recipe.operator, **rest)
     repaired = importance is not None and recipe.refit != "none"
@@ -115,9 +119,10 @@ def importance_of(model: PreTrainedModel, batches: Batches | None) -> Importance
 
 
 def importances(model: PreTrainedModel, sample: Sample) -> list[float]:
-    """Per layer, 1 - E cos between what enters and what leaves it (block influence, ShortGPT, Men et al. 2024, eq. 1)."""
-    walk, found = Walk(model, sample), []
+    """Per layer, 1 - E cos of what enters and what leaves it (block influence, ShortGPT, Men et al. 2024, eq. 1)."""
+    found = []
     with eval_mode(model):
+        walk = Walk(model, sample)
         while walk.depth < len(walk.layers):
             before = walk.states
             walk.advance()

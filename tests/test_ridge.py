@@ -1,0 +1,443 @@
+"""Least squares from moments, against the same fits written out on the rows themselves."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_layerfuse.mapfit import fit_map, fold, store, theta_of
+from hf_layerfuse.math.ridge import STRENGTHS, Moments, chain, eliminate, fit
+from hf_layerfuse.relaxed import Relaxed, out_in, relax
+
+IN, OUT, ROWS = 6, 4, 60
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_ones(x):
+    return torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+
+
+def moments_of(x, y, *sizes):
+    """Moments of rows that are added in parts of these sizes."""
+    found = Moments.empty(x.shape[1], y.shape[1])
+    for part in zip(x.split(list(sizes) or len(x)), y.split(list(sizes) or len(y)), strict=True):
+        found.add(*part)
+    return found
+
+
+def tensors(moments):
+    return moments.xx, moments.xy, moments.yy
+
+
+@pytest.fixture
+def data():
+    """Inputs of unequal scale off zero, and targets that depend on them but for noise."""
+    x = random(ROWS, IN) * torch.arange(1, IN + 1) + 0.5
+    return x, x @ random(IN, OUT, seed=1) + random(1, OUT, seed=2) + 0.3 * random(ROWS, OUT, seed=3)
+
+
+@pytest.fixture
+def split(data):
+    """Moments to fit and to hold out."""
+    x, y = data
+    return moments_of(x[:48], y[:48]), moments_of(x[48:], y[48:])
+
+
+def test_without_a_penalty_it_is_least_squares(data):
+    """A vanishing penalty gives what torch.linalg.lstsq finds for the rows, constant included."""
+    x, y = data
+    expected = torch.linalg.lstsq(with_ones(x), y).solution
+    torch.testing.assert_close(moments_of(x, y).ridge(torch.zeros(IN + 1, OUT).double(), 1e-13), expected)
+
+
+@pytest.mark.parametrize("strength", [1e-3, 1.0, 30.0])
+def test_ridge_is_the_closed_form(data, strength):
+    """start + (X^T X + penalty)^-1 X^T (y - X start): the penalty is relative to the mean square of the inputs, holds
+    the map to where it starts, and leaves the constant free."""
+    x, y = data
+    start, ones = random(IN + 1, OUT, seed=4), with_ones(x)
+    penalty = strength * x.square().sum() / IN * torch.diag(torch.tensor([1.0] * IN + [0.0]).double())
+    expected = start + torch.linalg.solve(ones.T @ ones + penalty, ones.T @ (y - ones @ start))
+    torch.testing.assert_close(moments_of(x, y).ridge(start, strength), expected)
+
+
+def test_strong_penalties_leave_all_but_the_constant(data):
+    """However strong the penalty, the constant takes what it can: the residuals have mean zero."""
+    x, y = data
+    start = random(IN + 1, OUT, seed=4)
+    theta = moments_of(x, y).ridge(start, 1e9)
+    torch.testing.assert_close(theta[:-1], start[:-1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((y - with_ones(x) @ theta).mean(0), torch.zeros(OUT).double(), atol=1e-6, rtol=0)
+
+
+def test_error_is_that_of_the_rows(data):
+    """The mean squared error from moments is that of the rows, for any map, and never below zero."""
+    x, y = data
+    theta = random(IN + 1, OUT, seed=4)
+    expected = (with_ones(x) @ theta - y).square().sum(1).mean()
+    assert moments_of(x, y).error(theta) == pytest.approx(expected.item())
+    assert 0 <= moments_of(x, with_ones(x) @ theta).error(theta) < 1e-10
+
+
+@pytest.mark.parametrize("sizes", [(1,) * ROWS, (7, 50, 3), (0, 60, 0)])
+def test_batches_do_not_matter(data, sizes):
+    """Rows that come one by one, in unequal parts, or with empty parts between have the same moments."""
+    x, y = data
+    for found, expected in zip(tensors(moments_of(x, y, *sizes)), tensors(moments_of(x, y)), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert moments_of(x, y, *sizes).rows == ROWS
+
+
+def test_moments_add_up(data):
+    """The sum of the moments of two sets of rows is that of all of them; the summands stay as they are."""
+    x, y = data
+    first, second = moments_of(x[:20], y[:20]), moments_of(x[20:], y[20:])
+    before = first.xx.clone()
+    for found, expected in zip(tensors(first + second), tensors(moments_of(x, y)), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert torch.equal(first.xx, before)
+
+
+def test_sums_are_float64(data):
+    """Rows of single precision are summed in double: many of them leave no more error than one."""
+    x, y = (part.float() for part in data)
+    found = Moments.empty(IN, OUT)
+    for _ in range(300):
+        found.add(x, y)
+    assert all(tensor.dtype == torch.float64 for tensor in tensors(found))
+    single = Moments.empty(IN, OUT)
+    single.add(x, y)
+    for total, once in zip(tensors(found), tensors(single), strict=True):
+        torch.testing.assert_close(total, 300 * once, rtol=1e-12, atol=0)
+
+
+def test_mapped_inputs_and_targets(data):
+    """`through` and `towards` are the moments of the rows after the inputs, or the targets, went through a map."""
+    x, y = data
+    first, aim = random(IN + 1, 5, seed=4), random(OUT + 1, 3, seed=5)
+    found = moments_of(x, y).through(first).towards(aim)
+    expected = moments_of(with_ones(x) @ first, with_ones(y) @ aim)
+    for one, other in zip(tensors(found), tensors(expected), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_chained_maps(data):
+    """`chain` is one map after the other, constants included."""
+    x, _ = data
+    first, then = random(IN + 1, 5, seed=4), random(6, 3, seed=5)
+    torch.testing.assert_close(with_ones(x) @ chain(first, then), with_ones(with_ones(x) @ first) @ then)
+
+
+def test_moments_of_some_inputs(data):
+    """`only` keeps the inputs that it is given, in that order, and the constant."""
+    x, y = data
+    chosen = torch.tensor([4, 0, 3])
+    for one, other in zip(tensors(moments_of(x, y).only(chosen)), tensors(moments_of(x[:, chosen], y)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_centred_is_the_scatter(data):
+    """`centred` is the sum of squares and products about the mean."""
+    x, y = data
+    torch.testing.assert_close(moments_of(x, y).centred(), x.T.cov() * (ROWS - 1))
+
+
+def test_fits_without_a_constant(data):
+    """`linear` gives the best map among those without a constant, and the error that this map has."""
+    x, y = data
+    moments = moments_of(x, y).linear()
+    theta = moments.ridge(torch.zeros(IN + 1, OUT).double(), 1e-13)
+    assert torch.equal(theta[-1], torch.zeros(OUT).double())
+    torch.testing.assert_close(theta[:-1], torch.linalg.lstsq(x, y).solution)
+    assert moments.error(theta) == pytest.approx(moments_of(x, y).error(theta))
+
+
+def test_strength_is_chosen_on_other_rows(split):
+    """The strength is one of the candidates, none of which does better on the held-out rows by more than the search
+    from strong to weak passes over; with it, all rows are fitted."""
+    train, held_out = split
+    start = torch.zeros(IN + 1, OUT).double()
+    errors = {strength: held_out.error(train.ridge(start, strength)) for strength in STRENGTHS}
+    found = fit(train, held_out, start)
+    assert found.after == errors[found.strength]
+    weaker = max(strength for strength in STRENGTHS if strength < found.strength)
+    assert found.after <= min(errors[s] for s in STRENGTHS if s >= found.strength)
+    assert found.after < errors[weaker]
+    assert found.before == held_out.error(start)
+    torch.testing.assert_close(found.theta, (train + held_out).ridge(start, found.strength))
+    assert found.theta.dtype == torch.float64
+
+
+def test_noise_asks_for_a_strong_penalty():
+    """Few noisy rows are fitted with a stronger penalty than many clean ones."""
+
+    def strength(rows, noise):
+        x = random(rows, IN, seed=7)
+        y = x @ random(IN, OUT, seed=1) + noise * random(rows, OUT, seed=9)
+        cut = rows // 2
+        start = random(IN + 1, OUT, seed=1) * 0.9
+        return fit(moments_of(x[:cut], y[:cut]), moments_of(x[cut:], y[cut:]), start).strength
+
+    assert strength(16, 1.0) > strength(400, 0.01)
+
+
+@pytest.mark.parametrize("targets", ["exact", "noise"])
+def test_a_map_that_cannot_be_bettered_is_kept(data, targets):
+    """A map that is exact, or rows that say nothing about others, leave the start as it is, to the bit."""
+    x, _ = data
+    start = random(IN + 1, OUT, seed=4)
+    y = with_ones(x) @ start
+    held_out = moments_of(x[48:], y[48:])
+    if targets == "noise":
+        y = y - 5 * random(ROWS, OUT, seed=8) * x[:, :1]
+    found = fit(moments_of(x[:12], y[:12]), held_out, start)
+    assert found.theta is start
+    assert found.strength is None
+    assert found.after == found.before
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_never_worse_than_the_start(seed):
+    """Whatever the rows, also fewer than inputs, the held-out error of the result is not above that of the start."""
+    rows, inputs = 2 + seed % 7, 1 + seed % 5
+    x, y = random(rows, inputs, seed=seed), random(rows, 2, seed=100 + seed)
+    cut = max(1, rows // 5)
+    held_out = moments_of(x[:cut], y[:cut])
+    found = fit(moments_of(x[cut:], y[cut:]), held_out, random(inputs + 1, 2, seed=200 + seed))
+    assert found.after <= found.before
+    assert held_out.error(found.theta) <= found.before * (1 + 1e-12)
+
+
+def test_nothing_to_choose_by():
+    """Without held-out rows, or without any, there is no fit, and no division by zero."""
+    x, y = random(3, IN), random(3, OUT, seed=1)
+    start = random(IN + 1, OUT, seed=4)
+    for train in (moments_of(x, y), Moments.empty(IN, OUT)):
+        found = fit(train, Moments.empty(IN, OUT), start)
+        assert found.theta is start
+        assert (found.before, found.after, found.strength) == (0, 0, None)
+
+
+def test_inputs_that_are_dead():
+    """Inputs that are always zero keep their weights; where all are, nothing is changed."""
+    x, y = random(ROWS, IN), random(ROWS, OUT, seed=1)
+    start = random(IN + 1, OUT, seed=4)
+    x[:, 2] = 0
+    found = fit(moments_of(x[:48], y[:48]), moments_of(x[48:], y[48:]), start)
+    torch.testing.assert_close(found.theta[2], start[2])
+    assert not torch.allclose(found.theta[1], start[1])
+    assert torch.equal(moments_of(0 * x, y).ridge(start, 1.0), start)
+
+
+def test_eliminate_drops_what_costs_least(data):
+    """The one input that goes is that whose absence, made up for by the others, raises the penalised error least."""
+    x, y = data
+    moments, start, strength = moments_of(x, y), random(IN + 1, OUT, seed=4), 0.1
+    penalty = strength * x.square().mean() * ROWS
+
+    def cost(without):
+        left = torch.tensor([i for i in range(IN) if i != without])
+        part, part_start = x[:, left], torch.cat([start[left], start[-1:]])
+        ones, held = with_ones(part), penalty * torch.diag(torch.tensor([1.0] * (IN - 1) + [0.0]).double())
+        theta = part_start + torch.linalg.solve(ones.T @ ones + held, ones.T @ (y - ones @ part_start))
+        gone = penalty * start[without].square().sum()
+        return (y - ones @ theta).square().sum() + penalty * (theta - part_start)[:-1].square().sum() + gone
+
+    least = min(range(IN), key=cost)
+    assert eliminate(moments, start, IN - 1, strength).tolist() == [i for i in range(IN) if i != least]
+
+
+def test_eliminate_finds_what_matters():
+    """Of many inputs, those that the targets depend on stay, also where copies of others are larger."""
+    x = random(300, 24)
+    x[:, 12:] = 3 * x[:, :12] + 0.3 * x[:, 12:]
+    useful = torch.tensor([1, 4, 13, 20])
+    y = x[:, useful] @ random(4, 5, seed=1)
+    kept = eliminate(moments_of(x, y), torch.zeros(25, 5).double(), 4, 1e-5)
+    assert torch.equal(kept, useful)
+
+
+def test_eliminate_among_dead_inputs():
+    """Inputs that are always zero go first; where all are, as many as asked for are left."""
+    x, y = random(ROWS, IN), random(ROWS, OUT, seed=1)
+    x[:, [1, 2, 5]] = 0
+    start = torch.zeros(IN + 1, OUT).double()
+    assert eliminate(moments_of(x, y), start, 3, 1e-3).tolist() == [0, 3, 4]
+    assert len(eliminate(moments_of(0 * x, y), start, 3, 1e-3)) == 3
+
+
+def linear(bias=True, kind=nn.Linear):
+    torch.manual_seed(0)
+    module = Conv1D(OUT, IN) if kind is Conv1D else nn.Linear(IN, OUT, bias=bias)
+    if module.bias is not None:
+        nn.init.normal_(module.bias)
+    return module
+
+
+def module_of(name):
+    mode, _, rank = name.partition(" ")
+    module = linear(kind=Conv1D if "Conv1D" in name else nn.Linear, bias="no bias" not in name)
+    if mode not in ("share", "basis"):
+        return module
+    module = relax(module, mode, int(rank.split()[0]))
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
+MODULES = ["Linear", "Linear no bias", "Conv1D", "share 2", "share 2 Conv1D", "basis 3", "basis 3 Conv1D"]
+every_module = pytest.mark.parametrize("name", MODULES)
+
+
+@every_module
+def test_theta_is_what_a_module_computes(data, name):
+    """The map of a module, in whatever orientation and parts it stores it, gives its outputs."""
+    x, _ = data
+    module = module_of(name)
+    torch.testing.assert_close(with_ones(x) @ theta_of(module), module.double()(x), rtol=1e-6, atol=1e-6)
+
+
+FREE = {"share": {"residual_in", "residual_out", "bias"}, "basis": {"coefficients", "bias"}}
+
+
+@every_module
+def test_fitted_modules_are_nearer_to_the_targets(data, split, name):
+    """Fitting lowers the held-out error of a module, reports it as it was, and changes only what is free to."""
+    x, y = data
+    module = module_of(name)
+    before = copy.deepcopy(module)
+    found = fit_map(module, *split, tied=isinstance(module, Relaxed))
+
+    def error(which):
+        return (copy.deepcopy(which).double()(x[48:]) - y[48:]).square().sum(1).mean().item()
+
+    assert found.before == pytest.approx(error(before), rel=1e-4)
+    assert found.after < found.before
+    assert error(module) < found.before
+    state = before.state_dict()
+    changed = {key for key, value in module.state_dict().items() if not torch.equal(value, state[key])}
+    assert changed == FREE.get(name.split()[0], set(state))
+
+
+@every_module
+@pytest.mark.parametrize("tied", [True, False])
+def test_modules_that_cannot_be_bettered_stay_as_they_are(data, name, tied):
+    """A module that already gives the targets keeps every bit."""
+    x, _ = data
+    module = module_of(name)
+    tied = tied or isinstance(module, Relaxed)
+    y = with_ones(x) @ theta_of(module)
+    before = copy.deepcopy(module.state_dict())
+    fit_map(module, moments_of(x[:48], y[:48]), moments_of(x[48:], y[48:]), tied=tied)
+    for key, value in module.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=1e-6, atol=1e-6)
+
+
+def test_a_tied_weight_stays(data, split):
+    """Of a plain map whose weight is tied, the bias alone is fitted: the residuals have mean zero. Without a bias
+    nothing is."""
+    x, y = data
+    module = linear()
+    weight = module.weight.clone()
+    fit_map(module, moments_of(x[:48], y[:48] + 20), moments_of(x[48:], y[48:] + 20), tied=True)
+    assert torch.equal(module.weight, weight)
+    torch.testing.assert_close((y + 20 - module.double()(x)).mean(0), torch.zeros(OUT).double(), atol=1e-5, rtol=0)
+    module = linear(bias=False)
+    found = fit_map(module, *split, tied=True)
+    assert torch.equal(module.weight, weight)
+    assert found.after == found.before
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_without_noise_the_map_is_found(data, kind):
+    """Targets that some map of the same shape gives are met by the fit, with a bias and without."""
+    x, _ = data
+    for bias in (True, False) if kind is nn.Linear else (True,):
+        module = linear(bias=bias, kind=kind)
+        aim = random(IN + 1, OUT, seed=4)
+        aim[-1] *= bias
+        y = with_ones(x) @ aim
+        fit_map(module, moments_of(x[:48], y[:48]), moments_of(x[48:], y[48:]), tied=False)
+        torch.testing.assert_close(theta_of(module), aim, rtol=1e-3, atol=1e-3)
+
+
+def test_a_map_without_a_bias_is_fitted_without_one(data, split):
+    """Where there is no bias to take the constant of a fit, the weight is the best of those that need none."""
+    x, y = data
+
+    def error(weight):
+        return (y - x @ weight).square().sum()
+
+    module = linear(bias=False)
+    fit_map(module, *split, tied=False)
+    lost = torch.linalg.lstsq(with_ones(x), y).solution[:-1]
+    least = torch.linalg.lstsq(x, y).solution
+    assert error(least) <= error(module.weight.double().T) < 1.01 * error(least) < error(lost)
+
+
+@pytest.mark.parametrize("kind", ["", " Conv1D"])
+def test_residuals_are_reduced_rank_regression(data, kind):
+    """Beside a shared weight W the residual is that of least ||Y - X (W + B A)^T - b|| of its rank: the least squares
+    fit, projected on the leading directions of what it gives."""
+    x, y = data
+    module = module_of(f"share 2{kind}")
+    shared = out_in(module, module.weight).detach().double()
+    fit_map(module, moments_of(x[:48], y[:48]), moments_of(x[48:], y[48:]), tied=True)
+    inputs, rest = x - x.mean(0), (y - x @ shared.T) - (y - x @ shared.T).mean(0)
+    best = torch.linalg.lstsq(inputs, rest).solution
+    directions = torch.linalg.svd(inputs @ best).Vh[:2]
+    least = (rest - inputs @ best @ directions.T @ directions).square().sum()
+    plain = torch.linalg.svd(best)
+    by_weights = plain.U[:, :2] * plain.S[:2] @ plain.Vh[:2]  # the nearest weight is not the one of nearest outputs
+    left = y - module.double()(x)
+    assert least <= left.square().sum() < 1.01 * least < (rest - inputs @ by_weights).square().sum()
+    torch.testing.assert_close(left.mean(0), torch.zeros(OUT).double(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["", " Conv1D"])
+def test_full_rank_is_as_good_as_free_weights(data, split, kind):
+    """A residual of full rank beside a shared weight, or a basis of all inputs, reaches what a free map reaches."""
+    x, y = data
+    best = (y - with_ones(x) @ torch.linalg.lstsq(with_ones(x), y).solution).square().sum()
+    for name in (f"share {OUT}{kind}", f"basis {IN}{kind}"):
+        module = module_of(name)
+        fit_map(module, *split, tied=True)
+        assert (y - module.double()(x)).square().sum() < 1.05 * best
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_folding(data, kind):
+    """A map that another was folded into gives for x what it gave for the mapped x; without a bias, no constant."""
+    x, _ = data
+    before = random(IN + 1, IN, seed=4)
+    module = linear(kind=kind)
+    expected = copy.deepcopy(module).double()(with_ones(x) @ before)
+    fold(module, before)
+    torch.testing.assert_close(module.double()(x), expected, rtol=1e-5, atol=1e-4)
+    module = linear(bias=False)
+    expected = copy.deepcopy(module).double()(x @ before[:-1])
+    fold(module, before)
+    torch.testing.assert_close(module.double()(x), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(data, split, dtype):
+    """A map in half precision is fitted in double, and differs from the double result by its rounding only."""
+    module, twin = linear().to(dtype), linear().to(dtype).double()
+    assert fit_map(module, *split, tied=False).after == pytest.approx(fit_map(twin, *split, tied=False).after)
+    assert torch.equal(module.weight, twin.weight.to(dtype))
+    assert torch.equal(module.bias, twin.bias.to(dtype))
+
+
+def test_storing_goes_around(data):
+    """What is written to a map is what is read from it."""
+    theta = random(IN + 1, OUT, seed=4)
+    for kind in (nn.Linear, Conv1D):
+        module = linear(kind=kind).double()
+        store(module, theta)
+        assert torch.equal(theta_of(module), theta)
