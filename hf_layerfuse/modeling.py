@@ -25,6 +25,8 @@ from transformers.models.auto import auto_factory, configuration_auto, modeling_
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import ADAPTERS, BUILTIN, FUSED_PREFIX, TransformerAdapter, adapter_for
+from .align import align
+from .calibration import Batches
 from .edits import (
     check_plan,
     expanded_weights,
@@ -165,12 +167,13 @@ def layout_of(config: PreTrainedConfig) -> Layout:
     return layout
 
 
-def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """Carry out a plan. It decides nothing, and the model is untouched.
+def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
+    """Carry out a plan: align blocks, combine their weights. It decides nothing, and the model is untouched.
 
     Args:
         model: a stock model of the plan's architecture, with any head.
         plan: from `plan_fusion`, from a `plan.json`, or written by hand.
+        batches: calibration batches, for edits with align `activation`.
 
     Returns:
         A new model on the same device and of the same dtype: of the stock class with fewer layers where the plan
@@ -182,6 +185,7 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """
     adapter = adapter_for(model)
     check_plan(model, adapter, plan)
+    model = align(model, plan, batches)
     layout = plan.layout()
     config = target_config(model.config, adapter, layout)
     cls = type(model)

@@ -14,12 +14,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .adapters import adapter_for
-from .align import align
 from .calibration import Batches, Sample
 from .edits import check_model
 from .errors import PlanError, UnsupportedModelError
 from .math import cluster
-from .methods.fusion import Importance, group_edit, importance_of, plan_fusion
+from .methods.fusion import Importance, fits, group_edit, importance_of, plan_fusion
 from .modeling import apply
 from .modes import eval_mode
 from .plan import Fuse, Kind, Plan
@@ -78,15 +77,11 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
             "result before use."
         )
         notes = {**first.notes, "recipe": asdict(recipe), "calibration": "none: from the weights alone"}
-        return Found(_apply(model, first, None), replace(first, notes=notes), None)
+        return Found(apply(model, first), replace(first, notes=notes), None)
     with eval_mode(model):
         found = _Search(model, recipe, batches, first).run()
     found.model.train(model.training)
     return found
-
-
-def _apply(model: PreTrainedModel, plan: Plan, batches: Batches | None) -> PreTrainedModel:
-    return apply(align(model, plan, batches), plan)
 
 
 class _Search:
@@ -150,11 +145,11 @@ class _Search:
         ]
         return replace(self.first, edits=tuple(edits))
 
-    def _try(self, plan: Plan) -> RefitReport:
-        """Apply and refit a plan on all calibration data; the best model so far is kept."""
-        if plan.edits in self.tried:
-            return self.tried[plan.edits][1]
-        student = _apply(self.model, plan, self.batches)
+    def _try(self, plan: Plan) -> RefitReport | None:
+        """Apply and refit a plan on all calibration data; the best model so far is kept. None: it is not tried."""
+        if plan.edits in self.tried or not fits(self.model, self.recipe, plan):
+            return None
+        student = apply(self.model, plan, self.batches)
         before = calibration_loss(student, self.model, self.sample.judging)
         report = RefitReport(before, before, kept=False)
         if self.recipe.refit != "none":
@@ -221,7 +216,7 @@ class _Table:
     def _measure(self, edit: Fuse) -> float:
         plan = Plan(adapter_for(self.model).model_type, self.depth, (edit,))
         try:
-            student = _apply(self.model, plan, self.batches)
+            student = apply(self.model, plan, self.batches)
         except (PlanError, UnsupportedModelError):  # the average of layers of different types; heads of unknown number
             return math.inf
         with eval_mode(student):

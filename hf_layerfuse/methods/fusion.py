@@ -70,7 +70,7 @@ def plan_fusion(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches |
         groups = {kind: _CLUSTERS[recipe.cluster](matrix, keep) for kind, matrix in distances.items()}
         return Plan(adapter.model_type, depth, _edits(recipe, groups, importance), notes)
 
-    return next(found for keep in keeps if _fits(model, recipe, found := plan(keep)))
+    return next(found for keep in keeps if fits(model, recipe, found := plan(keep)))
 
 
 def _kinds(recipe: FusionRecipe) -> tuple[Kind, ...]:
@@ -189,7 +189,8 @@ def _limits(recipe: FusionRecipe) -> list[tuple[str, str, float]]:
     return [limit for limit in limits if limit[2] is not None]
 
 
-def _fits(model: PreTrainedModel, recipe: FusionRecipe, plan: Plan) -> bool:
+def fits(model: PreTrainedModel, recipe: FusionRecipe, plan: Plan) -> bool:
+    """Whether what a plan leads to is as small as the recipe asks for."""
     return all(planned_size(model, plan)[unit] <= most for _, unit, most in _limits(recipe))
 
 
