@@ -54,7 +54,7 @@ HEADS = {
 PRE_NORM = [kind for kind in TINY if kind not in ("bert", "roberta", "distilbert")]
 
 MODES = ("depth", "drop", "share", "residual", "basis")
-CASES = [(kind, name) for kind in TINY for name in PLANS if name in MODES or kind in ("gpt2", "bert", "vit", "qwen2")]
+CASES = [(kind, name) for kind in TINY for name in PLANS if name in MODES or kind in ("bert", "qwen2")]
 GATED = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 pre_norm = pytest.mark.parametrize("model_type", PRE_NORM)
@@ -75,7 +75,7 @@ def whole(model_type):
 def batches_of(model, *sizes, tokens=12, seed=0):
     """Calibration batches of these sizes, every third sequence of tokens padded on the right."""
     found = []
-    for i, size in enumerate(sizes or (16, 8)):
+    for i, size in enumerate(sizes or (18, 8)):
         batch = example_inputs(model, size, tokens, seed=seed + i)
         if "input_ids" in batch:
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
@@ -121,8 +121,10 @@ def loss(student, teacher, batches):
 def refitted(teacher, plan, batches, method="full"):
     """A student, its report, and its weights and loss before the repair."""
     student = apply(teacher, plan)
-    given, before = state_of(student), loss(student, teacher, batches)
-    return student, refit(student, teacher, plan, batches, method), given, before
+    given, before, ties = state_of(student), loss(student, teacher, batches), ties_of(student)
+    report = refit(student, teacher, plan, batches, method)
+    assert ties_of(student) == ties
+    return student, report, given, before
 
 
 def check(student, teacher, batches, report, given, before):
@@ -146,7 +148,6 @@ def test_never_worse_and_mostly_better(model_type, name):
     student, report, given, before = refitted(teacher, plan, batches)
     check(student, teacher, batches, report, given, before)
     assert same(state_of(teacher), original)
-    assert ties_of(student) == ties_of(apply(teacher, plan))
     # a third more than measured: what gated units of random weights compute is harder to make up for
     assert report.after < (0.97 if layers_of(teacher)[0].__class__.__name__ in GATED else 0.6) * before
 
@@ -195,7 +196,7 @@ def test_layers_in_front_of_the_first_edit_are_left_alone(model_type):
     assert {row["layer"] for row in report.blocks} == {2}
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(("model_type", "rank"), [*((kind, 0) for kind in TINY), ("gpt2", 3), ("llama", 3)])
 def test_shared_equal_layers_stay_exact(model_type, rank):
     """Layers that were equal already lose nothing by sharing, and refitting them changes no output."""
     teacher = whole(model_type)
@@ -231,14 +232,19 @@ def test_removing_layers_that_add_nothing_stays_exact(model_type, operator):
     assert report.after <= report.before
 
 
-@pytest.mark.parametrize("part", ["out", "norm", "bias"])
+UNDO = {
+    "out": TINY,
+    "norm": PRE_NORM,
+    "bias": [kind for kind in TINY if kind not in ("llama", "mistral", "qwen2", "qwen3")],
+}
+
+
+@pytest.mark.parametrize(("part", "model_type"), [(part, kind) for part, kinds in UNDO.items() for kind in kinds])
 def test_what_can_be_undone_is_undone(model_type, part):
     """Where an exact repair exists it is found: an output projection takes back an invertible map, the readers take
     back the gains of the norm in front, and biases beside shared weights what was added to them."""
     teacher = whole(model_type)
     adapter = adapter_for(teacher)
-    if (part == "norm" and adapter.post_norm) or (part == "bias" and outs_of(teacher, 1)[1].bias is None):
-        pytest.skip("not there in this architecture")
     layers = layers_of(teacher)
     for at in adapter.mlp.values():
         layers[3].get_submodule(at).load_state_dict(layers[1].get_submodule(at).state_dict())
@@ -400,13 +406,12 @@ def test_what_makes_it_worse_is_undone(monkeypatch, name, value):
     assert ties_of(student) == ties
 
 
-@pytest.mark.parametrize("model_type", ["bert", "llama"])
-@pytest.mark.parametrize("sizes", [(1,), (2,), (1, 1, 1)])
+@pytest.mark.parametrize(("model_type", "sizes"), [("bert", (1,)), ("llama", (2,)), ("gpt2", (1, 1, 1))])
 def test_next_to_nothing_to_calibrate_with(model_type, sizes):
     """One sequence, or three of four tokens: fewer rows than inputs by far, and still not worse."""
     teacher = whole(model_type)
     batches = [example_inputs(teacher, size, 4, seed=i) for i, size in enumerate(sizes)]
-    for name in ("depth", "residual", "basis", "select"):
+    for name in ("residual", "basis", "select"):
         student, report, given, before = refitted(teacher, plan_for(teacher, *PLANS[name]), batches)
         check(student, teacher, batches, report, given, before)
     with pytest.raises(DataError, match="no sequences"):
@@ -414,7 +419,7 @@ def test_next_to_nothing_to_calibrate_with(model_type, sizes):
 
 
 @pytest.mark.parametrize("name", ["depth", *SHARING])
-@pytest.mark.parametrize("model_type", ["gpt2", "bert", "vit", "qwen2"])
+@pytest.mark.parametrize("model_type", ["bert", "qwen2"])
 def test_repaired_models_are_saved_and_loaded(tmp_path, model_type, name):
     """A repaired model passes `verify`, is as small on disk as its ties allow, and expands to an equal stock model."""
     teacher = whole(model_type)
@@ -436,7 +441,7 @@ def test_repaired_models_are_saved_and_loaded(tmp_path, model_type, name):
 def test_every_kind_of_head(model_type, head):
     """Language models, classifiers of all kinds and answers to questions are repaired alike."""
     teacher = small(model_type, head)
-    batches = batches_of(teacher)
+    batches = batches_of(teacher, 40)
     student, report, given, before = refitted(teacher, plan_for(teacher, *PLANS["depth"]), batches)
     check(student, teacher, batches, report, given, before)
     assert report.after < before
