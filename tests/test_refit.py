@@ -484,6 +484,23 @@ def test_only_the_student_changes_and_only_in_place():
     prediction(student(**batches[0])).sum().backward()
 
 
+def test_dropout_is_off_while_repairing():
+    """Models in training mode are repaired as those in eval mode are."""
+    teacher = whole("bert")
+    plan, batches = plan_for(teacher, *PLANS["depth"]), batches_of(teacher)
+    students = [refitted(model, plan, batches)[0] for model in (teacher, copy.deepcopy(teacher).train())]
+    assert students[1].training
+    assert same(state_of(students[0]), state_of(students[1]))
+
+
+def test_the_first_layer_can_go():
+    """Where nothing is left of the first layer, the second reads what the first was to read, and is repaired."""
+    teacher = whole("gpt2")
+    _, report, _, _ = refitted(teacher, plan_for(teacher, Drop("layer", 0)), batches_of(teacher))
+    assert report.after < 0.6 * report.before
+    assert (0, "attention", "read") in {(row["layer"], row["kind"], row["map"]) for row in report.blocks}
+
+
 def test_modes_come_back_after_errors(monkeypatch):
     """An error in the middle leaves both models in the mode they were in, and no hook on them."""
     teacher = whole("gpt2").train()
@@ -518,7 +535,7 @@ def test_a_trace_can_be_asked_in_any_order():
     sample = Sample.of(batches_of(teacher))
     taps = [Tap(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum")]
     places = [(layer, tap) for layer in range(LAYERS) for tap in taps]
-    expected = Trace(Walk(teacher, sample), keep=True).see(places)
+    expected = Trace(Walk(teacher, sample), keep=True).see(places)  # from front to back
     trace = Trace(Walk(teacher, sample), keep=True)
     for some in ([places[9], places[1]], [places[2]], [places[14], places[1], places[3]], places):
         found = trace.see(some)
@@ -526,6 +543,18 @@ def test_a_trace_can_be_asked_in_any_order():
         for key, states in found.items():
             for one, other in zip(states, expected[key], strict=True):
                 assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["attention", "mlp"])
+def test_the_teacher_is_seen_where_it_should_be(name):
+    """A block that is made of later ones is led by what they did, and those behind it still by what theirs did: the
+    repair is the one that a teacher gives of which all was seen beforehand."""
+    teacher = whole("llama")
+    plan, batches = plan_for(teacher, *PLANS[name]), batches_of(teacher)
+    _, report, _, before = refitted(teacher, plan, batches)
+    trace = Trace(Walk(teacher, Sample.of(batches)), keep=True)
+    trace.states(LAYERS)
+    assert MODULE.refit_by(apply(teacher, plan), trace, plan, before, "full") == report
 
 
 def test_rows_of_the_report():

@@ -25,7 +25,7 @@ from hf_layerfuse import (
 from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.calibration import Sample, read
 from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.methods.fusion import importances
+from hf_layerfuse.methods.fusion import _CLUSTERS, importances, planned_size
 from hf_layerfuse.modeling import apply
 from hf_layerfuse.prediction import calibration_loss, prediction
 from hf_layerfuse.search import _Table, candidates, even, groups_of
@@ -228,25 +228,37 @@ def test_the_method_of_repair(refit):
     assert found.report.after == loss(found.model, model, batches_of(model))
 
 
-SIZES = [(mode, "layer") for mode in ("depth", *MODES)] + [("basis", "separate")]
-
-
-@pytest.mark.parametrize(("mode", "blocks"), SIZES)
-def test_sizes_are_kept_to(monkeypatch, mode, blocks):
-    """The limit holds for the model that the search ends with: groups that would be too large are passed over, however
-    well they do."""
+@pytest.mark.parametrize("blocks", ["layer", "separate"])
+@pytest.mark.parametrize("mode", ["depth", *MODES])
+def test_sizes_are_kept_to(mode, blocks):
+    """The limit holds for the model that the search ends with."""
     model = whole("gpt2")
-    recipe = {"blocks": blocks, "effort": "high", "refit": "none", "operator": "freeze", **MODES.get(mode, {})}
-    monkeypatch.setattr(_Table, "loss", lambda self, edit: -edit.layers[0] * len(edit.layers))
-    least = min(size_of(model, layers, recipe) for layers in ((0, 1, 2), (1, 2, 3)))
-    for target, most in (("max_parameters", least + 50), ("max_bytes", 4 * (least + 5000))):
-        found = search(model, FusionRecipe(**{target: most}, **recipe), batches_of(model, 8))
-        assert found.model.num_parameters() <= most / (4 if target == "max_bytes" else 1)
+    recipe = {"blocks": blocks, "effort": "high" if blocks == "layer" else "low", "refit": "none"}
+    sizes = {kind: planned_size(model, plan(kind, (1, 2))) for kind in ("attention", "mlp")}
+    most = sum(size["parameters"] for size in sizes.values()) - planned_size(model, plan("mlp"))["parameters"] + 999
+    found = search(model, FusionRecipe(max_parameters=most, **recipe, **MODES.get(mode, {})), batches_of(model, 8))
+    assert found.model.num_parameters() <= most
 
 
-def size_of(model, layers, recipe):
-    edit = Fuse("layer", layers, recipe.get("mode", "depth"), rank=recipe.get("rank", 0))
-    return apply(model, Plan("gpt2", LAYERS, (edit,))).num_parameters()
+def plan(kind, *groups, **changes):
+    return Plan("gpt2", LAYERS, tuple(Fuse(kind, group, **changes) for group in groups))
+
+
+def test_groups_that_are_too_large_are_passed_over(monkeypatch):
+    """With a shared basis, one group of three layers and one alone are larger than two groups of two: where only these
+    fit, they are all that is tried, however well the others do."""
+    model = whole("gpt2")
+    small, large = ((0, 1), (2, 3)), ((1, 2, 3),)
+    basis = {"mode": "basis", "rank": 8}
+    sizes = [planned_size(model, plan("layer", *groups, **basis)) for groups in (small, large)]
+    assert sizes[0]["parameters"] < sizes[1]["parameters"]
+    monkeypatch.setitem(_CLUSTERS, "auto", lambda matrix, keep: even(LAYERS, keep))
+    monkeypatch.setattr(_Table, "loss", lambda self, edit: float(edit.layers != (1, 2, 3)))
+    for target, unit in (("max_parameters", "parameters"), ("max_bytes", "bytes")):
+        for size, expected in zip(sizes, ([small], [small, large]), strict=True):
+            recipe = FusionRecipe(**{target: size[unit]}, **basis, refit="none")
+            tried = edits_of(search(model, recipe, batches_of(model, 8)))
+            assert [tuple(edit.layers for edit in edits) for edits in tried] == expected
 
 
 @pytest.fixture(scope="module")
