@@ -63,7 +63,8 @@ def test_gpt2_with_eight_of_twelve_layers(shared):
         options = {"max_length": 256, "batch_size": 16, "max_windows": 32, "bf16": True}
         return perplexity(which, tokenizer, text, **options)["token_perplexity"]
 
-    recipe = FusionRecipe(keep_layers=8, similarity="block_influence")
+    plain = {"operator": "freeze", "cluster": "adjacent", "refit": "none", "effort": "low"}
+    recipe = FusionRecipe(keep_layers=8, similarity="block_influence", **plain)
     original, frozen = score(model), score(fuse(model, recipe, batches=batches))
     averaged = score(fuse(model, recipe, batches=batches, operator="mean"))
     assert frozen < 2 * original
