@@ -73,7 +73,8 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
             keeps 8 bytes x (width of the block)^2 for each block that it aligns.
 
     Returns:
-        A copy of the same class, device and dtype; the model itself where no edit asks for alignment.
+        A copy of the same class, device and dtype, which shares the parameters of other layers with the model; the
+        model itself where no edit asks for alignment.
 
     Raises:
         RecipeError: `activation` without batches, or `transport` without POT.
@@ -86,7 +87,10 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
     edits = [edit for edit in plan.edits if isinstance(edit, Fuse) and edit.align != "none"]
     if not edits:
         return model
-    aligned = copy.deepcopy(model)
+    layers = adapter.layer_list(model)
+    rewritten = {id(p) for edit in edits for layer in edit.layers for p in layers[layer].parameters()}
+    memo = {id(p): p for p in model.parameters() if id(p) not in rewritten}  # what deepcopy takes as copied already
+    aligned = copy.deepcopy(model, memo)
     blocks = {(block.kind, block.layer): block for block in adapter.blocks(aligned)}
     pairs = [
         _Pair(edit, blocks[kind, target], blocks[kind, layer])

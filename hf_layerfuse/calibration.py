@@ -102,7 +102,7 @@ class Sample:
 
         Args:
             batches: calibration batches.
-            share: of the batches to use, evenly spread.
+            share: of the sequences to use, evenly spread.
 
         Raises:
             DataError: there are no sequences, or a batch is no dict of tensors.
@@ -110,15 +110,21 @@ class Sample:
         every = [batch for batch in map(_tensors, batches) if len(next(iter(batch.values())))]
         if not every:
             raise DataError("the calibration batches hold no sequences: give `batches` with at least one of inputs.")
-        count = max(1, math.ceil(share * len(every)))
-        kept = [every[i * len(every) // count] for i in range(count)]
-        sizes = [len(next(iter(batch.values()))) for batch in kept]
+        if share < 1:
+            sizes = [len(next(iter(batch.values()))) for batch in every]
+            total = sum(sizes)
+            count = max(1, math.ceil(share * total))
+            chosen = torch.zeros(total, dtype=torch.bool)
+            chosen[torch.arange(count) * total // count] = True
+            chosen = chosen.split(sizes)
+            every = [take(batch, mask) for batch, mask in zip(every, chosen, strict=True) if mask.any()]
+        sizes = [len(next(iter(batch.values()))) for batch in every]
         total = sum(sizes)
         numbers = torch.arange(total)
         judges = numbers % JUDGES == JUDGES - 1 if total >= JUDGES else numbers == max(total - 1, 1)
         order = (~judges).cumsum(0)
         choosers = ~judges & (order % CHOOSERS == 0)
-        return cls(kept, judges.split(sizes), choosers.split(sizes))
+        return cls(every, judges.split(sizes), choosers.split(sizes))
 
     @property
     def judged(self) -> list[Tensor]:

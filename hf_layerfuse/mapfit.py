@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +44,7 @@ def fit_map(module: nn.Module, train: Moments, held_out: Moments, *, tied: bool)
     if isinstance(module, Relaxed):
         free = fit(train, held_out, start)
         shared = out_in(module, module.weight.detach().double())
-        factors = low_rank(free.theta[:-1].T - shared, len(module.residual_in), every.centred())
+        factors = low_rank(free.theta[:-1].T - shared, len(module.residual_in), every.centred()[0])
         weight, strength = shared + factors[0] @ factors[1], free.strength
     mean = every.xx[-1:] / every.rows
     bias = every.xy[-1:] / every.rows - mean[:, :-1] @ weight.T
@@ -66,6 +69,53 @@ def _fit_coefficients(module: BasisLinear, train: Moments, held_out: Moments) ->
         if module.bias is not None:
             module.bias.copy_(found.theta[-1])
     return found
+
+
+@torch.no_grad()
+def fit_gain(norm: nn.Module, readers: Sequence[tuple[nn.Module, Tensor]], train: Moments, held_out: Moments) -> Fit:
+    """Scale each output of a norm so that the maps that read it come nearer to what they should give.
+
+    min_s sum_maps ||W diag(s) x + b - [y, 1] aim||^2: (W^T W o x x^T) s = diag(W^T aim^T y x^T), with the bias b free
+    where a map has one. The scale is folded into the norm's weight and bias, where that is better on the held-out rows.
+
+    Args:
+        norm: what gives x.
+        readers: each map and its aim (in + 1, out) float64.
+        train: moments of x (in) in the student and y (in) in the original.
+        held_out: those of other rows, which choose the strength of a penalty on s - 1.
+
+    Returns:
+        The fit, whose theta is [s, 0], (in + 1, 1).
+    """
+    parts = [_gain_moments(readers, part) for part in (train, held_out)]
+    start = torch.ones_like(parts[0].xy)
+    start[-1] = 0
+    found = fit(*parts, start)
+    if found.strength is None:
+        return found
+    scale, old = found.theta[:-1, 0], copy.deepcopy(norm.state_dict())
+    probe = torch.linspace(-1, 1, len(scale), dtype=norm.weight.dtype, device=norm.weight.device)
+    aim = scale.to(probe) * norm(probe)
+    for tensor in norm.parameters():
+        tensor.copy_(scale * tensor)
+    if not torch.allclose(norm(probe), aim, rtol=1e-2, atol=1e-2 * aim.abs().max().item()):
+        norm.load_state_dict(old)  # its weight is no gain: Gemma's norms multiply by 1 + weight
+        return Fit(start, found.before, found.before, None)
+    return found
+
+
+def _gain_moments(readers: Sequence[tuple[nn.Module, Tensor]], part: Moments) -> Moments:
+    """The normal equations of `fit_gain`, as the moments of a fit of one output."""
+    system, right, total = torch.zeros_like(part.xx), part.xx.new_zeros(len(part.xx), 1), part.yy.new_zeros(1, 1)
+    system[-1, -1] = part.xx[-1, -1]
+    for module, aim in readers:
+        weight, aim = theta_of(module)[:-1], aim[:-1]
+        free = module.bias is not None and part.rows > 0
+        xx, xy, yy = part.centred() if free else (part.xx[:-1, :-1], part.xy[:-1], part.yy)
+        system[:-1, :-1] += weight @ weight.T * xx
+        right[:-1, 0] += (weight @ aim.T * xy).sum(1)
+        total += (aim @ aim.T * yy).sum()
+    return Moments(system, right, total)
 
 
 @torch.no_grad()

@@ -185,8 +185,8 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
     """
     adapter = adapter_for(model)
     check_plan(model, adapter, plan)
-    model = align(model, plan, batches)
     layout = plan.layout()
+    weights = fused_weights(align(model, plan, batches), adapter, layout)
     config = target_config(model.config, adapter, layout)
     cls = type(model)
     if not layout.is_stock:
@@ -194,7 +194,7 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
         values = config.to_dict()
         values.pop("model_type")
         config = cls.config_class(**values, layerfuse_plan=plan.to_dict(notes=False))
-    return _build(cls, config, fused_weights(model, adapter, layout), model)
+    return _build(cls, config, weights, model)
 
 
 def expand(model: PreTrainedModel) -> PreTrainedModel:

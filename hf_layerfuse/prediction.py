@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from .errors import DataError
 from .modes import eval_mode
 
+_ROWS = 256
+"""Distributions that are compared at a time: in float64, those of a large vocabulary take much memory."""
+
 
 def prediction(output: Mapping[str, Any]) -> Tensor:
     """The main output of any head: the logits, or the hidden states of a model without a head."""
@@ -31,7 +34,7 @@ def divergence(ours: Mapping[str, Any], theirs: Mapping[str, Any], mask: Tensor 
             classes themselves, as starts and ends of answers are, are not chosen from padding.
     """
     name = next(key for key, value in theirs.items() if isinstance(value, Tensor) and value.ndim > 0)
-    p, q = prediction(theirs).double(), prediction(ours).double()
+    p, q = prediction(theirs), prediction(ours)
     mask = None if mask is None else mask.to(p.device).bool()
     if mask is not None and p.ndim > mask.ndim and p.shape[: mask.ndim] == mask.shape:
         p, q = p[mask], q[mask]
@@ -39,8 +42,15 @@ def divergence(ours: Mapping[str, Any], theirs: Mapping[str, Any], mask: Tensor 
         p, q = (logits.masked_fill(~mask, -1e9) for logits in (p, q))
     if "logits" in name and p.shape[-1] > 1:
         p, q = p.flatten(0, -2), q.flatten(0, -2)
-        return F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True).item(), len(p)
+        return sum(_kl(*rows) for rows in zip(p.split(_ROWS), q.split(_ROWS), strict=True)), len(p)
+    p, q = p.double(), q.double()
     return (p - q).square().sum().item(), p.square().sum().item()
+
+
+def _kl(p: Tensor, q: Tensor) -> float:
+    """Sum over the rows of KL(p || q) of logits in nats."""
+    p, q = p.double(), q.double()
+    return F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True).item()
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,15 +13,19 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .adapters import READERS, Block
+from .align import align
 from .calibration import Batches, Sample
-from .mapfit import fit_map, fold, store, theta_of
-from .math.ridge import STRENGTHS, Fit, Moments, chain, eliminate, fit
+from .mapfit import fit_gain, fit_map, fold, store, theta_of
+from .math.ridge import Fit, Moments, chain, eliminate, fit
 from .modes import eval_mode
-from .plan import Kind, Layout, Plan, Slot
-from .prediction import calibration_loss
+from .plan import Kind, Plan, Slot
+from .prediction import calibration_loss, divergence
 from .walk import States, Tap, Walk
 
 Method = Literal["full", "linear", "none"]
+
+TOKENS_PER_UNIT = 8
+"""For each hidden unit that may be selected, so many tokens are looked at."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ def refit(
     less what the projection is added to. Attention is led to where the MLP of its group stood. Operator `select` makes
     an MLP of those hidden units of all layers of its group that lead best there (backward elimination).
 
-    Shared matrices stay as they are. Their biases are refitted per depth, and so are residuals and coefficients of
-    relaxed sharing: the fit is projected on the rank that they have.
+    Shared matrices stay as they are. Refitted per depth are the gains of norms in front of them, their biases, and
+    residuals and coefficients of relaxed sharing: the fit is projected on the rank that they have.
 
     It takes one pass of the original over the batches, and about three of the student.
 
@@ -81,16 +85,31 @@ def refit(
 
 def refit_by(student: PreTrainedModel, trace: Trace, plan: Plan, before: float, method: Method) -> RefitReport:
     """`refit` with a trace of the teacher, which several students may share, and the loss before it."""
-    weights = copy.deepcopy(student.state_dict())
-    sample, teacher = trace.walk.sample, trace.walk.model
-    repair = Repair(Walk(student, sample), trace, plan.layout(), method)
+    kept = Saved(student)
+    walk = Walk(student, trace.walk.sample)
+    repair = Repair(walk, trace, plan, method)
     for _ in tqdm(repair.slots, "Refitting", unit="layer", disable=None, leave=False):
         repair.step()
-    after = calibration_loss(student, teacher, sample.judging)
+    after = trace.loss(walk)
     if after <= before:
         return RefitReport(before, after, kept=True, blocks=tuple(repair.blocks))
-    student.load_state_dict(weights)
+    kept.restore(student)
     return RefitReport(before, before, kept=False, blocks=tuple(repair.blocks))
+
+
+class Saved:
+    """The weights of a model in mapped files, which need no memory of the process."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._states = States()
+        for tensor in model.state_dict().values():
+            self._states.append(tensor)
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Copy the weights back, to the same model or one of the same shapes."""
+        for place, tensor in enumerate(model.state_dict().values()):
+            tensor.copy_(self._states[place])
 
 
 class Trace:
@@ -128,6 +147,15 @@ class Trace:
             seen |= {(layer, tap): self._seen[layer, tap] for tap in taps.difference(fresh)}
         return seen
 
+    def loss(self, student: Walk) -> float:
+        """Mean divergence of a student that has been walked through, see `prediction.divergence`."""
+        self.states(len(self.layers))
+        total = count = 0.0
+        for (ours, mask), (theirs, _) in zip(student.outputs(), self.walk.outputs(), strict=True):
+            found = divergence(ours, theirs, mask)
+            total, count = total + found[0], count + found[1]
+        return total / count
+
     def _look(self, layer: int, taps: Sequence[Tap]) -> dict[tuple[int, Tap], States]:
         states, walk = self.states(layer), self.walk
         found = {(layer, tap): States() for tap in taps}
@@ -146,12 +174,16 @@ class Repair:
         blocks: a row for each map that was refitted so far.
     """
 
-    def __init__(self, student: Walk, teacher: Trace, layout: Layout, method: Method) -> None:
+    def __init__(self, student: Walk, teacher: Trace, plan: Plan, method: Method) -> None:
         self.student, self.teacher, self.method = student, teacher, method
+        layout = plan.layout()
         self.slots = layout.slots
         self.tied = {(slot, tie.kind) for tie in layout.ties for slot in tie.slots}
         self.blocks: list[dict[str, Any]] = []
         self._differs = False
+        # units, heads and turns of shared weights are those of the aligned original
+        original = align(teacher.walk.model, plan, student.sample.batches) if self.tied else teacher.walk.model
+        self._aligned = student.adapter.layer_list(original)
 
     def step(self) -> None:
         """Repair the student's next layer, and lead the student through it."""
@@ -218,10 +250,12 @@ class Repair:
         """Refit the maps that read the stream, so that they give what they gave for the original's."""
         moments = self._reading(block, original)
         if (block.layer, block.kind) in self.tied:
+            table, stock = getattr(self.student.adapter, block.kind), self._aligned[source]
+            aims = {role: theta_of(stock.get_submodule(table[role])) for role in self._readers(block)}
+            if not self.student.adapter.post_norm:
+                moments = self._fit_gain(block, aims, moments)
             for role, path in self._readers(block).items():
-                relative = getattr(self.student.adapter, block.kind)[role]
-                aim = theta_of(self.teacher.layers[source].get_submodule(relative))
-                self._fit(block, role, path, [part.towards(aim) for part in moments])
+                self._fit(block, role, path, [part.towards(aims[role]) for part in moments])
             return
         modules = [self.student.model.get_submodule(path) for path in self._readers(block).values()]
         if any(module.bias is None for module in modules):
@@ -231,6 +265,16 @@ class Repair:
         if found.strength is not None:
             for module in modules:
                 fold(module, found.theta)
+
+    def _fit_gain(self, block: Block, aims: Mapping[str, Tensor], moments: list[Moments]) -> list[Moments]:
+        """Refit the norm in front of shared maps; returns the moments with what it gives now."""
+        norm = self.student.model.get_submodule(block.modules["norm"])
+        if getattr(norm, "weight", None) is None:
+            return moments
+        readers = [(self.student.model.get_submodule(block.modules[role]), aim) for role, aim in aims.items()]
+        found = fit_gain(norm, readers, *moments)
+        self._note(block, "norm", found)
+        return [part.through(_identity(part) * found.theta[:-1].T) for part in moments]
 
     def _fit_projection(self, block: Block, target: States) -> None:
         """Refit the output projection, so that the stream becomes the target."""
@@ -266,13 +310,11 @@ class Repair:
         width = len(outs[0]) - 1
         able = self._able(block, variants, start, width)
         start = torch.cat([start[able], start[-1:]])
-        moments = self._union(block, variants, target, able)
-        kept = eliminate(moments[0], start, width, fit(*moments, start).strength or STRENGTHS[0])
-        found = fit(*(part.only(kept) for part in moments), torch.cat([start[kept], start[-1:]]))
+        kept = eliminate(self._union(block, variants, target, able), start, width)
         for role, path in readers.items():
             store(model.get_submodule(path), torch.cat(thetas[role], dim=1)[:, able[kept]])
-        store(model.get_submodule(block.modules["out"]), found.theta)
-        self._note(block, "out", found)
+        store(model.get_submodule(block.modules["out"]), torch.cat([start[kept], start[-1:]]))
+        self._fit_projection(block, target)
 
     def _able(self, block: Block, variants: Sequence[nn.Module], start: Tensor, width: int) -> Tensor:
         """The units, as many as two layers have, that add most to the stream in one batch.
@@ -286,18 +328,22 @@ class Repair:
         energy = self.student.rows(0, features).double().var(0) * start[:-1].square().sum(1)
         return energy.topk(2 * width).indices.sort().values
 
-    def _union(self, block: Block, variants: Sequence[nn.Module], target: States, inputs: Tensor) -> list[Moments]:
-        """Moments of what enters the output projections of several layers, side by side, to the rest of the target."""
+    def _union(self, block: Block, variants: Sequence[nn.Module], target: States, inputs: Tensor) -> Moments:
+        """Moments of what enters the output projections of several layers, side by side, to the rest of the target.
+
+        To tell units apart takes far fewer tokens than to fit their weights, and these are the largest moments.
+        """
         features, residual = Tap(block.kind, "features"), Tap(block.kind, "residual")
         walks = [self.student.look(features, residual, layer=variant) for variant in variants]
-
-        def found() -> Iterator[tuple[int, Tensor, Tensor]]:
-            for steps in zip(*walks, strict=True):
-                index, first = steps[0]
-                x = torch.cat([step[features] for _, step in steps], dim=-1)[..., inputs]
-                yield index, x.float(), target[index].to(x.device) - first[residual].float()
-
-        return self._sum(found())
+        moments = Moments.empty(len(inputs), target[0].shape[-1], inputs.device)
+        for steps in zip(*walks, strict=True):
+            index, first = steps[0]
+            x = torch.cat([step[features] for _, step in steps], dim=-1)[..., inputs]
+            y = target[index].to(x.device) - first[residual].float()
+            moments.add(self.student.rows(index, x), self.student.rows(index, y))
+            if moments.rows >= TOKENS_PER_UNIT * len(inputs):
+                break
+        return moments
 
     def _fit_outputs(self, block: Block, target: States) -> None:
         """Refit what the block adds to the stream by one map of it, folded into the output projection."""

@@ -22,13 +22,16 @@ from .methods.fusion import Importance, fits, group_edit, importance_of, plan_fu
 from .modeling import apply
 from .modes import eval_mode
 from .plan import Fuse, Kind, Plan
-from .prediction import calibration_loss, divergence
+from .prediction import calibration_loss
 from .recipe import FusionRecipe
-from .refit import RefitReport, Repair, Trace, refit_by
+from .refit import RefitReport, Repair, Saved, Trace, refit_by
 from .walk import Walk
 
 TABLE_COST = 5
 """Forward passes of the original, over all of the calibration data, that a table of costs may take."""
+
+TABLE_SEQUENCES = 16
+"""Fewer sequences than these, if there are more, tell groups apart too badly."""
 
 MOVES = 12
 """Plans next to the best one that are tried with effort `high`."""
@@ -93,7 +96,7 @@ class _Search:
         self.trace = Trace(Walk(model, self.sample), keep=True)
         self.importance = importance_of(model, batches)
         self.tried: dict[tuple, tuple[Plan, RefitReport]] = {}
-        self.best: Found | None = None
+        self.best: tuple[Plan, RefitReport, Saved] | None = None
 
     def run(self) -> Found:
         recipe = self.recipe
@@ -111,7 +114,9 @@ class _Search:
             if recipe.effort == "high" and recipe.cluster == "auto":
                 self._climb(table)
             scores = table.scores()
-        found = self.best
+        plan, report, weights = self.best
+        student = apply(self.model, plan, self.batches)
+        weights.restore(student)
         competition = [
             {"edits": plan.to_dict()["edits"], "loss": report.after, "loss_before_refit": report.before}
             for plan, report in self.tried.values()
@@ -122,9 +127,9 @@ class _Search:
             "calibration": f"{sum(map(len, self.sample.judges))} sequences",
             "operators": scores,
             "competition": competition,
-            "refit": asdict(found.report),
+            "refit": asdict(report),
         }
-        return replace(found, plan=replace(found.plan, notes=notes))
+        return Found(student, replace(plan, notes=notes), report)
 
     def _kinds(self) -> tuple[Kind, ...]:
         return ("attention", "mlp") if self.recipe.blocks == "separate" else (self.recipe.blocks,)
@@ -146,7 +151,8 @@ class _Search:
         return replace(self.first, edits=tuple(edits))
 
     def _try(self, plan: Plan) -> RefitReport | None:
-        """Apply and refit a plan on all calibration data; the best model so far is kept. None: it is not tried."""
+        """Apply and refit a plan on all calibration data; the best so far is kept, its weights on disk. None: it is
+        not tried."""
         if plan.edits in self.tried or not fits(self.model, self.recipe, plan):
             return None
         student = apply(self.model, plan, self.batches)
@@ -156,8 +162,8 @@ class _Search:
             with eval_mode(student):
                 report = refit_by(student, self.trace, plan, before, self.recipe.refit)
         self.tried[plan.edits] = plan, report
-        if self.best is None or report.after < self.best.report.after:
-            self.best = Found(student, plan, report)
+        if self.best is None or report.after < self.best[1].after:
+            self.best = plan, report, Saved(student)
         return report
 
     def _climb(self, table: _Table) -> None:
@@ -166,10 +172,10 @@ class _Search:
         improved = True
         while improved and left:
             improved = False
-            for plan in map(table.operators, self._neighbours(self.best.plan)):
+            for plan in map(table.operators, self._neighbours(self.best[0])):
                 if left and plan.edits not in self.tried:
                     left -= 1
-                    improved = self._try(plan) is self.best.report
+                    improved = self._try(plan) is self.best[1]
                 if improved:
                     break
 
@@ -202,7 +208,8 @@ class _Table:
         # a run costs about six layers to refit and what is left of the model to judge, two thirds with its head
         runs = 3 * self.depth
         share = min(0.5, TABLE_COST / runs / (6 / self.depth + 0.67))
-        self.sample = Sample.of(batches, share)
+        sequences = sum(map(len, Sample.of(batches).judges))
+        self.sample = Sample.of(batches, min(1.0, max(share, TABLE_SEQUENCES / sequences)))
         self.trace = Trace(Walk(model, self.sample), keep=True)
         self.trace.states(self.depth)
         self.losses: dict[Fuse, float] = {}
@@ -223,17 +230,13 @@ class _Table:
             walk = Walk(student, self.sample)
             walk.depth, walk.states = edit.layers[0], self.trace.states(edit.layers[0])
             if self.recipe.refit != "none":
-                repair = Repair(walk, self.trace, plan.layout(), self.recipe.refit)
+                repair = Repair(walk, self.trace, plan, self.recipe.refit)
                 last = edit.layers[0] if edit.mode == "depth" else edit.layers[-1]
                 while walk.depth <= last:
                     repair.step()
             while walk.depth < len(walk.layers):
                 walk.advance()
-            total = count = 0.0
-            for (ours, mask), (theirs, _) in zip(walk.outputs(), self.trace.walk.outputs(), strict=True):
-                found = divergence(ours, theirs, mask)
-                total, count = total + found[0], count + found[1]
-        return total / count
+            return self.trace.loss(walk)
 
     def groups(self, kind: Kind, count: int) -> Groups:
         """The partition into so many runs with the least sum of losses, by dynamic programming."""

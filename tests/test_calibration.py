@@ -51,13 +51,14 @@ def test_who_judges_is_decided_by_sequence(count, judges, choosers, size):
     assert all(len(batch["input_ids"]) for batch in sample.judging)
 
 
-@pytest.mark.parametrize(("share", "kept"), [(1.0, range(6)), (0.5, [0, 2, 4]), (0.4, [0, 2, 4]), (0.01, [0])])
-def test_a_share_is_spread_evenly(share, kept):
-    """A share of the batches is taken from all over the data, and is at least one."""
-    batches = [{"input_ids": torch.full((8, 1), i)} for i in range(6)]
-    sample = Sample.of(batches, share)
-    assert [batch["input_ids"][0, 0].item() for batch in sample.batches] == list(kept)
-    assert all(judges.sum() == 1 for judges in sample.judges)
+@pytest.mark.parametrize(("share", "kept"), [(1.0, 48), (0.5, 24), (0.4, 20), (0.05, 3), (0.001, 1)])
+@pytest.mark.parametrize("size", [8, 16, 48])
+def test_a_share_is_spread_evenly(share, kept, size):
+    """A share of the sequences is taken from all over the data, whatever the batches, and is at least one."""
+    sample = Sample.of([{"input_ids": part} for part in torch.arange(48).unsqueeze(1).split(size)], share)
+    numbers = torch.cat([batch["input_ids"][:, 0] for batch in sample.batches])
+    assert numbers.tolist() == [i * 48 // kept for i in range(kept)]
+    assert sum(judges.sum() for judges in sample.judges) == (max(1, kept // 8) if kept > 1 else 0)
 
 
 def test_labels_and_what_is_no_tensor_are_left_out():

@@ -130,7 +130,7 @@ def refitted(teacher, plan, batches, method="full"):
 def check(student, teacher, batches, report, given, before):
     """What holds of every repair."""
     assert report.before == before
-    assert report.after == loss(student, teacher, batches)
+    assert report.after == pytest.approx(loss(student, teacher, batches), rel=1e-5)
     assert report.after <= before
     assert all(tensor.isfinite().all() for tensor in student.state_dict().values())
     assert report.kept or same(state_of(student), given)
@@ -149,7 +149,7 @@ def test_never_worse_and_mostly_better(model_type, name):
     check(student, teacher, batches, report, given, before)
     assert same(state_of(teacher), original)
     # a third more than measured: what gated units of random weights compute is harder to make up for
-    assert report.after < (0.97 if layers_of(teacher)[0].__class__.__name__ in GATED else 0.6) * before
+    assert report.after < (0.98 if layers_of(teacher)[0].__class__.__name__ in GATED else 0.6) * before
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
@@ -390,20 +390,46 @@ def test_what_makes_it_worse_is_undone(monkeypatch, name, value):
     plan = plan_for(teacher, *PLANS[name])
     student = apply(teacher, plan)
     given, ties = state_of(student), ties_of(student)
-    losses = iter([1.0, value])
     seen = []
 
-    def fake(model, reference, batches):
-        seen.append(state_of(model))
-        return next(losses)
+    def fake(trace, walk):
+        seen.append(state_of(walk.model))
+        return value
 
-    monkeypatch.setattr(MODULE, "calibration_loss", fake)
+    monkeypatch.setattr(MODULE, "calibration_loss", lambda model, reference, batches: 1.0)
+    monkeypatch.setattr(MODULE.Trace, "loss", fake)
     report = refit(student, teacher, plan, batches_of(teacher))
     assert (report.before, report.after, report.kept) == (1.0, 1.0, False)
     assert report.blocks
-    assert not same(seen[1], given), "nothing was repaired: this test is blind"
+    assert not same(seen[0], given), "nothing was repaired: this test is blind"
     assert same(state_of(student), given)
     assert ties_of(student) == ties
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_exact_sharing_needs_no_repair(model_type):
+    """Aligned weights whose residuals have full rank give the original, and the repair finds nothing to do: what their
+    maps are compared with has its units, heads and turns in the same order."""
+    teacher = whole(model_type)
+    plan = plan_for(teacher, Fuse("layer", (0, 2), "share", "mean", align="rotation", rank=32))
+    _, report, _, before = refitted(teacher, plan, batches_of(teacher))
+    assert before < 1e-9
+    assert report.blocks
+    assert all(row["before"] == pytest.approx(row["after"], abs=1e-7) for row in report.blocks)
+
+
+@pytest.mark.parametrize("model_type", PRE_NORM)
+def test_gains_of_shared_blocks_are_refitted(model_type):
+    """Norms in front of shared matrices are free per depth, and are what a model without biases can repair."""
+    teacher = whole(model_type)
+    plan = plan_for(teacher, Fuse("layer", (0, 2), "share", "mean"))
+    student, report, given, before = refitted(teacher, plan, batches_of(teacher))
+    assert any(row["map"] == "norm" and row["after"] < row["before"] for row in report.blocks)
+    changed = {
+        name.rpartition(".")[2] for name, tensor in student.state_dict().items() if not torch.equal(tensor, given[name])
+    }
+    assert "weight" in changed
+    assert report.after < before
 
 
 @pytest.mark.parametrize(("model_type", "sizes"), [("bert", (1,)), ("llama", (2,)), ("gpt2", (1, 1, 1))])

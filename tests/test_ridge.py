@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_layerfuse.mapfit import fit_map, fold, store, theta_of
+from hf_layerfuse.mapfit import fit_gain, fit_map, fold, store, theta_of
 from hf_layerfuse.math.ridge import STRENGTHS, Moments, chain, eliminate, fit
 from hf_layerfuse.relaxed import Relaxed, out_in, relax
 
@@ -142,9 +142,13 @@ def test_moments_of_some_inputs(data):
 
 
 def test_centred_is_the_scatter(data):
-    """`centred` is the sum of squares and products about the mean."""
+    """`centred` gives the sums of squares and products about the means."""
     x, y = data
-    torch.testing.assert_close(moments_of(x, y).centred(), x.T.cov() * (ROWS - 1))
+    whole = torch.cat([x, y], dim=1).T.cov() * (ROWS - 1)
+    for found, expected in zip(
+        moments_of(x, y).centred(), (whole[:IN, :IN], whole[:IN, IN:], whole[IN:, IN:]), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
 
 
 def test_fits_without_a_constant(data):
@@ -274,8 +278,7 @@ def test_eliminate_among_dead_inputs():
 def linear(bias=True, kind=nn.Linear):
     torch.manual_seed(0)
     module = Conv1D(OUT, IN) if kind is Conv1D else nn.Linear(IN, OUT, bias=bias)
-    if module.bias is not None:
-        nn.init.normal_(module.bias)
+    module.bias = nn.Parameter(torch.randn(OUT)) if bias else None
     return module
 
 
@@ -441,3 +444,71 @@ def test_storing_goes_around(data):
         module = linear(kind=kind).double()
         store(module, theta)
         assert torch.equal(theta_of(module), theta)
+
+
+class Scaled(nn.Module):
+    """A norm that multiplies by 1 + weight, as Gemma's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(random(IN).float())
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, (IN,)) * (1 + self.weight)
+
+
+def gain_case(bias, noise=0.0):
+    """A norm, two maps that read it, and rows whose targets another gain gives, up to a constant where maps have a
+    bias, and noise."""
+    norm = nn.LayerNorm(IN)
+    nn.init.normal_(norm.weight, 1.0, 0.2)
+    nn.init.normal_(norm.bias)
+    readers, scale = [linear(bias=bias), linear(kind=Conv1D, bias=bias)], 1 + 0.5 * random(IN, seed=8)
+    y = norm(random(ROWS, IN, seed=9).float()).double().detach()
+    x = y / scale + noise * random(ROWS, IN, seed=10) + (3.0 if bias else 0.0)
+    aims = [theta_of(reader) for reader in readers]
+    return norm, list(zip(readers, aims, strict=True)), x, y, scale
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gain_that_explains_everything_is_found(bias):
+    """Where the inputs differ from those of the original by a factor each, that factor comes out, and the norm has
+    it; a constant between them is left to the biases of the maps that read it."""
+    norm, readers, x, y, scale = gain_case(bias)
+    before = copy.deepcopy(norm)
+    found = fit_gain(norm, readers, moments_of(x[:48], y[:48]), moments_of(x[48:], y[48:]))
+    torch.testing.assert_close(found.theta[:-1, 0], scale, rtol=1e-3, atol=1e-3)
+    assert found.after < 1e-4 * found.before
+    probe = random(3, IN).float()
+    torch.testing.assert_close(norm(probe), scale.float() * before(probe), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gain_is_the_least_squares_one(bias):
+    """With noise too, no other gain gives the maps a smaller error on the rows, whatever their biases."""
+    norm, readers, x, y, _ = gain_case(bias, noise=0.3)
+    moments = moments_of(x, y)
+    found = fit_gain(norm, readers, moments, moments).theta[:-1, 0]
+
+    def error(scale):
+        total = 0.0
+        for reader, aim in readers:
+            left = (scale * x) @ theta_of(reader)[:-1] - y @ aim[:-1]
+            total += (left - left.mean(0) if bias else left).square().sum().item()
+        return total
+
+    best = error(found)
+    assert best < error(torch.ones_like(found))
+    for seed in range(20):
+        assert best <= error(found + 0.02 * random(IN, seed=seed)) * (1 + 1e-9)
+
+
+def test_a_weight_that_is_no_gain_is_left_alone():
+    """A norm whose output is not proportional to its weight keeps it, and the report says that nothing was fitted."""
+    norm, readers, x, y, _ = gain_case(bias=True)
+    norm = Scaled()
+    before = norm.weight.clone()
+    found = fit_gain(norm, readers, moments_of(x[:48], y[:48]), moments_of(x[48:], y[48:]))
+    assert torch.equal(norm.weight, before)
+    assert found.strength is None
+    assert found.before == found.after

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,8 +53,9 @@ class Moments:
         Args:
             theta: (in + 1, out) float64, the constant in its last row.
         """
-        fitted = (theta * (self.xx @ theta - 2 * self.xy)).sum() + self.yy.trace()
-        return max(fitted.item(), 0.0) / max(self.rows, 1.0)
+        total = self.yy.trace()
+        left = (theta * (self.xx @ theta - 2 * self.xy)).sum() + total
+        return torch.where(left < 1e-12 * total, 0, left).item() / max(self.rows, 1.0)  # less is rounding
 
     def ridge(self, start: Tensor, strength: float) -> Tensor:
         """The theta that minimises sum ||[x, 1] theta - y||^2 + strength tr(x^T x)/in ||theta - start||^2.
@@ -85,10 +86,14 @@ class Moments:
         chosen = torch.cat([inputs, inputs.new_tensor([len(self.xx) - 1])])
         return Moments(self.xx[chosen][:, chosen], self.xy[chosen], self.yy)
 
-    def centred(self) -> Tensor:
-        """Sum of squares and products of the inputs about their mean, (in, in)."""
-        total = self.xx[-1:, :-1]
-        return self.xx[:-1, :-1] - total.T @ total / self.rows
+    def single(self) -> Moments:
+        """The same in float32."""
+        return Moments(self.xx.float(), self.xy.float(), self.yy.float())
+
+    def centred(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of squares and products about the means: inputs (in, in), both (in, out), targets (out, out)."""
+        mean, x, y = self.xx[-1:, :-1] / self.rows, self.xx[-1:, :-1], self.xy[-1:]
+        return self.xx[:-1, :-1] - mean.T @ x, self.xy[:-1] - mean.T @ y, self.yy - y.T @ y / self.rows
 
     def linear(self) -> Moments:
         """As if the inputs and targets were uncorrelated with the constant, so that fits from 0 leave that at 0."""
@@ -108,11 +113,12 @@ class Moments:
         return Moments(self.xx, torch.cat([self.xy, self.xx[:, -1:]], dim=1) @ theta, theta.T @ yy @ theta)
 
 
-def eliminate(moments: Moments, start: Tensor, keep: int, strength: float) -> Tensor:
+def eliminate(moments: Moments, start: Tensor, keep: int, strength: float = 0.1) -> Tensor:
     """The inputs that a ridge fit of the targets can least do without.
 
     Backward elimination in four rounds: each drops those whose removal, made up for by the others, costs least,
-    ||theta_i||^2 / [(xx + penalty)^-1]_ii (Optimal Brain Surgeon, Hassibi and Stork 1993, eq. 5).
+    ||theta_i||^2 / [(xx + penalty)^-1]_ii (Optimal Brain Surgeon, Hassibi and Stork 1993, eq. 5). To rank inputs,
+    single precision is enough, and halves what these inverses need.
 
     Args:
         moments: of all inputs.
@@ -126,9 +132,11 @@ def eliminate(moments: Moments, start: Tensor, keep: int, strength: float) -> Te
     total = len(start) - 1
     left = torch.arange(total, device=start.device)
     for step in range(1, ROUNDS + 1):
-        part = moments.only(left)
-        theta = part.ridge(torch.cat([start[left], start[-1:]]), strength)
-        cost = theta[:-1].square().sum(1) / part.inverse(strength).diagonal()[:-1]
+        part = (moments if step == 1 else moments.only(left)).single()
+        begin = torch.cat([start[left], start[-1:]]).float()
+        inverse = part.inverse(strength)
+        theta = begin + inverse @ (part.xy - part.xx @ begin)
+        cost = theta[:-1].square().sum(1) / inverse.diagonal()[:-1]
         left = left[cost.topk(round(total * (keep / total) ** (step / ROUNDS))).indices].sort().values
     return left
 
@@ -174,14 +182,20 @@ def fit(train: Moments, held_out: Moments, start: Tensor, strengths: Sequence[fl
         strengths: candidates, relative to the mean square of the inputs.
     """
     before = held_out.error(start)
-    best = Fit(start, before, before * (1 - 1e-6), None)  # rounding is no reason to change a map
-    for strength in sorted(strengths, reverse=True):
-        theta = train.ridge(start, strength)
-        error = held_out.error(theta)
-        if error < best.after:
-            best = Fit(theta, before, error, strength)
-        elif best.strength is not None:
-            break  # once weaker penalties fit the rows they were not given worse, they go on doing so
-    if best.strength is None:
+    strengths = sorted(strengths)
+    found: dict[int, float] = {}
+
+    def error(place: int) -> float:
+        if place not in found:
+            found[place] = held_out.error(train.ridge(start, strengths[place]))
+        return found[place]
+
+    # the error falls and then rises with the penalty, so the least one is down the hill from wherever one starts
+    best = len(strengths) // 2
+    for step in (1, -1):
+        while 0 <= best + step < len(strengths) and error(best + step) < error(best):
+            best += step
+    after = error(best)
+    if not after < before * (1 - 1e-6):  # rounding is no reason to change a map
         return Fit(start, before, before, None)
-    return replace(best, theta=(train + held_out).ridge(start, best.strength))
+    return Fit((train + held_out).ridge(start, strengths[best]), before, after, strengths[best])
