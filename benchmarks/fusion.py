@@ -259,14 +259,20 @@ HEADLINE = {
 }
 
 
-def table(results: dict[str, Any], name: str, targets: str = "layers") -> list[list[str]]:
-    """One row a method, one column a target."""
+def table(results: dict[str, Any], name: str, targets: str) -> list[list[str]]:
+    """One row a method, one column a target, whose name has `targets` in it."""
     rows, (metric, form) = results[name], HEADLINE[name]
     columns = sorted((target for target in rows if targets in target), key=_size, reverse=targets == "layers")
     methods = dict.fromkeys(method for column in columns for method in rows[column])
     first = [f"{name}, {metric.replace('_', ' ')}; original {form.format(rows['original'][metric])}", *columns]
     cell = lambda method, column: form.format(rows[column][method][metric]) if method in rows[column] else ""  # noqa: E731
     return [first, *([method, *(cell(method, column) for column in columns)] for method in methods)]
+
+
+def tables(results: dict[str, Any]) -> list[list[list[str]]]:
+    """A table for each checkpoint and way to be smaller."""
+    kinds = [(name, kind) for name in results for kind in ("layers", "share")]
+    return [table(results, *pair) for pair in kinds if any(pair[1] in target for target in results[pair[0]])]
 
 
 def _size(target: str) -> int:
@@ -309,10 +315,8 @@ def main() -> None:
     results = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     for name in options.jobs or JOBS:
         run(name, results, options.targets)
-    for name in results:
-        print("\n" + text_table(table(results, name)))
-        if any("share" in target for target in results[name]):
-            print("\n" + text_table(table(results, name, "share")))
+    for rows in tables(results):
+        print("\n" + text_table(rows))
     plot(results)
 
 

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from hf_layerfuse.report import markdown_table
 
@@ -43,21 +44,22 @@ def recipes() -> list[list[str]]:
     return table
 
 
-def table_of(benchmark: str, *arguments: str) -> list[list[str]]:
-    """The table that another benchmark prints."""
-    spec = importlib.util.spec_from_file_location(f"{benchmark}_benchmark", ROOT / "benchmarks" / f"{benchmark}.py")
+def benchmark(name: str) -> tuple[ModuleType, dict]:
+    """Another benchmark, and its results."""
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.table(json.loads((RESULTS / f"{benchmark}.json").read_text()), *arguments)
+    return module, json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def filled(text: str) -> str:
     """The README with its tables as the JSON files have them."""
-    tables = {"recipes": recipes(), "latency": table_of("latency")}
-    tables["gpt2"] = table_of("fusion", "gpt2")
-    for name, rows in tables.items():
-        block = rf"\g<1>{markdown_table(rows)}\n\g<2>"
+    fusion, fused = benchmark("fusion")
+    latency, timed = benchmark("latency")
+    tables = {"recipes": [recipes()], "fusion": fusion.tables(fused), "latency": [latency.table(timed)]}
+    for name, made in tables.items():
+        block = r"\g<1>" + "\n\n".join(map(markdown_table, made)) + r"\n\g<2>"
         text, count = re.subn(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", block, text, flags=re.DOTALL)
         if count != 1:
             raise SystemExit(f"README.md has {count} places for the table {name!r}; it needs one.")

@@ -24,8 +24,8 @@ from .modes import eval_mode
 from .plan import Fuse, Kind, Plan
 from .prediction import calibration_loss
 from .recipe import FusionRecipe
-from .refit import RefitReport, Repair, Saved, Trace, refit_by
-from .walk import Walk
+from .refit import RefitReport, Repair, refit_by
+from .walk import Saved, Trace, Walk
 
 TABLE_COST = 5
 """Forward passes of the original, over all of the calibration data, that a table of costs may take."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from .adapters import TransformerAdapter, adapter_for
 from .calibration import CHOOSERS, Sample, take
 from .errors import UnsupportedModelError
 from .plan import Kind
+from .prediction import divergence
 
 
 class States:
@@ -34,6 +35,21 @@ class States:
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+class Saved:
+    """The weights of a model in mapped files, which need no memory of the process."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._states = States()
+        for tensor in model.state_dict().values():
+            self._states.append(tensor)
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Copy the weights back, to the same model or one of the same shapes."""
+        for place, tensor in enumerate(model.state_dict().values()):
+            tensor.copy_(self._states[place])
 
 
 @dataclass(frozen=True)
@@ -174,6 +190,61 @@ class Walk:
         chooses = self._choosing[index][self._fitted[index]].to(states.device)
         rows = self.rows(index, states)
         return rows[~chooses], rows[chooses]
+
+
+class Trace:
+    """A teacher walked through once; what was seen of it can be looked at again where `keep` is set.
+
+    Args:
+        walk: at the first layer.
+        keep: keep the states at every depth (on disk), for several students.
+    """
+
+    def __init__(self, walk: Walk, *, keep: bool) -> None:
+        self.walk, self.layers, self.adapter = walk, walk.layers, walk.adapter
+        self._at = {0: walk.states} if keep else None
+        self._seen: dict[tuple[int, Tap], States] = {}
+
+    def states(self, depth: int) -> States:
+        """What enters a layer; past depths only where they are kept."""
+        while self.walk.depth < depth:
+            self.walk.advance()
+            if self._at is not None:
+                self._at[self.walk.depth] = self.walk.states
+        return self.walk.states if self._at is None else self._at[depth]
+
+    def see(self, places: Collection[tuple[int, Tap]]) -> dict[tuple[int, Tap], States]:
+        """What was tapped at each (layer, tap), which must not lie before what was seen last unless states are kept."""
+        seen = {}
+        for layer in sorted({layer for layer, _ in places}):
+            taps = {tap for depth, tap in places if depth == layer}
+            fresh = sorted((tap for tap in taps if (layer, tap) not in self._seen), key=str)
+            if fresh:
+                found = self._look(layer, fresh)
+                if self._at is not None:
+                    self._seen |= found
+                seen |= found
+            seen |= {(layer, tap): self._seen[layer, tap] for tap in taps.difference(fresh)}
+        return seen
+
+    def loss(self, student: Walk) -> float:
+        """Mean divergence of a student that has been walked through, see `prediction.divergence`."""
+        self.states(len(self.layers))
+        total = count = 0.0
+        for (ours, mask), (theirs, _) in zip(student.outputs(), self.walk.outputs(), strict=True):
+            found = divergence(ours, theirs, mask)
+            total, count = total + found[0], count + found[1]
+        return total / count
+
+    def _look(self, layer: int, taps: Sequence[Tap]) -> dict[tuple[int, Tap], States]:
+        states, walk = self.states(layer), self.walk
+        found = {(layer, tap): States() for tap in taps}
+        now, walk.states, depth, walk.depth = walk.states, states, walk.depth, layer
+        for _, tapped in walk.look(*taps):
+            for tap in taps:
+                found[layer, tap].append(tapped[tap].float())
+        walk.states, walk.depth = now, depth
+        return found
 
 
 def _per_sequence(chosen: Tensor, states: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.mapfit import store, theta_of
 from hf_layerfuse.math.ridge import fit
 from hf_layerfuse.prediction import calibration_loss, prediction
-from hf_layerfuse.refit import Trace, refit
-from hf_layerfuse.walk import Tap, Walk
+from hf_layerfuse.refit import refit
+from hf_layerfuse.walk import Tap, Trace, Walk
 
 LAYERS = 4
 MODULE = sys.modules["hf_layerfuse.refit"]  # the package has a function of that name
