@@ -41,7 +41,7 @@ def test_bert_and_its_dropped_mlps(sentiment):
 def test_bert_with_four_of_six_layers(sentiment, tmp_path, mode):
     """Without healing it stays far above chance; reloaded from disk it is exactly as good, and smaller."""
     model, batches = sentiment
-    small = fuse(model, keep_layers=4, mode=mode, batches=batches)
+    small = fuse(model, keep_layers=4, mode=mode, effort="low", batches=batches)
     scores = classification(small, batches)
     assert scores["accuracy"] > 0.8
     small.save_pretrained(tmp_path / "small")
