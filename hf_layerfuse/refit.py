@@ -58,8 +58,8 @@ def refit(
     less what the projection is added to. Attention is led to where the MLP of its group stood. Operator `select` makes
     an MLP of those hidden units of all layers of its group that lead best there (backward elimination).
 
-    Shared matrices stay as they are. Refitted per depth are the gains of norms in front of them, their biases, and
-    residuals and coefficients of relaxed sharing: the fit is projected on the rank that they have.
+    Shared matrices stay as they are. Refitted per depth are the gains of norms in front of MLPs, biases, and residuals
+    and coefficients of relaxed sharing: the fit is projected on the rank that they have.
 
     It takes one pass of the original over the batches, and about three of the student.
 
@@ -182,7 +182,8 @@ class Repair:
         if (block.layer, block.kind) in self.tied:
             table, stock = getattr(self.student.adapter, block.kind), self._aligned[source]
             aims = {role: theta_of(stock.get_submodule(table[role])) for role in self._readers(block)}
-            if not self.student.adapter.post_norm:
+            # a gain for queries and keys, whose errors multiply, was measured to do more harm than good
+            if block.kind == "mlp" and not self.student.adapter.post_norm:
                 moments = self._fit_gain(block, aims, moments)
             for role, path in self._readers(block).items():
                 self._fit(block, role, path, [part.towards(aims[role]) for part in moments])

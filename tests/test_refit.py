@@ -149,7 +149,7 @@ def test_never_worse_and_mostly_better(model_type, name):
     check(student, teacher, batches, report, given, before)
     assert same(state_of(teacher), original)
     # a third more than measured: what gated units of random weights compute is harder to make up for
-    assert report.after < (0.98 if layers_of(teacher)[0].__class__.__name__ in GATED else 0.6) * before
+    assert report.after < (0.97 if layers_of(teacher)[0].__class__.__name__ in GATED else 0.6) * before
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
