@@ -83,7 +83,7 @@ def minilm() -> Job:
     test = encoded(path, lines("test", 256), 96)
     return Job(
         model,
-        encoded(path, lines("train", 640), 96),
+        encoded(path, lines("train", 1280), 96),
         encoded(path, lines("valid", 128), 96),
         lambda student: _fidelity(student, model, test),
         keeps=(3, 4, 5, 2),

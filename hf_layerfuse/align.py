@@ -19,16 +19,14 @@ from transformers import PreTrainedModel
 
 from .adapters import adapter_for
 from .adapters.base import Block
-from .adapters.maps import heads_of, linear_maps
+from .adapters.maps import HEAD_NORMS, Heads, heads_of, linear_maps, rows_of, write_rows
 from .calibration import Batches
 from .edits import check_plan
-from .errors import DataError, RecipeError, UnsupportedModelError
+from .errors import DataError, RecipeError
 from .math.align import CrossCorrelation, Rows, Turns, fit, gain, inner_product, scores, transport
 from .modes import eval_mode
 from .plan import Fuse, Plan
 
-_ROLES = {"attention": ({"q", "k", "v", "out"},), "mlp": ({"in", "out"}, {"in", "gate", "out"})}
-_HEAD_NORMS = ("q_norm", "k_norm")
 _OFF = 1e-3  # a gain this much smaller than the largest of its norm is one that no quotient is taken by
 
 Correlations = Mapping[tuple[str, int], CrossCorrelation]
@@ -102,10 +100,10 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
     ]
     correlations = _correlations(aligned, [pair for pair in pairs if pair.edit.align == "activation"], batches)
     for pair in pairs:
-        reference, rows = _read(aligned, pair.reference), _read(aligned, pair.block)
+        reference, rows = (rows_of(aligned, block, _heads(aligned, block)) for block in (pair.reference, pair.block))
         if pair.edit.mode == "depth" and not adapter.post_norm:
             _share_norm(aligned, pair, rows)
-        _write(aligned, pair.block, _fit(aligned, pair, reference, rows, correlations))
+        write_rows(aligned, pair.block, _fit(aligned, pair, reference, rows, correlations))
     return aligned
 
 
@@ -138,45 +136,12 @@ def _turns(model: PreTrainedModel, block: Block) -> Turns:
         return {tuple(linear_maps(model, block)): "none"}
     # A turn of both leaves q . k as it is. A norm in between has a gain for each coordinate, which it does not commute
     # with; positions rotate each frequency pair, which rotations of the same pair do commute with.
-    normed = any(role in block.modules for role in _HEAD_NORMS)
+    normed = any(role in block.modules for role in HEAD_NORMS)
     return {("q", "k"): "none" if normed else "pairs" if heads_of(model).rotary else "any", ("v", "out"): "any"}
 
 
-def _read(model: PreTrainedModel, block: Block) -> dict[str, Tensor]:
-    """The linear maps of a block as rows by head, in float64; a bias is one more feature of its row.
-
-    Raises:
-        UnsupportedModelError: the maps have other names, or a norm spans several heads.
-    """
-    maps = linear_maps(model, block)
-    groups, dim = 1, 1
-    if block.kind == "attention":
-        groups, dim = (heads := heads_of(model)).groups, heads.dim
-    norms = [model.get_submodule(path) for role, path in block.modules.items() if role in _HEAD_NORMS]
-    if any(norm.weight.numel() != dim for norm in norms) or maps.keys() not in _ROLES[block.kind]:
-        raise UnsupportedModelError(
-            f"the {block.kind} block of layer {block.layer} has the parts {', '.join(block.modules)}; alignment knows "
-            "'qkv' (or 'q', 'k', 'v') and 'out' of attention with norms of one head's width, and 'in', 'out' and "
-            "'gate' of an MLP. Name them so in the adapter, or use align='none'."
-        )
-    rows = {}
-    for role, part in maps.items():
-        values = part.weight.T if role == "out" else part.weight
-        if role != "out" and part.bias is not None:
-            values = torch.cat([values, part.bias[:, None]], 1)
-        rows[role] = values.to(torch.float64, copy=True).reshape(groups, -1, dim, values.shape[1])
-    return rows
-
-
-def _write(model: PreTrainedModel, block: Block, rows: Rows) -> None:
-    for role, part in linear_maps(model, block).items():
-        values = rows[role].flatten(0, 2)
-        if role == "out":
-            part.weight.copy_(values.T)
-        else:
-            part.weight.copy_(values[:, : part.weight.shape[1]])
-            if part.bias is not None:
-                part.bias.copy_(values[:, -1])
+def _heads(model: PreTrainedModel, block: Block) -> Heads | None:
+    return heads_of(model) if block.kind == "attention" else None
 
 
 def _share_norm(model: PreTrainedModel, pair: _Pair, rows: dict[str, Tensor]) -> None:

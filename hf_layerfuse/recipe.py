@@ -84,9 +84,10 @@ class FusionRecipe:
             distance inside the groups; `global` connects the closest pairs of any blocks, and `agglomerative` merges
             the groups that are closest on average (both not in `depth` mode).
         operator: how the weights of a group become one. `auto` lets the others compete on calibration loss; without
-            batches it is `freeze`, or where weights are shared `mean` with align `rotation`. `select` keeps the
-            attention of the first layer of a group, and the hidden units of all its MLPs that the refit finds most
-            useful (`depth` mode, with batches). `freeze` keeps one layer: the one nearest the group's middle, the
+            batches it is `freeze`, or where weights are shared `mean` with align `rotation`. `select` makes a layer of
+            those heads and hidden units of its whole group that the refit finds most useful (`depth` mode, with
+            batches; attention that is fused alone stays that of the group's first layer). `freeze` keeps one layer: the
+            one nearest the group's middle, the
             later of two; `mean` averages, `weighted` by how much each layer changes the residual stream; `mix` takes
             every element from one of the layers at random; `telescope` adds all differences to the first layer (LaCo,
             eq. 1).

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -16,16 +14,14 @@ from .adapters import READERS, Block
 from .align import align
 from .calibration import Batches, Sample
 from .mapfit import fit_gain, fit_map, fold, store, theta_of
-from .math.ridge import Fit, Moments, chain, eliminate, fit
+from .math.ridge import Fit, Moments, chain, fit, identity
 from .modes import eval_mode
 from .plan import Kind, Plan, Slot
 from .prediction import calibration_loss
+from .select import Selection, alike
 from .walk import Saved, States, Tap, Trace, Walk
 
 Method = Literal["full", "linear", "none"]
-
-TOKENS_PER_UNIT = 8
-"""For each hidden unit that may be selected, so many tokens are looked at."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,8 @@ def refit(
     student's, folded into the maps), and its output projection to lead to the original's state at the end of the
     group: min ||X (W + dW)^T + b + db - R||^2 + lambda ||dW||^2, X what enters the projection, R the original's state
     less what the projection is added to. Attention is led to where the MLP of its group stood. Operator `select` makes
-    an MLP of those hidden units of all layers of its group that lead best there (backward elimination).
+    a layer of those heads and hidden units of its whole group that lead best there (backward elimination); its
+    attention is led to all that the attention of the group adds, where the MLPs can make more of that.
 
     Shared matrices stay as they are. Refitted per depth are the gains of norms in front of MLPs, biases, and residuals
     and coefficients of relaxed sharing: the fit is projected on the rank that they have.
@@ -80,7 +77,7 @@ def refit(
     if method == "none":
         return RefitReport(before, before, kept=False)
     with eval_mode(student, teacher):
-        return refit_by(student, Trace(Walk(teacher, sample), keep=True), plan, before, method)
+        return refit_by(student, Trace(Walk(teacher, sample)), plan, before, method)
 
 
 def refit_by(student: PreTrainedModel, trace: Trace, plan: Plan, before: float, method: Method) -> RefitReport:
@@ -133,12 +130,13 @@ class Repair:
         wanted = {_target(slot, kind) for kind in ("attention", "mlp") if slot.source(kind)}
         if self.method == "full":
             sources = {kind: slot.source(kind) for kind in ("attention", "mlp")}
-            wanted |= {
-                (layer, Tap(kind, "read"))
-                for kind, source in sources.items()
-                if source
-                for layer in (source.layers if _selects(slot, kind) else (source.kept,))
-            }
+            for kind, source in sources.items():
+                if source:
+                    reads = source.layers if _selects(slot) and source == slot.mlp else (source.kept,)
+                    wanted |= {(layer, Tap(kind, "read")) for layer in reads}
+            if _selects(slot) and slot.attention == slot.mlp:
+                places = [Tap("attention", place) for place in ("residual", "sum")]
+                wanted |= {(layer, tap) for layer in slot.mlp.layers for tap in places}
         return wanted
 
     def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, Tap], States]) -> None:
@@ -156,13 +154,14 @@ class Repair:
             if len(slot.layers) > 1:
                 self._fit_outputs(blocks[-1], seen[_target(slot, blocks[-1].kind)])
             return
+        attention = blocks[0] if slot.attention == slot.mlp else None
         for block in blocks:
-            target, source = seen[_target(slot, block.kind)], slot.source(block.kind)
-            if _selects(slot, block.kind):
-                self._select(block, {layer: seen[layer, Tap(block.kind, "read")] for layer in source.layers}, target)
+            if block.kind == "mlp" and _selects(slot):
+                self._select(slot, attention, block, seen)
             else:
-                self._fit_inputs(block, source.kept, seen[source.kept, Tap(block.kind, "read")])
-                self._fit_projection(block, target)
+                kept = slot.source(block.kind).kept
+                self._fit_inputs(block, kept, seen[kept, Tap(block.kind, "read")])
+                self._fit_projection(block, seen[_target(slot, block.kind)])
 
     def _readers(self, block: Block) -> dict[str, str]:
         """Role -> path of the maps that read what enters a block."""
@@ -174,7 +173,7 @@ class Repair:
         def rows(index: int, read: Tensor) -> tuple[Tensor, Tensor]:
             return read, original[index].to(read.device)
 
-        return self._moments(rows, Tap(block.kind, "read"))
+        return self.student.moments(rows, Tap(block.kind, "read"))
 
     def _fit_inputs(self, block: Block, source: int, original: States) -> None:
         """Refit the maps that read the stream, so that they give what they gave for the original's."""
@@ -191,7 +190,7 @@ class Repair:
         modules = [self.student.model.get_submodule(path) for path in self._readers(block).values()]
         if any(module.bias is None for module in modules):
             moments = [part.linear() for part in moments]
-        found = fit(*moments, _identity(moments[0]))
+        found = fit(*moments, identity(moments[0]))
         self._note(block, "read", found)
         if found.strength is not None:
             for module in modules:
@@ -205,7 +204,7 @@ class Repair:
         readers = [(self.student.model.get_submodule(block.modules[role]), aim) for role, aim in aims.items()]
         found = fit_gain(norm, readers, *moments)
         self._note(block, "norm", found)
-        return [part.through(_identity(part) * found.theta[:-1].T) for part in moments]
+        return [part.through(identity(part) * found.theta[:-1].T) for part in moments]
 
     def _fit_projection(self, block: Block, target: States) -> None:
         """Refit the output projection, so that the stream becomes the target."""
@@ -213,68 +212,36 @@ class Repair:
         def rows(index: int, features: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
             return features, target[index].to(residual.device) - residual
 
-        moments = self._moments(rows, Tap(block.kind, "features"), Tap(block.kind, "residual"))
+        moments = self.student.moments(rows, Tap(block.kind, "features"), Tap(block.kind, "residual"))
         self._fit(block, "out", block.modules["out"], moments)
 
-    def _select(self, block: Block, originals: Mapping[int, States], target: States) -> None:
-        """Make an MLP of the hidden units of all layers of its group that lead best to the target.
+    def _select(self, slot: Slot, attention: Block | None, mlp: Block, seen: Mapping[tuple[int, Tap], States]) -> None:
+        """Make a layer of the heads and hidden units of its whole group.
 
-        The units of each layer read the student's stream through the ridge fit of what they read in the original.
-        What they write starts from what they wrote there, and is refitted for the chosen.
+        Where attention is led to decides what the MLP can make of it. With all that the attention of the group adds,
+        later MLPs find what they read; but they read it beside what the first ones add, and where that is much of the
+        stream, as in the first layers of GPT-2, it is better led to where that of the kept layer stood. Both are tried.
         """
-        model, table = self.student.model, self.student.adapter.mlp
-        readers = self._readers(block)
-        variants: list[nn.Module] = []
-        thetas: dict[str, list[Tensor]] = {role: [] for role in readers}
-        outs: list[Tensor] = []
-        for depth, original in originals.items():
-            moments = self._reading(block, original)
-            reading = fit(*moments, _identity(moments[0])).theta
-            stock = self.teacher.layers[depth]
-            variants.append(copy.deepcopy(self.student.layers[block.layer]))
-            for role in readers:
-                thetas[role].append(chain(reading, theta_of(stock.get_submodule(table[role]))))
-                store(variants[-1].get_submodule(table[role]), thetas[role][-1])
-            outs.append(theta_of(stock.get_submodule(table["out"])))
+        target = seen[_target(slot, "mlp")]
+        if attention is not None:
+            own, rows = Saved(self.student.layers[attention.layer]), len(self.blocks)
+        units = self._selection(mlp, slot.mlp.layers, seen)
+        if attention is not None:
+            total = _Total(seen, slot.attention.layers)
+            self._selection(attention, alike(self.teacher.walk.model, slot.attention), seen).choose(total)
+            self._fit_projection(attention, total)
+            found = self._selection(mlp, slot.mlp.layers, seen)
+            if found.missed(target) < units.missed(target):
+                units = found
+            else:
+                own.restore(self.student.layers[attention.layer])
+                del self.blocks[rows:]
+        units.choose(target)
+        self._fit_projection(mlp, target)
 
-        start = torch.cat([*(theta[:-1] for theta in outs), sum(theta[-1:] for theta in outs)])
-        width = len(outs[0]) - 1
-        able = self._able(block, variants, start, width)
-        start = torch.cat([start[able], start[-1:]])
-        kept = eliminate(self._union(block, variants, target, able), start, width)
-        for role, path in readers.items():
-            store(model.get_submodule(path), torch.cat(thetas[role], dim=1)[:, able[kept]])
-        store(model.get_submodule(block.modules["out"]), torch.cat([start[kept], start[-1:]]))
-        self._fit_projection(block, target)
-
-    def _able(self, block: Block, variants: Sequence[nn.Module], start: Tensor, width: int) -> Tensor:
-        """The units, as many as two layers have, that add most to the stream in one batch.
-
-        A group of many layers would have a matrix of moments that takes longer to fill than all else.
-        """
-        if len(variants) <= 2:
-            return torch.arange(len(start) - 1, device=start.device)
-        tap = Tap(block.kind, "features")
-        features = torch.cat([next(self.student.look(tap, layer=variant))[1][tap] for variant in variants], dim=-1)
-        energy = self.student.rows(0, features).double().var(0) * start[:-1].square().sum(1)
-        return energy.topk(2 * width).indices.sort().values
-
-    def _union(self, block: Block, variants: Sequence[nn.Module], target: States, inputs: Tensor) -> Moments:
-        """Moments of what enters the output projections of several layers, side by side, to the rest of the target.
-
-        To tell units apart takes far fewer tokens than to fit their weights, and these are the largest moments.
-        """
-        features, residual = Tap(block.kind, "features"), Tap(block.kind, "residual")
-        walks = [self.student.look(features, residual, layer=variant) for variant in variants]
-        moments = Moments.empty(len(inputs), target[0].shape[-1], inputs.device)
-        for steps in zip(*walks, strict=True):
-            index, first = steps[0]
-            x = torch.cat([step[features] for _, step in steps], dim=-1)[..., inputs]
-            y = target[index].to(x.device) - first[residual].float()
-            moments.add(self.student.rows(index, x), self.student.rows(index, y))
-            if moments.rows >= TOKENS_PER_UNIT * len(inputs):
-                break
-        return moments
+    def _selection(self, block: Block, layers: Sequence[int], seen: Mapping[tuple[int, Tap], States]) -> Selection:
+        reads = {layer: seen[layer, Tap(block.kind, "read")] for layer in layers}
+        return Selection(self.student, block, self.teacher.layers, reads)
 
     def _fit_outputs(self, block: Block, target: States) -> None:
         """Refit what the block adds to the stream by one map of it, folded into the output projection."""
@@ -282,29 +249,14 @@ class Repair:
         def rows(index: int, total: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
             return total - residual, target[index].to(residual.device) - residual
 
-        moments = self._moments(rows, Tap(block.kind, "sum"), Tap(block.kind, "residual"))
+        moments = self.student.moments(rows, Tap(block.kind, "sum"), Tap(block.kind, "residual"))
         module = self.student.model.get_submodule(block.modules["out"])
         if module.bias is None:
             moments = [part.linear() for part in moments]
-        found = fit(*moments, _identity(moments[0]))
+        found = fit(*moments, identity(moments[0]))
         self._note(block, "linear", found)
         if found.strength is not None:
             store(module, chain(theta_of(module), found.theta))
-
-    def _moments(self, rows: Callable[..., tuple[Tensor, Tensor]], *taps: Tap) -> list[Moments]:
-        """Moments of the rows (inputs, targets) that `rows` makes of what is tapped, to fit and to hold out."""
-        found = ((index, rows(index, *(seen[tap].float() for tap in taps))) for index, seen in self.student.look(*taps))
-        return self._sum((index, x, y) for index, (x, y) in found)
-
-    def _sum(self, found: Iterable[tuple[int, Tensor, Tensor]]) -> list[Moments]:
-        """Moments of (batch index, inputs, targets), those to fit and those to hold out."""
-        moments: list[Moments] = []
-        for index, x, y in found:
-            if not moments:
-                moments = [Moments.empty(x.shape[-1], y.shape[-1], x.device) for _ in range(2)]
-            for part, *rows in zip(moments, self.student.split(index, x), self.student.split(index, y), strict=True):
-                part.add(*rows)
-        return moments
 
     def _fit(self, block: Block, role: str, path: str, moments: Sequence[Moments]) -> None:
         module = self.student.model.get_submodule(path)
@@ -315,19 +267,20 @@ class Repair:
         self.blocks.append(row)
 
 
-def _identity(moments: Moments) -> Tensor:
-    """The map that gives x for [x, 1], (in + 1, in)."""
-    width = len(moments.xx) - 1
-    return torch.eye(width + 1, width, dtype=torch.float64, device=moments.xx.device)
+class _Total:
+    """The original's states with all that the attention of some layers adds, as if they ran at once; by batch."""
+
+    def __init__(self, seen: Mapping[tuple[int, Tap], States], layers: Sequence[int]) -> None:
+        self._before, self._after = ([seen[n, Tap("attention", at)] for n in layers] for at in ("residual", "sum"))
+
+    def __getitem__(self, index: int) -> Tensor:
+        added = sum(after[index] - before[index] for before, after in zip(self._before, self._after, strict=True))
+        return self._before[0][index] + added
 
 
-def _selects(slot: Slot, kind: Kind) -> bool:
-    """Whether the units of a block are chosen from all layers of its group.
-
-    Those of an MLP are. Heads stay those of the kept layer: no choice of heads that read the stream before the MLPs of
-    the group was measured to do better, at the target that they have.
-    """
-    return kind == "mlp" and slot.mlp.operator == "select"
+def _selects(slot: Slot) -> bool:
+    """Whether the layer of a slot is chosen from all layers of its group. Attention that is fused alone is not."""
+    return slot.mlp is not None and slot.mlp.operator == "select"
 
 
 def _target(slot: Slot, kind: Kind) -> tuple[int, Tap]:

@@ -93,7 +93,7 @@ class _Search:
     def __init__(self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], first: Plan) -> None:
         self.model, self.recipe, self.batches, self.first = model, recipe, batches, first
         self.sample = Sample.of(batches)
-        self.trace = Trace(Walk(model, self.sample), keep=True)
+        self.trace = Trace(Walk(model, self.sample))
         self.importance = importance_of(model, batches)
         self.tried: dict[tuple, tuple[Plan, RefitReport]] = {}
         self.best: tuple[Plan, RefitReport, Saved] | None = None
@@ -210,7 +210,7 @@ class _Table:
         share = min(0.5, TABLE_COST / runs / (6 / self.depth + 0.67))
         sequences = sum(map(len, Sample.of(batches).judges))
         self.sample = Sample.of(batches, min(1.0, max(share, TABLE_SEQUENCES / sequences)))
-        self.trace = Trace(Walk(model, self.sample), keep=True)
+        self.trace = Trace(Walk(model, self.sample))
         self.trace.states(self.depth)
         self.losses: dict[Fuse, float] = {}
 
@@ -287,10 +287,7 @@ def candidates(edit: Fuse, recipe: FusionRecipe) -> list[Fuse]:
         return [edit]
     plain = replace(edit, operator="freeze", keep=None, align="none")
     kept = [replace(plain, keep=layer) for layer in dict.fromkeys((edit.layers[0], plain.source.kept))]
-    others = [replace(plain, operator="mean", align="rotation")]
-    if edit.mode == "depth" and edit.kind != "attention" and recipe.refit == "full":
-        others.append(replace(plain, operator="select", keep=edit.layers[0]))
-    return list(dict.fromkeys([edit, *kept, *others]))
+    return list(dict.fromkeys([edit, *kept, replace(plain, operator="mean", align="rotation")]))
 
 
 def _name(edit: Fuse) -> str:

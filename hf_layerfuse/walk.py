@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers import Cache, PreTrainedModel
 from .adapters import TransformerAdapter, adapter_for
 from .calibration import CHOOSERS, Sample, take
 from .errors import UnsupportedModelError
+from .math.ridge import Moments
 from .plan import Kind
 from .prediction import divergence
 
@@ -156,20 +158,24 @@ class Walk:
     def advance(self) -> None:
         """Go through the layer at `depth`."""
         after = States()
-        for _, tensors in self.look():
+        for _, tensors in self.look(None):
             after.append(tensors[None])
         self.states = after
         self.depth += 1
 
     @torch.inference_mode()
-    def look(self, *taps: Tap, layer: nn.Module | None = None) -> Iterator[tuple[int, dict[Tap | None, Tensor]]]:
+    def look(
+        self, *taps: Tap | None, layer: nn.Module | None = None, tokens: float = math.inf
+    ) -> Iterator[tuple[int, dict[Tap | None, Tensor]]]:
         """Run the layer at `depth`, or another in its place, on every batch; yield (batch index, what was tapped).
 
-        The key None is the output of the layer, there when no taps are asked for; with taps, the layer runs no
-        further than they need.
+        The tap None is the output of the layer; the layer runs no further than the taps need. Where fewer `tokens` are
+        enough, the batches are evenly spread ones.
         """
         layer = layer or self.layers[self.depth]
-        for index in range(len(self.states)):
+        every = len(self.states)
+        count = max(1, math.ceil(every * min(1.0, tokens / max(sum(mask.sum().item() for mask in self._fitted), 1))))
+        for index in (place * every // count for place in range(count)):
             args, kwargs = self._calls[index][self.depth]
             states = self.states[index].to(self.model.device, self.model.dtype)
             with _Taps(layer, self.adapter, taps) as found:
@@ -191,60 +197,69 @@ class Walk:
         rows = self.rows(index, states)
         return rows[~chooses], rows[chooses]
 
+    def moments(self, rows: Callable[..., tuple[Tensor, Tensor]], *taps: Tap) -> list[Moments]:
+        """Moments of the rows (inputs, targets) that `rows` makes of a batch's index and what is tapped: those to fit
+        at first, and those that choose the strength of a penalty."""
+        found: list[Moments] = []
+        for index, seen in self.look(*taps):
+            x, y = rows(index, *(seen[tap].float() for tap in taps))
+            found = found or [Moments.empty(x.shape[-1], y.shape[-1], x.device) for _ in range(2)]
+            for part, *pair in zip(found, self.split(index, x), self.split(index, y), strict=True):
+                part.add(*pair)
+        return found
+
 
 class Trace:
-    """A teacher walked through once; what was seen of it can be looked at again where `keep` is set.
+    """A teacher walked through once, for several students: its states at every depth are kept, on disk, and so is what
+    was seen of it.
 
     Args:
         walk: at the first layer.
-        keep: keep the states at every depth (on disk), for several students.
     """
 
-    def __init__(self, walk: Walk, *, keep: bool) -> None:
+    def __init__(self, walk: Walk) -> None:
         self.walk, self.layers, self.adapter = walk, walk.layers, walk.adapter
-        self._at = {0: walk.states} if keep else None
+        self._at = [walk.states]
         self._seen: dict[tuple[int, Tap], States] = {}
 
     def states(self, depth: int) -> States:
-        """What enters a layer; past depths only where they are kept."""
-        while self.walk.depth < depth:
-            self.walk.advance()
-            if self._at is not None:
-                self._at[self.walk.depth] = self.walk.states
-        return self.walk.states if self._at is None else self._at[depth]
+        """What enters a layer."""
+        while len(self._at) <= depth:
+            self._look(len(self._at) - 1, ())
+        return self._at[depth]
 
     def see(self, places: Collection[tuple[int, Tap]]) -> dict[tuple[int, Tap], States]:
-        """What was tapped at each (layer, tap), which must not lie before what was seen last unless states are kept."""
-        seen = {}
+        """What was tapped at each (layer, tap)."""
         for layer in sorted({layer for layer, _ in places}):
-            taps = {tap for depth, tap in places if depth == layer}
-            fresh = sorted((tap for tap in taps if (layer, tap) not in self._seen), key=str)
+            fresh = {tap for depth, tap in places if depth == layer and (layer, tap) not in self._seen}
             if fresh:
-                found = self._look(layer, fresh)
-                if self._at is not None:
-                    self._seen |= found
-                seen |= found
-            seen |= {(layer, tap): self._seen[layer, tap] for tap in taps.difference(fresh)}
-        return seen
+                self.states(layer)
+                self._look(layer, sorted(fresh, key=str))
+        return {place: self._seen[place] for place in places}
 
     def loss(self, student: Walk) -> float:
         """Mean divergence of a student that has been walked through, see `prediction.divergence`."""
-        self.states(len(self.layers))
+        self.walk.states = self.states(len(self.layers))
         total = count = 0.0
         for (ours, mask), (theirs, _) in zip(student.outputs(), self.walk.outputs(), strict=True):
             found = divergence(ours, theirs, mask)
             total, count = total + found[0], count + found[1]
         return total / count
 
-    def _look(self, layer: int, taps: Sequence[Tap]) -> dict[tuple[int, Tap], States]:
-        states, walk = self.states(layer), self.walk
+    def _look(self, layer: int, taps: Sequence[Tap]) -> None:
+        """Run a layer and keep what was tapped, and what comes out where that is not known yet."""
+        walk, after = self.walk, States()
+        walk.depth, walk.states = layer, self._at[layer]
+        whole = len(self._at) == layer + 1
         found = {(layer, tap): States() for tap in taps}
-        now, walk.states, depth, walk.depth = walk.states, states, walk.depth, layer
-        for _, tapped in walk.look(*taps):
+        for _, tapped in walk.look(*taps, *([None] if whole else [])):
             for tap in taps:
                 found[layer, tap].append(tapped[tap].float())
-        walk.states, walk.depth = now, depth
-        return found
+            if whole:
+                after.append(tapped[None])
+        self._seen |= found
+        if whole:
+            self._at.append(after)
 
 
 def _per_sequence(chosen: Tensor, states: Tensor) -> Tensor:
@@ -264,15 +279,15 @@ class _Seen(Exception):
 class _Taps:
     """Hooks on one layer; `with` gives the dict that they fill."""
 
-    def __init__(self, layer: nn.Module, adapter: TransformerAdapter, taps: Sequence[Tap]) -> None:
+    def __init__(self, layer: nn.Module, adapter: TransformerAdapter, taps: Sequence[Tap | None]) -> None:
         self.layer, self.adapter, self.wanted = layer, adapter, set(taps)
         self.found: dict[Tap | None, Tensor] = {}
         self.handles: list[Any] = []
 
     def __enter__(self) -> dict[Tap | None, Tensor]:
         if not self.adapter.post_norm:  # nothing but the addition itself sees the sum
-            self.wanted |= {Tap(tap.kind, "residual") for tap in self.wanted if tap.place == "sum"}
-        for tap in tuple(self.wanted):
+            self.wanted |= {Tap(tap.kind, "residual") for tap in self.wanted if tap and tap.place == "sum"}
+        for tap in self.wanted - {None}:
             self._hook(tap)
         return self.found
 

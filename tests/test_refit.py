@@ -561,8 +561,8 @@ def test_a_trace_can_be_asked_in_any_order():
     sample = Sample.of(batches_of(teacher))
     taps = [Tap(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum")]
     places = [(layer, tap) for layer in range(LAYERS) for tap in taps]
-    expected = Trace(Walk(teacher, sample), keep=True).see(places)  # from front to back
-    trace = Trace(Walk(teacher, sample), keep=True)
+    expected = Trace(Walk(teacher, sample)).see(places)  # from front to back
+    trace = Trace(Walk(teacher, sample))
     for some in ([places[9], places[1]], [places[2]], [places[14], places[1], places[3]], places):
         found = trace.see(some)
         assert found.keys() == set(some)
@@ -578,7 +578,7 @@ def test_the_teacher_is_seen_where_it_should_be(name):
     teacher = whole("llama")
     plan, batches = plan_for(teacher, *PLANS[name]), batches_of(teacher)
     _, report, _, before = refitted(teacher, plan, batches)
-    trace = Trace(Walk(teacher, Sample.of(batches)), keep=True)
+    trace = Trace(Walk(teacher, Sample.of(batches)))
     trace.states(LAYERS)
     assert MODULE.refit_by(apply(teacher, plan), trace, plan, before, "full") == report
 

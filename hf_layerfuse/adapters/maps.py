@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from .base import Block
 
-_NORMS = ("norm", "q_norm", "k_norm")
+HEAD_NORMS = ("q_norm", "k_norm")
+"""Roles of the norms inside an attention block."""
+
+_ROLES = {"attention": ({"q", "k", "v", "out"},), "mlp": ({"in", "out"}, {"in", "gate", "out"})}
 
 READERS = ("qkv", "q", "k", "v", "gate", "in")
 """Roles of the maps that read what enters a block."""
@@ -48,13 +53,14 @@ class Heads:
     rotary: bool
 
 
-def linear_maps(model: PreTrainedModel, block: Block) -> dict[str, LinearMap]:
-    """Role -> map, for all linear maps of a block. A joint map of queries, keys and values is given as three."""
+def linear_maps(root: nn.Module, block: Block) -> dict[str, LinearMap]:
+    """Role -> map, for all linear maps of a block, whose paths start at `root`. A joint map of queries, keys and values
+    is given as three."""
     found = {}
     for role, path in block.modules.items():
-        if role in _NORMS:
+        if role == "norm" or role in HEAD_NORMS:
             continue
-        module = model.get_submodule(path)
+        module = root.get_submodule(path)
         weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
         bias = None if module.bias is None else module.bias.detach()
         if role == "qkv":
@@ -84,3 +90,46 @@ def heads_of(model: PreTrainedModel) -> Heads:
         dim=getattr(config, "head_dim", None) or config.hidden_size // count,
         rotary=getattr(config, "rope_parameters", None) is not None,
     )
+
+
+def rows_of(root: nn.Module, block: Block, heads: Heads | None = None) -> dict[str, Tensor]:
+    """Role -> a map of a block as rows by head, (groups, heads in a group, width of a head, features) float64.
+
+    The features of a row are what it reads, and its bias is one more; those of `out` are what it writes. Keys and
+    values have one head in a group. The units of an MLP are heads of width one, in one group.
+
+    Args:
+        root: what the block's paths start at.
+        heads: of an attention block.
+
+    Raises:
+        UnsupportedModelError: the maps have other names, or a norm spans several heads.
+    """
+    maps = linear_maps(root, block)
+    groups, dim = (1, 1) if heads is None else (heads.groups, heads.dim)
+    norms = [root.get_submodule(path) for role, path in block.modules.items() if role in HEAD_NORMS]
+    if any(norm.weight.numel() != dim for norm in norms) or maps.keys() not in _ROLES[block.kind]:
+        raise UnsupportedModelError(
+            f"the {block.kind} block of layer {block.layer} has the parts {', '.join(block.modules)}; known are "
+            "'qkv' (or 'q', 'k', 'v') and 'out' of attention with norms of one head's width, and 'in', 'out' and "
+            "'gate' of an MLP. Name them so in the adapter, or use align='none' and another operator than 'select'."
+        )
+    rows = {}
+    for role, part in maps.items():
+        values = part.weight.T if role == "out" else part.weight
+        if role != "out" and part.bias is not None:
+            values = torch.cat([values, part.bias[:, None]], 1)
+        rows[role] = values.to(torch.float64, copy=True).reshape(groups, -1, dim, values.shape[1])
+    return rows
+
+
+def write_rows(root: nn.Module, block: Block, rows: Mapping[str, Tensor]) -> None:
+    """Write what `rows_of` gives, in place. The bias of `out` stays."""
+    for role, part in linear_maps(root, block).items():
+        values = rows[role].flatten(0, 2)
+        if role == "out":
+            part.weight.copy_(values.T)
+        else:
+            part.weight.copy_(values[:, : part.weight.shape[1]])
+            if part.bias is not None:
+                part.bias.copy_(values[:, -1])

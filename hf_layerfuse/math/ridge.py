@@ -113,30 +113,34 @@ class Moments:
         return Moments(self.xx, torch.cat([self.xy, self.xx[:, -1:]], dim=1) @ theta, theta.T @ yy @ theta)
 
 
-def eliminate(moments: Moments, start: Tensor, keep: int, strength: float = 0.1) -> Tensor:
-    """The inputs that a ridge fit of the targets can least do without.
+def eliminate(moments: Moments, start: Tensor, keep: int, strength: float = 0.1, size: int = 1) -> Tensor:
+    """The units, each of `size` neighbouring inputs, that a ridge fit of the targets can least do without.
 
     Backward elimination in four rounds: each drops those whose removal, made up for by the others, costs least,
-    ||theta_i||^2 / [(xx + penalty)^-1]_ii (Optimal Brain Surgeon, Hassibi and Stork 1993, eq. 5). To rank inputs,
-    single precision is enough, and halves what these inverses need.
+    tr(theta_u^T [(xx + penalty)^-1]_uu^-1 theta_u) (Optimal Brain Surgeon, Hassibi and Stork 1993, eq. 5, for a block
+    of weights). To rank units, single precision is enough, and halves what these inverses need.
 
     Args:
         moments: of all inputs.
         start: (in + 1, out) float64, towards which the fits are held.
-        keep: how many inputs stay.
+        keep: how many units stay.
         strength: of the ridge, see `Moments.ridge`.
+        size: inputs of a unit.
 
     Returns:
-        The indices of the kept inputs, ascending.
+        The numbers of the kept units, ascending.
     """
-    total = len(start) - 1
+    total = (len(start) - 1) // size
     left = torch.arange(total, device=start.device)
     for step in range(1, ROUNDS + 1):
-        part = (moments if step == 1 else moments.only(left)).single()
-        begin = torch.cat([start[left], start[-1:]]).float()
+        inputs = (left[:, None] * size + torch.arange(size, device=left.device)).flatten()
+        part = (moments if step == 1 else moments.only(inputs)).single()
+        begin = torch.cat([start[inputs], start[-1:]]).float()
         inverse = part.inverse(strength)
-        theta = begin + inverse @ (part.xy - part.xx @ begin)
-        cost = theta[:-1].square().sum(1) / inverse.diagonal()[:-1]
+        theta = (begin + inverse @ (part.xy - part.xx @ begin))[:-1].unflatten(0, (len(left), size))
+        within = inverse[:-1, :-1].unflatten(0, (len(left), size)).unflatten(2, (len(left), size))
+        own = within.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        cost = (theta * torch.linalg.solve_ex(own, theta).result).sum((1, 2)).nan_to_num(0)  # dead units: 0 / 0
         left = left[cost.topk(round(total * (keep / total) ** (step / ROUNDS))).indices].sort().values
     return left
 
@@ -144,6 +148,12 @@ def eliminate(moments: Moments, start: Tensor, keep: int, strength: float = 0.1)
 def chain(first: Tensor, then: Tensor) -> Tensor:
     """The one theta, (in + 1, out), that does [[x, 1] @ first, 1] @ then."""
     return _with_one(first) @ then
+
+
+def identity(moments: Moments) -> Tensor:
+    """The map that gives x for [x, 1], (in + 1, in)."""
+    width = len(moments.xx) - 1
+    return torch.eye(width + 1, width, dtype=torch.float64, device=moments.xx.device)
 
 
 def _with_one(theta: Tensor) -> Tensor:

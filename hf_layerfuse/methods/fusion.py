@@ -81,10 +81,10 @@ def _kinds(recipe: FusionRecipe) -> tuple[Kind, ...]:
 def group_edit(kind: Kind, group: tuple[int, ...], recipe: FusionRecipe, importance: Importance) -> Fuse:
     """What becomes of a group by the operator of a recipe.
 
-    Operator `auto` starts from one that the refit works well with. In depth mode that is the first layer of the group:
-    it alone reads what it was trained to read, and the refit leads its outputs to the end of the group. Where nothing
-    is refitted, it is the layer nearest the middle. Weights that are shared are averaged after their heads and units
-    were matched.
+    Operator `auto` starts from one that the refit works well with. In depth mode that is `select`, or where the refit
+    does not choose, the first layer of the group: it alone reads what it was trained to read, and the refit leads its
+    outputs to the end of the group. Where nothing is refitted, it is the layer nearest the middle. Weights that are
+    shared are averaged after their heads and units were matched.
 
     Args:
         importance: per layer of the model, see `importances`; None where there are no calibration batches.
@@ -101,13 +101,17 @@ def group_edit(kind: Kind, group: tuple[int, ...], recipe: FusionRecipe, importa
         return Fuse(kind, group, operator="weighted", weights=tuple(weights), **rest)
     if recipe.operator == "select":
         if importance is None:
-            raise RecipeError("operator='select' chooses units by calibration: pass batches=, or use 'freeze'.")
+            raise RecipeError(
+                "operator='select' chooses heads and units by calibration: pass batches=, or use 'freeze'."
+            )
         return Fuse(kind, group, operator="select", keep=group[0], **rest)
     if recipe.operator != "auto":
         return Fuse(kind, group, operator=recipe.operator, **rest)
     repaired = importance is not None and recipe.refit != "none"
     if recipe.mode == "depth":
-        return Fuse(kind, group, operator="freeze", keep=group[0] if repaired else None, **rest)
+        chooses = repaired and recipe.refit == "full" and kind != "attention"
+        operator = "select" if chooses else "freeze"
+        return Fuse(kind, group, operator=operator, keep=group[0] if repaired else None, **rest)
     return Fuse(kind, group, operator="mean", **{**rest, "align": "rotation"})
 
 

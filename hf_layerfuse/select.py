@@ -1,0 +1,150 @@
+"""Operator `select`: a block of those heads or hidden units, of all layers of its group, that lead best to a target."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .adapters import READERS, Block, adapter_for, heads_of
+from .adapters.maps import HEAD_NORMS, rows_of, write_rows
+from .mapfit import store, theta_of
+from .math.ridge import Moments, chain, eliminate, fit, identity
+from .plan import Source
+from .walk import States, Tap, Walk
+
+TOKENS_PER_INPUT = 4
+"""For each input that may be selected, so many tokens are looked at: to tell inputs apart takes far fewer than to fit
+their weights, and moments of so many inputs are the largest of a repair."""
+
+WIDTHS = 2
+"""Of a group of many layers, so many times the MLP's width may be selected, by what each unit adds to the stream."""
+
+
+class Selection:
+    """The blocks of several layers of the original, in the place of one of the student.
+
+    Those of each layer read the student's stream through the ridge fit of what they read in the original, by what is
+    read here. What they write starts from what they wrote there, all of them at once.
+
+    Args:
+        walk: of the student, at the layer of the block.
+        block: the student's.
+        stocks: the original's layers, by depth.
+        originals: what the block of each depth read there.
+    """
+
+    def __init__(
+        self, walk: Walk, block: Block, stocks: Mapping[int, nn.Module], originals: Mapping[int, States]
+    ) -> None:
+        self.walk, self.block = walk, block
+        self.table = getattr(walk.adapter, block.kind)
+        self.layer = walk.layers[block.layer]
+        self.variants: list[nn.Module] = []
+        for depth, reading in self._readings(originals).items():
+            variant = copy.deepcopy(self.layer)
+            for role, path in self.table.items():
+                if role == "out" or role in READERS:
+                    theta = theta_of(stocks[depth].get_submodule(path))
+                    store(variant.get_submodule(path), chain(reading, theta) if role in READERS else theta)
+            self.variants.append(variant)
+        parts = [theta_of(variant.get_submodule(self.table["out"])) for variant in self.variants]
+        self.start = torch.cat([*(theta[:-1] for theta in parts), sum(theta[-1:] for theta in parts)])
+
+    def _readings(self, originals: Mapping[int, States]) -> dict[int, Tensor]:
+        """For each layer, the map from what is read here to what was read there, (in + 1, in)."""
+        found: dict[int, list[Moments]] = {}
+        tap = Tap(self.block.kind, "read")
+        for index, seen in self.walk.look(tap):
+            x = self.walk.split(index, seen[tap])
+            for depth, original in originals.items():
+                y = self.walk.split(index, original[index].to(x[0].device))
+                if depth not in found:
+                    found[depth] = [Moments.empty(x[0].shape[1], y[0].shape[1], x[0].device) for _ in range(2)]
+                for part, *pair in zip(found[depth], x, y, strict=True):
+                    part.add(*pair)
+        return {depth: fit(*moments, identity(moments[0])).theta for depth, moments in found.items()}
+
+    def missed(self, target: States) -> float:
+        """Mean squared distance from a target at which all of them lead the stream, before anything is refitted."""
+        total = count = 0.0
+        for x, y in self._rows(target, TOKENS_PER_INPUT * self.start.shape[1]):
+            start = self.start.to(x)
+            total += (x @ start[:-1] + start[-1] - y).square().sum().item()
+            count += len(x)
+        return total / max(count, 1.0)
+
+    @torch.no_grad()
+    def choose(self, target: States) -> None:
+        """Make the student's block of those that a fit of the target can least do without, as many as it had.
+
+        They are found by backward elimination. A head goes together with the others that share its keys and values.
+        """
+        parts = [self._units(variant) for variant in self.variants]
+        units = {role: torch.cat([part[role] for part in parts]) for role in parts[0]}
+        keep, size = len(parts[0]["out"]), units["out"].shape[1]
+        able = self._able(target, keep, size)
+        columns = _columns(able, size)
+        moments = Moments.empty(len(columns), self.start.shape[1], columns.device)
+        for x, y in self._rows(target, TOKENS_PER_INPUT * len(columns)):
+            moments.add(x[:, columns], y)
+        kept = able[eliminate(moments, torch.cat([self.start[columns], self.start[-1:]]), keep, size=size)]
+        shapes = {role: rows.shape for role, rows in self._heads(self.layer).items()}
+        write_rows(self.layer, self._part, {role: rows[kept].reshape(shapes[role]) for role, rows in units.items()})
+        out = self.layer.get_submodule(self.table["out"])
+        if out.bias is not None:
+            out.bias.copy_(self.start[-1])
+
+    @property
+    def _part(self) -> Block:
+        """The block, with paths that start at its layer."""
+        return Block(self.block.layer, self.block.kind, self.table)
+
+    def _heads(self, layer: nn.Module) -> dict[str, Tensor]:
+        return rows_of(layer, self._part, heads_of(self.walk.model) if self.block.kind == "attention" else None)
+
+    def _units(self, layer: nn.Module) -> dict[str, Tensor]:
+        """Role -> (units, rows of a unit, features): what is kept or left as a whole."""
+        axis = 1 if self.block.kind == "attention" else 2  # what shares keys and values; a hidden unit
+        return {role: rows.flatten(0, axis - 1).flatten(1, -2) for role, rows in self._heads(layer).items()}
+
+    def _able(self, target: States, keep: int, size: int) -> Tensor:
+        """The units that may be selected: of very many, those that add most to the stream.
+
+        The matrix of moments of all would take longer to fill than everything else.
+        """
+        total = (len(self.start) - 1) // size
+        width = theta_of(self.variants[0].get_submodule(self.walk.adapter.mlp["out"])).shape[0] - 1
+        most = max(keep, WIDTHS * width // size)
+        if total <= most:
+            return torch.arange(total, device=self.start.device)
+        features = torch.cat([x for x, _ in self._rows(target, TOKENS_PER_INPUT * self.start.shape[1])])
+        energy = features.double().var(0) * self.start[:-1].square().sum(1)
+        return energy.view(total, size).sum(1).topk(most).indices.sort().values
+
+    def _rows(self, target: States, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What enters the output projections side by side, and the rest of the target, for at least so many tokens."""
+        features, residual = Tap(self.block.kind, "features"), Tap(self.block.kind, "residual")
+        walks = [self.walk.look(features, residual, layer=variant, tokens=tokens) for variant in self.variants]
+        for steps in zip(*walks, strict=True):
+            index, first = steps[0]
+            x = torch.cat([step[features] for _, step in steps], dim=-1)
+            y = target[index].to(x.device) - first[residual].float()
+            yield self.walk.rows(index, x), self.walk.rows(index, y)
+
+
+def alike(model: PreTrainedModel, source: Source) -> list[int]:
+    """The layers of a group whose heads can stand beside those of the kept one.
+
+    They see what it sees: a sliding window, or everything. Norms inside the heads belong to all heads of a layer.
+    """
+    types = getattr(model.config, "layer_types", None) or [None] * (max(source.layers) + 1)
+    normed = any(role in adapter_for(model).attention for role in HEAD_NORMS)
+    return [n for n in source.layers if n == source.kept or (types[n] == types[source.kept] and not normed)]
+
+
+def _columns(units: Tensor, size: int) -> Tensor:
+    return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
