@@ -66,9 +66,9 @@ def measure(layers: int, width: int, windows: int, effort: str) -> dict[str, Any
     _, needed = peak(lambda: search(model, FusionRecipe(keep_layers=layers // 2, effort=effort), batches))
     seconds = time.perf_counter() - start
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    # float64, for the hidden units of one MLP, to fit and to hold out, or for those of two, to select from
-    units = 2 * 4 * width + 1 if effort == "medium" else 4 * width + 1
-    moments = 8 * (units**2 + units * width + width**2) * (1 if effort == "medium" else 2)
+    # float64, for the hidden units of two MLPs, to select from
+    units = 2 * 4 * width + 1
+    moments = 8 * (units**2 + units * width + width**2)
     return {
         "layers": layers,
         "width": width,

@@ -14,7 +14,7 @@ from .adapters import READERS, Block
 from .align import align
 from .calibration import Batches, Sample
 from .mapfit import fit_gain, fit_map, fold, store, theta_of
-from .math.ridge import Fit, Moments, chain, fit, identity
+from .math.ridge import Moments, chain, fit, identity
 from .modes import eval_mode
 from .plan import Kind, Plan, Slot
 from .prediction import calibration_loss
@@ -33,7 +33,8 @@ class RefitReport:
         after: that of the model as it is now, never more.
         kept: whether the repair was kept; otherwise it made things worse and was undone.
         blocks: per repaired map, its layer, kind and role, and its mean squared error on held-out tokens before and
-            after.
+            after. For `heads` of a selected layer, what the MLPs of its group miss the end of the group by, with heads
+            of the kept layer and with those in use.
     """
 
     before: float
@@ -191,7 +192,7 @@ class Repair:
         if any(module.bias is None for module in modules):
             moments = [part.linear() for part in moments]
         found = fit(*moments, identity(moments[0]))
-        self._note(block, "read", found)
+        self._note(block, "read", found.before, found.after)
         if found.strength is not None:
             for module in modules:
                 fold(module, found.theta)
@@ -203,7 +204,7 @@ class Repair:
             return moments
         readers = [(self.student.model.get_submodule(block.modules[role]), aim) for role, aim in aims.items()]
         found = fit_gain(norm, readers, *moments)
-        self._note(block, "norm", found)
+        self._note(block, "norm", found.before, found.after)
         return [part.through(identity(part) * found.theta[:-1].T) for part in moments]
 
     def _fit_projection(self, block: Block, target: States) -> None:
@@ -231,11 +232,13 @@ class Repair:
             self._selection(attention, alike(self.teacher.walk.model, slot.attention), seen).choose(total)
             self._fit_projection(attention, total)
             found = self._selection(mlp, slot.mlp.layers, seen)
-            if found.missed(target) < units.missed(target):
+            before, after = units.missed(target), found.missed(target)
+            if after < before:
                 units = found
             else:
                 own.restore(self.student.layers[attention.layer])
                 del self.blocks[rows:]
+            self._note(attention, "heads", before, min(before, after))
         units.choose(target)
         self._fit_projection(mlp, target)
 
@@ -254,17 +257,17 @@ class Repair:
         if module.bias is None:
             moments = [part.linear() for part in moments]
         found = fit(*moments, identity(moments[0]))
-        self._note(block, "linear", found)
+        self._note(block, "linear", found.before, found.after)
         if found.strength is not None:
             store(module, chain(theta_of(module), found.theta))
 
     def _fit(self, block: Block, role: str, path: str, moments: Sequence[Moments]) -> None:
         module = self.student.model.get_submodule(path)
-        self._note(block, role, fit_map(module, *moments, tied=(block.layer, block.kind) in self.tied))
+        found = fit_map(module, *moments, tied=(block.layer, block.kind) in self.tied)
+        self._note(block, role, found.before, found.after)
 
-    def _note(self, block: Block, role: str, found: Fit) -> None:
-        row = {"layer": block.layer, "kind": block.kind, "map": role, "before": found.before, "after": found.after}
-        self.blocks.append(row)
+    def _note(self, block: Block, role: str, before: float, after: float) -> None:
+        self.blocks.append({"layer": block.layer, "kind": block.kind, "map": role, "before": before, "after": after})
 
 
 class _Total:

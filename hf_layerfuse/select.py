@@ -66,6 +66,8 @@ class Selection:
                     found[depth] = [Moments.empty(x[0].shape[1], y[0].shape[1], x[0].device) for _ in range(2)]
                 for part, *pair in zip(found[depth], x, y, strict=True):
                     part.add(*pair)
+        if any(self.layer.get_submodule(self.table[role]).bias is None for role in READERS if role in self.table):
+            found = {depth: [part.linear() for part in moments] for depth, moments in found.items()}
         return {depth: fit(*moments, identity(moments[0])).theta for depth, moments in found.items()}
 
     def missed(self, target: States) -> float:

@@ -256,6 +256,27 @@ def test_eliminate_drops_what_costs_least(data):
     assert eliminate(moments, start, IN - 1, strength).tolist() == [i for i in range(IN) if i != least]
 
 
+def test_eliminate_drops_units_as_a_whole(data):
+    """The one pair of inputs that goes is that whose absence, made up for by the others, costs least."""
+    x, y = data
+    moments, start, strength = moments_of(x, y), random(IN + 1, OUT, seed=4), 0.1
+    penalty = strength * x.square().mean() * ROWS
+
+    def cost(unit):
+        gone = [2 * unit, 2 * unit + 1]
+        left = torch.tensor([i for i in range(IN) if i not in gone])
+        ones, begin = with_ones(x[:, left]), torch.cat([start[left], start[-1:]])
+        held = penalty * torch.diag(torch.tensor([1.0] * len(left) + [0.0]).double())
+        theta = begin + torch.linalg.solve(ones.T @ ones + held, ones.T @ (y - ones @ begin))
+        moved = (theta - begin)[:-1].square().sum() + start[gone].square().sum()
+        return (y - ones @ theta).square().sum() + penalty * moved
+
+    units = IN // 2
+    least = min(range(units), key=cost)
+    kept = eliminate(moments, start, units - 1, strength, size=2)
+    assert kept.tolist() == [unit for unit in range(units) if unit != least]
+
+
 def test_eliminate_finds_what_matters():
     """Of many inputs, those that the targets depend on stay, also where copies of others are larger."""
     x = random(300, 24)
