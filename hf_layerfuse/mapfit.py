@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .math.lowrank import low_rank
-from .math.ridge import Fit, Moments, chain, fit
+from .math.ridge import STRENGTHS, Fit, Moments, chain, fit, identity
 from .relaxed import BasisLinear, Relaxed, out_in
 
 
@@ -102,6 +102,37 @@ def fit_gain(norm: nn.Module, readers: Sequence[tuple[nn.Module, Tensor]], train
         norm.load_state_dict(old)  # its weight is no gain: Gemma's norms multiply by 1 + weight
         return Fit(start, found.before, found.before, None)
     return found
+
+
+@torch.no_grad()
+def fit_norm(norm: nn.Module, train: Moments, held_out: Moments) -> Fit:
+    """Scale and shift each output of a norm towards a target: min_{s, c} ||diag(s) x + c - y||^2, for each by itself.
+
+    The scale and the shift are folded into the norm's weight and bias, where that is better on the held-out rows.
+
+    Args:
+        norm: what gives x; with a weight that multiplies and a bias.
+        train: moments of x (in) in the student and y (in) in the original.
+        held_out: those of other rows, which choose the strength of a penalty on s - 1.
+    """
+
+    def at(part: Moments, strength: float) -> Tensor:
+        xx, xy, _ = part.centred()
+        held = strength * xx.diagonal().mean()
+        scale = (xy.diagonal() + held) / (xx.diagonal() + held)
+        shift = (part.xy[-1] - scale * part.xx[-1, :-1]) / part.rows
+        return torch.cat([scale.diag(), shift.unsqueeze(0)])
+
+    start = identity(train)
+    before = held_out.error(start)
+    after, strength = min((held_out.error(at(train, strength)), strength) for strength in STRENGTHS)
+    if not after < before * (1 - 1e-6):
+        return Fit(start, before, before, None)
+    theta = at(train + held_out, strength)
+    scale, shift = theta[:-1].diagonal(), theta[-1]
+    norm.weight.copy_(scale * norm.weight)
+    norm.bias.copy_(scale * norm.bias + shift)
+    return Fit(theta, before, after, strength)
 
 
 def _gain_moments(readers: Sequence[tuple[nn.Module, Tensor]], part: Moments) -> Moments:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .adapters import READERS, Block
 from .align import align
 from .calibration import Batches, Sample
-from .mapfit import fit_gain, fit_map, fold, store, theta_of
+from .mapfit import fit_gain, fit_map, fit_norm, fold, store, theta_of
 from .math.ridge import Moments, chain, fit, identity
 from .modes import eval_mode
 from .plan import Kind, Plan, Slot
@@ -56,8 +56,8 @@ def refit(
     a layer of those heads and hidden units of its whole group that lead best there (backward elimination); its
     attention is led to all that the attention of the group adds, where the MLPs can make more of that.
 
-    Shared matrices stay as they are. Refitted per depth are the gains of norms in front of MLPs, biases, and residuals
-    and coefficients of relaxed sharing: the fit is projected on the rank that they have.
+    Shared matrices stay as they are. Refitted per depth are norms that follow a sum, gains of those in front of MLPs,
+    biases, and residuals and coefficients of relaxed sharing: the fit is projected on the rank that they have.
 
     It takes one pass of the original over the batches, and about three of the student.
 
@@ -163,6 +163,8 @@ class Repair:
                 kept = slot.source(block.kind).kept
                 self._fit_inputs(block, kept, seen[kept, Tap(block.kind, "read")])
                 self._fit_projection(block, seen[_target(slot, block.kind)])
+            if adapter.post_norm and (index, block.kind) in self.tied:
+                self._fit_norm(block, slot)
 
     def _readers(self, block: Block) -> dict[str, str]:
         """Role -> path of the maps that read what enters a block."""
@@ -206,6 +208,23 @@ class Repair:
         found = fit_gain(norm, readers, *moments)
         self._note(block, "norm", found.before, found.after)
         return [part.through(identity(part) * found.theta[:-1].T) for part in moments]
+
+    def _fit_norm(self, block: Block, slot: Slot) -> None:
+        """Refit the norm that follows a block, so that it gives what that of the original gave."""
+        depth, tap = _target(slot, block.kind)
+        if tap.kind == "attention":
+            after = Tap("mlp", "residual")
+            target = self.teacher.see([(depth, after)])[depth, after]
+        else:
+            target = self.teacher.states(depth + 1)
+
+        def rows(index: int, states: Tensor) -> tuple[Tensor, Tensor]:
+            return states, target[index].to(states.device)
+
+        own = Tap("mlp", "residual") if block.kind == "attention" else None
+        moments = self.student.moments(rows, own)
+        found = fit_norm(self.student.model.get_submodule(block.modules["norm"]), *moments)
+        self._note(block, "norm", found.before, found.after)
 
     def _fit_projection(self, block: Block, target: States) -> None:
         """Refit the output projection, so that the stream becomes the target."""

@@ -197,7 +197,7 @@ class Walk:
         rows = self.rows(index, states)
         return rows[~chooses], rows[chooses]
 
-    def moments(self, rows: Callable[..., tuple[Tensor, Tensor]], *taps: Tap) -> list[Moments]:
+    def moments(self, rows: Callable[..., tuple[Tensor, Tensor]], *taps: Tap | None) -> list[Moments]:
         """Moments of the rows (inputs, targets) that `rows` makes of a batch's index and what is tapped: those to fit
         at first, and those that choose the strength of a penalty."""
         found: list[Moments] = []

@@ -234,7 +234,7 @@ def test_removing_layers_that_add_nothing_stays_exact(model_type, operator):
 
 UNDO = {
     "out": TINY,
-    "norm": PRE_NORM,
+    "norm": TINY,
     "bias": [kind for kind in TINY if kind not in ("llama", "mistral", "qwen2", "qwen3")],
 }
 
@@ -242,7 +242,8 @@ UNDO = {
 @pytest.mark.parametrize(("part", "model_type"), [(part, kind) for part, kinds in UNDO.items() for kind in kinds])
 def test_what_can_be_undone_is_undone(model_type, part):
     """Where an exact repair exists it is found: an output projection takes back an invertible map, the readers take
-    back the gains of the norm in front, and biases beside shared weights what was added to them."""
+    back the gains of the norm in front, or a norm that follows shared weights its own, and biases beside shared weights
+    what was added to them."""
     teacher = whole(model_type)
     adapter = adapter_for(teacher)
     layers = layers_of(teacher)
@@ -260,7 +261,7 @@ def test_what_can_be_undone_is_undone(model_type, part):
         turn = torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator)
         store(module, torch.cat([theta[:-1] @ turn.double(), theta[-1:]]))
     elif part == "norm":
-        norm = layer.get_submodule(adapter.attention["norm"])
+        norm = layer.get_submodule((adapter.mlp if adapter.post_norm else adapter.attention)["norm"])
         norm.weight.data *= 0.5 + torch.rand(norm.weight.shape, generator=generator)
     else:
         for role in ("in", "out"):
@@ -418,9 +419,9 @@ def test_exact_sharing_needs_no_repair(model_type):
     assert all(row["before"] == pytest.approx(row["after"], abs=1e-7) for row in report.blocks)
 
 
-@pytest.mark.parametrize("model_type", PRE_NORM)
-def test_gains_of_shared_blocks_are_refitted(model_type):
-    """Norms in front of shared matrices are free per depth, and are what a model without biases can repair."""
+@pytest.mark.parametrize("model_type", TINY)
+def test_norms_of_shared_blocks_are_refitted(model_type):
+    """Norms around shared matrices are free per depth, and are what a model without biases can repair."""
     teacher = whole(model_type)
     plan = plan_for(teacher, Fuse("layer", (0, 2), "share", "mean"))
     student, report, given, before = refitted(teacher, plan, batches_of(teacher))
@@ -590,6 +591,6 @@ def test_rows_of_the_report():
     _, report, _, _ = refitted(teacher, plan, batches_of(teacher))
     rows = [(row["layer"], row["kind"], row["map"]) for row in report.blocks]
     free = [("attention", "read"), ("attention", "out"), ("mlp", "read"), ("mlp", "out")]
-    tied = [*free[:2], ("mlp", "in"), ("mlp", "out")]
+    tied = [*free[:2], ("mlp", "in"), ("mlp", "out"), ("mlp", "norm")]
     assert rows == [(layer, *row) for layer, part in enumerate((tied, free, tied)) for row in part]
     assert all(0 <= row["after"] <= row["before"] for row in report.blocks)
