@@ -239,18 +239,29 @@ class _Table:
             return self.trace.loss(walk)
 
     def groups(self, kind: Kind, count: int) -> Groups:
-        """The partition into so many runs with the least sum of losses, by dynamic programming."""
+        """The partition into so many runs with the least sum of losses, by dynamic programming.
+
+        A run is taken to lose no less than the runs inside it. Those of two layers are measured; of longer ones only
+        what is in the best partition that there could be, until all of that is measured.
+        """
         longest = min(self.depth - count + 1, math.ceil(self.depth / count) + 2)
-        runs = [
-            (start, end)
-            for start in range(self.depth)
-            for end in range(start + 2, min(start + longest, self.depth) + 1)
-        ]
         cost = np.full((self.depth + 1, self.depth + 1), np.inf)
         cost[range(self.depth), range(1, self.depth + 1)] = 0
-        for start, end in tqdm(runs, "Comparing groups", unit="group", disable=None, leave=False):
-            cost[start, end] = self.loss(group_edit(kind, tuple(range(start, end)), self.recipe, self.importance))
-        return cluster.partition(cost, count)
+        lengths = range(2, longest + 1)
+        left = {(start, start + size) for size in lengths for start in range(self.depth - size + 1)}
+        todo = [run for run in sorted(left) if run[1] - run[0] == 2]
+        with tqdm(desc="Comparing groups", unit="group", disable=None, leave=False) as progress:
+            while todo:
+                for start, end in todo:
+                    left.remove((start, end))
+                    edit = group_edit(kind, tuple(range(start, end)), self.recipe, self.importance)
+                    cost[start, end] = self.loss(edit)
+                    progress.update()
+                for start, end in sorted(left, key=lambda run: run[1] - run[0]):
+                    cost[start, end] = max(cost[start + 1, end], cost[start, end - 1])
+                found = cluster.partition(cost, count)
+                todo = [run for run in ((group[0], group[-1] + 1) for group in found) if run in left]
+        return found
 
     def operators(self, plan: Plan) -> Plan:
         """For each group, the operator and alignment of least loss."""
