@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -18,6 +20,7 @@ from .calibration import Batches, Sample
 from .edits import check_model
 from .errors import PlanError, UnsupportedModelError
 from .math import cluster
+from .math.ridge import Moments, identity
 from .methods.fusion import Importance, fits, group_edit, importance_of, plan_fusion
 from .modeling import apply
 from .modes import eval_mode
@@ -32,6 +35,9 @@ TABLE_COST = 5
 
 TABLE_SEQUENCES = 16
 """Fewer sequences than these, if there are more, tell groups apart too badly."""
+
+TOKENS_PER_STATE = 16
+"""For each dimension of the stream, so many tokens tell how far a run of layers is from a linear map."""
 
 MOVES = 12
 """Plans next to the best one that are tried with effort `high`."""
@@ -53,7 +59,7 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
 
     With calibration data, `effort` says how much is tried:
 
-    - `low`: groups by similarity (evenly spread with cluster `auto`), one refit;
+    - `low`: groups by similarity (with cluster `auto`, by how far runs of layers are from linear), one refit;
     - `medium`: also groups by an exact dynamic program over the calibration loss that each run of layers costs when it
       alone is fused and refitted. For each group, the operators compete on that loss, and the two results compete,
       refitted as a whole;
@@ -138,8 +144,11 @@ class _Search:
         return len(groups_of(self.first, kind))
 
     def _start(self, kind: Kind) -> Groups:
-        spread = self.recipe.cluster == "auto" and self.recipe.mode == "depth"
-        return even(self.first.num_layers, self._count(kind)) if spread else groups_of(self.first, kind)
+        if self.recipe.cluster != "auto" or self.recipe.mode != "depth":
+            return groups_of(self.first, kind)
+        if self.recipe.refit == "none":
+            return even(self.first.num_layers, self._count(kind))
+        return cluster.partition(unexplained(self.trace), self._count(kind))
 
     def _with_groups(self, groups: dict[Kind, Groups]) -> Plan:
         edits = [
@@ -274,6 +283,33 @@ class _Table:
             if math.isfinite(loss):
                 found.setdefault((edit.kind, edit.layers), {})[_name(edit)] = loss
         return [{"kind": kind, "layers": list(layers), "losses": losses} for (kind, layers), losses in found.items()]
+
+
+def unexplained(trace: Trace) -> np.ndarray:
+    """What runs of layers do to the stream that one layer would leave undone, as far as a linear map tells.
+
+    The states behind a run are fitted by those in front of it. The share of their variance that the fit leaves is what
+    nonlinear maps have to make, and all layers of the run but one are lost.
+
+    Args:
+        trace: of the original.
+
+    Returns:
+        (layers + 1, layers + 1), for the run i .. j-1 at [i, j], infinite where i >= j.
+    """
+    depth = len(trace.layers)
+    states = [trace.states(layer) for layer in range(depth + 1)]
+    batches = trace.walk.spread(TOKENS_PER_STATE * states[0][0].shape[-1])
+    rows = [torch.cat([trace.walk.rows(index, part[index]) for index in batches]) for part in states]
+    cost = np.full((depth + 1, depth + 1), np.inf)
+    cost[range(depth), range(1, depth + 1)] = 0
+    for start, end in itertools.combinations(range(depth + 1), 2):
+        if end - start > 1:
+            moments = Moments.empty(rows[start].shape[1], rows[end].shape[1], rows[start].device)
+            moments.add(rows[start], rows[end])
+            left = moments.error(moments.ridge(identity(moments), 1e-2)) * moments.rows
+            cost[start, end] = (end - start - 1) * left / max(moments.centred()[2].trace().item(), 1e-30)
+    return cost
 
 
 def groups_of(plan: Plan, kind: Kind) -> list[tuple[int, ...]]:

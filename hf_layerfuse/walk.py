@@ -173,9 +173,7 @@ class Walk:
         enough, the batches are evenly spread ones.
         """
         layer = layer or self.layers[self.depth]
-        every = len(self.states)
-        count = max(1, math.ceil(every * min(1.0, tokens / max(sum(mask.sum().item() for mask in self._fitted), 1))))
-        for index in (place * every // count for place in range(count)):
+        for index in self.spread(tokens):
             args, kwargs = self._calls[index][self.depth]
             states = self.states[index].to(self.model.device, self.model.dtype)
             with _Taps(layer, self.adapter, taps) as found:
@@ -186,6 +184,13 @@ class Walk:
                 else:
                     found[None] = (output[0] if isinstance(output, tuple) else output).float()
             yield index, found
+
+    def spread(self, tokens: float) -> list[int]:
+        """Batches, evenly spread, that hold about so many tokens that are fitted."""
+        every = len(self.states)
+        held = sum(mask.sum().item() for mask in self._fitted)
+        count = max(1, math.ceil(every * min(1.0, tokens / max(held, 1))))
+        return [place * every // count for place in range(count)]
 
     def rows(self, index: int, states: Tensor) -> Tensor:
         """The tokens of a batch that are fitted, (tokens, width) float32: no padding, no judges."""
