@@ -5,6 +5,7 @@ import json
 import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
@@ -25,10 +26,12 @@ from hf_layerfuse import (
 from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.calibration import Sample, read
 from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse.math.cluster import partition
 from hf_layerfuse.methods.fusion import _CLUSTERS, importances, planned_size
 from hf_layerfuse.modeling import apply
 from hf_layerfuse.prediction import calibration_loss, prediction
-from hf_layerfuse.search import _Table, candidates, even, groups_of
+from hf_layerfuse.search import _Table, candidates, even, groups_of, unexplained
+from hf_layerfuse.walk import Trace, Walk
 
 LAYERS = 4
 WHOLE = {"gpt2": "GPT2LMHeadModel", "vit": "ViTModel", "deit": "DeiTModel"}
@@ -340,6 +343,26 @@ def test_the_table_measures_the_model_with_one_group_fused():
     repaired = _Table(model, FusionRecipe(keep_layers=3), batches, None)
     assert repaired.loss(Fuse("layer", (1, 2))) < table.loss(Fuse("layer", (1, 2)))
     assert table.loss(Fuse("layer", (2, 3), operator="mean")) == float("inf"), "layers of two types were averaged"
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "vit", "llama"])
+def test_runs_that_are_linear_come_first(model_type):
+    """What layers leave linear costs nothing to fuse; what they do beside that counts for every layer that is lost."""
+    model = whole(model_type)
+    adapter = adapter_for(model)
+    for layer in adapter.layer_list(model)[1:3]:  # the second and the third add nothing
+        for kind in (adapter.attention, adapter.mlp):
+            for parameter in layer.get_submodule(kind["out"]).parameters():
+                parameter.data.zero_()
+    cost = unexplained(Trace(Walk(model, Sample.of(batches_of(model, 32)))))
+    assert cost.shape == (LAYERS + 1, LAYERS + 1)
+    assert all(cost[i, i + 1] == 0 for i in range(LAYERS))
+    assert np.isinf(cost[np.tril_indices(LAYERS + 1)]).all()
+    assert cost[1, 3] < 1e-3 < min(cost[0, 2], cost[2, 4])
+    assert cost[0, 3] == pytest.approx(2 * cost[0, 2], rel=1e-3)
+    assert partition(cost, LAYERS - 1) == [(0,), (1, 2), (3,)]
+    plan = search(model, FusionRecipe(keep_layers=3, effort="low"), batches_of(model, 32)).plan
+    assert [edit.layers for edit in plan.edits] == [(1, 2)]
 
 
 @pytest.mark.parametrize("layers", [2, 5, 6, 12])
