@@ -59,7 +59,7 @@ def refit(
     Shared matrices stay as they are. Refitted per depth are norms that follow a sum, gains of those in front of MLPs,
     biases, and residuals and coefficients of relaxed sharing: the fit is projected on the rank that they have.
 
-    It takes one pass of the original over the batches, and about three of the student.
+    It takes one pass of the original over the batches, and about three of the student, or with `select` five.
 
     Args:
         student: what `apply(teacher, plan)` gave.
