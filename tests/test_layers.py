@@ -20,6 +20,7 @@ RANKS = (
     ("verify", "search"),
     ("modeling", "refit"),
     ("methods", "align"),
+    ("select",),
     ("walk",),
     ("edits", "calibration", "mapfit"),
     ("inputs", "relaxed"),
