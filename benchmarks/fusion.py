@@ -28,12 +28,13 @@ from hf_layerfuse import AutoFusedModel, Drop, Fuse, FusionRecipe, Plan, apply
 from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.calibration import Sample, observe
 from hf_layerfuse.evaluate import classification, embedding_fidelity, parameter_counts
+from hf_layerfuse.grouping import even
 from hf_layerfuse.math.similarity import Angular
 from hf_layerfuse.methods.fusion import importances
 from hf_layerfuse.prediction import calibration_loss
 from hf_layerfuse.refit import refit
 from hf_layerfuse.report import text_table
-from hf_layerfuse.search import even, search
+from hf_layerfuse.search import search
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "fusion.json"

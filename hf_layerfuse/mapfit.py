@@ -114,6 +114,9 @@ def fit_norm(norm: nn.Module, train: Moments, held_out: Moments) -> Fit:
         norm: what gives x; with a weight that multiplies and a bias.
         train: moments of x (in) in the student and y (in) in the original.
         held_out: those of other rows, which choose the strength of a penalty on s - 1.
+
+    Returns:
+        The fit, whose theta is diag(s) over c, (in + 1, in).
     """
 
     def at(part: Moments, strength: float) -> Tensor:

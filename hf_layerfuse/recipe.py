@@ -87,10 +87,9 @@ class FusionRecipe:
             batches it is `freeze`, or where weights are shared `mean` with align `rotation`. `select` makes a layer of
             those heads and hidden units of its whole group that the refit finds most useful (`depth` mode, with
             batches; attention that is fused alone stays that of the group's first layer). `freeze` keeps one layer: the
-            one nearest the group's middle, the
-            later of two; `mean` averages, `weighted` by how much each layer changes the residual stream; `mix` takes
-            every element from one of the layers at random; `telescope` adds all differences to the first layer (LaCo,
-            eq. 1).
+            one nearest the group's middle, the later of two; `mean` averages, `weighted` by how much each layer changes
+            the residual stream; `mix` takes every element from one of the layers at random; `telescope` adds all
+            differences to the first layer (LaCo, eq. 1).
         align: the symmetry that is undone before weights are combined: the order of MLP units and heads, found from
             the weights (`permutation`), from `activation`s on batches, or by optimal `transport` (needs the extra of
             that name); or that order and a `rotation` of each head.

@@ -19,7 +19,8 @@ from .modes import eval_mode
 from .plan import Kind, Plan, Slot
 from .prediction import calibration_loss
 from .select import Selection, alike
-from .walk import Saved, States, Tap, Trace, Walk
+from .states import Saved, States
+from .walk import Tap, Trace, Walk
 
 Method = Literal["full", "linear", "none"]
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -19,8 +17,8 @@ from .adapters import adapter_for
 from .calibration import Batches, Sample
 from .edits import check_model
 from .errors import PlanError, UnsupportedModelError
+from .grouping import Groups, even, groups_of, longest, unexplained
 from .math import cluster
-from .math.ridge import Moments, identity
 from .methods.fusion import Importance, fits, group_edit, importance_of, plan_fusion
 from .modeling import apply
 from .modes import eval_mode
@@ -28,7 +26,8 @@ from .plan import Fuse, Kind, Plan
 from .prediction import calibration_loss
 from .recipe import FusionRecipe
 from .refit import RefitReport, Repair, refit_by
-from .walk import Saved, Trace, Walk
+from .states import Saved
+from .walk import Trace, Walk
 
 TABLE_COST = 5
 """Forward passes of the original, over all of the calibration data, that a table of costs may take."""
@@ -36,13 +35,8 @@ TABLE_COST = 5
 TABLE_SEQUENCES = 16
 """Fewer sequences than these, if there are more, tell groups apart too badly."""
 
-TOKENS_PER_STATE = 16
-"""For each dimension of the stream, so many tokens tell how far a run of layers is from a linear map."""
-
 MOVES = 12
 """Plans next to the best one that are tried with effort `high`."""
-
-Groups = Sequence[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -148,7 +142,8 @@ class _Search:
             return groups_of(self.first, kind)
         if self.recipe.refit == "none":
             return even(self.first.num_layers, self._count(kind))
-        return cluster.partition(unexplained(self.trace), self._count(kind))
+        count = self._count(kind)
+        return cluster.partition(unexplained(self.trace, longest(self.first.num_layers, count)), count)
 
     def _with_groups(self, groups: dict[Kind, Groups]) -> Plan:
         edits = [
@@ -253,10 +248,9 @@ class _Table:
         A run is taken to lose no less than the runs inside it. Those of two layers are measured; of longer ones only
         what is in the best partition that there could be, until all of that is measured.
         """
-        longest = min(self.depth - count + 1, math.ceil(self.depth / count) + 2)
         cost = np.full((self.depth + 1, self.depth + 1), np.inf)
         cost[range(self.depth), range(1, self.depth + 1)] = 0
-        lengths = range(2, longest + 1)
+        lengths = range(2, longest(self.depth, count) + 1)
         left = {(start, start + size) for size in lengths for start in range(self.depth - size + 1)}
         todo = [run for run in sorted(left) if run[1] - run[0] == 2]
         with tqdm(desc="Comparing groups", unit="group", disable=None, leave=False) as progress:
@@ -283,49 +277,6 @@ class _Table:
             if math.isfinite(loss):
                 found.setdefault((edit.kind, edit.layers), {})[_name(edit)] = loss
         return [{"kind": kind, "layers": list(layers), "losses": losses} for (kind, layers), losses in found.items()]
-
-
-def unexplained(trace: Trace) -> np.ndarray:
-    """What runs of layers do to the stream that one layer would leave undone, as far as a linear map tells.
-
-    The states behind a run are fitted by those in front of it. The share of their variance that the fit leaves is what
-    nonlinear maps have to make, and all layers of the run but one are lost.
-
-    Args:
-        trace: of the original.
-
-    Returns:
-        (layers + 1, layers + 1), for the run i .. j-1 at [i, j], infinite where i >= j.
-    """
-    depth = len(trace.layers)
-    states = [trace.states(layer) for layer in range(depth + 1)]
-    batches = trace.walk.spread(TOKENS_PER_STATE * states[0][0].shape[-1])
-    rows = [torch.cat([trace.walk.rows(index, part[index]) for index in batches]) for part in states]
-    cost = np.full((depth + 1, depth + 1), np.inf)
-    cost[range(depth), range(1, depth + 1)] = 0
-    for start, end in itertools.combinations(range(depth + 1), 2):
-        if end - start > 1:
-            moments = Moments.empty(rows[start].shape[1], rows[end].shape[1], rows[start].device)
-            moments.add(rows[start], rows[end])
-            left = moments.error(moments.ridge(identity(moments), 1e-2)) * moments.rows
-            cost[start, end] = (end - start - 1) * left / max(moments.centred()[2].trace().item(), 1e-30)
-    return cost
-
-
-def groups_of(plan: Plan, kind: Kind) -> list[tuple[int, ...]]:
-    """The groups of a plan, blocks that are alone among them, in order of their first layer."""
-    groups = [edit.layers for edit in plan.edits if edit.kind == kind]
-    alone = set(range(plan.num_layers)).difference(*groups)
-    return sorted([*groups, *((layer,) for layer in alone)])
-
-
-def even(layers: int, groups: int) -> list[tuple[int, ...]]:
-    """Runs of as equal length as can be; the longer ones in the middle, where layers are most alike."""
-    size, longer = divmod(layers, groups)
-    before = (groups - longer) // 2
-    sizes = [size + (before <= i < before + longer) for i in range(groups)]
-    ends = np.cumsum(sizes)
-    return [tuple(range(end - size, end)) for end, size in zip(ends.tolist(), sizes, strict=True)]
 
 
 def candidates(edit: Fuse, recipe: FusionRecipe) -> list[Fuse]:

@@ -14,7 +14,8 @@ from .adapters.maps import HEAD_NORMS, rows_of, write_rows
 from .mapfit import store, theta_of
 from .math.ridge import Moments, chain, eliminate, fit, identity
 from .plan import Source
-from .walk import States, Tap, Walk
+from .states import States
+from .walk import Tap, Walk
 
 TOKENS_PER_INPUT = 4
 """For each input that may be selected, so many tokens are looked at: to tell inputs apart takes far fewer than to fit

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,39 +18,7 @@ from .errors import UnsupportedModelError
 from .math.ridge import Moments
 from .plan import Kind
 from .prediction import divergence
-
-
-class States:
-    """One tensor per batch, kept in files that are mapped into memory, so that they need no memory of the process."""
-
-    def __init__(self) -> None:
-        self._tensors: list[Tensor] = []
-
-    def append(self, tensor: Tensor) -> None:
-        with tempfile.NamedTemporaryFile(prefix="layerfuse-") as file:  # the mapping outlives the name
-            kept = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        self._tensors.append(kept.view(tensor.shape).copy_(tensor))
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self._tensors[index]
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-class Saved:
-    """The weights of a model in mapped files, which need no memory of the process."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._states = States()
-        for tensor in model.state_dict().values():
-            self._states.append(tensor)
-
-    @torch.no_grad()
-    def restore(self, model: nn.Module) -> None:
-        """Copy the weights back, to the same model or one of the same shapes."""
-        for place, tensor in enumerate(model.state_dict().values()):
-            tensor.copy_(self._states[place])
+from .states import States
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ RANKS = (
     ("verify", "search"),
     ("modeling", "refit"),
     ("methods", "align"),
-    ("select",),
+    ("select", "grouping"),
     ("walk",),
     ("edits", "calibration", "mapfit"),
     ("inputs", "relaxed"),
     ("adapters", "plan", "recipe"),
     ("math", "prediction"),
-    ("errors", "modes", "processes"),
+    ("errors", "modes", "processes", "states"),
 )
 RANK = {name: rank for rank, row in enumerate(RANKS) for name in row}
 

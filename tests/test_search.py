@@ -25,12 +25,13 @@ from hf_layerfuse import (
 )
 from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.calibration import Sample, read
+from hf_layerfuse.grouping import even, groups_of, unexplained
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.math.cluster import partition
 from hf_layerfuse.methods.fusion import _CLUSTERS, importances, planned_size
 from hf_layerfuse.modeling import apply
 from hf_layerfuse.prediction import calibration_loss, prediction
-from hf_layerfuse.search import _Table, candidates, even, groups_of, unexplained
+from hf_layerfuse.search import _Table, candidates
 from hf_layerfuse.walk import Trace, Walk
 
 LAYERS = 4
@@ -354,13 +355,15 @@ def test_runs_that_are_linear_come_first(model_type):
         for kind in (adapter.attention, adapter.mlp):
             for parameter in layer.get_submodule(kind["out"]).parameters():
                 parameter.data.zero_()
-    cost = unexplained(Trace(Walk(model, Sample.of(batches_of(model, 32)))))
+    trace = Trace(Walk(model, Sample.of(batches_of(model, 32))))
+    cost = unexplained(trace, LAYERS)
     assert cost.shape == (LAYERS + 1, LAYERS + 1)
     assert all(cost[i, i + 1] == 0 for i in range(LAYERS))
     assert np.isinf(cost[np.tril_indices(LAYERS + 1)]).all()
     assert cost[1, 3] < 1e-3 < min(cost[0, 2], cost[2, 4])
     assert cost[0, 3] == pytest.approx(2 * cost[0, 2], rel=1e-3)
     assert partition(cost, LAYERS - 1) == [(0,), (1, 2), (3,)]
+    assert np.isinf(unexplained(trace, 2)[0, 3])
     plan = search(model, FusionRecipe(keep_layers=3, effort="low"), batches_of(model, 32)).plan
     assert [edit.layers for edit in plan.edits] == [(1, 2)]
 

@@ -1,0 +1,41 @@
+"""Tensors that live in files, mapped into memory: hidden states of calibration data, and the weights of a model."""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+from torch import Tensor, nn
+
+
+class States:
+    """One tensor per batch, kept in files that are mapped into memory, so that they need no memory of the process."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+
+    def append(self, tensor: Tensor) -> None:
+        with tempfile.NamedTemporaryFile(prefix="layerfuse-") as file:  # the mapping outlives the name
+            kept = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        self._tensors.append(kept.view(tensor.shape).copy_(tensor))
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._tensors[index]
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+class Saved:
+    """The weights of a model in mapped files, which need no memory of the process."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._states = States()
+        for tensor in model.state_dict().values():
+            self._states.append(tensor)
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Copy the weights back, to the same model or one of the same shapes."""
+        for place, tensor in enumerate(model.state_dict().values()):
+            tensor.copy_(self._states[place])
