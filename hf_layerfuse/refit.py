@@ -19,7 +19,7 @@ from .modes import eval_mode
 from .plan import Kind, Plan, Slot
 from .prediction import calibration_loss
 from .select import Selection, alike
-from .states import Saved, States
+from .states import PerBatch, Saved, States
 from .walk import Tap, Trace, Walk
 
 Method = Literal["full", "linear", "none"]
@@ -227,7 +227,7 @@ class Repair:
         found = fit_norm(self.student.model.get_submodule(block.modules["norm"]), *moments)
         self._note(block, "norm", found.before, found.after)
 
-    def _fit_projection(self, block: Block, target: States) -> None:
+    def _fit_projection(self, block: Block, target: PerBatch) -> None:
         """Refit the output projection, so that the stream becomes the target."""
 
         def rows(index: int, features: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

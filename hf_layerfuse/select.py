@@ -14,7 +14,7 @@ from .adapters.maps import HEAD_NORMS, rows_of, write_rows
 from .mapfit import store, theta_of
 from .math.ridge import Moments, chain, eliminate, fit, identity
 from .plan import Source
-from .states import States
+from .states import PerBatch
 from .walk import Tap, Walk
 
 TOKENS_PER_INPUT = 4
@@ -39,7 +39,7 @@ class Selection:
     """
 
     def __init__(
-        self, walk: Walk, block: Block, stocks: Mapping[int, nn.Module], originals: Mapping[int, States]
+        self, walk: Walk, block: Block, stocks: Mapping[int, nn.Module], originals: Mapping[int, PerBatch]
     ) -> None:
         self.walk, self.block = walk, block
         self.table = getattr(walk.adapter, block.kind)
@@ -55,7 +55,7 @@ class Selection:
         parts = [theta_of(variant.get_submodule(self.table["out"])) for variant in self.variants]
         self.start = torch.cat([*(theta[:-1] for theta in parts), sum(theta[-1:] for theta in parts)])
 
-    def _readings(self, originals: Mapping[int, States]) -> dict[int, Tensor]:
+    def _readings(self, originals: Mapping[int, PerBatch]) -> dict[int, Tensor]:
         """For each layer, the map from what is read here to what was read there, (in + 1, in)."""
         found: dict[int, list[Moments]] = {}
         tap = Tap(self.block.kind, "read")
@@ -71,7 +71,7 @@ class Selection:
             found = {depth: [part.linear() for part in moments] for depth, moments in found.items()}
         return {depth: fit(*moments, identity(moments[0])).theta for depth, moments in found.items()}
 
-    def missed(self, target: States) -> float:
+    def missed(self, target: PerBatch) -> float:
         """Mean squared distance from a target at which all of them lead the stream, before anything is refitted."""
         total = count = 0.0
         for x, y in self._rows(target, TOKENS_PER_INPUT * self.start.shape[1]):
@@ -81,7 +81,7 @@ class Selection:
         return total / max(count, 1.0)
 
     @torch.no_grad()
-    def choose(self, target: States) -> None:
+    def choose(self, target: PerBatch) -> None:
         """Make the student's block of those that a fit of the target can least do without, as many as it had.
 
         They are found by backward elimination. A head goes together with the others that share its keys and values.
@@ -114,7 +114,7 @@ class Selection:
         axis = 1 if self.block.kind == "attention" else 2  # what shares keys and values; a hidden unit
         return {role: rows.flatten(0, axis - 1).flatten(1, -2) for role, rows in self._heads(layer).items()}
 
-    def _able(self, target: States, keep: int, size: int) -> Tensor:
+    def _able(self, target: PerBatch, keep: int, size: int) -> Tensor:
         """The units that may be selected: of very many, those that add most to the stream.
 
         The matrix of moments of all would take longer to fill than everything else.
@@ -128,7 +128,7 @@ class Selection:
         energy = features.double().var(0) * self.start[:-1].square().sum(1)
         return energy.view(total, size).sum(1).topk(most).indices.sort().values
 
-    def _rows(self, target: States, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _rows(self, target: PerBatch, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
         """What enters the output projections side by side, and the rest of the target, for at least so many tokens."""
         features, residual = Tap(self.block.kind, "features"), Tap(self.block.kind, "residual")
         walks = [self.walk.look(features, residual, layer=variant, tokens=tokens) for variant in self.variants]

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import tempfile
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class PerBatch(Protocol):
+    """A tensor for each batch, by its index."""
+
+    def __getitem__(self, index: int) -> Tensor: ...
 
 
 class States:
