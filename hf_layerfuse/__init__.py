@@ -15,10 +15,12 @@ from .errors import (
     UnsupportedModelError,
     VerificationError,
 )
+from .heal import HealReport, heal
+from .layermap import layer_map
 from .methods.fusion import plan_fusion
 from .modeling import apply, expand, register_adapter
 from .plan import Drop, Fuse, Plan
-from .recipe import FusionRecipe
+from .recipe import FusionRecipe, HealRecipe
 from .refit import RefitReport, refit
 from .search import search
 from .verify import verify
@@ -32,6 +34,8 @@ __all__ = [
     "Drop",
     "Fuse",
     "FusionRecipe",
+    "HealRecipe",
+    "HealReport",
     "LayerFuseError",
     "LayerFuseWarning",
     "ModelAdapter",
@@ -47,6 +51,8 @@ __all__ = [
     "apply",
     "expand",
     "fuse",
+    "heal",
+    "layer_map",
     "plan_fusion",
     "refit",
     "register_adapter",

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from .errors import DataError, LayerFuseError, RecipeError
-from .objective import Batch, Objective
+from .objective import Batch, Match, Objective
 from .processes import process_state
 from .recipe import HealRecipe
 
@@ -53,6 +53,7 @@ def heal(
     recipe: HealRecipe,
     *,
     teacher: PreTrainedModel | None = None,
+    matches: Sequence[Match] = (),
     validation_batches: Iterable[Batch] | None = None,
     seed: int = 0,
     accelerator: Accelerator | None = None,
@@ -62,7 +63,8 @@ def heal(
     The loss is `ce_weight` x cross-entropy, the model's own loss from `labels`, + `kl_weight` x distillation. Batches
     without labels have no cross-entropy. Distillation is T^2 x KL(teacher || student) on `logits` (Hinton et al. 2015,
     https://arxiv.org/abs/1503.02531): per row, or per position that predicts a next token. Models without logits
-    learn the teacher's last hidden states instead, by the mean squared error over unmasked tokens.
+    learn the teacher's last hidden states instead, by the mean squared error over unmasked tokens. `hidden_weight` and
+    `attention_weight` add the relative squared errors of inner states, over unmasked tokens.
 
     Under `accelerate launch` each process reads its share of the batches, so a step sees batch x processes x
     accumulation rows.
@@ -72,6 +74,7 @@ def heal(
         train_batches: read again and again, in the loader's order of that epoch; `heal` keeps its batch size.
         recipe: all settings of the training.
         teacher: model with the same outputs; moved to the device, otherwise left as it is.
+        matches: whose outputs `hidden_weight` and `attention_weight` compare: `layer_map(student, teacher, plan)`.
         validation_batches: batches (the same ones every time) whose loss is reported: cross-entropy, or distillation
             where there are no labels.
         seed: of dropout, different in each process.
@@ -79,11 +82,11 @@ def heal(
             recipe.
 
     Raises:
-        RecipeError: the recipe asks for distillation without a teacher.
+        RecipeError: the recipe asks for distillation without a teacher, or of layers without `matches`.
         DataError: there are no batches, or no loss can be taken from them.
         LayerFuseError: the student is in float16, its outputs do not fit the teacher's, or the loss is not finite.
     """
-    _check(student, recipe, teacher)
+    _check(student, recipe, teacher, matches)
     accelerator = accelerator or _accelerator(student, recipe)
     accelerator.gradient_accumulation_steps, accelerator.step = recipe.gradient_accumulation_steps, 0
     # A step always averages the same number of batches, also where an epoch ends in the middle of it.
@@ -105,7 +108,7 @@ def heal(
         model, optimizer, loader, scheduler = accelerator.prepare(student, optimizer, train_batches, scheduler)
         if teacher is not None:
             teacher.to(accelerator.device).eval()
-        objective, batches = Objective(recipe, student, teacher), _cycle(loader)
+        objective, batches = Objective(recipe, student, teacher, matches), _cycle(loader)
         progress = tqdm(range(recipe.steps + 1), desc="heal", disable=None if accelerator.is_main_process else True)
         for step in progress:
             if step > 0:
@@ -206,11 +209,18 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def _check(student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedModel | None) -> None:
-    if recipe.kl_weight > 0 and teacher is None:
-        raise RecipeError(
-            f"heal.kl_weight={recipe.kl_weight} needs a teacher: pass teacher=, or set heal.kl_weight to 0."
-        )
+def _check(
+    student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedModel | None, matches: Sequence[Match]
+) -> None:
+    for field, needed in (("kl_weight", None), ("hidden_weight", "hidden"), ("attention_weight", "attention")):
+        weight = getattr(recipe, field)
+        if weight > 0 and teacher is None:
+            raise RecipeError(f"heal.{field}={weight} needs a teacher: pass teacher=, or set heal.{field} to 0.")
+        if weight > 0 and needed and not any(match.kind == needed for match in matches):
+            raise RecipeError(
+                f"heal.{field}={weight} needs to know which layers answer to each other: pass "
+                f"matches=layer_map(student, teacher, plan), or set heal.{field} to 0."
+            )
     if any(parameter.dtype == torch.float16 for parameter in student.parameters()):
         raise LayerFuseError(
             "the student is in float16, whose small updates round to zero: load it with dtype=torch.float32; "

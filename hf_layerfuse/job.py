@@ -32,6 +32,7 @@ from .data import calibration_batches, load_splits, loader, prepare, text_of
 from .errors import CheckpointError
 from .heal import heal
 from .latency import latency_side_by_side
+from .layermap import layer_map
 from .modeling import load_checkpoint
 from .output import check_output, new_directory
 from .plan import Plan
@@ -88,6 +89,7 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
             inputs.train_loader(),
             recipe.heal,
             teacher=original,
+            matches=layer_map(fused, original, plan),
             validation_batches=inputs.validation_batches(),
             seed=recipe.seed,
         )

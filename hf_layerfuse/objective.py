@@ -1,6 +1,9 @@
 """What healing minimises: cross-entropy with the labels, and distance from the teacher."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,18 @@ from .inputs import predicts_next_token
 from .recipe import HealRecipe
 
 Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Match:
+    """Two modules, by their live paths, whose outputs (batch, tokens, width) ought to be alike.
+
+    They are whole layers (`hidden`), or the output projections of attention (`attention`).
+    """
+
+    kind: Literal["hidden", "attention"]
+    student: str
+    teacher: str
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -28,39 +43,81 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
-class Objective:
-    """The loss of a batch, for training and for validation."""
+def relative_mse(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Mean squared error divided by the mean square of `theirs`, in float32: 0 is the same, 1 as far off as zero.
 
-    def __init__(self, recipe: HealRecipe, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    Args:
+        ours: (rows, width), any floating dtype.
+        theirs: (rows, width).
+    """
+    ours, theirs = ours.float(), theirs.float()
+    return (ours - theirs).square().mean() / theirs.square().mean().clamp_min(1e-12)
+
+
+class Objective:
+    """The loss of a batch, for training and for validation.
+
+    Args:
+        recipe: the weights of its parts.
+        student: the model, not wrapped by anything.
+        teacher: None where no part asks for one.
+        matches: what `hidden_weight` and `attention_weight` compare.
+    """
+
+    def __init__(
+        self,
+        recipe: HealRecipe,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        matches: Sequence[Match] = (),
+    ) -> None:
         self.recipe = recipe
         self.causal = predicts_next_token(student)
-        self.teacher = teacher if recipe.kl_weight > 0 else None
+        self.teacher = teacher if recipe.needs_teacher else None
+        weights = {"hidden": recipe.hidden_weight, "attention": recipe.attention_weight}
+        self.matches = [match for match in matches if weights[match.kind] > 0]
+        self._weight = {
+            kind: weight / max(1, sum(match.kind == kind for match in matches)) for kind, weight in weights.items()
+        }
+        self._ours = [student.get_submodule(match.student) for match in self.matches]
+        self._theirs = [teacher.get_submodule(match.teacher) for match in self.matches]
 
     def train(self, model: nn.Module, batch: Batch) -> Tensor:
         labelled = self.recipe.ce_weight > 0 and "labels" in batch
         if not labelled and self.teacher is None:
             raise DataError(
-                f"nothing to learn from batches of {', '.join(batch)} with ce_weight={self.recipe.ce_weight} and "
-                f"kl_weight={self.recipe.kl_weight}: give labels, or a teacher and heal.kl_weight above 0."
+                f"nothing to learn from batches of {', '.join(batch)} with ce_weight={self.recipe.ce_weight} and no "
+                "teacher: give labels, or a teacher and heal.kl_weight, heal.hidden_weight or heal.attention_weight."
             )
-        outputs = model(**(batch if labelled else _without_labels(batch)))
+        with _outputs_of(self._ours) as ours:
+            outputs = model(**(batch if labelled else _without_labels(batch)))
         losses = []
         if labelled:
             losses.append(self.recipe.ce_weight * outputs.loss)
         if self.teacher is not None:
-            losses.append(self.recipe.kl_weight * self._distil(outputs, batch))
+            targets, theirs = self._taught(batch)
+            if self.recipe.kl_weight > 0:
+                losses.append(self.recipe.kl_weight * self._distil(outputs, targets, batch))
+            mask = self._tokens(batch)
+            for match, *pair in zip(self.matches, ours, theirs, strict=True):
+                rows = [states[mask] if mask is not None else states for states in pair]
+                losses.append(self._weight[match.kind] * relative_mse(*rows))
         return sum(losses)
 
     def validate(self, model: nn.Module, batch: Batch) -> Tensor:
         if "labels" in batch:
             return model(**batch).loss
         if self.teacher is None:
-            raise DataError("the validation batches have no labels and heal.kl_weight is 0: give labels, or a teacher.")
-        return self._distil(model(**batch), batch)
+            raise DataError("the validation batches have no labels and there is no teacher: give labels, or a teacher.")
+        targets, _ = self._taught(batch)
+        return self._distil(model(**batch), targets, batch)
 
-    def _distil(self, outputs: ModelOutput, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            targets = self.teacher(**_without_labels(batch))
+    def _taught(self, batch: Batch) -> tuple[ModelOutput, list[Tensor]]:
+        """The teacher's outputs, and those of its modules that are compared."""
+        with torch.inference_mode(), _outputs_of(self._theirs) as seen:
+            return self.teacher(**_without_labels(batch)), seen
+
+    def _distil(self, outputs: ModelOutput, targets: ModelOutput, batch: Batch) -> Tensor:
         name = "logits" if "logits" in outputs else "last_hidden_state"
         ours, theirs = outputs[name], targets[name]
         if ours.shape != theirs.shape:
@@ -70,7 +127,7 @@ class Objective:
             )
         if name == "last_hidden_state":
             mask = batch["attention_mask"].bool() if "attention_mask" in batch else ...
-            return F.mse_loss(ours[mask].float(), theirs[mask].float())
+            return (ours[mask].float() - theirs[mask].float()).square().mean()
         if ours.dim() == 3:
             if self.causal:
                 ours, theirs = ours[:, :-1], theirs[:, :-1]
@@ -93,6 +150,30 @@ class Objective:
         else:
             counts = torch.ones_like(batch["input_ids"], dtype=torch.bool)
         return counts[:, 1:] if self.causal else counts
+
+    def _tokens(self, batch: Batch) -> Tensor | None:
+        """Which tokens are no padding, (rows, tokens); None is all of them."""
+        mask = batch.get("attention_mask")
+        return None if mask is None else mask.reshape(-1, mask.shape[-1]).bool()
+
+
+@contextmanager
+def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """What modules return inside the `with` block, in their order; a tuple's first element."""
+    found: list[Tensor] = [torch.empty(0)] * len(modules)
+
+    def keep(place: int, output: Tensor | tuple) -> None:
+        found[place] = output[0] if isinstance(output, tuple) else output
+
+    handles = [
+        module.register_forward_hook(lambda module, args, output, place=place: keep(place, output))
+        for place, module in enumerate(modules)
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _without_labels(batch: Batch) -> Batch:

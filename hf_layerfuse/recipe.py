@@ -228,7 +228,9 @@ class HealRecipe:
     """How the fused model is retrained, with the original as teacher.
 
     The loss is `ce_weight` x cross-entropy + `kl_weight` x KL(teacher || student) at `temperature` (scaled by its
-    square, Hinton et al. 2015).
+    square, Hinton et al. 2015) + `hidden_weight` and `attention_weight` x the mean squared error of hidden states and
+    of attention outputs, relative to the mean square of the teacher's. Which layer of the teacher each layer answers to
+    follows from the plan: the last original layer of its group.
 
     Attributes:
         steps: optimiser steps; 0 skips healing.
@@ -239,7 +241,9 @@ class HealRecipe:
         weight_decay: AdamW weight decay, not applied to norms and biases.
         max_grad_norm: gradient clipping.
         ce_weight: weight of the cross-entropy with the labels.
-        kl_weight: weight of the divergence from the teacher's logits; 0 needs no teacher.
+        kl_weight: weight of the divergence from the teacher's logits, or, without a head, from its last hidden states.
+        hidden_weight: weight of the error of hidden states, averaged over layers.
+        attention_weight: weight of the error of attention outputs, averaged over layers.
         temperature: softens both distributions in the divergence.
         mixed_precision: `auto` is bf16 where the device computes in it natively, unless `accelerate launch` was told
             bf16, fp16 or fp8. `no` is float32.
@@ -255,6 +259,8 @@ class HealRecipe:
     max_grad_norm: float = 1.0
     ce_weight: float = 1.0
     kl_weight: float = 1.0
+    hidden_weight: float = 0.0
+    attention_weight: float = 0.0
     temperature: float = 1.0
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     eval_every: int = 100
@@ -267,11 +273,20 @@ class HealRecipe:
         for field in ("learning_rate", "max_grad_norm", "temperature"):
             value = getattr(self, field)
             _require(value > 0, f"heal.{field}={value}: use a number above 0.")
-        for field in ("ce_weight", "kl_weight", "weight_decay"):
+        losses = ("ce_weight", "kl_weight", "hidden_weight", "attention_weight")
+        for field in (*losses, "weight_decay"):
             value = getattr(self, field)
             _require(value >= 0, f"heal.{field}={value}: use 0 or more.")
-        _require(self.ce_weight + self.kl_weight > 0, "heal.ce_weight and heal.kl_weight are both 0: nothing to learn.")
+        _require(
+            any(getattr(self, field) > 0 for field in losses),
+            f"{', '.join(f'heal.{field}' for field in losses)} are all 0, so there is nothing to learn: raise one.",
+        )
         _require(0 <= self.warmup_ratio <= 1, f"heal.warmup_ratio={self.warmup_ratio}: use a share from 0 to 1.")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a part of the loss compares with the original."""
+        return self.kl_weight > 0 or self.hidden_weight > 0 or self.attention_weight > 0
 
 
 @_recipe

@@ -14,7 +14,7 @@ RANKS = (
     ("cli",),
     ("job",),
     ("__init__",),
-    ("report", "heal", "latency", "data"),
+    ("report", "heal", "latency", "layermap", "data"),
     ("evaluate", "labels", "objective", "output"),
     ("auto",),
     ("verify", "search"),

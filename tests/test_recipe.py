@@ -64,7 +64,7 @@ def test_errors_are_one_family():
         (HealRecipe, {"batch_size": 0}, r"heal\.batch_size=0: .* 1 or more"),
         (HealRecipe, {"temperature": 0}, r"heal\.temperature=0\.0: .* above 0"),
         (HealRecipe, {"learning_rate": float("nan")}, r"heal\.learning_rate=nan: .* above 0"),
-        (HealRecipe, {"ce_weight": 0, "kl_weight": 0}, r"both 0"),
+        (HealRecipe, {"ce_weight": 0, "kl_weight": 0}, r"are all 0"),
         (HealRecipe, {"warmup_ratio": 2}, r"heal\.warmup_ratio=2\.0: .* 0 to 1"),
         (EvaluateRecipe, {"stride": 0}, r"evaluate\.stride=0: .* 1 or more"),
     ],

@@ -1,0 +1,44 @@
+"""Which layer of the original each layer of a fused model answers to."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from .adapters import adapter_for
+from .errors import PlanError
+from .objective import Match
+from .plan import Plan
+
+
+def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) -> tuple[Match, ...]:
+    """The modules of a fused model and of its original whose outputs ought to be alike.
+
+    The student's layer i answers to the last original layer of its group, removed layers that follow it included. Its
+    attention answers to that of the last layer whose attention it was made from.
+
+    Args:
+        student: what `apply(teacher, plan)` gave, or a checkpoint of it.
+        teacher: the original.
+        plan: that led from one to the other.
+
+    Raises:
+        PlanError: the plan does not lead from this teacher to this student.
+        UnsupportedModelError: no adapter for one of them.
+    """
+    adapter = adapter_for(teacher)
+    slots = plan.layout().slots
+    ours, theirs = ((adapter_for(model).layers_path(model), model) for model in (student, teacher))
+    for (path, model), count in ((ours, len(slots)), (theirs, plan.num_layers)):
+        found = len(model.get_submodule(path))
+        if found != count:
+            raise PlanError(
+                f"the plan leads from {plan.num_layers} layers to {len(slots)}, and {type(model).__name__} has {found} "
+                f"where {count} are expected: pass the plan that made this student of this teacher."
+            )
+    matches = []
+    for index, slot in enumerate(slots):
+        matches.append(Match("hidden", f"{ours[0]}.{index}", f"{theirs[0]}.{slot.layers[-1]}"))
+        if slot.attention is not None:
+            pair = ((ours[0], index), (theirs[0], slot.attention.layers[-1]))
+            matches.append(Match("attention", *(f"{path}.{layer}.{adapter.attention['out']}" for path, layer in pair)))
+    return tuple(matches)

@@ -1,0 +1,115 @@
+"""What healing minimises: layers answer to those of the original that the plan says, and padding counts nowhere."""
+
+import copy
+
+import pytest
+import torch
+from conftest import LAYERS, tiny_model
+from torch.nn import functional as F
+
+from hf_layerfuse import Drop, Fuse, HealRecipe, Plan, PlanError, apply, layer_map
+from hf_layerfuse.adapters import adapter_for
+from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse.objective import Match, Objective, relative_mse
+
+PLANS = {
+    # edits, and for each layer of the result, the layers that its states and its attention answer to
+    "nothing": ((), [(i, i) for i in range(LAYERS)]),
+    "depth": ((Fuse("layer", (1, 2)), Fuse("layer", (3, 4, 5))), [(0, 0), (2, 2), (5, 5)]),
+    "drop": ((Drop("layer", 0), Drop("layer", 3)), [(1, 1), (3, 2), (4, 4), (5, 5)]),
+    "share": ((Fuse("layer", (1, 3), "share"),), [(i, i) for i in range(LAYERS)]),
+    "attention": (
+        (Fuse("attention", (0, 1)), Drop("attention", 3)),
+        [(0, 1), (1, None), (2, 2), (3, None), (4, 4), (5, 5)],
+    ),
+    "mlp": ((Fuse("mlp", (4, 5)), Drop("layer", 2)), [(0, 0), (2, 1), (3, 3), (4, 4), (5, 5)]),
+}
+
+
+def matched(matches: tuple[Match, ...], kind: str) -> dict[int, int]:
+    layer = lambda path: next(int(part) for part in path.split(".") if part.isdigit())  # noqa: E731
+    return {layer(match.student): layer(match.teacher) for match in matches if match.kind == kind}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_layers_answer_to_the_end_of_their_group(model_type, name):
+    """The map is that of the plan, and every path in it is a module of the right depth and kind."""
+    edits, expected = PLANS[name]
+    teacher = tiny_model(model_type)
+    plan = Plan(model_type, LAYERS, edits)
+    student = apply(teacher, plan)
+    found = layer_map(student, teacher, plan)
+    assert matched(found, "hidden") == {i: hidden for i, (hidden, _) in enumerate(expected)}
+    assert matched(found, "attention") == {i: there for i, (_, there) in enumerate(expected) if there is not None}
+    adapter = adapter_for(teacher)
+    layers = {model: list(adapter.layer_list(model)) for model in (student, teacher)}
+    for match in found:
+        for model, path in ((student, match.student), (teacher, match.teacher)):
+            module, depth = model.get_submodule(path), matched((match,), match.kind)
+            index = next(iter(depth)) if model is student else next(iter(depth.values()))
+            layer = layers[model][index]
+            assert module is (layer if match.kind == "hidden" else layer.get_submodule(adapter.attention["out"]))
+
+
+def test_a_plan_of_something_else_is_refused():
+    """Another plan, or another original, is no map."""
+    teacher = tiny_model("gpt2")
+    plan = Plan("gpt2", LAYERS, (Fuse("layer", (1, 2)),))
+    student = apply(teacher, plan)
+    with pytest.raises(PlanError, match="leads from 6 layers to 6"):
+        layer_map(student, teacher, Plan("gpt2", LAYERS))
+    with pytest.raises(PlanError, match="has 5"):
+        layer_map(student, student, plan)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "attention"])
+def test_copies_are_at_no_distance_and_training_closes_it(model_type, kind):
+    """The loss of a copy is zero; that of another model is not, and gradient steps on it alone lower it."""
+    teacher, student = tiny_model(model_type), tiny_model(model_type, seed=1)
+    plan = Plan(model_type, LAYERS)
+    recipe = HealRecipe(ce_weight=0.0, kl_weight=0.0, **{f"{kind}_weight": 2.0})
+    batch = example_inputs(teacher)
+    copied = Objective(recipe, same := copy.deepcopy(teacher), teacher, layer_map(same, teacher, plan))
+    assert copied.train(same, batch).item() == 0
+    objective = Objective(recipe, student, teacher, layer_map(student, teacher, plan))
+    optimizer = torch.optim.AdamW(student.parameters(), 3e-3)
+    losses = []
+    for _ in range(8):
+        loss = objective.train(student, batch)
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[0] > 0.5
+    assert losses[-1] < 0.8 * losses[0]
+    assert not any(module._forward_hooks for model in (student, teacher) for module in model.modules())
+
+
+def test_hidden_states_are_those_of_transformers():
+    """The loss is the mean, over layers, of the relative error over tokens that are no padding."""
+    teacher = tiny_model("bert", "BertModel")
+    plan = Plan("bert", LAYERS, (Fuse("layer", (1, 2)), Fuse("layer", (3, 4))))
+    student = apply(teacher, plan)
+    batch = example_inputs(teacher)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, 9:] = 0
+    mask = batch["attention_mask"].bool()
+    recipe = HealRecipe(ce_weight=0.0, kl_weight=0.0, hidden_weight=1.5)
+    with torch.inference_mode():
+        ours, theirs = (model(**batch, output_hidden_states=True).hidden_states[1:] for model in (student, teacher))
+    errors = []
+    for i, at in enumerate((0, 2, 4, 5)):
+        p, q = theirs[at][mask], ours[i][mask]
+        errors.append(F.mse_loss(q, p) / p.square().mean())
+    loss = Objective(recipe, student, teacher, layer_map(student, teacher, plan)).train(student, batch)
+    torch.testing.assert_close(loss, 1.5 * torch.stack(errors).mean())
+    assert loss > 0
+
+
+def test_relative_error_has_no_unit():
+    """A common factor changes nothing; zero is at distance one; nothing divides by zero."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = torch.randn(2, 10, 4, generator=generator)
+    torch.testing.assert_close(relative_mse(7 * ours, 7 * theirs), relative_mse(ours, theirs))
+    assert relative_mse(torch.zeros(10, 4), theirs).item() == pytest.approx(1)
+    assert relative_mse(theirs, torch.zeros(10, 4)).isfinite()
