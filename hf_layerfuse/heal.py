@@ -1,27 +1,33 @@
 """Retrain a fused model on Accelerate, with the original model as teacher."""
 
+import contextlib
 import dataclasses
 import math
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import is_initialized
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from .checkpoint import Checkpoints, Progress
 from .errors import DataError, LayerFuseError, RecipeError
 from .objective import Batch, Match, Objective
 from .processes import process_state
 from .recipe import HealRecipe
+
+EXPLOSION = 10
+"""A training loss so many times that of the first step, or 1 where that was less, has exploded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +35,18 @@ class HealReport:
     """What happened while healing; `dataclasses.asdict` of it is JSON.
 
     Attributes:
-        steps: optimiser steps taken.
+        steps: optimiser steps taken, fewer than asked for where `patience` ended the training.
+        best_step: the step whose weights the student has now: that of the least validation loss, else the last.
         train_loss: (step, loss) of every step, before its update, averaged over processes and accumulated batches.
         validation_loss: (step, loss) before the first step, every `eval_every` steps and at the end.
-        seconds: wall-clock time, validation included.
+        seconds: wall-clock time, validation included; of all sittings, where it was interrupted.
         mixed_precision: `no`, `bf16` or `fp16`, as resolved.
         num_processes: how many trained together.
         distributed_type: as Accelerate names it, such as `NO` or `MULTI_GPU`.
     """
 
     steps: int
+    best_step: int
     train_loss: list[tuple[int, float]]
     validation_loss: list[tuple[int, float]]
     seconds: float
@@ -57,8 +65,9 @@ def heal(
     validation_batches: Iterable[Batch] | None = None,
     seed: int = 0,
     accelerator: Accelerator | None = None,
+    checkpoints: Path | str | None = None,
 ) -> HealReport:
-    """Train `student` in place for `recipe.steps` optimiser steps.
+    """Train `student` in place for `recipe.steps` optimiser steps, and leave it with the weights that validated best.
 
     The loss is `ce_weight` x cross-entropy, the model's own loss from `labels`, + `kl_weight` x distillation. Batches
     without labels have no cross-entropy. Distillation is T^2 x KL(teacher || student) on `logits` (Hinton et al. 2015,
@@ -69,55 +78,214 @@ def heal(
     Under `accelerate launch` each process reads its share of the batches, so a step sees batch x processes x
     accumulation rows.
 
+    With `checkpoints`, the state is written at every validation, and a call with the same arguments goes on from
+    there: on one CPU process, a run that was killed at any moment and started again ends with the same weights, to the
+    bit, as one that was not.
+
     Args:
         student: the model to train, in float32 or bfloat16; it ends in eval mode, on the device of the accelerator.
-        train_batches: read again and again, in the loader's order of that epoch; `heal` keeps its batch size.
+        train_batches: read again and again; the order of an epoch depends on `seed` and the epoch alone. `heal` keeps
+            its batch size.
         recipe: all settings of the training.
         teacher: model with the same outputs; moved to the device, otherwise left as it is.
         matches: whose outputs `hidden_weight` and `attention_weight` compare: `layer_map(student, teacher, plan)`.
-        validation_batches: batches (the same ones every time) whose loss is reported: cross-entropy, or distillation
-            where there are no labels.
-        seed: of dropout, different in each process.
-        accelerator: one that is set up already; its mixed precision holds then, and its accumulation is set from the
-            recipe.
+        validation_batches: batches (the same ones every time) whose loss is reported, and decides which weights are
+            kept: cross-entropy, or distillation where there are no labels.
+        seed: of the order of batches, and of dropout, different in each process and step.
+        accelerator: one that is set up already; its mixed precision and trackers hold then. Its accumulation and the
+            seed of its samplers are set here.
+        checkpoints: folder for the state of this run, kept at the end; by default a temporary one, which keeps the best
+            weights.
 
     Raises:
-        RecipeError: the recipe asks for distillation without a teacher, or of layers without `matches`.
+        RecipeError: the recipe asks for distillation without a teacher, or of layers without `matches`, for a tracker
+            that is not installed, or for gradient checkpointing of a model that has none.
         DataError: there are no batches, or no loss can be taken from them.
-        LayerFuseError: the student is in float16, its outputs do not fit the teacher's, or the loss is not finite.
+        CheckpointError: `checkpoints` are those of another run, or damaged.
+        LayerFuseError: the student is in float16, its outputs do not fit the teacher's, a checkpoint cannot be written,
+            or the loss is not finite or explodes; the checkpoint before that is kept.
     """
     _check(student, recipe, teacher, matches)
+    own = accelerator is None
     accelerator = accelerator or _accelerator(student, recipe)
     accelerator.gradient_accumulation_steps, accelerator.step = recipe.gradient_accumulation_steps, 0
     # A step always averages the same number of batches, also where an epoch ends in the middle of it.
     accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
-    set_seed(seed, device_specific=True)
+    accelerator.dataloader_config.use_seedable_sampler, accelerator.dataloader_config.data_seed = True, seed
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_training(student, recipe, teacher))
+        folder = checkpoints
+        if folder is None and validation_batches is not None:
+            folder = stack.enter_context(_temporary_folder(accelerator))
+        loop = _Loop(student, train_batches, recipe, teacher, matches, validation_batches, seed, accelerator)
+        if folder is not None:
+            loop.resume(Path(folder))
+        if own and recipe.log_with:
+            accelerator.init_trackers("hf_layerfuse", config=dataclasses.asdict(recipe))
+            stack.callback(accelerator.end_training)
+        progress = loop.run()
+    return HealReport(
+        steps=progress.step,
+        best_step=progress.best_step,
+        train_loss=progress.train_loss,
+        validation_loss=progress.validation_loss,
+        seconds=progress.seconds,
+        mixed_precision=accelerator.mixed_precision,
+        num_processes=accelerator.num_processes,
+        distributed_type=accelerator.distributed_type.value,
+    )
 
-    optimizer = torch.optim.AdamW(_parameter_groups(student, recipe.weight_decay), lr=recipe.learning_rate)
-    # A prepared scheduler moves once per process unless it was told otherwise: its length is counted in those moves.
-    alone = accelerator.split_batches or not accelerator.step_scheduler_with_optimizer
-    moves = 1 if alone else accelerator.num_processes
-    warmup = round(recipe.warmup_ratio * recipe.steps)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, warmup * moves, recipe.steps * moves)
-    forward = vars(student).get("forward")
-    teacher_modes = [] if teacher is None else [(module, module.training) for module in teacher.modules()]
-    train_loss: list[tuple[int, float]] = []
-    validation_loss: list[tuple[int, float]] = []
-    start = time.perf_counter()
-    try:
-        model, optimizer, loader, scheduler = accelerator.prepare(student, optimizer, train_batches, scheduler)
+
+class _Loop:
+    """One training, prepared by Accelerate; `progress` says where it stands."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        train_batches: DataLoader,
+        recipe: HealRecipe,
+        teacher: PreTrainedModel | None,
+        matches: Sequence[Match],
+        validation_batches: Iterable[Batch] | None,
+        seed: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self.student, self.recipe, self.seed, self.accelerator = student, recipe, seed, accelerator
+        self.validation_batches = validation_batches
+        optimizer = torch.optim.AdamW(_parameter_groups(student, recipe.weight_decay), lr=recipe.learning_rate)
+        # A prepared scheduler moves once per process unless it was told otherwise: its length counts those moves.
+        alone = accelerator.split_batches or not accelerator.step_scheduler_with_optimizer
+        moves = 1 if alone else accelerator.num_processes
+        warmup = round(recipe.warmup_ratio * recipe.steps)
+        scheduler = get_cosine_schedule_with_warmup(optimizer, warmup * moves, recipe.steps * moves)
+        prepared = accelerator.prepare(student, optimizer, train_batches, scheduler)
+        self.model, self.optimizer, self.loader, self.scheduler = prepared
         if teacher is not None:
             teacher.to(accelerator.device).eval()
-        objective, batches = Objective(recipe, student, teacher, matches), _cycle(loader)
-        progress = tqdm(range(recipe.steps + 1), desc="heal", disable=None if accelerator.is_main_process else True)
-        for step in progress:
-            if step > 0:
-                loss = _take_step(step, accelerator, model, optimizer, scheduler, objective, batches, recipe)
-                train_loss.append((step, loss))
-                progress.set_postfix(loss=f"{loss:.4f}")
-            if validation_batches is not None and (step % recipe.eval_every == 0 or step == recipe.steps):
-                validation_loss.append((step, _validate(student, validation_batches, objective, accelerator)))
+        self.objective = Objective(recipe, student, teacher, matches)
+        self.progress, self.checkpoints = Progress(), None
+
+    def resume(self, folder: Path) -> None:
+        """Keep checkpoints in a folder, and go on from what is there."""
+        run = {f"heal.{name}": value for name, value in dataclasses.asdict(self.recipe).items()}
+        run |= {f"config.{name}": value for name, value in self.student.config.to_dict().items()}
+        run |= {"seed": self.seed, "number of processes": self.accelerator.num_processes}
+        self.checkpoints = Checkpoints(folder, self.accelerator, run)
+        self.progress = self.checkpoints.resume()
+
+    def run(self) -> Progress:
+        """Train to the end; returns how it went."""
+        recipe, progress = self.recipe, self.progress
+        start = time.perf_counter() - progress.seconds
+        batches = self._batches()
+        hidden = None if self.accelerator.is_main_process else True
+        with tqdm(total=recipe.steps, initial=progress.step, desc="Healing", unit="step", disable=hidden) as bar:
+            if progress.step == 0 and not progress.validation_loss:
+                self._evaluate()
+            while progress.step < recipe.steps and not self._stalled():
+                loss = self._step(batches)
+                progress.step += 1
+                progress.train_loss.append((progress.step, loss))
+                progress.seconds = time.perf_counter() - start
+                self.accelerator.log({"train/loss": loss, "train/lr": self._rate()}, step=progress.step)
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.4f}")
+                if progress.step % recipe.eval_every == 0 or progress.step == recipe.steps:
+                    self._evaluate()
+        progress.seconds = time.perf_counter() - start
+        if progress.best_step != progress.step:
+            self.checkpoints.load(progress.best_step)
+        return progress
+
+    def _batches(self) -> Iterator[Batch]:
+        """Training batches without end, from where the progress is."""
+        progress = self.progress
+        while True:
+            if hasattr(self.loader, "set_epoch"):
+                self.loader.set_epoch(progress.epoch)
+            left = self.loader
+            if progress.batch:
+                left = self.accelerator.skip_first_batches(self.loader, progress.batch)
+            for batch in left:
+                progress.batch += 1
+                yield batch
+            if not progress.batch:
+                raise DataError("there are no training batches: use more rows or a smaller batch size.")
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+
+    def _step(self, batches: Iterator[Batch]) -> float:
+        """Take one optimiser step and return the loss before it, averaged over batches and processes."""
+        accelerator, recipe = self.accelerator, self.recipe
+        self.model.train()
+        total = torch.zeros((), device=accelerator.device)
+        for part in range(recipe.gradient_accumulation_steps):
+            batch = next(batches)
+            # after the loader has drawn what it wants: then it does not matter where a run was interrupted
+            done = self.progress.step * recipe.gradient_accumulation_steps + part
+            set_seed(self.seed + done * accelerator.num_processes + accelerator.process_index)
+            with accelerator.accumulate(self.model):
+                with accelerator.autocast():
+                    loss = self.objective.train(self.model, batch)
+                total += loss.detach() / recipe.gradient_accumulation_steps
+                accelerator.backward(loss)
+        mean = accelerator.reduce(total, "mean").item()  # all processes see the same value, so all stop together
+        self._check_loss(mean)
+        accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return mean
+
+    def _check_loss(self, loss: float) -> None:
+        recipe, progress = self.recipe, self.progress
+        first = progress.train_loss[0][1] if progress.train_loss else loss
+        if math.isfinite(loss) and loss <= EXPLOSION * max(first, 1.0):
+            return
+        kept = ""
+        if self.checkpoints is not None and progress.validation_loss:
+            kept = f" The checkpoint of step {progress.best_step} in {self.checkpoints.directory} is whole."
+        raise LayerFuseError(
+            f"the loss is {loss} at step {progress.step + 1} of {recipe.steps}, after {first} at the first: lower "
+            f"heal.learning_rate={recipe.learning_rate}, raise heal.warmup_ratio={recipe.warmup_ratio}, or set "
+            f"heal.mixed_precision to 'no'.{kept}"
+        )
+
+    def _rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def _evaluate(self) -> None:
+        """Take the validation loss, and write a checkpoint."""
+        progress = self.progress
+        if self.validation_batches is not None:
+            loss = _validate(self.student, self.validation_batches, self.objective, self.accelerator)
+            progress.validation_loss.append((progress.step, loss))
+            self.accelerator.log({"validation/loss": loss}, step=progress.step)
+        if self.checkpoints is not None:
+            self.checkpoints.save(progress)
+
+    def _stalled(self) -> bool:
+        """Whether so many validations as `patience` found nothing better than the best one."""
+        patience, best = self.recipe.patience, self.progress.best_step
+        return patience is not None and sum(step > best for step, _ in self.progress.validation_loss) >= patience
+
+
+@contextlib.contextmanager
+def _training(student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedModel | None) -> Iterator[None]:
+    """What training changes in the models, and is put back at its end."""
+    forward, caches = vars(student).get("forward"), getattr(student.config, "use_cache", None)
+    recomputes = any(getattr(module, "gradient_checkpointing", False) for module in student.modules())
+    teacher_modes = [] if teacher is None else [(module, module.training) for module in teacher.modules()]
+    try:
+        if caches:
+            student.config.use_cache = False  # nothing is generated here
+        if recipe.gradient_checkpointing:
+            _recompute(student, True)
+        yield
     finally:
+        if recipe.gradient_checkpointing and not recomputes:
+            _recompute(student, False)
+        if caches:
+            student.config.use_cache = caches
         # Accelerate wraps `forward` for mixed precision; its `unwrap_model` would strip the decorators of transformers
         # as well, so the class's own `forward` is brought back here.
         for name in ("forward", "_original_forward"):
@@ -127,47 +295,23 @@ def heal(
         student.eval()
         for module, training in teacher_modes:
             module.training = training
-    return HealReport(
-        steps=recipe.steps,
-        train_loss=train_loss,
-        validation_loss=validation_loss,
-        seconds=time.perf_counter() - start,
-        mixed_precision=accelerator.mixed_precision,
-        num_processes=accelerator.num_processes,
-        distributed_type=accelerator.distributed_type.value,
+
+
+def _recompute(model: PreTrainedModel, on: bool) -> None:
+    """Gradient checkpointing, which transformers 5.2x renames."""
+    word = "enable" if on else "disable"
+    method = getattr(model, f"activation_checkpointing_{word}", None) or getattr(
+        model, f"gradient_checkpointing_{word}"
     )
+    method(*([{"use_reentrant": False}] if on else []))
 
 
-def _take_step(
-    step: int,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: AcceleratedOptimizer,
-    scheduler: AcceleratedScheduler,
-    objective: Objective,
-    batches: Iterator[Batch],
-    recipe: HealRecipe,
-) -> float:
-    """Take one optimiser step and return the loss before it, averaged over batches and processes."""
-    model.train()
-    total = torch.zeros((), device=accelerator.device)
-    for batch in islice(batches, recipe.gradient_accumulation_steps):
-        with accelerator.accumulate(model):
-            with accelerator.autocast():
-                loss = objective.train(model, batch)
-            total += loss.detach() / recipe.gradient_accumulation_steps
-            accelerator.backward(loss)
-    mean = accelerator.reduce(total, "mean").item()  # all processes see the same value, so all stop together
-    if not math.isfinite(mean):
-        raise LayerFuseError(
-            f"the loss is {mean} at step {step} of {recipe.steps}: lower heal.learning_rate={recipe.learning_rate}, "
-            f"raise heal.warmup_ratio={recipe.warmup_ratio}, or set heal.mixed_precision to 'no'."
-        )
-    accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
-    return mean
+@contextlib.contextmanager
+def _temporary_folder(accelerator: Accelerator) -> Iterator[str]:
+    """One empty folder for all processes, on the disk of the main one."""
+    with tempfile.TemporaryDirectory(prefix="layerfuse-") as own:
+        yield broadcast_object_list([own])[0]
+        accelerator.wait_for_everyone()
 
 
 def _validate(
@@ -191,15 +335,6 @@ def _validate(
     return total / targets
 
 
-def _cycle(batches: Iterable[Batch]) -> Iterator[Batch]:
-    while True:
-        batch = None
-        for batch in batches:
-            yield batch
-        if batch is None:
-            raise DataError("there are no training batches: use more rows or a smaller batch size.")
-
-
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Every trainable parameter once, however often it is shared; norms and biases do not decay."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -221,6 +356,8 @@ def _check(
                 f"heal.{field}={weight} needs to know which layers answer to each other: pass "
                 f"matches=layer_map(student, teacher, plan), or set heal.{field} to 0."
             )
+    if recipe.gradient_checkpointing and not student.supports_gradient_checkpointing:
+        raise RecipeError(f"{type(student).__name__} has no gradient checkpointing: set it to false.")
     if any(parameter.dtype == torch.float16 for parameter in student.parameters()):
         raise LayerFuseError(
             "the student is in float16, whose small updates round to zero: load it with dtype=torch.float32; "
@@ -233,8 +370,19 @@ def _accelerator(student: PreTrainedModel, recipe: HealRecipe) -> Accelerator:
     if getattr(student, "base_model", None) is student:
         # A body without a head may have parts that its hidden states do not depend on, such as the pooler of BERT.
         handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
+    options = {}
+    if recipe.log_with:
+        known = sorted(str(tracker) for tracker in get_available_trackers())
+        if recipe.log_with not in known:
+            raise RecipeError(
+                f"heal.log_with={recipe.log_with!r} is not installed, or no tracker that Accelerate knows; at hand "
+                f"are: {', '.join(known) or 'none'}. Install it, or leave heal.log_with out."
+            )
+        options = {"log_with": recipe.log_with, "project_dir": recipe.log_dir}
+    if recipe.compile:
+        options["dynamo_backend"] = "inductor"
     try:
-        return Accelerator(mixed_precision=_mixed_precision(recipe), kwargs_handlers=handlers)
+        return Accelerator(mixed_precision=_mixed_precision(recipe), kwargs_handlers=handlers, **options)
     except ValueError as error:
         raise RecipeError(f"heal.mixed_precision={recipe.mixed_precision!r} cannot be had here: {error}") from error
 

@@ -247,7 +247,13 @@ class HealRecipe:
         temperature: softens both distributions in the divergence.
         mixed_precision: `auto` is bf16 where the device computes in it natively, unless `accelerate launch` was told
             bf16, fp16 or fp8. `no` is float32.
-        eval_every: validation loss is taken every so many steps, and at the end.
+        eval_every: validation loss is taken and a checkpoint written every so many steps, and at the end. The weights
+            of the least validation loss are the result.
+        patience: stop after so many validations in a row that found nothing better.
+        gradient_checkpointing: compute inner states twice, to train in less memory.
+        compile: let `torch.compile` (inductor) make the model faster.
+        log_with: a tracker that Accelerate knows and that is installed, such as `tensorboard` or `wandb`.
+        log_dir: where a tracker on disk writes.
     """
 
     steps: int = 500
@@ -264,12 +270,17 @@ class HealRecipe:
     temperature: float = 1.0
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     eval_every: int = 100
+    patience: int | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    log_with: str | None = None
+    log_dir: str = "logs"
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, f"heal.steps={self.steps}: use 0 to skip healing, or more.")
-        for field in ("batch_size", "gradient_accumulation_steps", "eval_every"):
+        for field in ("batch_size", "gradient_accumulation_steps", "eval_every", "patience"):
             value = getattr(self, field)
-            _require(value >= 1, f"heal.{field}={value}: use a whole number of 1 or more.")
+            _require(value is None or value >= 1, f"heal.{field}={value}: use a whole number of 1 or more.")
         for field in ("learning_rate", "max_grad_norm", "temperature"):
             value = getattr(self, field)
             _require(value > 0, f"heal.{field}={value}: use a number above 0.")

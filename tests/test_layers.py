@@ -15,7 +15,7 @@ RANKS = (
     ("job",),
     ("__init__",),
     ("report", "heal", "latency", "layermap", "data"),
-    ("evaluate", "labels", "objective", "output"),
+    ("evaluate", "labels", "objective", "checkpoint", "output"),
     ("auto",),
     ("verify", "search"),
     ("modeling", "refit"),

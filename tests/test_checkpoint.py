@@ -1,0 +1,304 @@
+"""A training that was interrupted goes on as if nothing had been, and loses nothing."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from conftest import LAYERS, tiny_model
+from torch.utils.data import DataLoader
+
+from hf_layerfuse import CheckpointError, Fuse, HealRecipe, LayerFuseError, Plan, RecipeError, apply, heal, layer_map
+
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch: pytest.MonkeyPatch):
+    """Accelerate keeps its settings for the whole process; the figures here are those of a CPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def recipe_of(**values) -> HealRecipe:
+    plain = {"steps": 9, "learning_rate": 3e-3, "eval_every": 2, "mixed_precision": "no"}
+    return HealRecipe(**{**plain, "gradient_accumulation_steps": 2, **values})
+
+
+def rows(count: int = 11, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(3, 64, (count, 8), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def shuffled() -> DataLoader:
+    return DataLoader(rows(), 3, shuffle=True)
+
+
+def models(**changes):
+    """A fused student with shared weights, its teacher, and their plan; dropout is on."""
+    teacher = tiny_model("gpt2", "GPT2LMHeadModel", **changes)
+    plan = Plan("gpt2", LAYERS, (Fuse("layer", (1, 3), "share", rank=2), Fuse("layer", (4, 5))))
+    return apply(teacher, plan), teacher, plan
+
+
+def healed(folder: Path | None, recipe: HealRecipe | None = None, **options):
+    student, teacher, plan = models()
+    recipe = recipe or recipe_of(hidden_weight=0.5)
+    plain = {
+        "teacher": teacher,
+        "matches": layer_map(student, teacher, plan),
+        "validation_batches": DataLoader(rows(4)),
+    }
+    report = heal(student, shuffled(), recipe, checkpoints=folder, **{**plain, **options})
+    return student, report
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_equal(ours, theirs) -> None:
+    ours, theirs = weights(ours), weights(theirs)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+class _Stopped(Exception):
+    """What stands for a process that ends."""
+
+
+@pytest.mark.parametrize("moment", range(1, 19))
+def test_interrupted_anywhere_ends_the_same(tmp_path, monkeypatch, moment):
+    """Stopped before any of its backward passes, and started again, it ends with the same weights and losses."""
+    whole, expected = healed(None)
+    backward, passes = Accelerator.backward, 0
+
+    def stop(self, loss, **options):
+        nonlocal passes
+        passes += 1
+        if passes == moment:
+            raise _Stopped
+        backward(self, loss, **options)
+
+    monkeypatch.setattr(Accelerator, "backward", stop)
+    with pytest.raises(_Stopped):
+        healed(tmp_path / "run")
+    torch.rand(7)  # a new process has other random states
+    student, report = healed(tmp_path / "run")
+    assert passes - moment == 18 - (moment - 1) // 4 * 4, "it did not go on from the last checkpoint"
+    assert (report.train_loss, report.validation_loss) == (expected.train_loss, expected.validation_loss)
+    assert_equal(student, whole)
+    blocks = student.transformer.h
+    assert blocks[1].mlp.c_fc.weight is blocks[3].mlp.c_fc.weight
+    assert student.lm_head.weight is student.transformer.wte.weight
+
+
+def test_nothing_is_said_of_shared_tensors(tmp_path, caplog):
+    """They are written once, and users need not worry about it."""
+    healed(tmp_path / "run")
+    assert not [record for record in caplog.records if "shared" in record.message]
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import torch
+from accelerate import Accelerator
+from test_checkpoint import healed, recipe_of, weights
+from safetensors.torch import save_file
+
+folder = Path(sys.argv[1])
+student, report = healed(folder / "run", recipe_of(steps=40, eval_every=1))
+save_file({name: value.contiguous().clone() for name, value in weights(student).items()}, folder / "result.safetensors")
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_started_again(tmp_path):
+    """A process that is killed again and again, in the middle of whatever it does, ends with the weights of one that is
+    not, to the bit."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+    def start(name: str) -> subprocess.Popen:
+        (tmp_path / name).mkdir(exist_ok=True)
+        command = [sys.executable, str(program), str(tmp_path / name), str(Path(__file__).parent)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start("whole").wait() == 0
+    generator = torch.Generator().manual_seed(0)
+    killed = 0
+    while not (tmp_path / "killed" / "result.safetensors").exists():
+        process = start("killed")
+        run = tmp_path / "killed" / "run"
+        before = sorted(run.glob("step-*")) if run.exists() else []
+        while process.poll() is None and (sorted(run.glob("step-*")) if run.exists() else []) == before:
+            time.sleep(0.01)  # until it makes progress
+        time.sleep(0.3 * torch.rand((), generator=generator).item())
+        if process.poll() is None and killed < 8:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.wait()
+        assert process.returncode in (0, -signal.SIGKILL)
+    assert killed == 8
+    results = [(tmp_path / name / "result.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert results[0] == results[1]
+
+
+def test_the_best_weights_are_the_result(tmp_path):
+    """What healing leaves is the step of the least validation loss, not the last one, with and without a folder."""
+    recipe = recipe_of(
+        steps=40, learning_rate=0.01, warmup_ratio=0.0, kl_weight=0.0, eval_every=8
+    )  # it learns noise by heart
+    for folder in (None, tmp_path / "run"):
+        student, report = healed(folder, recipe, validation_batches=DataLoader(rows(4, seed=1)))
+        losses = dict(report.validation_loss)
+        assert report.best_step == min(losses, key=losses.get) < report.steps == 40
+        with torch.no_grad():
+            found = torch.stack([student(**batch).loss for batch in DataLoader(rows(4, seed=1))]).mean().item()
+        assert found == pytest.approx(losses[report.best_step], rel=1e-5)
+    kept = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
+    assert kept == sorted({f"step-{report.best_step:08d}", "step-00000040"})
+
+
+def test_patience_ends_a_training(tmp_path):
+    """So many validations without anything better, and it stops; started again, it stays stopped."""
+    recipe = recipe_of(learning_rate=0.2, warmup_ratio=0.0, steps=40, patience=2, max_grad_norm=100.0)
+    student, report = healed(tmp_path / "run", recipe)
+    assert report.steps < 40
+    assert report.steps == report.best_step + 2 * recipe.eval_every
+    again, second = healed(tmp_path / "run", recipe)
+    assert second.steps == report.steps
+    assert_equal(again, student)
+
+
+def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
+    """The same call once more takes no step and gives the same weights."""
+    student, report = healed(tmp_path / "run")
+    monkeypatch.setattr(Accelerator, "backward", lambda *args: pytest.fail("it trained again"))
+    again, second = healed(tmp_path / "run")
+    assert second.train_loss == report.train_loss
+    assert_equal(again, student)
+
+
+@pytest.mark.parametrize("change", [{"steps": 12}, {"learning_rate": 1e-3}, {"seed": 1}])
+def test_another_run_is_refused(tmp_path, change):
+    """Checkpoints of other settings are not continued, and not touched."""
+    healed(tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    options = {"seed": change.pop("seed")} if "seed" in change else {}
+    with pytest.raises(CheckpointError, match=rf"{next(iter({**change, **options}))}.* was .* and is "):
+        healed(tmp_path / "run", recipe_of(hidden_weight=0.5, **change), **options)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    """Nothing is written beside files that are no checkpoints."""
+    (tmp_path / "thesis.tex").write_text("\\chapter{One}")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        healed(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    """Half of a file is not taken for a checkpoint."""
+    healed(tmp_path / "run", recipe_of(steps=2))
+    path = max((tmp_path / "run").glob("step-*")) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"step-00000002 cannot be read.*Delete it"):
+        healed(tmp_path / "run", recipe_of(steps=2))
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    """Where the second checkpoint cannot be written, the first one is whole, and what can be done is said."""
+    whole, _ = healed(None)
+    save, saves = Accelerator.save_state, 0
+
+    def fill(self, output_dir, **options):
+        nonlocal saves
+        saves += 1
+        save(self, output_dir, **options)
+        if saves == 3:
+            (Path(output_dir) / "model.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Accelerator, "save_state", fill)
+    with pytest.raises(LayerFuseError, match=r"No space left on device.*Make room"):
+        healed(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*.partial"))
+    assert "step-00000002" in [path.name for path in (tmp_path / "run").iterdir()]
+    student, _ = healed(tmp_path / "run")
+    assert_equal(student, whole)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_an_explosion_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, value):
+    """A loss that is not finite, or many times the first one, ends the training; what was good is still there."""
+    from hf_layerfuse.objective import Objective
+
+    train, calls = Objective.train, 0
+
+    def explode(self, model, batch):
+        nonlocal calls
+        calls += 1
+        loss = train(self, model, batch)
+        return loss * value if calls == 11 else loss
+
+    monkeypatch.setattr(Objective, "train", explode)
+    with pytest.raises(LayerFuseError, match=r"at step 6 of 9, after .* lower heal\.learning_rate.* is whole"):
+        healed(tmp_path / "run")
+    monkeypatch.setattr(Objective, "train", train)
+    student, _ = healed(tmp_path / "run")
+    assert_equal(student, healed(None)[0])
+
+
+def test_recomputed_states_give_the_same_training():
+    """Gradient checkpointing changes nothing but memory, inner states being compared or not, and is off afterwards."""
+    expected, _ = healed(None)
+    student, _ = healed(None, recipe_of(hidden_weight=0.5, gradient_checkpointing=True))
+    ours, theirs = weights(student), weights(expected)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-5)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in student.modules())
+    assert student.config.use_cache
+
+
+def test_a_tracker_sees_losses_and_rates():
+    """What is logged goes to the trackers of the accelerator that was given."""
+    from accelerate.tracking import GeneralTracker
+
+    class Recorder(GeneralTracker):
+        name, requires_logging_directory, tracker, rows = "recorder", False, None, []
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step=None, **options):
+            self.rows.append((step, values))
+
+    accelerator = Accelerator(log_with=Recorder(), cpu=True)
+    accelerator.init_trackers("test")
+    _, report = healed(None, accelerator=accelerator)
+    assert [
+        (step, values["train/loss"]) for step, values in Recorder.rows if "train/loss" in values
+    ] == report.train_loss
+    assert [(s, v["validation/loss"]) for s, v in Recorder.rows if "validation/loss" in v] == report.validation_loss
+    assert all(values["train/lr"] >= 0 for _, values in Recorder.rows if "train/lr" in values)
+
+
+def test_a_tracker_that_is_not_there_is_refused():
+    """Accelerate would leave it out without a word."""
+    with pytest.raises(RecipeError, match=r"log_with='abacus' is not installed"):
+        healed(None, recipe_of(log_with="abacus"))
