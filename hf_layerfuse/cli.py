@@ -17,7 +17,7 @@ from .recipe import load_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a recipe. Returns 0, or 1 after a `LayerFuseError`, whose message goes to standard error."""
+    """Run a recipe. Returns 0, 130 after Ctrl-C, or 1 after a `LayerFuseError`, which goes to standard error."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="fuse.py",
@@ -45,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if process_state().is_main_process:
             print(f"fuse.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        if process_state().is_main_process:
+            print("fuse.py: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
     return 0
 
 

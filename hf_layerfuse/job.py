@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import platform
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -34,7 +35,7 @@ from .heal import heal
 from .latency import latency_side_by_side
 from .layermap import layer_map
 from .modeling import load_checkpoint
-from .output import check_output, new_directory
+from .output import MARK, check_output, new_directory, unfinished
 from .plan import Plan
 from .processes import process_state
 from .recipe import Recipe
@@ -73,17 +74,11 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
     original.to(state.device)
     adapter_for(original)  # an unknown architecture is refused before the data are read
     inputs = _Inputs(recipe, processor, original)
-    batches = inputs.calibration()
-
-    say("fusing")
-    found = search(original, recipe.fusion, batches)
-    plan, fused = found.plan, _round(found.model, inputs.dtype)
-    warn_if_useless(original, fused, batches)
-
-    results: dict[str, Any] = {"before": inputs.measure(original, original, "the original")}
-    results["fused"] = inputs.measure(fused, original, "the fused model")
+    files = [_stamp(path) for path in (recipe.model, data.train, data.validation, data.test)]
+    work = unfinished(recipe.output_dir, [files, _identity(recipe, "heal", "overwrite", "output_dir")])
+    fused, plan, results = _fused(recipe, original, inputs, work / "fused")
     if recipe.heal.steps > 0:
-        say(f"healing for {recipe.heal.steps} steps")
+        say(f"healing for {recipe.heal.steps} steps; where it is interrupted, the same command goes on")
         report = heal(
             fused,
             inputs.train_loader(),
@@ -92,6 +87,7 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
             matches=layer_map(fused, original, plan),
             validation_batches=inputs.validation_batches(),
             seed=recipe.seed,
+            checkpoints=unfinished(work / "heal", _identity(recipe.heal)),
         )
         _round(fused, inputs.dtype)
         results["healed"] = inputs.measure(fused, original, "the healed model")
@@ -100,11 +96,54 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
 
     if state.is_main_process:
         _save(recipe, fused, processor, inputs.dtype, plan, results, command)
+        shutil.rmtree(work, ignore_errors=True)
         print(text_table(rows(results)))
         print(f"\nWritten to {recipe.output_dir}")
     state.wait_for_everyone()
     state.destroy_process_group()
     return results
+
+
+def _identity(recipe: Any, *without: str) -> dict[str, Any]:
+    """What makes a run what it is."""
+    fields = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in without}
+    return {**fields, "version": __version__, "processes": process_state().num_processes}
+
+
+def _stamp(path: str | None) -> list[int] | None:
+    """Number, size and date of the files that a path names, which change when they do; None is no path."""
+    if path is None or not Path(path).exists():
+        return None
+    stats = [file.stat() for file in (Path(path), *Path(path).rglob("*")) if file.is_file()]
+    return [len(stats), sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
+
+
+def _fused(
+    recipe: Recipe, original: PreTrainedModel, inputs: _Inputs, stage: Path
+) -> tuple[PreTrainedModel, Plan, dict[str, Any]]:
+    """The model before healing, its plan, and what was measured; as an interrupted run left them, if there was one."""
+    state = process_state()
+    if (stage / MARK).is_file():
+        say(f"going on with what an interrupted run left in {stage.parent}")
+        model = load_checkpoint(stage, auto_class=AUTO_CLASSES[recipe.task], dtype=torch.float32).to(state.device)
+        model.config.name_or_path = model.name_or_path = original.name_or_path
+        return model, Plan.load(stage / "plan.json"), json.loads((stage / MARK).read_text(encoding="utf-8"))
+    batches = inputs.calibration()
+    say("fusing")
+    found = search(original, recipe.fusion, batches)
+    plan, fused = found.plan, _round(found.model, inputs.dtype)
+    warn_if_useless(original, fused, batches)
+    results = {
+        "before": inputs.measure(original, original, "the original"),
+        "fused": inputs.measure(fused, original, "the fused model"),
+    }
+    if state.is_main_process:
+        with new_directory(stage) as path:
+            fused.save_pretrained(path)
+            (path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+            (path / MARK).write_text(json.dumps(results) + "\n", encoding="utf-8")
+    state.wait_for_everyone()
+    return fused, plan, results
 
 
 def say(message: str) -> None:
@@ -274,6 +313,6 @@ def _save(
         _save_weights(model, dtype, path)
         processor.save_pretrained(path)
         (path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-        (path / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (path / MARK).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         model_card(recipe, plan, results, command).save(path / "README.md")
         verify(model, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -50,6 +52,18 @@ def check_output(path: str | Path, overwrite: bool, keep: Iterable[str | None] =
         tempfile.TemporaryDirectory(prefix=".layerfuse-", dir=target.parent).cleanup()
     except OSError as error:
         raise CheckpointError(f"output_dir={str(path)!r} cannot be written: {error}. Choose another.") from error
+
+
+def unfinished(path: str | Path, run: object) -> Path:
+    """Where a run that will write to `path` keeps what it has done so far, so that the same one can go on from there.
+
+    Args:
+        path: directory to be.
+        run: JSON types that make a run what it is: another one has another place.
+    """
+    path = Path(path).absolute()
+    digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:10]
+    return path.with_name(f".{path.name}-{digest}.unfinished")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_model
 from PIL import Image
@@ -196,8 +197,9 @@ def test_never_overwrites_its_inputs(tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_interrupted_while_saving(tmp_path, monkeypatch):
-    """Ctrl-C in the middle of saving leaves what was there before, and nothing half-written."""
+def test_interrupted_while_saving(tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the middle of saving leaves what was there before; what was done so far is kept elsewhere, until the
+    same command has come to its end."""
     words = [*causal_lm(tmp_path), "--heal.steps", "0", "--evaluate.latency", "false", "--overwrite"]
     out = tmp_path / "out"
     before = set(tmp_path.iterdir())
@@ -207,15 +209,50 @@ def test_interrupted_while_saving(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(job, "model_card", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            main(words)
-        assert set(tmp_path.iterdir()) == before
+        assert main(words) == 130
+        assert "the same command goes on" in capsys.readouterr().err
+        assert [path.suffix for path in set(tmp_path.iterdir()) - before] == [".unfinished"]
         out.mkdir()
         (out / "results.json").write_text("old")
-        with pytest.raises(KeyboardInterrupt):
-            main(words)
+        assert main(words) == 130
     assert [path.name for path in out.iterdir()] == ["results.json"]
+    assert (out / "results.json").read_text() == "old"
+    assert main(words) == 0
     assert set(tmp_path.iterdir()) == {*before, out}
+
+
+def test_interrupted_while_healing(tmp_path, monkeypatch):
+    """Stopped in its steps and started again, a run fuses nothing anew and ends with the same file, to the bit; with
+    other data it starts afresh."""
+    words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--heal.steps", "6", "--heal.eval_every", "2"]
+    assert main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
+    backward, passes = Accelerator.backward, 0
+
+    def interrupt(self, loss, **options):
+        nonlocal passes
+        passes += 1
+        if passes == 4:
+            raise KeyboardInterrupt
+        backward(self, loss, **options)
+
+    monkeypatch.setattr(Accelerator, "backward", interrupt)
+    with monkeypatch.context() as patch:
+        assert main(words) == 130
+        patch.setattr(job, "search", lambda *arguments: pytest.fail("it fused again"))
+        assert main(words) == 0
+    assert passes == 4 + 4
+    results = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert results[0] == results[1]
+    figures = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "out")]
+    for part in ("before", "fused", "healed"):
+        assert figures[0][part]["metrics"] == figures[1][part]["metrics"]
+
+    passes = 0
+    assert main([*words, "--output_dir", str(tmp_path / "other")]) == 130
+    (tmp_path / "train.txt").write_text("\n".join(sentences(70, 1)) + "\n")
+    passes = 4
+    assert main([*words, "--output_dir", str(tmp_path / "other")]) == 0
+    assert passes == 4 + 6
 
 
 @pytest.mark.parametrize(
