@@ -31,15 +31,18 @@ from . import __version__, evaluate
 from .adapters import adapter_for
 from .data import calibration_batches, load_splits, loader, prepare, text_of
 from .errors import CheckpointError
+from .grouping import groups_of
 from .heal import heal
 from .latency import latency_side_by_side
 from .layermap import layer_map
-from .modeling import load_checkpoint
+from .methods.fusion import plan_fusion
+from .modeling import expand, load_checkpoint
 from .output import MARK, check_output, new_directory, unfinished
 from .plan import Plan
 from .processes import process_state
-from .recipe import Recipe
+from .recipe import TARGETS, FusionRecipe, Recipe
 from .report import model_card, rows, text_table
+from .schedule import compose, keeps_of, steps_of
 from .search import search
 from .verify import verify, warn_if_useless
 
@@ -75,23 +78,13 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
     adapter_for(original)  # an unknown architecture is refused before the data are read
     inputs = _Inputs(recipe, processor, original)
     files = [_stamp(path) for path in (recipe.model, data.train, data.validation, data.test)]
-    work = unfinished(recipe.output_dir, [files, _identity(recipe, "heal", "overwrite", "output_dir")])
-    fused, plan, results = _fused(recipe, original, inputs, work / "fused")
+    # one fused model serves every way to heal it; what is fused further depends on how it was healed before
+    other = ("overwrite", "output_dir", *(("heal",) if recipe.heal.schedule == "one-shot" else ()))
+    work = unfinished(recipe.output_dir, [files, _identity(recipe, *other)])
+    fused, plan, results = _fuse_and_heal(recipe, original, inputs, work)
     if recipe.heal.steps > 0:
-        say(f"healing for {recipe.heal.steps} steps; where it is interrupted, the same command goes on")
-        report = heal(
-            fused,
-            inputs.train_loader(),
-            recipe.heal,
-            teacher=original,
-            matches=layer_map(fused, original, plan),
-            validation_batches=inputs.validation_batches(),
-            seed=recipe.seed,
-            checkpoints=unfinished(work / "heal", _identity(recipe.heal)),
-        )
         _round(fused, inputs.dtype)
         results["healed"] = inputs.measure(fused, original, "the healed model")
-        results["heal"] = dataclasses.asdict(report)
     results |= {"metrics_on": inputs.reported, "recipe": dataclasses.asdict(recipe), "environment": _environment()}
 
     if state.is_main_process:
@@ -118,32 +111,72 @@ def _stamp(path: str | None) -> list[int] | None:
     return [len(stats), sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
 
 
-def _fused(
-    recipe: Recipe, original: PreTrainedModel, inputs: _Inputs, stage: Path
+def _rounds(recipe: Recipe, original: PreTrainedModel, inputs: _Inputs) -> list[tuple[int | None, int]]:
+    """For each round, the blocks that stay distinct (None: what the recipe asks for) and the steps of healing."""
+    if recipe.heal.schedule == "one-shot":
+        return [(None, recipe.heal.steps)]
+    plan = plan_fusion(original, recipe.fusion, inputs.calibration())
+    kind = "mlp" if recipe.fusion.blocks == "separate" else recipe.fusion.blocks
+    keeps = keeps_of(plan.num_layers, len(groups_of(plan, kind)), recipe.heal)
+    return list(zip(keeps, steps_of(recipe.heal.steps, len(keeps)), strict=True))
+
+
+def _fuse_and_heal(
+    recipe: Recipe, original: PreTrainedModel, inputs: _Inputs, work: Path
 ) -> tuple[PreTrainedModel, Plan, dict[str, Any]]:
-    """The model before healing, its plan, and what was measured; as an interrupted run left them, if there was one."""
+    """All rounds of fusing and healing: the model, one plan for all of them, and what was measured."""
+    rounds = _rounds(recipe, original, inputs)
+    fused, plan, results, reports = original, None, {}, []
+    for number, (keep, steps) in enumerate(rounds, 1):
+        source = expand(fused) if plan else original
+        target = {} if keep is None else dict.fromkeys(TARGETS) | {"keep_layers": keep}
+        stage = work / f"fused-{number}"
+        if not (stage / MARK).is_file():
+            _fuse(dataclasses.replace(recipe.fusion, **target), source, original, inputs, stage)
+        fused = load_checkpoint(stage, auto_class=AUTO_CLASSES[recipe.task], dtype=torch.float32).to(original.device)
+        fused.config.name_or_path = fused.name_or_path = original.name_or_path
+        step = Plan.load(stage / "plan.json")
+        plan = compose(plan, step) if plan else step
+        results |= json.loads((stage / MARK).read_text(encoding="utf-8"))
+        if steps > 0:
+            say(f"healing for {steps} steps; where it is interrupted, the same command goes on")
+            healing = dataclasses.replace(recipe.heal, steps=steps)
+            report = heal(
+                fused,
+                inputs.train_loader(),
+                healing,
+                teacher=original,
+                matches=layer_map(fused, original, plan),
+                validation_batches=inputs.validation_batches(),
+                seed=recipe.seed + number - 1,
+                checkpoints=unfinished(work / f"heal-{number}", _identity(healing)),
+            )
+            reports.append({"keep_layers": keep, **dataclasses.asdict(report)})
+    if reports:
+        results["heal"] = reports[-1]
+    if len(reports) > 1:
+        results["rounds"] = reports
+    return fused, plan, results
+
+
+def _fuse(
+    fusion: FusionRecipe, source: PreTrainedModel, original: PreTrainedModel, inputs: _Inputs, stage: Path
+) -> None:
+    """Fuse a model, measure it, and leave it, its plan and its figures in a folder, whole or not at all."""
     state = process_state()
-    if (stage / MARK).is_file():
-        say(f"going on with what an interrupted run left in {stage.parent}")
-        model = load_checkpoint(stage, auto_class=AUTO_CLASSES[recipe.task], dtype=torch.float32).to(state.device)
-        model.config.name_or_path = model.name_or_path = original.name_or_path
-        return model, Plan.load(stage / "plan.json"), json.loads((stage / MARK).read_text(encoding="utf-8"))
     batches = inputs.calibration()
     say("fusing")
-    found = search(original, recipe.fusion, batches)
-    plan, fused = found.plan, _round(found.model, inputs.dtype)
+    found = search(source, fusion, batches)
+    fused = _round(found.model, inputs.dtype)
     warn_if_useless(original, fused, batches)
-    results = {
-        "before": inputs.measure(original, original, "the original"),
-        "fused": inputs.measure(fused, original, "the fused model"),
-    }
+    results = {} if source is not original else {"before": inputs.measure(original, original, "the original")}
+    results["fused"] = inputs.measure(fused, original, "the fused model")
     if state.is_main_process:
         with new_directory(stage) as path:
             fused.save_pretrained(path)
-            (path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+            (path / "plan.json").write_text(found.plan.to_json(), encoding="utf-8")
             (path / MARK).write_text(json.dumps(results) + "\n", encoding="utf-8")
     state.wait_for_everyone()
-    return fused, plan, results
 
 
 def say(message: str) -> None:

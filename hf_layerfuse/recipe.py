@@ -233,7 +233,12 @@ class HealRecipe:
     follows from the plan: the last original layer of its group.
 
     Attributes:
-        steps: optimiser steps; 0 skips healing.
+        steps: optimiser steps, of all rounds together; 0 skips healing.
+        schedule: `one-shot` fuses everything at once. The others fuse a step, heal, and fuse further, in so many
+            `rounds`: `uniform` takes equal steps, `exponential` larger ones early (O'Neill et al. 2021, section 3).
+        rounds: of an iterative schedule.
+        curriculum_rate: how early an `exponential` schedule fuses: after round t of T, (1 - e^(-rate t / T)) /
+            (1 - e^-rate) of all is done.
         batch_size: sequences or images per device and step.
         gradient_accumulation_steps: batches that make one optimiser step.
         learning_rate: peak of the warm-up and cosine schedule.
@@ -257,6 +262,9 @@ class HealRecipe:
     """
 
     steps: int = 500
+    schedule: Literal["one-shot", "uniform", "exponential"] = "one-shot"
+    rounds: int = 3
+    curriculum_rate: float = 2.0
     batch_size: int = 16
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4
@@ -278,10 +286,15 @@ class HealRecipe:
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, f"heal.steps={self.steps}: use 0 to skip healing, or more.")
-        for field in ("batch_size", "gradient_accumulation_steps", "eval_every", "patience"):
+        _require(
+            self.schedule == "one-shot" or self.steps >= self.rounds,
+            f"heal.schedule={self.schedule!r} heals in each of heal.rounds={self.rounds}, and there are "
+            f"heal.steps={self.steps}: use more steps, or schedule 'one-shot'.",
+        )
+        for field in ("rounds", "batch_size", "gradient_accumulation_steps", "eval_every", "patience"):
             value = getattr(self, field)
             _require(value is None or value >= 1, f"heal.{field}={value}: use a whole number of 1 or more.")
-        for field in ("learning_rate", "max_grad_norm", "temperature"):
+        for field in ("curriculum_rate", "learning_rate", "max_grad_norm", "temperature"):
             value = getattr(self, field)
             _require(value > 0, f"heal.{field}={value}: use a number above 0.")
         losses = ("ce_weight", "kl_weight", "hidden_weight", "attention_weight")
@@ -346,6 +359,15 @@ class Recipe:
     fusion: FusionRecipe
     heal: HealRecipe = dataclasses.field(default_factory=HealRecipe)
     evaluate: EvaluateRecipe = dataclasses.field(default_factory=EvaluateRecipe)
+
+    def __post_init__(self) -> None:
+        whole = self.fusion.mode != "depth" or self.fusion.blocks == "layer"
+        _require(
+            self.heal.schedule == "one-shot" or whole,
+            f"heal.schedule={self.heal.schedule!r} with fusion.mode='depth' and fusion.blocks={self.fusion.blocks!r}: "
+            "attention or MLP blocks that are gone cannot be fused further. Use whole layers, mode 'share', or "
+            "schedule 'one-shot'.",
+        )
 
 
 _SECTIONS = {"data": DataRecipe, "fusion": FusionRecipe, "heal": HealRecipe, "evaluate": EvaluateRecipe}

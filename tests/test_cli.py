@@ -255,6 +255,39 @@ def test_interrupted_while_healing(tmp_path, monkeypatch):
     assert passes == 4 + 6
 
 
+@pytest.mark.parametrize("mode", ["depth", "share"])
+def test_fused_in_rounds(tmp_path, monkeypatch, mode):
+    """An iterative schedule fuses a step, heals and fuses further, from what was healed; interrupted in a later round,
+    it goes on there, and ends with the same file."""
+    words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--fusion.keep_layers", "2", "--fusion.mode", mode]
+    words += ["--heal.schedule", "uniform", "--heal.rounds", "2", "--heal.steps", "4", "--heal.eval_every", "1"]
+    assert main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert [(r["keep_layers"], r["steps"]) for r in results["rounds"]] == [(4, 2), (2, 2)]
+    plan = Plan.load(tmp_path / "whole" / "plan.json")
+    assert len(plan.notes["rounds"]) == 2
+    assert sum(len(edit.layers) - 1 for edit in plan.edits) == 4
+    assert plan.num_layers == 6
+    model = AutoFusedModel.from_pretrained(tmp_path / "whole")
+    assert model.num_parameters() == results["healed"]["parameters"] < results["before"]["parameters"]
+
+    backward, passes = Accelerator.backward, 0
+
+    def interrupt(self, loss, **options):
+        nonlocal passes
+        passes += 1
+        if passes == 4:
+            raise KeyboardInterrupt
+        backward(self, loss, **options)
+
+    monkeypatch.setattr(Accelerator, "backward", interrupt)
+    assert main(words) == 130
+    assert main(words) == 0
+    assert passes == 4 + 1
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -24,6 +24,7 @@ RANKS = (
     ("walk",),
     ("edits", "calibration", "mapfit"),
     ("inputs", "relaxed"),
+    ("schedule",),
     ("adapters", "plan", "recipe"),
     ("math", "prediction"),
     ("errors", "modes", "processes", "states"),
