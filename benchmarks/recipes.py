@@ -18,17 +18,18 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoTokenizer
 
 from hf_layerfuse import AutoFusedModel, Plan, evaluate
 from hf_layerfuse.cli import parse_overrides
 from hf_layerfuse.data import load_splits, loader, prepare, text_of
 from hf_layerfuse.heal import heal
-from hf_layerfuse.job import AUTO_CLASSES
 from hf_layerfuse.latency import latency_side_by_side
 from hf_layerfuse.modeling import load_checkpoint
 from hf_layerfuse.recipe import Recipe, load_recipe
 from hf_layerfuse.report import model_card, rows, text_table
+from hf_layerfuse.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -102,8 +103,10 @@ def retrain_original(recipe: Recipe, threads: int) -> dict:
     """Heal the original on the same batches, steps and losses as the fused model had, and measure it."""
     torch.set_num_threads(threads)
     data, task = recipe.data, recipe.task
-    model = load_checkpoint(recipe.model, auto_class=AUTO_CLASSES[task], dtype=torch.float32)
-    teacher = load_checkpoint(recipe.model, auto_class=AUTO_CLASSES[task], dtype=torch.float32)
+    model = load_checkpoint(recipe.model, auto_class=getattr(transformers, TASKS[task].auto_class), dtype=torch.float32)
+    teacher = load_checkpoint(
+        recipe.model, auto_class=getattr(transformers, TASKS[task].auto_class), dtype=torch.float32
+    )
     tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     label2id = model.config.label2id if task == "text-classification" else None
     splits = load_splits(data, task, recipe.seed, label2id=label2id)
@@ -125,7 +128,9 @@ def time_again(name: str, results: dict, threads: int) -> None:
     """Replace the latencies in results, and the card, by those of the original and the result side by side."""
     torch.set_num_threads(threads)
     recipe, output = _recipe(name), ROOT / "outputs" / name
-    original = load_checkpoint(recipe.model, auto_class=AUTO_CLASSES[recipe.task], dtype=torch.float32)
+    original = load_checkpoint(
+        recipe.model, auto_class=getattr(transformers, TASKS[recipe.task].auto_class), dtype=torch.float32
+    )
     model = AutoFusedModel.from_pretrained(output, dtype=torch.float32)
     models = {"before": original, "fused": model, "healed": model}  # healing changes no shape
     timed = latency_side_by_side(models, sequence_length=recipe.data.max_length, repeats=20)

@@ -1,4 +1,4 @@
-"""From a data recipe to batches: load, check, tokenise, pack into windows, collate."""
+"""From a data recipe to batches: load, check, tokenise, pack into windows."""
 
 import csv
 import glob
@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from .collate import ROW, CollateImages, CollateText
 from .errors import DataError
-from .labels import encode_labels
-from .recipe import DataRecipe, Task
+from .labels import encode_labels, encode_word_labels
+from .recipe import DataRecipe
+from .tasks import TASKS, Task
 
 Processor = PreTrainedTokenizerBase | BaseImageProcessor
 
@@ -31,9 +33,7 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _COMPRESSIONS = (".xz", ".gz")
 _LINES_AT_ONCE = 10_000  # bounds the memory of the tokeniser; more than the lines of WikiText-2 validation or test
-_LABELLED_TASKS = ("text-classification", "image-classification")
 _STRINGS = ("string", "large_string")
-_PADDING = {"labels": -100, "attention_mask": 0, "token_type_ids": 0}
 
 
 def load_splits(data: DataRecipe, task: Task, seed: int, *, label2id: dict[str, int] | None = None) -> DatasetDict:
@@ -59,7 +59,9 @@ def load_splits(data: DataRecipe, task: Task, seed: int, *, label2id: dict[str, 
         if source is not None:
             splits[split] = _load_hub(data, source) if data.name else _load_local(source, split)
             _check_columns(splits[split], split, data, task)
-    if task in _LABELLED_TASKS:
+    if TASKS[task].labels == "word":
+        encode_word_labels(splits, data.label_column, label2id)
+    if TASKS[task].labels == "row":
         encode_labels(splits, data.label_column, label2id)
         for split, rows in splits.items():
             labels = np.asarray(rows[data.label_column][:])
@@ -86,7 +88,9 @@ def prepare(dataset: Dataset, processor: Processor, data: DataRecipe, task: Task
     """Turn rows into model inputs.
 
     Causal language models get windows of `data.max_length` tokens of the joined text, without overlap and without
-    special tokens; text is tokenised in pieces of 10,000 lines. Images are processed when they are read.
+    special tokens; text is tokenised in pieces of 10,000 lines. Masked language models read line by line; empty lines
+    are left out. Of a word that is several tokens, the first one has its label. Images are processed when they are
+    read.
 
     Args:
         dataset: one split of `load_splits`.
@@ -98,7 +102,8 @@ def prepare(dataset: Dataset, processor: Processor, data: DataRecipe, task: Task
 
     Returns:
         Rows with `input_ids`, or `pixel_values` of shape (channels, height, width), and `labels` where the task has
-        them. For causal language models `labels` are the `input_ids`; the model shifts them.
+        them. For causal language models `labels` are the `input_ids`; the model shifts them. Those of masked language
+        models are drawn when rows are batched.
 
     Raises:
         DataError: `data.max_length` is longer than the model reads, or there is no whole window to train on.
@@ -113,28 +118,46 @@ def prepare(dataset: Dataset, processor: Processor, data: DataRecipe, task: Task
         return _first(_windows(dataset, processor, data, training), limit)
 
     rows = _first(dataset.select_columns(_columns(data, task)), limit)
-    label = data.label_column if task in _LABELLED_TASKS else None
+    if task == "masked-lm":
+        rows = rows.filter(_has_words, fn_kwargs={"text": data.text_column})
+    if task == "masked-lm" or (training and task == "image-classification"):
+        rows = rows.add_column(ROW, np.arange(len(rows)))
+    label = data.label_column if TASKS[task].labels else None
     if task == "image-classification":
         return rows.with_transform(partial(_pixels, processor=processor, image=data.image_column, label=label))
     # A tokenizer remembers the truncation it was last called with, and the cache key of `map` covers that state:
     # calling it once beforehand makes the key the same on the first run and on every later one.
     processor("", truncation=True, max_length=data.max_length)
     arguments = {"tokenizer": processor, "text": data.text_column, "label": label, "max_length": data.max_length}
-    return rows.map(_tokenise, batched=True, remove_columns=rows.column_names, fn_kwargs=arguments, desc="tokenise")
+    tokenise = _tokenise_words if TASKS[task].content == "words" else _tokenise
+    gone = [column for column in rows.column_names if column != ROW]
+    return rows.map(
+        tokenise, batched=True, remove_columns=gone, fn_kwargs=arguments, num_proc=data.num_proc, desc="tokenise"
+    )
 
 
 def loader(
-    prepared: Dataset, processor: Processor, batch_size: int, *, shuffle: bool, seed: int, task: Task
+    prepared: Dataset,
+    processor: Processor,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    seed: int,
+    task: Task,
+    augment: bool = False,
 ) -> DataLoader:
     """Batch prepared rows into dicts of tensors for `model(**batch)`; text is padded on the right, with a mask.
+
+    Masked words are those of epoch 0 until the `set_epoch` of `collate_fn` is called; `heal` does that.
 
     Args:
         prepared: what `prepare` returns.
         processor: the one it was prepared with.
         batch_size: rows per batch.
         shuffle: read in an order drawn anew from `seed` every epoch, and leave out a last, smaller batch.
-        seed: of the order.
+        seed: of the order, of masked words and of augmentation.
         task: as for `prepare`.
+        augment: shift and mirror images of a shuffled training set.
 
     Returns:
         Batches with `input_ids` and `attention_mask` (batch, tokens), or `pixel_values` (batch, channels, height,
@@ -148,15 +171,16 @@ def loader(
             f"{len(prepared)} training rows do not fill a batch of {batch_size}: lower the batch size or use more rows."
         )
     if task == "image-classification":
-        collate = _collate_images
+        collate = CollateImages(seed, moves=shuffle and ROW in prepared.column_names and augment)
     else:
-        pad = processor.pad_token_id
-        if pad is None and task != "causal-lm":
+        if processor.pad_token_id is None and task != "causal-lm":
             raise DataError(
                 "the tokenizer has no padding token, so texts of different lengths cannot share a batch: set "
                 "tokenizer.pad_token (to tokenizer.eos_token, for example) and model.config.pad_token_id to match."
             )
-        collate = partial(_collate_text, pad=pad or 0)  # windows of a causal model are masked, so any token will do
+        if task == "masked-lm" and processor.mask_token_id is None:
+            raise DataError("the tokenizer has no mask token, which masked-lm needs: set tokenizer.mask_token.")
+        collate = CollateText(processor, seed, masks=task == "masked-lm")
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(prepared, batch_size, shuffle, drop_last=shuffle, collate_fn=collate, generator=generator)
 
@@ -207,7 +231,7 @@ def _load(what: str, builder: str, *, split: str = "train", **options: Any) -> D
 
 def _columns(data: DataRecipe, task: Task) -> list[str]:
     content = data.image_column if task == "image-classification" else data.text_column
-    return [content, data.label_column] if task in _LABELLED_TASKS else [content]
+    return [content, data.label_column] if TASKS[task].labels else [content]
 
 
 def _check_columns(rows: Dataset, split: str, data: DataRecipe, task: Task) -> None:
@@ -223,8 +247,13 @@ def _check_columns(rows: Dataset, split: str, data: DataRecipe, task: Task) -> N
         if rows.data.column(column).null_count:
             raise DataError(f"column {column!r} of {split} has missing values: fill them in or remove those rows.")
     feature = rows.features[columns[0]]
-    is_image, is_text = isinstance(feature, datasets.Image), getattr(feature, "dtype", None) in _STRINGS
-    if not (is_image if task == "image-classification" else is_text):
+    words = getattr(feature, "feature", None)
+    fits = {
+        "image": isinstance(feature, datasets.Image),
+        "text": getattr(feature, "dtype", None) in _STRINGS,
+        "words": getattr(words, "dtype", None) in _STRINGS,
+    }
+    if not fits[TASKS[task].content]:
         raise DataError(
             f"column {columns[0]!r} of {split} holds {feature}, which {task} cannot read: choose another column."
         )
@@ -274,24 +303,23 @@ def _tokenise(
     return rows if label is None else {**rows, "labels": batch[label]}
 
 
+def _tokenise_words(
+    batch: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, text: str, label: str, max_length: int
+) -> dict[str, list[Any]]:
+    rows = tokenizer(batch[text], is_split_into_words=True, truncation=True, max_length=max_length)
+    labels = []
+    for place, of_words in enumerate(batch[label]):
+        words = rows.word_ids(place)
+        first = [word is not None and word != before for before, word in zip([None, *words], words, strict=False)]
+        labels.append([of_words[word] if starts else -100 for word, starts in zip(words, first, strict=True)])
+    return {**rows, "labels": labels}
+
+
+def _has_words(row: dict[str, Any], text: str) -> bool:
+    return bool(row[text].strip())
+
+
 def _pixels(batch: dict[str, list[Any]], processor: BaseImageProcessor, image: str, label: str) -> dict[str, Any]:
     images = [picture.convert("RGB") for picture in batch[image]]  # grey and transparent images among coloured ones
-    return {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"], "labels": batch[label]}
-
-
-def _collate_text(rows: list[dict[str, Any]], pad: int) -> dict[str, Tensor]:
-    rows = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
-    longest = max(len(row["input_ids"]) for row in rows)
-    batch = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        if isinstance(values[0], list):
-            fill = _PADDING.get(name, pad)
-            values = [value + [fill] * (longest - len(value)) for value in values]
-        batch[name] = torch.tensor(values)
-    return batch
-
-
-def _collate_images(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    labels = torch.tensor([int(row["labels"]) for row in rows])
-    return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": labels}
+    found = {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"], "labels": batch[label]}
+    return found if ROW not in batch else {**found, ROW: batch[ROW]}

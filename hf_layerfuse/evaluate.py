@@ -117,12 +117,12 @@ def classification(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
     """Measure a classifier.
 
     Args:
-        model: maps a batch without its labels to `logits` of shape (batch, classes).
-        batches: inputs with `labels` of shape (batch,).
+        model: maps a batch without its labels to `logits` of shape (batch, classes), or (batch, tokens, classes).
+        batches: inputs with `labels` of shape (batch,), or (batch, tokens), where -100 does not count.
         bf16: compute in bfloat16 autocast.
 
     Returns:
-        `accuracy` (share), `cross_entropy` (mean, in nats) and `examples`.
+        `accuracy` (share), `cross_entropy` (mean, in nats) and `examples` (rows, or tokens that count).
 
     Raises:
         DataError: there are no batches.
@@ -132,7 +132,9 @@ def classification(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
         for batch in tqdm(batches, desc="classification", disable=None):
             inputs = {name: value.to(device) for name, value in batch.items()}
             labels = inputs.pop("labels")
-            logits = model(**inputs).logits.float()
+            logits = model(**inputs).logits
+            counts = labels != -100
+            logits, labels = logits[counts].float(), labels[counts]
             metric.add_batch(predictions=logits.argmax(-1), references=labels)
             loss += F.cross_entropy(logits, labels, reduction="sum").item()
             examples += len(labels)

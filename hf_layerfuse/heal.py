@@ -201,8 +201,9 @@ class _Loop:
         """Training batches without end, from where the progress is."""
         progress = self.progress
         while True:
-            if hasattr(self.loader, "set_epoch"):
-                self.loader.set_epoch(progress.epoch)
+            for part in (self.loader, getattr(self.loader, "collate_fn", None)):
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(progress.epoch)
             left = self.loader
             if progress.batch:
                 left = self.accelerator.skip_first_batches(self.loader, progress.batch)

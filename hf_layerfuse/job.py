@@ -16,16 +16,7 @@ import accelerate
 import datasets
 import torch
 import transformers
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    set_seed,
-)
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, set_seed
 
 from . import __version__, evaluate
 from .adapters import adapter_for
@@ -44,14 +35,8 @@ from .recipe import TARGETS, FusionRecipe, Recipe
 from .report import model_card, rows, text_table
 from .schedule import compose, keeps_of, steps_of
 from .search import search
+from .tasks import TASKS
 from .verify import verify, warn_if_useless
-
-AUTO_CLASSES = {
-    "causal-lm": AutoModelForCausalLM,
-    "text-classification": AutoModelForSequenceClassification,
-    "image-classification": AutoModelForImageClassification,
-    "feature-extraction": AutoModel,
-}
 
 
 def run(recipe: Recipe, command: str) -> dict[str, Any]:
@@ -97,6 +82,10 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
     return results
 
 
+def _auto_class(recipe: Recipe) -> Any:
+    return getattr(transformers, TASKS[recipe.task].auto_class)
+
+
 def _identity(recipe: Any, *without: str) -> dict[str, Any]:
     """What makes a run what it is."""
     fields = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in without}
@@ -133,7 +122,7 @@ def _fuse_and_heal(
         stage = work / f"fused-{number}"
         if not (stage / MARK).is_file():
             _fuse(dataclasses.replace(recipe.fusion, **target), source, original, inputs, stage)
-        fused = load_checkpoint(stage, auto_class=AUTO_CLASSES[recipe.task], dtype=torch.float32).to(original.device)
+        fused = load_checkpoint(stage, auto_class=_auto_class(recipe), dtype=torch.float32).to(original.device)
         fused.config.name_or_path = fused.name_or_path = original.name_or_path
         step = Plan.load(stage / "plan.json")
         plan = compose(plan, step) if plan else step
@@ -189,7 +178,7 @@ def _load(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
     say(f"loading {recipe.model}")
     trust = {"trust_remote_code": True} if recipe.trust_remote_code else {}
     auto_class = AutoImageProcessor if recipe.task == "image-classification" else AutoTokenizer
-    model = load_checkpoint(recipe.model, auto_class=AUTO_CLASSES[recipe.task], dtype=torch.float32, **trust)
+    model = load_checkpoint(recipe.model, auto_class=_auto_class(recipe), dtype=torch.float32, **trust)
     try:
         processor = auto_class.from_pretrained(recipe.model, **trust)
     except (OSError, ValueError) as error:
@@ -231,7 +220,7 @@ class _Inputs:
         self.recipe, self.processor = recipe, processor
         # the result is saved in the data type of the original's file, whatever it was computed in
         self.dtype = _file_dtype(recipe)
-        label2id = model.config.label2id if "classification" in recipe.task else None
+        label2id = model.config.label2id if TASKS[recipe.task].labels else None
         self.splits = load_splits(recipe.data, recipe.task, recipe.seed, label2id=label2id)
         self.reported = "test" if "test" in self.splits else "validation"
         self.train = self._prepare("train", training=True)
@@ -254,7 +243,13 @@ class _Inputs:
     def train_loader(self) -> Any:
         recipe = self.recipe
         return loader(
-            self.train, self.processor, recipe.heal.batch_size, shuffle=True, seed=recipe.seed, task=recipe.task
+            self.train,
+            self.processor,
+            recipe.heal.batch_size,
+            shuffle=True,
+            seed=recipe.seed,
+            task=recipe.task,
+            augment=recipe.data.augment,
         )
 
     def validation_batches(self) -> Any:

@@ -2,7 +2,7 @@
 
 import re
 
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from .errors import DataError
 
@@ -39,6 +39,23 @@ def encode_labels(splits: DatasetDict, column: str, label2id: dict[str, int] | N
                 f"{split} has labels from {min(labels)} to {max(labels)}; the first class is 0, and the model has "
                 f"{count or 'any number of'} classes. Choose a split with labels, or another model."
             )
+
+
+def encode_word_labels(splits: DatasetDict, column: str, label2id: dict[str, int] | None) -> None:
+    """`encode_labels` where each row has a list of classes, one a word."""
+    flat = DatasetDict()
+    for split, rows in splits.items():
+        feature = rows.features[column]
+        if not hasattr(feature, "feature"):
+            raise DataError(f"column {column!r} of {split} holds {feature}, not a list of classes, one for each word.")
+        words = [label for labels in rows[column][:] for label in labels]
+        every = {column: words, "": range(len(words))}  # a table without a column has no rows
+        flat[split] = Dataset.from_dict(every, features=Features({column: feature.feature, "": Value("int64")}))
+    encode_labels(flat, column, label2id)
+    for split, rows in splits.items():
+        ids = iter(flat[split][column][:])
+        labels = [[next(ids) for _ in of_row] for of_row in rows[column][:]]
+        splits[split] = rows.remove_columns(column).add_column(column, labels)
 
 
 def _class_names(train: Dataset, column: str) -> list[str]:

@@ -11,8 +11,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
 from .errors import RecipeError
-
-Task = Literal["causal-lm", "text-classification", "image-classification", "feature-extraction"]
+from .tasks import Task
 
 TARGETS = ("keep_layers", "ratio", "max_parameters", "max_bytes")
 """The fields of `FusionRecipe` that say how small the result is to be; a recipe has one of them."""
@@ -189,11 +188,13 @@ class DataRecipe:
         test: what is reported, never used to choose anything.
         held_out: rows of `train` that become `validation` when there is none; data that are sorted by class are
             shuffled first.
-        text_column: column with the text.
-        label_column: column with the class, an int or a string.
+        text_column: column with the text, or for token classification with the words.
+        label_column: column with the class, an int or a string, or for token classification one for each word.
         image_column: column with the image.
         max_length: longest sequence in tokens; windows of this length for causal language models.
         calibration_samples: training rows (windows, for language models) used as calibration batches.
+        num_proc: processes that tokenise at once; a fast tokenizer uses all cores by itself.
+        augment: shift and mirror training images at random.
         max_train_samples: use only so many rows (windows) of `train`.
         max_test_samples: use only so many rows (windows) of `validation` and of `test`.
     """
@@ -209,6 +210,8 @@ class DataRecipe:
     image_column: str = "image"
     max_length: int = 256
     calibration_samples: int = 128
+    num_proc: int | None = None
+    augment: bool = True
     max_train_samples: int | None = None
     max_test_samples: int | None = None
 
@@ -218,7 +221,8 @@ class DataRecipe:
             f"data.config={self.config!r} belongs to a Hub data set, and data.name is not set: set it, or leave "
             "data.config out.",
         )
-        for field in ("held_out", "max_length", "calibration_samples", "max_train_samples", "max_test_samples"):
+        counts = ("held_out", "max_length", "calibration_samples", "num_proc", "max_train_samples", "max_test_samples")
+        for field in counts:
             value = getattr(self, field)
             _require(value is None or value >= 1, f"data.{field}={value}: use a whole number of 1 or more.")
 

@@ -9,14 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .plan import Drop, Fuse, Plan
 from .recipe import Recipe
-
-_PIPELINE_TAGS = {"causal-lm": "text-generation"}
-_AUTO_CLASSES = {
-    "causal-lm": "AutoModelForCausalLM",
-    "text-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-    "feature-extraction": "AutoModel",
-}
+from .tasks import TASKS
 
 _METRIC_NAMES = {
     "token_perplexity": "perplexity (token)",
@@ -103,7 +96,7 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
     name = Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
     evaluations = [
         EvalResult(
-            task_type=_PIPELINE_TAGS.get(recipe.task, recipe.task),
+            task_type=TASKS[recipe.task].pipeline,
             dataset_type=dataset,
             dataset_name=dataset,
             dataset_config=recipe.data.config,
@@ -118,14 +111,14 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
         base_model=None if Path(recipe.model).exists() else recipe.model,  # the Hub takes repositories only
         datasets=[recipe.data.name] if recipe.data.name else None,
         library_name="transformers",
-        pipeline_tag=_PIPELINE_TAGS.get(recipe.task, recipe.task),
+        pipeline_tag=TASKS[recipe.task].pipeline,
         tags=["hf-layerfuse", "layer-fusion", "model-compression"],
         model_name=f"{name}, fused",
         eval_results=evaluations,
     )
     stock = plan.layout().is_stock
     shares = bool(plan.layout().ties)
-    auto_class = _AUTO_CLASSES[recipe.task]
+    auto_class = TASKS[recipe.task].auto_class
     imports = [f"from transformers import {auto_class}"]
     if not stock:
         imports = ["import hf_layerfuse  # teaches transformers this kind of checkpoint", *imports]

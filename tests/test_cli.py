@@ -39,9 +39,9 @@ def fresh_accelerate(monkeypatch):
 
 def save_text_model(path: Path, head: str, **changes):
     vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {word: i for i, word in enumerate(WORDS, start=3)}
-    backend = Tokenizer(models.WordLevel(vocabulary | {"<unk>": 63}, unk_token="<unk>"))
+    backend = Tokenizer(models.WordLevel(vocabulary | {"<mask>": 62, "<unk>": 63}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokens = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>"}
+    tokens = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>", "mask_token": "<mask>"}
     PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **tokens).save_pretrained(path)
     model = tiny_model("gpt2" if "GPT2" in head else "bert", head, **changes)
     model.save_pretrained(path)
@@ -74,6 +74,22 @@ def feature_extraction(path: Path) -> list[str]:
         lines = [json.dumps({"text": text}) for text in sentences(40, len(split))]
         (path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return local(path, "feature-extraction", "jsonl")
+
+
+def masked_lm(path: Path) -> list[str]:
+    save_text_model(path / "model", "BertForMaskedLM")
+    for split in ("train", "validation", "test"):
+        (path / f"{split}.txt").write_text("\n".join(sentences(40, len(split))) + "\n")
+    return local(path, "masked-lm", "txt")
+
+
+def token_classification(path: Path) -> list[str]:
+    save_text_model(path / "model", "BertForTokenClassification")
+    for split in ("train", "validation", "test"):
+        words = [text.split() for text in sentences(40, len(split))]
+        rows = [json.dumps({"text": row, "label": [int("7" in word) for word in row]}) for row in words]
+        (path / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    return local(path, "token-classification", "jsonl")
 
 
 def image_classification(path: Path) -> list[str]:
@@ -110,7 +126,9 @@ def local(path: Path, task: str, suffix: str | None) -> list[str]:
 
 JOBS = {
     "causal-lm": (causal_lm, ["token_perplexity", "word_perplexity"]),
+    "masked-lm": (masked_lm, ["accuracy", "cross_entropy"]),
     "text-classification": (text_classification, ["accuracy", "cross_entropy"]),
+    "token-classification": (token_classification, ["accuracy", "cross_entropy"]),
     "image-classification": (image_classification, ["accuracy", "cross_entropy"]),
     "feature-extraction": (feature_extraction, ["cosine"]),
 }

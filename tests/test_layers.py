@@ -15,7 +15,7 @@ RANKS = (
     ("job",),
     ("__init__",),
     ("report", "heal", "latency", "layermap", "data"),
-    ("evaluate", "labels", "objective", "checkpoint", "output"),
+    ("evaluate", "labels", "collate", "objective", "checkpoint", "output"),
     ("auto",),
     ("verify", "search"),
     ("modeling", "refit"),
@@ -27,7 +27,7 @@ RANKS = (
     ("schedule",),
     ("adapters", "plan", "recipe"),
     ("math", "prediction"),
-    ("errors", "modes", "processes", "states"),
+    ("errors", "modes", "processes", "states", "tasks"),
 )
 RANK = {name: rank for rank, row in enumerate(RANKS) for name in row}
 
