@@ -17,6 +17,9 @@ from transformers import PreTrainedTokenizerBase
 ROW = "row"
 """The column that numbers the rows of a training set."""
 
+TEACHER_IDS, TEACHER_LOGPROBS = "teacher_ids", "teacher_logprobs"
+"""Columns with the classes that the teacher finds most likely, and with how likely it finds them."""
+
 MASKED = 0.15
 """Share of the tokens that a masked language model predicts (Devlin et al. 2019): of these, 80% are masked, 10% are
 other tokens, and 10% stay."""
@@ -48,10 +51,14 @@ class CollateText(Collate):
         tokenizer: fills with its padding token.
         seed: of what is masked.
         masks: hide words and let `labels` name them.
+        top_k: of the teacher's answers, if rows have them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, seed: int = 0, *, masks: bool = False) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, seed: int = 0, *, masks: bool = False, top_k: int = 1
+    ) -> None:
         super().__init__(seed)
+        self.top_k = top_k
         # windows of a causal model are as long as each other or masked, so any token will do
         self.pad = tokenizer.pad_token_id or 0
         self.masks = masks
@@ -69,11 +76,19 @@ class CollateText(Collate):
             if name == ROW:
                 continue
             values = [row[name] for row in rows]
+            if name in (TEACHER_IDS, TEACHER_LOGPROBS):
+                batch[name] = self._answers(values)
+                continue
             if isinstance(values[0], list):
                 fill = _PADDING.get(name, self.pad)
                 values = [value + [fill] * (longest - len(value)) for value in values]
             batch[name] = torch.tensor(values)
         return batch
+
+    def _answers(self, values: list[np.ndarray]) -> Tensor:
+        """The teacher's, (rows, tokens or 1, k), zero on padding."""
+        parts = [torch.as_tensor(value).view(-1, self.top_k) for value in values]
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
     def _masked(self, place: int, row: dict[str, Any]) -> dict[str, Any]:
         draws, ids = self.draws(row.get(ROW, place)), np.array(row["input_ids"])

@@ -145,6 +145,7 @@ def loader(
     seed: int,
     task: Task,
     augment: bool = False,
+    top_k: int | None = None,
 ) -> DataLoader:
     """Batch prepared rows into dicts of tensors for `model(**batch)`; text is padded on the right, with a mask.
 
@@ -158,6 +159,7 @@ def loader(
         seed: of the order, of masked words and of augmentation.
         task: as for `prepare`.
         augment: shift and mirror images of a shuffled training set.
+        top_k: answers of a teacher that rows have, see `with_teacher`.
 
     Returns:
         Batches with `input_ids` and `attention_mask` (batch, tokens), or `pixel_values` (batch, channels, height,
@@ -180,7 +182,7 @@ def loader(
             )
         if task == "masked-lm" and processor.mask_token_id is None:
             raise DataError("the tokenizer has no mask token, which masked-lm needs: set tokenizer.mask_token.")
-        collate = CollateText(processor, seed, masks=task == "masked-lm")
+        collate = CollateText(processor, seed, masks=task == "masked-lm", top_k=top_k or 1)
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(prepared, batch_size, shuffle, drop_last=shuffle, collate_fn=collate, generator=generator)
 

@@ -20,6 +20,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, set
 
 from . import __version__, evaluate
 from .adapters import adapter_for
+from .collate import CollateText
 from .data import calibration_batches, load_splits, loader, prepare, text_of
 from .errors import CheckpointError
 from .grouping import groups_of
@@ -36,6 +37,7 @@ from .report import model_card, rows, text_table
 from .schedule import compose, keeps_of, steps_of
 from .search import search
 from .tasks import TASKS
+from .teacher import with_teacher
 from .verify import verify, warn_if_useless
 
 
@@ -132,7 +134,7 @@ def _fuse_and_heal(
             healing = dataclasses.replace(recipe.heal, steps=steps)
             report = heal(
                 fused,
-                inputs.train_loader(),
+                inputs.train_loader(original),
                 healing,
                 teacher=original,
                 matches=layer_map(fused, original, plan),
@@ -240,17 +242,16 @@ class _Inputs:
             self.train, self.processor, recipe.data, recipe.task, batch_size=size, seed=recipe.seed
         )
 
-    def train_loader(self) -> Any:
-        recipe = self.recipe
-        return loader(
-            self.train,
-            self.processor,
-            recipe.heal.batch_size,
-            shuffle=True,
-            seed=recipe.seed,
-            task=recipe.task,
-            augment=recipe.data.augment,
-        )
+    def train_loader(self, teacher: PreTrainedModel) -> Any:
+        recipe, rows, top_k = self.recipe, self.train, self.recipe.heal.teacher_top_k
+        if top_k is not None:
+            top_k = min(top_k, teacher.config.vocab_size if recipe.task == "causal-lm" else teacher.config.num_labels)
+            collate = CollateText(self.processor)
+            settings = {"temperature": recipe.heal.temperature, "batch_size": recipe.evaluate.batch_size}
+            with process_state().main_process_first():
+                rows = with_teacher(rows, teacher, collate, top_k=top_k, **settings)
+        options = {"seed": recipe.seed, "task": recipe.task, "augment": recipe.data.augment, "top_k": top_k}
+        return loader(rows, self.processor, recipe.heal.batch_size, shuffle=True, **options)
 
     def validation_batches(self) -> Any:
         return self._batches("validation")

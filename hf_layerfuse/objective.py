@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .collate import TEACHER_IDS, TEACHER_LOGPROBS
 from .errors import DataError, LayerFuseError
 from .inputs import predicts_next_token
 from .recipe import HealRecipe
@@ -41,6 +42,27 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     ours = F.log_softmax(student_logits.float() / temperature, dim=-1)
     theirs = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
+def top_k_loss(student_logits: Tensor, ids: Tensor, logprobs: Tensor, temperature: float) -> Tensor:
+    """`distillation_loss` where the teacher's answer is known for k classes, and the rest of them is taken as one.
+
+    It is never more than the loss of all classes (the divergence of two distributions falls when classes are merged),
+    and equal to it where k is all of them.
+
+    Args:
+        student_logits: (rows, classes), any floating dtype.
+        ids: (rows, k), classes.
+        logprobs: (rows, k), the teacher's log-probabilities of them at temperature T.
+        temperature: T.
+    """
+    ours = F.log_softmax(student_logits.float() / temperature, dim=-1).gather(-1, ids.long())
+    theirs = logprobs.float()
+    rest, our_rest = ((1 - part.exp().sum(-1)).clamp_min(1e-7) for part in (theirs, ours))
+    divergence = (theirs.exp() * (theirs - ours)).sum(-1)
+    if ids.shape[-1] < student_logits.shape[-1]:
+        divergence = divergence + rest * (rest.log() - our_rest.log())
+    return divergence.mean() * temperature**2
 
 
 def relative_mse(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -83,6 +105,7 @@ class Objective:
         self._theirs = [teacher.get_submodule(match.teacher) for match in self.matches]
 
     def train(self, model: nn.Module, batch: Batch) -> Tensor:
+        answers, batch = _stored(batch)
         labelled = self.recipe.ce_weight > 0 and "labels" in batch
         if not labelled and self.teacher is None:
             raise DataError(
@@ -94,9 +117,11 @@ class Objective:
         losses = []
         if labelled:
             losses.append(self.recipe.ce_weight * outputs.loss)
-        if self.teacher is not None:
+        if self.teacher is not None and answers and self.recipe.kl_weight > 0:
+            losses.append(self.recipe.kl_weight * self._recall(outputs, answers, batch))
+        if self.teacher is not None and (self.matches or not answers):
             targets, theirs = self._taught(batch)
-            if self.recipe.kl_weight > 0:
+            if self.recipe.kl_weight > 0 and not answers:
                 losses.append(self.recipe.kl_weight * self._distil(outputs, targets, batch))
             mask = self._tokens(batch)
             for match, *pair in zip(self.matches, ours, theirs, strict=True):
@@ -134,6 +159,18 @@ class Objective:
             mask = self._positions(batch)
             ours, theirs = ours[mask], theirs[mask]
         return distillation_loss(ours, theirs, self.recipe.temperature)
+
+    def _recall(self, outputs: ModelOutput, answers: Batch, batch: Batch) -> Tensor:
+        """Distillation from what the teacher said before."""
+        ours, ids, logprobs = outputs["logits"], answers[TEACHER_IDS], answers[TEACHER_LOGPROBS]
+        if ours.dim() == 3:
+            if self.causal:
+                ours, ids, logprobs = ours[:, :-1], ids[:, :-1], logprobs[:, :-1]
+            mask = self._positions(batch)
+            ours, ids, logprobs = ours[mask], ids[mask], logprobs[mask]
+        else:
+            ids, logprobs = ids.squeeze(1), logprobs.squeeze(1)
+        return top_k_loss(ours, ids, logprobs, self.recipe.temperature)
 
     def count(self, batch: Batch) -> int:
         """How many targets a batch holds, which weigh its loss among those of other batches."""
@@ -174,6 +211,12 @@ def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _stored(batch: Batch) -> tuple[Batch, Batch]:
+    """A batch in two: the teacher's answers, if they are in it, and the rest."""
+    answers = {name: batch[name] for name in (TEACHER_IDS, TEACHER_LOGPROBS) if name in batch}
+    return answers, {name: value for name, value in batch.items() if name not in answers}
 
 
 def _without_labels(batch: Batch) -> Batch:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import strict
@@ -33,6 +33,8 @@ def _recipe(cls: type[_T]) -> type[_T]:
                 raise RecipeError(f"{cls.__name__} has no field {name!r}.{hint} Its fields are: {', '.join(hints)}.")
             if "float" in str(hints[name]):
                 values[name] = _as_float(values[name])
+            if values[name] is False and "no" in get_args(hints[name]):
+                values[name] = "no"  # YAML 1.1 reads that word as false
         try:
             fill(self, **values)
         except (StrictDataclassError, TypeError) as error:
@@ -253,6 +255,9 @@ class HealRecipe:
         kl_weight: weight of the divergence from the teacher's logits, or, without a head, from its last hidden states.
         hidden_weight: weight of the error of hidden states, averaged over layers.
         attention_weight: weight of the error of attention outputs, averaged over layers.
+        teacher_top_k: ask the teacher once for each training row, and keep the log-probabilities of so many classes on
+            disk, the rest taken as one, instead of asking it in every step. For text that is the same in every epoch:
+            causal language models and classification.
         temperature: softens both distributions in the divergence.
         mixed_precision: `auto` is bf16 where the device computes in it natively, unless `accelerate launch` was told
             bf16, fp16 or fp8. `no` is float32.
@@ -279,6 +284,7 @@ class HealRecipe:
     kl_weight: float = 1.0
     hidden_weight: float = 0.0
     attention_weight: float = 0.0
+    teacher_top_k: int | None = None
     temperature: float = 1.0
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     eval_every: int = 100
@@ -295,7 +301,8 @@ class HealRecipe:
             f"heal.schedule={self.schedule!r} heals in each of heal.rounds={self.rounds}, and there are "
             f"heal.steps={self.steps}: use more steps, or schedule 'one-shot'.",
         )
-        for field in ("rounds", "batch_size", "gradient_accumulation_steps", "eval_every", "patience"):
+        counts = ("rounds", "batch_size", "gradient_accumulation_steps", "eval_every", "patience", "teacher_top_k")
+        for field in counts:
             value = getattr(self, field)
             _require(value is None or value >= 1, f"heal.{field}={value}: use a whole number of 1 or more.")
         for field in ("curriculum_rate", "learning_rate", "max_grad_norm", "temperature"):
@@ -371,6 +378,12 @@ class Recipe:
             f"heal.schedule={self.heal.schedule!r} with fusion.mode='depth' and fusion.blocks={self.fusion.blocks!r}: "
             "attention or MLP blocks that are gone cannot be fused further. Use whole layers, mode 'share', or "
             "schedule 'one-shot'.",
+        )
+        same = ("causal-lm", "text-classification", "token-classification")
+        _require(
+            self.heal.teacher_top_k is None or self.task in same,
+            f"heal.teacher_top_k={self.heal.teacher_top_k} keeps the answers to text that is the same in every epoch, "
+            f"as in {', '.join(same)}, and the task is {self.task!r}: leave it out.",
         )
 
 

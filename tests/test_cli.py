@@ -273,6 +273,19 @@ def test_interrupted_while_healing(tmp_path, monkeypatch):
     assert passes == 4 + 6
 
 
+@pytest.mark.parametrize("task", ["causal-lm", "text-classification", "token-classification"])
+def test_the_teacher_is_asked_once(tmp_path, task):
+    """With all classes kept, healing from the teacher's answers on disk is healing from the teacher."""
+    words = [*JOBS[task][0](tmp_path), "--evaluate.latency", "false", "--heal.mixed_precision", "no"]
+    assert main([*words, "--output_dir", str(tmp_path / "asked")]) == 0
+    assert main([*words, "--heal.teacher_top_k", "100"]) == 0
+    losses = [
+        json.loads((tmp_path / name / "results.json").read_text())["heal"]["train_loss"] for name in ("asked", "out")
+    ]
+    for (_, asked), (_, kept) in zip(*losses, strict=True):
+        assert kept == pytest.approx(asked, rel=2e-3)
+
+
 @pytest.mark.parametrize("mode", ["depth", "share"])
 def test_fused_in_rounds(tmp_path, monkeypatch, mode):
     """An iterative schedule fuses a step, heals and fuses further, from what was healed; interrupted in a later round,

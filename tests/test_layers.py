@@ -14,8 +14,8 @@ RANKS = (
     ("cli",),
     ("job",),
     ("__init__",),
-    ("report", "heal", "latency", "layermap", "data"),
-    ("evaluate", "labels", "collate", "objective", "checkpoint", "output"),
+    ("report", "heal", "latency", "layermap", "data", "teacher"),
+    ("evaluate", "labels", "objective", "checkpoint", "output"),
     ("auto",),
     ("verify", "search"),
     ("modeling", "refit"),
@@ -26,7 +26,7 @@ RANKS = (
     ("inputs", "relaxed"),
     ("schedule",),
     ("adapters", "plan", "recipe"),
-    ("math", "prediction"),
+    ("math", "prediction", "collate"),
     ("errors", "modes", "processes", "states", "tasks"),
 )
 RANK = {name: rank for rank, row in enumerate(RANKS) for name in row}

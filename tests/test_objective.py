@@ -5,12 +5,15 @@ import copy
 import pytest
 import torch
 from conftest import LAYERS, tiny_model
+from datasets import Dataset
 from torch.nn import functional as F
 
 from hf_layerfuse import Drop, Fuse, HealRecipe, Plan, PlanError, apply, layer_map
 from hf_layerfuse.adapters import adapter_for
+from hf_layerfuse.collate import TEACHER_IDS, TEACHER_LOGPROBS, CollateText
 from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.objective import Match, Objective, relative_mse
+from hf_layerfuse.objective import Match, Objective, distillation_loss, relative_mse, top_k_loss
+from hf_layerfuse.teacher import with_teacher
 
 PLANS = {
     # edits, and for each layer of the result, the layers that its states and its attention answer to
@@ -113,3 +116,74 @@ def test_relative_error_has_no_unit():
     torch.testing.assert_close(relative_mse(7 * ours, 7 * theirs), relative_mse(ours, theirs))
     assert relative_mse(torch.zeros(10, 4), theirs).item() == pytest.approx(1)
     assert relative_mse(theirs, torch.zeros(10, 4)).isfinite()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_few_classes_bound_the_loss_of_all(temperature):
+    """With all classes it is the divergence; with fewer it is never more, and comes nearer with each class."""
+    ours, theirs = torch.randn(2, 50, 12, generator=torch.Generator().manual_seed(0)) * 2
+    whole = distillation_loss(ours, theirs, temperature)
+
+    def loss(k: int):
+        best = (theirs / temperature).log_softmax(-1).topk(k)
+        return top_k_loss(ours, best.indices, best.values, temperature)
+
+    losses = [loss(k) for k in range(1, 13)]
+    torch.testing.assert_close(losses[-1], whole, rtol=1e-4, atol=1e-6)
+    assert all(before <= after + 1e-6 for before, after in zip(losses, [*losses[1:], whole], strict=True))
+    assert losses[0] > 0
+
+
+class _Tokenizer:
+    pad_token_id = 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("gpt2", "GPT2LMHeadModel"),
+        ("bert", "BertForSequenceClassification"),
+        ("bert", "BertForTokenClassification"),
+        ("llama", "LlamaForCausalLM"),
+    ],
+)
+def test_answers_that_were_kept_are_those_of_the_teacher(kind, head):
+    """Rows of different lengths, with the teacher's answers on disk, give the loss that the teacher itself gives, and
+    its gradients; the teacher is not asked again."""
+    teacher, student = tiny_model(kind, head), tiny_model(kind, head, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [9, 4, 7, 7, 2, 8]
+    rows = {"input_ids": [torch.randint(3, 64, (n,), generator=generator).tolist() for n in lengths]}
+    if "Token" in head:
+        rows["labels"] = [[-100, *(torch.randint(2, (n - 1,), generator=generator).tolist())] for n in lengths]
+    elif "Sequence" in head:
+        rows["labels"] = [n % 2 for n in lengths]
+    else:
+        rows["labels"] = rows["input_ids"]
+    plain = Dataset.from_dict(rows)
+    classes = 64 if "LM" in head else 2
+    options = {"temperature": 2.0, "batch_size": 4}
+    kept = with_teacher(plain, teacher, CollateText(_Tokenizer()), top_k=classes, **options)
+    recipe = HealRecipe(ce_weight=0.5, temperature=2.0)
+
+    def loss_of(rows, teacher):
+        batch = CollateText(_Tokenizer(), top_k=classes)([rows[i] for i in (4, 0, 3)])
+        loss = Objective(recipe, student, teacher).train(student, batch)
+        student.zero_grad()
+        loss.backward()
+        return loss, {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+    expected, gradients = loss_of(plain, teacher)
+    silent = copy.deepcopy(teacher)
+    silent.forward = None
+    found, others = loss_of(kept, silent)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=2e-2, atol=2e-3 * gradient.abs().max().item() + 1e-7)
+    few = with_teacher(plain, teacher, CollateText(_Tokenizer()), top_k=1, **options)
+    assert few._fingerprint != kept._fingerprint
+    again = with_teacher(plain, teacher, CollateText(_Tokenizer()), top_k=classes, **options)
+    assert again._fingerprint == kept._fingerprint
+    other = with_teacher(plain, student, CollateText(_Tokenizer()), top_k=classes, **options)
+    assert other._fingerprint != kept._fingerprint
+    assert {TEACHER_IDS, TEACHER_LOGPROBS} < set(kept.column_names)

@@ -125,12 +125,13 @@ def test_unknown_fields_are_refused_with_the_nearest(kind, field, close):
 
 
 def test_whole_numbers_and_exponents_are_floats(written):
-    """Where a float is wanted, 1 is 1.0, and 1e-4, which YAML reads as text, is the number."""
+    """Where a float is wanted, 1 is 1.0, and 1e-4, which YAML reads as text, is the number; no is no, not false."""
     recipe = HealRecipe(temperature=2, learning_rate="1e-4")
     assert (recipe.temperature, recipe.learning_rate) == (2.0, 1e-4)
     assert type(recipe.temperature) is type(recipe.learning_rate) is float
     heal = load_recipe(written(WHOLE)).heal
     assert (heal.learning_rate, heal.kl_weight) == (1e-4, 1.0)
+    assert HealRecipe(mixed_precision=yaml.safe_load("no")).mixed_precision == "no"
     assert type(heal.learning_rate) is type(heal.kl_weight) is float
 
 
