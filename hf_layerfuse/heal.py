@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import is_initialized
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -25,6 +25,7 @@ from .errors import DataError, LayerFuseError, RecipeError
 from .objective import Batch, Match, Objective
 from .processes import process_state
 from .recipe import HealRecipe
+from .sharding import one_unit_for_shared
 
 EXPLOSION = 10
 """A training loss so many times that of the first step, or 1 where that was less, has exploded."""
@@ -158,7 +159,9 @@ class _Loop:
         moves = 1 if alone else accelerator.num_processes
         warmup = round(recipe.warmup_ratio * recipe.steps)
         scheduler = get_cosine_schedule_with_warmup(optimizer, warmup * moves, recipe.steps * moves)
-        prepared = accelerator.prepare(student, optimizer, train_batches, scheduler)
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        with one_unit_for_shared(student, accelerator.state.fsdp_plugin if sharded else None):
+            prepared = accelerator.prepare(student, optimizer, train_batches, scheduler)
         self.model, self.optimizer, self.loader, self.scheduler = prepared
         if teacher is not None:
             teacher.to(accelerator.device).eval()

@@ -308,19 +308,24 @@ import os
 import sys
 import torch
 import torch.distributed as dist
+from types import SimpleNamespace
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from hf_layerfuse import Fuse, Plan, apply
+from hf_layerfuse.sharding import one_unit_for_shared, shares_layers
 
 NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
+CONFIG = GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=32, vocab_size=64, bos_token_id=1, eos_token_id=2)
+
 def build():
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=32, vocab_size=64, bos_token_id=1, eos_token_id=2)
-    return apply(GPT2LMHeadModel(config), Plan("gpt2", 4, (Fuse("layer", (1, 3), "share"),)))
+    return apply(GPT2LMHeadModel(CONFIG), Plan("gpt2", 4, (Fuse("layer", (1, 3), "share"),)))
 
 def assert_shared(model):
     one, two = model.transformer.h[1], model.transformer.h[3]
@@ -383,11 +388,51 @@ def sharded():
     assert torch.equal(whole(layers[1].mlp.c_fc.weight), whole(layers[3].mlp.c_fc.weight))
     assert last < first
 
+def prepared(ram_efficient):
+    # what Accelerate does on GPUs; on CPU, where it would not shard, it is called by hand
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=ram_efficient
+    )
+    rank = dist.get_rank()
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=rank == 0,
+        device=torch.device("cpu"), torch_device_mesh=None,
+    )
+    model = build().eval()
+    ids = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+    expected = model(input_ids=ids, labels=ids).loss
+    try:
+        fsdp2_prepare_model(accelerator, build())(input_ids=ids)
+    except ValueError as error:
+        print("refused:", error)
+    else:
+        raise AssertionError("Accelerate knows what to do with shared layers: one_unit_for_shared is not needed")
+    before = model._no_split_modules
+    with one_unit_for_shared(model, plugin):
+        model = fsdp2_prepare_model(accelerator, model)
+    assert model._no_split_modules == before
+    assert isinstance(model.transformer.h[1].mlp.c_fc.weight, DTensor)
+    assert_shared(model)
+    # before any forward pass, after which the parameters of the root are whole ones
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected.detach())
+    first = step(model, optimizer, lambda loss: loss.backward())
+    for _ in range(3):
+        last = step(model, optimizer, lambda loss: loss.backward())
+    assert_shared(model)
+    assert last < first
+    alone = GPT2LMHeadModel(CONFIG)
+    assert not shares_layers(alone)
+    with one_unit_for_shared(alone, plugin):
+        alone = fsdp2_prepare_model(accelerator, alone)
+    assert all(isinstance(layer, FSDPModule) for layer in alone.transformer.h)
+
 if sys.argv[1] == "replicated":
     replicated()
 else:
     dist.init_process_group("gloo")
-    sharded()
+    sharded() if sys.argv[1] == "sharded" else prepared(sys.argv[1] == "ram efficient")
 dist.barrier()
 dist.destroy_process_group()
 # Everything has been asserted. Gloo's worker threads may still hold tensors that Python owns (FSDP2 keeps the group
@@ -395,6 +440,9 @@ dist.destroy_process_group()
 sys.stdout.flush()
 os._exit(0)
 """
+
+
+REFUSED = "is shared with a parameter already managed by another FSDP group"
 
 
 def on_two_processes(tmp_path: Path, part: str) -> str:
@@ -417,10 +465,15 @@ def test_12_two_processes_keep_shared_weights_shared(tmp_path):
 @pytest.mark.slow
 def test_12_sharded_training_needs_one_unit_for_layers_that_share(tmp_path):
     """FSDP2 refuses a shared parameter in two units; with the layers that share it in one unit, it trains and stays."""
-    assert (
-        on_two_processes(tmp_path, "sharded").count("is shared with a parameter already managed by another FSDP group")
-        == 2
-    )
+    assert on_two_processes(tmp_path, "sharded").count(REFUSED) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loading", ["plain", "ram efficient"])
+def test_12_accelerate_shards_what_shares_as_one_unit(tmp_path, loading):
+    """What Accelerate does for FSDP2 fails with shared layers, and with `one_unit_for_shared` trains them; layers that
+    share nothing are units of their own."""
+    assert on_two_processes(tmp_path, loading).count(REFUSED) == 2
 
 
 def test_13_layers_that_differ_by_config_are_refused():
