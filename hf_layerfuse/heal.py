@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -374,7 +375,8 @@ def _accelerator(student: PreTrainedModel, recipe: HealRecipe) -> Accelerator:
     if getattr(student, "base_model", None) is student:
         # A body without a head may have parts that its hidden states do not depend on, such as the pooler of BERT.
         handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
-    options = {}
+    # DeepSpeed has to be told at once, and is where its configuration says "auto"
+    options: dict[str, Any] = {"gradient_accumulation_steps": recipe.gradient_accumulation_steps}
     if recipe.log_with:
         known = sorted(str(tracker) for tracker in get_available_trackers())
         if recipe.log_with not in known:
@@ -382,7 +384,7 @@ def _accelerator(student: PreTrainedModel, recipe: HealRecipe) -> Accelerator:
                 f"heal.log_with={recipe.log_with!r} is not installed, or no tracker that Accelerate knows; at hand "
                 f"are: {', '.join(known) or 'none'}. Install it, or leave heal.log_with out."
             )
-        options = {"log_with": recipe.log_with, "project_dir": recipe.log_dir}
+        options |= {"log_with": recipe.log_with, "project_dir": recipe.log_dir}
     if recipe.compile:
         options["dynamo_backend"] = "inductor"
     try:

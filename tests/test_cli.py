@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_model
 from PIL import Image
@@ -408,6 +409,18 @@ def test_shipped_recipes(path):
     model = tiny_model(model_type, head, **changes)
     small = fuse(model, recipe.fusion, batches=[example_inputs(model)])
     assert small.num_parameters() < model.num_parameters()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_accelerate_configs(path):
+    """Accelerate reads every shipped configuration, which is for several GPUs, and the README names it."""
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 4
+    assert config.distributed_type.lower().replace("_", "-") in path.stem
+    if path.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+    assert f"recipes/accelerate/{path.name}" in path.read_text()
+    assert f"recipes/accelerate/{path.name}" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.slow
