@@ -16,7 +16,7 @@ from .errors import (
     VerificationError,
 )
 from .heal import HealReport, heal
-from .layermap import layer_map
+from .layermap import fused_parameters, layer_map
 from .methods.fusion import plan_fusion
 from .modeling import apply, expand, register_adapter
 from .plan import Drop, Fuse, Plan
@@ -51,6 +51,7 @@ __all__ = [
     "apply",
     "expand",
     "fuse",
+    "fused_parameters",
     "heal",
     "layer_map",
     "plan_fusion",

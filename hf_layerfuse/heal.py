@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ def heal(
     *,
     teacher: PreTrainedModel | None = None,
     matches: Sequence[Match] = (),
+    frozen: Collection[str] = (),
     validation_batches: Iterable[Batch] | None = None,
     seed: int = 0,
     accelerator: Accelerator | None = None,
@@ -91,6 +92,7 @@ def heal(
         recipe: all settings of the training.
         teacher: model with the same outputs; moved to the device, otherwise left as it is.
         matches: whose outputs `hidden_weight` and `attention_weight` compare: `layer_map(student, teacher, plan)`.
+        frozen: names of parameters that stay as they are, such as `fused_parameters(student, plan)`.
         validation_batches: batches (the same ones every time) whose loss is reported, and decides which weights are
             kept: cross-entropy, or distillation where there are no labels.
         seed: of the order of batches, and of dropout, different in each process and step.
@@ -108,6 +110,8 @@ def heal(
             or the loss is not finite or explodes; the checkpoint before that is kept.
     """
     _check(student, recipe, teacher, matches)
+    if not any(p.requires_grad for name, p in student.named_parameters() if name not in frozen):
+        raise RecipeError("every parameter is frozen, so there is nothing to train: freeze fewer of them.")
     own = accelerator is None
     accelerator = accelerator or _accelerator(student, recipe)
     accelerator.gradient_accumulation_steps, accelerator.step = recipe.gradient_accumulation_steps, 0
@@ -115,7 +119,7 @@ def heal(
     accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
     accelerator.dataloader_config.use_seedable_sampler, accelerator.dataloader_config.data_seed = True, seed
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_training(student, recipe, teacher))
+        stack.enter_context(_training(student, recipe, teacher, frozen))
         folder = checkpoints
         if folder is None and validation_batches is not None:
             folder = stack.enter_context(_temporary_folder(accelerator))
@@ -275,12 +279,18 @@ class _Loop:
 
 
 @contextlib.contextmanager
-def _training(student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedModel | None) -> Iterator[None]:
+def _training(
+    student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedModel | None, frozen: Collection[str]
+) -> Iterator[None]:
     """What training changes in the models, and is put back at its end."""
+    fixed = [student.get_parameter(name) for name in frozen]
+    trained = [parameter for parameter in fixed if parameter.requires_grad]
     forward, caches = vars(student).get("forward"), getattr(student.config, "use_cache", None)
     recomputes = any(getattr(module, "gradient_checkpointing", False) for module in student.modules())
     teacher_modes = [] if teacher is None else [(module, module.training) for module in teacher.modules()]
     try:
+        for parameter in fixed:
+            parameter.requires_grad_(False)
         if caches:
             student.config.use_cache = False  # nothing is generated here
         if recipe.gradient_checkpointing:
@@ -298,6 +308,8 @@ def _training(student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedM
         if forward is not None:
             student.forward = forward
         student.eval()
+        for parameter in trained:
+            parameter.requires_grad_(True)
         for module, training in teacher_modes:
             module.training = training
 

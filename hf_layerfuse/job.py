@@ -26,7 +26,7 @@ from .errors import CheckpointError
 from .grouping import groups_of
 from .heal import heal
 from .latency import latency_side_by_side
-from .layermap import layer_map
+from .layermap import fused_parameters, layer_map
 from .methods.fusion import plan_fusion
 from .modeling import expand, load_checkpoint
 from .output import MARK, check_output, new_directory, unfinished
@@ -138,6 +138,7 @@ def _fuse_and_heal(
                 healing,
                 teacher=original,
                 matches=layer_map(fused, original, plan),
+                frozen=fused_parameters(fused, plan) if healing.freeze_fused else (),
                 validation_batches=inputs.validation_batches(),
                 seed=recipe.seed + number - 1,
                 checkpoints=unfinished(work / f"heal-{number}", _identity(healing)),

@@ -1,4 +1,4 @@
-"""Which layer of the original each layer of a fused model answers to."""
+"""What a plan says of a fused model: which layer of the original each layer answers to, and which weights were made."""
 
 from __future__ import annotations
 
@@ -42,3 +42,21 @@ def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) ->
             pair = ((ours[0], index), (theirs[0], slot.attention.layers[-1]))
             matches.append(Match("attention", *(f"{path}.{layer}.{adapter.attention['out']}" for path, layer in pair)))
     return tuple(matches)
+
+
+def fused_parameters(student: PreTrainedModel, plan: Plan) -> frozenset[str]:
+    """Names of the parameters of blocks that were made of several.
+
+    Args:
+        student: what `apply(teacher, plan)` gave, or a checkpoint of it.
+        plan: of it.
+    """
+    layout = plan.layout()
+    tied = {(slot, tie.kind) for tie in layout.ties for slot in tie.slots}
+    names = set()
+    for block in adapter_for(student).blocks(student):
+        source = layout.slots[block.layer].source(block.kind)
+        if len(source.layers) > 1 or (block.layer, block.kind) in tied:
+            for path in block.modules.values():
+                names |= {f"{path}.{name}" for name, _ in student.get_submodule(path).named_parameters()}
+    return frozenset(names)

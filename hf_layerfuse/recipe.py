@@ -264,6 +264,7 @@ class HealRecipe:
         eval_every: validation loss is taken and a checkpoint written every so many steps, and at the end. The weights
             of the least validation loss are the result.
         patience: stop after so many validations in a row that found nothing better.
+        freeze_fused: train only what was not made of several blocks.
         gradient_checkpointing: compute inner states twice, to train in less memory.
         compile: let `torch.compile` (inductor) make the model faster.
         log_with: a tracker that Accelerate knows and that is installed, such as `tensorboard` or `wandb`.
@@ -289,6 +290,7 @@ class HealRecipe:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     eval_every: int = 100
     patience: int | None = None
+    freeze_fused: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
     log_with: str | None = None

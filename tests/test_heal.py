@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_model
 from torch.utils.data import DataLoader
 
+from hf_layerfuse import Fuse, Plan, apply, fused_parameters
 from hf_layerfuse.errors import DataError, LayerFuseError, RecipeError
 from hf_layerfuse.heal import heal
 from hf_layerfuse.objective import distillation_loss
@@ -373,3 +374,18 @@ def test_distillation_shifts_only_where_the_next_token_is_predicted() -> None:
             ours, theirs = student(input_ids=ids).logits[0, 5 - shift], teacher(input_ids=ids).logits[0, 5 - shift]
         expected = (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum()
         assert report.train_loss[0][1] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_frozen_parameters_stay_as_they_are() -> None:
+    """What was fused is not trained where that is asked for, everything else is; afterwards all of it can be again."""
+    teacher = tiny_model("gpt2", "GPT2LMHeadModel")
+    plan = Plan("gpt2", 6, (Fuse("layer", (1, 3), "share"), Fuse("layer", (4, 5))))
+    student = apply(teacher, plan)
+    names = fused_parameters(student, plan)
+    before = {name: value.detach().clone() for name, value in student.named_parameters(remove_duplicate=False)}
+    heal(student, _loader(_rows("causal-lm")), _recipe(steps=3), teacher=teacher, frozen=names)
+    for name, value in student.named_parameters(remove_duplicate=False):
+        assert torch.equal(value, before[name]) == (name in names), name
+        assert value.requires_grad
+    with pytest.raises(RecipeError, match="nothing to train"):
+        heal(student, _loader(_rows("causal-lm")), _recipe(kl_weight=0.0), frozen=before)

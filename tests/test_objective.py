@@ -8,7 +8,7 @@ from conftest import LAYERS, tiny_model
 from datasets import Dataset
 from torch.nn import functional as F
 
-from hf_layerfuse import Drop, Fuse, HealRecipe, Plan, PlanError, apply, layer_map
+from hf_layerfuse import Drop, Fuse, HealRecipe, Plan, PlanError, apply, fused_parameters, layer_map
 from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.collate import TEACHER_IDS, TEACHER_LOGPROBS, CollateText
 from hf_layerfuse.inputs import example_inputs
@@ -52,6 +52,27 @@ def test_layers_answer_to_the_end_of_their_group(model_type, name):
             index = next(iter(depth)) if model is student else next(iter(depth.values()))
             layer = layers[model][index]
             assert module is (layer if match.kind == "hidden" else layer.get_submodule(adapter.attention["out"]))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_fused_weights_are_those_of_blocks_made_of_several(model_type, name):
+    """Every parameter of such a block and of no other, embeddings and heads left out."""
+    edits, _ = PLANS[name]
+    plan = Plan(model_type, LAYERS, edits)
+    student = apply(tiny_model(model_type), plan)
+    adapter, slots = adapter_for(student), plan.layout().slots
+    prefix = adapter.layers_path(student)
+    made = {(edit.kind, layer) for edit in edits if isinstance(edit, Fuse) for layer in edit.layers}
+    expected = set()
+    for full, _ in student.named_parameters(remove_duplicate=False):
+        if full.startswith(f"{prefix}."):
+            index, rest = full.removeprefix(f"{prefix}.").split(".", 1)
+            kind, first = adapter.owner(rest), slots[int(index)].layers[0]
+            gone = kind is not None and slots[int(index)].source(kind) is None
+            if not gone and {(kind, first), ("layer", first)} & made and kind is not None:
+                expected.add(full)
+    assert fused_parameters(student, plan) == expected
+    assert bool(expected) == any(isinstance(edit, Fuse) for edit in edits)
 
 
 def test_a_plan_of_something_else_is_refused():
