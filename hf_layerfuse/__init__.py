@@ -16,7 +16,7 @@ from .errors import (
     VerificationError,
 )
 from .heal import HealReport, heal
-from .layermap import fused_parameters, layer_map
+from .layermap import fused_parameters, layer_map, mixed_weights
 from .methods.fusion import plan_fusion
 from .modeling import apply, expand, register_adapter
 from .plan import Drop, Fuse, Plan
@@ -54,6 +54,7 @@ __all__ = [
     "fused_parameters",
     "heal",
     "layer_map",
+    "mixed_weights",
     "plan_fusion",
     "refit",
     "register_adapter",

@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from accelerate import Accelerator
 from accelerate.state import is_initialized
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, set_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from .checkpoint import Checkpoints, Progress
 from .errors import DataError, LayerFuseError, RecipeError
+from .mixture import Mixture
 from .objective import Batch, Match, Objective
 from .processes import process_state
 from .recipe import HealRecipe
@@ -65,6 +66,7 @@ def heal(
     teacher: PreTrainedModel | None = None,
     matches: Sequence[Match] = (),
     frozen: Collection[str] = (),
+    mixed: Mapping[str, Sequence[Tensor]] | None = None,
     validation_batches: Iterable[Batch] | None = None,
     seed: int = 0,
     accelerator: Accelerator | None = None,
@@ -93,6 +95,8 @@ def heal(
         teacher: model with the same outputs; moved to the device, otherwise left as it is.
         matches: whose outputs `hidden_weight` and `attention_weight` compare: `layer_map(student, teacher, plan)`.
         frozen: names of parameters that stay as they are, such as `fused_parameters(student, plan)`.
+        mixed: weights that parameters are mixed from while training, `mixed_weights(student, teacher, plan)`; see
+            `Mixture`.
         validation_batches: batches (the same ones every time) whose loss is reported, and decides which weights are
             kept: cross-entropy, or distillation where there are no labels.
         seed: of the order of batches, and of dropout, different in each process and step.
@@ -123,7 +127,8 @@ def heal(
         folder = checkpoints
         if folder is None and validation_batches is not None:
             folder = stack.enter_context(_temporary_folder(accelerator))
-        loop = _Loop(student, train_batches, recipe, teacher, matches, validation_batches, seed, accelerator)
+        mixture = Mixture(student, mixed) if mixed else None
+        loop = _Loop(student, train_batches, recipe, teacher, matches, mixture, validation_batches, seed, accelerator)
         if folder is not None:
             loop.resume(Path(folder))
         if own and recipe.log_with:
@@ -152,13 +157,21 @@ class _Loop:
         recipe: HealRecipe,
         teacher: PreTrainedModel | None,
         matches: Sequence[Match],
+        mixture: Mixture | None,
         validation_batches: Iterable[Batch] | None,
         seed: int,
         accelerator: Accelerator,
     ) -> None:
         self.student, self.recipe, self.seed, self.accelerator = student, recipe, seed, accelerator
-        self.validation_batches = validation_batches
-        optimizer = torch.optim.AdamW(_parameter_groups(student, recipe.weight_decay), lr=recipe.learning_rate)
+        self.mixture, self.validation_batches = mixture, validation_batches
+        mixed = set(map(id, mixture.targets if mixture else ()))
+        trained = [p for p in student.parameters() if p.requires_grad and id(p) not in mixed]
+        if mixture is not None:
+            mixture.to(accelerator.device)
+            accelerator.prepare_model(mixture, evaluation_mode=True)  # part of every checkpoint, and wrapped by nothing
+            trained += mixture.parameters()
+        self.trained = trained
+        optimizer = torch.optim.AdamW(_parameter_groups(trained, recipe.weight_decay), lr=recipe.learning_rate)
         # A prepared scheduler moves once per process unless it was told otherwise: its length counts those moves.
         alone = accelerator.split_batches or not accelerator.step_scheduler_with_optimizer
         moves = 1 if alone else accelerator.num_processes
@@ -226,6 +239,9 @@ class _Loop:
         """Take one optimiser step and return the loss before it, averaged over batches and processes."""
         accelerator, recipe = self.accelerator, self.recipe
         self.model.train()
+        if self.mixture is not None:
+            set_seed(self.seed + self.progress.step)  # the same weights in all processes
+            self.mixture.draw()
         total = torch.zeros((), device=accelerator.device)
         for part in range(recipe.gradient_accumulation_steps):
             batch = next(batches)
@@ -239,7 +255,11 @@ class _Loop:
                 accelerator.backward(loss)
         mean = accelerator.reduce(total, "mean").item()  # all processes see the same value, so all stop together
         self._check_loss(mean)
-        accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
+        parameters = self.model.parameters()
+        if self.mixture is not None:
+            self.mixture.hand_on()
+            parameters = self.trained
+        accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -265,6 +285,8 @@ class _Loop:
     def _evaluate(self) -> None:
         """Take the validation loss, and write a checkpoint."""
         progress = self.progress
+        if self.mixture is not None:
+            self.mixture.settle()
         if self.validation_batches is not None:
             loss = _validate(self.student, self.validation_batches, self.objective, self.accelerator)
             progress.validation_loss.append((progress.step, loss))
@@ -352,12 +374,11 @@ def _validate(
     return total / targets
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Every trainable parameter once, however often it is shared; norms and biases do not decay."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _parameter_groups(trained: Sequence[nn.Parameter], weight_decay: float) -> list[dict]:
+    """Norms and biases do not decay."""
     return [
-        {"params": [parameter for parameter in trainable if parameter.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.dim() < 2], "weight_decay": 0.0},
+        {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
     ]
 
 

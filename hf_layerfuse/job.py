@@ -26,7 +26,7 @@ from .errors import CheckpointError
 from .grouping import groups_of
 from .heal import heal
 from .latency import latency_side_by_side
-from .layermap import fused_parameters, layer_map
+from .layermap import fused_parameters, layer_map, mixed_weights
 from .methods.fusion import plan_fusion
 from .modeling import expand, load_checkpoint
 from .output import MARK, check_output, new_directory, unfinished
@@ -139,6 +139,7 @@ def _fuse_and_heal(
                 teacher=original,
                 matches=layer_map(fused, original, plan),
                 frozen=fused_parameters(fused, plan) if healing.freeze_fused else (),
+                mixed=mixed_weights(fused, source, step, inputs.calibration()) if healing.mix else None,
                 validation_batches=inputs.validation_batches(),
                 seed=recipe.seed + number - 1,
                 checkpoints=unfinished(work / f"heal-{number}", _identity(healing)),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .adapters import adapter_for
+from .align import align
+from .calibration import Batches
 from .errors import PlanError
 from .objective import Match
 from .plan import Plan
@@ -60,3 +63,34 @@ def fused_parameters(student: PreTrainedModel, plan: Plan) -> frozenset[str]:
             for path in block.modules.values():
                 names |= {f"{path}.{name}" for name, _ in student.get_submodule(path).named_parameters()}
     return frozenset(names)
+
+
+def mixed_weights(
+    student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, batches: Batches | None = None
+) -> dict[str, list[Tensor]]:
+    """For each parameter that operator `mix` made, by its name, the original's that it was made from, aligned.
+
+    Args:
+        student: what `apply(teacher, plan, batches)` gave.
+        teacher: the original.
+        plan: that led from one to the other.
+        batches: those that `apply` was given.
+    """
+    adapter, slots = adapter_for(teacher), plan.layout().slots
+    ties = {(slot, tie.kind): tie.source for tie in plan.layout().ties for slot in tie.slots}
+    prefix, originals = adapter.layers_path(student), adapter.layer_list(align(teacher, plan, batches))
+    known = dict(student.named_parameters(remove_duplicate=False))
+    found = {}
+    for block in adapter.blocks(student):
+        tied = ties.get((block.layer, block.kind))
+        source = tied or slots[block.layer].source(block.kind)
+        if source.operator != "mix" or len(source.layers) < 2:
+            continue
+        inside = f"{prefix}.{block.layer}."
+        for path in block.modules.values():
+            for name, _ in student.get_submodule(path).named_parameters():
+                full, own = f"{path}.{name}", f"{path}.{name}".removeprefix(inside)
+                # what each depth has for itself was not mixed
+                if tied is None or sum(known[full] is other for other in known.values()) > 1:
+                    found[full] = [originals[layer].get_parameter(own) for layer in source.layers]
+    return found

@@ -264,6 +264,8 @@ class HealRecipe:
         eval_every: validation loss is taken and a checkpoint written every so many steps, and at the end. The weights
             of the least validation loss are the result.
         patience: stop after so many validations in a row that found nothing better.
+        mix: with operator `mix`, draw every element of a fused weight anew in each step from the layers that it was
+            made of, which are what is trained, and average them at the end.
         freeze_fused: train only what was not made of several blocks.
         gradient_checkpointing: compute inner states twice, to train in less memory.
         compile: let `torch.compile` (inductor) make the model faster.
@@ -290,6 +292,7 @@ class HealRecipe:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     eval_every: int = 100
     patience: int | None = None
+    mix: bool = False
     freeze_fused: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -307,6 +310,10 @@ class HealRecipe:
         for field in counts:
             value = getattr(self, field)
             _require(value is None or value >= 1, f"heal.{field}={value}: use a whole number of 1 or more.")
+        _require(
+            not (self.mix and self.freeze_fused),
+            "heal.mix trains what heal.freeze_fused does not: set one of them to false.",
+        )
         for field in ("curriculum_rate", "learning_rate", "max_grad_norm", "temperature"):
             value = getattr(self, field)
             _require(value > 0, f"heal.{field}={value}: use a number above 0.")
@@ -380,6 +387,12 @@ class Recipe:
             f"heal.schedule={self.heal.schedule!r} with fusion.mode='depth' and fusion.blocks={self.fusion.blocks!r}: "
             "attention or MLP blocks that are gone cannot be fused further. Use whole layers, mode 'share', or "
             "schedule 'one-shot'.",
+        )
+        _require(
+            not self.heal.mix or (self.fusion.operator == "mix" and self.fusion.mode != "basis"),
+            f"heal.mix goes on with what operator 'mix' began, and it is fusion.operator={self.fusion.operator!r} in "
+            f"mode {self.fusion.mode!r}: set the operator to 'mix' and the mode to 'share' or 'depth', or heal.mix to "
+            "false.",
         )
         same = ("causal-lm", "text-classification", "token-classification")
         _require(

@@ -17,7 +17,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from hf_layerfuse import AutoFusedModel, Plan, RecipeError, fuse, job, verify
+from hf_layerfuse import AutoFusedModel, Plan, RecipeError, apply, fuse, fused_parameters, job, verify
 from hf_layerfuse.cli import main, parse_overrides
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.recipe import load_recipe
@@ -285,6 +285,22 @@ def test_the_teacher_is_asked_once(tmp_path, task):
     ]
     for (_, asked), (_, kept) in zip(*losses, strict=True):
         assert kept == pytest.approx(asked, rel=2e-3)
+
+
+@pytest.mark.parametrize("words", [["--fusion.operator", "mix", "--heal.mix", "true"], ["--heal.freeze_fused", "true"]])
+def test_variants_of_healing(tmp_path, words):
+    """What is fused goes on being mixed, or stays as it is, to the end of a run."""
+    words = [*causal_lm(tmp_path), *words, "--fusion.mode", "share", "--evaluate.latency", "false"]
+    words += ["--fusion.refit", "none", "--heal.weight_decay", "0", "--heal.learning_rate", "1e-2"]
+    assert main(words) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["healed"]["metrics"]["nll"] < results["fused"]["metrics"]["nll"]
+    plan = Plan.load(tmp_path / "out" / "plan.json")
+    original, model = (AutoFusedModel.from_pretrained(tmp_path / name) for name in ("model", "out"))
+    before = apply(original, plan).state_dict()
+    fused = fused_parameters(model, plan)
+    same = {name for name, value in model.named_parameters(remove_duplicate=False) if torch.equal(value, before[name])}
+    assert same == (fused if "--heal.freeze_fused" in words else set())
 
 
 @pytest.mark.parametrize("mode", ["depth", "share"])

@@ -27,7 +27,7 @@ RANKS = (
     ("schedule",),
     ("adapters", "plan", "recipe"),
     ("math", "prediction", "collate"),
-    ("errors", "modes", "processes", "sharding", "states", "tasks"),
+    ("errors", "mixture", "modes", "processes", "sharding", "states", "tasks"),
 )
 RANK = {name: rank for rank, row in enumerate(RANKS) for name in row}
 
