@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from .checkpoint import Checkpoints, Progress
 from .errors import DataError, LayerFuseError, RecipeError
+from .lora import low_rank
 from .mixture import Mixture
 from .objective import Batch, Match, Objective
 from .processes import process_state
@@ -123,6 +124,7 @@ def heal(
     accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
     accelerator.dataloader_config.use_seedable_sampler, accelerator.dataloader_config.data_seed = True, seed
     with contextlib.ExitStack() as stack:
+        stack.enter_context(low_rank(student, recipe.lora_rank))
         stack.enter_context(_training(student, recipe, teacher, frozen))
         folder = checkpoints
         if folder is None and validation_batches is not None:

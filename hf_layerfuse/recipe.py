@@ -264,6 +264,7 @@ class HealRecipe:
         eval_every: validation loss is taken and a checkpoint written every so many steps, and at the end. The weights
             of the least validation loss are the result.
         patience: stop after so many validations in a row that found nothing better.
+        lora_rank: train only residuals of this rank beside each linear map, merged at the end (needs the extra `peft`).
         mix: with operator `mix`, draw every element of a fused weight anew in each step from the layers that it was
             made of, which are what is trained, and average them at the end.
         freeze_fused: train only what was not made of several blocks.
@@ -292,6 +293,7 @@ class HealRecipe:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     eval_every: int = 100
     patience: int | None = None
+    lora_rank: int | None = None
     mix: bool = False
     freeze_fused: bool = False
     gradient_checkpointing: bool = False
@@ -306,13 +308,22 @@ class HealRecipe:
             f"heal.schedule={self.schedule!r} heals in each of heal.rounds={self.rounds}, and there are "
             f"heal.steps={self.steps}: use more steps, or schedule 'one-shot'.",
         )
-        counts = ("rounds", "batch_size", "gradient_accumulation_steps", "eval_every", "patience", "teacher_top_k")
+        counts = (
+            "rounds",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "eval_every",
+            "patience",
+            "teacher_top_k",
+            "lora_rank",
+        )
         for field in counts:
             value = getattr(self, field)
             _require(value is None or value >= 1, f"heal.{field}={value}: use a whole number of 1 or more.")
+        chosen = [name for name in ("lora_rank", "mix", "freeze_fused") if getattr(self, name)]
         _require(
-            not (self.mix and self.freeze_fused),
-            "heal.mix trains what heal.freeze_fused does not: set one of them to false.",
+            len(chosen) < 2,
+            f"{' and '.join(f'heal.{name}' for name in chosen)} each say what is trained: choose one of them.",
         )
         for field in ("curriculum_rate", "learning_rate", "max_grad_norm", "temperature"):
             value = getattr(self, field)

@@ -27,6 +27,7 @@ RANKS = (
     ("schedule",),
     ("adapters", "plan", "recipe"),
     ("math", "prediction", "collate"),
+    ("lora",),
     ("errors", "mixture", "modes", "processes", "sharding", "states", "tasks"),
 )
 RANK = {name: rank for rank, row in enumerate(RANKS) for name in row}
