@@ -1,0 +1,201 @@
+"""Fuse and retrain: the original, a dropped, and our fused models on the same budget, in one run.
+
+    python benchmarks/heal.py [JOB ...] [--targets "depth 50%" ...] [--threads 2]
+
+Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Every model is trained on the same batches, for the
+same number of steps, with the same losses (cross-entropy and the original as teacher) and rate; the weights that are
+kept are those of the least validation loss. Everything is chosen on training or validation data and reported on test
+data: WikiText-2 test windows, SST-2 validation sentences (the split that everybody reports; what has to be chosen is
+chosen on rows of train). A row that is in benchmarks/results/heal.json already is not measured again; an interrupted
+training goes on from its last checkpoint in outputs/heal.
+"""
+
+import argparse
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import fusion
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from hf_layerfuse import FusionRecipe, HealRecipe, Plan, apply, heal, layer_map
+from hf_layerfuse.adapters import adapter_for
+from hf_layerfuse.collate import CollateText
+from hf_layerfuse.evaluate import parameter_counts
+from hf_layerfuse.report import text_table
+from hf_layerfuse.search import search
+
+RESULT = fusion.ROOT / "benchmarks" / "results" / "heal.json"
+CHECKPOINTS = fusion.ROOT / "outputs" / "heal"
+
+
+@dataclass
+class Job:
+    """A checkpoint with what it is trained on.
+
+    Attributes:
+        base: the model, calibration, validation and test data of the fusion benchmark.
+        rows: training rows.
+        collate: makes batches of them.
+        validation: batches with labels.
+        recipe: the budget.
+        targets: name -> what is asked for of the fusion.
+    """
+
+    base: fusion.Job
+    rows: list[dict[str, Any]]
+    collate: Callable[[list[dict[str, Any]]], Any]
+    validation: list[dict[str, torch.Tensor]]
+    recipe: HealRecipe
+    targets: dict[str, dict[str, Any]]
+
+
+def gpt2() -> Job:
+    base = fusion.gpt2()
+    path = fusion.DATA / "models" / "gpt2-wikitext2"
+    tokenizer = fusion.AutoTokenizer.from_pretrained(path)
+    windows = [row for batch in fusion._windows(tokenizer, "train", 8000) for row in batch["input_ids"]]
+    labelled = [{**batch, "labels": batch["input_ids"]} for batch in fusion._windows(tokenizer, "valid", 64)]
+    targets = {f"depth {share}%": {"keep_layers": keep} for share, keep in ((25, 9), (50, 6), (70, 4), (80, 2))}
+    targets |= {f"share {share}%": {"ratio": share / 100, "mode": "share", "rank": 8} for share in (25, 50, 70, 80)}
+    recipe = HealRecipe(steps=400, batch_size=16, learning_rate=5e-4, eval_every=100)
+    rows = [{"input_ids": row, "labels": row} for row in windows]
+    return Job(base, rows, torch.utils.data.default_collate, labelled, recipe, targets)
+
+
+def minilm_sst2() -> Job:
+    base = fusion.minilm_sst2()
+    path = fusion.DATA / "models" / "minilm-l6-sst2"
+    tokenizer = fusion.AutoTokenizer.from_pretrained(path)
+    table = fusion.lzma.decompress((fusion.DATA / "data" / "sst2" / "train.tsv.xz").read_bytes()).decode()
+    pairs = [row.split("\t") for row in table.splitlines()[1:]]
+    random.Random(0).shuffle(pairs)
+
+    def rows(part: list[list[str]]) -> list[dict[str, Any]]:
+        ids = tokenizer([text for text, _ in part], truncation=True, max_length=96)["input_ids"]
+        return [{"input_ids": row, "labels": int(label)} for row, (_, label) in zip(ids, part, strict=True)]
+
+    collate = CollateText(tokenizer)
+    held_out = rows(pairs[-1280:])
+    validation = [collate(held_out[i : i + 64]) for i in range(0, len(held_out), 64)]
+    recipe = HealRecipe(steps=800, batch_size=32, learning_rate=1e-4, eval_every=100)
+    targets = {f"{keep} layers": {"keep_layers": keep} for keep in (4, 3, 2)}
+    return Job(base, rows(pairs[:-1280]), collate, validation, recipe, targets)
+
+
+JOBS: dict[str, Callable[[], Job]] = {"minilm-sst2": minilm_sst2, "gpt2": gpt2}
+
+Made = tuple[PreTrainedModel, Plan]
+
+
+def methods(job: Job, asked: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Made]]]:
+    """Name and maker of each model that is retrained, baselines first."""
+    base = job.base
+    depth = base.model.config.num_hidden_layers
+
+    def dropped(keep: int) -> Made:
+        plan = fusion.best_drop(base, keep)
+        return apply(base.model, plan), plan
+
+    def found(**options: Any) -> Made:
+        result = search(base.model, FusionRecipe(**asked, **options), base.calibration)
+        return result.model, result.plan
+
+    if asked.get("mode") == "share":
+        yield "shared average", partial(found, operator="mean", cluster="adjacent", refit="none", effort="low")
+    else:
+        yield "drop: best on validation", partial(dropped, asked.get("keep_layers", depth))
+        yield "ours, no refit", partial(found, refit="none")
+    yield "ours", found
+
+
+def retrained(job: Job, name: str, make: Callable[[], Made]) -> dict[str, Any]:
+    """Scores on test data of a model before and after retraining, its size, and how it went."""
+    student, plan = make()
+    before = job.base.score(student.eval())
+    batches = DataLoader(job.rows, job.recipe.batch_size, shuffle=True, drop_last=True, collate_fn=job.collate)
+    report = heal(
+        student,
+        batches,
+        job.recipe,
+        teacher=job.base.model,
+        matches=layer_map(student, job.base.model, plan),
+        validation_batches=job.validation,
+        checkpoints=CHECKPOINTS / name,
+    )
+    shutil.rmtree(CHECKPOINTS / name)
+    sizes = parameter_counts(student)
+    return {
+        "before": before,
+        "after": job.base.score(student),
+        **sizes,
+        "steps": report.steps,
+        "best_step": report.best_step,
+        "validation_loss": report.validation_loss,
+        "seconds": report.seconds,
+    }
+
+
+def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
+    """Train all models of a job, or those of some targets, that are not there yet, and save after each."""
+    job = JOBS[name]()
+    rows = results.setdefault(name, {})
+    nothing = Plan(adapter_for(job.base.model).model_type, job.base.model.config.num_hidden_layers)
+    todo = [("original", "original", lambda: (apply(job.base.model, nothing), nothing))]
+    todo += [
+        (target, method, make)
+        for target, asked in job.targets.items()
+        if not targets or target in targets
+        for method, make in methods(job, asked)
+    ]
+    for target, method, make in todo:
+        if method not in rows.setdefault(target, {}):
+            rows[target][method] = retrained(job, f"{name} {target} {method}".replace(" ", "-"), make)
+            print(f"{name}, {target}, {method}: {rows[target][method]}", flush=True)
+            temporary = RESULT.with_suffix(".tmp")
+            temporary.write_text(json.dumps(results, indent=1) + "\n")
+            temporary.replace(RESULT)
+
+
+def table(results: dict[str, Any], name: str) -> list[list[str]]:
+    """One row a model: its size, quality before and after retraining, and the difference from the original's."""
+    rows, (metric, form) = results[name], fusion.HEADLINE[name]
+    original = rows["original"]["original"]
+    found = [[f"{name}, {metric.replace('_', ' ')}", "method", "block parameters", "fused", "retrained", "difference"]]
+    for target, models in rows.items():
+        for method, row in models.items():
+            after, best = row["after"][metric], original["after"][metric]
+            difference = f"{100 * (after - best):+.2f} points" if metric == "accuracy" else f"{after / best - 1:+.1%}"
+            size = f"{row['non_embedding_parameters'] / original['non_embedding_parameters']:.0%}"
+            found.append([target, method, size, form.format(row["before"][metric]), form.format(after), difference])
+    return found
+
+
+def tables(results: dict[str, Any]) -> list[list[list[str]]]:
+    """A table for each checkpoint."""
+    return [table(results, name) for name in results]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("jobs", nargs="*", choices=[*JOBS, []], help=f"default: all of {', '.join(JOBS)}")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--targets", nargs="*", help="only these, such as '3 layers' or 'share 50%%'")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    results = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    for name in options.jobs or JOBS:
+        run(name, results, options.targets)
+    for rows in tables(results):
+        print("\n" + text_table(rows))
+
+
+if __name__ == "__main__":
+    main()
