@@ -96,6 +96,10 @@ def refit_by(student: PreTrainedModel, trace: Trace, plan: Plan, before: float, 
     return RefitReport(before, before, kept=False, blocks=tuple(repair.blocks))
 
 
+SELECTING = tuple(Tap(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum"))
+"""What `select` has to know of every layer of a group, beside the states."""
+
+
 class Repair:
     """A student and its teacher walked through side by side; `step` repairs the student's next layer.
 

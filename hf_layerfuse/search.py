@@ -25,7 +25,7 @@ from .modes import eval_mode
 from .plan import Fuse, Kind, Plan
 from .prediction import calibration_loss
 from .recipe import FusionRecipe
-from .refit import RefitReport, Repair, refit_by
+from .refit import SELECTING, RefitReport, Repair, refit_by
 from .states import Saved
 from .walk import Trace, Walk
 
@@ -142,6 +142,8 @@ class _Search:
             return groups_of(self.first, kind)
         if self.recipe.refit == "none":
             return even(self.first.num_layers, self._count(kind))
+        if self.recipe.refit == "full" and self.recipe.operator in ("auto", "select") and kind != "attention":
+            self.trace.ahead(SELECTING)  # for whichever groups there will be
         count = self._count(kind)
         return cluster.partition(unexplained(self.trace, longest(self.first.num_layers, count)), count)
 

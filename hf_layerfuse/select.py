@@ -78,6 +78,7 @@ class Selection:
             start = self.start.to(x)
             total += (x @ start[:-1] + start[-1] - y).square().sum().item()
             count += len(x)
+            del x, y
         return total / max(count, 1.0)
 
     @torch.no_grad()
@@ -91,9 +92,11 @@ class Selection:
         keep, size = len(parts[0]["out"]), units["out"].shape[1]
         able = self._able(target, keep, size)
         columns = _columns(able, size)
-        moments = Moments.empty(len(columns), self.start.shape[1], columns.device)
+        # single precision is enough to rank them, and these moments are the largest of all
+        moments = Moments.empty(len(columns), self.start.shape[1], columns.device, torch.float32)
         for x, y in self._rows(target, TOKENS_PER_INPUT * len(columns)):
-            moments.add(x[:, columns], y)
+            moments.add(x if len(columns) == x.shape[1] else x[:, columns], y)
+            del x, y
         kept = able[eliminate(moments, torch.cat([self.start[columns], self.start[-1:]]), keep, size=size)]
         shapes = {role: rows.shape for role, rows in self._heads(self.layer).items()}
         write_rows(self.layer, self._part, {role: rows[kept].reshape(shapes[role]) for role, rows in units.items()})
@@ -132,11 +135,14 @@ class Selection:
         """What enters the output projections side by side, and the rest of the target, for at least so many tokens."""
         features, residual = Tap(self.block.kind, "features"), Tap(self.block.kind, "residual")
         walks = [self.walk.look(features, residual, layer=variant, tokens=tokens) for variant in self.variants]
-        for steps in zip(*walks, strict=True):
+        # what is wide is let go of before the next batch is read
+        while (steps := [next(walk, None) for walk in walks])[0] is not None:
             index, first = steps[0]
-            x = torch.cat([step[features] for _, step in steps], dim=-1)
-            y = target[index].to(x.device) - first[residual].float()
-            yield self.walk.rows(index, x), self.walk.rows(index, y)
+            x = torch.cat([self.walk.rows(index, step[features]) for _, step in steps], dim=-1)
+            y = self.walk.rows(index, target[index].to(x.device) - first[residual].float())
+            del steps, first
+            yield x, y
+            del x, y
 
 
 def alike(model: PreTrainedModel, source: Source) -> list[int]:

@@ -143,6 +143,7 @@ class Walk:
         for index in self.spread(tokens):
             args, kwargs = self._calls[index][self.depth]
             states = self.states[index].to(self.model.device, self.model.dtype)
+            output = None
             with _Taps(layer, self.adapter, taps) as found:
                 try:
                     output = layer(states, *args, **kwargs)
@@ -150,6 +151,7 @@ class Walk:
                     pass
                 else:
                     found[None] = (output[0] if isinstance(output, tuple) else output).float()
+            del states, output
             yield index, found
 
     def spread(self, tokens: float) -> list[int]:
@@ -176,8 +178,10 @@ class Walk:
         for index, seen in self.look(*taps):
             x, y = rows(index, *(seen[tap].float() for tap in taps))
             found = found or [Moments.empty(x.shape[-1], y.shape[-1], x.device) for _ in range(2)]
+            del seen
             for part, *pair in zip(found, self.split(index, x), self.split(index, y), strict=True):
                 part.add(*pair)
+            del x, y, pair  # before the next batch is read
         return found
 
 
@@ -202,12 +206,27 @@ class Trace:
 
     def see(self, places: Collection[tuple[int, Tap]]) -> dict[tuple[int, Tap], States]:
         """What was tapped at each (layer, tap)."""
+        known = {place: self._depth(*place) for place in places}
         for layer in sorted({layer for layer, _ in places}):
-            fresh = {tap for depth, tap in places if depth == layer and (layer, tap) not in self._seen}
+            fresh = {tap for depth, tap in places if depth == layer and known[depth, tap] is None}
+            fresh = {tap for tap in fresh if (layer, tap) not in self._seen}
             if fresh:
                 self.states(layer)
                 self._look(layer, sorted(fresh, key=str))
-        return {place: self._seen[place] for place in places}
+        return {place: self._seen[place] if depth is None else self.states(depth) for place, depth in known.items()}
+
+    def ahead(self, taps: Collection[Tap]) -> None:
+        """Go on to the end, and keep what is tapped in every layer on the way, so that no layer need run again."""
+        while len(self._at) <= len(self.layers):
+            layer = len(self._at) - 1
+            self._look(layer, sorted((tap for tap in taps if self._depth(layer, tap) is None), key=str))
+
+    def _depth(self, layer: int, tap: Tap) -> int | None:
+        """The depth whose states a tap would show; None is something inside of the layer."""
+        post = self.adapter.post_norm
+        if tap in (Tap("attention", "residual"), *([Tap("attention", "read")] if post else [])):
+            return layer
+        return layer + 1 if tap == Tap("mlp", "sum") and not post else None
 
     def loss(self, student: Walk) -> float:
         """Mean divergence of a student that has been walked through, see `prediction.divergence`."""

@@ -18,7 +18,7 @@ from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.mapfit import store, theta_of
 from hf_layerfuse.math.ridge import fit
 from hf_layerfuse.prediction import calibration_loss, prediction
-from hf_layerfuse.refit import refit
+from hf_layerfuse.refit import SELECTING, refit
 from hf_layerfuse.walk import Tap, Trace, Walk
 
 LAYERS = 4
@@ -570,6 +570,28 @@ def test_a_trace_can_be_asked_in_any_order():
         for key, states in found.items():
             for one, other in zip(states, expected[key], strict=True):
                 assert torch.equal(one, other)
+
+
+def test_a_trace_that_went_ahead_runs_no_layer_again(model_type, monkeypatch):
+    """What was kept on the way, and what states show anyway, is what hooks see when they are asked one by one."""
+    teacher = whole(model_type)
+    sample = Sample.of(batches_of(teacher))
+    taps = [Tap(kind, place) for kind in ("attention", "mlp") for place in ("read", "residual", "sum")]
+    inner = [tap for tap in taps if tap != Tap("mlp", "residual")]
+    walk = Walk(teacher, sample)
+    hooked = {(layer, tap): [] for layer in range(LAYERS) for tap in inner}
+    for layer in range(LAYERS):
+        for _, seen in walk.look(*inner):
+            for tap in inner:
+                hooked[layer, tap].append(seen[tap].float())
+        walk.advance()
+    trace = Trace(Walk(teacher, sample))
+    trace.ahead(SELECTING)
+    monkeypatch.setattr(Walk, "look", lambda *args, **options: pytest.fail("a layer ran again"))
+    for key, states in trace.see(hooked).items():
+        for one, other in zip(states, hooked[key], strict=True):
+            assert torch.equal(one, other)
+    trace.ahead(SELECTING)
 
 
 @pytest.mark.parametrize("name", ["attention", "mlp"])

@@ -116,6 +116,15 @@ def test_sums_are_float64(data):
         torch.testing.assert_close(total, 300 * once, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("width", [255, 256, 257, 600])
+def test_moments_of_many_inputs(width):
+    """They are the products of all pairs of inputs, whatever the blocks that these are taken in."""
+    x, y = random(40, width, seed=1), random(40, 3, seed=2)
+    found = moments_of(x, y)
+    torch.testing.assert_close(found.xx, with_ones(x).T @ with_ones(x))
+    torch.testing.assert_close(found.xx, found.xx.T)
+
+
 def test_mapped_inputs_and_targets(data):
     """`through` and `towards` are the moments of the rows after the inputs, or the targets, went through a map."""
     x, y = data

@@ -10,6 +10,9 @@ from torch import Tensor
 
 ROUNDS = 4
 
+_BLOCK = 256
+"""Columns of a block of the moments: of those of many inputs, only blocks on and above the diagonal are computed."""
+
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 
 
@@ -28,10 +31,12 @@ class Moments:
         self.xx, self.xy, self.yy = xx, xy, yy
 
     @classmethod
-    def empty(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> Moments:
-        """No rows yet, of `inputs` and `outputs` columns."""
+    def empty(
+        cls, inputs: int, outputs: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
+    ) -> Moments:
+        """No rows yet, of `inputs` and `outputs` columns; single precision is enough to rank inputs."""
         shapes = ((inputs + 1, inputs + 1), (inputs + 1, outputs), (outputs, outputs))
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
 
     @property
     def rows(self) -> float:
@@ -40,7 +45,13 @@ class Moments:
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows x (rows, in) and y (rows, out): products in their data type, sums in float64."""
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        self.xx += x.T @ x
+        parts = [slice(start, start + _BLOCK) for start in range(0, x.shape[1], _BLOCK)]
+        for place, rows in enumerate(parts):
+            for columns in parts[place:]:
+                product = x[:, rows].T @ x[:, columns]
+                self.xx[rows, columns] += product
+                if rows != columns:  # the other half is the same
+                    self.xx[columns, rows] += product.T
         self.xy += x.T @ y
         self.yy += y.T @ y
 
@@ -72,8 +83,12 @@ class Moments:
     def inverse(self, strength: float) -> Tensor:
         """The inverse of the system that `ridge` solves, (in + 1, in + 1), or where it has none its pseudoinverse."""
         system = self._penalised(strength)
-        factor, failed = torch.linalg.cholesky_ex(system)
-        return torch.linalg.pinv(system, hermitian=True) if failed else torch.cholesky_inverse(factor)
+        torch.linalg.cholesky_ex(
+            system, out=(system, failed := torch.zeros((), dtype=torch.int32, device=system.device))
+        )
+        if failed:
+            return torch.linalg.pinv(self._penalised(strength), hermitian=True)
+        return torch.cholesky_inverse(system, out=system)
 
     def _penalised(self, strength: float) -> Tensor:
         system = self.xx.clone()
@@ -87,7 +102,7 @@ class Moments:
         return Moments(self.xx[chosen][:, chosen], self.xy[chosen], self.yy)
 
     def single(self) -> Moments:
-        """The same in float32."""
+        """The same in float32; the moments themselves where they are that."""
         return Moments(self.xx.float(), self.xy.float(), self.yy.float())
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,16 +147,19 @@ def eliminate(moments: Moments, start: Tensor, keep: int, strength: float = 0.1,
     """
     total = (len(start) - 1) // size
     left = torch.arange(total, device=start.device)
+    moments = moments.single()
     for step in range(1, ROUNDS + 1):
         inputs = (left[:, None] * size + torch.arange(size, device=left.device)).flatten()
-        part = (moments if step == 1 else moments.only(inputs)).single()
+        part = moments if step == 1 else moments.only(inputs)
         begin = torch.cat([start[inputs], start[-1:]]).float()
+        right = part.xy - part.xx @ begin
         inverse = part.inverse(strength)
-        theta = (begin + inverse @ (part.xy - part.xx @ begin))[:-1].unflatten(0, (len(left), size))
+        theta = (begin + inverse @ right)[:-1].unflatten(0, (len(left), size))
         within = inverse[:-1, :-1].unflatten(0, (len(left), size)).unflatten(2, (len(left), size))
         own = within.diagonal(dim1=0, dim2=2).movedim(-1, 0)
         cost = (theta * torch.linalg.solve_ex(own, theta).result).sum((1, 2)).nan_to_num(0)  # dead units: 0 / 0
         left = left[cost.topk(round(total * (keep / total) ** (step / ROUNDS))).indices].sort().values
+        del part, inverse, within, own  # the largest things of a repair, of which there should not be two
     return left
 
 
