@@ -299,7 +299,11 @@ def plot(results: dict[str, Any]) -> None:
         axis.axhline(rows["original"][metric], color="grey", linewidth=0.8)
         axis.set(title=name, xlabel="share of the parameters", ylabel=metric.replace("_", " "))
         if "perplexity" in metric:
+            # averages that break the model would press all others into one line
+            most = 10 * rows["original"][metric]
             axis.set_yscale("log")
+            axis.set_ylim(0.95 * rows["original"][metric], most)
+            axis.set_ylabel(f"{metric.replace('_', ' ')} (up to {most:.0f})")
     axes[0, -1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(PLOT, dpi=130)

@@ -6,7 +6,8 @@ Random GPT-2s, half of whose layers are kept: costs depend on shapes alone. Ever
 anonymous memory, without mapped files such as the states of the tokens; from the peak of a search are taken what a
 forward pass of the original needs for a batch, and the moments. It is measured in runs of their own, in which glibc is
 told to give back what is freed (MALLOC_MMAP_THRESHOLD_), which takes time. Writes benchmarks/results/fusion_cost.json
-and exits with 1 where a limit is missed.
+and exits with 1 where a limit is missed. Rows that are there already are not measured again; delete the file to start
+afresh.
 """
 
 import argparse
@@ -140,14 +141,19 @@ def main() -> None:
     if options.row:
         print(json.dumps(measure(*map(int, options.row[:3]), options.row[3])))
         return
-    results: dict[str, list[dict[str, Any]]] = {"time": [], "memory": []}
+    results = json.loads(RESULT.read_text()) if RESULT.is_file() else {"time": [], "memory": []}
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     for effort in EFFORTS:
-        results["time"] += [row(*shape, effort, options.threads) for shape in TIMED]
-        given_back = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
-        results["memory"] += [row(*shape, effort, options.threads, **given_back) for shape in WATCHED]
-    temporary = RESULT.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(RESULT)
+        for kind, shapes, environment in (("time", TIMED, {}), ("memory", WATCHED, given_back)):
+            known = [
+                (found["layers"], found["width"], found["tokens"] // 256, found["effort"]) for found in results[kind]
+            ]
+            for shape in shapes:
+                if (*shape, effort) not in known:
+                    results[kind].append(row(*shape, effort, options.threads, **environment))
+                    temporary = RESULT.with_suffix(".tmp")
+                    temporary.write_text(json.dumps(results, indent=1) + "\n")
+                    temporary.replace(RESULT)
     print("\n\n".join(map(text_table, tables(results))))
     slow = [found for found in results["time"] if found["forwards"] > EFFORTS[found["effort"]]]
     large = [found for found in results["memory"] if found["models"] > MEMORY]
