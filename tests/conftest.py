@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 # before `datasets` is imported; one per worker, removed at exit
@@ -17,6 +18,8 @@ os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 import hf_layerfuse  # noqa: F401 - registers the fused classes
@@ -107,6 +110,42 @@ def model_type(request) -> str:
 def causal_lm(request):
     kind = {"GPT2": "gpt2", "Llam": "llama", "Mist": "mistral"}.get(request.param[:4]) or request.param[:5].lower()
     return tiny_model(kind, request.param)
+
+
+@pytest.fixture
+def fresh_accelerate(monkeypatch: pytest.MonkeyPatch):
+    """Accelerate keeps its settings for the whole process; every test has them to itself, and is about a CPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@dataclass
+class Interruption:
+    """How many backward passes there were."""
+
+    passes: int = 0
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch):
+    """`interrupt(moment, error)` raises an error in the place of one backward pass, counted from 1, of Accelerate."""
+
+    def install(moment: int, error: type[BaseException] = InterruptedError) -> Interruption:
+        backward, interruption = Accelerator.backward, Interruption()
+
+        def stop(self, loss, **options):
+            interruption.passes += 1
+            if interruption.passes == moment:
+                raise error
+            backward(self, loss, **options)
+
+        monkeypatch.setattr(Accelerator, "backward", stop)
+        return interruption
+
+    return install
 
 
 @pytest.fixture(scope="session")

@@ -11,23 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from conftest import LAYERS, tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import CheckpointError, Fuse, HealRecipe, LayerFuseError, Plan, RecipeError, apply, heal, layer_map
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch: pytest.MonkeyPatch):
-    """Accelerate keeps its settings for the whole process; the figures here are those of a CPU."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def recipe_of(**values) -> HealRecipe:
@@ -73,29 +64,16 @@ def assert_equal(ours, theirs) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-class _Stopped(Exception):
-    """What stands for a process that ends."""
-
-
 @pytest.mark.parametrize("moment", range(1, 19))
-def test_interrupted_anywhere_ends_the_same(tmp_path, monkeypatch, moment):
+def test_interrupted_anywhere_ends_the_same(tmp_path, interrupt, moment):
     """Stopped before any of its backward passes, and started again, it ends with the same weights and losses."""
     whole, expected = healed(None)
-    backward, passes = Accelerator.backward, 0
-
-    def stop(self, loss, **options):
-        nonlocal passes
-        passes += 1
-        if passes == moment:
-            raise _Stopped
-        backward(self, loss, **options)
-
-    monkeypatch.setattr(Accelerator, "backward", stop)
-    with pytest.raises(_Stopped):
+    interruption = interrupt(moment)
+    with pytest.raises(InterruptedError):
         healed(tmp_path / "run")
     torch.rand(7)  # a new process has other random states
     student, report = healed(tmp_path / "run")
-    assert passes - moment == 18 - (moment - 1) // 4 * 4, "it did not go on from the last checkpoint"
+    assert interruption.passes - moment == 18 - (moment - 1) // 4 * 4, "it did not go on from the last checkpoint"
     assert (report.train_loss, report.validation_loss) == (expected.train_loss, expected.validation_loss)
     assert_equal(student, whole)
     blocks = student.transformer.h

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_model
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -24,18 +22,12 @@ from hf_layerfuse.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 # random models are worse than chance, and say so
-pytestmark = pytest.mark.filterwarnings("ignore::hf_layerfuse.errors.LayerFuseWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_accelerate"),
+    pytest.mark.filterwarnings("ignore::hf_layerfuse.errors.LayerFuseWarning"),
+]
 
 WORDS = [f"w{i}" for i in range(3, 60)]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    """Accelerate keeps its settings for the whole process; `fuse.py` has one to itself."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def save_text_model(path: Path, head: str, **changes):
@@ -240,38 +232,28 @@ def test_interrupted_while_saving(tmp_path, monkeypatch, capsys):
     assert set(tmp_path.iterdir()) == {*before, out}
 
 
-def test_interrupted_while_healing(tmp_path, monkeypatch):
+def test_interrupted_while_healing(tmp_path, monkeypatch, interrupt):
     """Stopped in its steps and started again, a run fuses nothing anew and ends with the same file, to the bit; with
     other data it starts afresh."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--heal.steps", "6", "--heal.eval_every", "2"]
     assert main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
-    backward, passes = Accelerator.backward, 0
-
-    def interrupt(self, loss, **options):
-        nonlocal passes
-        passes += 1
-        if passes == 4:
-            raise KeyboardInterrupt
-        backward(self, loss, **options)
-
-    monkeypatch.setattr(Accelerator, "backward", interrupt)
+    interruption = interrupt(4, KeyboardInterrupt)
     with monkeypatch.context() as patch:
         assert main(words) == 130
         patch.setattr(job, "search", lambda *arguments: pytest.fail("it fused again"))
         assert main(words) == 0
-    assert passes == 4 + 4
+    assert interruption.passes == 4 + 4
     results = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert results[0] == results[1]
     figures = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "out")]
     for part in ("before", "fused", "healed"):
         assert figures[0][part]["metrics"] == figures[1][part]["metrics"]
 
-    passes = 0
+    interruption = interrupt(4, KeyboardInterrupt)
     assert main([*words, "--output_dir", str(tmp_path / "other")]) == 130
     (tmp_path / "train.txt").write_text("\n".join(sentences(70, 1)) + "\n")
-    passes = 4
     assert main([*words, "--output_dir", str(tmp_path / "other")]) == 0
-    assert passes == 4 + 6
+    assert interruption.passes == 4 + 6
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "text-classification", "token-classification"])
@@ -304,7 +286,7 @@ def test_variants_of_healing(tmp_path, words):
 
 
 @pytest.mark.parametrize("mode", ["depth", "share"])
-def test_fused_in_rounds(tmp_path, monkeypatch, mode):
+def test_fused_in_rounds(tmp_path, interrupt, mode):
     """An iterative schedule fuses a step, heals and fuses further, from what was healed; interrupted in a later round,
     it goes on there, and ends with the same file."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--fusion.keep_layers", "2", "--fusion.mode", mode]
@@ -319,19 +301,10 @@ def test_fused_in_rounds(tmp_path, monkeypatch, mode):
     model = AutoFusedModel.from_pretrained(tmp_path / "whole")
     assert model.num_parameters() == results["healed"]["parameters"] < results["before"]["parameters"]
 
-    backward, passes = Accelerator.backward, 0
-
-    def interrupt(self, loss, **options):
-        nonlocal passes
-        passes += 1
-        if passes == 4:
-            raise KeyboardInterrupt
-        backward(self, loss, **options)
-
-    monkeypatch.setattr(Accelerator, "backward", interrupt)
+    interruption = interrupt(4, KeyboardInterrupt)
     assert main(words) == 130
     assert main(words) == 0
-    assert passes == 4 + 1
+    assert interruption.passes == 4 + 1
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert files[0] == files[1]
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_model
 from torch.utils.data import DataLoader
 
@@ -21,15 +20,7 @@ from hf_layerfuse.heal import heal
 from hf_layerfuse.objective import distillation_loss
 from hf_layerfuse.recipe import HealRecipe
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch: pytest.MonkeyPatch):
-    """Accelerate keeps its settings for the whole process; the figures here are those of a CPU."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def _recipe(**values) -> HealRecipe:

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from conftest import LAYERS, tiny_model
 from torch.utils.data import DataLoader
 
@@ -13,18 +12,10 @@ from hf_layerfuse import Fuse, HealRecipe, Plan, RecipeError, apply, heal, layer
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.lora import low_rank
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 HEADS = {"gpt2": "GPT2LMHeadModel", "bert": "BertForSequenceClassification", "llama": "LlamaForCausalLM"}
 HEADS |= {"vit": "ViTForImageClassification"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    """Accelerate keeps its settings for the whole process; the figures here are those of a CPU."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.mark.parametrize("kind", HEADS)

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from conftest import LAYERS, tiny_model
 from torch.utils.data import DataLoader
 
@@ -13,15 +11,7 @@ from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.mixture import Mixture
 from hf_layerfuse.recipe import DataRecipe, FusionRecipe, Recipe
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    """Accelerate keeps its settings for the whole process; the figures here are those of a CPU."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 PLANS = {
@@ -119,25 +109,12 @@ def test_healing_trains_the_parts():
     assert student.transformer.h[1].mlp.c_fc.weight is student.transformer.h[3].mlp.c_fc.weight
 
 
-class _Stopped(Exception):
-    """What stands for a process that ends."""
-
-
 @pytest.mark.parametrize("moment", [1, 3, 4, 6])
-def test_interrupted_and_started_again(tmp_path, monkeypatch, moment):
+def test_interrupted_and_started_again(tmp_path, interrupt, moment):
     """The parts are in the checkpoints: it ends as if it had not been interrupted."""
     whole, _, _ = healed()
-    backward, passes = Accelerator.backward, 0
-
-    def stop(self, loss, **options):
-        nonlocal passes
-        passes += 1
-        if passes == moment:
-            raise _Stopped
-        backward(self, loss, **options)
-
-    monkeypatch.setattr(Accelerator, "backward", stop)
-    with pytest.raises(_Stopped):
+    interrupt(moment)
+    with pytest.raises(InterruptedError):
         healed(tmp_path / "run")
     student, _, _ = healed(tmp_path / "run")
     theirs = whole.state_dict()
