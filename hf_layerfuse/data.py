@@ -276,6 +276,7 @@ def _windows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataRecipe
         batch_size=_LINES_AT_ONCE,
         remove_columns=rows.column_names,
         fn_kwargs={"tokenizer": tokenizer, "text": data.text_column},
+        num_proc=data.num_proc,
         desc="tokenise",
     )
     ids = np.concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces["input_ids"]])

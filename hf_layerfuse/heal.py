@@ -122,6 +122,8 @@ def heal(
         if folder is None and validation_batches is not None:
             folder = stack.enter_context(_temporary_folder(accelerator))
         mixture = Mixture(student, mixed) if mixed else None
+        if mixture is not None:
+            stack.callback(mixture.settle)  # also where an error ends the training in the middle of a step
         loop = Loop(student, train_batches, recipe, teacher, matches, mixture, validation_batches, seed, accelerator)
         if folder is not None:
             loop.resume(Path(folder))

@@ -24,16 +24,12 @@ def one_unit_for_shared(model: PreTrainedModel, plugin: Any) -> Iterator[None]:
     if plugin is None or not shares_layers(model):
         yield
         return
-    own, named = vars(model).get("_no_split_modules"), plugin.transformer_cls_names_to_wrap
-    model._no_split_modules, plugin.transformer_cls_names_to_wrap = [], None
+    named = plugin.transformer_cls_names_to_wrap
+    plugin.transformer_cls_names_to_wrap = []  # no class is a unit; None would mean those that transformers names
     try:
         yield
     finally:
         plugin.transformer_cls_names_to_wrap = named
-        if own is None:
-            del model._no_split_modules
-        else:
-            model._no_split_modules = own
 
 
 def shares_layers(model: PreTrainedModel) -> bool:

@@ -99,6 +99,17 @@ def test_text_comes_back_exactly(tmp_path: Path, name: str, tokenizer: PreTraine
     assert trained["labels"][:] == trained["input_ids"][:]
 
 
+@pytest.mark.parametrize("task", ["causal-lm", "feature-extraction"])
+def test_processes_that_tokenise_do_not_matter(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, task) -> None:
+    """Two processes make the rows that one makes, in the same order."""
+    rows = load_splits(_recipe(_write(tmp_path / "a.txt", [(TEXT, 0)])), "causal-lm", seed=0)["train"]
+    one, two = (
+        prepare(rows, tokenizer, _recipe(tmp_path / "a.txt", num_proc=count), task, training=True)
+        for count in (None, 2)
+    )
+    assert two["input_ids"][:] == one["input_ids"][:]
+
+
 def test_rows_that_end_with_a_newline_get_no_second_one() -> None:
     """The Hub's WikiText keeps the newline of each line, local files do not: both give the same text."""
     rows = Dataset.from_dict({"text": ["a\n", "b", ""]})

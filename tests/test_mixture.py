@@ -121,6 +121,20 @@ def test_interrupted_and_started_again(tmp_path, interrupt, moment):
     assert [name for name, value in student.state_dict().items() if not torch.equal(value, theirs[name])] == []
 
 
+def test_an_error_leaves_the_mean(interrupt):
+    """Stopped in the middle of a step, the model has the mean of what it was mixed from, not what was drawn."""
+    teacher = tiny_model("gpt2", "GPT2LMHeadModel")
+    plan = Plan("gpt2", LAYERS, PLANS["share"])
+    student = apply(teacher, plan)
+    parts = mixed_weights(student, teacher, plan)
+    rows = [{"input_ids": torch.arange(3, 11), "labels": torch.arange(3, 11)}] * 4
+    interrupt(1)
+    with pytest.raises(InterruptedError):
+        heal(student, DataLoader(rows, 4), HealRecipe(steps=2, mix=True, kl_weight=0.0), mixed=parts)
+    for name, tensors in parts.items():
+        torch.testing.assert_close(student.get_parameter(name), torch.stack(list(tensors)).mean(0))
+
+
 def test_recipes_that_mix_nothing_are_refused():
     """It takes the operator, and weights that are trained."""
     common = {"model": "m", "task": "causal-lm", "output_dir": "o", "data": DataRecipe(train="t")}

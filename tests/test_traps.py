@@ -407,10 +407,10 @@ def prepared(ram_efficient):
         print("refused:", error)
     else:
         raise AssertionError("Accelerate knows what to do with shared layers: one_unit_for_shared is not needed")
-    before = model._no_split_modules
+    before = plugin.transformer_cls_names_to_wrap
     with one_unit_for_shared(model, plugin):
         model = fsdp2_prepare_model(accelerator, model)
-    assert model._no_split_modules == before
+    assert plugin.transformer_cls_names_to_wrap == before
     assert isinstance(model.transformer.h[1].mlp.c_fc.weight, DTensor)
     assert_shared(model)
     # before any forward pass, after which the parameters of the root are whole ones
