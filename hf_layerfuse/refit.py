@@ -252,11 +252,12 @@ class Repair:
             own, rows = Saved(self.student.layers[attention.layer]), len(self.blocks)
         units = self._selection(mlp, slot.mlp.layers, seen)
         if attention is not None:
+            before = units.missed(target)
             total = _Total(seen, slot.attention.layers)
             self._selection(attention, alike(self.teacher.walk.model, slot.attention), seen).choose(total)
             self._fit_projection(attention, total)
             found = self._selection(mlp, slot.mlp.layers, seen)
-            before, after = units.missed(target), found.missed(target)
+            after = found.missed(target)
             if after < before:
                 units = found
             else:

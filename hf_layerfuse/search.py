@@ -162,10 +162,13 @@ class _Search:
         if plan.edits in self.tried or not fits(self.model, self.recipe, plan):
             return None
         student = apply(self.model, plan, self.batches)
-        before = calibration_loss(student, self.model, self.sample.judging)
-        report = RefitReport(before, before, kept=False)
-        if self.recipe.refit != "none":
-            with eval_mode(student):
+        with eval_mode(student):
+            if self.trace.whole:
+                before = self.trace.loss_of(student)
+            else:
+                before = calibration_loss(student, self.model, self.sample.judging)
+            report = RefitReport(before, before, kept=False)
+            if self.recipe.refit != "none":
                 report = refit_by(student, self.trace, plan, before, self.recipe.refit)
         self.tried[plan.edits] = plan, report
         if self.best is None or report.after < self.best[1].after:

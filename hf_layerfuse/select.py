@@ -29,7 +29,8 @@ class Selection:
     """The blocks of several layers of the original, in the place of one of the student.
 
     Those of each layer read the student's stream through the ridge fit of what they read in the original, by what is
-    read here. What they write starts from what they wrote there, all of them at once.
+    read here. What they write starts from what they wrote there, all of them at once. The rest of the layer is the
+    student's own.
 
     Args:
         walk: of the student, at the layer of the block.
@@ -45,8 +46,11 @@ class Selection:
         self.table = getattr(walk.adapter, block.kind)
         self.layer = walk.layers[block.layer]
         self.variants: list[nn.Module] = []
+        own = {id(p) for path in self.table.values() for p in self.layer.get_submodule(path).parameters()}
+        # what deepcopy takes as copied already
+        shared = {id(p): p for p in self.layer.parameters() if id(p) not in own}
         for depth, reading in self._readings(originals).items():
-            variant = copy.deepcopy(self.layer)
+            variant = copy.deepcopy(self.layer, shared.copy())
             for role, path in self.table.items():
                 if role == "out" or role in READERS:
                     theta = theta_of(stocks[depth].get_submodule(path))
@@ -87,9 +91,7 @@ class Selection:
 
         They are found by backward elimination. A head goes together with the others that share its keys and values.
         """
-        parts = [self._units(variant) for variant in self.variants]
-        units = {role: torch.cat([part[role] for part in parts]) for role in parts[0]}
-        keep, size = len(parts[0]["out"]), units["out"].shape[1]
+        keep, size = self._units(self.variants[0])["out"].shape[:2]
         able = self._able(target, keep, size)
         columns = _columns(able, size)
         # single precision is enough to rank them, and these moments are the largest of all
@@ -98,8 +100,15 @@ class Selection:
             moments.add(x if len(columns) == x.shape[1] else x[:, columns], y)
             del x, y
         kept = able[eliminate(moments, torch.cat([self.start[columns], self.start[-1:]]), keep, size=size)]
+        del moments
+        chosen: dict[str, list[Tensor]] = {}
+        for place, variant in enumerate(self.variants):  # in double precision, so one layer at a time
+            own = kept[kept // keep == place] - place * keep
+            for role, rows in self._units(variant).items():
+                chosen.setdefault(role, []).append(rows[own])
         shapes = {role: rows.shape for role, rows in self._heads(self.layer).items()}
-        write_rows(self.layer, self._part, {role: rows[kept].reshape(shapes[role]) for role, rows in units.items()})
+        made = {role: torch.cat(rows).reshape(shapes[role]) for role, rows in chosen.items()}
+        write_rows(self.layer, self._part, made)
         out = self.layer.get_submodule(self.table["out"])
         if out.bias is not None:
             out.bias.copy_(self.start[-1])

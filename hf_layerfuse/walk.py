@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,11 +228,23 @@ class Trace:
             return layer
         return layer + 1 if tap == Tap("mlp", "sum") and not post else None
 
+    @property
+    def whole(self) -> bool:
+        """Whether the end of the teacher has been reached, so that a loss costs the student alone."""
+        return len(self._at) > len(self.layers)
+
     def loss(self, student: Walk) -> float:
         """Mean divergence of a student that has been walked through, see `prediction.divergence`."""
+        return self._divergence(student.outputs())
+
+    def loss_of(self, student: PreTrainedModel) -> float:
+        """The same of a student as a whole, in eval mode."""
+        return self._divergence(_answers(student, self.walk.sample))
+
+    def _divergence(self, outputs: Iterable[tuple[Any, Tensor | None]]) -> float:
         self.walk.states = self.states(len(self.layers))
         total = count = 0.0
-        for (ours, mask), (theirs, _) in zip(student.outputs(), self.walk.outputs(), strict=True):
+        for (ours, mask), (theirs, _) in zip(outputs, self.walk.outputs(), strict=True):
             found = divergence(ours, theirs, mask)
             total, count = total + found[0], count + found[1]
         return total / count
@@ -251,6 +263,14 @@ class Trace:
         self._seen |= found
         if whole:
             self._at.append(after)
+
+
+@torch.inference_mode()
+def _answers(model: PreTrainedModel, sample: Sample) -> Iterator[tuple[Any, Tensor | None]]:
+    """What a model makes of the judges: (output, mask) per batch, as `Walk.outputs`."""
+    for batch in sample.judging:
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        yield model(**inputs), inputs.get("attention_mask")
 
 
 def _per_sequence(chosen: Tensor, states: Tensor) -> Tensor:
