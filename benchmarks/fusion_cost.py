@@ -14,10 +14,12 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,9 @@ WATCHED = [(12, 256, 32), (12, 512, 16)]
 
 EFFORTS = {"low": 6, "medium": 25}
 """The most forward passes that each may cost."""
+
+ROUNDS = {"low": 3, "medium": 1}
+"""How often a time is measured: the speed of a machine varies by a fifth, which long runs average by themselves."""
 
 MEMORY = 2.5
 """The most that a search may need, in sizes of the model."""
@@ -61,11 +66,20 @@ def measure(layers: int, width: int, windows: int, effort: str) -> dict[str, Any
             found = run()
         return found, watch.peak - before
 
+    def searching() -> float:
+        start = time.perf_counter()
+        search(model, FusionRecipe(keep_layers=layers // 2, effort=effort), batches)
+        return time.perf_counter() - start
+
     forward()
-    passes, activations = peak(lambda: sorted(forward() for _ in range(3)))
-    start = time.perf_counter()
-    _, needed = peak(lambda: search(model, FusionRecipe(keep_layers=layers // 2, effort=effort), batches))
-    seconds = time.perf_counter() - start
+    first, activations = peak(forward)
+    seconds, needed = peak(searching)
+    # each search between two passes, so that both see the same machine
+    passes, searches = [first, forward()], [seconds]
+    for _ in range(ROUNDS[effort] - 1):
+        searches.append(searching())
+        passes.append(forward())
+    ratios = [2 * s / (before + after) for s, (before, after) in zip(searches, pairwise(passes), strict=True)]
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     # float64, for the hidden units of two MLPs, to select from
     units = 2 * 4 * width + 1
@@ -75,9 +89,9 @@ def measure(layers: int, width: int, windows: int, effort: str) -> dict[str, Any
         "width": width,
         "tokens": windows * 256,
         "effort": effort,
-        "seconds": seconds,
-        "forward_seconds": passes[1],
-        "forwards": seconds / passes[1],
+        "seconds": searches,
+        "forward_seconds": passes,
+        "forwards": statistics.median(ratios),
         "model_bytes": size,
         "moments_bytes": moments,
         "forward_bytes": activations,
