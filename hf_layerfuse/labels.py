@@ -1,8 +1,9 @@
 """Class names to ids that mean the same in every split, and to the model."""
 
 import re
+from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from .errors import DataError
 
@@ -10,15 +11,19 @@ _STRINGS = ("string", "large_string")
 
 
 def encode_labels(splits: DatasetDict, column: str, label2id: dict[str, int] | None) -> None:
-    """Replace class names by ids that mean the same in every split, and check ids."""
+    """Replace class names by ids that mean the same in every split, and check ids.
+
+    Names are those of `train`, or where it is not there those of `validation`.
+    """
+    first = splits["train" if "train" in splits else "validation"]
     count = len(label2id or {})
     model_classes = sorted(label2id, key=label2id.get) if label2id else []
     if all(re.fullmatch(r"LABEL_\d+", name) for name in model_classes):
         model_classes = []
-    names = _class_names(splits["train"], column)
+    names = _class_names(first, column)
     fold = str.casefold if {name.casefold() for name in names} <= {name.casefold() for name in model_classes} else str
     classes = model_classes if fold is str.casefold else names
-    if fold is str and model_classes and splits["train"].features[column].dtype in _STRINGS:
+    if fold is str and model_classes and first.features[column].dtype in _STRINGS:
         raise DataError(
             f"the classes of the data are {names}, those of the model {model_classes}: rename them, or use a model "
             "that has them."
@@ -55,7 +60,39 @@ def encode_word_labels(splits: DatasetDict, column: str, label2id: dict[str, int
     for split, rows in splits.items():
         ids = iter(flat[split][column][:])
         labels = [[next(ids) for _ in of_row] for of_row in rows[column][:]]
-        splits[split] = rows.remove_columns(column).add_column(column, labels)
+        feature = List(flat[split].features[column])
+        splits[split] = rows.remove_columns(column).add_column(column, labels, feature=feature)
+
+
+def encode_row(row: dict[str, Any], column: str, before: Any, after: Any) -> dict[str, Any]:
+    """The labels of a row that is read while training, as those of a split that was encoded.
+
+    Args:
+        row: with a class, or a list of them.
+        column: of the labels.
+        before: what the column of the other split held: ids with names, names, or ids.
+        after: what it holds now.
+
+    Raises:
+        DataError: a class that the other split does not know.
+    """
+    labels = row[column]
+    if not isinstance(labels, list):
+        return {column: _id_of(labels, before, after)}
+    return {column: [_id_of(label, before.feature, after.feature) for label in labels]}
+
+
+def _id_of(label: int | str, before: Any, after: Any) -> int:
+    if not isinstance(after, ClassLabel):
+        return label
+    if isinstance(before, ClassLabel) and not isinstance(label, str):
+        label = before.names[label] if 0 <= label < len(before.names) else str(label)
+    ids = {name.casefold(): index for index, name in enumerate(after.names)}
+    if len(ids) < len(after.names) or str(label).casefold() not in ids:
+        if label in after.names:
+            return after.names.index(label)
+        raise DataError(f"train has the class {label!r}; those of validation are {after.names}. Correct these rows.")
+    return ids[str(label).casefold()]
 
 
 def _class_names(train: Dataset, column: str) -> list[str]:

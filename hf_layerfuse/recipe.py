@@ -197,6 +197,8 @@ class DataRecipe:
         calibration_samples: training rows (windows, for language models) used as calibration batches.
         num_proc: processes that tokenise at once; a fast tokenizer uses all cores by itself.
         augment: shift and mirror training images at random.
+        streaming: read `train` as it is used, and never hold all of it; needs `validation`. Rows are shuffled among
+            the next 10,000, and classes have the names that they have in `validation`.
         max_train_samples: use only so many rows (windows) of `train`.
         max_test_samples: use only so many rows (windows) of `validation` and of `test`.
     """
@@ -214,6 +216,7 @@ class DataRecipe:
     calibration_samples: int = 128
     num_proc: int | None = None
     augment: bool = True
+    streaming: bool = False
     max_train_samples: int | None = None
     max_test_samples: int | None = None
 
@@ -222,6 +225,11 @@ class DataRecipe:
             self.name is not None or self.config is None,
             f"data.config={self.config!r} belongs to a Hub data set, and data.name is not set: set it, or leave "
             "data.config out.",
+        )
+        _require(
+            not (self.streaming and self.validation is None),
+            "data.streaming=true reads `train` once through, so that no rows of its end can be held out: name a split "
+            "or file as data.validation.",
         )
         counts = ("held_out", "max_length", "calibration_samples", "num_proc", "max_train_samples", "max_test_samples")
         for field in counts:
@@ -407,9 +415,9 @@ class Recipe:
         )
         same = ("causal-lm", "text-classification", "token-classification")
         _require(
-            self.heal.teacher_top_k is None or self.task in same,
+            self.heal.teacher_top_k is None or (self.task in same and not self.data.streaming),
             f"heal.teacher_top_k={self.heal.teacher_top_k} keeps the answers to text that is the same in every epoch, "
-            f"as in {', '.join(same)}, and the task is {self.task!r}: leave it out.",
+            f"as in {', '.join(same)} without data.streaming, and the task is {self.task!r}: leave it out.",
         )
 
 

@@ -1,5 +1,6 @@
 """Rows become the batches that the recipe asks for: every file type, both label types, windows, and clear errors."""
 
+import gc
 import gzip
 import json
 import lzma
@@ -11,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, IterableDataset
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoImageProcessor, PreTrainedTokenizerFast, ViTImageProcessor
 
 from hf_layerfuse.data import calibration_batches, load_splits, loader, prepare, text_of
-from hf_layerfuse.errors import DataError
+from hf_layerfuse.errors import DataError, RecipeError
 from hf_layerfuse.recipe import DataRecipe
 
 ROWS = [
@@ -307,3 +308,100 @@ if __name__ == "__main__":
     here: dict = {"__name__": "here"}
     exec(program, here)
     assert output.strip() == here["fingerprint"](tmp_path)
+
+
+# the csv builder of datasets (5.2) leaves the file that it streams to the garbage collector
+_LEFT_OPEN = "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
+
+
+@pytest.fixture
+def collected():
+    """What a test left open is found while it runs, and not in the next one."""
+    yield
+    gc.collect()
+
+
+@pytest.mark.filterwarnings(_LEFT_OPEN)
+@pytest.mark.usefixtures("collected")
+@pytest.mark.parametrize("name", ["rows.tsv", "rows.csv.gz", "rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_streamed_rows_are_those_of_the_file(tmp_path, tokenizer, name, numbers):
+    """Rows that are read while training are the same as those of a table, labels included; their order is that of the
+    seed and the epoch, in every epoch all of them are there, and calibration rows are some of them."""
+    rows = [(text, ["neg", "pos"].index(label) if numbers else label) for text, label in ROWS]
+    train, other = (_write(tmp_path / f"{split}-{name}", rows) for split in ("train", "validation"))
+    batches = {}
+    for streaming in (False, True):
+        data = DataRecipe(train=str(train), validation=str(other), max_length=16, streaming=streaming)
+        splits = load_splits(data, "text-classification", 0, label2id={"POS": 0, "NEG": 1} if not numbers else None)
+        prepared = prepare(splits["train"], tokenizer, data, "text-classification", training=True)
+        options = {"seed": 3, "task": "text-classification"}
+        batches[streaming] = list(loader(prepared, tokenizer, 6, shuffle=False, **options))
+    assert isinstance(splits["train"], IterableDataset)
+    (table,), (stream,) = batches[False], batches[True]
+    assert table.keys() == stream.keys()
+    assert all(torch.equal(table[key], stream[key]) for key in table)
+
+    shuffled = loader(prepared, tokenizer, 2, shuffle=True, **options)
+    first, again = (torch.cat([batch["labels"] for batch in shuffled]) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(first.sort().values, stream["labels"].sort().values)
+    calibration = calibration_batches(prepared, tokenizer, data, "text-classification", batch_size=2, seed=0)
+    assert sum(len(batch["labels"]) for batch in calibration) == len(ROWS)
+
+
+def test_streamed_text_is_packed(tmp_path, tokenizer):
+    """Windows of streamed text are those of a table, as far as one piece of lines reaches."""
+    train = tmp_path / "train.txt"
+    train.write_text(TEXT, encoding="utf-8")
+    found = []
+    for streaming in (False, True):
+        data = DataRecipe(
+            train=str(train), validation=str(train), max_length=32, streaming=streaming, max_train_samples=7
+        )
+        splits = load_splits(data, "causal-lm", 0)
+        prepared = prepare(splits["train"], tokenizer, data, "causal-lm", training=True)
+        found.append([row["input_ids"] for row in prepared])
+    assert found[0] == found[1]
+    assert len(found[0]) == 7
+
+
+def test_streamed_images_and_masked_words(tmp_path, tokenizer):
+    """What is drawn for a streamed row depends on its number, the seed and the epoch, as for the rows of a table."""
+    for split in ("train", "validation"):
+        for number, name in enumerate("ab"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (40 * number, 90, 7)).save(tmp_path / split / name / "one.png")
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    found = []
+    for streaming in (False, True):
+        data = DataRecipe(train=str(tmp_path / "train"), validation=str(tmp_path / "validation"), streaming=streaming)
+        splits = load_splits(data, "image-classification", 0)
+        prepared = prepare(splits["train"], processor, data, "image-classification", training=True)
+        found.append(next(iter(loader(prepared, processor, 2, shuffle=False, seed=0, task="image-classification"))))
+    for key in ("pixel_values", "labels"):
+        assert torch.equal(found[0][key], found[1][key])
+    moved = loader(prepared, processor, 2, shuffle=True, seed=0, task="image-classification", augment=True)
+    assert next(iter(moved))["pixel_values"].shape == (2, 3, 8, 8)
+
+
+def test_streaming_needs_validation():
+    with pytest.raises(RecipeError, match=r"data\.validation"):
+        DataRecipe(train="x.txt", streaming=True)
+
+
+@pytest.mark.filterwarnings(_LEFT_OPEN)
+@pytest.mark.usefixtures("collected")
+def test_a_streamed_class_that_validation_lacks(tmp_path, tokenizer):
+    train = _write(tmp_path / "train.tsv", [*ROWS, ("what", "none")])
+    other = _write(tmp_path / "validation.tsv", ROWS)
+    data = DataRecipe(train=str(train), validation=str(other), streaming=True)
+    rows = load_splits(data, "text-classification", 0)["train"]
+    with pytest.raises(DataError, match="'none'"):
+        list(rows)
+    with pytest.raises(DataError, match="has no column 'word'"):
+        load_splits(
+            DataRecipe(train=str(train), validation=str(other), streaming=True, text_column="word"),
+            "text-classification",
+            0,
+        )
