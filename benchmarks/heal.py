@@ -4,31 +4,35 @@
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Every model is trained on the same batches, for the
 same number of steps, with the same losses (cross-entropy and the original as teacher) and rate; the weights that are
-kept are those of the least validation loss. Everything is chosen on training or validation data and reported on test
-data: WikiText-2 test windows, SST-2 validation sentences (the split that everybody reports; what has to be chosen is
-chosen on rows of train). A row that is in benchmarks/results/heal.json already is not measured again; an interrupted
-training goes on from its last checkpoint in outputs/heal.
+kept are those of the least validation loss. Where there are rounds of fusing and retraining, their steps add up to the
+same number. Everything is chosen on training or validation data and reported on test data: WikiText-2 test windows,
+CIFAR-10 test images, SST-2 validation sentences (the split that everybody reports; what has to be chosen is chosen on
+rows of train). A row that is in benchmarks/results/heal.json already is not measured again; an interrupted training
+goes on from its last checkpoint in outputs/heal.
 """
 
 import argparse
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import fusion
 import torch
+from cifar_resnet import cifar10, published
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from hf_layerfuse import FusionRecipe, HealRecipe, Plan, apply, heal, layer_map
+from hf_layerfuse import FusionRecipe, HealRecipe, Plan, apply, expand, heal, layer_map
 from hf_layerfuse.adapters import adapter_for
-from hf_layerfuse.collate import CollateText
-from hf_layerfuse.evaluate import parameter_counts
+from hf_layerfuse.collate import ROW, CollateImages, CollateText
+from hf_layerfuse.evaluate import classification, parameter_counts
 from hf_layerfuse.report import text_table
+from hf_layerfuse.schedule import compose, steps_of
 from hf_layerfuse.search import search
 
 RESULT = fusion.ROOT / "benchmarks" / "results" / "heal.json"
@@ -44,8 +48,9 @@ class Job:
         rows: training rows.
         collate: makes batches of them.
         validation: batches with labels.
-        recipe: the budget.
+        recipe: the budget, of all rounds together.
         targets: name -> what is asked for of the fusion.
+        rounds: of those that are fused and retrained in turn.
     """
 
     base: fusion.Job
@@ -54,6 +59,7 @@ class Job:
     validation: list[dict[str, torch.Tensor]]
     recipe: HealRecipe
     targets: dict[str, dict[str, Any]]
+    rounds: int = 1
 
 
 def gpt2() -> Job:
@@ -89,74 +95,103 @@ def minilm_sst2() -> Job:
     return Job(base, rows(pairs[:-1280]), collate, validation, recipe, targets)
 
 
-JOBS: dict[str, Callable[[], Job]] = {"minilm-sst2": minilm_sst2, "gpt2": gpt2}
+def resnet56() -> Job:
+    model = published(fusion.DATA / "models" / "resnet-cifar10" / "resnet56.safetensors")
+    (train, labels), (test, answers) = (cifar10(fusion.DATA / "data" / "cifar10", split) for split in ("train", "test"))
+    held_out = [
+        {"pixel_values": x, "labels": y}
+        for x, y in zip(train[40_000:42_500].split(250), labels[40_000:42_500].split(250), strict=True)
+    ]
+    tested = [{"pixel_values": x, "labels": y} for x, y in zip(test.split(499), answers.split(499), strict=True)]
+    calibration = [{"pixel_values": x} for x in train[:40_000:78].split(64)]
+    base = fusion.Job(model, calibration, held_out, lambda student: classification(student, tested), keeps=())
+    rows = [
+        {"pixel_values": x, "labels": y, ROW: i}
+        for i, (x, y) in enumerate(zip(train[:40_000], labels[:40_000].tolist(), strict=True))
+    ]
+    recipe = HealRecipe(steps=1560, batch_size=128, learning_rate=2e-3, eval_every=156, temperature=4.0)
+    targets = {"70% shared": {"ratio": 0.7, "mode": "share"}}
+    return Job(base, rows, CollateImages(moves=True), held_out, recipe, targets, rounds=5)
+
+
+JOBS: dict[str, Callable[[], Job]] = {"minilm-sst2": minilm_sst2, "gpt2": gpt2, "resnet56": resnet56}
 
 Made = tuple[PreTrainedModel, Plan]
+Step = Callable[[PreTrainedModel, dict[str, Any]], Made]
+"""From a model, and what is asked for of it, to one that is smaller."""
 
 
-def methods(job: Job, asked: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Made]]]:
-    """Name and maker of each model that is retrained, baselines first."""
+def methods(job: Job, asked: dict[str, Any]) -> Iterator[tuple[str, int, Step]]:
+    """Name, rounds and step of each model that is retrained, baselines first."""
     base = job.base
-    depth = base.model.config.num_hidden_layers
 
-    def dropped(keep: int) -> Made:
-        plan = fusion.best_drop(base, keep)
-        return apply(base.model, plan), plan
+    def dropped(model: PreTrainedModel, asked: dict[str, Any]) -> Made:
+        plan = fusion.best_drop(base, asked["keep_layers"])
+        return apply(model, plan), plan
 
-    def found(**options: Any) -> Made:
-        result = search(base.model, FusionRecipe(**asked, **options), base.calibration)
+    def found(model: PreTrainedModel, asked: dict[str, Any], **options: Any) -> Made:
+        result = search(model, FusionRecipe(**asked, **options), base.calibration)
         return result.model, result.plan
 
-    if asked.get("mode") == "share":
-        yield "shared average", partial(found, operator="mean", cluster="adjacent", refit="none", effort="low")
+    mean = partial(found, operator="mean", cluster="adjacent", refit="none", effort="low")
+    if asked.get("mode") != "share":
+        yield "drop: best on validation", 1, dropped
+        yield "ours, no refit", 1, partial(found, refit="none")
     else:
-        yield "drop: best on validation", partial(dropped, asked.get("keep_layers", depth))
-        yield "ours, no refit", partial(found, refit="none")
-    yield "ours", found
+        yield "shared average", 1, mean
+    yield "ours", 1, found
+    if job.rounds > 1:
+        yield f"shared average, {job.rounds} rounds", job.rounds, mean
+        yield f"ours, {job.rounds} rounds", job.rounds, found
 
 
-def retrained(job: Job, name: str, make: Callable[[], Made]) -> dict[str, Any]:
-    """Scores on test data of a model before and after retraining, its size, and how it went."""
-    student, plan = make()
-    before = job.base.score(student.eval())
-    batches = DataLoader(job.rows, job.recipe.batch_size, shuffle=True, drop_last=True, collate_fn=job.collate)
-    report = heal(
-        student,
-        batches,
-        job.recipe,
-        teacher=job.base.model,
-        matches=layer_map(student, job.base.model, plan),
-        validation_batches=job.validation,
-        checkpoints=CHECKPOINTS / name,
-    )
-    shutil.rmtree(CHECKPOINTS / name)
-    sizes = parameter_counts(student)
-    return {
-        "before": before,
-        "after": job.base.score(student),
-        **sizes,
-        "steps": report.steps,
-        "best_step": report.best_step,
-        "validation_loss": report.validation_loss,
-        "seconds": report.seconds,
-    }
+def retrained(job: Job, name: str, asked: dict[str, Any], rounds: int, step: Step) -> dict[str, Any]:
+    """Scores on test data of a model before and after retraining, its size, and how it went.
+
+    Of several rounds, each removes its part of the ratio, as the exponential curriculum has it, and gets as many steps.
+    """
+    model, source, plan, parts = job.base.model, job.base.model, None, []
+    shares = [math.expm1(-t / rounds) / math.expm1(-1) for t in range(1, rounds + 1)]
+    for number, (share, steps) in enumerate(zip(shares, steps_of(job.recipe.steps, rounds), strict=True)):
+        student, made = step(source, asked | {"ratio": share * asked["ratio"]} if "ratio" in asked else asked)
+        plan = made if plan is None else compose(plan, made)
+        before = job.base.score(student.eval())
+        report = heal(
+            student,
+            DataLoader(job.rows, job.recipe.batch_size, shuffle=True, drop_last=True, collate_fn=job.collate),
+            replace(job.recipe, steps=steps),
+            teacher=model,
+            matches=layer_map(student, model, plan),
+            validation_batches=job.validation,
+            seed=number,
+            checkpoints=CHECKPOINTS / f"{name}-{number}",
+        )
+        shutil.rmtree(CHECKPOINTS / f"{name}-{number}")
+        parts.append({"before": before, **asdict(report)})
+        source = expand(student)
+    for part in parts:
+        del part["train_loss"]
+    after = job.base.score(student)
+    return {"before": parts[-1]["before"], "after": after, **parameter_counts(student), "rounds": parts}
 
 
 def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
     """Train all models of a job, or those of some targets, that are not there yet, and save after each."""
     job = JOBS[name]()
     rows = results.setdefault(name, {})
-    nothing = Plan(adapter_for(job.base.model).model_type, job.base.model.config.num_hidden_layers)
-    todo = [("original", "original", lambda: (apply(job.base.model, nothing), nothing))]
+    adapter = adapter_for(job.base.model)
+    nothing = Plan(adapter.model_type, job.base.model.config.num_hidden_layers, kinds=adapter.kinds)
+    todo = [("original", {}, "original", 1, lambda model, asked: (apply(model, nothing), nothing))]
     todo += [
-        (target, method, make)
+        (target, asked, *method)
         for target, asked in job.targets.items()
         if not targets or target in targets
-        for method, make in methods(job, asked)
+        for method in methods(job, asked)
     ]
-    for target, method, make in todo:
+    for target, asked, method, rounds, step in todo:
         if method not in rows.setdefault(target, {}):
-            rows[target][method] = retrained(job, f"{name} {target} {method}".replace(" ", "-"), make)
+            folder = f"{name} {target} {method}".replace(" ", "-").replace("%", "")
+            rows[target][method] = retrained(job, folder, asked, rounds, step)
             print(f"{name}, {target}, {method}: {rows[target][method]}", flush=True)
             temporary = RESULT.with_suffix(".tmp")
             temporary.write_text(json.dumps(results, indent=1) + "\n")

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from .adapters import ModelAdapter, TransformerAdapter, adapter_for
+from .adapters import ConvAdapter, ModelAdapter, TransformerAdapter, adapter_for
 from .align import align
 from .auto import AutoFusedModel, fuse
 from .errors import (
@@ -30,6 +30,7 @@ __version__ = version("hf-layerfuse")
 __all__ = [
     "AutoFusedModel",
     "CheckpointError",
+    "ConvAdapter",
     "DataError",
     "Drop",
     "Fuse",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from .errors import DataError, RecipeError
 from .math.align import CrossCorrelation, Rows, Turns, fit, gain, inner_product, scores, transport
 from .modes import eval_mode
 from .plan import Fuse, Plan
+from .walk import tokens_of
 
 _OFF = 1e-3  # a gain this much smaller than the largest of its norm is one that no quotient is taken by
 
@@ -93,7 +93,7 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
     pairs = [
         _Pair(edit, blocks[kind, target], blocks[kind, layer])
         for edit in edits
-        for kind in (("attention", "mlp") if edit.kind == "layer" else (edit.kind,))
+        for kind in (plan.kinds if edit.kind == "layer" else (edit.kind,))
         for target in [edit.layers[0] if edit.operator == "telescope" else edit.source.kept]
         for layer in edit.layers
         if layer != target
@@ -101,7 +101,7 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
     correlations = _correlations(aligned, [pair for pair in pairs if pair.edit.align == "activation"], batches)
     for pair in pairs:
         reference, rows = (rows_of(aligned, block, _heads(aligned, block)) for block in (pair.reference, pair.block))
-        if pair.edit.mode == "depth" and not adapter.post_norm:
+        if pair.edit.mode == "depth" and not adapter.post_norm and pair.block.kind != "conv":
             _share_norm(aligned, pair, rows)
         write_rows(aligned, pair.block, _fit(aligned, pair, reference, rows, correlations))
     return aligned
@@ -110,6 +110,7 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
 def _fit(model: PreTrainedModel, pair: _Pair, reference: Rows, rows: Rows, correlations: Correlations) -> Rows:
     """The rows of the block in the order, and turned, as the edit asks for."""
     free = _turns(model, pair.block)
+    matched = _folded(reference), _folded(rows)
     fixed: Turns = dict.fromkeys(free, "none")
     if pair.edit.align == "activation":
         # Coordinates inside a head have no meaning of their own, so heads match that compute the same up to a turn:
@@ -117,23 +118,33 @@ def _fit(model: PreTrainedModel, pair: _Pair, reference: Rows, rows: Rows, corre
         # that is on where the other is off is no match.
         groups, heads, dim, _ = rows["out"].shape
         split = correlations[pair.key].value().reshape(groups, heads, dim, groups, heads, dim)
-        score = gain(split.permute(0, 3, 1, 4, 2, 5), "none" if pair.block.kind == "mlp" else "any")
+        score = gain(split.permute(0, 3, 1, 4, 2, 5), "any" if pair.block.kind == "attention" else "none")
         return fit(reference, rows, score, fixed)
     if pair.edit.align == "transport":
-        return fit(reference, rows, scores(reference, rows, fixed, cosine=True), fixed, transport)
+        return fit(reference, rows, scores(*matched, fixed, cosine=True), fixed, transport)
     # A permutation gains the plain inner product of the heads; with turns it is what they reach once turned,
     # ||S_QK||_* + ||S_VO||_* where all turns are free. For heads that share the turn of their group that is only a
     # bound, so the plain matching competes.
     turns = free if pair.edit.align == "rotation" else fixed
-    matchings = [scores(reference, rows, by) for by in ([fixed] if turns == fixed else [free, fixed])]
+    matchings = [scores(*matched, by) for by in ([fixed] if turns == fixed else [free, fixed])]
     found = [fit(reference, rows, score, turns) for score in matchings]
-    return max(found, key=partial(inner_product, reference))
+    return max(found, key=lambda fitted: inner_product(matched[0], _folded(fitted)))
+
+
+def _folded(rows: Rows) -> Rows:
+    """Rows to be compared: those of a convolution with the gain of the batch norm that follows, which it may take."""
+    if "in_norm" not in rows:
+        return rows
+    weight, _, _, variance = rows["in_norm"].split(1, dim=-1)
+    return {"in": rows["in"] * weight / variance.clamp_min(1e-5).sqrt(), "out": rows["out"]}
 
 
 def _turns(model: PreTrainedModel, block: Block) -> Turns:
     """The turns of a block's heads that leave its function as it is."""
     if block.kind == "mlp":  # a nonlinearity acts on each unit by itself
         return {tuple(linear_maps(model, block)): "none"}
+    if block.kind == "conv":
+        return {("in", "out"): "none"}
     # A turn of both leaves q . k as it is. A norm in between has a gain for each coordinate, which it does not commute
     # with; positions rotate each frequency pair, which rotations of the same pair do commute with.
     normed = any(role in block.modules for role in HEAD_NORMS)
@@ -201,10 +212,10 @@ def _correlations(model: PreTrainedModel, pairs: list[_Pair], batches: Batches |
 
     def listen(block: Block) -> str:
         before_out = block.kind == "attention" or "gate" in block.modules
-        path = block.modules["out" if before_out else "in"]
+        path = block.modules["out" if before_out else "in_norm" if block.kind == "conv" else "in"]
 
         def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            states[path] = (args[0] if before_out else output).flatten(0, -2)
+            states[path] = tokens_of(args[0] if before_out else output).flatten(0, -2)
 
         handles.append(model.get_submodule(path).register_forward_hook(record))
         return path

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .adapters import TransformerAdapter
+from .adapters import LayerAdapter
 from .errors import DataError
 from .modes import eval_mode
 from .plan import Kind
@@ -158,7 +158,7 @@ def take(batch: Mapping[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def observe(
     model: PreTrainedModel,
-    adapter: TransformerAdapter,
+    adapter: LayerAdapter,
     batches: Batches,
     observers: Mapping[Kind, Callable[[Tensor], None]],
 ) -> None:
@@ -192,7 +192,7 @@ def observe(
 class _Recorder:
     """Hooks that record the residual stream after every block of one kind during a forward pass."""
 
-    def __init__(self, model: PreTrainedModel, adapter: TransformerAdapter, kind: Kind) -> None:
+    def __init__(self, model: PreTrainedModel, adapter: LayerAdapter, kind: Kind) -> None:
         self.states, self.handles = [], []
         if kind == "layer":
             for layer in adapter.layer_list(model):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from .adapters import FUSED_PREFIX, TransformerAdapter
+from .adapters import FUSED_PREFIX, LayerAdapter
 from .errors import PlanError, UnsupportedModelError
 from .math.lowrank import low_rank, shared_basis
 from .plan import Layout, Plan, Slot, Source, Tie
 from .relaxed import PER_DEPTH, Linear, Relaxed, can_relax, out_in, relax
 
 
-def check_plan(model: PreTrainedModel, adapter: TransformerAdapter, plan: Plan) -> None:
+def check_plan(model: PreTrainedModel, adapter: LayerAdapter, plan: Plan) -> None:
     """Raise unless `plan` was made for this architecture and depth, and the model can be fused at all.
 
     Raises:
@@ -37,9 +38,21 @@ def check_plan(model: PreTrainedModel, adapter: TransformerAdapter, plan: Plan) 
     depth = len(adapter.layer_list(model))
     if plan.num_layers != depth:
         raise PlanError(f"the plan is for {plan.num_layers} layers, the model has {depth}: make a new plan.")
+    if plan.kinds != adapter.kinds:
+        raise PlanError(
+            f"the plan is for layers of {' and '.join(plan.kinds)} blocks, those of {adapter.model_type!r} have "
+            f"{' and '.join(adapter.kinds)}: make a new plan."
+        )
+    shapes = [shapes_of(layer) for layer in adapter.layer_list(model)]
     for edit in plan.edits:
+        unlike = [layer for layer in edit.layers if shapes[layer] != shapes[edit.layers[0]]]
+        if unlike:
+            raise PlanError(
+                f"{edit} makes one of layers whose weights have different shapes, such as {edit.layers[0]} and "
+                f"{unlike[0]}: group layers of one shape."
+            )
         layer = adapter.layer_list(model)[edit.layers[0]]
-        ties = Plan(plan.model_type, plan.num_layers, (edit,)).layout().ties  # a whole layer is two
+        ties = replace(plan, edits=(edit,)).layout().ties  # a whole layer may be two
         ranks = [rank for tie in ties for _, rank in relaxed_maps(layer, adapter, tie).values()]
         if ranks and max(ranks) < edit.rank:
             raise PlanError(
@@ -48,7 +61,12 @@ def check_plan(model: PreTrainedModel, adapter: TransformerAdapter, plan: Plan) 
             )
 
 
-def check_model(model: PreTrainedModel, adapter: TransformerAdapter) -> None:
+def shapes_of(layer: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
+    """Name and shape of each weight of a layer: those of layers that can become one are equal."""
+    return tuple((name, tensor.shape) for name, tensor in layer.state_dict().items())
+
+
+def check_model(model: PreTrainedModel, adapter: LayerAdapter) -> None:
     """Raise `UnsupportedModelError` unless the model is one that can be fused."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
@@ -76,7 +94,7 @@ def check_model(model: PreTrainedModel, adapter: TransformerAdapter) -> None:
             )
 
 
-def target_config(config: PreTrainedConfig, adapter: TransformerAdapter, layout: Layout) -> PreTrainedConfig:
+def target_config(config: PreTrainedConfig, adapter: LayerAdapter, layout: Layout) -> PreTrainedConfig:
     """The config of the result: fewer layers, every per-layer list in step. `config` is not changed."""
     target = copy.deepcopy(config)
     for name in adapter.per_layer_config:
@@ -86,7 +104,7 @@ def target_config(config: PreTrainedConfig, adapter: TransformerAdapter, layout:
     if types is not None:
         # A layer without attention needs no cache of its own type. Where a type has lost all its attention, a cache
         # of that type would stay empty and report length 0, so such layers take the type of one that is there.
-        used = {kind: None for kind, slot in zip(types, layout.slots, strict=True) if slot.attention}
+        used = {kind: None for kind, slot in zip(types, layout.slots, strict=True) if slot.source("attention")}
         fallback = next(iter(used))
         target.layer_types = [kind if kind in used else fallback for kind in types]
     target.num_hidden_layers = len(layout.slots)
@@ -95,7 +113,7 @@ def target_config(config: PreTrainedConfig, adapter: TransformerAdapter, layout:
 
 def _per_layer(values: Sequence[Any], slot: Slot, name: str) -> Any:
     """The entry of a per-layer config list that belongs to the layer whose weights a slot gets."""
-    source = slot.attention or Source(slot.layers[:1])
+    source = next(iter(slot.blocks.values())) or Source(slot.layers[:1])
     if source.operator in ("freeze", "select"):
         return values[source.kept]
     entries = [values[layer] for layer in source.layers]
@@ -107,7 +125,7 @@ def _per_layer(values: Sequence[Any], slot: Slot, name: str) -> Any:
     return entries[0]
 
 
-def reshape(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout) -> None:
+def reshape(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) -> None:
     """Take the removed blocks out of a model with one layer per slot, renumber its cache, and put relaxed maps in the
     place of those that are shared with a rank. In place.
 
@@ -118,11 +136,11 @@ def reshape(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout)
     types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers)
     free = {kind: iter([i for i, other in enumerate(types) if other == kind]) for kind in types}
     for layer, slot, layer_type in zip(layers, layout.slots, types, strict=True):
-        for kind in ("attention", "mlp"):
+        for kind in adapter.kinds:
             if slot.source(kind) is None:
                 for path, stand_in in adapter.skip[kind].items():
                     layer.set_submodule(path, stand_in())
-        if slot.attention is None:
+        if slot.source("attention") is None:
             continue
         index = next(free[layer_type])
         for path in adapter.skip["attention"]:
@@ -135,7 +153,7 @@ def reshape(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout)
                 layers[slot].set_submodule(at, relax(module, tie.mode, rank))
 
 
-def relaxed_maps(layer: nn.Module, adapter: TransformerAdapter, tie: Tie) -> dict[str, tuple[Linear, int]]:
+def relaxed_maps(layer: nn.Module, adapter: LayerAdapter, tie: Tie) -> dict[str, tuple[Linear, int]]:
     """Path -> (stock module, rank) of the maps of a layer that a tie is to relax; none where it has no rank.
 
     A joint map of queries, keys and values is one map. The rank is that of the tie, or where a map has fewer
@@ -146,7 +164,7 @@ def relaxed_maps(layer: nn.Module, adapter: TransformerAdapter, tie: Tie) -> dic
         UnsupportedModelError: a matrix belongs to a module that computes something else than `nn.Linear`.
     """
     found = {}
-    for at in getattr(adapter, tie.kind).values() if tie.rank else ():
+    for at in adapter.table(tie.kind).values() if tie.rank else ():
         module = layer.get_submodule(at)
         # a head that builds its body by AutoModel, as those of Llama do, gets one that is reshaped already
         if not isinstance(module, Relaxed) and any(is_shared(tensor) for tensor in module.parameters()):
@@ -161,7 +179,7 @@ def relaxed_maps(layer: nn.Module, adapter: TransformerAdapter, tie: Tie) -> dic
     return found
 
 
-def tied_weights(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout) -> dict[str, str]:
+def tied_weights(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) -> dict[str, str]:
     """Shared matrices of a reshaped model, {name of a copy: name of the one that is kept}: weights and bases."""
     path, layers = adapter.layers_path(model), adapter.layer_list(model)
     return {
@@ -178,7 +196,7 @@ def is_shared(tensor: Tensor) -> bool:
     return tensor.ndim >= 2
 
 
-def fused_weights(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout) -> dict[str, Tensor]:
+def fused_weights(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) -> dict[str, Tensor]:
     """Weights of the result by live name, made from those of `model`; none aliases the original.
 
     Tied copies are left out, as they are on disk.
@@ -228,7 +246,7 @@ def _relaxed_weights(originals: list[Tensor], shared: Tensor, mode: str, rank: i
     return [{"residual_out": left, "residual_in": right} for left, right in pairs]
 
 
-def expanded_weights(model: PreTrainedModel, adapter: TransformerAdapter, layout: Layout) -> dict[str, Tensor]:
+def expanded_weights(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) -> dict[str, Tensor]:
     """Weights for a stock model that computes what a fused one does: shared matrices are copied, residuals and bases
     multiplied out, and a removed block becomes one whose output projection is zero.
     """
@@ -241,10 +259,10 @@ def expanded_weights(model: PreTrainedModel, adapter: TransformerAdapter, layout
             dtype = next(iter(matrices.values())).dtype
             weights[f"{at}.weight"] = module.merged_weight().to(dtype).contiguous()
     path = adapter.layers_path(model)
-    for kind in ("attention", "mlp"):
+    for kind in adapter.kinds:
         donor = f"{path}.{next(i for i, slot in enumerate(layout.slots) if slot.source(kind))}."
         state = {name.removeprefix(donor): tensor for name, tensor in weights.items() if name.startswith(donor)}
-        out = getattr(adapter, kind)["out"]
+        out = adapter.table(kind)["out"]
         for index, slot in enumerate(layout.slots):
             for name, tensor in state.items():
                 if slot.source(kind) is None and adapter.owner(name) == kind and not adapter.stays(name):

@@ -107,8 +107,7 @@ def _rounds(recipe: Recipe, original: PreTrainedModel, inputs: _Inputs) -> list[
     if recipe.heal.schedule == "one-shot":
         return [(None, recipe.heal.steps)]
     plan = plan_fusion(original, recipe.fusion, inputs.calibration())
-    kind = "mlp" if recipe.fusion.blocks == "separate" else recipe.fusion.blocks
-    keeps = keeps_of(plan.num_layers, len(groups_of(plan, kind)), recipe.heal)
+    keeps = keeps_of(plan.num_layers, len(groups_of(plan, plan.edits[0].kind)), recipe.heal)
     return list(zip(keeps, steps_of(recipe.heal.steps, len(keeps)), strict=True))
 
 

@@ -41,9 +41,11 @@ def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) ->
     matches = []
     for index, slot in enumerate(slots):
         matches.append(Match("hidden", f"{ours[0]}.{index}", f"{theirs[0]}.{slot.layers[-1]}"))
-        if slot.attention is not None:
-            pair = ((ours[0], index), (theirs[0], slot.attention.layers[-1]))
-            matches.append(Match("attention", *(f"{path}.{layer}.{adapter.attention['out']}" for path, layer in pair)))
+        attention = slot.source("attention")
+        if attention is not None:
+            out = adapter.table("attention")["out"]
+            pair = ((ours[0], index), (theirs[0], attention.layers[-1]))
+            matches.append(Match("attention", *(f"{path}.{layer}.{out}" for path, layer in pair)))
     return tuple(matches)
 
 

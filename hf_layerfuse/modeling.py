@@ -24,7 +24,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from .adapters import ADAPTERS, BUILTIN, FUSED_PREFIX, TransformerAdapter, adapter_for
+from .adapters import ADAPTERS, BUILTIN, FUSED_PREFIX, LayerAdapter, adapter_for
 from .align import align
 from .calibration import Batches
 from .edits import (
@@ -90,7 +90,7 @@ class FusedMixin:
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def register_adapter(adapter: type[TransformerAdapter]) -> type[TransformerAdapter]:
+def register_adapter(adapter: type[LayerAdapter]) -> type[LayerAdapter]:
     """Make an architecture known, so that its models can be fused, saved, and loaded by the Auto classes.
 
     Its config and model classes must be registered with `AutoConfig` and `AutoModel...` first, unless transformers

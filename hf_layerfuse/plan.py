@@ -12,7 +12,10 @@ from .errors import PlanError
 
 FORMAT_VERSION = 1
 
-Kind = Literal["layer", "attention", "mlp"]
+Kind = Literal["layer", "attention", "mlp", "conv"]
+TRANSFORMER = ("attention", "mlp")
+"""The kinds of blocks that a layer of a transformer has."""
+
 Mode = Literal["depth", "share", "basis"]
 Operator = Literal["mean", "weighted", "freeze", "mix", "telescope", "select"]
 Align = Literal["none", "permutation", "activation", "transport", "rotation"]
@@ -147,18 +150,27 @@ class Source:
 
 @dataclass(frozen=True)
 class Slot:
-    """One layer of the result: `layers` are the original depths it stands for; None is a block that is gone."""
+    """One layer of the result.
+
+    Attributes:
+        layers: the original depths it stands for.
+        blocks: kind -> where that block comes from, in the order in which they run; None is a block that is gone.
+    """
 
     layers: tuple[int, ...]
-    attention: Source | None
-    mlp: Source | None
+    blocks: Mapping[str, Source | None]
 
     def source(self, kind: str | None) -> Source | None:
-        """Where the block `kind` comes from; None asks for what belongs to neither block, such as cross-attention."""
+        """Where the block `kind` comes from; None asks for what belongs to no block, such as cross-attention."""
         if kind is not None:
-            return getattr(self, kind)
-        whole = self.attention is not None and self.attention == self.mlp
-        return self.attention if whole else Source(self.layers[:1])
+            return self.blocks.get(kind)
+        return self.whole or Source(self.layers[:1])
+
+    @property
+    def whole(self) -> Source | None:
+        """Where all blocks come from; None where they come from different layers, or one is gone."""
+        first, *others = self.blocks.values()
+        return first if all(other == first for other in others) else None
 
 
 @dataclass(frozen=True)
@@ -169,7 +181,7 @@ class Tie:
     combinations of a shared basis of `rank` vectors.
     """
 
-    kind: Literal["attention", "mlp"]
+    kind: Literal["attention", "mlp", "conv"]
     slots: tuple[int, ...]
     source: Source
     mode: Literal["share", "basis"] = "share"
@@ -186,32 +198,36 @@ class Layout:
     @property
     def is_stock(self) -> bool:
         """Whether the stock class with fewer layers can hold it: every layer whole, nothing shared."""
-        return not self.ties and all(slot.attention and slot.mlp for slot in self.slots)
+        return not self.ties and all(source for slot in self.slots for source in slot.blocks.values())
 
 
 @dataclass(frozen=True)
 class Plan:
     """All decisions of one compression: `edits` on a model of `num_layers` layers of architecture `model_type`.
 
-    `notes` holds what the edits were decided from (recipe, distances, scores); nothing reads it to apply the plan.
+    `kinds` are the blocks of a layer, in the order in which they run. `notes` holds what the edits were decided from
+    (recipe, distances, scores); nothing reads it to apply the plan.
 
     Raises:
-        PlanError: an edit names a layer that is not there, two edits claim the same block, or nothing is left.
+        PlanError: an edit names a layer or a kind of block that is not there, two edits claim the same block, or
+            nothing is left.
     """
 
     model_type: str
     num_layers: int
     edits: tuple[Edit, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    kinds: tuple[str, ...] = TRANSFORMER
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "edits", tuple(self.edits))
+        object.__setattr__(self, "kinds", tuple(self.kinds))
         claimed: dict[tuple[str, int], Edit] = {}
         for edit in self.edits:
             for layer in edit.layers:
                 if not 0 <= layer < self.num_layers:
                     raise PlanError(f"{edit} names layer {layer}; the model has layers 0 to {self.num_layers - 1}.")
-                for kind in _kinds(edit.kind):
+                for kind in self._kinds(edit):
                     if (kind, layer) in claimed:
                         raise PlanError(
                             f"{edit} and {claimed[kind, layer]} both claim the {kind} block of layer {layer}: "
@@ -219,14 +235,14 @@ class Plan:
                         )
                     claimed[kind, layer] = edit
         slots = self.layout().slots
-        for kind in _kinds("layer"):
+        for kind in self.kinds:
             if not any(slot.source(kind) for slot in slots):
                 raise PlanError(f"the plan removes every {kind} block: keep at least one.")
 
     def layout(self) -> Layout:
-        """The shape of the result. A layer that loses both of its blocks is removed as a whole."""
+        """The shape of the result. A layer that loses all of its blocks is removed as a whole."""
         blocks: dict[str, list[Source | None]] = {
-            kind: [Source((layer,)) for layer in range(self.num_layers)] for kind in _kinds("layer")
+            kind: [Source((layer,)) for layer in range(self.num_layers)] for kind in self.kinds
         }
         for kind, edit in self._by_block():
             if isinstance(edit, Drop):
@@ -236,10 +252,10 @@ class Plan:
                 for layer in edit.layers[1:]:
                     blocks[kind][layer] = None
 
-        kept = [i for i in range(self.num_layers) if blocks["attention"][i] or blocks["mlp"][i]]
+        kept = [i for i in range(self.num_layers) if any(sources[i] for sources in blocks.values())]
         ends = [*kept[1:], self.num_layers]
         slots = tuple(
-            Slot(tuple(range(start, end)), blocks["attention"][start], blocks["mlp"][start])
+            Slot(tuple(range(start, end)), {kind: sources[start] for kind, sources in blocks.items()})
             for start, end in zip(kept, ends, strict=True)
         )
         ties = tuple(
@@ -251,8 +267,17 @@ class Plan:
 
     def _by_block(self) -> Iterator[tuple[Any, Edit]]:
         for edit in self.edits:
-            for kind in _kinds(edit.kind):
+            for kind in self._kinds(edit):
                 yield kind, edit
+
+    def _kinds(self, edit: Edit) -> tuple[str, ...]:
+        """The kinds of blocks that an edit is of."""
+        if edit.kind != "layer" and edit.kind not in self.kinds:
+            raise PlanError(
+                f"{edit} is of a kind that layers of {self.model_type!r} do not have: use 'layer', or one of "
+                f"{', '.join(self.kinds)}."
+            )
+        return self.kinds if edit.kind == "layer" else (edit.kind,)
 
     def to_dict(self, *, notes: bool = True) -> dict[str, Any]:
         """The plan as JSON types, `notes` included or not."""
@@ -260,6 +285,7 @@ class Plan:
             "format_version": FORMAT_VERSION,
             "model_type": self.model_type,
             "num_layers": self.num_layers,
+            **({} if self.kinds == TRANSFORMER else {"kinds": list(self.kinds)}),
             "edits": [_write_edit(edit) for edit in self.edits],
         }
         return {**tree, "notes": dict(self.notes)} if notes else tree
@@ -280,7 +306,8 @@ class Plan:
             )
         try:
             edits = tuple(_read_edit(edit) for edit in tree["edits"])
-            return cls(str(tree["model_type"]), int(tree["num_layers"]), edits, tree.get("notes", {}))
+            kinds = tree.get("kinds", TRANSFORMER)
+            return cls(str(tree["model_type"]), int(tree["num_layers"]), edits, tree.get("notes", {}), kinds)
         except PlanError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -307,10 +334,6 @@ class Plan:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
             raise PlanError(f"{path} is not text: give the path of a plan.json that fuse.py wrote.") from error
-
-
-def _kinds(kind: str) -> tuple[str, ...]:
-    return ("attention", "mlp") if kind == "layer" else (kind,)
 
 
 def _write_edit(edit: Edit) -> dict[str, Any]:

@@ -10,14 +10,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .adapters import READERS, Block
+from .adapters import READERS, Block, ConvAdapter
 from .align import align
 from .calibration import Batches, Sample
+from .convfit import ConvRepair
 from .mapfit import fit_gain, fit_map, fit_norm, fold, store, theta_of
 from .math.ridge import Moments, chain, fit, identity
 from .modes import eval_mode
 from .plan import Kind, Plan, Slot
 from .prediction import calibration_loss
+from .repair import Repair
 from .select import Selection, alike
 from .states import PerBatch, Saved, States
 from .walk import Tap, Trace, Walk
@@ -86,7 +88,7 @@ def refit_by(student: PreTrainedModel, trace: Trace, plan: Plan, before: float, 
     """`refit` with a trace of the teacher, which several students may share, and the loss before it."""
     kept = Saved(student)
     walk = Walk(student, trace.walk.sample)
-    repair = Repair(walk, trace, plan, method)
+    repair = repair_of(walk, trace, plan, method)
     for _ in tqdm(repair.slots, "Refitting", unit="layer", disable=None, leave=False):
         repair.step()
     after = trace.loss(walk)
@@ -96,53 +98,35 @@ def refit_by(student: PreTrainedModel, trace: Trace, plan: Plan, before: float, 
     return RefitReport(before, before, kept=False, blocks=tuple(repair.blocks))
 
 
+def repair_of(student: Walk, teacher: Trace, plan: Plan, method: Method) -> Repair:
+    """What repairs the blocks of a student's architecture."""
+    kind = ConvRepair if student.adapter.kinds == ConvAdapter.kinds else TransformerRepair
+    return kind(student, teacher, plan, method)
+
+
 SELECTING = tuple(Tap(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum"))
 """What `select` has to know of every layer of a group, beside the states."""
 
 
-class Repair:
-    """A student and its teacher walked through side by side; `step` repairs the student's next layer.
-
-    Attributes:
-        blocks: a row for each map that was refitted so far.
-    """
+class TransformerRepair(Repair):
+    """Repairs attention and MLP blocks."""
 
     def __init__(self, student: Walk, teacher: Trace, plan: Plan, method: Method) -> None:
-        self.student, self.teacher, self.method = student, teacher, method
-        layout = plan.layout()
-        self.slots = layout.slots
-        self.tied = {(slot, tie.kind) for tie in layout.ties for slot in tie.slots}
-        self.blocks: list[dict[str, Any]] = []
-        self._differs = False
+        super().__init__(student, teacher, plan, method)
         # units, heads and turns of shared weights are those of the aligned original
         original = align(teacher.walk.model, plan, student.sample.batches) if self.tied else teacher.walk.model
         self._aligned = student.adapter.layer_list(original)
 
-    def step(self) -> None:
-        """Repair the student's next layer, and lead the student through it."""
-        index = self.student.depth
-        slot = self.slots[index]
-        missing = {kind for kind in ("attention", "mlp") if slot.source(kind) is None}
-        fused = any(source and len(source.layers) > 1 for source in (slot.attention, slot.mlp))
-        tied = any((index, kind) in self.tied for kind in ("attention", "mlp"))
-        edited = len(slot.layers) > 1 or missing or fused or tied
-        self._differs = bool(self._differs or edited or slot.layers[0] > index)
-        if self._differs:
-            self._repair(index, slot, self.teacher.see(self._wanted(slot)))
-        self.student.advance()
-
     def _wanted(self, slot: Slot) -> set[tuple[int, Tap]]:
-        """What the repair of a slot has to know of the teacher: (layer, tap)."""
-        wanted = {_target(slot, kind) for kind in ("attention", "mlp") if slot.source(kind)}
+        wanted = {_target(slot, kind) for kind, source in slot.blocks.items() if source}
         if self.method == "full":
-            sources = {kind: slot.source(kind) for kind in ("attention", "mlp")}
-            for kind, source in sources.items():
+            for kind, source in slot.blocks.items():
                 if source:
-                    reads = source.layers if _selects(slot) and source == slot.mlp else (source.kept,)
+                    reads = source.layers if _selects(slot) and source == slot.source("mlp") else (source.kept,)
                     wanted |= {(layer, Tap(kind, "read")) for layer in reads}
-            if _selects(slot) and slot.attention == slot.mlp:
+            if _selects(slot) and slot.whole:
                 places = [Tap("attention", place) for place in ("residual", "sum")]
-                wanted |= {(layer, tap) for layer in slot.mlp.layers for tap in places}
+                wanted |= {(layer, tap) for layer in slot.whole.layers for tap in places}
         return wanted
 
     def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, Tap], States]) -> None:
@@ -153,14 +137,14 @@ class Repair:
             depth, tap = _target(slot, block.kind)
             if adapter.post_norm and len(slot.layers) > 1:
                 # the sum is led to one that this norm of the original follows
-                path = getattr(adapter, tap.kind)["norm"]
-                own = getattr(adapter, block.kind)["norm"]
+                path = adapter.table(tap.kind)["norm"]
+                own = adapter.table(block.kind)["norm"]
                 layer.get_submodule(own).load_state_dict(self.teacher.layers[depth].get_submodule(path).state_dict())
         if self.method == "linear":
             if len(slot.layers) > 1:
                 self._fit_outputs(blocks[-1], seen[_target(slot, blocks[-1].kind)])
             return
-        attention = blocks[0] if slot.attention == slot.mlp else None
+        attention = blocks[0] if slot.whole else None
         for block in blocks:
             if block.kind == "mlp" and _selects(slot):
                 self._select(slot, attention, block, seen)
@@ -187,7 +171,7 @@ class Repair:
         """Refit the maps that read the stream, so that they give what they gave for the original's."""
         moments = self._reading(block, original)
         if (block.layer, block.kind) in self.tied:
-            table, stock = getattr(self.student.adapter, block.kind), self._aligned[source]
+            table, stock = self.student.adapter.table(block.kind), self._aligned[source]
             aims = {role: theta_of(stock.get_submodule(table[role])) for role in self._readers(block)}
             # a gain for queries and keys, whose errors multiply, was measured to do more harm than good
             if block.kind == "mlp" and not self.student.adapter.post_norm:
@@ -199,7 +183,7 @@ class Repair:
         if any(module.bias is None for module in modules):
             moments = [part.linear() for part in moments]
         found = fit(*moments, identity(moments[0]))
-        self._note(block, "read", found.before, found.after)
+        self._note(block.layer, block.kind, "read", found.before, found.after)
         if found.strength is not None:
             for module in modules:
                 fold(module, found.theta)
@@ -211,7 +195,7 @@ class Repair:
             return moments
         readers = [(self.student.model.get_submodule(block.modules[role]), aim) for role, aim in aims.items()]
         found = fit_gain(norm, readers, *moments)
-        self._note(block, "norm", found.before, found.after)
+        self._note(block.layer, block.kind, "norm", found.before, found.after)
         return [part.through(identity(part) * found.theta[:-1].T) for part in moments]
 
     def _fit_norm(self, block: Block, slot: Slot) -> None:
@@ -229,7 +213,7 @@ class Repair:
         own = Tap("mlp", "residual") if block.kind == "attention" else None
         moments = self.student.moments(rows, own)
         found = fit_norm(self.student.model.get_submodule(block.modules["norm"]), *moments)
-        self._note(block, "norm", found.before, found.after)
+        self._note(block.layer, block.kind, "norm", found.before, found.after)
 
     def _fit_projection(self, block: Block, target: PerBatch) -> None:
         """Refit the output projection, so that the stream becomes the target."""
@@ -250,20 +234,20 @@ class Repair:
         target = seen[_target(slot, "mlp")]
         if attention is not None:
             own, rows = Saved(self.student.layers[attention.layer]), len(self.blocks)
-        units = self._selection(mlp, slot.mlp.layers, seen)
+        units = self._selection(mlp, slot.source("mlp").layers, seen)
         if attention is not None:
             before = units.missed(target)
-            total = _Total(seen, slot.attention.layers)
-            self._selection(attention, alike(self.teacher.walk.model, slot.attention), seen).choose(total)
+            total = _Total(seen, slot.source("attention").layers)
+            self._selection(attention, alike(self.teacher.walk.model, slot.source("attention")), seen).choose(total)
             self._fit_projection(attention, total)
-            found = self._selection(mlp, slot.mlp.layers, seen)
+            found = self._selection(mlp, slot.source("mlp").layers, seen)
             after = found.missed(target)
             if after < before:
                 units = found
             else:
                 own.restore(self.student.layers[attention.layer])
                 del self.blocks[rows:]
-            self._note(attention, "heads", before, min(before, after))
+            self._note(attention.layer, attention.kind, "heads", before, min(before, after))
         units.choose(target)
         self._fit_projection(mlp, target)
 
@@ -282,17 +266,14 @@ class Repair:
         if module.bias is None:
             moments = [part.linear() for part in moments]
         found = fit(*moments, identity(moments[0]))
-        self._note(block, "linear", found.before, found.after)
+        self._note(block.layer, block.kind, "linear", found.before, found.after)
         if found.strength is not None:
             store(module, chain(theta_of(module), found.theta))
 
     def _fit(self, block: Block, role: str, path: str, moments: Sequence[Moments]) -> None:
         module = self.student.model.get_submodule(path)
         found = fit_map(module, *moments, tied=(block.layer, block.kind) in self.tied)
-        self._note(block, role, found.before, found.after)
-
-    def _note(self, block: Block, role: str, before: float, after: float) -> None:
-        self.blocks.append({"layer": block.layer, "kind": block.kind, "map": role, "before": before, "after": after})
+        self._note(block.layer, block.kind, role, found.before, found.after)
 
 
 class _Total:
@@ -308,7 +289,8 @@ class _Total:
 
 def _selects(slot: Slot) -> bool:
     """Whether the layer of a slot is chosen from all layers of its group. Attention that is fused alone is not."""
-    return slot.mlp is not None and slot.mlp.operator == "select"
+    mlp = slot.source("mlp")
+    return mlp is not None and mlp.operator == "select"
 
 
 def _target(slot: Slot, kind: Kind) -> tuple[int, Tap]:
@@ -316,6 +298,7 @@ def _target(slot: Slot, kind: Kind) -> tuple[int, Tap]:
 
     Attention leads to where its MLP stood, the MLP, or a block that is alone, to the end of the slot.
     """
-    if kind == "attention" and slot.mlp is not None:
-        return min(slot.mlp.kept, slot.layers[-1]), Tap("attention", "sum")
+    mlp = slot.source("mlp")
+    if kind == "attention" and mlp is not None:
+        return min(mlp.kept, slot.layers[-1]), Tap("attention", "sum")
     return slot.layers[-1], Tap("mlp", "sum")

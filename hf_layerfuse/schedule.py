@@ -62,7 +62,7 @@ def compose(first: Plan, second: Plan) -> Plan:
     kept = [edit for edit in first.edits if not gone.intersection(edit.layers)]
     new = [edit for i, edit in touched.items() if i == edit.layers[0]]
     edits = (*kept, *(inner for edit in new for inner in _in_original(edit, before.slots)))
-    return Plan(first.model_type, first.num_layers, edits, notes)
+    return replace(first, edits=edits, notes=notes)
 
 
 def _in_original(edit: Edit, slots: Sequence[Slot]) -> Iterator[Edit]:
@@ -75,5 +75,5 @@ def _in_original(edit: Edit, slots: Sequence[Slot]) -> Iterator[Edit]:
         # shares are of layers that are groups now
         operator = "mean" if grown and edit.operator == "weighted" else edit.operator
         weights = edit.weights if operator == "weighted" else None
-        keep = None if edit.keep is None else slots[edit.keep].attention.kept
+        keep = None if edit.keep is None else slots[edit.keep].source(None).kept
         yield replace(edit, layers=layers, operator=operator, weights=weights, keep=keep)

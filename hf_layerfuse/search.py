@@ -19,20 +19,20 @@ from .edits import check_model
 from .errors import PlanError, UnsupportedModelError
 from .grouping import Groups, even, groups_of, longest, unexplained
 from .math import cluster
-from .methods.fusion import Importance, fits, group_edit, importance_of, plan_fusion
+from .methods.fusion import Importance, divider, fits, group_edit, importance_of, kinds_of, matching, plan_fusion
 from .modeling import apply
 from .modes import eval_mode
 from .plan import Fuse, Kind, Plan
 from .prediction import calibration_loss
 from .recipe import FusionRecipe
-from .refit import SELECTING, RefitReport, Repair, refit_by
+from .refit import SELECTING, RefitReport, refit_by, repair_of
 from .states import Saved
 from .walk import Trace, Walk
 
 TABLE_COST = 5
 """Forward passes of the original, over all of the calibration data, that a table of costs may take."""
 
-TABLE_SEQUENCES = 16
+TABLE_SEQUENCES = 12
 """Fewer sequences than these, if there are more, tell groups apart too badly."""
 
 MOVES = 12
@@ -132,13 +132,13 @@ class _Search:
         return Found(student, replace(plan, notes=notes), report)
 
     def _kinds(self) -> tuple[Kind, ...]:
-        return ("attention", "mlp") if self.recipe.blocks == "separate" else (self.recipe.blocks,)
+        return kinds_of(self.model, self.recipe)
 
     def _count(self, kind: Kind) -> int:
         return len(groups_of(self.first, kind))
 
     def _start(self, kind: Kind) -> Groups:
-        if self.recipe.cluster != "auto" or self.recipe.mode != "depth":
+        if self.recipe.cluster != "auto" or self.recipe.mode != "depth" or kind == "conv":
             return groups_of(self.first, kind)
         if self.recipe.refit == "none":
             return even(self.first.num_layers, self._count(kind))
@@ -214,6 +214,7 @@ class _Table:
     ) -> None:
         self.model, self.recipe, self.batches, self.importance = model, recipe, batches, importance
         self.depth = len(adapter_for(model).layer_list(model))
+        self.divide = divider(model, recipe)
         # a run costs about six layers to refit and what is left of the model to judge, two thirds with its head
         runs = 3 * self.depth
         share = min(0.5, TABLE_COST / runs / (6 / self.depth + 0.67))
@@ -230,7 +231,8 @@ class _Table:
         return self.losses[edit]
 
     def _measure(self, edit: Fuse) -> float:
-        plan = Plan(adapter_for(self.model).model_type, self.depth, (edit,))
+        adapter = adapter_for(self.model)
+        plan = Plan(adapter.model_type, self.depth, (edit,), kinds=adapter.kinds)
         try:
             student = apply(self.model, plan, self.batches)
         except (PlanError, UnsupportedModelError):  # the average of layers of different types; heads of unknown number
@@ -239,7 +241,7 @@ class _Table:
             walk = Walk(student, self.sample)
             walk.depth, walk.states = edit.layers[0], self.trace.states(edit.layers[0])
             if self.recipe.refit != "none":
-                repair = Repair(walk, self.trace, plan, self.recipe.refit)
+                repair = repair_of(walk, self.trace, plan, self.recipe.refit)
                 last = edit.layers[0] if edit.mode == "depth" else edit.layers[-1]
                 while walk.depth <= last:
                     repair.step()
@@ -255,7 +257,8 @@ class _Table:
         """
         cost = np.full((self.depth + 1, self.depth + 1), np.inf)
         cost[range(self.depth), range(1, self.depth + 1)] = 0
-        lengths = range(2, longest(self.depth, count) + 1)
+        most = self.depth if kind == "conv" else longest(self.depth, count)
+        lengths = range(2, most + 1)
         left = {(start, start + size) for size in lengths for start in range(self.depth - size + 1)}
         todo = [run for run in sorted(left) if run[1] - run[0] == 2]
         with tqdm(desc="Comparing groups", unit="group", disable=None, leave=False) as progress:
@@ -267,7 +270,7 @@ class _Table:
                     progress.update()
                 for start, end in sorted(left, key=lambda run: run[1] - run[0]):
                     cost[start, end] = max(cost[start + 1, end], cost[start, end - 1])
-                found = cluster.partition(cost, count)
+                found = self.divide(cost, count)
                 todo = [run for run in ((group[0], group[-1] + 1) for group in found) if run in left]
         return found
 
@@ -290,7 +293,8 @@ def candidates(edit: Fuse, recipe: FusionRecipe) -> list[Fuse]:
         return [edit]
     plain = replace(edit, operator="freeze", keep=None, align="none")
     kept = [replace(plain, keep=layer) for layer in dict.fromkeys((edit.layers[0], plain.source.kept))]
-    return list(dict.fromkeys([edit, *kept, replace(plain, operator="mean", align="rotation")]))
+    mean = replace(plain, operator="mean", align=matching(edit.kind))
+    return list(dict.fromkeys([edit, *kept, mean]))
 
 
 def _name(edit: Fuse) -> str:

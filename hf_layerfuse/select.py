@@ -43,7 +43,7 @@ class Selection:
         self, walk: Walk, block: Block, stocks: Mapping[int, nn.Module], originals: Mapping[int, PerBatch]
     ) -> None:
         self.walk, self.block = walk, block
-        self.table = getattr(walk.adapter, block.kind)
+        self.table = walk.adapter.table(block.kind)
         self.layer = walk.layers[block.layer]
         self.variants: list[nn.Module] = []
         own = {id(p) for path in self.table.values() for p in self.layer.get_submodule(path).parameters()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from .adapters import TransformerAdapter, adapter_for
+from .adapters import LayerAdapter, adapter_for
 from .calibration import CHOOSERS, Sample, take
 from .errors import UnsupportedModelError
 from .math.ridge import Moments
@@ -24,7 +24,8 @@ from .states import States
 @dataclass(frozen=True)
 class Tap:
     """A place inside a layer: of the block `kind`, what its maps `read`, the `features` that enter its output
-    projection, the `residual` that its output is added to, or their `sum` (before a norm that follows)."""
+    projection, the `residual` that its output is added to, or their `sum` (before a norm or an activation that
+    follows). Of convolutions also what each gives: what enters `in_norm`, and `norm`."""
 
     kind: Kind
     place: str
@@ -39,7 +40,8 @@ class Walk:
 
     Attributes:
         depth: the layer that comes next.
-        states: what enters it, (batch, tokens, hidden) per batch.
+        states: what enters it, (batch, tokens, hidden) per batch; of convolutions (batch, hidden, height, width), whose
+            pixels are tokens.
 
     Raises:
         UnsupportedModelError: the model does not run each of its layers once, in order.
@@ -80,8 +82,9 @@ class Walk:
                 "model that runs each layer once, in order."
             )
         self.states.append(first[0].float())
-        mask, shape = inputs.get("attention_mask"), first[0].shape[:-1]
-        if mask is None or mask.numel() != shape.numel():
+        # one for all pixels, whose number changes on the way
+        mask, shape = inputs.get("attention_mask"), (len(first[0]), 1) if first[0].ndim == 4 else first[0].shape[:-1]
+        if mask is None or mask.numel() != math.prod(shape):
             mask = torch.ones(shape, device=first[0].device)
         mask = mask.reshape(shape).bool()  # the choices of a multiple choice input are rows here
         judges, choosers = (_per_sequence(chosen.to(mask.device), mask).unsqueeze(1) for chosen in (judges, choosers))
@@ -163,12 +166,14 @@ class Walk:
 
     def rows(self, index: int, states: Tensor) -> Tensor:
         """The tokens of a batch that are fitted, (tokens, width) float32: no padding, no judges."""
-        return states[self._fitted[index].to(states.device)].float()
+        states = tokens_of(states)
+        return states[self._fitted[index].to(states.device).expand(states.shape[:2])].float()
 
     def split(self, index: int, states: Tensor) -> tuple[Tensor, Tensor]:
         """`rows` in two: those to fit at first, and those that choose the strength of a penalty."""
-        chooses = self._choosing[index][self._fitted[index]].to(states.device)
-        rows = self.rows(index, states)
+        shape = tokens_of(states).shape[:2]
+        fitted, choosing = (masks[index].to(states.device).expand(shape) for masks in (self._fitted, self._choosing))
+        chooses, rows = choosing[fitted], self.rows(index, states)
         return rows[~chooses], rows[chooses]
 
     def moments(self, rows: Callable[..., tuple[Tensor, Tensor]], *taps: Tap | None) -> list[Moments]:
@@ -265,6 +270,11 @@ class Trace:
             self._at.append(after)
 
 
+def tokens_of(states: Tensor) -> Tensor:
+    """States as (batch, tokens, width); the pixels of (batch, width, height, width of the image) are tokens."""
+    return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states
+
+
 @torch.inference_mode()
 def _answers(model: PreTrainedModel, sample: Sample) -> Iterator[tuple[Any, Tensor | None]]:
     """What a model makes of the judges: (output, mask) per batch, as `Walk.outputs`."""
@@ -290,22 +300,26 @@ class _Seen(Exception):
 class _Taps:
     """Hooks on one layer; `with` gives the dict that they fill."""
 
-    def __init__(self, layer: nn.Module, adapter: TransformerAdapter, taps: Sequence[Tap | None]) -> None:
+    def __init__(self, layer: nn.Module, adapter: LayerAdapter, taps: Sequence[Tap | None]) -> None:
         self.layer, self.adapter, self.wanted = layer, adapter, set(taps)
         self.found: dict[Tap | None, Tensor] = {}
         self.handles: list[Any] = []
 
     def __enter__(self) -> dict[Tap | None, Tensor]:
         if not self.adapter.post_norm:  # nothing but the addition itself sees the sum
-            self.wanted |= {Tap(tap.kind, "residual") for tap in self.wanted if tap and tap.place == "sum"}
+            sums = [tap for tap in self.wanted if tap and tap.place == "sum" and tap.kind != "conv"]
+            self.wanted |= {Tap(tap.kind, "residual") for tap in sums}
         for tap in self.wanted - {None}:
             self._hook(tap)
         return self.found
 
     def _hook(self, tap: Tap) -> None:
         """Where a place can be seen: what enters a module, or what leaves it."""
+        table = self.adapter.table(tap.kind)
+        if tap.kind == "conv":
+            self._before(tap, table["act" if tap.place == "sum" else "out" if tap.place == "features" else tap.place])
+            return
         post, attention = self.adapter.post_norm, self.adapter.attention
-        table = getattr(self.adapter, tap.kind)
         if tap.place == "features":
             self._before(tap, table["out"])
         elif tap.place == "sum":

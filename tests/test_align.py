@@ -342,7 +342,8 @@ def test_maps_with_other_names_are_refused(monkeypatch):
 def test_norms_across_heads_are_refused():
     """Where a norm on queries spans all heads, with a gain for each, heads cannot change places."""
     model = tiny_model("qwen3", "Qwen3Model")
-    model.layers[1].self_attn.q_norm.weight = torch.nn.Parameter(torch.ones(32))
+    for layer in (1, 2):
+        model.layers[layer].self_attn.q_norm.weight = torch.nn.Parameter(torch.ones(32))
     with pytest.raises(UnsupportedModelError, match="one head's width"):
         align(model, Plan("qwen3", LAYERS, (Fuse("attention", (1, 2), align="permutation"),)))
 

@@ -30,7 +30,7 @@ def test_adjacent_is_optimal(count):
             cost([range(a, b) for a, b in itertools.pairwise((0, *cuts, count))])
             for cuts in itertools.combinations(range(1, count), groups - 1)
         )
-        runs = cluster.adjacent(matrix, groups)
+        runs = cluster.partition(cluster.inside_runs(matrix), groups)
         assert len(runs) == groups
         assert sum(runs, ()) == tuple(range(count))
         assert cost(runs) == pytest.approx(best)

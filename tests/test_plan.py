@@ -20,6 +20,9 @@ def test_round_trip():
     assert again.notes == {"why": "because"}
     assert Plan.from_dict(plan.to_dict(notes=False)) == plan
     assert "notes" not in plan.to_dict(notes=False)
+    assert "kinds" not in plan.to_dict()
+    conv = Plan("resnet", 6, (Fuse("conv", (0, 1)),), kinds=("conv",))
+    assert Plan.from_json(conv.to_json()) == conv
 
 
 def test_rank_and_mode_reach_the_layout():
@@ -56,10 +59,10 @@ def test_layout():
     """Fused and dropped layers close up; ties name positions in the result."""
     layout = Plan("gpt2", 6, EDITS).layout()
     assert layout.slots == (
-        Slot((0, 1), Source((0, 1)), Source((0, 1))),
-        Slot((2,), Source((2,)), Source((2,))),
-        Slot((3, 4), None, Source((3,))),
-        Slot((5,), Source((5,)), Source((5,))),
+        Slot((0, 1), {"attention": Source((0, 1)), "mlp": Source((0, 1))}),
+        Slot((2,), {"attention": Source((2,)), "mlp": Source((2,))}),
+        Slot((3, 4), {"attention": None, "mlp": Source((3,))}),
+        Slot((5,), {"attention": Source((5,)), "mlp": Source((5,))}),
     )
     assert layout.ties == (Tie("mlp", (1, 3), Source((2, 5), "freeze")),)
     assert not layout.is_stock

@@ -12,20 +12,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from ..plan import TRANSFORMER
 
 FUSED_PREFIX = "fused_"
 
 
 @dataclass(frozen=True)
 class Block:
-    """One attention or MLP block at one depth.
+    """One attention, MLP or convolutional block at one depth.
 
-    `modules` maps a role to a live module path: `norm` (the norm that the block owns), `out` (the linear map back to
-    the residual stream), and the other linear maps and small norms under names of the architecture's choice.
+    `modules` maps a role to a live module path: `norm` (the norm that the block owns), `out` (the map back to the
+    residual stream), and the other maps and small norms under names of the architecture's choice.
     """
 
     layer: int
-    kind: Literal["attention", "mlp"]
+    kind: Literal["attention", "mlp", "conv"]
     modules: Mapping[str, str]
 
 
@@ -39,28 +40,31 @@ class ModelAdapter(ABC):
         """The blocks of `model` that are still there, in the order in which they run."""
 
 
-class TransformerAdapter(ModelAdapter):
-    """A stack of layers with one attention and one MLP block each. All paths but `layers` start at a layer.
+class LayerAdapter(ModelAdapter):
+    """A stack of layers, each of which has one block of every kind. All paths but `layers` start at a layer.
 
     Attributes:
         layers: path of the `nn.ModuleList` of layers inside the base model.
-        attention: role -> path of the modules of the attention block.
-        mlp: role -> path of the modules of the MLP block.
         skip: for each kind, the modules to replace, and by what, so that a layer runs without that block.
         post_norm: the block's norm comes after the residual sum (BERT) instead of before the block (GPT-2). Such a
             norm stays when its block is removed: the next block was trained to read normalised states.
         per_layer_config: config fields with one entry per layer, kept in step with the layers.
+        kinds: of the blocks of a layer, in the order in which they run. The attribute of that name is the table of
+            that kind: role -> path of its modules.
     """
 
     layers: ClassVar[str]
-    attention: ClassVar[Mapping[str, str]]
-    mlp: ClassVar[Mapping[str, str]]
-    skip: ClassVar[Mapping[str, Mapping[str, type[nn.Module]]]]
+    skip: ClassVar[Mapping[str, Mapping[str, type[nn.Module]]]] = {}
     post_norm: ClassVar[bool] = False
     per_layer_config: ClassVar[tuple[str, ...]] = ("layer_types",)
+    kinds: ClassVar[tuple[str, ...]]
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise `UnsupportedModelError` for a model that shares the architecture but cannot be fused."""
+
+    def table(self, kind: str) -> Mapping[str, str]:
+        """Role -> path of the modules of a kind of block."""
+        return getattr(self, kind)
 
     def layers_path(self, model: PreTrainedModel) -> str:
         """Live path of the list of layers, seen from `model`, whatever its head."""
@@ -75,24 +79,48 @@ class TransformerAdapter(ModelAdapter):
         path = self.layers_path(model)
         found = []
         for index, layer in enumerate(self.layer_list(model)):
-            for kind, table in (("attention", self.attention), ("mlp", self.mlp)):
-                if not any(type(layer.get_submodule(at)) is to for at, to in self.skip[kind].items()):
-                    modules = {role: f"{path}.{index}.{at}" for role, at in table.items()}
+            for kind in self.kinds:
+                if not any(type(layer.get_submodule(at)) is to for at, to in self.skip.get(kind, {}).items()):
+                    modules = {role: f"{path}.{index}.{at}" for role, at in self.table(kind).items()}
                     found.append(Block(index, kind, modules))
         return found
 
     def stays(self, parameter: str) -> bool:
         """Whether a parameter, named from its layer on, outlives the removal of the block that owns it."""
         module = parameter.rpartition(".")[0]
-        return self.post_norm and module in (self.attention["norm"], self.mlp["norm"])
+        return self.post_norm and module in [self.table(kind)["norm"] for kind in self.kinds]
 
     def owner(self, parameter: str) -> str | None:
-        """The kind of block that a parameter, named from its layer on, belongs to; None is neither."""
+        """The kind of block that a parameter, named from its layer on, belongs to; None is none of them."""
         module = parameter.rpartition(".")[0]
-        for kind, table in (("attention", self.attention), ("mlp", self.mlp)):
-            if module in table.values():
-                return kind
-        return None
+        return next((kind for kind in self.kinds if module in self.table(kind).values()), None)
+
+
+class TransformerAdapter(LayerAdapter):
+    """Layers of one attention and one MLP block each.
+
+    Attributes:
+        attention: role -> path of the modules of the attention block.
+        mlp: role -> path of the modules of the MLP block.
+    """
+
+    attention: ClassVar[Mapping[str, str]]
+    mlp: ClassVar[Mapping[str, str]]
+    kinds = TRANSFORMER
+
+
+class ConvAdapter(LayerAdapter):
+    """Residual layers of two convolutions, act(x + norm(out(f(in_norm(in(x)))))), each one block (He et al. 2016).
+
+    Layers may differ in shape; only those of one shape become one. Where a layer is gone, nothing stands in its place.
+
+    Attributes:
+        conv: role -> path: `in` and `out`, the convolutions, `in_norm` and `norm`, the batch norms that follow them,
+            and `act`, the activation after the residual sum. A projection in the shortcut has a role of its own.
+    """
+
+    conv: ClassVar[Mapping[str, str]]
+    kinds = ("conv",)
 
 
 class ZeroAttention(nn.Module):
@@ -109,10 +137,10 @@ class ZeroBlock(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-ADAPTERS: dict[str, TransformerAdapter] = {}
+ADAPTERS: dict[str, LayerAdapter] = {}
 
 
-def adapter_for(model: Any) -> TransformerAdapter:
+def adapter_for(model: Any) -> LayerAdapter:
     """The adapter of a model, or of its config.
 
     Raises:

@@ -96,7 +96,8 @@ def rows_of(root: nn.Module, block: Block, heads: Heads | None = None) -> dict[s
     """Role -> a map of a block as rows by head, (groups, heads in a group, width of a head, features) float64.
 
     The features of a row are what it reads, and its bias is one more; those of `out` are what it writes. Keys and
-    values have one head in a group. The units of an MLP are heads of width one, in one group.
+    values have one head in a group. The units of an MLP are heads of width one, in one group, and so are the channels
+    between two convolutions, of which `in_norm` has gain, bias, mean and variance.
 
     Args:
         root: what the block's paths start at.
@@ -105,6 +106,8 @@ def rows_of(root: nn.Module, block: Block, heads: Heads | None = None) -> dict[s
     Raises:
         UnsupportedModelError: the maps have other names, or a norm spans several heads.
     """
+    if block.kind == "conv":
+        return {role: _by_channel(root, block, role).double()[None, :, None] for role in ("in", "in_norm", "out")}
     maps = linear_maps(root, block)
     groups, dim = (1, 1) if heads is None else (heads.groups, heads.dim)
     norms = [root.get_submodule(path) for role, path in block.modules.items() if role in HEAD_NORMS]
@@ -125,6 +128,10 @@ def rows_of(root: nn.Module, block: Block, heads: Heads | None = None) -> dict[s
 
 def write_rows(root: nn.Module, block: Block, rows: Mapping[str, Tensor]) -> None:
     """Write what `rows_of` gives, in place. The bias of `out` stays."""
+    if block.kind == "conv":
+        for role, values in rows.items():
+            _by_channel(root, block, role, values[0, :, 0])
+        return
     for role, part in linear_maps(root, block).items():
         values = rows[role].flatten(0, 2)
         if role == "out":
@@ -133,3 +140,23 @@ def write_rows(root: nn.Module, block: Block, rows: Mapping[str, Tensor]) -> Non
             part.weight.copy_(values[:, : part.weight.shape[1]])
             if part.bias is not None:
                 part.bias.copy_(values[:, -1])
+
+
+def _by_channel(root: nn.Module, block: Block, role: str, values: Tensor | None = None) -> Tensor:
+    """What a part of a convolutional block has for each channel between the convolutions, (channels, features).
+
+    With `values`, those are written first.
+    """
+    module = root.get_submodule(block.modules[role])
+    if role == "in_norm":
+        tensors = [module.weight, module.bias, module.running_mean, module.running_var]
+    elif role == "out":
+        tensors = [module.weight.transpose(0, 1)]
+    else:
+        tensors = [module.weight] if module.bias is None else [module.weight, module.bias]
+    tensors = [tensor.detach() for tensor in tensors]  # views: writing to them writes to the module
+    if values is not None:
+        sizes = [tensor[0].numel() for tensor in tensors]
+        for tensor, part in zip(tensors, values.split(sizes, dim=1), strict=True):
+            tensor.copy_(part.reshape(tensor.shape))
+    return torch.cat([tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None] for tensor in tensors], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,34 +13,30 @@ from torch import Tensor
 Groups = list[tuple[int, ...]]
 
 
-def adjacent(distance: Tensor, groups: int) -> Groups:
-    """The partition into `groups` runs of neighbours with the least total distance inside the runs.
-
-    Exact, by dynamic programming over run ends: O(n^2 groups).
+def inside_runs(distance: Tensor) -> np.ndarray:
+    """The sum of the distances between all pairs of the run i .. j-1 at [i, j], (n + 1, n + 1).
 
     Args:
         distance: (n, n), symmetric.
-        groups: from 1 to n.
-
-    Returns:
-        Runs in order, which together are 0 .. n-1.
     """
     matrix = distance.cpu().numpy()
     count = len(matrix)
-    inside = np.zeros((count + 1, count + 1))  # inside[i, j]: sum over pairs of the run i .. j-1
+    inside = np.zeros((count + 1, count + 1))
     for end in range(1, count + 1):
         for start in range(end - 1, -1, -1):
             inside[start, end] = inside[start + 1, end] + matrix[start, start:end].sum()
+    return inside
 
-    return partition(inside, groups)
 
-
-def partition(inside: np.ndarray, groups: int) -> Groups:
+def partition(inside: np.ndarray, groups: int) -> Groups | None:
     """The partition of 0 .. n-1 into `groups` runs with the least total cost, by dynamic programming: O(n^2 groups).
 
     Args:
         inside: (n + 1, n + 1), the cost of the run i .. j-1 at [i, j]; infinite where it is not allowed.
         groups: from 1 to n.
+
+    Returns:
+        Runs in order, which together are 0 .. n-1, or None where none are allowed.
     """
     count = len(inside) - 1
     cost = np.full((groups + 1, count + 1), np.inf)
@@ -51,6 +48,8 @@ def partition(inside: np.ndarray, groups: int) -> Groups:
             cut[used, end] = int(options.argmin())
             cost[used, end] = options[cut[used, end]]
 
+    if not np.isfinite(cost[groups, count]):
+        return None
     runs: Groups = []
     end = count
     for used in range(groups, 0, -1):
@@ -58,6 +57,36 @@ def partition(inside: np.ndarray, groups: int) -> Groups:
         runs.insert(0, tuple(range(start, end)))
         end = start
     return runs
+
+
+def partition_within(inside: np.ndarray, sizes: Sequence[int], most: float) -> Groups | None:
+    """The partition of 0 .. n-1 into runs of least total cost whose runs take no more than `most` together.
+
+    Exact: of all ways to end a run at one place, those are kept that no other one undercuts in both cost and size. A
+    run takes what its first member does, since it is one block in the end.
+
+    Args:
+        inside: (n + 1, n + 1), the cost of the run i .. j-1 at [i, j]; infinite where it is not allowed.
+        sizes: of each member.
+        most: what all runs may take.
+
+    Returns:
+        Runs in order, or None where no partition is that small.
+    """
+    fronts: list[list[tuple[int, float, Groups]]] = [[(0, 0.0, [])]]
+    for end in range(1, len(inside)):
+        options = [
+            (size + sizes[start], cost + inside[start, end], [*runs, tuple(range(start, end))])
+            for start, front in enumerate(fronts)
+            if np.isfinite(inside[start, end])
+            for size, cost, runs in front
+            if size + sizes[start] <= most
+        ]
+        fronts.append([])
+        for option in sorted(options, key=lambda option: option[:2]):
+            if not fronts[end] or option[1] < fronts[end][-1][1]:
+                fronts[end].append(option)
+    return fronts[-1][-1][2] if fronts[-1] else None
 
 
 def connected(distance: Tensor, groups: int) -> Groups:

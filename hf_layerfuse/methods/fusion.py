@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from ..adapters import READERS, Block, TransformerAdapter, adapter_for, linear_maps
+from ..adapters import READERS, Block, LayerAdapter, adapter_for, linear_maps
 from ..calibration import Batches, Sample, observe
-from ..edits import check_model, is_shared, reshape, target_config, tied_weights, untied_state
+from ..edits import check_model, is_shared, reshape, shapes_of, target_config, tied_weights, untied_state
 from ..errors import RecipeError
 from ..math import cluster
 from ..math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
 from ..modes import eval_mode
-from ..plan import Fuse, Kind, Plan
+from ..plan import Align, Fuse, Kind, Plan
 from ..recipe import FusionRecipe
 from ..walk import Walk
 
 _CLUSTERS = {
-    "auto": cluster.adjacent,
-    "adjacent": cluster.adjacent,
     "global": cluster.connected,
     "agglomerative": cluster.agglomerative,
 }
@@ -33,6 +34,10 @@ Importance = Callable[[], Sequence[float]] | None
 
 _PART = 0.25
 """Of the calibration batches, the share that the importance of layers is taken from."""
+
+
+_LAST_RESORT = 1e9
+"""The cost of a run that cannot be measured, where there is no way around it."""
 
 
 def plan_fusion(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None = None) -> Plan:
@@ -57,25 +62,97 @@ def plan_fusion(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches |
     depth = len(adapter.layer_list(model))
     keeps = _keeps(model, recipe, depth)
     distances = block_distances(model, adapter, recipe, batches)
+    divide = divider(model, recipe)
     importance = importance_of(model, batches)
     notes = {
         "recipe": asdict(recipe),
         "distances": {
-            kind: [[float(f"{value:.6g}") for value in row] for row in matrix.tolist()]
-            for kind, matrix in distances.items()
+            kind: [[_rounded(value) for value in row] for row in matrix.tolist()] for kind, matrix in distances.items()
         },
     }
 
     def plan(keep: int) -> Plan:
-        groups = {kind: _CLUSTERS[recipe.cluster](matrix, keep) for kind, matrix in distances.items()}
-        return Plan(adapter.model_type, depth, _edits(recipe, groups, importance), notes)
+        groups = {}
+        for kind, matrix in distances.items():
+            if recipe.cluster in ("auto", "adjacent"):
+                groups[kind] = divide(cluster.inside_runs(matrix), keep)
+            else:
+                groups[kind] = _CLUSTERS[recipe.cluster](_finite(matrix), keep)
+        return Plan(adapter.model_type, depth, _edits(recipe, groups, importance), notes, adapter.kinds)
 
-    return next(found for keep in keeps if fits(model, recipe, found := plan(keep)))
+    found = next((found for keep in keeps if fits(model, recipe, found := plan(keep))), None)
+    if found is None:
+        raise RecipeError(
+            f"{recipe.mode} fusion by cluster {recipe.cluster!r} cannot be that small with layers of different shapes: "
+            "keep more, or use cluster='adjacent'."
+        )
+    return found
 
 
-def _kinds(recipe: FusionRecipe) -> tuple[Kind, ...]:
-    """The kinds of block that are grouped, each on its own."""
-    return ("attention", "mlp") if recipe.blocks == "separate" else (recipe.blocks,)
+def kinds_of(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[Kind, ...]:
+    """The kinds of block that are grouped, each on its own.
+
+    Raises:
+        RecipeError: layers of this architecture have one block only, and the recipe asks for parts of them.
+    """
+    kinds = adapter_for(model).kinds
+    if len(kinds) == 1:
+        if recipe.blocks != "layer":
+            raise RecipeError(
+                f"blocks={recipe.blocks!r}: layers of {model.config.model_type!r} have {kinds[0]} blocks only; use "
+                "'layer'."
+            )
+        return kinds
+    return kinds if recipe.blocks == "separate" else (recipe.blocks,)
+
+
+def divider(model: PreTrainedModel, recipe: FusionRecipe) -> Callable[[np.ndarray, int], cluster.Groups]:
+    """What divides layers into runs, by the costs of runs and the number of runs, so that the target is met.
+
+    Where layers differ in size, a `ratio` is of what is removed, and not of how many are left.
+
+    Raises:
+        RecipeError: no division of layers of one shape into runs meets the target.
+    """
+    layers = adapter_for(model).layer_list(model)
+    unlike = len({shapes_of(layer) for layer in layers}) > 1
+
+    def divide(cost: np.ndarray, count: int) -> cluster.Groups:
+        if unlike and recipe.ratio is not None:
+            free, large = ([_size(layer, shared) for layer in layers] for shared in (False, True))
+            kept = 0 if recipe.mode == "depth" else sum(free)
+            sizes = [a + b for a, b in zip(free, large, strict=True)] if recipe.mode == "depth" else large
+            found = cluster.partition_within(cost, sizes, (1 - recipe.ratio) * sum(free + large) - kept)
+            if found is None:
+                raise RecipeError(f"ratio={recipe.ratio} is out of reach: only layers of one shape become one.")
+            return found
+        found = cluster.partition(cost, count)
+        if found is None and not unlike:  # the best that there is, by an operator that works for all layers
+            found = cluster.partition(np.where(np.isfinite(cost), cost, _LAST_RESORT), count)
+        if found is None:
+            raise RecipeError(
+                f"{count} groups are too few for the shapes of these {len(layers)} layers: only those of one shape "
+                "become one. Keep more."
+            )
+        return found
+
+    return divide
+
+
+def _rounded(value: float) -> float | None:
+    """Six digits for the notes; None between layers that can never be one."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _size(layer: torch.nn.Module, shared: bool) -> int:
+    """Parameters of a layer that can be shared, or those that each depth keeps for itself."""
+    return sum(parameter.numel() for parameter in layer.parameters() if is_shared(parameter) == shared)
+
+
+def _finite(distance: Tensor) -> Tensor:
+    """Distances in which those that are infinite are far larger than all others."""
+    known = distance[distance.isfinite()].max()
+    return distance.where(distance.isfinite(), 1e6 * (1 + known))
 
 
 def group_edit(kind: Kind, group: tuple[int, ...], recipe: FusionRecipe, importance: Importance) -> Fuse:
@@ -109,10 +186,15 @@ def group_edit(kind: Kind, group: tuple[int, ...], recipe: FusionRecipe, importa
         return Fuse(kind, group, operator=recipe.operator, **rest)
     repaired = importance is not None and recipe.refit != "none"
     if recipe.mode == "depth":
-        chooses = repaired and recipe.refit == "full" and kind != "attention"
+        chooses = repaired and recipe.refit == "full" and kind not in ("attention", "conv")
         operator = "select" if chooses else "freeze"
         return Fuse(kind, group, operator=operator, keep=group[0] if repaired else None, **rest)
-    return Fuse(kind, group, operator="mean", **{**rest, "align": "rotation"})
+    return Fuse(kind, group, operator="mean", **{**rest, "align": matching(kind)})
+
+
+def matching(kind: Kind) -> Align:
+    """The alignment that an average loses least with; channels between convolutions have no coordinates to turn."""
+    return "permutation" if kind == "conv" else "rotation"
 
 
 def importance_of(model: PreTrainedModel, batches: Batches | None) -> Importance:
@@ -130,6 +212,9 @@ def importances(model: PreTrainedModel, sample: Sample) -> list[float]:
         while walk.depth < len(walk.layers):
             before = walk.states
             walk.advance()
+            if before[0].shape != walk.states[0].shape:  # nothing else can do what this layer does
+                found.append(1.0)
+                continue
             cosines = [
                 cosine_similarity(walk.rows(i, before[i]), walk.rows(i, walk.states[i]), dim=-1)
                 for i in range(len(before))
@@ -160,8 +245,10 @@ def _keeps(model: PreTrainedModel, recipe: FusionRecipe, depth: int) -> Sequence
                 f"keep_layers={recipe.keep_layers} of the model's {depth} fuses nothing: use 1 to {depth - 1}."
             )
         return [recipe.keep_layers]
+    if recipe.ratio is not None and len({shapes_of(layer) for layer in adapter_for(model).layer_list(model)}) > 1:
+        return range(depth - 1, 0, -1)
     if recipe.ratio is not None:
-        # all layers of the supported architectures have the same size, so the nearest ratio is the nearest count
+        # layers of one size, so the nearest ratio is the nearest count
         keep = round(depth * (1 - recipe.ratio))
         if not 1 <= keep < depth:
             raise RecipeError(
@@ -170,9 +257,12 @@ def _keeps(model: PreTrainedModel, recipe: FusionRecipe, depth: int) -> Sequence
             )
         return [keep]
 
-    # one group of everything is the least, whatever the distances will be
-    least = _edits(recipe, {kind: [tuple(range(depth))] for kind in _kinds(recipe)}, lambda: [1.0] * depth)
-    smallest, whole = (planned_size(model, Plan(model.config.model_type, depth, edits)) for edits in (least, ()))
+    # one group of everything of one shape is the least, whatever the distances will be
+    kinds = kinds_of(model, recipe)
+    least = _edits(recipe, dict.fromkeys(kinds, _runs_of_one_shape(model)), lambda: [1.0] * depth)
+    adapter = adapter_for(model)
+    plans = (Plan(adapter.model_type, depth, edits, kinds=adapter.kinds) for edits in (least, ()))
+    smallest, whole = (planned_size(model, plan) for plan in plans)
     for name, unit, most in _limits(recipe):
         if whole[unit] <= most:
             raise RecipeError(
@@ -181,10 +271,15 @@ def _keeps(model: PreTrainedModel, recipe: FusionRecipe, depth: int) -> Sequence
             )
         if smallest[unit] > most:
             raise RecipeError(
-                f"{name}={most:.12g} is out of reach: with all {depth} {' and '.join(_kinds(recipe))} blocks as one "
+                f"{name}={most:.12g} is out of reach: with all {depth} {' and '.join(kinds)} blocks as one "
                 f"in mode {recipe.mode!r}, {smallest[unit]} {unit} remain. Use that or more, or other blocks or mode."
             )
     return range(depth - 1, 0, -1)
+
+
+def _runs_of_one_shape(model: PreTrainedModel) -> cluster.Groups:
+    shapes = [shapes_of(layer) for layer in adapter_for(model).layer_list(model)]
+    return [tuple(run) for _, run in itertools.groupby(range(len(shapes)), key=shapes.__getitem__)]
 
 
 def _limits(recipe: FusionRecipe) -> list[tuple[str, str, float]]:
@@ -194,7 +289,14 @@ def _limits(recipe: FusionRecipe) -> list[tuple[str, str, float]]:
 
 
 def fits(model: PreTrainedModel, recipe: FusionRecipe, plan: Plan) -> bool:
-    """Whether what a plan leads to is as small as the recipe asks for."""
+    """Whether what a plan leads to is as small as the recipe asks for, and no group holds layers that cannot be one."""
+    shapes = [shapes_of(layer) for layer in adapter_for(model).layer_list(model)]
+    if any(shapes[layer] != shapes[edit.layers[0]] for edit in plan.edits for layer in edit.layers):
+        return False
+    if recipe.ratio is not None and len(set(shapes)) > 1:
+        layers = adapter_for(model).layer_list(model)
+        total, blocks = (sum(p.numel() for p in part.parameters()) for part in (model, layers))
+        return planned_size(model, plan)["parameters"] <= total - recipe.ratio * blocks
     return all(planned_size(model, plan)[unit] <= most for _, unit, most in _limits(recipe))
 
 
@@ -222,7 +324,7 @@ def planned_size(model: PreTrainedModel, plan: Plan) -> dict[str, int]:
 
 
 def block_distances(
-    model: PreTrainedModel, adapter: TransformerAdapter, recipe: FusionRecipe, batches: Batches | None
+    model: PreTrainedModel, adapter: LayerAdapter, recipe: FusionRecipe, batches: Batches | None
 ) -> dict[Kind, Tensor]:
     """Distances between all blocks of each kind that the recipe fuses, by its similarity: (depth, depth) float64.
 
@@ -230,10 +332,17 @@ def block_distances(
         RecipeError: the similarity compares activations and there are no batches.
         DataError: the batches hold no tokens, or too few for the similarity.
     """
-    kinds = _kinds(recipe)
+    kinds = kinds_of(model, recipe)
     if not recipe.needs_batches:
         measure = ON_WEIGHTS[recipe.similarity]
+        if kinds == ("conv",):
+            return {"conv": _between_shapes(model, adapter, measure)}
         return {kind: measure(_aligned_maps(model, adapter, kind)).cpu() for kind in kinds}
+    if kinds == ("conv",):
+        raise RecipeError(
+            f"similarity={recipe.similarity!r} compares the stream after different layers, whose shapes differ in "
+            f"{model.config.model_type!r}: use one that compares weights: {', '.join(ON_WEIGHTS)}."
+        )
     if batches is None:
         raise RecipeError(
             f"similarity={recipe.similarity!r} compares activations: pass batches=, an iterable of model inputs, "
@@ -244,7 +353,7 @@ def block_distances(
     return {kind: measure.distance().cpu() for kind, measure in measures.items()}
 
 
-def _aligned_maps(model: PreTrainedModel, adapter: TransformerAdapter, kind: Kind) -> Iterator[Tensor]:
+def _aligned_maps(model: PreTrainedModel, adapter: LayerAdapter, kind: Kind) -> Iterator[Tensor]:
     """For each linear map of a kind of block, its matrices in all layers: (layers, units, stream) float64.
 
     The columns are coordinates of the residual stream, also for maps that write to it. A norm in front of the block
@@ -263,6 +372,35 @@ def _aligned_maps(model: PreTrainedModel, adapter: TransformerAdapter, kind: Kin
             elif role in READERS and gains[0] is not None:
                 weights = weights * torch.stack(gains).unsqueeze(1)
             yield weights.contiguous()
+
+
+def _between_shapes(model: PreTrainedModel, adapter: LayerAdapter, measure: Callable) -> Tensor:
+    """Distances between convolutional layers, infinite between those of different shapes.
+
+    A map is a convolution with the batch norm that follows folded into it: rows are what it gives, or of the second
+    one what it reads, so that columns belong to the stream.
+    """
+    layers = adapter.layer_list(model)
+    shapes = [shapes_of(layer) for layer in layers]
+    found = torch.full((len(layers), len(layers)), math.inf, dtype=torch.float64)
+    for shape in dict.fromkeys(shapes):
+        alike = [index for index, other in enumerate(shapes) if other == shape]
+        kernels = [[_folded(layers[index], adapter, *names) for index in alike] for names in _CONVS]
+        first, second = map(torch.stack, kernels)
+        own = measure([first.flatten(2), second.transpose(1, 2).flatten(2)]).cpu()
+        found[torch.tensor(alike).unsqueeze(1), torch.tensor(alike)] = own
+    return found
+
+
+_CONVS = (("in", "in_norm"), ("out", "norm"))
+"""Roles of the convolutions of a layer and of their batch norms."""
+
+
+def _folded(layer: torch.nn.Module, adapter: LayerAdapter, conv: str, norm: str) -> Tensor:
+    """The kernel of a convolution, (out, in, pixels) float64, times the gain of the batch norm that follows."""
+    conv, norm = (layer.get_submodule(adapter.table("conv")[role]) for role in (conv, norm))
+    gain = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+    return conv.weight.detach().double().flatten(2) * gain[:, None, None]
 
 
 def _gain(model: PreTrainedModel, block: Block) -> Tensor | None:

@@ -1,0 +1,129 @@
+"""The residual networks for CIFAR-10 of He et al. (2016, section 4.2) as a model of transformers, with its adapter.
+
+Importing this file registers both, from outside of the package: it is the worked example of "Add an architecture" in
+CONTRIBUTING for convolutions. A fused model has fewer layers, or layers that share their kernels, and loads wherever
+this file was imported.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from hf_layerfuse import ConvAdapter, register_adapter
+
+
+class CifarResNetConfig(PreTrainedConfig):
+    """Width and stride of each layer of two convolutions; the first reads `widths[0]` channels."""
+
+    model_type = "cifar_resnet"
+    num_hidden_layers: int = 27
+    widths: list[int] | None = None
+    strides: list[int] | None = None
+
+    def __post_init__(self, **kwargs) -> None:
+        count = self.num_hidden_layers
+        self.widths = self.widths or [16 << 3 * i // count for i in range(count)]
+        before = [self.widths[0], *self.widths]
+        self.strides = self.strides or [1 + (a != b) for a, b in zip(before, self.widths, strict=False)]
+        super().__post_init__(**kwargs)
+
+
+class CifarResNetLayer(nn.Module):
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.act = nn.ReLU()
+        self.stride, self.extra = stride, width - channels
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        added = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(hidden)))))
+        if self.stride > 1 or self.extra:  # a shortcut without parameters: fewer pixels, more channels
+            hidden = F.pad(
+                hidden[:, :, :: self.stride, :: self.stride], (0,) * 4 + (self.extra // 2, self.extra - self.extra // 2)
+            )
+        return self.act(hidden + added)
+
+
+class CifarResNetForImageClassification(PreTrainedModel):
+    config_class = CifarResNetConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: CifarResNetConfig) -> None:
+        super().__init__(config)
+        widths = [config.widths[0], *config.widths]
+        self.conv = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(widths[0])
+        self.layers = nn.ModuleList(map(CifarResNetLayer, widths, config.widths, config.strides))
+        self.classifier = nn.Linear(widths[-1], config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        hidden = F.relu(self.bn(self.conv(pixel_values)))
+        for layer in self.layers:
+            hidden = layer(hidden)
+        logits = self.classifier(hidden.mean((2, 3)))
+        return ImageClassifierOutput(None if labels is None else F.cross_entropy(logits, labels), logits)
+
+
+AutoConfig.register("cifar_resnet", CifarResNetConfig)
+AutoModelForImageClassification.register(CifarResNetConfig, CifarResNetForImageClassification)
+
+
+@register_adapter
+class CifarResNetAdapter(ConvAdapter):
+    model_type = "cifar_resnet"
+    layers = "layers"
+    conv = {"in": "conv1", "in_norm": "bn1", "out": "conv2", "norm": "bn2", "act": "act"}
+    per_layer_config = ("widths", "strides")
+
+
+def cifar10(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, 32, 32), normalised as those that the checkpoints were trained on, and their labels (n,).
+
+    Args:
+        folder: with lossless sheets `{split}_*.webp` of 32 x 32 images, row by row, and `{split}_labels.npy`.
+        split: `train` or `test`.
+    """
+    images = []
+    for path in sorted(folder.glob(f"{split}_*.webp")):
+        sheet = torch.from_numpy(np.array(Image.open(path).convert("RGB")))
+        images.append(sheet.unflatten(1, (-1, 32)).unflatten(0, (-1, 32)).transpose(1, 2).flatten(0, 1))
+    pixels = torch.cat(images).permute(0, 3, 1, 2) / 255
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
+    labels = np.load(folder / f"{split}_labels.npy", allow_pickle=False)[: len(pixels)]
+    return (pixels - mean) / deviation, torch.from_numpy(labels.astype(np.int64))
+
+
+def published(path: Path) -> CifarResNetForImageClassification:
+    """A checkpoint of https://github.com/akamaster/pytorch_resnet_cifar10, converted to safetensors."""
+    state = {}
+    for name, tensor in load_file(path).items():
+        stage, _, rest = name.partition(".")
+        if stage.startswith("layer"):
+            state[(int(stage[5:]), *rest.split(".", 1))] = tensor
+        else:
+            state[name.replace("conv1", "conv").replace("bn1", "bn").replace("linear", "classifier")] = tensor
+    stages = sorted({name[:2] for name in state if isinstance(name, tuple)}, key=lambda name: (name[0], int(name[1])))
+    places = {stage: place for place, stage in enumerate(stages)}
+    named = {
+        f"layers.{places[name[:2]]}.{name[2]}" if isinstance(name, tuple) else name: tensor
+        for name, tensor in state.items()
+    }
+    model = CifarResNetForImageClassification(CifarResNetConfig(num_hidden_layers=len(stages), num_labels=10))
+    missing = model.load_state_dict(named, strict=False).missing_keys
+    assert all(name.endswith("num_batches_tracked") for name in missing), missing
+    return model.float().eval()

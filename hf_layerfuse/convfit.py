@@ -1,0 +1,121 @@
+"""Closed-form repair of residual convolutional layers: statistics of batch norms, and the convolution that writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .mapfit import fit_norm
+from .math.ridge import Moments, chain, fit, identity
+from .plan import Slot
+from .repair import Repair
+from .states import States
+from .walk import Tap, tokens_of
+
+SUM = Tap("conv", "sum")
+
+
+class ConvRepair(Repair):
+    """Repairs layers in three steps, each on what those before it have led to.
+
+    The first batch norm takes the statistics of what it reads now (REPAIR, Jordan et al. 2023, section 4). Then the
+    second convolution and its norm are led to the original's sum, before the last activation, at the end of the slot:
+    all weights of the convolution, where they belong to this depth alone, by a ridge fit as a linear map of patches;
+    else the gain and the bias of the norm.
+    """
+
+    def _wanted(self, slot: Slot) -> set[tuple[int, Tap]]:
+        return {(slot.layers[-1], SUM)}
+
+    @torch.no_grad()
+    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, Tap], States]) -> None:
+        table, layer = self.student.adapter.table("conv"), self.student.layers[index]
+        target = seen[slot.layers[-1], SUM]
+        conv, norm = layer.get_submodule(table["out"]), layer.get_submodule(table["norm"])
+        if self.method == "linear":
+            if len(slot.layers) > 1:
+                self._fit_outputs(index, conv, norm, target)
+            return
+        self._take_statistics(layer.get_submodule(table["in_norm"]), "in_norm")
+        if (index, "conv") in self.tied:
+            self._take_statistics(norm, "norm")
+            moments = self._moments(norm, Tap("conv", "norm"), target, norm)
+            found = fit_norm(norm, *moments)
+            self._note(index, "conv", "norm", found.before, found.after)
+            return
+        moments = self._moments(norm, Tap("conv", "features"), target, lambda x: _patches(conv, x))
+        found = fit(*moments, _theta(conv, norm))
+        self._note(index, "conv", "out", found.before, found.after)
+        if found.strength is not None:
+            every = moments[0] + moments[1]
+            _store(conv, norm, found.theta, every)
+
+    def _fit_outputs(self, index: int, conv: nn.Conv2d, norm: nn.BatchNorm2d, target: States) -> None:
+        """Refit what the layer adds to the stream by one map of it, folded into the convolution (ReplaceMe)."""
+        moments = self._moments(norm, Tap("conv", "norm"), target, norm)
+        found = fit(*moments, identity(moments[0]))
+        self._note(index, "conv", "linear", found.before, found.after)
+        if found.strength is not None:
+            theta = _theta(conv, norm)
+            patches = self._moments(norm, Tap("conv", "features"), target, lambda x: _patches(conv, x))
+            _store(conv, norm, chain(theta, found.theta), patches[0] + patches[1])
+
+    def _moments(self, norm: nn.BatchNorm2d, tap: Tap, target: States, inputs) -> list[Moments]:
+        """Moments of `inputs` of what is tapped, and of what the layer has to add to the stream."""
+
+        def rows(index: int, total: Tensor, given: Tensor, tapped: Tensor) -> tuple[Tensor, Tensor]:
+            residual = total - norm(given)
+            return tokens_of(inputs(tapped)), tokens_of(target[index].to(residual.device) - residual)
+
+        return self.student.moments(rows, SUM, Tap("conv", "norm"), tap)
+
+    def _take_statistics(self, norm: nn.BatchNorm2d, place: str) -> None:
+        """Let a batch norm have the mean and the variance of what it reads, as it would in training."""
+        moments = None
+        for x in self._read(place):
+            moments = moments or Moments.empty(x.shape[1], 0, x.device)
+            moments.add(x, x[:, :0])
+        mean = moments.xx[-1, :-1] / moments.rows
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(moments.centred()[0].diagonal() / moments.rows)
+
+    def _read(self, place: str) -> Iterator[Tensor]:
+        tap = Tap("conv", place)
+        for index, seen in self.student.look(tap):
+            yield self.student.rows(index, seen[tap])
+
+
+def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """What each output of a convolution reads, (batch, outputs, channels x height x width of the kernel)."""
+    return F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride).transpose(1, 2)
+
+
+def _theta(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """A convolution and the batch norm behind it as a map of patches, (in + 1, out) float64."""
+    gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    bias = 0 if conv.bias is None else conv.bias.double()
+    constant = norm.bias.double() + gain * (bias - norm.running_mean.double())
+    return torch.cat([conv.weight.double().flatten(1).T * gain, constant.unsqueeze(0)])
+
+
+def _store(conv: nn.Conv2d, norm: nn.BatchNorm2d, theta: Tensor, every: Moments) -> None:
+    """Write a map of patches to a convolution and the batch norm behind it.
+
+    The weight keeps its size, by which its steps in training are scaled, and the norm has the statistics of what the
+    convolution gives for the patches that `every` was taken of, so that training and evaluation agree.
+    """
+    weight, old = theta[:-1].T, conv.weight.double().flatten(1)
+    scale = weight.norm() / old.norm().clamp_min(1e-30)
+    weight = weight / scale.clamp_min(1e-30)
+    mean = every.xx[-1, :-1] / every.rows
+    variance = (weight @ every.centred()[0] * weight).sum(1) / every.rows
+    centre = weight @ mean
+    bias = 0 if conv.bias is None else conv.bias.double()
+    norm.weight.copy_(scale * (variance + norm.eps).sqrt())
+    norm.bias.copy_(theta[-1] + scale * centre)
+    norm.running_mean.copy_(centre + bias)
+    norm.running_var.copy_(variance)
+    conv.weight.copy_(weight.reshape(conv.weight.shape))
