@@ -145,6 +145,12 @@ def methods(job: Job, asked: dict[str, Any]) -> Iterator[tuple[str, int, Step]]:
         yield f"ours, {job.rounds} rounds", job.rounds, found
 
 
+def untouched(model: PreTrainedModel, asked: dict[str, Any]) -> Made:
+    adapter = adapter_for(model)
+    nothing = Plan(adapter.model_type, model.config.num_hidden_layers, kinds=adapter.kinds)
+    return apply(model, nothing), nothing
+
+
 def retrained(job: Job, name: str, asked: dict[str, Any], rounds: int, step: Step) -> dict[str, Any]:
     """Scores on test data of a model before and after retraining, its size, and how it went.
 
@@ -179,9 +185,7 @@ def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
     """Train all models of a job, or those of some targets, that are not there yet, and save after each."""
     job = JOBS[name]()
     rows = results.setdefault(name, {})
-    adapter = adapter_for(job.base.model)
-    nothing = Plan(adapter.model_type, job.base.model.config.num_hidden_layers, kinds=adapter.kinds)
-    todo = [("original", {}, "original", 1, lambda model, asked: (apply(model, nothing), nothing))]
+    todo = [("original", {}, "original", 1, untouched)]
     todo += [
         (target, asked, *method)
         for target, asked in job.targets.items()
@@ -198,9 +202,12 @@ def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
             temporary.replace(RESULT)
 
 
+HEADLINE = fusion.HEADLINE | {"resnet56": ("accuracy", "{:.2%}")}
+
+
 def table(results: dict[str, Any], name: str) -> list[list[str]]:
     """One row a model: its size, quality before and after retraining, and the difference from the original's."""
-    rows, (metric, form) = results[name], fusion.HEADLINE[name]
+    rows, (metric, form) = results[name], HEADLINE[name]
     original = rows["original"]["original"]
     found = [[f"{name}, {metric.replace('_', ' ')}", "method", "block parameters", "fused", "retrained", "difference"]]
     for target, models in rows.items():

@@ -1,6 +1,7 @@
 """A training that was interrupted goes on as if nothing had been, and loses nothing."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -79,6 +80,58 @@ def test_interrupted_anywhere_ends_the_same(tmp_path, interrupt, moment):
     blocks = student.transformer.h
     assert blocks[1].mlp.c_fc.weight is blocks[3].mlp.c_fc.weight
     assert student.lm_head.weight is student.transformer.wte.weight
+
+
+_ON_TWO_PROCESSES = """
+import json, os, sys
+sys.path.insert(0, sys.argv[2])
+import pytest, torch
+from accelerate import Accelerator, PartialState
+from test_checkpoint import healed, weights
+
+whole, expected = healed(sys.argv[1] + "/whole")
+backward, passes = Accelerator.backward, []
+
+def stop(self, loss, **options):
+    passes.append(loss)
+    if len(passes) == 11:
+        raise InterruptedError
+    backward(self, loss, **options)
+
+Accelerator.backward = stop
+with pytest.raises(InterruptedError):
+    healed(sys.argv[1] + "/run")
+student, report = healed(sys.argv[1] + "/run")
+assert len(passes) == 11 + 18 - 8, "it did not go on from the last checkpoint"
+assert student.transformer.h[1].mlp.c_fc.weight is student.transformer.h[3].mlp.c_fc.weight
+theirs = weights(whole)
+found = {
+    "processes": [report.num_processes, expected.num_processes],
+    "type": report.distributed_type,
+    "weights": max((value - theirs[name]).abs().max().item() for name, value in weights(student).items()),
+    "losses": [report.train_loss, expected.train_loss],
+}
+if os.environ["RANK"] == "0":
+    with open(sys.argv[1] + "/found.json", "w") as file:
+        json.dump(found, file)
+PartialState().destroy_process_group()
+"""
+
+
+def test_two_processes_resume(tmp_path):
+    """Two processes that were stopped and started again end with the weights of two that were not."""
+    program = tmp_path / "program.py"
+    program.write_text(_ON_TWO_PROCESSES)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(program), str(tmp_path), str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["processes"] == [2, 2]
+    assert found["type"] == "MULTI_CPU"
+    assert found["weights"] < 1e-6
+    assert found["losses"][0] == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in found["losses"][1]]
 
 
 def test_nothing_is_said_of_shared_tensors(tmp_path, caplog):

@@ -232,10 +232,12 @@ def test_interrupted_while_saving(tmp_path, monkeypatch, capsys):
     assert set(tmp_path.iterdir()) == {*before, out}
 
 
-def test_interrupted_while_healing(tmp_path, monkeypatch, interrupt):
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_interrupted_while_healing(tmp_path, monkeypatch, interrupt, streaming):
     """Stopped in its steps and started again, a run fuses nothing anew and ends with the same file, to the bit; with
-    other data it starts afresh."""
+    other data it starts afresh. The same where rows are streamed."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--heal.steps", "6", "--heal.eval_every", "2"]
+    words += ["--data.streaming", streaming]
     assert main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
     interruption = interrupt(4, KeyboardInterrupt)
     with monkeypatch.context() as patch:

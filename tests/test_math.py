@@ -9,6 +9,7 @@ from scipy.spatial.distance import squareform
 
 from hf_layerfuse.edits import combine
 from hf_layerfuse.math import cluster
+from hf_layerfuse.math.knee import knee
 from hf_layerfuse.plan import Source
 
 
@@ -119,3 +120,14 @@ def test_operators_round_once(dtype):
         fused = combine(same, Source(tuple(range(7)), operator, weights=weights))
         assert torch.equal(fused, same[0])
         assert fused.dtype == dtype
+
+
+def test_knee_is_where_a_curve_bends():
+    """The corner of two straight lines, whatever their units; nothing bends in a line, and nothing is lost by one that
+    falls."""
+    x = [0, 10, 20, 30, 40, 50]
+    assert knee(x, [2.0, 2.1, 2.2, 2.3, 3.3, 4.3]) == 3
+    assert knee([v / 100 for v in x], [200, 210, 220, 230, 330, 430]) == 3
+    assert knee(x, [1, 2, 3, 4, 5, 6]) == 0
+    assert knee(x, [0, 5, 8, 9, 9.5, 9.6]) == 0
+    assert knee(x, [3, 2.5, 2, 2, 1.5, 1]) == 5

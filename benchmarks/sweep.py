@@ -1,0 +1,121 @@
+"""Quality against compression, before and after healing, and the knee of the curve.
+
+    python benchmarks/sweep.py [JOB ...] [--threads 2]
+
+The models, data and budgets of benchmarks/heal.py, at every depth; what that benchmark has measured already is not
+trained again. The knee is where the healed curve is farthest above its chord (Satopaa et al. 2011, "Kneedle"): with
+less removed, quality is left on the table, with more, it falls faster than size. It is found on validation losses, the
+curves show test data. Writes benchmarks/results/sweep.json and sweep.png.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import fusion
+import heal
+import matplotlib
+import torch
+
+from hf_layerfuse import FusionRecipe
+from hf_layerfuse.math.knee import knee
+from hf_layerfuse.report import text_table
+from hf_layerfuse.search import search
+
+RESULT = fusion.ROOT / "benchmarks" / "results" / "sweep.json"
+PLOT = fusion.ROOT / "benchmarks" / "results" / "sweep.png"
+KEEPS = {"minilm-sst2": (5, 4, 3, 2, 1), "gpt2": (9, 6, 4, 2)}
+"""Layers that are kept."""
+
+
+def run(name: str, results: dict[str, Any]) -> None:
+    """Train what is not there yet, and save after each model."""
+    job = heal.JOBS[name]()
+    known = json.loads(heal.RESULT.read_text()).get(name, {}) if heal.RESULT.is_file() else {}
+    trained = {
+        job.targets[target]["keep_layers"]: models["ours"]
+        for target, models in known.items()
+        if "keep_layers" in job.targets.get(target, {}) and "ours" in models
+    }
+    rows = results.setdefault(name, {})
+    original = rows.setdefault("original", known.get("original", {}).get("original"))
+    if original is None:
+        rows["original"] = heal.retrained(job, f"{name}-sweep-original", {}, 1, heal.untouched)
+        _save(results)
+
+    def fused(model: Any, asked: dict[str, Any]) -> heal.Made:
+        found = search(model, FusionRecipe(**asked), job.base.calibration)
+        return found.model, found.plan
+
+    for keep in KEEPS[name]:
+        if str(keep) not in rows:
+            asked = {"keep_layers": keep}
+            rows[str(keep)] = trained.get(keep) or heal.retrained(job, f"{name}-sweep-{keep}", asked, 1, fused)
+            _save(results)
+
+
+def _save(results: dict[str, Any]) -> None:
+    temporary = RESULT.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.replace(RESULT)
+
+
+def curve(rows: dict[str, Any]) -> tuple[list[dict[str, Any]], list[float], int]:
+    """Models from large to small, the share of block parameters that each lacks, and which one is the knee."""
+    models = sorted(rows.values(), key=lambda row: -row["non_embedding_parameters"])
+    whole = models[0]["non_embedding_parameters"]
+    removed = [1 - row["non_embedding_parameters"] / whole for row in models]
+    losses = [min(loss for _, loss in row["rounds"][-1]["validation_loss"]) for row in models]
+    return models, removed, knee(removed, losses)
+
+
+def table(results: dict[str, Any]) -> list[list[str]]:
+    """One row a model."""
+    found = [["model", "block parameters removed", "metric", "fused", "healed", ""]]
+    for name, rows in results.items():
+        metric, form = heal.HEADLINE[name]
+        models, removed, best = curve(rows)
+        for place, row in enumerate(models):
+            figures = [form.format(row[stage][metric]) for stage in ("before", "after")]
+            note = "knee" if place == best else ""
+            found.append([name, f"{removed[place]:.0%}", metric.replace("_", " "), *figures, note])
+    return found
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Two curves a model, and its knee."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4), squeeze=False)
+    for axis, (name, rows) in zip(axes[0], results.items(), strict=True):
+        metric, _ = heal.HEADLINE[name]
+        models, removed, best = curve(rows)
+        for stage, label, style in (("before", "fused", "o:"), ("after", "healed", "o-")):
+            axis.plot([100 * share for share in removed], [row[stage][metric] for row in models], style, label=label)
+        axis.axvline(100 * removed[best], color="grey", linewidth=0.8, linestyle="--", label="knee")
+        axis.set(title=name, xlabel="block parameters removed (%)", ylabel=metric.replace("_", " "))
+        if "perplexity" in metric:
+            axis.set_yscale("log")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("jobs", nargs="*", choices=[*KEEPS, []], help=f"default: all of {', '.join(KEEPS)}")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    results = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    for name in options.jobs or KEEPS:
+        run(name, results)
+    print(text_table(table(results)))
+    plot(results, PLOT)
+
+
+if __name__ == "__main__":
+    main()
