@@ -56,8 +56,14 @@ def benchmark(name: str) -> tuple[ModuleType, dict]:
 def filled(text: str) -> str:
     """The README with its tables as the JSON files have them."""
     fusion, fused = benchmark("fusion")
+    cost, spent = benchmark("fusion_cost")
     latency, timed = benchmark("latency")
-    tables = {"recipes": [recipes()], "fusion": fusion.tables(fused), "latency": [latency.table(timed)]}
+    tables = {
+        "recipes": [recipes()],
+        "fusion": fusion.tables(fused),
+        "cost": cost.tables(spent),
+        "latency": [latency.table(timed)],
+    }
     for name, made in tables.items():
         block = r"\g<1>" + "\n\n".join(map(markdown_table, made)) + r"\n\g<2>"
         text, count = re.subn(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", block, text, flags=re.DOTALL)
