@@ -15,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from hf_layerfuse import AutoFusedModel, Plan, RecipeError, apply, fuse, fused_parameters, job, verify
+from hf_layerfuse import AutoFusedModel, Plan, RecipeError, apply, fuse, fused_parameters, job, rounds, verify
 from hf_layerfuse.cli import main, parse_overrides
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.recipe import load_recipe
@@ -242,7 +242,7 @@ def test_interrupted_while_healing(tmp_path, monkeypatch, interrupt, streaming):
     interruption = interrupt(4, KeyboardInterrupt)
     with monkeypatch.context() as patch:
         assert main(words) == 130
-        patch.setattr(job, "search", lambda *arguments: pytest.fail("it fused again"))
+        patch.setattr(rounds, "search", lambda *arguments: pytest.fail("it fused again"))
         assert main(words) == 0
     assert interruption.passes == 4 + 4
     results = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]

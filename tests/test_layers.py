@@ -13,6 +13,8 @@ PACKAGE = Path(hf_layerfuse.__file__).parent
 RANKS = (
     ("cli",),
     ("job",),
+    ("rounds",),
+    ("rundata",),
     ("__init__",),
     ("report", "heal", "latency", "layermap", "data", "teacher"),
     ("loop", "labels"),

@@ -1,0 +1,116 @@
+"""Fuse and heal, in as many rounds as the recipe asks for; what is done is kept, so that a run can go on from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from . import __version__
+from .grouping import groups_of
+from .heal import heal
+from .layermap import fused_parameters, layer_map, mixed_weights
+from .methods.fusion import plan_fusion
+from .modeling import expand, load_checkpoint
+from .output import MARK, new_directory, unfinished
+from .plan import Plan
+from .processes import process_state
+from .recipe import TARGETS, FusionRecipe, Recipe
+from .rundata import RunData, say
+from .schedule import compose, keeps_of, steps_of
+from .search import search
+from .tasks import TASKS
+from .verify import warn_if_useless
+
+
+def fuse_and_heal(
+    recipe: Recipe, original: PreTrainedModel, inputs: RunData, work: Path
+) -> tuple[PreTrainedModel, Plan, dict[str, Any]]:
+    """All rounds of fusing and healing: the model, one plan for all of them, and what was measured."""
+    rounds = rounds_of(recipe, original, inputs)
+    fused, plan, results, reports = original, None, {}, []
+    for number, (keep, steps) in enumerate(rounds, 1):
+        source = expand(fused) if plan else original
+        target = {} if keep is None else dict.fromkeys(TARGETS) | {"keep_layers": keep}
+        stage = work / f"fused-{number}"
+        if not (stage / MARK).is_file():
+            _fuse(dataclasses.replace(recipe.fusion, **target), source, original, inputs, stage)
+        fused = load_checkpoint(stage, auto_class=auto_class_of(recipe), dtype=torch.float32).to(original.device)
+        fused.config.name_or_path = fused.name_or_path = original.name_or_path
+        step = Plan.load(stage / "plan.json")
+        plan = compose(plan, step) if plan else step
+        results |= json.loads((stage / MARK).read_text(encoding="utf-8"))
+        if steps > 0:
+            say(f"healing for {steps} steps; where it is interrupted, the same command goes on")
+            healing = dataclasses.replace(recipe.heal, steps=steps)
+            report = heal(
+                fused,
+                inputs.train_loader(original),
+                healing,
+                teacher=original,
+                matches=layer_map(fused, original, plan),
+                frozen=fused_parameters(fused, plan) if healing.freeze_fused else (),
+                mixed=mixed_weights(fused, source, step, inputs.calibration()) if healing.mix else None,
+                validation_batches=inputs.validation_batches(),
+                seed=recipe.seed + number - 1,
+                checkpoints=unfinished(work / f"heal-{number}", identity_of(healing)),
+            )
+            reports.append({"keep_layers": keep, **dataclasses.asdict(report)})
+    if reports:
+        results["heal"] = reports[-1]
+    if len(reports) > 1:
+        results["rounds"] = reports
+    return fused, plan, results
+
+
+def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> list[tuple[int | None, int]]:
+    """For each round, the blocks that stay distinct (None: what the recipe asks for) and the steps of healing."""
+    if recipe.heal.schedule == "one-shot":
+        return [(None, recipe.heal.steps)]
+    plan = plan_fusion(original, recipe.fusion, inputs.calibration())
+    keeps = keeps_of(plan.num_layers, len(groups_of(plan, plan.edits[0].kind)), recipe.heal)
+    return list(zip(keeps, steps_of(recipe.heal.steps, len(keeps)), strict=True))
+
+
+def _fuse(
+    fusion: FusionRecipe, source: PreTrainedModel, original: PreTrainedModel, inputs: RunData, stage: Path
+) -> None:
+    """Fuse a model, measure it, and leave it, its plan and its figures in a folder, whole or not at all."""
+    state = process_state()
+    batches = inputs.calibration()
+    say("fusing")
+    found = search(source, fusion, batches)
+    fused = round_to(found.model, inputs.dtype)
+    warn_if_useless(original, fused, batches)
+    results = {} if source is not original else {"before": inputs.measure(original, original, "the original")}
+    results["fused"] = inputs.measure(fused, original, "the fused model")
+    if state.is_main_process:
+        with new_directory(stage) as path:
+            fused.save_pretrained(path)
+            (path / "plan.json").write_text(found.plan.to_json(), encoding="utf-8")
+            (path / MARK).write_text(json.dumps(results) + "\n", encoding="utf-8")
+    state.wait_for_everyone()
+
+
+def auto_class_of(recipe: Recipe) -> Any:
+    """The Auto class of the task of a recipe."""
+    return getattr(transformers, TASKS[recipe.task].auto_class)
+
+
+def identity_of(recipe: Any, *without: str) -> dict[str, Any]:
+    """What makes a run what it is."""
+    fields = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in without}
+    return {**fields, "version": __version__, "processes": process_state().num_processes}
+
+
+def round_to(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Round weights to what the file will hold, so that the figures are those of the file."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+    return model
