@@ -1,0 +1,141 @@
+"""A whole run, and how it is read from a file and the command line."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import RecipeError
+from ..tasks import Task
+from .data import DataRecipe
+from .fusion import TARGETS, FusionRecipe
+from .heal import HealRecipe
+from .strict import require, strict_recipe
+
+
+@strict_recipe
+class EvaluateRecipe:
+    """What is measured before fusing, after it, and after healing.
+
+    Attributes:
+        batch_size: sequences or images per batch; does not change the figures beyond rounding.
+        stride: tokens by which the window moves when perplexity is taken; `data.max_length` (the default) gives
+            windows that do not overlap, less gives every token more context and costs more.
+        latency: time the model at batch 1 and 8.
+        latency_repeats: timed runs, after as many warm-up runs as needed.
+    """
+
+    batch_size: int = 16
+    stride: int | None = None
+    latency: bool = True
+    latency_repeats: int = 10
+
+    def __post_init__(self) -> None:
+        for field in ("batch_size", "stride", "latency_repeats"):
+            value = getattr(self, field)
+            require(value is None or value >= 1, f"evaluate.{field}={value}: use a whole number of 1 or more.")
+
+
+@strict_recipe
+class Recipe:
+    """A whole run of `fuse.py`: a recipe file has these fields, the last four as sections.
+
+    Attributes:
+        model: Hub name or path of the model to make smaller.
+        task: decides the data columns, the head class and the metrics.
+        output_dir: where the result is written; never an existing non-empty directory without `overwrite`.
+        overwrite: replace `output_dir` once the new result is complete.
+        trust_remote_code: let a Hub model run its own code. Off unless you say so.
+        seed: seed of shuffling, sampling and dropout.
+    """
+
+    model: str
+    task: Task
+    output_dir: str
+    overwrite: bool = False
+    trust_remote_code: bool = False
+    seed: int = 0
+    data: DataRecipe
+    fusion: FusionRecipe
+    heal: HealRecipe = dataclasses.field(default_factory=HealRecipe)
+    evaluate: EvaluateRecipe = dataclasses.field(default_factory=EvaluateRecipe)
+
+    def __post_init__(self) -> None:
+        whole = self.fusion.mode != "depth" or self.fusion.blocks == "layer"
+        require(
+            self.heal.schedule == "one-shot" or whole,
+            f"heal.schedule={self.heal.schedule!r} with fusion.mode='depth' and fusion.blocks={self.fusion.blocks!r}: "
+            "attention or MLP blocks that are gone cannot be fused further. Use whole layers, mode 'share', or "
+            "schedule 'one-shot'.",
+        )
+        require(
+            not self.heal.mix or (self.fusion.operator == "mix" and self.fusion.mode != "basis"),
+            f"heal.mix goes on with what operator 'mix' began, and it is fusion.operator={self.fusion.operator!r} in "
+            f"mode {self.fusion.mode!r}: set the operator to 'mix' and the mode to 'share' or 'depth', or heal.mix to "
+            "false.",
+        )
+        same = ("causal-lm", "text-classification", "token-classification")
+        require(
+            self.heal.teacher_top_k is None or (self.task in same and not self.data.streaming),
+            f"heal.teacher_top_k={self.heal.teacher_top_k} keeps the answers to text that is the same in every epoch, "
+            f"as in {', '.join(same)} without data.streaming, and the task is {self.task!r}: leave it out.",
+        )
+
+
+_SECTIONS = {"data": DataRecipe, "fusion": FusionRecipe, "heal": HealRecipe, "evaluate": EvaluateRecipe}
+
+
+def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a YAML recipe and apply overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted names to values, such as `{"model": "gpt2", "fusion.keep_layers": 8}`. A target of the
+            fusion, `fusion.ratio` say, replaces the one that the file has.
+
+    Raises:
+        RecipeError: the file is missing or not a mapping, or a field is unknown or has a wrong value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"no recipe at {path}: give the path of a YAML file such as recipes/gpt2-wikitext2.yaml.")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} holds {type(tree).__name__}, not a mapping of recipe fields to values.")
+
+    for name, value in (overrides or {}).items():
+        section, _, field = name.rpartition(".")
+        if section and section not in _SECTIONS:
+            raise RecipeError(f"--{name}: no section {section!r}. The sections are: {', '.join(_SECTIONS)}.")
+        if section and tree.get(section) is None:
+            tree[section] = {}
+        target = tree[section] if section else tree
+        if not isinstance(target, dict):
+            raise RecipeError(f"{path}: section {section!r} holds {target!r}, not fields and values.")
+        if section == "fusion" and field in TARGETS:
+            for other in TARGETS:
+                if f"fusion.{other}" not in overrides:
+                    target.pop(other, None)
+        target[field] = value
+
+    data = tree.get("data")
+    named = (overrides or {}).keys()
+    if "data.name" in named and "data.config" not in named and isinstance(data, dict) and data.get("name") is None:
+        data.pop("config", None)  # that of the Hub data set, which local files replace
+
+    for section, kind in _SECTIONS.items():
+        if section in tree:
+            values = tree[section] or {}
+            if not isinstance(values, dict):
+                raise RecipeError(f"{path}: section {section!r} holds {values!r}, not fields and values.")
+            tree[section] = kind(**_named(values))
+    return Recipe(**_named(tree))
+
+
+def _named(values: dict[Any, Any]) -> dict[str, Any]:
+    """The same values, their names as text: YAML reads `1:` and `on:` as a number and a boolean."""
+    return {str(name): value for name, value in values.items()}

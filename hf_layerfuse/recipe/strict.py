@@ -1,0 +1,53 @@
+"""What all recipes have in common: keywords only, checked types, and complaints that are `RecipeError`s."""
+
+import contextlib
+import dataclasses
+import difflib
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+
+from ..errors import RecipeError
+
+_T = TypeVar("_T")
+
+
+def strict_recipe(cls: type[_T]) -> type[_T]:
+    """Make `cls` a keyword-only strict dataclass whose every complaint is a `RecipeError`."""
+    cls = strict(dataclasses.dataclass(cls, kw_only=True))
+    fill = cls.__init__
+    hints = get_type_hints(cls)
+
+    def __init__(self, **values: Any) -> None:
+        for name in values:
+            if name not in hints:
+                close = difflib.get_close_matches(name, hints, n=1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise RecipeError(f"{cls.__name__} has no field {name!r}.{hint} Its fields are: {', '.join(hints)}.")
+            if "float" in str(hints[name]):
+                values[name] = _as_float(values[name])
+            if values[name] is False and "no" in get_args(hints[name]):
+                values[name] = "no"  # YAML 1.1 reads that word as false
+        try:
+            fill(self, **values)
+        except (StrictDataclassError, TypeError) as error:
+            reason = str(error).splitlines()[-1].strip().rstrip(".")
+            raise RecipeError(f"{cls.__name__}: {reason}. Correct this value in the recipe.") from error
+
+    cls.__init__ = __init__
+    return cls
+
+
+def _as_float(value: Any) -> Any:
+    """People write 1 for 1.0, and YAML 1.1 reads 1e-4 as text."""
+    if type(value) in (int, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a `RecipeError` unless something holds."""
+    if not condition:
+        raise RecipeError(message)
