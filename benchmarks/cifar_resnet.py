@@ -23,6 +23,7 @@ class CifarResNetConfig(PreTrainedConfig):
     """Width and stride of each layer of two convolutions; the first reads `widths[0]` channels."""
 
     model_type = "cifar_resnet"
+    image_size: int = 32
     num_hidden_layers: int = 27
     widths: list[int] | None = None
     strides: list[int] | None = None

@@ -88,7 +88,8 @@ def _token_inputs(
 def _image_inputs(model: PreTrainedModel, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
     config = model.config
     height, width = _pair(getattr(config, "image_size", 224))  # convolutional networks take any size and state none
-    pixels = torch.randn(batch_size, config.num_channels, height, width, generator=generator)
+    channels = getattr(config, "num_channels", 3)
+    pixels = torch.randn(batch_size, channels, height, width, generator=generator)
     inputs = {"pixel_values": pixels.to(model.dtype)}
     if _has_head(model, MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES):
         patch_height, patch_width = _pair(config.patch_size)

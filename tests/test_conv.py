@@ -24,6 +24,7 @@ from hf_layerfuse import (
     align,
     apply,
     expand,
+    fuse,
     heal,
     layer_map,
     plan_fusion,
@@ -204,6 +205,17 @@ def test_search_meets_a_ratio(mode, effort):
         assert edit.kind == "conv"
         assert any(set(edit.layers) <= set(group) for group in ALIKE)
     assert found.report.after <= found.report.before
+
+
+def test_the_front_door(tmp_path):
+    """`fuse` takes a convolutional model as any other: it verifies the result, which reloads."""
+    model, batches = tiny(), images()
+    for options in ({"ratio": 0.5, "mode": "share"}, {"keep_layers": 6}):
+        fused = fuse(model, effort="low", batches=batches, **options)
+        fused.save_pretrained(tmp_path / options.get("mode", "depth"))
+        again = AutoFusedModel.from_pretrained(tmp_path / options.get("mode", "depth"))
+        assert torch.equal(logits(again, batches[0]), logits(fused, batches[0]))
+    assert len(again.layers) == 6
 
 
 def test_global_groups_hold_one_shape():
