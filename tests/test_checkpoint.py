@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from conftest import LAYERS, tiny_model
 from torch.utils.data import DataLoader
 
@@ -333,3 +335,33 @@ def test_a_tracker_that_is_not_there_is_refused():
     """Accelerate would leave it out without a word."""
     with pytest.raises(RecipeError, match=r"log_with='abacus' is not installed"):
         healed(None, recipe_of(log_with="abacus"))
+
+
+@pytest.mark.slow
+# inductor imports torch.utils.mkldnn, which is written with it (torch 2.13)
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+# dynamo looks at .grad of whatever it traces (torch 2.13)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_training_is_the_same(tmp_path):
+    """With torch.compile the losses are those without it, up to rounding; weights stay shared, the student is not
+    wrapped, and its file has the same names."""
+    found = []
+    for compiled in (False, True):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        student, teacher, plan = models(**NO_DROPOUT)
+        recipe = recipe_of(steps=4, gradient_accumulation_steps=1, hidden_weight=0.5, compile=compiled)
+        options = {"teacher": teacher, "matches": layer_map(student, teacher, plan)}
+        loader, watched = DataLoader(rows(12), 3), DataLoader(rows(4))
+        report = heal(
+            student, loader, recipe, validation_batches=watched, checkpoints=tmp_path / f"{compiled}", **options
+        )
+        found.append((student, report))
+    (plain, expected), (student, report) = found
+    for history in ("train_loss", "validation_loss"):
+        losses, others = ([loss for _, loss in getattr(found, history)] for found in (report, expected))
+        assert losses == pytest.approx(others, rel=1e-4)
+    assert type(student) is type(plain)
+    assert student.state_dict().keys() == plain.state_dict().keys()
+    assert student.transformer.h[1].mlp.c_fc.weight is student.transformer.h[3].mlp.c_fc.weight
