@@ -257,6 +257,10 @@ def test_partition_within_is_exact():
 
 def test_what_cannot_be_done_is_refused():
     model, batches = tiny(), images()
+    grouped = tiny()
+    grouped.layers[1].conv2 = torch.nn.Conv2d(4, 4, 3, padding=1, groups=2)
+    with pytest.raises(UnsupportedModelError, match="of one group"):
+        plan_fusion(grouped, FusionRecipe(keep_layers=6))
     with pytest.raises(PlanError, match="different shapes"):
         apply(model, plan_of(Fuse("conv", (2, 3))))
     with pytest.raises(PlanError, match="attention"):

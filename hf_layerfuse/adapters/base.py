@@ -122,6 +122,17 @@ class ConvAdapter(LayerAdapter):
     conv: ClassVar[Mapping[str, str]]
     kinds = ("conv",)
 
+    def check(self, model: PreTrainedModel) -> None:
+        for block in self.blocks(model):
+            parts = {role: model.get_submodule(path) for role, path in block.modules.items()}
+            convs, norms = (parts["in"], parts["out"]), (parts["in_norm"], parts["norm"])
+            plain = all(isinstance(conv, nn.Conv2d) and conv.groups == 1 for conv in convs)
+            if not plain or not all(isinstance(norm, nn.BatchNorm2d) and norm.affine for norm in norms):
+                raise UnsupportedModelError(
+                    f"layer {block.layer} has {', '.join(type(part).__name__ for part in (*convs, *norms))}: what can "
+                    "be fused are two Conv2d of one group, each followed by a BatchNorm2d with a gain."
+                )
+
 
 class ZeroAttention(nn.Module):
     """Stands where an attention module was: contributes nothing, attends to nothing, caches nothing."""
