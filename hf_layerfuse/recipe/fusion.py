@@ -48,7 +48,7 @@ class FusionRecipe:
             map of what the last block before removed ones adds (ReplaceMe); `none`, or no batches: no repair.
         effort: how much is tried on calibration batches: `low` is the heuristic choice and one refit (at most about 6
             forward passes of the original over the batches), `medium` also compares groups and operators (25), `high`
-            also the plans next to the best one (60).
+            also the plans next to the best one.
         seed: seed of everything that is drawn.
 
     Raises:
