@@ -3,18 +3,21 @@
     python benchmarks/heal.py [JOB ...] [--targets "depth 50%" ...] [--threads 2]
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Every model is trained on the same batches, for the
-same number of steps, with the same losses (cross-entropy and the original as teacher) and rate; the weights that are
-kept are those of the least validation loss. Where there are rounds of fusing and retraining, their steps add up to the
-same number. Everything is chosen on training or validation data and reported on test data: WikiText-2 test windows,
+same number of steps, with cross-entropy and the original as teacher; the weights that are kept are those of the least
+validation loss. Each method has the rate and losses that do best for it on validation data, of the same few, after
+the first 100 steps. Where there are rounds of fusing and retraining, their steps add up to the same number. Everything
+is chosen on training or validation data and reported on test data: WikiText-2 test windows,
 CIFAR-10 test images, SST-2 validation sentences (the split that everybody reports; what has to be chosen is chosen on
 rows of train). A row that is in benchmarks/results/heal.json already is not measured again; an interrupted training
 goes on from its last checkpoint in outputs/heal.
 """
 
 import argparse
+import copy
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -32,11 +35,14 @@ from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.collate import ROW, CollateImages, CollateText
 from hf_layerfuse.evaluate import classification, parameter_counts
 from hf_layerfuse.report import text_table
+from hf_layerfuse.sampling import ByLength
 from hf_layerfuse.schedule import compose, steps_of
 from hf_layerfuse.search import search
 
 RESULT = fusion.ROOT / "benchmarks" / "results" / "heal.json"
 CHECKPOINTS = fusion.ROOT / "outputs" / "heal"
+PILOT = 100
+"""Steps after which rates and losses are compared."""
 
 
 @dataclass
@@ -49,7 +55,9 @@ class Job:
         collate: makes batches of them.
         validation: batches with labels.
         recipe: the budget, of all rounds together.
+        options: what each method chooses from, in place of the recipe's.
         targets: name -> what is asked for of the fusion.
+        pilots: targets at which it chooses, one for each mode.
         rounds: of those that are fused and retrained in turn.
     """
 
@@ -58,8 +66,26 @@ class Job:
     collate: Callable[[list[dict[str, Any]]], Any]
     validation: list[dict[str, torch.Tensor]]
     recipe: HealRecipe
+    options: list[dict[str, float]]
     targets: dict[str, dict[str, Any]]
+    pilots: tuple[str, ...]
     rounds: int = 1
+
+    def loader(self, seed: int) -> DataLoader:
+        """Training batches; sentences are read with others of about their length."""
+        size, options = self.recipe.batch_size, {"shuffle": True}
+        lengths = [len(row["input_ids"]) for row in self.rows if "input_ids" in row]
+        if lengths and min(lengths) < max(lengths):
+            options = {"sampler": ByLength(lengths, size, seed)}
+        return DataLoader(self.rows, size, drop_last=True, collate_fn=self.collate, **options)
+
+    def pilot_of(self, asked: dict[str, Any]) -> str:
+        """The target that is fused as another one is."""
+        return next(name for name in self.pilots if self.targets[name].get("mode") == asked.get("mode"))
+
+
+def rates(*values: float) -> list[dict[str, float]]:
+    return [{"learning_rate": value} for value in values]
 
 
 def gpt2() -> Job:
@@ -70,9 +96,10 @@ def gpt2() -> Job:
     labelled = [{**batch, "labels": batch["input_ids"]} for batch in fusion._windows(tokenizer, "valid", 64)]
     targets = {f"depth {share}%": {"keep_layers": keep} for share, keep in ((25, 9), (50, 6), (70, 4), (80, 2))}
     targets |= {f"share {share}%": {"ratio": share / 100, "mode": "share", "rank": 8} for share in (25, 50, 70, 80)}
-    recipe = HealRecipe(steps=400, batch_size=16, learning_rate=5e-4, eval_every=100)
+    recipe = HealRecipe(steps=400, batch_size=16, eval_every=100)
     rows = [{"input_ids": row, "labels": row} for row in windows]
-    return Job(base, rows, torch.utils.data.default_collate, labelled, recipe, targets)
+    collate = torch.utils.data.default_collate
+    return Job(base, rows, collate, labelled, recipe, rates(3e-4, 1e-3), targets, ("depth 50%", "share 50%"))
 
 
 def minilm_sst2() -> Job:
@@ -90,9 +117,10 @@ def minilm_sst2() -> Job:
     collate = CollateText(tokenizer)
     held_out = rows(pairs[-1280:])
     validation = [collate(held_out[i : i + 64]) for i in range(0, len(held_out), 64)]
-    recipe = HealRecipe(steps=800, batch_size=32, learning_rate=1e-4, eval_every=100)
+    recipe = HealRecipe(steps=800, batch_size=32, eval_every=100)
+    options = [*rates(3e-5, 1e-4, 3e-4), {"learning_rate": 1e-4, "hidden_weight": 1.0}]
     targets = {f"{keep} layers": {"keep_layers": keep} for keep in (4, 3, 2)}
-    return Job(base, rows(pairs[:-1280]), collate, validation, recipe, targets)
+    return Job(base, rows(pairs[:-1280]), collate, validation, recipe, options, targets, ("3 layers",))
 
 
 def resnet56() -> Job:
@@ -109,9 +137,10 @@ def resnet56() -> Job:
         {"pixel_values": x, "labels": y, ROW: i}
         for i, (x, y) in enumerate(zip(train[:40_000], labels[:40_000].tolist(), strict=True))
     ]
-    recipe = HealRecipe(steps=1560, batch_size=128, learning_rate=2e-3, eval_every=156, temperature=4.0)
+    recipe = HealRecipe(steps=2400, batch_size=64, eval_every=240, temperature=4.0)
     targets = {"70% shared": {"ratio": 0.7, "mode": "share"}}
-    return Job(base, rows, CollateImages(moves=True), held_out, recipe, targets, rounds=5)
+    options = rates(1e-3, 4e-3)
+    return Job(base, rows, CollateImages(moves=True), held_out, recipe, options, targets, ("70% shared",), rounds=5)
 
 
 JOBS: dict[str, Callable[[], Job]] = {"minilm-sst2": minilm_sst2, "gpt2": gpt2, "resnet56": resnet56}
@@ -141,8 +170,8 @@ def methods(job: Job, asked: dict[str, Any]) -> Iterator[tuple[str, int, Step]]:
         yield "shared average", 1, mean
     yield "ours", 1, found
     if job.rounds > 1:
-        yield f"shared average, {job.rounds} rounds", job.rounds, mean
-        yield f"ours, {job.rounds} rounds", job.rounds, found
+        yield "shared average", job.rounds, mean
+        yield "ours", job.rounds, found
 
 
 def untouched(model: PreTrainedModel, asked: dict[str, Any]) -> Made:
@@ -151,7 +180,28 @@ def untouched(model: PreTrainedModel, asked: dict[str, Any]) -> Made:
     return apply(model, nothing), nothing
 
 
-def retrained(job: Job, name: str, asked: dict[str, Any], rounds: int, step: Step) -> dict[str, Any]:
+def chosen(job: Job, name: str, asked: dict[str, Any], step: Step) -> dict[str, Any]:
+    """The validation loss after a short training with each of the options, and the best of them."""
+    fused, plan = step(job.base.model, asked)
+    losses = []
+    for option in job.options:
+        student = copy.deepcopy(fused)
+        report = heal(
+            student,
+            job.loader(0),
+            replace(job.recipe, steps=PILOT, eval_every=PILOT, **option),
+            teacher=job.base.model,
+            matches=layer_map(student, job.base.model, plan),
+            validation_batches=job.validation,
+        )
+        losses.append(report.validation_loss[-1][1])
+    print(f"{name}: {losses}", flush=True)
+    return {"options": job.options, "losses": losses, "best": job.options[losses.index(min(losses))]}
+
+
+def retrained(
+    job: Job, name: str, asked: dict[str, Any], rounds: int, step: Step, option: dict[str, float]
+) -> dict[str, Any]:
     """Scores on test data of a model before and after retraining, its size, and how it went.
 
     Of several rounds, each removes its part of the ratio, as the exponential curriculum has it, and gets as many steps.
@@ -164,8 +214,8 @@ def retrained(job: Job, name: str, asked: dict[str, Any], rounds: int, step: Ste
         before = job.base.score(student.eval())
         report = heal(
             student,
-            DataLoader(job.rows, job.recipe.batch_size, shuffle=True, drop_last=True, collate_fn=job.collate),
-            replace(job.recipe, steps=steps),
+            job.loader(number),
+            replace(job.recipe, steps=steps, **option),
             teacher=model,
             matches=layer_map(student, model, plan),
             validation_batches=job.validation,
@@ -184,7 +234,7 @@ def retrained(job: Job, name: str, asked: dict[str, Any], rounds: int, step: Ste
 def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
     """Train all models of a job, or those of some targets, that are not there yet, and save after each."""
     job = JOBS[name]()
-    rows = results.setdefault(name, {})
+    known = results.setdefault(name, {"chosen": {}, "models": {}})
     todo = [("original", {}, "original", 1, untouched)]
     todo += [
         (target, asked, *method)
@@ -193,13 +243,25 @@ def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
         for method in methods(job, asked)
     ]
     for target, asked, method, rounds, step in todo:
-        if method not in rows.setdefault(target, {}):
-            folder = f"{name} {target} {method}".replace(" ", "-").replace("%", "")
-            rows[target][method] = retrained(job, folder, asked, rounds, step)
-            print(f"{name}, {target}, {method}: {rows[target][method]}", flush=True)
-            temporary = RESULT.with_suffix(".tmp")
-            temporary.write_text(json.dumps(results, indent=1) + "\n")
-            temporary.replace(RESULT)
+        row = f"{method}, {rounds} rounds" if rounds > 1 else method
+        models = known["models"].setdefault(target, {})
+        if row in models:
+            continue
+        pilot = job.pilot_of(asked) if asked else target
+        choice = f"{pilot}, {method}"
+        if choice not in known["chosen"]:
+            known["chosen"][choice] = chosen(job, f"{name}, {choice}", job.targets.get(pilot, {}), step)
+            save(results)
+        folder = re.sub(r"\W+", "-", f"{name} {target} {row}")
+        models[row] = retrained(job, folder, asked, rounds, step, known["chosen"][choice]["best"])
+        print(f"{name}, {target}, {row}: {models[row]}", flush=True)
+        save(results)
+
+
+def save(results: dict[str, Any]) -> None:
+    temporary = RESULT.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.replace(RESULT)
 
 
 HEADLINE = fusion.HEADLINE | {"resnet56": ("accuracy", "{:.2%}")}
@@ -207,7 +269,7 @@ HEADLINE = fusion.HEADLINE | {"resnet56": ("accuracy", "{:.2%}")}
 
 def table(results: dict[str, Any], name: str) -> list[list[str]]:
     """One row a model: its size, quality before and after retraining, and the difference from the original's."""
-    rows, (metric, form) = results[name], HEADLINE[name]
+    rows, (metric, form) = results[name]["models"], HEADLINE[name]
     original = rows["original"]["original"]
     found = [[f"{name}, {metric.replace('_', ' ')}", "method", "block parameters", "fused", "retrained", "difference"]]
     for target, models in rows.items():

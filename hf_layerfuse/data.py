@@ -20,6 +20,7 @@ from .collate import ROW, CollateImages, CollateText
 from .errors import DataError
 from .labels import encode_labels, encode_row, encode_word_labels
 from .recipe import DataRecipe
+from .sampling import ByLength
 from .tasks import TASKS, Task
 
 Processor = PreTrainedTokenizerBase | BaseImageProcessor
@@ -172,8 +173,8 @@ def loader(
         prepared: what `prepare` returns.
         processor: the one it was prepared with.
         batch_size: rows per batch.
-        shuffle: read in an order drawn anew from `seed` every epoch, and leave out a last, smaller batch. Rows that are
-            streamed are drawn from the next 10,000.
+        shuffle: read in an order drawn anew from `seed` every epoch, and leave out a last, smaller batch. Texts come in
+            batches of about the same length (`ByLength`), rows that are streamed are drawn from the next 10,000.
         seed: of the order, of masked words and of augmentation.
         task: as for `prepare`.
         augment: shift and mirror images of a shuffled training set.
@@ -206,8 +207,10 @@ def loader(
     if streamed:
         rows = prepared.shuffle(seed=seed, buffer_size=SHUFFLED) if shuffle else prepared
         return DataLoader(rows, batch_size, drop_last=shuffle, collate_fn=collate)
-    generator = torch.Generator().manual_seed(seed)
-    return DataLoader(prepared, batch_size, shuffle, drop_last=shuffle, collate_fn=collate, generator=generator)
+    options: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), "shuffle": shuffle}
+    if shuffle and task not in ("causal-lm", "image-classification"):  # where rows differ in length
+        options = {"sampler": ByLength([len(ids) for ids in prepared["input_ids"]], batch_size, seed)}
+    return DataLoader(prepared, batch_size, drop_last=shuffle, collate_fn=collate, **options)
 
 
 def calibration_batches(

@@ -52,7 +52,8 @@ class Loop:
             accelerator.prepare_model(mixture, evaluation_mode=True)  # part of every checkpoint, and wrapped by nothing
             trained += mixture.parameters()
         self.trained = trained
-        optimizer = torch.optim.AdamW(_parameter_groups(trained, recipe.weight_decay), lr=recipe.learning_rate)
+        groups = _parameter_groups(trained, recipe.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
         # A prepared scheduler moves once per process unless it was told otherwise: its length counts those moves.
         alone = accelerator.split_batches or not accelerator.step_scheduler_with_optimizer
         moves = 1 if alone else accelerator.num_processes

@@ -18,6 +18,7 @@ from conftest import LAYERS, tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import CheckpointError, Fuse, HealRecipe, LayerFuseError, Plan, RecipeError, apply, heal, layer_map
+from hf_layerfuse.sampling import ByLength
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -38,6 +39,10 @@ def shuffled() -> DataLoader:
     return DataLoader(rows(), 3, shuffle=True)
 
 
+def by_length() -> DataLoader:
+    return DataLoader(rows(), 3, sampler=ByLength([8] * 11, 3, seed=5))
+
+
 def models(**changes):
     """A fused student with shared weights, its teacher, and their plan; dropout is on."""
     teacher = tiny_model("gpt2", "GPT2LMHeadModel", **changes)
@@ -45,7 +50,7 @@ def models(**changes):
     return apply(teacher, plan), teacher, plan
 
 
-def healed(folder: Path | None, recipe: HealRecipe | None = None, **options):
+def healed(folder: Path | None, recipe: HealRecipe | None = None, batches=shuffled, **options):
     student, teacher, plan = models()
     recipe = recipe or recipe_of(hidden_weight=0.5)
     plain = {
@@ -53,7 +58,7 @@ def healed(folder: Path | None, recipe: HealRecipe | None = None, **options):
         "matches": layer_map(student, teacher, plan),
         "validation_batches": DataLoader(rows(4)),
     }
-    report = heal(student, shuffled(), recipe, checkpoints=folder, **{**plain, **options})
+    report = heal(student, batches(), recipe, checkpoints=folder, **{**plain, **options})
     return student, report
 
 
@@ -84,14 +89,26 @@ def test_interrupted_anywhere_ends_the_same(tmp_path, interrupt, moment):
     assert student.lm_head.weight is student.transformer.wte.weight
 
 
+@pytest.mark.parametrize("moment", [3, 11, 16])
+def test_batches_by_length_go_on_where_they_were(tmp_path, interrupt, moment):
+    """Their order is that of the epoch in which the run was interrupted."""
+    whole, expected = healed(None, batches=by_length)
+    interrupt(moment)
+    with pytest.raises(InterruptedError):
+        healed(tmp_path / "run", batches=by_length)
+    student, report = healed(tmp_path / "run", batches=by_length)
+    assert report.train_loss == expected.train_loss
+    assert_equal(student, whole)
+
+
 _ON_TWO_PROCESSES = """
 import json, os, sys
 sys.path.insert(0, sys.argv[2])
 import pytest, torch
 from accelerate import Accelerator, PartialState
-from test_checkpoint import healed, weights
+from test_checkpoint import by_length, healed, weights
 
-whole, expected = healed(sys.argv[1] + "/whole")
+whole, expected = healed(sys.argv[1] + "/whole", batches=by_length)
 backward, passes = Accelerator.backward, []
 
 def stop(self, loss, **options):
@@ -102,8 +119,8 @@ def stop(self, loss, **options):
 
 Accelerator.backward = stop
 with pytest.raises(InterruptedError):
-    healed(sys.argv[1] + "/run")
-student, report = healed(sys.argv[1] + "/run")
+    healed(sys.argv[1] + "/run", batches=by_length)
+student, report = healed(sys.argv[1] + "/run", batches=by_length)
 assert len(passes) == 11 + 18 - 8, "it did not go on from the last checkpoint"
 assert student.transformer.h[1].mlp.c_fc.weight is student.transformer.h[3].mlp.c_fc.weight
 theirs = weights(whole)

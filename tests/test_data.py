@@ -153,6 +153,27 @@ def test_classification_batches(tmp_path: Path, tokenizer: PreTrainedTokenizerFa
         loader(prepared, tokenizer, 4, shuffle=True, seed=0, task="text-classification")
 
 
+def test_texts_of_a_length_share_a_batch(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Little of a batch is padding; an epoch has every row once, in an order of its own that the seed gives back."""
+    lengths = torch.randint(1, 60, (800,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths], "labels": list(range(800))})
+
+    def epoch(number: int, seed: int = 3) -> list[dict[str, torch.Tensor]]:
+        batches = loader(rows, tokenizer, 8, shuffle=True, seed=seed, task="text-classification")
+        batches.sampler.set_epoch(number)
+        return list(batches)
+
+    first, second = epoch(0), epoch(1)
+    masks = [batch["attention_mask"] for batch in first]
+    padding = sum(int((1 - mask).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    assert padding < 0.1, "batches in random order are padded by two fifths"
+    orders = [torch.cat([batch["labels"] for batch in batches]).tolist() for batches in (first, second)]
+    assert [sorted(order) for order in orders] == [list(range(800))] * 2
+    assert orders[0] != orders[1]
+    assert torch.cat([batch["labels"] for batch in epoch(1)]).tolist() == orders[1]
+    assert torch.cat([batch["labels"] for batch in epoch(1, seed=4)]).tolist() != orders[1]
+
+
 def test_calibration_is_a_seeded_sample_of_train(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """As many windows as asked for, none twice, the same for the same seed; all where fewer exist."""
     data = _recipe(_write(tmp_path / "a.txt", [(TEXT, 0)]), calibration_samples=5)

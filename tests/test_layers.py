@@ -32,7 +32,7 @@ RANKS = (
     ("adapters", "recipe"),
     ("math", "plan", "prediction", "collate"),
     ("lora",),
-    ("errors", "mixture", "modes", "processes", "sharding", "states", "tasks"),
+    ("errors", "mixture", "modes", "processes", "sampling", "sharding", "states", "tasks"),
 )
 RANK = {name: rank for rank, row in enumerate(RANKS) for name in row}
 
