@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .adapters import adapter_for
 from .adapters.base import Block
-from .adapters.maps import HEAD_NORMS, Heads, heads_of, linear_maps, rows_of, write_rows
+from .adapters.maps import HEAD_NORMS, Heads, batch_norm_gain, heads_of, linear_maps, rows_of, write_rows
 from .calibration import Batches
 from .edits import check_plan
 from .errors import DataError, RecipeError
@@ -136,7 +136,7 @@ def _folded(rows: Rows) -> Rows:
     if "in_norm" not in rows:
         return rows
     weight, _, _, variance = rows["in_norm"].split(1, dim=-1)
-    return {"in": rows["in"] * weight / variance.clamp_min(1e-5).sqrt(), "out": rows["out"]}
+    return {"in": rows["in"] * batch_norm_gain(weight, variance), "out": rows["out"]}
 
 
 def _turns(model: PreTrainedModel, block: Block) -> Turns:

@@ -13,7 +13,8 @@ from .math.ridge import Moments, chain, fit, identity
 from .plan import Slot
 from .repair import Repair
 from .states import States
-from .walk import Tap, tokens_of
+from .taps import Tap
+from .walk import tokens_of
 
 SUM = Tap("conv", "sum")
 

@@ -22,7 +22,8 @@ from .prediction import calibration_loss
 from .repair import Repair
 from .select import Selection, alike
 from .states import PerBatch, Saved, States
-from .walk import Tap, Trace, Walk
+from .taps import Tap
+from .walk import Trace, Walk
 
 Method = Literal["full", "linear", "none"]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from .plan import Plan, Slot
 from .states import States
-from .walk import Tap, Trace, Walk
+from .taps import Tap
+from .walk import Trace, Walk
 
 
 class Repair(ABC):

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from . import evaluate
 from .collate import CollateText
-from .data import calibration_batches, load_splits, loader, prepare, text_of
+from .data import calibration_batches, loader, prepare, text_of
 from .latency import latency_side_by_side
 from .processes import process_state
 from .recipe import Recipe
+from .splits import load_splits
 from .tasks import TASKS
 from .teacher import with_teacher
 from .verify import verify

@@ -15,7 +15,8 @@ from .mapfit import store, theta_of
 from .math.ridge import Moments, chain, eliminate, fit, identity
 from .plan import Source
 from .states import PerBatch
-from .walk import Tap, Walk
+from .taps import Tap
+from .walk import Walk
 
 TOKENS_PER_INPUT = 4
 """For each input that may be selected, so many tokens are looked at: to tell inputs apart takes far fewer than to fit

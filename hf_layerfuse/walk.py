@@ -5,30 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from .adapters import LayerAdapter, adapter_for
+from .adapters import adapter_for
 from .calibration import CHOOSERS, Sample, take
 from .errors import UnsupportedModelError
 from .math.ridge import Moments
-from .plan import Kind
 from .prediction import divergence
 from .states import States
-
-
-@dataclass(frozen=True)
-class Tap:
-    """A place inside a layer: of the block `kind`, what its maps `read`, the `features` that enter its output
-    projection, the `residual` that its output is added to, or their `sum` (before a norm or an activation that
-    follows). Of convolutions also what each gives: what enters `in_norm`, and `norm`."""
-
-    kind: Kind
-    place: str
+from .taps import Seen, Tap, Taps
 
 
 class Walk:
@@ -69,12 +58,12 @@ class Walk:
             first.append(states)
             calls.append((tuple(map(_uncached, args[1:])), {name: _uncached(arg) for name, arg in kwargs.items()}))
             if len(calls) == len(self.layers):
-                raise _Seen
+                raise Seen
             return states
 
         # layers that only record: the arguments of a layer do not depend on what the layers before it compute
         inputs = self._inputs(batch)
-        with self._layers_replaced(record), contextlib.suppress(_Seen):
+        with self._layers_replaced(record), contextlib.suppress(Seen):
             self.model(**inputs)
         if len(calls) != len(self.layers):
             raise UnsupportedModelError(
@@ -147,10 +136,10 @@ class Walk:
             args, kwargs = self._calls[index][self.depth]
             states = self.states[index].to(self.model.device, self.model.dtype)
             output = None
-            with _Taps(layer, self.adapter, taps) as found:
+            with Taps(layer, self.adapter, taps) as found:
                 try:
                     output = layer(states, *args, **kwargs)
-                except _Seen:
+                except Seen:
                     pass
                 else:
                     found[None] = (output[0] if isinstance(output, tuple) else output).float()
@@ -291,67 +280,3 @@ def _per_sequence(chosen: Tensor, states: Tensor) -> Tensor:
 def _uncached(argument: Any) -> Any:
     """What a layer is called with; a cache would hold the tokens of an earlier call, so there is none."""
     return None if isinstance(argument, Cache) else argument
-
-
-class _Seen(Exception):
-    """Everything asked for was seen: the rest of the layer need not run."""
-
-
-class _Taps:
-    """Hooks on one layer; `with` gives the dict that they fill."""
-
-    def __init__(self, layer: nn.Module, adapter: LayerAdapter, taps: Sequence[Tap | None]) -> None:
-        self.layer, self.adapter, self.wanted = layer, adapter, set(taps)
-        self.found: dict[Tap | None, Tensor] = {}
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> dict[Tap | None, Tensor]:
-        if not self.adapter.post_norm:  # nothing but the addition itself sees the sum
-            sums = [tap for tap in self.wanted if tap and tap.place == "sum" and tap.kind != "conv"]
-            self.wanted |= {Tap(tap.kind, "residual") for tap in sums}
-        for tap in self.wanted - {None}:
-            self._hook(tap)
-        return self.found
-
-    def _hook(self, tap: Tap) -> None:
-        """Where a place can be seen: what enters a module, or what leaves it."""
-        table = self.adapter.table(tap.kind)
-        if tap.kind == "conv":
-            self._before(tap, table["act" if tap.place == "sum" else "out" if tap.place == "features" else tap.place])
-            return
-        post, attention = self.adapter.post_norm, self.adapter.attention
-        if tap.place == "features":
-            self._before(tap, table["out"])
-        elif tap.place == "sum":
-            self._before(tap, table["norm"]) if post else self._added(tap, table["out"])
-        elif tap.place == "read" and not post:
-            self._after(tap, table["norm"])
-        elif tap.kind == "attention":
-            self._before(tap, "")
-        elif post:
-            self._after(tap, attention["norm"])
-        else:
-            self._before(tap, table["norm"])
-
-    def _before(self, tap: Tap, path: str) -> None:
-        module = self.layer.get_submodule(path)
-        self.handles.append(module.register_forward_pre_hook(lambda module, args: self._keep(tap, args[0])))
-
-    def _after(self, tap: Tap, path: str) -> None:
-        module = self.layer.get_submodule(path)
-        self.handles.append(module.register_forward_hook(lambda module, args, output: self._keep(tap, output)))
-
-    def _added(self, tap: Tap, path: str) -> None:
-        def add(module: nn.Module, args: tuple, output: Tensor) -> None:
-            self._keep(tap, self.found[Tap(tap.kind, "residual")] + output)
-
-        self.handles.append(self.layer.get_submodule(path).register_forward_hook(add))
-
-    def _keep(self, tap: Tap, tensor: Tensor) -> None:
-        self.found[tap] = tensor
-        if self.wanted <= self.found.keys():
-            raise _Seen
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()

@@ -251,7 +251,7 @@ def test_the_measure_drives_the_groups(model_type, measure, blocks):
     for pair in ((1, 2), (3, 4)):
         model = base_model(model_type)
         recipe = FusionRecipe(keep_layers=LAYERS - 1, similarity=measure, blocks=blocks)
-        if recipe.needs_batches:
+        if measure in ON_ACTIVATIONS:
             make_idle(model, pair[1])
         else:
             make_equal(model, pair)

@@ -19,7 +19,8 @@ from hf_layerfuse.mapfit import store, theta_of
 from hf_layerfuse.math.ridge import fit
 from hf_layerfuse.prediction import calibration_loss, prediction
 from hf_layerfuse.refit import SELECTING, refit
-from hf_layerfuse.walk import Tap, Trace, Walk
+from hf_layerfuse.taps import Tap
+from hf_layerfuse.walk import Trace, Walk
 
 LAYERS = 4
 MODULE = sys.modules["hf_layerfuse.refit"]  # the package has a function of that name

@@ -15,7 +15,8 @@ from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.plan import Source
 from hf_layerfuse.refit import refit
 from hf_layerfuse.select import Selection, alike
-from hf_layerfuse.walk import Tap, Trace, Walk
+from hf_layerfuse.taps import Tap
+from hf_layerfuse.walk import Trace, Walk
 
 LAYERS = 4
 PRE_NORM = [kind for kind in TINY if kind not in ("bert", "roberta", "distilbert")]

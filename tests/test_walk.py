@@ -14,7 +14,8 @@ from hf_layerfuse.calibration import Sample
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.prediction import prediction
 from hf_layerfuse.states import States
-from hf_layerfuse.walk import Tap, Walk
+from hf_layerfuse.taps import Tap
+from hf_layerfuse.walk import Walk
 
 PLACES = ("read", "features", "residual", "sum")
 TAPS = [Tap(kind, place) for kind in ("attention", "mlp") for place in PLACES]

@@ -142,6 +142,11 @@ def write_rows(root: nn.Module, block: Block, rows: Mapping[str, Tensor]) -> Non
                 part.bias.copy_(values[:, -1])
 
 
+def batch_norm_gain(weight: Tensor, variance: Tensor) -> Tensor:
+    """What a batch norm multiplies by in eval mode, for its gain and running variance of any one shape."""
+    return weight / variance.clamp_min(1e-5).sqrt()
+
+
 def _by_channel(root: nn.Module, block: Block, role: str, values: Tensor | None = None) -> Tensor:
     """What a part of a convolutional block has for each channel between the convolutions, (channels, features).
 

@@ -117,8 +117,3 @@ class FusionRecipe:
             self.mode != "basis" or self.rank > 0,
             "mode='basis' needs rank, the number of basis vectors: a quarter of the model's width, for example.",
         )
-
-    @property
-    def needs_batches(self) -> bool:
-        """Whether the similarity measure compares activations, so that calibration batches are required."""
-        return self.similarity in ("cka", "cka_unbiased", "angular", "block_influence")
