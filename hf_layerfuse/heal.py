@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import is_initialized
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -24,6 +24,9 @@ from .mixture import Mixture
 from .objective import Batch, Match
 from .processes import process_state
 from .recipe import HealRecipe
+
+_OWN_PARAMETERS = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+"""Where the launcher splits the student's parameters, or takes the optimiser's steps, by itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +103,8 @@ def heal(
 
     Raises:
         RecipeError: the recipe asks for distillation without a teacher, or of layers without `matches`, for a tracker
-            that is not installed, or for gradient checkpointing of a model that has none.
+            that is not installed, or for gradient checkpointing of a model that has none; or `mixed` is trained under
+            FSDP or DeepSpeed.
         DataError: there are no batches, or no loss can be taken from them.
         CheckpointError: `checkpoints` are those of another run, or damaged.
         LayerFuseError: the student is in float16, its outputs do not fit the teacher's, a checkpoint cannot be written,
@@ -111,6 +115,11 @@ def heal(
         raise RecipeError("every parameter is frozen, so there is nothing to train: freeze fewer of them.")
     own = accelerator is None
     accelerator = accelerator or _accelerator(student, recipe)
+    if mixed and accelerator.distributed_type in _OWN_PARAMETERS:
+        raise RecipeError(
+            f"heal.mix trains the weights that the student's are drawn from, and {accelerator.distributed_type.value} "
+            "trains the student's alone: launch with recipes/accelerate/multi-gpu.yaml, or set heal.mix to false."
+        )
     accelerator.gradient_accumulation_steps, accelerator.step = recipe.gradient_accumulation_steps, 0
     # A step always averages the same number of batches, also where an epoch ends in the middle of it.
     accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False

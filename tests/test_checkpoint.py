@@ -106,6 +106,9 @@ import json, os, sys
 sys.path.insert(0, sys.argv[2])
 import pytest, torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+if "ACCELERATE_USE_DEEPSPEED" in os.environ:  # Accelerate knows it on accelerators only
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
 from test_checkpoint import by_length, healed, weights
 
 whole, expected = healed(sys.argv[1] + "/whole", batches=by_length)
@@ -137,20 +140,51 @@ PartialState().destroy_process_group()
 """
 
 
-def test_two_processes_resume(tmp_path):
-    """Two processes that were stopped and started again end with the weights of two that were not."""
-    program = tmp_path / "program.py"
+_DEEPSPEED = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_GRADIENT_CLIPPING": "auto",
+    "ACCELERATE_USE_CPU": "false",
+    "DS_ACCELERATOR": "cpu",
+}
+
+
+def on_two_processes(folder: Path, kind: str) -> dict:
+    folder.mkdir()
+    program = folder / "program.py"
     program.write_text(_ON_TWO_PROCESSES)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(program), str(tmp_path), str(Path(__file__).parent)]
+    launch = _DEEPSPEED if kind == "DEEPSPEED" else {"ACCELERATE_USE_CPU": "true"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # DeepSpeed runs its own ninja
+    environment = {**os.environ, **launch, "OMP_NUM_THREADS": "1", "PATH": path}
+    command = [*launcher, str(program), str(folder), str(Path(__file__).parent)]
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
+    found = json.loads((folder / "found.json").read_text())
     assert found["processes"] == [2, 2]
-    assert found["type"] == "MULTI_CPU"
+    assert found["type"] == kind
+    return found
+
+
+def same(losses: list) -> list:
+    return [[step, pytest.approx(loss, rel=1e-5)] for step, loss in losses]
+
+
+def test_two_processes_resume(tmp_path):
+    """Two processes that were stopped and started again end with the weights of two that were not."""
+    found = on_two_processes(tmp_path / "run", "MULTI_CPU")
     assert found["weights"] < 1e-6
-    assert found["losses"][0] == [[step, pytest.approx(loss, rel=1e-5)] for step, loss in found["losses"][1]]
+    assert found["losses"][0] == same(found["losses"][1])
+
+
+@pytest.mark.slow
+def test_deepspeed_trains_as_data_parallelism_does(tmp_path):
+    """ZeRO 2 gives the same losses, and also where it was stopped and started again; shared weights stay shared."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: it is the extra `deepspeed`")
+    found, plain = (on_two_processes(tmp_path / kind, kind) for kind in ("DEEPSPEED", "MULTI_CPU"))
+    assert found["weights"] < 1e-6
+    assert found["losses"][0] == same(found["losses"][1])
+    assert found["losses"][1] == same(plain["losses"][1])
 
 
 def test_nothing_is_said_of_shared_tensors(tmp_path, caplog):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from conftest import LAYERS, tiny_model
 from torch.utils.data import DataLoader
 
@@ -133,6 +135,15 @@ def test_an_error_leaves_the_mean(interrupt):
         heal(student, DataLoader(rows, 4), HealRecipe(steps=2, mix=True, kl_weight=0.0), mixed=parts)
     for name, tensors in parts.items():
         torch.testing.assert_close(student.get_parameter(name), torch.stack(list(tensors)).mean(0))
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_launchers_that_train_the_student_alone_are_refused(monkeypatch, kind):
+    """The weights that are trained are not the student's, which these launchers split or step by themselves."""
+    student, _, _, parts = made("gpt2", "share", "GPT2LMHeadModel")
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
+    with pytest.raises(RecipeError, match=f"{kind}.*multi-gpu"):
+        heal(student, DataLoader([]), HealRecipe(steps=2, mix=True, kl_weight=0.0), mixed=parts)
 
 
 def test_recipes_that_mix_nothing_are_refused():
