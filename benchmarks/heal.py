@@ -22,6 +22,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import fusion
@@ -50,6 +51,7 @@ class Job:
     """A checkpoint with what it is trained on.
 
     Attributes:
+        name: in JOBS.
         base: the model, calibration, validation and test data of the fusion benchmark.
         rows: training rows.
         collate: makes batches of them.
@@ -61,6 +63,7 @@ class Job:
         rounds: of those that are fused and retrained in turn.
     """
 
+    name: str
     base: fusion.Job
     rows: list[dict[str, Any]]
     collate: Callable[[list[dict[str, Any]]], Any]
@@ -99,7 +102,7 @@ def gpt2() -> Job:
     recipe = HealRecipe(steps=400, batch_size=16, eval_every=100)
     rows = [{"input_ids": row, "labels": row} for row in windows]
     collate = torch.utils.data.default_collate
-    return Job(base, rows, collate, labelled, recipe, rates(3e-4, 1e-3), targets, ("depth 50%", "share 50%"))
+    return Job("gpt2", base, rows, collate, labelled, recipe, rates(3e-4, 1e-3), targets, ("depth 50%", "share 50%"))
 
 
 def minilm_sst2() -> Job:
@@ -120,7 +123,7 @@ def minilm_sst2() -> Job:
     recipe = HealRecipe(steps=800, batch_size=32, eval_every=100)
     options = [*rates(3e-5, 1e-4, 3e-4), {"learning_rate": 1e-4, "hidden_weight": 1.0}]
     targets = {f"{keep} layers": {"keep_layers": keep} for keep in (4, 3, 2)}
-    return Job(base, rows(pairs[:-1280]), collate, validation, recipe, options, targets, ("3 layers",))
+    return Job("minilm-sst2", base, rows(pairs[:-1280]), collate, validation, recipe, options, targets, ("3 layers",))
 
 
 def resnet56() -> Job:
@@ -140,7 +143,9 @@ def resnet56() -> Job:
     recipe = HealRecipe(steps=2400, batch_size=64, eval_every=240, temperature=4.0)
     targets = {"70% shared": {"ratio": 0.7, "mode": "share"}}
     options = rates(1e-3, 4e-3)
-    return Job(base, rows, CollateImages(moves=True), held_out, recipe, options, targets, ("70% shared",), rounds=5)
+    return Job(
+        "resnet56", base, rows, CollateImages(moves=True), held_out, recipe, options, targets, ("70% shared",), rounds=5
+    )
 
 
 JOBS: dict[str, Callable[[], Job]] = {"minilm-sst2": minilm_sst2, "gpt2": gpt2, "resnet56": resnet56}
@@ -150,18 +155,19 @@ Step = Callable[[PreTrainedModel, dict[str, Any]], Made]
 """From a model, and what is asked for of it, to one that is smaller."""
 
 
+def searched(base: fusion.Job, model: PreTrainedModel, asked: dict[str, Any], **options: Any) -> Made:
+    result = search(model, FusionRecipe(**asked, **options), base.calibration)
+    return result.model, result.plan
+
+
 def methods(job: Job, asked: dict[str, Any]) -> Iterator[tuple[str, int, Step]]:
     """Name, rounds and step of each model that is retrained, baselines first."""
-    base = job.base
 
     def dropped(model: PreTrainedModel, asked: dict[str, Any]) -> Made:
-        plan = fusion.best_drop(base, asked["keep_layers"])
+        plan = fusion.best_drop(job.base, asked["keep_layers"])
         return apply(model, plan), plan
 
-    def found(model: PreTrainedModel, asked: dict[str, Any], **options: Any) -> Made:
-        result = search(model, FusionRecipe(**asked, **options), base.calibration)
-        return result.model, result.plan
-
+    found = partial(searched, job.base)
     mean = partial(found, operator="mean", cluster="adjacent", refit="none", effort="low")
     if asked.get("mode") != "share":
         yield "drop: best on validation", 1, dropped
@@ -231,6 +237,25 @@ def retrained(
     return {"before": parts[-1]["before"], "after": after, **parameter_counts(student), "rounds": parts}
 
 
+def measure(
+    job: Job, known: dict[str, Any], target: str, asked: dict[str, Any], method: str, rounds: int, step: Step
+) -> Iterator[None]:
+    """Train one model of a target, after its rate was chosen, as far as that is not known; yields what is new."""
+    row = f"{method}, {rounds} rounds" if rounds > 1 else method
+    models = known["models"].setdefault(target, {})
+    if row in models:
+        return
+    pilot = job.pilot_of(asked) if asked else target
+    choice = f"{pilot}, {method}"
+    if choice not in known["chosen"]:
+        known["chosen"][choice] = chosen(job, choice, job.targets.get(pilot, {}), step)
+        yield
+    folder = re.sub(r"\W+", "-", f"{job.name} {target} {row}")
+    models[row] = retrained(job, folder, asked, rounds, step, known["chosen"][choice]["best"])
+    print(f"{target}, {row}: {models[row]}", flush=True)
+    yield
+
+
 def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
     """Train all models of a job, or those of some targets, that are not there yet, and save after each."""
     job = JOBS[name]()
@@ -242,26 +267,15 @@ def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
         if not targets or target in targets
         for method in methods(job, asked)
     ]
-    for target, asked, method, rounds, step in todo:
-        row = f"{method}, {rounds} rounds" if rounds > 1 else method
-        models = known["models"].setdefault(target, {})
-        if row in models:
-            continue
-        pilot = job.pilot_of(asked) if asked else target
-        choice = f"{pilot}, {method}"
-        if choice not in known["chosen"]:
-            known["chosen"][choice] = chosen(job, f"{name}, {choice}", job.targets.get(pilot, {}), step)
-            save(results)
-        folder = re.sub(r"\W+", "-", f"{name} {target} {row}")
-        models[row] = retrained(job, folder, asked, rounds, step, known["chosen"][choice]["best"])
-        print(f"{name}, {target}, {row}: {models[row]}", flush=True)
-        save(results)
+    for model in todo:
+        for _ in measure(job, known, *model):
+            save(results, RESULT)
 
 
-def save(results: dict[str, Any]) -> None:
-    temporary = RESULT.with_suffix(".tmp")
+def save(results: dict[str, Any], path: Path) -> None:
+    temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(RESULT)
+    temporary.replace(path)
 
 
 HEADLINE = fusion.HEADLINE | {"resnet56": ("accuracy", "{:.2%}")}

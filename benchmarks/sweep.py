@@ -10,6 +10,7 @@ curves show test data. Writes benchmarks/results/sweep.json and sweep.png.
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,8 @@ import heal
 import matplotlib
 import torch
 
-from hf_layerfuse import FusionRecipe
 from hf_layerfuse.math.knee import knee
 from hf_layerfuse.report import text_table
-from hf_layerfuse.search import search
 
 RESULT = fusion.ROOT / "benchmarks" / "results" / "sweep.json"
 PLOT = fusion.ROOT / "benchmarks" / "results" / "sweep.png"
@@ -32,38 +31,28 @@ KEEPS = {"minilm-sst2": (5, 4, 3, 2, 1), "gpt2": (9, 6, 4, 2)}
 def run(name: str, results: dict[str, Any]) -> None:
     """Train what is not there yet, and save after each model."""
     job = heal.JOBS[name]()
-    known = json.loads(heal.RESULT.read_text()).get(name, {}) if heal.RESULT.is_file() else {}
-    trained = {
-        job.targets[target]["keep_layers"]: models["ours"]
-        for target, models in known.items()
-        if "keep_layers" in job.targets.get(target, {}) and "ours" in models
-    }
-    rows = results.setdefault(name, {})
-    original = rows.setdefault("original", known.get("original", {}).get("original"))
-    if original is None:
-        rows["original"] = heal.retrained(job, f"{name}-sweep-original", {}, 1, heal.untouched)
-        _save(results)
-
-    def fused(model: Any, asked: dict[str, Any]) -> heal.Made:
-        found = search(model, FusionRecipe(**asked), job.base.calibration)
-        return found.model, found.plan
-
-    for keep in KEEPS[name]:
-        if str(keep) not in rows:
-            asked = {"keep_layers": keep}
-            rows[str(keep)] = trained.get(keep) or heal.retrained(job, f"{name}-sweep-{keep}", asked, 1, fused)
-            _save(results)
+    before = json.loads(heal.RESULT.read_text()).get(name, {}) if heal.RESULT.is_file() else {}
+    known = results.setdefault(name, {"chosen": {}, "models": {}})
+    known["chosen"] = before.get("chosen", {}) | known["chosen"]
+    names = {asked["keep_layers"]: target for target, asked in job.targets.items() if "keep_layers" in asked}
+    todo = [("original", {}, "original", 1, heal.untouched)]
+    todo += [
+        (names.get(keep, f"{keep} layers"), {"keep_layers": keep}, "ours", 1, partial(heal.searched, job.base))
+        for keep in KEEPS[name]
+    ]
+    for target, asked, method, *rest in todo:
+        trained = before.get("models", {}).get(target, {})
+        if method in trained:
+            known["models"].setdefault(target, {})[method] = trained[method]
+        for _ in heal.measure(job, known, target, asked, method, *rest):
+            heal.save(results, RESULT)
+    heal.save(results, RESULT)
 
 
-def _save(results: dict[str, Any]) -> None:
-    temporary = RESULT.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(RESULT)
-
-
-def curve(rows: dict[str, Any]) -> tuple[list[dict[str, Any]], list[float], int]:
+def curve(known: dict[str, Any]) -> tuple[list[dict[str, Any]], list[float], int]:
     """Models from large to small, the share of block parameters that each lacks, and which one is the knee."""
-    models = sorted(rows.values(), key=lambda row: -row["non_embedding_parameters"])
+    rows = [row for models in known["models"].values() for row in models.values()]
+    models = sorted(rows, key=lambda row: -row["non_embedding_parameters"])
     whole = models[0]["non_embedding_parameters"]
     removed = [1 - row["non_embedding_parameters"] / whole for row in models]
     losses = [min(loss for _, loss in row["rounds"][-1]["validation_loss"]) for row in models]
@@ -73,9 +62,9 @@ def curve(rows: dict[str, Any]) -> tuple[list[dict[str, Any]], list[float], int]
 def table(results: dict[str, Any]) -> list[list[str]]:
     """One row a model."""
     found = [["model", "block parameters removed", "metric", "fused", "healed", ""]]
-    for name, rows in results.items():
+    for name, known in results.items():
         metric, form = heal.HEADLINE[name]
-        models, removed, best = curve(rows)
+        models, removed, best = curve(known)
         for place, row in enumerate(models):
             figures = [form.format(row[stage][metric]) for stage in ("before", "after")]
             note = "knee" if place == best else ""
@@ -89,9 +78,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4), squeeze=False)
-    for axis, (name, rows) in zip(axes[0], results.items(), strict=True):
+    for axis, (name, known) in zip(axes[0], results.items(), strict=True):
         metric, _ = heal.HEADLINE[name]
-        models, removed, best = curve(rows)
+        models, removed, best = curve(known)
         for stage, label, style in (("before", "fused", "o:"), ("after", "healed", "o-")):
             axis.plot([100 * share for share in removed], [row[stage][metric] for row in models], style, label=label)
         axis.axvline(100 * removed[best], color="grey", linewidth=0.8, linestyle="--", label="knee")
