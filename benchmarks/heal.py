@@ -15,7 +15,6 @@ goes on from its last checkpoint in outputs/heal.
 import argparse
 import copy
 import json
-import math
 import random
 import re
 import shutil
@@ -36,8 +35,9 @@ from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.collate import ROW, CollateImages, CollateText
 from hf_layerfuse.evaluate import classification, parameter_counts
 from hf_layerfuse.report import text_table
+from hf_layerfuse.rounds import target_of
 from hf_layerfuse.sampling import ByLength
-from hf_layerfuse.schedule import compose, steps_of
+from hf_layerfuse.schedule import compose, shares_of, steps_of
 from hf_layerfuse.search import search
 
 RESULT = fusion.ROOT / "benchmarks" / "results" / "heal.json"
@@ -213,9 +213,10 @@ def retrained(
     Of several rounds, each removes its part of the ratio, as the exponential curriculum has it, and gets as many steps.
     """
     model, source, plan, parts = job.base.model, job.base.model, None, []
-    shares = [math.expm1(-t / rounds) / math.expm1(-1) for t in range(1, rounds + 1)]
+    shares = shares_of(replace(job.recipe, schedule="exponential", rounds=rounds))
     for number, (share, steps) in enumerate(zip(shares, steps_of(job.recipe.steps, rounds), strict=True)):
-        student, made = step(source, asked | {"ratio": share * asked["ratio"]} if "ratio" in asked else asked)
+        goal = target_of({"ratio": share * asked["ratio"]}, source, model) if "ratio" in asked else {}
+        student, made = step(source, asked | goal)
         plan = made if plan is None else compose(plan, made)
         before = job.base.score(student.eval())
         report = heal(

@@ -12,17 +12,18 @@ import transformers
 from transformers import PreTrainedModel
 
 from . import __version__
+from .adapters import adapter_for
 from .grouping import groups_of
 from .heal import heal
 from .layermap import fused_parameters, layer_map, mixed_weights
-from .methods.fusion import plan_fusion
+from .methods.fusion import are_unlike, plan_fusion
 from .modeling import expand, load_checkpoint
 from .output import MARK, new_directory, unfinished
 from .plan import Plan
 from .processes import process_state
 from .recipe import TARGETS, FusionRecipe, Recipe
 from .rundata import RunData, say
-from .schedule import compose, keeps_of, steps_of
+from .schedule import compose, keeps_of, shares_of, steps_of
 from .search import search
 from .tasks import TASKS
 from .verify import warn_if_useless
@@ -34,9 +35,9 @@ def fuse_and_heal(
     """All rounds of fusing and healing: the model, one plan for all of them, and what was measured."""
     rounds = rounds_of(recipe, original, inputs)
     fused, plan, results, reports = original, None, {}, []
-    for number, (keep, steps) in enumerate(rounds, 1):
+    for number, (goal, steps) in enumerate(rounds, 1):
         source = expand(fused) if plan else original
-        target = {} if keep is None else dict.fromkeys(TARGETS) | {"keep_layers": keep}
+        target = target_of(goal, source, original)
         stage = work / f"fused-{number}"
         if not (stage / MARK).is_file():
             _fuse(dataclasses.replace(recipe.fusion, **target), source, original, inputs, stage)
@@ -60,7 +61,7 @@ def fuse_and_heal(
                 seed=recipe.seed + number - 1,
                 checkpoints=unfinished(work / f"heal-{number}", identity_of(healing)),
             )
-            reports.append({"keep_layers": keep, **dataclasses.asdict(report)})
+            reports.append({**goal, **dataclasses.asdict(report)})
     if reports:
         results["heal"] = reports[-1]
     if len(reports) > 1:
@@ -68,13 +69,33 @@ def fuse_and_heal(
     return fused, plan, results
 
 
-def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> list[tuple[int | None, int]]:
-    """For each round, the blocks that stay distinct (None: what the recipe asks for) and the steps of healing."""
-    if recipe.heal.schedule == "one-shot":
-        return [(None, recipe.heal.steps)]
-    plan = plan_fusion(original, recipe.fusion, inputs.calibration())
-    keeps = keeps_of(plan.num_layers, len(groups_of(plan, plan.edits[0].kind)), recipe.heal)
-    return list(zip(keeps, steps_of(recipe.heal.steps, len(keeps)), strict=True))
+Goal = dict[str, Any]
+"""What a round leads to: `keep_layers` blocks that stay distinct, or a `ratio` of the original's block parameters that
+are gone; nothing is what the recipe asks for."""
+
+
+def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> list[tuple[Goal, int]]:
+    """The goal of each round, and its steps of healing."""
+    fusion, healing = recipe.fusion, recipe.heal
+    goals: list[Goal] = [{}]
+    if healing.schedule != "one-shot" and fusion.ratio is not None and are_unlike(original):
+        goals = [{"ratio": fusion.ratio * share} for share in shares_of(healing)]
+    elif healing.schedule != "one-shot":
+        plan = plan_fusion(original, fusion, inputs.calibration())
+        keeps = keeps_of(plan.num_layers, len(groups_of(plan, plan.edits[0].kind)), healing)
+        goals = [{"keep_layers": keep} for keep in keeps]
+    return list(zip(goals, steps_of(healing.steps, len(goals)), strict=True))
+
+
+def target_of(goal: Goal, source: PreTrainedModel, original: PreTrainedModel) -> dict[str, Any]:
+    """Fields of a fusion recipe that lead from a model, the result of earlier rounds, to a goal."""
+    if "ratio" in goal:
+        here, whole = (
+            sum(p.numel() for p in adapter_for(model).layer_list(model).parameters()) for model in (source, original)
+        )
+        # where a round before went too far, this one takes the least step
+        goal = {"ratio": max(1 - (1 - goal["ratio"]) * whole / here, 1e-6)}
+    return dict.fromkeys(TARGETS) | goal if goal else {}
 
 
 def _fuse(

@@ -11,24 +11,32 @@ from .plan import Drop, Edit, Plan, Slot
 from .recipe import HealRecipe
 
 
-def keeps_of(blocks: int, keep: int, recipe: HealRecipe) -> list[int]:
-    """How many blocks stay distinct after each round, from many to `keep`.
+def shares_of(recipe: HealRecipe) -> list[float]:
+    """The share of all that is to be lost that is gone after each round.
 
-    Of C blocks to lose, C_t = C t / T are gone after round t of T with schedule `uniform`, and
-    C_t = C (1 - e^(-r t / T)) / (1 - e^-r) with `exponential`, which loses more of them early; rounds that would lose
+    That is t / T after round t of T with schedule `uniform`, and (1 - e^(-r t / T)) / (1 - e^-r) with `exponential`,
+    which loses more early.
+
+    Args:
+        recipe: its `schedule`, `rounds` and `curriculum_rate`.
+    """
+    if recipe.schedule == "one-shot":
+        return [1.0]
+    rate = recipe.curriculum_rate
+    times = [t / recipe.rounds for t in range(1, recipe.rounds + 1)]
+    return times if recipe.schedule == "uniform" else [math.expm1(-rate * t) / math.expm1(-rate) for t in times]
+
+
+def keeps_of(blocks: int, keep: int, recipe: HealRecipe) -> list[int]:
+    """How many blocks stay distinct after each round, from many to `keep`, by `shares_of`; rounds that would lose
     nothing are left out.
 
     Args:
         blocks: of the original.
         keep: of the result.
-        recipe: its `schedule`, `rounds` and `curriculum_rate`.
+        recipe: its schedule.
     """
-    if recipe.schedule == "one-shot":
-        return [keep]
-    rate = recipe.curriculum_rate
-    times = [t / recipe.rounds for t in range(1, recipe.rounds + 1)]
-    done = times if recipe.schedule == "uniform" else [math.expm1(-rate * t) / math.expm1(-rate) for t in times]
-    found = [blocks - round((blocks - keep) * share) for share in done]
+    found = [blocks - round((blocks - keep) * share) for share in shares_of(recipe)]
     return [count for before, count in zip([blocks, *found], found, strict=False) if count < before]
 
 

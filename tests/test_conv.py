@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,8 @@ from hf_layerfuse.adapters import ADAPTERS
 from hf_layerfuse.math.cluster import partition_within
 from hf_layerfuse.math.ridge import Moments
 from hf_layerfuse.prediction import calibration_loss
+from hf_layerfuse.recipe import DataRecipe, Recipe
+from hf_layerfuse.rounds import rounds_of, target_of
 from hf_layerfuse.schedule import compose
 
 CONVFIT = importlib.import_module("hf_layerfuse.convfit")
@@ -280,23 +283,32 @@ def test_what_cannot_be_done_is_refused():
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_rounds_of_sharing_and_healing():
-    """A shared model that is healed, expanded, shared further and healed again: kernels stay shared, all parameters
-    learn, and one plan says what was done."""
+@pytest.mark.parametrize("mode", ["share", "depth"])
+def test_rounds_of_fusing_and_healing(mode):
+    """A fused model that is healed, expanded, fused further and healed again: kernels stay shared, all parameters
+    learn, each round removes what it is to remove of the original, and one plan says what was done."""
     model, batches = tiny(), images(batches=4)
+    whole = sum(p.numel() for p in model.layers.parameters())
     rows = [
         {"pixel_values": x, "labels": y}
         for batch in batches
         for x, y in zip(batch["pixel_values"], logits(model, batch).argmax(-1), strict=True)
     ]
+    common = {"model": "m", "task": "image-classification", "output_dir": "o", "data": DataRecipe(train="t")}
+    fusion = FusionRecipe(ratio=0.5, mode=mode, effort="low")
+    asked = Recipe(**common, fusion=fusion, heal=HealRecipe(steps=6, schedule="uniform", rounds=2))
+    rounds = rounds_of(asked, model, None)
+    assert rounds == [({"ratio": 0.25}, 3), ({"ratio": 0.5}, 3)]
     source, plan = model, None
-    for ratio in (0.3, 0.5):
-        step = search(source, FusionRecipe(ratio=ratio, mode="share", effort="low"), batches)
+    for goal, steps in rounds:
+        step = search(source, replace(fusion, **target_of(goal, source, model)), batches)
         fused, plan = step.model, compose(plan, step.plan) if plan else step.plan
         before = {name: tensor.clone() for name, tensor in fused.named_parameters()}
-        recipe = HealRecipe(steps=3, learning_rate=1e-2, kl_weight=1.0, hidden_weight=1.0, warmup_ratio=0.0)
+        recipe = HealRecipe(steps=steps, learning_rate=1e-2, kl_weight=1.0, hidden_weight=1.0, warmup_ratio=0.0)
         heal(fused, DataLoader(rows, 16, shuffle=True), recipe, teacher=model, matches=layer_map(fused, model, plan))
         assert all(not torch.equal(tensor, before[name]) for name, tensor in fused.named_parameters())
+        left = sum(p.numel() for p in {p for layer in fused.layers for p in layer.parameters()})
+        assert (1 - goal["ratio"]) * whole - 2000 < left <= (1 - goal["ratio"]) * whole
         assert len({id(layer.conv1.weight) for layer in fused.layers}) < LAYERS
         source = expand(fused)
     assert plan.num_layers == LAYERS

@@ -106,6 +106,11 @@ def kinds_of(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[Kind, ...]:
     return kinds if recipe.blocks == "separate" else (recipe.blocks,)
 
 
+def are_unlike(model: PreTrainedModel) -> bool:
+    """Whether layers differ in shape, so that a number of them says little about how large they are."""
+    return len({shapes_of(layer) for layer in adapter_for(model).layer_list(model)}) > 1
+
+
 def divider(model: PreTrainedModel, recipe: FusionRecipe) -> Callable[[np.ndarray, int], cluster.Groups]:
     """What divides layers into runs, by the costs of runs and the number of runs, so that the target is met.
 
@@ -115,7 +120,7 @@ def divider(model: PreTrainedModel, recipe: FusionRecipe) -> Callable[[np.ndarra
         RecipeError: no division of layers of one shape into runs meets the target.
     """
     layers = adapter_for(model).layer_list(model)
-    unlike = len({shapes_of(layer) for layer in layers}) > 1
+    unlike = are_unlike(model)
 
     def divide(cost: np.ndarray, count: int) -> cluster.Groups:
         if unlike and recipe.ratio is not None:
@@ -245,7 +250,7 @@ def _keeps(model: PreTrainedModel, recipe: FusionRecipe, depth: int) -> Sequence
                 f"keep_layers={recipe.keep_layers} of the model's {depth} fuses nothing: use 1 to {depth - 1}."
             )
         return [recipe.keep_layers]
-    if recipe.ratio is not None and len({shapes_of(layer) for layer in adapter_for(model).layer_list(model)}) > 1:
+    if recipe.ratio is not None and are_unlike(model):
         return range(depth - 1, 0, -1)
     if recipe.ratio is not None:
         # layers of one size, so the nearest ratio is the nearest count
