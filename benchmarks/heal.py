@@ -4,12 +4,13 @@
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Every model is trained on the same batches, for the
 same number of steps, with cross-entropy and the original as teacher; the weights that are kept are those of the least
-validation loss. Each method has the rate and losses that do best for it on validation data, of the same few, after
-the first 100 steps. Where there are rounds of fusing and retraining, their steps add up to the same number. Everything
-is chosen on training or validation data and reported on test data: WikiText-2 test windows,
-CIFAR-10 test images, SST-2 validation sentences (the split that everybody reports; what has to be chosen is chosen on
-rows of train). A row that is in benchmarks/results/heal.json already is not measured again; an interrupted training
-goes on from its last checkpoint in outputs/heal.
+validation loss. Each method has the rate and losses, of the same few, that do best for it on validation data after a
+training of 100 steps. Where there are rounds of fusing and retraining, their steps add up to the same number.
+
+Everything is chosen on training or validation data and reported on test data: WikiText-2 test windows, CIFAR-10 test
+images, SST-2 validation sentences (the split that everybody reports; what has to be chosen is chosen on rows of train).
+A row that is in benchmarks/results/heal.json already is not measured again; an interrupted training goes on from its
+last checkpoint in outputs/heal.
 """
 
 import argparse
