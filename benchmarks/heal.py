@@ -107,7 +107,7 @@ def gpt2() -> Job:
     labelled = [{**batch, "labels": batch["input_ids"]} for batch in fusion._windows(tokenizer, "valid", 64)]
     targets = {f"depth {share}%": {"keep_layers": keep} for share, keep in ((25, 9), (50, 6), (70, 4), (80, 2))}
     targets |= {f"share {share}%": {"ratio": share / 100, "mode": "share", "rank": 8} for share in (25, 50, 70, 80)}
-    recipe = HealRecipe(steps=400, batch_size=16, eval_every=100)
+    recipe = HealRecipe(steps=400, batch_size=8, eval_every=100)
     rows = [{"input_ids": row, "labels": row} for row in windows]
     collate = torch.utils.data.default_collate
     return Job("gpt2", base, rows, collate, labelled, recipe, rates(3e-4, 1e-3), targets, ("depth 50%", "share 50%"))
