@@ -85,8 +85,8 @@ def heal(
 
     Args:
         student: the model to train, in float32 or bfloat16; it ends in eval mode, on the device of the accelerator.
-        train_batches: read again and again; the order of an epoch depends on `seed` and the epoch alone. `heal` keeps
-            its batch size.
+        train_batches: read again and again; the order of an epoch depends on `seed` and the epoch alone, or on what
+            its sampler makes of `set_epoch`, such as `ByLength`. `heal` keeps its batch size.
         recipe: all settings of the training.
         teacher: model with the same outputs; moved to the device, otherwise left as it is.
         matches: whose outputs `hidden_weight` and `attention_weight` compare: `layer_map(student, teacher, plan)`.

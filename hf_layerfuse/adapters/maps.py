@@ -143,7 +143,7 @@ def write_rows(root: nn.Module, block: Block, rows: Mapping[str, Tensor]) -> Non
 
 
 def batch_norm_gain(weight: Tensor, variance: Tensor) -> Tensor:
-    """What a batch norm multiplies by in eval mode, for its gain and running variance of any one shape."""
+    """What a batch norm multiplies by in eval mode, but for its eps: of gains and running variances of one shape."""
     return weight / variance.clamp_min(1e-5).sqrt()
 
 
