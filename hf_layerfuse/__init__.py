@@ -12,6 +12,7 @@ from .errors import (
     LayerFuseWarning,
     PlanError,
     RecipeError,
+    TrainingError,
     UnsupportedModelError,
     VerificationError,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "PlanError",
     "RecipeError",
     "RefitReport",
+    "TrainingError",
     "TransformerAdapter",
     "UnsupportedModelError",
     "VerificationError",

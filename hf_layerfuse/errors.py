@@ -25,6 +25,10 @@ class DataError(LayerFuseError):
     """A data set is missing, empty, or lacks the columns a task needs."""
 
 
+class TrainingError(LayerFuseError):
+    """The loss of a training is not finite, or explodes."""
+
+
 class VerificationError(LayerFuseError):
     """A fused model does not survive saving and loading, or computes something else when cached."""
 

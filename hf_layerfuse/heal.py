@@ -107,8 +107,9 @@ def heal(
             FSDP or DeepSpeed.
         DataError: there are no batches, or no loss can be taken from them.
         CheckpointError: `checkpoints` are those of another run, or damaged.
-        LayerFuseError: the student is in float16, its outputs do not fit the teacher's, a checkpoint cannot be written,
-            or the loss is not finite or explodes; the checkpoint before that is kept.
+        TrainingError: the loss is not finite, or explodes; the checkpoint before that is kept.
+        LayerFuseError: the student is in float16, its outputs do not fit the teacher's, or a checkpoint cannot be
+            written; the one before it is kept.
     """
     _check(student, recipe, teacher, matches)
     if not any(p.requires_grad for name, p in student.named_parameters() if name not in frozen):

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from .checkpoint import Checkpoints, Progress
-from .errors import DataError, LayerFuseError
+from .errors import DataError, TrainingError
 from .mixture import Mixture
 from .objective import Batch, Match, Objective
 from .recipe import HealRecipe
@@ -155,7 +155,7 @@ class Loop:
         kept = ""
         if self.checkpoints is not None and progress.validation_loss:
             kept = f" The checkpoint of step {progress.best_step} in {self.checkpoints.directory} is whole."
-        raise LayerFuseError(
+        raise TrainingError(
             f"the loss is {loss} at step {progress.step + 1} of {recipe.steps}, after {first} at the first: lower "
             f"heal.learning_rate={recipe.learning_rate}, raise heal.warmup_ratio={recipe.warmup_ratio}, or set "
             f"heal.mixed_precision to 'no'.{kept}"

@@ -17,7 +17,18 @@ from accelerate.state import AcceleratorState, GradientState
 from conftest import LAYERS, tiny_model
 from torch.utils.data import DataLoader
 
-from hf_layerfuse import CheckpointError, Fuse, HealRecipe, LayerFuseError, Plan, RecipeError, apply, heal, layer_map
+from hf_layerfuse import (
+    CheckpointError,
+    Fuse,
+    HealRecipe,
+    LayerFuseError,
+    Plan,
+    RecipeError,
+    TrainingError,
+    apply,
+    heal,
+    layer_map,
+)
 from hf_layerfuse.sampling import ByLength
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -341,7 +352,7 @@ def test_an_explosion_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path,
         return loss * value if calls == 11 else loss
 
     monkeypatch.setattr(Objective, "train", explode)
-    with pytest.raises(LayerFuseError, match=r"at step 6 of 9, after .* lower heal\.learning_rate.* is whole"):
+    with pytest.raises(TrainingError, match=r"at step 6 of 9, after .* lower heal\.learning_rate.* is whole"):
         healed(tmp_path / "run")
     monkeypatch.setattr(Objective, "train", train)
     student, _ = healed(tmp_path / "run")
