@@ -2,10 +2,12 @@
 
     python benchmarks/heal.py [JOB ...] [--targets "depth 50%" ...] [--threads 2]
 
+Several jobs can run side by side, each with a part of the threads.
+
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Every model is trained on the same batches, for the
 same number of steps, with cross-entropy and the original as teacher; the weights that are kept are those of the least
 validation loss. Each method has the rate and losses, of the same few, that do best for it on validation data after a
-training of 100 steps. Where there are rounds of fusing and retraining, their steps add up to the same number.
+shorter training. Where there are rounds of fusing and retraining, their steps add up to the same number.
 
 Everything is chosen on training or validation data and reported on test data: WikiText-2 test windows, CIFAR-10 test
 images, SST-2 validation sentences (the split that everybody reports; what has to be chosen is chosen on rows of train).
@@ -32,7 +34,7 @@ from cifar_resnet import cifar10, published
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from hf_layerfuse import FusionRecipe, HealRecipe, Plan, apply, expand, heal, layer_map
+from hf_layerfuse import FusionRecipe, HealRecipe, Plan, TrainingError, apply, expand, heal, layer_map
 from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.collate import ROW, CollateImages, CollateText
 from hf_layerfuse.evaluate import classification, parameter_counts
@@ -44,8 +46,6 @@ from hf_layerfuse.search import search
 
 RESULT = fusion.ROOT / "benchmarks" / "results" / "heal.json"
 CHECKPOINTS = fusion.ROOT / "outputs" / "heal"
-PILOT = 100
-"""Steps after which rates and losses are compared."""
 
 
 @dataclass
@@ -61,7 +61,8 @@ class Job:
         recipe: the budget, of all rounds together.
         options: what each method chooses from, in place of the recipe's.
         targets: name -> what is asked for of the fusion.
-        pilots: targets at which it chooses, one for each mode.
+        pilots: targets at which it chooses; another one of the job has the choice of the first of its mode.
+        pilot: steps of the trainings that are compared to choose.
         rounds: of those that are fused and retrained in turn.
     """
 
@@ -74,6 +75,7 @@ class Job:
     options: list[dict[str, float]]
     targets: dict[str, dict[str, Any]]
     pilots: tuple[str, ...]
+    pilot: int
     rounds: int = 1
 
     def loader(self, seed: int) -> DataLoader:
@@ -84,9 +86,12 @@ class Job:
             options = {"sampler": ByLength(lengths, size, seed)}
         return DataLoader(self.rows, size, drop_last=True, collate_fn=self.collate, **options)
 
-    def pilot_of(self, asked: dict[str, Any]) -> str:
-        """The target that is fused as another one is."""
-        return next(name for name in self.pilots if self.targets[name].get("mode") == asked.get("mode"))
+    def pilot_of(self, target: str) -> str:
+        """Where the rate of a target is chosen: at itself, or, if the job leaves it out, at one of the same mode."""
+        if target in self.pilots or target not in self.targets:
+            return target
+        mode = self.targets[target].get("mode")
+        return next(name for name in self.pilots if self.targets[name].get("mode") == mode)
 
 
 def rates(*values: float) -> list[dict[str, float]]:
@@ -110,7 +115,8 @@ def gpt2() -> Job:
     recipe = HealRecipe(steps=400, batch_size=8, eval_every=100)
     rows = [{"input_ids": row, "labels": row} for row in windows]
     collate = torch.utils.data.default_collate
-    return Job("gpt2", base, rows, collate, labelled, recipe, rates(3e-4, 1e-3), targets, ("depth 50%", "share 50%"))
+    pilots = ("depth 50%", "share 50%")
+    return Job("gpt2", base, rows, collate, labelled, recipe, rates(3e-4, 1e-3), targets, pilots, pilot=200)
 
 
 def minilm_sst2() -> Job:
@@ -128,10 +134,11 @@ def minilm_sst2() -> Job:
     collate = CollateText(tokenizer)
     held_out = rows(pairs[-1280:])
     validation = [collate(held_out[i : i + 64]) for i in range(0, len(held_out), 64)]
-    recipe = HealRecipe(steps=800, batch_size=32, eval_every=100)
+    recipe = HealRecipe(steps=1600, batch_size=32, eval_every=200)
     options = [*rates(3e-5, 1e-4, 3e-4), {"learning_rate": 1e-4, "hidden_weight": 1.0}]
     targets = {f"{keep} layers": {"keep_layers": keep} for keep in (4, 3, 2)}
-    return Job("minilm-sst2", base, rows(pairs[:-1280]), collate, validation, recipe, options, targets, ("3 layers",))
+    train = rows(pairs[:-1280])
+    return Job("minilm-sst2", base, train, collate, validation, recipe, options, targets, tuple(targets), pilot=400)
 
 
 def resnet56() -> Job:
@@ -152,7 +159,17 @@ def resnet56() -> Job:
     targets = {"70% shared": {"ratio": 0.7, "mode": "share"}}
     options = rates(1e-3, 4e-3)
     return Job(
-        "resnet56", base, rows, CollateImages(moves=True), held_out, recipe, options, targets, ("70% shared",), rounds=5
+        "resnet56",
+        base,
+        rows,
+        CollateImages(moves=True),
+        held_out,
+        recipe,
+        options,
+        targets,
+        pilots=("70% shared",),
+        pilot=300,
+        rounds=5,
     )
 
 
@@ -194,23 +211,36 @@ def untouched(model: PreTrainedModel, asked: dict[str, Any]) -> Made:
     return apply(model, nothing), nothing
 
 
-def chosen(job: Job, name: str, asked: dict[str, Any], step: Step) -> dict[str, Any]:
-    """The validation loss after a short training with each of the options, and the best of them."""
+def chosen(job: Job, name: str, asked: dict[str, Any], step: Step, choices: list[dict]) -> dict[str, Any]:
+    """The validation loss after a short training with each of the options, and the best of them; None: it exploded.
+
+    Where another method came to the same weights, that is known: it is one of the `choices`.
+    """
     fused, plan = step(job.base.model, asked)
-    losses = []
+    weights, losses = fingerprint(fused), []
+    for known in choices:
+        if known["weights"] == weights:
+            return known
     for option in job.options:
         student = copy.deepcopy(fused)
-        report = heal(
-            student,
-            job.loader(0),
-            replace(job.recipe, steps=PILOT, eval_every=PILOT, **option),
-            teacher=job.base.model,
-            matches=layer_map(student, job.base.model, plan),
-            validation_batches=job.validation,
-        )
-        losses.append(report.validation_loss[-1][1])
+        recipe = replace(job.recipe, steps=job.pilot, eval_every=job.pilot, **option)
+        matches = layer_map(student, job.base.model, plan)
+        try:
+            report = heal(
+                student,
+                job.loader(0),
+                recipe,
+                teacher=job.base.model,
+                matches=matches,
+                validation_batches=job.validation,
+            )
+        except TrainingError:
+            losses.append(None)
+        else:
+            losses.append(report.validation_loss[-1][1])
     print(f"{name}: {losses}", flush=True)
-    return {"options": job.options, "losses": losses, "best": job.options[losses.index(min(losses))]}
+    best = job.options[losses.index(min(loss for loss in losses if loss is not None))]
+    return {"options": job.options, "steps": job.pilot, "losses": losses, "best": best, "weights": weights}
 
 
 def retrained(
@@ -267,10 +297,10 @@ def measure(
     models = known["models"].setdefault(target, {})
     if row in models:
         return
-    pilot = job.pilot_of(asked) if asked else target
-    choice = f"{pilot}, {method}"
-    if choice not in known["chosen"]:
-        known["chosen"][choice] = chosen(job, choice, job.targets.get(pilot, {}), step)
+    pilot = job.pilot_of(target)
+    choice, choices = f"{pilot}, {method}", known["chosen"]
+    if choice not in choices:
+        choices[choice] = chosen(job, choice, job.targets.get(pilot, asked), step, list(choices.values()))
         yield
     folder = re.sub(r"\W+", "-", f"{job.name} {target} {row}")
     models[row] = retrained(job, folder, asked, rounds, step, known["chosen"][choice]["best"], list(models.values()))
@@ -278,10 +308,10 @@ def measure(
     yield
 
 
-def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
+def run(name: str, targets: list[str] | None) -> None:
     """Train all models of a job, or those of some targets, that are not there yet, and save after each."""
     job = JOBS[name]()
-    known = results.setdefault(name, {"chosen": {}, "models": {}})
+    known = load(RESULT).get(name, {"chosen": {}, "models": {}})
     todo = [("original", {}, "original", 1, untouched)]
     todo += [
         (target, asked, *method)
@@ -291,11 +321,19 @@ def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
     ]
     for model in todo:
         for _ in measure(job, known, *model):
-            save(results, RESULT)
+            save(name, known, RESULT)
 
 
-def save(results: dict[str, Any], path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
+def load(path: Path) -> dict[str, Any]:
+    """The results of all jobs."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def save(name: str, known: dict[str, Any], path: Path) -> None:
+    """Write the results of one job beside those of others, which may be running."""
+    results = load(path)
+    results = {job: known if job == name else results[job] for job in JOBS if job == name or job in results}
+    temporary = path.with_suffix(f".{name}.tmp")
     temporary.write_text(json.dumps(results, indent=1) + "\n")
     temporary.replace(path)
 
@@ -330,10 +368,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    results = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     for name in options.jobs or JOBS:
-        run(name, results, options.targets)
-    for rows in tables(results):
+        run(name, options.targets)
+    for rows in tables(load(RESULT)):
         print("\n" + text_table(rows))
 
 

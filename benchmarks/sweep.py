@@ -9,7 +9,6 @@ curves show test data. Writes benchmarks/results/sweep.json and sweep.png.
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,11 @@ KEEPS = {"minilm-sst2": (5, 4, 3, 2, 1), "gpt2": (9, 6, 4, 2)}
 """Layers that are kept."""
 
 
-def run(name: str, results: dict[str, Any]) -> None:
+def run(name: str) -> None:
     """Train what is not there yet, and save after each model."""
     job = heal.JOBS[name]()
-    before = json.loads(heal.RESULT.read_text()).get(name, {}) if heal.RESULT.is_file() else {}
-    known = results.setdefault(name, {"chosen": {}, "models": {}})
+    before = heal.load(heal.RESULT).get(name, {})
+    known = heal.load(RESULT).get(name, {"chosen": {}, "models": {}})
     known["chosen"] = before.get("chosen", {}) | known["chosen"]
     names = {asked["keep_layers"]: target for target, asked in job.targets.items() if "keep_layers" in asked}
     todo = [("original", {}, "original", 1, heal.untouched)]
@@ -45,8 +44,8 @@ def run(name: str, results: dict[str, Any]) -> None:
         if method in trained:
             known["models"].setdefault(target, {})[method] = trained[method]
         for _ in heal.measure(job, known, target, asked, method, *rest):
-            heal.save(results, RESULT)
-    heal.save(results, RESULT)
+            heal.save(name, known, RESULT)
+    heal.save(name, known, RESULT)
 
 
 def curve(known: dict[str, Any]) -> tuple[list[dict[str, Any]], list[float], int]:
@@ -99,9 +98,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    results = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     for name in options.jobs or KEEPS:
-        run(name, results)
+        run(name)
+    results = heal.load(RESULT)
     print(text_table(table(results)))
     plot(results, PLOT)
 
