@@ -30,10 +30,10 @@ def block_distances(
     adapter = adapter_for(model)
     if similarity in ON_WEIGHTS:
         measure = ON_WEIGHTS[similarity]
-        if tuple(kinds) == ("conv",):
-            return {"conv": _between_shapes(model, adapter, measure)}
+        if adapter.resizes:
+            return {kind: _between_shapes(model, adapter, measure) for kind in kinds}
         return {kind: measure(_aligned_maps(model, adapter, kind)).cpu() for kind in kinds}
-    if tuple(kinds) == ("conv",):
+    if adapter.resizes:
         raise RecipeError(
             f"similarity={similarity!r} compares the stream after different layers, whose shapes differ in "
             f"{model.config.model_type!r}: use one that compares weights: {', '.join(ON_WEIGHTS)}."

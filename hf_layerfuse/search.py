@@ -138,7 +138,7 @@ class _Search:
         return len(groups_of(self.first, kind))
 
     def _start(self, kind: Kind) -> Groups:
-        if self.recipe.cluster != "auto" or self.recipe.mode != "depth" or kind == "conv":
+        if self.recipe.cluster != "auto" or self.recipe.mode != "depth" or adapter_for(self.model).resizes:
             return groups_of(self.first, kind)
         if self.recipe.refit == "none":
             return even(self.first.num_layers, self._count(kind))
@@ -213,7 +213,8 @@ class _Table:
         self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], importance: Importance
     ) -> None:
         self.model, self.recipe, self.batches, self.importance = model, recipe, batches, importance
-        self.depth = len(adapter_for(model).layer_list(model))
+        self.adapter = adapter_for(model)
+        self.depth = len(self.adapter.layer_list(model))
         self.divide = divider(model, recipe)
         # a run costs about six layers to refit and what is left of the model to judge, two thirds with its head
         runs = 3 * self.depth
@@ -231,8 +232,7 @@ class _Table:
         return self.losses[edit]
 
     def _measure(self, edit: Fuse) -> float:
-        adapter = adapter_for(self.model)
-        plan = Plan(adapter.model_type, self.depth, (edit,), kinds=adapter.kinds)
+        plan = Plan(self.adapter.model_type, self.depth, (edit,), kinds=self.adapter.kinds)
         try:
             student = apply(self.model, plan, self.batches)
         except (PlanError, UnsupportedModelError):  # the average of layers of different types; heads of unknown number
@@ -257,7 +257,7 @@ class _Table:
         """
         cost = np.full((self.depth + 1, self.depth + 1), np.inf)
         cost[range(self.depth), range(1, self.depth + 1)] = 0
-        most = self.depth if kind == "conv" else longest(self.depth, count)
+        most = self.depth if self.adapter.resizes else longest(self.depth, count)
         lengths = range(2, most + 1)
         left = {(start, start + size) for size in lengths for start in range(self.depth - size + 1)}
         todo = [run for run in sorted(left) if run[1] - run[0] == 2]

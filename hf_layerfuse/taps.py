@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapters import LayerAdapter
+from .adapters import LayerAdapter, Place
 from .plan import Kind
 
 
@@ -35,46 +35,24 @@ class Taps:
         self.handles: list[Any] = []
 
     def __enter__(self) -> dict[Tap | None, Tensor]:
-        if not self.adapter.post_norm:  # nothing but the addition itself sees the sum
-            sums = [tap for tap in self.wanted if tap and tap.place == "sum" and tap.kind != "conv"]
-            self.wanted |= {Tap(tap.kind, "residual") for tap in sums}
-        for tap in self.wanted - {None}:
-            self._hook(tap)
+        places = {tap: self.adapter.place(tap.kind, tap.place) for tap in self.wanted - {None}}
+        residuals = {Tap(tap.kind, "residual") for tap, place in places.items() if place.when == "added"}
+        places |= {tap: self.adapter.place(tap.kind, tap.place) for tap in residuals}
+        self.wanted |= residuals
+        for tap, place in places.items():
+            self._hook(tap, place)
         return self.found
 
-    def _hook(self, tap: Tap) -> None:
-        """Where a place can be seen: what enters a module, or what leaves it."""
-        table = self.adapter.table(tap.kind)
-        if tap.kind == "conv":
-            self._before(tap, table["act" if tap.place == "sum" else "out" if tap.place == "features" else tap.place])
-            return
-        post, attention = self.adapter.post_norm, self.adapter.attention
-        if tap.place == "features":
-            self._before(tap, table["out"])
-        elif tap.place == "sum":
-            self._before(tap, table["norm"]) if post else self._added(tap, table["out"])
-        elif tap.place == "read" and not post:
-            self._after(tap, table["norm"])
-        elif tap.kind == "attention":
-            self._before(tap, "")
-        elif post:
-            self._after(tap, attention["norm"])
-        else:
-            self._before(tap, table["norm"])
+    def _hook(self, tap: Tap, place: Place) -> None:
+        def before(module: nn.Module, args: tuple) -> None:
+            self._keep(tap, args[0])
 
-    def _before(self, tap: Tap, path: str) -> None:
-        module = self.layer.get_submodule(path)
-        self.handles.append(module.register_forward_pre_hook(lambda module, args: self._keep(tap, args[0])))
+        def after(module: nn.Module, args: tuple, output: Tensor) -> None:
+            self._keep(tap, output if place.when == "after" else self.found[Tap(tap.kind, "residual")] + output)
 
-    def _after(self, tap: Tap, path: str) -> None:
-        module = self.layer.get_submodule(path)
-        self.handles.append(module.register_forward_hook(lambda module, args, output: self._keep(tap, output)))
-
-    def _added(self, tap: Tap, path: str) -> None:
-        def add(module: nn.Module, args: tuple, output: Tensor) -> None:
-            self._keep(tap, self.found[Tap(tap.kind, "residual")] + output)
-
-        self.handles.append(self.layer.get_submodule(path).register_forward_hook(add))
+        module = self.layer.get_submodule(place.module)
+        hook = module.register_forward_pre_hook(before) if place.when == "before" else None
+        self.handles.append(hook or module.register_forward_hook(after))
 
     def _keep(self, tap: Tap, tensor: Tensor) -> None:
         self.found[tap] = tensor

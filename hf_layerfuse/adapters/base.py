@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -30,6 +30,16 @@ class Block:
     modules: Mapping[str, str]
 
 
+class Place(NamedTuple):
+    """Where something inside a layer is seen: what enters a module or leaves it, or its output `added` to the residual.
+
+    `module` is a path from the layer on; the empty one is the layer itself.
+    """
+
+    when: Literal["before", "after", "added"]
+    module: str
+
+
 class ModelAdapter(ABC):
     """What the engine needs to know of an architecture."""
 
@@ -49,6 +59,7 @@ class LayerAdapter(ModelAdapter):
         post_norm: the block's norm comes after the residual sum (BERT) instead of before the block (GPT-2). Such a
             norm stays when its block is removed: the next block was trained to read normalised states.
         per_layer_config: config fields with one entry per layer, kept in step with the layers.
+        resizes: layers may change the shape of the stream, and then only those of one shape can be compared.
         kinds: of the blocks of a layer, in the order in which they run. The attribute of that name is the table of
             that kind: role -> path of its modules.
     """
@@ -57,6 +68,7 @@ class LayerAdapter(ModelAdapter):
     skip: ClassVar[Mapping[str, Mapping[str, type[nn.Module]]]] = {}
     post_norm: ClassVar[bool] = False
     per_layer_config: ClassVar[tuple[str, ...]] = ("layer_types",)
+    resizes: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]]
 
     def check(self, model: PreTrainedModel) -> None:
@@ -65,6 +77,10 @@ class LayerAdapter(ModelAdapter):
     def table(self, kind: str) -> Mapping[str, str]:
         """Role -> path of the modules of a kind of block."""
         return getattr(self, kind)
+
+    @abstractmethod
+    def place(self, kind: str, name: str) -> Place:
+        """Where a `Tap` of a kind of block is seen."""
 
     def layers_path(self, model: PreTrainedModel) -> str:
         """Live path of the list of layers, seen from `model`, whatever its head."""
@@ -108,6 +124,18 @@ class TransformerAdapter(LayerAdapter):
     mlp: ClassVar[Mapping[str, str]]
     kinds = TRANSFORMER
 
+    def place(self, kind: str, name: str) -> Place:
+        table = self.table(kind)
+        if name == "features":
+            return Place("before", table["out"])
+        if name == "sum":  # where no norm follows, nothing but the addition itself sees it
+            return Place("before", table["norm"]) if self.post_norm else Place("added", table["out"])
+        if name == "read" and not self.post_norm:
+            return Place("after", table["norm"])
+        if kind == "attention":
+            return Place("before", "")
+        return Place("after", self.attention["norm"]) if self.post_norm else Place("before", table["norm"])
+
 
 class ConvAdapter(LayerAdapter):
     """Residual layers of two convolutions, act(x + norm(out(f(in_norm(in(x)))))), each one block (He et al. 2016).
@@ -121,6 +149,10 @@ class ConvAdapter(LayerAdapter):
 
     conv: ClassVar[Mapping[str, str]]
     kinds = ("conv",)
+    resizes = True
+
+    def place(self, kind: str, name: str) -> Place:
+        return Place("before", self.table(kind)[{"sum": "act", "features": "out"}.get(name, name)])
 
     def check(self, model: PreTrainedModel) -> None:
         for block in self.blocks(model):

@@ -191,7 +191,7 @@ def group_edit(kind: Kind, group: tuple[int, ...], recipe: FusionRecipe, importa
         return Fuse(kind, group, operator=recipe.operator, **rest)
     repaired = importance is not None and recipe.refit != "none"
     if recipe.mode == "depth":
-        chooses = repaired and recipe.refit == "full" and kind not in ("attention", "conv")
+        chooses = repaired and recipe.refit == "full" and kind in ("layer", "mlp")
         operator = "select" if chooses else "freeze"
         return Fuse(kind, group, operator=operator, keep=group[0] if repaired else None, **rest)
     return Fuse(kind, group, operator="mean", **{**rest, "align": matching(kind)})
