@@ -1,0 +1,141 @@
+"""What can be done to blocks, and how that is written as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal, get_args
+
+from ..errors import PlanError
+from .layout import Operator, Source
+
+Kind = Literal["layer", "attention", "mlp", "conv"]
+Mode = Literal["depth", "share", "basis"]
+Align = Literal["none", "permutation", "activation", "transport", "rotation"]
+
+
+def _layer_indices(layers: tuple[int, ...], what: str) -> None:
+    if not all(type(layer) is int for layer in layers):
+        raise PlanError(f"{what} is {layers!r}; layers are counted from 0 in whole numbers.")
+
+
+def _one_of(value: object, allowed: object, what: str) -> None:
+    if value not in get_args(allowed):
+        raise PlanError(f"{what} is {value!r}; allowed: {', '.join(map(repr, get_args(allowed)))}.")
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """Several blocks become one.
+
+    In `depth` mode the fused block runs once, at the depth of the first of `layers`, which must be neighbours.
+    In `share` mode one set of weight matrices serves every one of these depths; norms and biases stay per depth, and
+    so does a residual of `rank` on every matrix (Relaxed Recursive Transformers, Bae et al. 2024).
+    In `basis` mode the matrices of the group are combinations, per depth, of one shared basis of `rank` vectors
+    (Basis Sharing, Wang et al. 2024). A rank is for every linear map of the blocks; a map with fewer dimensions gets
+    as many as it has, and then loses nothing.
+
+    `operator` says how the weights of the group become one, save for a basis, which is made of all of them: `keep` is
+    the layer that `freeze` keeps, by default the one nearest the middle; `weights` are the shares that `weighted`
+    gives to the layers, which sum to one. `align` is the symmetry of the blocks that is undone before their weights
+    are combined.
+    """
+
+    kind: Kind
+    layers: tuple[int, ...]
+    mode: Mode = "depth"
+    operator: Operator = "freeze"
+    keep: int | None = None
+    weights: tuple[float, ...] | None = None
+    align: Align = "none"
+    rank: int = 0
+    edit: ClassVar[str] = "fuse"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", tuple(self.weights))
+        _one_of(self.kind, Kind, "Fuse.kind")
+        _one_of(self.mode, Mode, "Fuse.mode")
+        _one_of(self.operator, Operator, "Fuse.operator")
+        _one_of(self.align, Align, "Fuse.align")
+        _layer_indices(self.layers, "Fuse.layers")
+        if len(self.layers) < 2 or list(self.layers) != sorted(set(self.layers)):
+            raise PlanError(f"Fuse.layers is {self.layers}: give two or more different layers in ascending order.")
+        if self.mode == "depth" and self.layers[-1] - self.layers[0] != len(self.layers) - 1:
+            raise PlanError(
+                f"Fuse.layers is {self.layers}: in depth mode they must be neighbours, because the fused block runs "
+                "once. Use mode='share' for blocks that are apart."
+            )
+        self._check_operator()
+        self._check_rank()
+
+    def _check_operator(self) -> None:
+        if self.keep is not None and (self.operator not in ("freeze", "select") or self.keep not in self.layers):
+            raise PlanError(
+                f"Fuse.keep is {self.keep!r}: it names the one of layers {self.layers} that operator 'freeze' keeps, "
+                f"or 'select' starts from, and the operator is {self.operator!r}."
+            )
+        if self.operator == "select" and self.mode != "depth":
+            raise PlanError(f"operator 'select' chooses what runs once, and the mode is {self.mode!r}: use 'depth'.")
+        if (self.weights is not None) != (self.operator == "weighted"):
+            raise PlanError(f"Fuse.weights is {self.weights}, the operator {self.operator!r}: 'weighted' needs them.")
+        if self.weights is not None and not (
+            len(self.weights) == len(self.layers)
+            and all(isinstance(w, float | int) and w >= 0 for w in self.weights)
+            and abs(sum(self.weights) - 1) < 1e-6
+        ):
+            raise PlanError(f"Fuse.weights is {self.weights}: give {len(self.layers)} shares that sum to one.")
+
+    def _check_rank(self) -> None:
+        if type(self.rank) is not int or self.rank < 0:
+            raise PlanError(f"Fuse.rank is {self.rank!r}: use a whole number of 0 or more.")
+        if self.mode == "depth" and self.rank:
+            raise PlanError(f"Fuse.rank is {self.rank} in depth mode, where nothing is shared: use mode='share'.")
+        if self.mode == "basis" and not self.rank:
+            raise PlanError("mode='basis' needs Fuse.rank, the number of basis vectors that the layers share.")
+
+    @property
+    def source(self) -> Source:
+        """Where the weights of the fused block come from."""
+        return Source(self.layers, self.operator, self.keep, self.weights)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A block is removed; the residual stream passes through.
+
+    The norm in front of the block goes with it; a norm that follows the residual sum (BERT) stays, unless the whole
+    layer goes.
+    """
+
+    kind: Kind
+    layer: int
+    edit: ClassVar[str] = "drop"
+
+    def __post_init__(self) -> None:
+        _one_of(self.kind, Kind, "Drop.kind")
+        _layer_indices(self.layers, "Drop.layer")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+
+Edit = Fuse | Drop
+_EDITS: Mapping[str, type[Edit]] = {kind.edit: kind for kind in (Fuse, Drop)}
+
+
+def write_edit(edit: Edit) -> dict[str, Any]:
+    """JSON types of an edit; what few edits have, such as `rank`, is left out of those that have it not."""
+    rare = {f.name: f.default for f in fields(edit) if f.name in ("keep", "weights", "align", "rank")}
+    values = {k: v for k, v in asdict(edit).items() if k not in rare or v != rare[k]}
+    return {"edit": edit.edit, **values}
+
+
+def read_edit(tree: Mapping[str, Any]) -> Edit:
+    values = dict(tree)
+    name = values.pop("edit")
+    if name not in _EDITS:
+        raise PlanError(f"unknown edit {name!r}; this release knows: {', '.join(_EDITS)}.")
+    return _EDITS[name](**values)
