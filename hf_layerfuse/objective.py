@@ -7,13 +7,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .collate import TEACHER_IDS, TEACHER_LOGPROBS
 from .errors import DataError, LayerFuseError
 from .inputs import predicts_next_token
+from .math.losses import distillation_loss, relative_mse, top_k_loss
 from .recipe import HealRecipe
 
 Batch = Mapping[str, Tensor]
@@ -29,51 +30,6 @@ class Match:
     kind: Literal["hidden", "attention"]
     student: str
     teacher: str
-
-
-def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 x KL(teacher || student), averaged over rows, in float32 nats.
-
-    Args:
-        student_logits: (rows, classes), any floating dtype.
-        teacher_logits: (rows, classes).
-        temperature: T, which divides both logits first.
-    """
-    ours = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    theirs = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
-
-
-def top_k_loss(student_logits: Tensor, ids: Tensor, logprobs: Tensor, temperature: float) -> Tensor:
-    """`distillation_loss` where the teacher's answer is known for k classes, and the rest of them is taken as one.
-
-    It is never more than the loss of all classes (the divergence of two distributions falls when classes are merged),
-    and equal to it where k is all of them.
-
-    Args:
-        student_logits: (rows, classes), any floating dtype.
-        ids: (rows, k), classes.
-        logprobs: (rows, k), the teacher's log-probabilities of them at temperature T.
-        temperature: T.
-    """
-    ours = F.log_softmax(student_logits.float() / temperature, dim=-1).gather(-1, ids.long())
-    theirs = logprobs.float()
-    rest, our_rest = ((1 - part.exp().sum(-1)).clamp_min(1e-7) for part in (theirs, ours))
-    divergence = (theirs.exp() * (theirs - ours)).sum(-1)
-    if ids.shape[-1] < student_logits.shape[-1]:
-        divergence = divergence + rest * (rest.log() - our_rest.log())
-    return divergence.mean() * temperature**2
-
-
-def relative_mse(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Mean squared error divided by the mean square of `theirs`, in float32: 0 is the same, 1 as far off as zero.
-
-    Args:
-        ours: (rows, width), any floating dtype.
-        theirs: (rows, width).
-    """
-    ours, theirs = ours.float(), theirs.float()
-    return (ours - theirs).square().mean() / theirs.square().mean().clamp_min(1e-12)
 
 
 class Objective:
@@ -153,23 +109,14 @@ class Objective:
         if name == "last_hidden_state":
             mask = batch["attention_mask"].bool() if "attention_mask" in batch else ...
             return (ours[mask].float() - theirs[mask].float()).square().mean()
-        if ours.dim() == 3:
-            if self.causal:
-                ours, theirs = ours[:, :-1], theirs[:, :-1]
-            mask = self._positions(batch)
-            ours, theirs = ours[mask], theirs[mask]
-        return distillation_loss(ours, theirs, self.recipe.temperature)
+        rows = self._rows(batch) if ours.dim() == 3 else None
+        return distillation_loss(ours, theirs, self.recipe.temperature, rows)
 
     def _recall(self, outputs: ModelOutput, answers: Batch, batch: Batch) -> Tensor:
         """Distillation from what the teacher said before."""
-        ours, ids, logprobs = outputs["logits"], answers[TEACHER_IDS], answers[TEACHER_LOGPROBS]
-        if ours.dim() == 3:
-            if self.causal:
-                ours, ids, logprobs = ours[:, :-1], ids[:, :-1], logprobs[:, :-1]
-            mask = self._positions(batch)
-            ours, ids, logprobs = ours[mask], ids[mask], logprobs[mask]
-        else:
-            ids, logprobs = ids.squeeze(1), logprobs.squeeze(1)
+        parts = [outputs["logits"], answers[TEACHER_IDS], answers[TEACHER_LOGPROBS]]
+        rows = self._rows(batch) if parts[0].dim() == 3 else slice(None)
+        ours, ids, logprobs = (part.reshape(-1, part.shape[-1])[rows] for part in parts)
         return top_k_loss(ours, ids, logprobs, self.recipe.temperature)
 
     def count(self, batch: Batch) -> int:
@@ -187,6 +134,10 @@ class Objective:
         else:
             counts = torch.ones_like(batch["input_ids"], dtype=torch.bool)
         return counts[:, 1:] if self.causal else counts
+
+    def _rows(self, batch: Batch) -> Tensor:
+        """Numbers of these positions among all tokens of a batch; the last one predicts nothing in causal models."""
+        return pad(self._positions(batch), (0, int(self.causal))).flatten().nonzero().squeeze(1)
 
     def _tokens(self, batch: Batch) -> Tensor | None:
         """Which tokens are no padding, (rows, tokens); None is all of them."""

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from hf_layerfuse import Fuse, Plan, apply, fused_parameters
 from hf_layerfuse.errors import DataError, LayerFuseError, RecipeError, TrainingError
 from hf_layerfuse.heal import heal
-from hf_layerfuse.objective import distillation_loss
+from hf_layerfuse.math.losses import distillation_loss
 from hf_layerfuse.recipe import HealRecipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

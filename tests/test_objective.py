@@ -12,7 +12,9 @@ from hf_layerfuse import Drop, Fuse, HealRecipe, Plan, PlanError, apply, fused_p
 from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.collate import TEACHER_IDS, TEACHER_LOGPROBS, CollateText
 from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.objective import Match, Objective, distillation_loss, relative_mse, top_k_loss
+from hf_layerfuse.math import losses
+from hf_layerfuse.math.losses import distillation_loss, relative_mse, top_k_loss
+from hf_layerfuse.objective import Match, Objective
 from hf_layerfuse.teacher import with_teacher
 
 PLANS = {
@@ -137,6 +139,30 @@ def test_relative_error_has_no_unit():
     torch.testing.assert_close(relative_mse(7 * ours, 7 * theirs), relative_mse(ours, theirs))
     assert relative_mse(torch.zeros(10, 4), theirs).item() == pytest.approx(1)
     assert relative_mse(theirs, torch.zeros(10, 4)).isfinite()
+
+
+@pytest.mark.parametrize("numbers", [1, 30, 10_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_divergence_and_its_gradient_are_those_of_the_formula(monkeypatch, dtype, numbers):
+    """However many logits are taken at a time, and where only some of the rows count; the teacher gets no gradient."""
+    monkeypatch.setattr(losses, "_NUMBERS", numbers)
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(4, 5, 7, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    rows = torch.tensor([0, 3, 4, 11, 19])
+
+    def formula() -> torch.Tensor:
+        p, q = ((logits.flatten(0, 1)[rows].float() / 3).log_softmax(-1) for logits in (theirs.detach(), ours))
+        return 9 * (p.exp() * (p - q)).sum(-1).mean()
+
+    found = distillation_loss(ours, theirs, 3.0, rows)
+    torch.testing.assert_close(found, formula())
+    (expected,) = torch.autograd.grad(2 * formula(), ours)
+    (2 * found).backward()
+    assert theirs.grad is None
+    assert ours.grad.dtype == dtype
+    torch.testing.assert_close(ours.grad, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(distillation_loss(ours, theirs, 3.0, rows), found.detach())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
