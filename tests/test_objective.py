@@ -142,7 +142,7 @@ def test_relative_error_has_no_unit():
 
 
 @pytest.mark.parametrize("numbers", [1, 30, 10_000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_divergence_and_its_gradient_are_those_of_the_formula(monkeypatch, dtype, numbers):
     """However many logits are taken at a time, and where only some of the rows count; the teacher gets no gradient."""
     monkeypatch.setattr(losses, "_NUMBERS", numbers)
@@ -163,6 +163,15 @@ def test_divergence_and_its_gradient_are_those_of_the_formula(monkeypatch, dtype
     torch.testing.assert_close(ours.grad, expected)
     with torch.no_grad():
         torch.testing.assert_close(distillation_loss(ours, theirs, 3.0, rows), found.detach())
+
+
+def test_small_gradients_survive_until_they_are_scaled():
+    """Half precision scales the loss so that its gradients have digits: the divergence must not round them before."""
+    theirs = torch.linspace(-1, 1, 5000)[None]
+    wide, half = (torch.zeros(1, 5000, dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float16))
+    for logits in (wide, half):
+        (2.0**16 * distillation_loss(logits, theirs, 100.0)).backward()
+    torch.testing.assert_close(half.grad.float(), wide.grad, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])

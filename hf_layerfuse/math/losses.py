@@ -36,7 +36,11 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor, temperature: float) -> Tensor:
-        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
+        gradient = None
+        if ctx.needs_input_grad[0]:
+            # in float16 it would be too small for any digit: what scales the loss comes later
+            wide = torch.float32 if student.dtype == torch.float16 else student.dtype
+            gradient = torch.zeros_like(student, dtype=wide)
         total = torch.zeros((), device=student.device)
         for part in rows.split(max(1, _NUMBERS // student.shape[-1])):
             ours, theirs = (F.log_softmax(logits[part].float() / temperature, dim=-1) for logits in (student, teacher))
@@ -45,13 +49,14 @@ class _Divergence(torch.autograd.Function):
             if gradient is not None:
                 gradient[part] = ours.exp_().sub_(likely).div_(temperature * len(rows)).to(gradient.dtype)
         ctx.save_for_backward(gradient)
+        ctx.dtype = student.dtype
         return total / len(rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * given.to(gradient.dtype), None, None, None
+        return (gradient * given.to(gradient.dtype)).to(ctx.dtype), None, None, None
 
 
 def top_k_loss(student_logits: Tensor, ids: Tensor, logprobs: Tensor, temperature: float) -> Tensor:
