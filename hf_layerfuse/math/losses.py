@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_NUMBERS = 1 << 22
+_NUMBERS = 1 << 20
 """Logits that become probabilities at a time: those of all tokens and a large vocabulary would fill gigabytes."""
 
 
