@@ -2,7 +2,7 @@
 
     python benchmarks/heal.py [JOB ...] [--targets "depth 50%" ...] [--threads 2]
 
-Several jobs can run side by side, each with a part of the threads.
+Several jobs can run side by side, each with a part of the threads, and so can targets of one whose original is done.
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Every model is trained on the same batches, for the
 same number of steps, with cross-entropy and the original as teacher; the weights that are kept are those of the least
@@ -312,6 +312,7 @@ def run(name: str, targets: list[str] | None) -> None:
     """Train all models of a job, or those of some targets, that are not there yet, and save after each."""
     job = JOBS[name]()
     known = load(RESULT).get(name, {"chosen": {}, "models": {}})
+    known["models"] = {target: known["models"].get(target, {}) for target in ("original", *job.targets)}
     todo = [("original", {}, "original", 1, untouched)]
     todo += [
         (target, asked, *method)
@@ -330,9 +331,15 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(name: str, known: dict[str, Any], path: Path) -> None:
-    """Write the results of one job beside those of others, which may be running."""
+    """Write the results of a job beside those of other jobs, and of its other targets, which may be running."""
     results = load(path)
-    results = {job: known if job == name else results[job] for job in JOBS if job == name or job in results}
+    before = results.get(name, {"chosen": {}, "models": {}})
+    models = {
+        target: before["models"].get(target, {}) | known["models"].get(target, {})
+        for target in {**known["models"], **before["models"]}
+    }
+    results[name] = {"chosen": before["chosen"] | known["chosen"], "models": models}
+    results = {job: results[job] for job in JOBS if job in results}
     temporary = path.with_suffix(f".{name}.tmp")
     temporary.write_text(json.dumps(results, indent=1) + "\n")
     temporary.replace(path)
