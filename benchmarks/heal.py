@@ -311,7 +311,9 @@ def measure(
 def run(name: str, targets: list[str] | None) -> None:
     """Train all models of a job, or those of some targets, that are not there yet, and save after each."""
     job = JOBS[name]()
-    known = load(RESULT).get(name, {"chosen": {}, "models": {}})
+    if targets and not {"original", *job.targets}.intersection(targets):
+        raise SystemExit(f"{name} has the targets original, {', '.join(job.targets)}, and not {', '.join(targets)}.")
+    known = current(job, load(RESULT).get(name, {}))
     known["models"] = {target: known["models"].get(target, {}) for target in ("original", *job.targets)}
     todo = [("original", {}, "original", 1, untouched)]
     todo += [
@@ -328,6 +330,20 @@ def run(name: str, targets: list[str] | None) -> None:
 def load(path: Path) -> dict[str, Any]:
     """The results of all jobs."""
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def current(job: Job, known: dict[str, Any]) -> dict[str, Any]:
+    """Of results, those of today's budget: what had other steps is measured again."""
+    models = {
+        target: {
+            method: row
+            for method, row in rows.items()
+            if sum(part["steps"] for part in row["rounds"]) == job.recipe.steps
+        }
+        for target, rows in known.get("models", {}).items()
+    }
+    choices = known.get("chosen", {}).items()
+    return {"chosen": {name: row for name, row in choices if row.get("steps") == job.pilot}, "models": models}
 
 
 def save(name: str, known: dict[str, Any], path: Path) -> None:

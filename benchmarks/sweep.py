@@ -30,9 +30,8 @@ KEEPS = {"minilm-sst2": (5, 4, 3, 2, 1), "gpt2": (9, 6, 4, 2)}
 def run(name: str) -> None:
     """Train what is not there yet, and save after each model."""
     job = heal.JOBS[name]()
-    before = heal.load(heal.RESULT).get(name, {})
-    known = heal.load(RESULT).get(name, {"chosen": {}, "models": {}})
-    known["chosen"] = before.get("chosen", {}) | known["chosen"]
+    before, known = (heal.current(job, heal.load(path).get(name, {})) for path in (heal.RESULT, RESULT))
+    known["chosen"] = before["chosen"] | known["chosen"]
     names = {asked["keep_layers"]: target for target, asked in job.targets.items() if "keep_layers" in asked}
     todo = [("original", {}, "original", 1, heal.untouched)]
     todo += [
@@ -40,7 +39,7 @@ def run(name: str) -> None:
         for keep in KEEPS[name]
     ]
     for target, asked, method, *rest in todo:
-        trained = before.get("models", {}).get(target, {})
+        trained = before["models"].get(target, {})
         if method in trained:
             known["models"].setdefault(target, {})[method] = trained[method]
         for _ in heal.measure(job, known, target, asked, method, *rest):

@@ -134,6 +134,11 @@ def write_edit(edit: Edit) -> dict[str, Any]:
 
 
 def read_edit(tree: Mapping[str, Any]) -> Edit:
+    """Read what `write_edit` gives.
+
+    Raises:
+        PlanError: an edit that this release does not know, or one that contradicts itself.
+    """
     values = dict(tree)
     name = values.pop("edit")
     if name not in _EDITS:
