@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -69,3 +70,12 @@ def calibration_loss(model: nn.Module, reference: nn.Module, batches: Iterable[M
     if not count:
         raise DataError("the calibration batches hold nothing to compare: give `batches` with at least one batch.")
     return total / count
+
+
+def decode(model: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    """Logits of tokens (batch, tokens) that follow those in a key-value cache, and the cache with them in it."""
+    # transformers 5.24 renames it, in what a model is given and in what it gives
+    renamed = "cache" in inspect.signature(model.forward).parameters
+    name = "cache" if renamed else "past_key_values"
+    output = model(input_ids=ids, use_cache=True, **{name: cache})
+    return output.logits, output[name]

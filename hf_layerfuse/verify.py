@@ -18,7 +18,7 @@ from .errors import CheckpointError, LayerFuseWarning, VerificationError
 from .inputs import example_inputs, predicts_next_token
 from .modeling import load_checkpoint
 from .modes import eval_mode
-from .prediction import prediction
+from .prediction import decode, prediction
 
 
 def verify(
@@ -106,11 +106,11 @@ def _compare_cached(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
     ids = ids.reshape(-1, ids.shape[-1])[:1, :16]  # double heads have a dimension for choices
     prefix = max(1, ids.shape[1] // 2)
     whole = model(input_ids=ids, use_cache=False).logits
-    first = model(input_ids=ids[:, :prefix], use_cache=True)
-    parts, cache = [first.logits], first.past_key_values
+    logits, cache = decode(model, ids[:, :prefix])
+    parts = [logits]
     for position in range(prefix, ids.shape[1]):
-        step = model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
-        parts, cache = [*parts, step.logits], step.past_key_values
+        logits, cache = decode(model, ids[:, position : position + 1], cache)
+        parts.append(logits)
     difference = (torch.cat(parts, dim=1) - whole).abs().max() / whole.abs().max()
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
     if not difference <= tolerance:

@@ -25,7 +25,7 @@ from hf_layerfuse import (
     fuse,
 )
 from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.verify import prediction
+from hf_layerfuse.prediction import decode, prediction
 
 SHARE = (Fuse("layer", (1, 3), "share"), Fuse("mlp", (2, 4), "share"), Fuse("attention", (0, 5), "share"))
 DECODERS = ["gpt2", "llama", "mistral", "qwen2", "qwen3"]
@@ -60,9 +60,8 @@ def decoded(model, ids, use_cache):
         return model(input_ids=ids, use_cache=False).logits
     cache, parts = None, []
     for position in range(ids.shape[1]):
-        step = model(input_ids=ids[:, position : position + 1], past_key_values=cache, use_cache=True)
-        cache = step.past_key_values
-        parts.append(step.logits)
+        logits, cache = decode(model, ids[:, position : position + 1], cache)
+        parts.append(logits)
     return torch.cat(parts, dim=1)
 
 
@@ -123,7 +122,7 @@ def test_2_layers_are_renumbered_with_their_types(model_type, edits, kept):
     assert [getattr(module, "sliding_window", None) for module in attention_of(model)] == [windows[i] for i in kept]
     ids = example_inputs(model, 2, 12)["input_ids"]
     with torch.inference_mode():
-        assert model(input_ids=ids, use_cache=True).past_key_values.get_seq_length() == 12
+        assert decode(model, ids)[1].get_seq_length() == 12
     torch.testing.assert_close(decoded(model, ids, True), decoded(model, ids, False), rtol=1e-4, atol=1e-4)
 
 
