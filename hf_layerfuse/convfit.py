@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .mapfit import fit_norm
+from .mapfit import fit_norm, theta_of
+from .math.lowrank import low_rank
 from .math.ridge import Moments, chain, fit, identity
 from .plan import Slot
+from .relaxed import Relaxed, ResidualConv2d, as_stored, out_in
 from .repair import Repair
 from .states import States
 from .taps import Tap
@@ -25,7 +27,7 @@ class ConvRepair(Repair):
     The first batch norm takes the statistics of what it reads now (REPAIR, Jordan et al. 2023, section 4). Then the
     second convolution and its norm are led to the original's sum, before the last activation, at the end of the slot:
     all weights of the convolution, where they belong to this depth alone, by a ridge fit as a linear map of patches;
-    else the gain and the bias of the norm.
+    else the gain and the bias of the norm, and the residual of this depth, if it has one.
     """
 
     def _wanted(self, slot: Slot) -> set[tuple[int, Tap]]:
@@ -46,6 +48,8 @@ class ConvRepair(Repair):
             moments = self._moments(norm, Tap("conv", "norm"), target, norm)
             found = fit_norm(norm, *moments)
             self._note(index, "conv", "norm", found.before, found.after)
+            if isinstance(conv, Relaxed):
+                self._fit_residual(index, conv, norm, target)
             return
         moments = self._moments(norm, Tap("conv", "features"), target, lambda x: _patches(conv, x))
         found = fit(*moments, _theta(conv, norm))
@@ -53,6 +57,26 @@ class ConvRepair(Repair):
         if found.strength is not None:
             every = moments[0] + moments[1]
             _store(conv, norm, found.theta, every)
+
+    def _fit_residual(self, index: int, conv: ResidualConv2d, norm: nn.BatchNorm2d, target: States) -> None:
+        """Refit what this depth adds to the shared convolution: the fit of all weights, projected on its rank."""
+        train, held_out = self._moments(norm, Tap("conv", "features"), target, lambda x: _patches(conv, x))
+        start, every = _theta(conv, norm), train + held_out
+        gain = _gain(norm)
+        # a channel that is switched off could have no residual of its own
+        gain = torch.where(gain.abs() < 1e-3 * gain.abs().mean(), 1e-3 * gain.abs().mean(), gain).unsqueeze(1)
+        shared = gain * out_in(conv, conv.weight.double())
+        free = fit(train, held_out, start).theta[:-1].T
+        left, right = low_rank(free - shared, len(conv.residual_in), every.centred()[0])
+        weight = shared + left @ right
+        bias = (every.xy[-1] - weight @ every.xx[-1, :-1]) / every.rows
+        theta = torch.cat([weight.T, bias.unsqueeze(0)])
+        before, after = held_out.error(start), held_out.error(theta)
+        self._note(index, "conv", "residual", before, min(before, after))
+        if after < before:
+            conv.residual_out.copy_(left / gain)
+            conv.residual_in.copy_(right)
+            _set_norm(conv, norm, theta, gain.squeeze(1), every)
 
     def _fit_outputs(self, index: int, conv: nn.Conv2d, norm: nn.BatchNorm2d, target: States) -> None:
         """Refit what the layer adds to the stream by one map of it, folded into the convolution (ReplaceMe)."""
@@ -94,29 +118,40 @@ def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride).transpose(1, 2)
 
 
+def _gain(norm: nn.BatchNorm2d) -> Tensor:
+    """What a batch norm multiplies each channel by in evaluation."""
+    return norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+
+
 def _theta(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """A convolution and the batch norm behind it as a map of patches, (in + 1, out) float64."""
-    gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    bias = 0 if conv.bias is None else conv.bias.double()
-    constant = norm.bias.double() + gain * (bias - norm.running_mean.double())
-    return torch.cat([conv.weight.double().flatten(1).T * gain, constant.unsqueeze(0)])
+    theta, gain = theta_of(conv), _gain(norm)
+    constant = norm.bias.double() + gain * (theta[-1] - norm.running_mean.double())
+    return torch.cat([theta[:-1] * gain, constant.unsqueeze(0)])
 
 
 def _store(conv: nn.Conv2d, norm: nn.BatchNorm2d, theta: Tensor, every: Moments) -> None:
     """Write a map of patches to a convolution and the batch norm behind it.
 
-    The weight keeps its size, by which its steps in training are scaled, and the norm has the statistics of what the
-    convolution gives for the patches that `every` was taken of, so that training and evaluation agree.
+    The weight keeps its size, by which its steps in training are scaled.
     """
     weight, old = theta[:-1].T, conv.weight.double().flatten(1)
-    scale = weight.norm() / old.norm().clamp_min(1e-30)
-    weight = weight / scale.clamp_min(1e-30)
-    mean = every.xx[-1, :-1] / every.rows
+    scale = (weight.norm() / old.norm().clamp_min(1e-30)).clamp_min(1e-30)
+    _set_norm(conv, norm, theta, scale.expand(len(weight)), every)
+    conv.weight.copy_(as_stored(conv, weight / scale))
+
+
+def _set_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, theta: Tensor, gain: Tensor, every: Moments) -> None:
+    """Let a batch norm make `theta` of a convolution whose weight is that of theta divided by `gain` (out).
+
+    It has the statistics of what the convolution gives for the patches that `every` was taken of, so that training and
+    evaluation agree.
+    """
+    weight = theta[:-1].T / gain.unsqueeze(1)
     variance = (weight @ every.centred()[0] * weight).sum(1) / every.rows
-    centre = weight @ mean
+    centre = weight @ (every.xx[-1, :-1] / every.rows)
     bias = 0 if conv.bias is None else conv.bias.double()
-    norm.weight.copy_(scale * (variance + norm.eps).sqrt())
-    norm.bias.copy_(theta[-1] + scale * centre)
+    norm.weight.copy_(gain * (variance + norm.eps).sqrt())
+    norm.bias.copy_(theta[-1] + gain * centre)
     norm.running_mean.copy_(centre + bias)
     norm.running_var.copy_(variance)
-    conv.weight.copy_(weight.reshape(conv.weight.shape))

@@ -168,10 +168,10 @@ def relaxed_maps(layer: nn.Module, adapter: LayerAdapter, tie: Tie) -> dict[str,
         module = layer.get_submodule(at)
         # a head that builds its body by AutoModel, as those of Llama do, gets one that is reshaped already
         if not isinstance(module, Relaxed) and any(is_shared(tensor) for tensor in module.parameters()):
-            if not can_relax(module):
+            if not can_relax(module, tie.mode):
                 raise UnsupportedModelError(
-                    f"{at} is a {type(module).__name__}, and only nn.Linear and Conv1D can have a residual or a "
-                    "basis: share this block with rank 0."
+                    f"{at} is a {type(module).__name__}, and only nn.Linear and Conv1D can have a residual or a basis, "
+                    "and an nn.Conv2d of one group a residual: share this block with rank 0."
                 )
             outs, ins = out_in(module, module.weight).shape
             full = min(ins, outs * len(tie.slots) if tie.mode == "basis" else outs)

@@ -1,7 +1,8 @@
 """Linear maps that share weights with other depths and keep parameters of their own beside them.
 
-They stand where the `nn.Linear` or `Conv1D` of a shared block was, take and give the same shapes, and know the weight
-of the stock module that computes the same. Their own parameters are (out, in) whatever the stock module stores.
+They stand where the `nn.Linear`, `Conv1D` or `nn.Conv2d` of a shared block was, take and give the same shapes, and know
+the weight of the stock module that computes the same. Their own parameters are (out, in) whatever the stock module
+stores; a convolution is a map of patches, whose inputs are channels x height x width of its kernel.
 """
 
 from __future__ import annotations
@@ -15,15 +16,27 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.pytorch_utils import Conv1D
 
-Linear = nn.Linear | Conv1D
+Linear = nn.Linear | Conv1D | nn.Conv2d
 
 # what each depth keeps to itself, although these are matrices
 PER_DEPTH = frozenset({"residual_in", "residual_out", "coefficients"})
 
 
 def out_in(module: nn.Module, weight: Tensor) -> Tensor:
-    """The weight of `module`, seen as (out, in), and back: a `Conv1D`, and what stands for one, has (in, out)."""
+    """The weight of `module`, seen as (out, in).
+
+    A `Conv1D`, and what stands for one, has (in, out); the kernel of a convolution has more dimensions.
+    """
+    if isinstance(module, nn.Conv2d):
+        return weight.flatten(1)
     return weight.T if isinstance(module, Conv1D) or getattr(module, "transposed", False) else weight
+
+
+def as_stored(module: nn.Module, weight: Tensor) -> Tensor:
+    """A weight (out, in) as `module` stores it: what `out_in` is the way back from."""
+    if isinstance(module, nn.Conv2d):
+        return weight.unflatten(1, module.weight.shape[1:])
+    return out_in(module, weight)
 
 
 class Relaxed(nn.Module, ABC):
@@ -56,7 +69,7 @@ class _Residual(Relaxed):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        return self.weight.double() + out_in(self, self.residual_out.double() @ self.residual_in.double())
+        return self.weight.double() + as_stored(self, self.residual_out.double() @ self.residual_in.double())
 
     def reset(self) -> None:
         # as LoRA: nothing is added at first, and the gradient of B is not zero
@@ -85,6 +98,28 @@ class ResidualConv1D(_Residual, Conv1D):
         self._take(stock, rank)
 
 
+class ResidualConv2d(_Residual, nn.Conv2d):
+    """An `nn.Conv2d` of one group with a residual: a kernel that gives `rank` channels, and one of size 1 behind it."""
+
+    def __init__(self, stock: nn.Conv2d, rank: int) -> None:
+        super().__init__(
+            stock.in_channels,
+            stock.out_channels,
+            stock.kernel_size,
+            stock.stride,
+            stock.padding,
+            stock.dilation,
+            bias=stock.bias is not None,
+            padding_mode=stock.padding_mode,
+            device="meta",
+        )
+        self._take(stock, rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self._conv_forward(x, as_stored(self, self.residual_in), None)
+        return nn.Conv2d.forward(self, x) + F.conv2d(own, self.residual_out[:, :, None, None])
+
+
 class BasisLinear(Relaxed):
     """x -> x (C B)^T + b: `basis` is B (rank, in), which is shared, `coefficients` C (out, rank) (Wang et al. 2024)."""
 
@@ -103,14 +138,14 @@ class BasisLinear(Relaxed):
 
         Models look at the weights of their maps for a data type, and GPT-2 where it initialises them.
         """
-        return out_in(self, self.coefficients @ self.basis)
+        return as_stored(self, self.coefficients @ self.basis)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.basis), self.coefficients, self.bias)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        return out_in(self, self.coefficients.double() @ self.basis.double())
+        return as_stored(self, self.coefficients.double() @ self.basis.double())
 
     def reset(self) -> None:
         # so that the product has the variance that nn.Linear gives its weights, 1 / (3 in)
@@ -122,11 +157,17 @@ class BasisLinear(Relaxed):
         return f"BasisLinear({self.in_features}, {self.out_features}, rank={rank}, bias={self.bias is not None})"
 
 
-_RESIDUAL: dict[type[nn.Module], type[_Residual]] = {nn.Linear: ResidualLinear, Conv1D: ResidualConv1D}
+_RESIDUAL: dict[type[nn.Module], type[_Residual]] = {
+    nn.Linear: ResidualLinear,
+    Conv1D: ResidualConv1D,
+    nn.Conv2d: ResidualConv2d,
+}
 
 
-def can_relax(module: nn.Module) -> bool:
+def can_relax(module: nn.Module, mode: Literal["share", "basis"]) -> bool:
     """Whether `relax` knows what `module` computes: a subclass may compute something else."""
+    if isinstance(module, nn.Conv2d) and (mode == "basis" or module.groups > 1):
+        return False
     return type(module) in _RESIDUAL
 
 

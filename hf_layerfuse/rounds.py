@@ -16,7 +16,7 @@ from .adapters import adapter_for
 from .grouping import groups_of
 from .heal import heal
 from .layermap import fused_parameters, layer_map, mixed_weights
-from .methods.fusion import are_unlike, plan_fusion
+from .methods.fusion import plan_fusion
 from .modeling import expand, load_checkpoint
 from .output import MARK, new_directory, unfinished
 from .plan import Plan
@@ -25,6 +25,7 @@ from .recipe import TARGETS, FusionRecipe, Recipe
 from .rundata import RunData, say
 from .schedule import compose, keeps_of, shares_of, steps_of
 from .search import search
+from .sizes import are_unlike
 from .tasks import TASKS
 from .verify import warn_if_useless
 
@@ -49,16 +50,17 @@ def fuse_and_heal(
         if steps > 0:
             say(f"healing for {steps} steps; where it is interrupted, the same command goes on")
             healing = dataclasses.replace(recipe.heal, steps=steps)
+            seed = recipe.seed + number - 1  # no round reads what the one before it has read, as long as there is more
             report = heal(
                 fused,
-                inputs.train_loader(original),
+                inputs.train_loader(original, seed),
                 healing,
                 teacher=original,
                 matches=layer_map(fused, original, plan),
                 frozen=fused_parameters(fused, plan) if healing.freeze_fused else (),
                 mixed=mixed_weights(fused, source, step, inputs.calibration()) if healing.mix else None,
                 validation_batches=inputs.validation_batches(),
-                seed=recipe.seed + number - 1,
+                seed=seed,
                 checkpoints=unfinished(work / f"heal-{number}", identity_of(healing)),
             )
             reports.append({**goal, **dataclasses.asdict(report)})

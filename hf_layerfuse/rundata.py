@@ -52,7 +52,8 @@ class RunData:
             self.train, self.processor, recipe.data, recipe.task, batch_size=size, seed=recipe.seed
         )
 
-    def train_loader(self, teacher: PreTrainedModel) -> Any:
+    def train_loader(self, teacher: PreTrainedModel, seed: int) -> Any:
+        """Batches to train on, in an order that depends on the seed; with the teacher's answers, if they are kept."""
         recipe, rows, top_k = self.recipe, self.train, self.recipe.heal.teacher_top_k
         if top_k is not None:
             top_k = min(top_k, teacher.config.vocab_size if recipe.task == "causal-lm" else teacher.config.num_labels)
@@ -60,7 +61,7 @@ class RunData:
             settings = {"temperature": recipe.heal.temperature, "batch_size": recipe.evaluate.batch_size}
             with process_state().main_process_first():
                 rows = with_teacher(rows, teacher, collate, top_k=top_k, **settings)
-        options = {"seed": recipe.seed, "task": recipe.task, "augment": recipe.data.augment, "top_k": top_k}
+        options = {"seed": seed, "task": recipe.task, "augment": recipe.data.augment, "top_k": top_k}
         return loader(rows, self.processor, recipe.heal.batch_size, shuffle=True, **options)
 
     def validation_batches(self) -> Any:

@@ -25,7 +25,7 @@ from hf_layerfuse.adapters import linear_maps
 from hf_layerfuse.calibration import observe
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
-from hf_layerfuse.methods.fusion import planned_size
+from hf_layerfuse.sizes import planned_size
 
 TEXT = sorted(TINY.keys() - {"vit", "deit"})
 MEASURES = (*ON_WEIGHTS, *ON_ACTIVATIONS)
@@ -114,6 +114,32 @@ def test_ratio_gives_the_nearest_count(ratio, mode):
     if mode == "depth":
         before, after = (sum(p.numel() for p in m.h.parameters()) for m in (model, fused))
         assert 1 - after / before == pytest.approx(1 - keep / LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("mode", "rank", "blocks", "ratios"),
+    [
+        ("share", 1, "layer", (0.2, 0.4, 0.6)),
+        ("share", 4, "mlp", (0.2, 0.3)),
+        ("share", 2, "separate", (0.5,)),
+        ("basis", 8, "layer", (0.3, 0.5)),
+    ],
+)
+def test_ratio_counts_what_each_depth_keeps(mode, rank, blocks, ratios):
+    """Residuals and coefficients are not removed, so that with them fewer blocks stay for the same ratio."""
+    model = base_model("gpt2")
+    kinds = ("attn", "mlp") if blocks != "mlp" else ("mlp",)
+
+    def size(of):  # norms and biases stay with each depth
+        matrices = {p for name, p in of.h.named_parameters() if p.ndim > 1 and any(kind in name for kind in kinds)}
+        return sum(p.numel() for p in matrices)
+
+    for ratio in ratios:
+        recipe = FusionRecipe(ratio=ratio, mode=mode, rank=rank, blocks=blocks)
+        fused = apply(model, plan_fusion(model, recipe))
+        assert 1 - size(fused) / size(model) == pytest.approx(ratio, abs=0.6 / LAYERS)
+    with pytest.raises(RecipeError, match=r"ratio=0\.99 is out of reach .* and rank="):
+        plan_fusion(model, FusionRecipe(ratio=0.99, mode=mode, rank=rank, blocks=blocks))
 
 
 @pytest.mark.parametrize(

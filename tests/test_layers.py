@@ -24,7 +24,7 @@ RANKS = (
     ("verify", "search"),
     ("modeling", "refit"),
     ("methods", "align"),
-    ("convfit", "distances", "grouping", "select"),
+    ("convfit", "distances", "grouping", "select", "sizes"),
     ("repair",),
     ("walk",),
     ("taps",),
@@ -34,7 +34,7 @@ RANKS = (
     ("adapters", "recipe"),
     ("math", "plan", "prediction", "collate"),
     ("lora",),
-    ("errors", "mixture", "modes", "processes", "sampling", "sharding", "states", "tasks"),
+    ("errors", "fingerprint", "mixture", "modes", "processes", "sampling", "sharding", "states", "tasks"),
 )
 RANK = {name: rank for rank, row in enumerate(RANKS) for name in row}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -59,15 +58,14 @@ def partition(inside: np.ndarray, groups: int) -> Groups | None:
     return runs
 
 
-def partition_within(inside: np.ndarray, sizes: Sequence[int], most: float) -> Groups | None:
+def partition_within(inside: np.ndarray, sizes: np.ndarray, most: float) -> Groups | None:
     """The partition of 0 .. n-1 into runs of least total cost whose runs take no more than `most` together.
 
-    Exact: of all ways to end a run at one place, those are kept that no other one undercuts in both cost and size. A
-    run takes what its first member does, since it is one block in the end.
+    Exact: of all ways to end a run at one place, those are kept that no other one undercuts in both cost and size.
 
     Args:
         inside: (n + 1, n + 1), the cost of the run i .. j-1 at [i, j]; infinite where it is not allowed.
-        sizes: of each member.
+        sizes: (n + 1, n + 1), what the run i .. j-1 takes at [i, j].
         most: what all runs may take.
 
     Returns:
@@ -76,11 +74,11 @@ def partition_within(inside: np.ndarray, sizes: Sequence[int], most: float) -> G
     fronts: list[list[tuple[int, float, Groups]]] = [[(0, 0.0, [])]]
     for end in range(1, len(inside)):
         options = [
-            (size + sizes[start], cost + inside[start, end], [*runs, tuple(range(start, end))])
+            (size + sizes[start, end], cost + inside[start, end], [*runs, tuple(range(start, end))])
             for start, front in enumerate(fronts)
             if np.isfinite(inside[start, end])
             for size, cost, runs in front
-            if size + sizes[start] <= most
+            if size + sizes[start, end] <= most
         ]
         fronts.append([])
         for option in sorted(options, key=lambda option: option[:2]):

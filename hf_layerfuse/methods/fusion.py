@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -17,12 +17,14 @@ from transformers import PreTrainedModel
 from ..adapters import adapter_for
 from ..calibration import Batches, Sample
 from ..distances import block_distances
-from ..edits import check_model, is_shared, reshape, shapes_of, target_config, tied_weights, untied_state
+from ..edits import check_model, shapes_of
 from ..errors import RecipeError
+from ..grouping import even
 from ..math import cluster
 from ..modes import eval_mode
 from ..plan import Align, Fuse, Kind, Plan
 from ..recipe import FusionRecipe
+from ..sizes import are_unlike, planned_size, removed_by_even_runs, sizes_of_runs
 from ..walk import Walk
 
 _CLUSTERS = {
@@ -106,11 +108,6 @@ def kinds_of(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[Kind, ...]:
     return kinds if recipe.blocks == "separate" else (recipe.blocks,)
 
 
-def are_unlike(model: PreTrainedModel) -> bool:
-    """Whether layers differ in shape, so that a number of them says little about how large they are."""
-    return len({shapes_of(layer) for layer in adapter_for(model).layer_list(model)}) > 1
-
-
 def divider(model: PreTrainedModel, recipe: FusionRecipe) -> Callable[[np.ndarray, int], cluster.Groups]:
     """What divides layers into runs, by the costs of runs and the number of runs, so that the target is met.
 
@@ -121,13 +118,13 @@ def divider(model: PreTrainedModel, recipe: FusionRecipe) -> Callable[[np.ndarra
     """
     layers = adapter_for(model).layer_list(model)
     unlike = are_unlike(model)
+    if unlike and recipe.ratio is not None:
+        whole = sum(parameter.numel() for parameter in layers.parameters())
+        sizes, kept = sizes_of_runs(model, recipe)
 
     def divide(cost: np.ndarray, count: int) -> cluster.Groups:
         if unlike and recipe.ratio is not None:
-            free, large = ([_size(layer, shared) for layer in layers] for shared in (False, True))
-            kept = 0 if recipe.mode == "depth" else sum(free)
-            sizes = [a + b for a, b in zip(free, large, strict=True)] if recipe.mode == "depth" else large
-            found = cluster.partition_within(cost, sizes, (1 - recipe.ratio) * sum(free + large) - kept)
+            found = cluster.partition_within(cost, sizes, (1 - recipe.ratio) * whole - kept)
             if found is None:
                 raise RecipeError(f"ratio={recipe.ratio} is out of reach: only layers of one shape become one.")
             return found
@@ -147,11 +144,6 @@ def divider(model: PreTrainedModel, recipe: FusionRecipe) -> Callable[[np.ndarra
 def _rounded(value: float) -> float | None:
     """Six digits for the notes; None between layers that can never be one."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def _size(layer: torch.nn.Module, shared: bool) -> int:
-    """Parameters of a layer that can be shared, or those that each depth keeps for itself."""
-    return sum(parameter.numel() for parameter in layer.parameters() if is_shared(parameter) == shared)
 
 
 def _finite(distance: Tensor) -> Tensor:
@@ -253,12 +245,13 @@ def _keeps(model: PreTrainedModel, recipe: FusionRecipe, depth: int) -> Sequence
     if recipe.ratio is not None and are_unlike(model):
         return range(depth - 1, 0, -1)
     if recipe.ratio is not None:
-        # layers of one size, so the nearest ratio is the nearest count
-        keep = round(depth * (1 - recipe.ratio))
-        if not 1 <= keep < depth:
+        removed = {keep: removed_by_even_runs(model, recipe, even(depth, keep)) for keep in range(1, depth)}
+        keep = min(removed, key=lambda keep: abs(removed[keep] - recipe.ratio))
+        if not abs(removed[keep] - recipe.ratio) <= 0.5 / depth:
             raise RecipeError(
-                f"ratio={recipe.ratio} is out of reach with {depth} {recipe.blocks} blocks: whole blocks allow "
-                f"{1 / depth:.3f} to {1 - 1 / depth:.3f}."
+                f"ratio={recipe.ratio} is out of reach with {depth} {recipe.blocks} blocks"
+                f"{f' and rank={recipe.rank}' if recipe.rank else ''}: whole blocks allow {min(removed.values()):.3f} "
+                f"to {max(removed.values()):.3f}."
             )
         return [keep]
 
@@ -303,26 +296,3 @@ def fits(model: PreTrainedModel, recipe: FusionRecipe, plan: Plan) -> bool:
         total, blocks = (sum(p.numel() for p in part.parameters()) for part in (model, layers))
         return planned_size(model, plan)["parameters"] <= total - recipe.ratio * blocks
     return all(planned_size(model, plan)[unit] <= most for _, unit, most in _limits(recipe))
-
-
-def planned_size(model: PreTrainedModel, plan: Plan) -> dict[str, int]:
-    """The size of what `apply(model, plan)` gives, from shapes alone.
-
-    Returns:
-        `parameters`, shared ones counted once; `bytes` of weights and buffers on disk, without the header of the file.
-    """
-    adapter = adapter_for(model)
-    # how weights become one changes no shape, and 'freeze' is possible for all layers, also for those of several types
-    frozen = [replace(edit, operator="freeze", weights=None) if isinstance(edit, Fuse) else edit for edit in plan.edits]
-    layout = replace(plan, edits=frozen).layout()
-    with torch.device("meta"):
-        result = type(model)(target_config(model.config, adapter, layout))
-        reshape(result, adapter, layout)
-    copies = tied_weights(result, adapter, layout)
-    stored = [tensor for name, tensor in untied_state(result).items() if name not in copies]
-    return {
-        "parameters": sum(tensor.numel() for tensor in stored if isinstance(tensor, torch.nn.Parameter)),
-        "bytes": sum(
-            tensor.numel() * (model.dtype if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in stored
-        ),
-    }
