@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
@@ -64,9 +65,18 @@ class Checkpoints:
         self.directory, self.accelerator = Path(directory), accelerator
         run = json.loads(json.dumps(run))
         if accelerator.is_main_process:
-            self._claim(run)
+            try:
+                self._claim(run)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.directory} cannot hold checkpoints: {error}. Make room, or give another folder."
+                ) from error
         accelerator.wait_for_everyone()
-        accelerator.register_save_state_pre_hook(_without_copies)
+        self._hook = accelerator.register_save_state_pre_hook(_without_copies)
+
+    def close(self) -> None:
+        """Leave the accelerator as it was."""
+        self._hook.remove()
 
     def _claim(self, run: dict[str, Any]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -80,7 +90,7 @@ class Checkpoints:
                     f"{self.directory} has checkpoints of another run: {what[:600]}. Give the same settings to go on "
                     "with it, or another folder, or delete this one, to start afresh."
                 )
-        elif any(self.directory.iterdir()):
+        elif any(file.suffix != ".tmp" for file in self.directory.iterdir()):  # that of a write that was cut short
             raise CheckpointError(f"{self.directory} is not empty and holds no checkpoints: give another folder.")
         else:
             _write(path, run)
@@ -109,10 +119,14 @@ class Checkpoints:
             tree = _read(path / "progress.json")
             self.accelerator.load_state(str(path))
             progress = Progress(**tree)
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # what damaged files raise is of a dozen kinds
+            others = [self._path(other).name for other in self._steps() if other != step]
+            instead = f"it to go on from {others[-1]}, or " if others else ""
+            what = f"{type(error).__name__}: {str(error)[:300]}"
             raise CheckpointError(
-                f"the checkpoint {path} cannot be read: {str(error)[:300]}. Delete it to go on from the one before, or "
-                "the whole folder to start afresh."
+                f"the checkpoint {path} cannot be read: {what}. Delete {instead}the whole folder to start afresh."
             ) from error
         for name in ("train_loss", "validation_loss"):
             setattr(progress, name, [tuple(row) for row in getattr(progress, name)])

@@ -12,12 +12,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import is_initialized
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    TorchDynamoPlugin,
+    broadcast_object_list,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from .errors import LayerFuseError, RecipeError
+from .fingerprint import fingerprint
 from .loop import Loop
 from .lora import low_rank
 from .mixture import Mixture
@@ -36,7 +42,8 @@ class HealReport:
     Attributes:
         steps: optimiser steps taken, fewer than asked for where `patience` ended the training.
         best_step: the step whose weights the student has now: that of the least validation loss, else the last.
-        train_loss: (step, loss) of every step, before its update, averaged over processes and accumulated batches.
+        train_loss: (step, loss) of every step, before its update, averaged over the targets of all processes and
+            accumulated batches.
         validation_loss: (step, loss) before the first step, every `eval_every` steps and at the end.
         seconds: wall-clock time, validation included; of all sittings, where it was interrupted.
         mixed_precision: `no`, `bf16` or `fp16`, as resolved.
@@ -77,7 +84,8 @@ def heal(
     `attention_weight` add the relative squared errors of inner states, over unmasked tokens.
 
     Under `accelerate launch` each process reads its share of the batches, so a step sees batch x processes x
-    accumulation rows.
+    accumulation rows. Each target counts alike in a step, whichever of these batches it is in: for texts of different
+    lengths, too, several processes or accumulated batches are one large batch.
 
     With `checkpoints`, the state is written at every validation, and a call with the same arguments goes on from
     there: on one CPU process, a run that was killed at any moment and started again ends with the same weights, to the
@@ -96,8 +104,8 @@ def heal(
         validation_batches: batches (the same ones every time) whose loss is reported, and decides which weights are
             kept: cross-entropy, or distillation where there are no labels.
         seed: of the order of batches, and of dropout, different in each process and step.
-        accelerator: one that is set up already; its mixed precision and trackers hold then. Its accumulation and the
-            seed of its samplers are set here.
+        accelerator: one that is set up already; its mixed precision, compilation and trackers hold then. Its
+            accumulation and the seed of its samplers are set here.
         checkpoints: folder for the state of this run, kept at the end; by default a temporary one, which keeps the best
             weights.
 
@@ -107,7 +115,7 @@ def heal(
             FSDP or DeepSpeed.
         DataError: there are no batches, or no loss can be taken from them.
         CheckpointError: `checkpoints` are those of another run, or damaged.
-        TrainingError: the loss is not finite, or explodes; the checkpoint before that is kept.
+        TrainingError: a loss or a gradient is not finite, or the loss explodes; the checkpoint before that is kept.
         LayerFuseError: the student is in float16, its outputs do not fit the teacher's, or a checkpoint cannot be
             written; the one before it is kept.
     """
@@ -121,11 +129,19 @@ def heal(
             f"heal.mix trains the weights that the student's are drawn from, and {accelerator.distributed_type.value} "
             "trains the student's alone: launch with recipes/accelerate/multi-gpu.yaml, or set heal.mix to false."
         )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # clips by itself, by what its own file says
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        if settings.get("gradient_clipping", "auto") == "auto":
+            settings["gradient_clipping"] = recipe.max_grad_norm
     accelerator.gradient_accumulation_steps, accelerator.step = recipe.gradient_accumulation_steps, 0
     # A step always averages the same number of batches, also where an epoch ends in the middle of it.
     accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
     accelerator.dataloader_config.use_seedable_sampler, accelerator.dataloader_config.data_seed = True, seed
+    # each process reads what is streamed by itself: one that reads for all cannot pad their batches alike
+    accelerator.dataloader_config.dispatch_batches = False
+    run = {} if checkpoints is None else _identity(student, train_batches, recipe, frozen, seed, accelerator)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_released(accelerator))
         stack.enter_context(low_rank(student, recipe.lora_rank))
         stack.enter_context(_training(student, recipe, teacher, frozen))
         folder = checkpoints
@@ -136,10 +152,11 @@ def heal(
             stack.callback(mixture.settle)  # also where an error ends the training in the middle of a step
         loop = Loop(student, train_batches, recipe, teacher, matches, mixture, validation_batches, seed, accelerator)
         if folder is not None:
-            loop.resume(Path(folder))
+            loop.resume(Path(folder), run)
+            stack.callback(loop.checkpoints.close)
         if own and recipe.log_with:
             accelerator.init_trackers("hf_layerfuse", config=dataclasses.asdict(recipe))
-            stack.callback(accelerator.end_training)
+            stack.callback(_finish_trackers, accelerator)
         progress = loop.run()
     return HealReport(
         steps=progress.step,
@@ -151,6 +168,48 @@ def heal(
         num_processes=accelerator.num_processes,
         distributed_type=accelerator.distributed_type.value,
     )
+
+
+def _identity(
+    student: PreTrainedModel,
+    train_batches: DataLoader,
+    recipe: HealRecipe,
+    frozen: Collection[str],
+    seed: int,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """What makes a training what it is: checkpoints of another one are not gone on with."""
+    if not accelerator.is_main_process:  # which alone compares
+        return {}
+    run = {f"heal.{name}": value for name, value in dataclasses.asdict(recipe).items()}
+    run |= {f"config.{name}": value for name, value in student.config.to_dict().items()}
+    size = len(train_batches) if hasattr(train_batches.dataset, "__len__") else None
+    return run | {
+        "seed": seed,
+        "number of processes": accelerator.num_processes,
+        "weights at the start": fingerprint(student),
+        "frozen parameters": sorted(frozen),
+        "batches of an epoch": size,
+        "batch size": train_batches.batch_size,
+    }
+
+
+@contextlib.contextmanager
+def _released(accelerator: Accelerator) -> Iterator[None]:
+    """Let an accelerator forget what was prepared inside the block: it would be part of all later checkpoints."""
+    lists = [getattr(accelerator, f"_{kind}") for kind in ("models", "optimizers", "schedulers", "dataloaders")]
+    before = [len(prepared) for prepared in lists]
+    try:
+        yield
+    finally:
+        for prepared, count in zip(lists, before, strict=True):
+            del prepared[count:]
+
+
+def _finish_trackers(accelerator: Accelerator) -> None:
+    """`Accelerator.end_training` would also part the processes, which have more to do together."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 @contextlib.contextmanager
@@ -242,12 +301,13 @@ def _accelerator(student: PreTrainedModel, recipe: HealRecipe) -> Accelerator:
                 f"are: {', '.join(known) or 'none'}. Install it, or leave heal.log_with out."
             )
         options |= {"log_with": recipe.log_with, "project_dir": recipe.log_dir}
-    if recipe.compile:
-        options["dynamo_backend"] = "inductor"
     try:
-        return Accelerator(mixed_precision=_mixed_precision(recipe), kwargs_handlers=handlers, **options)
+        accelerator = Accelerator(mixed_precision=_mixed_precision(recipe), kwargs_handlers=handlers, **options)
     except ValueError as error:
         raise RecipeError(f"heal.mixed_precision={recipe.mixed_precision!r} cannot be had here: {error}") from error
+    # all accelerators of a process share one state, and what the first one was told holds for those that follow
+    accelerator.state.dynamo_plugin = TorchDynamoPlugin(**({"backend": "inductor"} if recipe.compile else {}))
+    return accelerator
 
 
 def _mixed_precision(recipe: HealRecipe) -> str | None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
@@ -68,11 +69,8 @@ class Loop:
         self.objective = Objective(recipe, student, teacher, matches)
         self.progress, self.checkpoints = Progress(), None
 
-    def resume(self, folder: Path) -> None:
-        """Keep checkpoints in a folder, and go on from what is there."""
-        run = {f"heal.{name}": value for name, value in dataclasses.asdict(self.recipe).items()}
-        run |= {f"config.{name}": value for name, value in self.student.config.to_dict().items()}
-        run |= {"seed": self.seed, "number of processes": self.accelerator.num_processes}
+    def resume(self, folder: Path, run: Mapping[str, Any]) -> None:
+        """Keep checkpoints of a run in a folder, and go on from what is there; see `Checkpoints`."""
         self.checkpoints = Checkpoints(folder, self.accelerator, run)
         self.progress = self.checkpoints.resume()
 
@@ -81,16 +79,18 @@ class Loop:
         recipe, progress = self.recipe, self.progress
         start = time.perf_counter() - progress.seconds
         batches = self._batches()
+        self.optimizer.zero_grad()  # an earlier training that was interrupted may have left gradients
         hidden = None if self.accelerator.is_main_process else True
         with tqdm(total=recipe.steps, initial=progress.step, desc="Healing", unit="step", disable=hidden) as bar:
             if progress.step == 0 and not progress.validation_loss:
                 self._evaluate()
             while progress.step < recipe.steps and not self._stalled():
+                rate = self.optimizer.param_groups[0]["lr"]
                 loss = self._step(batches)
                 progress.step += 1
                 progress.train_loss.append((progress.step, loss))
                 progress.seconds = time.perf_counter() - start
-                self.accelerator.log({"train/loss": loss, "train/lr": self._rate()}, step=progress.step)
+                self.accelerator.log({"train/loss": loss, "train/lr": rate}, step=progress.step)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.4f}")
                 if progress.step % recipe.eval_every == 0 or progress.step == recipe.steps:
@@ -118,51 +118,67 @@ class Loop:
             progress.epoch, progress.batch = progress.epoch + 1, 0
 
     def _step(self, batches: Iterator[Batch]) -> float:
-        """Take one optimiser step and return the loss before it, averaged over batches and processes."""
+        """Take one optimiser step and return the loss before it, averaged over the targets of all processes."""
         accelerator, recipe = self.accelerator, self.recipe
+        parts = [next(batches) for _ in range(recipe.gradient_accumulation_steps)]
+        shares = self._shares(parts)
         self.model.train()
         if self.mixture is not None:
             set_seed(self.seed + self.progress.step)  # the same weights in all processes
             self.mixture.draw()
         total = torch.zeros((), device=accelerator.device)
-        for part in range(recipe.gradient_accumulation_steps):
-            batch = next(batches)
+        for place, (batch, share) in enumerate(zip(parts, shares, strict=True)):
             # after the loader has drawn what it wants: then it does not matter where a run was interrupted
-            done = self.progress.step * recipe.gradient_accumulation_steps + part
+            done = self.progress.step * recipe.gradient_accumulation_steps + place
             set_seed(self.seed + done * accelerator.num_processes + accelerator.process_index)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
-                    loss = self.objective.train(self.model, batch)
+                    loss = self.objective.train(self.model, batch) * share
                 total += loss.detach() / recipe.gradient_accumulation_steps
                 accelerator.backward(loss)
         mean = accelerator.reduce(total, "mean").item()  # all processes see the same value, so all stop together
-        self._check_loss(mean)
+        first = self.progress.train_loss[0][1] if self.progress.train_loss else mean
+        self._check(mean, "the loss", EXPLOSION * max(first, 1.0))
         parameters = self.model.parameters()
         if self.mixture is not None:
             self.mixture.hand_on()
             parameters = self.trained
-        accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm)
+        if norm is not None and accelerator.scaler is None:  # a scaler leaves out such steps by itself
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            self._check(float(norm), "the norm of the gradients")
+        if not self.objective.reads_outputs:
+            for parameter in self.trained:  # the head, which would do nothing but decay
+                if parameter.grad is not None and not parameter.grad.any():
+                    parameter.grad = None
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         return mean
 
-    def _check_loss(self, loss: float) -> None:
-        recipe, progress = self.recipe, self.progress
-        first = progress.train_loss[0][1] if progress.train_loss else loss
-        if math.isfinite(loss) and loss <= EXPLOSION * max(first, 1.0):
+    def _shares(self, parts: Sequence[Batch]) -> list[float]:
+        """What each batch of a step counts, so that all targets count alike; on average over all processes 1."""
+        accelerator = self.accelerator
+        if len(parts) * accelerator.num_processes == 1:
+            return [1.0]
+        counts = torch.tensor([float(self.objective.count(batch)) for batch in parts], device=accelerator.device)
+        mean = accelerator.reduce(counts, "mean").mean()
+        return (counts / mean.clamp_min(1e-9)).tolist()
+
+    def _check(self, value: float, what: str, most: float = math.inf) -> None:
+        """Raise where a figure of the training is not finite, or more than `most`."""
+        if math.isfinite(value) and value <= most:
             return
+        recipe, progress = self.recipe, self.progress
+        first = f", after a loss of {progress.train_loss[0][1]} at the first" if progress.train_loss else ""
         kept = ""
         if self.checkpoints is not None and progress.validation_loss:
             kept = f" The checkpoint of step {progress.best_step} in {self.checkpoints.directory} is whole."
         raise TrainingError(
-            f"the loss is {loss} at step {progress.step + 1} of {recipe.steps}, after {first} at the first: lower "
+            f"{what} is {value} at step {progress.step + 1} of {recipe.steps}{first}: lower "
             f"heal.learning_rate={recipe.learning_rate}, raise heal.warmup_ratio={recipe.warmup_ratio}, or set "
             f"heal.mixed_precision to 'no'.{kept}"
         )
-
-    def _rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
 
     def _evaluate(self) -> None:
         """Take the validation loss, and write a checkpoint."""
@@ -171,6 +187,7 @@ class Loop:
             self.mixture.settle()
         if self.validation_batches is not None:
             loss = _validate(self.student, self.validation_batches, self.objective, self.accelerator)
+            self._check(loss, "the validation loss")  # before a checkpoint of such weights is written
             progress.validation_loss.append((progress.step, loss))
             self.accelerator.log({"validation/loss": loss}, step=progress.step)
         if self.checkpoints is not None:
@@ -185,15 +202,21 @@ class Loop:
 def _validate(
     student: PreTrainedModel, batches: Iterable[Batch], objective: Objective, accelerator: Accelerator
 ) -> float:
-    """Mean loss over all targets; each process takes its share of the batches, none twice."""
+    """Mean loss over all targets; each process takes its share of the batches.
+
+    All take as many, since sharded models run together: one that has none left runs the last one, which then counts in
+    another process.
+    """
     total = targets = 0.0
     student.eval()
+    turns = iter(batches)
     with torch.no_grad(), accelerator.autocast():
-        for batch in islice(batches, accelerator.process_index, None, accelerator.num_processes):
-            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-            count = objective.count(batch)
-            if count:
-                total += objective.validate(student, batch).item() * count
+        while turn := list(islice(turns, accelerator.num_processes)):
+            place = accelerator.process_index
+            batch = {name: value.to(accelerator.device) for name, value in turn[min(place, len(turn) - 1)].items()}
+            loss, count = objective.validate(student, batch).item(), objective.count(batch)
+            if count and place < len(turn):
+                total += loss * count
                 targets += count
     total, targets = accelerator.reduce(torch.tensor([total, targets], device=accelerator.device), "sum").tolist()
     if not targets:

@@ -15,6 +15,7 @@ from .collate import TEACHER_IDS, TEACHER_LOGPROBS
 from .errors import DataError, LayerFuseError
 from .inputs import predicts_next_token
 from .math.losses import distillation_loss, relative_mse, top_k_loss
+from .prediction import prediction
 from .recipe import HealRecipe
 
 Batch = Mapping[str, Tensor]
@@ -40,6 +41,9 @@ class Objective:
         student: the model, not wrapped by anything.
         teacher: None where no part asks for one.
         matches: what `hidden_weight` and `attention_weight` compare.
+
+    Attributes:
+        reads_outputs: a part of the loss depends on the outputs; otherwise nothing depends on the head.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Objective:
         self.recipe = recipe
         self.causal = predicts_next_token(student)
         self.teacher = teacher if recipe.needs_teacher else None
+        self.reads_outputs = recipe.ce_weight > 0 or recipe.kl_weight > 0
         weights = {"hidden": recipe.hidden_weight, "attention": recipe.attention_weight}
         self.matches = [match for match in matches if weights[match.kind] > 0]
         self._weight = {
@@ -62,6 +67,8 @@ class Objective:
 
     def train(self, model: nn.Module, batch: Batch) -> Tensor:
         answers, batch = _stored(batch)
+        if not self.count(batch):  # no loss can be taken, and all parameters need a gradient all the same
+            return 0.0 * prediction(model(**_without_labels(batch))).float().sum()
         labelled = self.recipe.ce_weight > 0 and "labels" in batch
         if not labelled and self.teacher is None:
             raise DataError(
@@ -71,6 +78,8 @@ class Objective:
         with _outputs_of(self._ours) as ours:
             outputs = model(**(batch if labelled else _without_labels(batch)))
         losses = []
+        if not self.reads_outputs:  # data parallelism wants a gradient of all that a model gives
+            losses.append(0.0 * prediction(outputs).float().sum())
         if labelled:
             losses.append(self.recipe.ce_weight * outputs.loss)
         if self.teacher is not None and answers and self.recipe.kl_weight > 0:

@@ -34,7 +34,9 @@ def one_unit_for_shared(model: PreTrainedModel, plugin: Any) -> Iterator[None]:
 
 def shares_layers(model: PreTrainedModel) -> bool:
     """Whether a parameter is in several places, other than that of input and output embeddings."""
-    embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    embeddings = set()
+    with contextlib.suppress(NotImplementedError):  # models that read no tokens have none
+        embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     places = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     inner = [place for place in places if place not in embeddings]
     return len(inner) > len(set(inner))

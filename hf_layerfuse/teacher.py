@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
@@ -14,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .collate import TEACHER_IDS, TEACHER_LOGPROBS
+from .fingerprint import fingerprint
 from .modes import eval_mode
 from .prediction import prediction
 
@@ -58,14 +61,21 @@ def with_teacher(
         }
 
     features = {**rows.features, TEACHER_IDS: List(Value("int32")), TEACHER_LOGPROBS: List(Value("float16"))}
-    key = [rows._fingerprint, _digest(teacher), top_k, temperature, batch_size]
+    key = [rows._fingerprint, fingerprint(teacher), top_k, temperature, batch_size]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    file = None
+    if not rows.cache_files:  # rows in memory, such as windows of text, have no folder of their own
+        file = Path(datasets.config.HF_DATASETS_CACHE) / "hf_layerfuse" / f"teacher-{name}.arrow"
+        file.parent.mkdir(parents=True, exist_ok=True)
     with eval_mode(teacher):
         found = rows.map(
             answers,
             batched=True,
             batch_size=batch_size,
             features=Features(features),
-            new_fingerprint=hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32],
+            new_fingerprint=name,
+            cache_file_name=file and str(file),
+            load_from_cache_file=True,
             desc="teacher",
         )
     return found.with_format("numpy", columns=[TEACHER_IDS, TEACHER_LOGPROBS], output_all_columns=True)
@@ -74,9 +84,3 @@ def with_teacher(
 def _unpadded(values: Tensor, lengths: list[int | None]) -> list[np.ndarray]:
     """The numbers of each row, without those of padding."""
     return [row[:length].flatten().cpu().numpy() for row, length in zip(values, lengths, strict=True)]
-
-
-def _digest(model: PreTrainedModel) -> str:
-    """What tells a model from others: its config, and sums over its weights."""
-    sums = [[tensor.double().sum().item(), tensor.double().square().sum().item()] for tensor in model.parameters()]
-    return hashlib.sha256(json.dumps([model.config.to_dict(), sums], default=str).encode()).hexdigest()

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
 from accelerate.state import AcceleratorState, GradientState
 from conftest import LAYERS, tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import (
     CheckpointError,
+    Drop,
     Fuse,
     HealRecipe,
     LayerFuseError,
@@ -299,6 +300,30 @@ def test_another_run_is_refused(tmp_path, change):
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
+def test_another_model_is_refused(tmp_path):
+    """Checkpoints of a model that another plan led to are not taken for those of this one, whose shape is the same."""
+    teacher = tiny_model("gpt2", "GPT2LMHeadModel")
+    for dropped in (1, 4):
+        student = apply(teacher, Plan("gpt2", LAYERS, (Drop("layer", dropped),)))
+        arguments = student, shuffled(), recipe_of(kl_weight=0.0)
+        if dropped == 1:
+            heal(*arguments, checkpoints=tmp_path)
+    with pytest.raises(CheckpointError, match="weights at the start was"):
+        heal(*arguments, checkpoints=tmp_path)
+
+
+def test_other_data_are_refused(tmp_path):
+    healed(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="batches of an epoch was 4 and is 5"):
+        healed(tmp_path / "run", batches=lambda: DataLoader(rows(14), 3, shuffle=True))
+
+
+def test_a_folder_that_was_about_to_be_claimed(tmp_path):
+    """Killed while it wrote down which run it is, the same command starts."""
+    (tmp_path / "run.tmp").write_text('{"heal.st')
+    healed(tmp_path)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     """Nothing is written beside files that are no checkpoints."""
     (tmp_path / "thesis.tex").write_text("\\chapter{One}")
@@ -312,7 +337,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     healed(tmp_path / "run", recipe_of(steps=2))
     path = max((tmp_path / "run").glob("step-*")) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"step-00000002 cannot be read.*Delete it"):
+    with pytest.raises(CheckpointError, match=r"step-00000002 cannot .*: SafetensorError.*Delete the whole folder"):
         healed(tmp_path / "run", recipe_of(steps=2))
 
 
@@ -359,6 +384,56 @@ def test_an_explosion_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path,
     assert_equal(student, healed(None)[0])
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    """The loss before it was fine: without a look at gradients, the weights of the next checkpoint would be lost."""
+    backward, calls = Accelerator.backward, 0
+
+    def spoil(self, loss, **options):
+        nonlocal calls
+        calls += 1
+        backward(self, loss, **options)
+        if calls == 8:
+            self._models[0].transformer.ln_f.bias.grad[0] = float("inf")
+
+    monkeypatch.setattr(Accelerator, "backward", spoil)
+    with pytest.raises(TrainingError, match=r"the norm of the gradients is .* at step 4 of 9.* is whole"):
+        healed(tmp_path / "run")
+    monkeypatch.setattr(Accelerator, "backward", backward)
+    student, _ = healed(tmp_path / "run")
+    assert_equal(student, healed(None)[0])
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    """No checkpoint is written of such weights, and the one before is gone on from."""
+    from hf_layerfuse.objective import Objective
+
+    validate, calls = Objective.validate, 0
+
+    def spoil(self, model, batch):
+        nonlocal calls
+        calls += 1
+        return validate(self, model, batch) * (float("nan") if calls > 8 else 1)
+
+    monkeypatch.setattr(Objective, "validate", spoil)
+    with pytest.raises(TrainingError, match=r"the validation loss is nan .* is whole"):
+        healed(tmp_path / "run")
+    assert max(path.name for path in (tmp_path / "run").glob("step-*")) == "step-00000002"
+    monkeypatch.setattr(Objective, "validate", validate)
+    student, _ = healed(tmp_path / "run")
+    assert_equal(student, healed(None)[0])
+
+
+def test_one_accelerator_for_two_trainings(tmp_path):
+    """The second one's checkpoints are its own: gone on with by another accelerator, they give its weights."""
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    healed(tmp_path / "first", accelerator=accelerator)
+    student, _ = healed(tmp_path / "second", accelerator=accelerator, seed=1)
+    assert not any((accelerator._models, accelerator._optimizers, accelerator._schedulers, accelerator._dataloaders))
+    assert len(list((tmp_path / "second").glob("*/model*"))) == len(list((tmp_path / "second").glob("step-*")))
+    again, _ = healed(tmp_path / "second", seed=1)
+    assert_equal(again, student)
+
+
 def test_recomputed_states_give_the_same_training():
     """Gradient checkpointing changes nothing but memory, inner states being compared or not, and is off afterwards."""
     expected, _ = healed(None)
@@ -391,6 +466,34 @@ def test_a_tracker_sees_losses_and_rates():
     ] == report.train_loss
     assert [(s, v["validation/loss"]) for s, v in Recorder.rows if "validation/loss" in v] == report.validation_loss
     assert all(values["train/lr"] >= 0 for _, values in Recorder.rows if "train/lr" in values)
+
+
+def test_a_tracker_of_the_recipe(monkeypatch, tmp_path):
+    """It is started with the settings, sees the losses, and is finished at the end; the processes are not parted, which
+    have more to do together."""
+    from accelerate.tracking import GeneralTracker
+
+    class Recorder(GeneralTracker):
+        name, requires_logging_directory, tracker, seen = "wandb", False, None, []
+
+        def __init__(self, run_name, **options):
+            super().__init__()
+            self.seen.append(run_name)
+
+        def store_init_configuration(self, values):
+            self.seen.append(values["learning_rate"])
+
+        def log(self, values, step=None, **options):
+            self.seen.append(step)
+
+        def finish(self):
+            self.seen.append("finished")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.WANDB])
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: pytest.fail("it parts the processes"))
+    healed(None, recipe_of(steps=2, hidden_weight=0.5, log_with="wandb", log_dir=str(tmp_path)))
+    assert Recorder.seen == ["hf_layerfuse", 3e-3, 0, 1, 2, 2, "finished"]
 
 
 def test_a_tracker_that_is_not_there_is_refused():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -19,6 +20,7 @@ from hf_layerfuse import AutoFusedModel, Plan, RecipeError, apply, fuse, fused_p
 from hf_layerfuse.cli import main, parse_overrides
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.recipe import load_recipe
+from hf_layerfuse.teacher import with_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 # random models are worse than chance, and say so
@@ -269,6 +271,30 @@ def test_the_teacher_is_asked_once(tmp_path, task):
     ]
     for (_, asked), (_, kept) in zip(*losses, strict=True):
         assert kept == pytest.approx(asked, rel=2e-3)
+
+
+def test_answers_are_kept_for_other_runs(tmp_path, monkeypatch):
+    """Windows of text with a teacher's answers lie in the cache of `datasets`: the same teacher is not asked again for
+    the same windows, another one is."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    windows = {"input_ids": torch.randint(3, 64, (6, 8), generator=torch.Generator().manual_seed(0)).tolist()}
+    asked = []
+
+    def answers(seed):
+        teacher = tiny_model("gpt2", "GPT2LMHeadModel", seed=seed)
+        teacher.register_forward_hook(lambda *_: asked.append(seed))
+
+        def collate(rows):
+            return {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
+
+        settings = {"top_k": 5, "temperature": 1.0, "batch_size": 4}
+        return with_teacher(datasets.Dataset.from_dict(windows), teacher, collate, **settings)
+
+    first, again, other = answers(0), answers(0), answers(1)
+    assert asked == [0, 0, 1, 1]
+    assert [file["filename"].startswith(str(tmp_path)) for file in again.cache_files] == [True]
+    assert (first[0]["teacher_logprobs"] == again[0]["teacher_logprobs"]).all()
+    assert (first[0]["teacher_logprobs"] != other[0]["teacher_logprobs"]).any()
 
 
 @pytest.mark.parametrize("words", [["--fusion.operator", "mix", "--heal.mix", "true"], ["--heal.freeze_fused", "true"]])

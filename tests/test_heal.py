@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -18,9 +19,12 @@ from hf_layerfuse import Fuse, Plan, apply, fused_parameters
 from hf_layerfuse.errors import DataError, LayerFuseError, RecipeError, TrainingError
 from hf_layerfuse.heal import heal
 from hf_layerfuse.math.losses import distillation_loss
+from hf_layerfuse.objective import Match
 from hf_layerfuse.recipe import HealRecipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+heal_module = importlib.import_module("hf_layerfuse.heal")  # the package has a function of that name
 
 
 def _recipe(**values) -> HealRecipe:
@@ -108,6 +112,62 @@ def test_accumulated_batches_are_one_large_batch() -> None:
     assert whole[3] < 0.9 * whole[0]
     assert losses(1, 6) == pytest.approx(whole, rel=1e-3)
     assert losses(3, 4) == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_all_targets_count_alike(size: int) -> None:
+    """Also where batches have different numbers of them, one of which has none: the sum of the losses of all targets,
+    divided by their number, is what the step lowers."""
+    rows = _rows("causal-lm", count=4)
+    for row, kept in zip(rows, (1, 5, 0, 9), strict=True):
+        row["labels"] = row["input_ids"].masked_fill(torch.arange(len(row["input_ids"])) >= kept, -100)
+    recipe = _recipe(steps=2, warmup_ratio=0.0, gradient_accumulation_steps=4 // size)
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    student, teacher, whole = (tiny_model("gpt2", "GPT2LMHeadModel", seed=seed, **no_dropout) for seed in (0, 1, 0))
+    report = heal(student, _loader(rows, size, shuffle=False), recipe, teacher=teacher)
+    one = heal(whole, _loader(rows, 4, shuffle=False), _recipe(steps=2, warmup_ratio=0.0), teacher=teacher)
+    assert [loss for _, loss in report.train_loss] == pytest.approx([loss for _, loss in one.train_loss], rel=1e-5)
+
+
+def test_a_batch_without_targets_changes_nothing() -> None:
+    """No loss can be taken from it, and that is no explosion."""
+    rows = _rows("causal-lm", count=4)
+    for row in rows:
+        row["labels"] = torch.full_like(row["input_ids"], -100)
+    student = tiny_model("gpt2", "GPT2LMHeadModel")
+    before = student.transformer.wte.weight.detach().clone()
+    report = heal(student, _loader(rows), _recipe(steps=1, kl_weight=0.0, weight_decay=0.0))
+    assert report.train_loss == [(1, 0.0)]
+    assert torch.equal(student.transformer.wte.weight, before)
+
+
+def test_a_head_that_nothing_depends_on_stays() -> None:
+    """Where inner states alone are compared, the head learns nothing, and does not decay either."""
+    student, teacher = (tiny_model("bert", "BertForSequenceClassification", seed=seed) for seed in (0, 1))
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    path = "bert.encoder.layer.5"
+    recipe = _recipe(steps=3, ce_weight=0.0, kl_weight=0.0, hidden_weight=1.0, weight_decay=0.1)
+    rows = [{"input_ids": torch.arange(3, 12), "labels": torch.tensor(i % 2)} for i in range(8)]
+    heal(student, _loader(rows), recipe, teacher=teacher, matches=[Match("hidden", path, path)])
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith(("classifier", "bert.pooler")), name
+
+
+def test_gradients_of_before_are_forgotten() -> None:
+    """What an interrupted training left behind is no part of the next one's first step."""
+    students = [tiny_model("gpt2", "GPT2LMHeadModel") for _ in range(2)]
+    for parameter in students[1].parameters():
+        parameter.grad = torch.ones_like(parameter)
+    reports = [heal(student, _loader(_rows("causal-lm")), _recipe(steps=2, kl_weight=0.0)) for student in students]
+    assert reports[0].train_loss == reports[1].train_loss
+
+
+def test_compilation_is_asked_for_each_time() -> None:
+    """Accelerators of one process share their settings; what an earlier training wanted does not hold for the next."""
+    student = tiny_model("gpt2", "GPT2LMHeadModel")
+    for compiled in (False, True, False):
+        accelerator = heal_module._accelerator(student, _recipe(compile=compiled))
+        assert accelerator.state.dynamo_plugin.backend == ("INDUCTOR" if compiled else "NO")
 
 
 def test_learning_rate_warms_up_and_ends_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,15 +355,21 @@ def test_what_cannot_work_is_refused() -> None:
 _ACROSS_PROCESSES = """
 import dataclasses, json, os, sys, torch
 from accelerate import PartialState
+from datasets import IterableDataset
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
 from hf_layerfuse.heal import heal
+from hf_layerfuse.objective import Match
 from hf_layerfuse.recipe import HealRecipe
 
 def run(kind, config, batch_size):
     models = [torch.manual_seed(seed) and kind(config) for seed in (1, 2)]
     ids = torch.randint(3, 64, (24, 10), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": row, **({"labels": row} if kind is GPT2LMHeadModel else {})} for row in ids]
+    for place, row in enumerate(rows if kind is GPT2LMHeadModel else ()):  # the third batch of four has no targets
+        kept = 0 if place // 4 == 2 else place % 10
+        row["labels"] = row["labels"].masked_fill(torch.arange(10) >= kept, -100)
     recipe = HealRecipe(
         steps=6, learning_rate=3e-3, eval_every=3, mixed_precision="no", gradient_accumulation_steps=2, warmup_ratio=0.2
     )
@@ -312,12 +378,38 @@ def run(kind, config, batch_size):
     )
     return dataclasses.asdict(report)
 
+def ragged(rows):
+    names = ("input_ids", "attention_mask")
+    batch = {name: pad_sequence([torch.tensor(row[name]) for row in rows], True) for name in names}
+    return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+
+def streamed(config, batch_size):
+    def rows():
+        for n in range(48):
+            yield {"input_ids": list(range(3, 5 + n % 7)), "attention_mask": [1] * (2 + n % 7), "labels": n % 2}
+    models = [torch.manual_seed(seed) and BertForSequenceClassification(config) for seed in (1, 2)]
+    loader = DataLoader(IterableDataset.from_generator(rows), batch_size, collate_fn=ragged, drop_last=True)
+    return dataclasses.asdict(heal(models[0], loader, HealRecipe(steps=6, mixed_precision="no"), teacher=models[1]))
+
+def hidden(config, batch_size):
+    models = [torch.manual_seed(seed) and GPT2LMHeadModel(config) for seed in (1, 2)]
+    ids = torch.randint(3, 64, (24, 10), generator=torch.Generator().manual_seed(0))
+    recipe = HealRecipe(steps=3, mixed_precision="no", ce_weight=0.0, kl_weight=0.0, hidden_weight=1.0)
+    match = Match("hidden", "transformer.h.0", "transformer.h.0")
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    return dataclasses.asdict(heal(models[0], DataLoader(rows, batch_size), recipe, teacher=models[1], matches=[match]))
+
 def main(batch_size):
     bert = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     bert |= {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0, "vocab_size": 64}
     gpt2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 1}
     gpt2 |= {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}
-    return [run(BertModel, BertConfig(**bert), batch_size), run(GPT2LMHeadModel, GPT2Config(**gpt2), batch_size)]
+    return [
+        run(BertModel, BertConfig(**bert), batch_size),
+        run(GPT2LMHeadModel, GPT2Config(**gpt2), batch_size),
+        streamed(BertConfig(**bert), batch_size),
+        hidden(GPT2Config(**gpt2), batch_size),
+    ]
 
 if __name__ == "__main__":
     reports = main(4)
@@ -329,7 +421,8 @@ if __name__ == "__main__":
 
 
 def test_two_processes_heal_as_one_does(tmp_path: Path) -> None:
-    """Half the batch on each of two processes gives the losses of one, by cross-entropy and by hidden states."""
+    """Half the batch on each of two processes gives the losses of one: by cross-entropy, also where targets are spread
+    unevenly, by hidden states, last or inner, and of texts that are streamed."""
     program, result = tmp_path / "program.py", tmp_path / "reports.json"
     program.write_text(_ACROSS_PROCESSES)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -340,11 +433,13 @@ def test_two_processes_heal_as_one_does(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     here: dict = {"__name__": "here"}
     exec(_ACROSS_PROCESSES, here)
-    for two, one in zip(json.loads(result.read_text()), here["main"](8), strict=True):
+    for place, (two, one) in enumerate(zip(json.loads(result.read_text()), here["main"](8), strict=True)):
         assert two["num_processes"] == 2
+        assert two["distributed_type"] == "MULTI_CPU"
         for history in ("train_loss", "validation_loss"):
             losses, expected = ([loss for _, loss in report[history]] for report in (two, one))
-            assert losses == pytest.approx(expected, rel=1e-4)
+            # errors of inner states are relative to what the batch at hand has
+            assert losses == pytest.approx(expected, rel=5e-2 if place == 3 else 1e-4)
 
 
 def test_distillation_shifts_only_where_the_next_token_is_predicted() -> None:
