@@ -17,7 +17,11 @@ from .recipe import load_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a recipe. Returns 0, 130 after Ctrl-C, or 1 after a `LayerFuseError`, which goes to standard error."""
+    """Run a recipe. Returns 0, 130 after Ctrl-C, or 1 after an error that the user can mend.
+
+    Those are every `LayerFuseError`, and what the operating system refuses, such as to write to a full disk. What it is
+    goes to standard error, from whichever process has met it.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="fuse.py",
@@ -42,14 +46,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = load_recipe(known.recipe, overrides)
         run(recipe, command=shlex.join(["accelerate", "launch", "fuse.py", *arguments]))
     except LayerFuseError as error:
-        if process_state().is_main_process:
-            print(f"fuse.py: {error}", file=sys.stderr)
+        _complain(str(error))
+        return 1
+    except OSError as error:
+        _complain(f"{error}. When that is mended, the same command goes on from where it was.")
         return 1
     except KeyboardInterrupt:
         if process_state().is_main_process:
             print("fuse.py: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
     return 0
+
+
+def _complain(what: str) -> None:
+    state = process_state()
+    which = "" if state.is_main_process else f" (process {state.process_index})"
+    print(f"fuse.py{which}: {what}", file=sys.stderr)
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def calibration_batches(
 def _streamed(rows: IterableDataset, processor: Processor, data: DataRecipe, task: Task) -> IterableDataset:
     """`prepare` of rows that are read while training."""
     columns = columns_of(data, task)
-    rows = rows.select_columns(columns)
+    rows = rows.select_columns(columns).map(_complete)
     if task == "causal-lm":
         arguments = {"tokenizer": processor, "text": data.text_column, "length": data.max_length}
         options = {"batched": True, "batch_size": _LINES_AT_ONCE, "remove_columns": columns}
@@ -167,6 +167,13 @@ def _streamed(rows: IterableDataset, processor: Processor, data: DataRecipe, tas
     if task in ("masked-lm", "image-classification"):
         rows = rows.map(_numbered, with_indices=True)
     return rows.map(_reader(processor, data, task), batched=True, batch_size=_ROWS_AT_ONCE, remove_columns=columns)
+
+
+def _complete(row: dict[str, Any]) -> dict[str, Any]:
+    for column, value in row.items():
+        if value is None:
+            raise DataError(f"a row of train has no value in column {column!r}: fill it in or remove the row.")
+    return row
 
 
 def _numbered(row: dict[str, Any], number: int) -> dict[str, Any]:

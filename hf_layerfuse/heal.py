@@ -30,6 +30,7 @@ from .mixture import Mixture
 from .objective import Batch, Match
 from .processes import process_state
 from .recipe import HealRecipe
+from .sharding import whole_again
 
 _OWN_PARAMETERS = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 """Where the launcher splits the student's parameters, or takes the optimiser's steps, by itself."""
@@ -144,6 +145,7 @@ def heal(
         stack.enter_context(_released(accelerator))
         stack.enter_context(low_rank(student, recipe.lora_rank))
         stack.enter_context(_training(student, recipe, teacher, frozen))
+        stack.enter_context(whole_again(student, accelerator.distributed_type == DistributedType.FSDP))
         folder = checkpoints
         if folder is None and validation_batches is not None:
             folder = stack.enter_context(_temporary_folder(accelerator))
@@ -217,14 +219,13 @@ def _training(
     student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedModel | None, frozen: Collection[str]
 ) -> Iterator[None]:
     """What training changes in the models, and is put back at its end."""
-    fixed = [student.get_parameter(name) for name in frozen]
-    trained = [parameter for parameter in fixed if parameter.requires_grad]
+    trained = [name for name in frozen if student.get_parameter(name).requires_grad]
     forward, caches = vars(student).get("forward"), getattr(student.config, "use_cache", None)
     recomputes = any(getattr(module, "gradient_checkpointing", False) for module in student.modules())
     teacher_modes = [] if teacher is None else [(module, module.training) for module in teacher.modules()]
     try:
-        for parameter in fixed:
-            parameter.requires_grad_(False)
+        for name in frozen:
+            student.get_parameter(name).requires_grad_(False)
         if caches:
             student.config.use_cache = False  # nothing is generated here
         if recipe.gradient_checkpointing:
@@ -242,8 +243,8 @@ def _training(
         if forward is not None:
             student.forward = forward
         student.eval()
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for name in trained:
+            student.get_parameter(name).requires_grad_(True)
         for module, training in teacher_modes:
             module.training = training
 

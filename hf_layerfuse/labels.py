@@ -64,22 +64,33 @@ def encode_word_labels(splits: DatasetDict, column: str, label2id: dict[str, int
         splits[split] = rows.remove_columns(column).add_column(column, labels, feature=feature)
 
 
-def encode_row(row: dict[str, Any], column: str, before: Any, after: Any) -> dict[str, Any]:
+def encode_row(row: dict[str, Any], column: str, classes: int, before: Any, after: Any) -> dict[str, Any]:
     """The labels of a row that is read while training, as those of a split that was encoded.
 
     Args:
         row: with a class, or a list of them.
         column: of the labels.
+        classes: how many the model has; 0 is any number.
         before: what the column of the other split held: ids with names, names, or ids.
         after: what it holds now.
 
     Raises:
-        DataError: a class that the other split does not know.
+        DataError: a class that the other split, or the model, does not know, or none.
     """
     labels = row[column]
+    if labels is None:
+        raise DataError(f"a row of train has no value in column {column!r}: fill it in or remove the row.")
     if not isinstance(labels, list):
-        return {column: _id_of(labels, before, after)}
-    return {column: [_id_of(label, before.feature, after.feature) for label in labels]}
+        ids = _id_of(labels, before, after)
+    else:
+        ids = [_id_of(label, before.feature, after.feature) for label in labels]
+    wrong = [label for label in (ids if isinstance(ids, list) else [ids]) if label < 0 or label >= classes > 0]
+    if wrong:
+        raise DataError(
+            f"a row of train has the label {wrong[0]}; the first class is 0, and the model has {classes} classes. "
+            "Correct these rows, or choose another model."
+        )
+    return {column: ids}
 
 
 def _id_of(label: int | str, before: Any, after: Any) -> int:

@@ -148,7 +148,7 @@ class Loop:
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             self._check(float(norm), "the norm of the gradients")
         if not self.objective.reads_outputs:
-            for parameter in self.trained:  # the head, which would do nothing but decay
+            for parameter in self.model.parameters():  # the head, which would do nothing but decay
                 if parameter.grad is not None and not parameter.grad.any():
                     parameter.grad = None
         self.optimizer.step()

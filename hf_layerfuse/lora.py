@@ -41,7 +41,7 @@ def low_rank(model: PreTrainedModel, rank: int | None) -> Iterator[None]:
         raise RecipeError(
             f"heal.lora_rank={rank} needs PEFT: pip install 'hf-layerfuse[peft]', or leave it out."
         ) from error
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     prefix = next(name for name, module in model.named_modules() if module is model.base_model)
     inner = {f"{prefix}.{name}".lstrip("."): module for name, module in model.base_model.named_modules()}
     maps = {name: module for name, module in inner.items() if isinstance(module, nn.Linear | Conv1D)}
@@ -56,5 +56,5 @@ def low_rank(model: PreTrainedModel, rank: int | None) -> Iterator[None]:
     else:
         tuner.merge_and_unload()
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for name in trained:
+            model.get_parameter(name).requires_grad_(True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
 
 
@@ -30,6 +33,36 @@ def one_unit_for_shared(model: PreTrainedModel, plugin: Any) -> Iterator[None]:
         yield
     finally:
         plugin.transformer_cls_names_to_wrap = named
+
+
+@contextlib.contextmanager
+def whole_again(model: PreTrainedModel, sharded: bool) -> Iterator[None]:
+    """Let a model that is sharded inside the `with` block be a plain one again behind it, on every process.
+
+    It has all that it learnt, shares what it shared, and knows nothing of other processes, so that one of them can save
+    or measure it by itself. After an exception it stays sharded: the other processes may not be there any more.
+
+    Args:
+        model: not sharded yet.
+        sharded: false does nothing.
+    """
+    if not sharded:
+        yield
+        return
+    memo = {id(tensor): nn.Parameter(tensor.to("meta"), tensor.requires_grad) for tensor in model.parameters()}
+    plain = copy.deepcopy(model, memo)
+    yield
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    made: dict[int, nn.Parameter] = {}
+    for name, empty in list(plain.named_parameters(remove_duplicate=False)):
+        if id(empty) not in made:
+            made[id(empty)] = nn.Parameter(weights[name], empty.requires_grad)
+        path, _, leaf = name.rpartition(".")
+        setattr(plain.get_submodule(path), leaf, made[id(empty)])
+    for name, _ in list(plain.named_buffers()):  # statistics, and what has moved to the device
+        path, _, leaf = name.rpartition(".")
+        setattr(plain.get_submodule(path), leaf, model.get_buffer(name).clone())
+    model.__class__, model.__dict__ = type(plain), plain.__dict__
 
 
 def shares_layers(model: PreTrainedModel) -> bool:

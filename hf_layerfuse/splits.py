@@ -69,7 +69,8 @@ def load_splits(data: DataRecipe, task: Task, seed: int, *, label2id: dict[str, 
         if TASKS[task].labels:
             column = data.label_column
             features = {"before": given[column], "after": splits["validation"].features[column]}
-            streamed = streamed.map(encode_row, fn_kwargs={"column": column, **features})
+            known = {"column": column, "classes": len(label2id or {}), **features}
+            streamed = streamed.map(encode_row, fn_kwargs=known)
         splits["train"] = streamed
     elif "validation" not in splits:
         rows = splits["train"]

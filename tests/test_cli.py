@@ -1,5 +1,6 @@
 """`fuse.py` end to end on small local data: every task, what it writes, what it refuses, and being interrupted."""
 
+import errno
 import json
 import os
 import random
@@ -361,6 +362,25 @@ def test_bad_input(tmp_path, capsys, words, message):
     assert error.startswith("fuse.py: ")
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch, capsys):
+    """The result cannot be written; nothing of it is left, and the same command goes on when there is room."""
+    words = [*causal_lm(tmp_path), "--evaluate.latency", "false"]
+
+    def fill(model, dtype, path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "save_weights", fill)
+        assert main(words) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fuse.py: ")
+    assert "No space left on device" in error
+    assert "the same command goes on" in error
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out-*.partial"))
+    assert main(words) == 0
 
 
 def test_recipe_comes_first(tmp_path, capsys):

@@ -408,6 +408,29 @@ def test_streamed_images_and_masked_words(tmp_path, tokenizer):
     assert next(iter(moved))["pixel_values"].shape == (2, 3, 8, 8)
 
 
+@pytest.mark.filterwarnings(_LEFT_OPEN)
+@pytest.mark.usefixtures("collected")
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": None, "label": 0}, "no value in column 'text'"),
+        ({"text": "what", "label": None}, "no value in column 'label'"),
+        ({"text": "what", "label": 2}, "the label 2; .* the model has 2 classes"),
+        ({"text": "what", "label": -1}, "the label -1"),
+    ],
+)
+def test_streamed_rows_are_checked_when_they_are_read(tmp_path, tokenizer, row, message):
+    """What is wrong with a row is said in words, and not by whatever reads it."""
+    good = [{"text": "good", "label": 0}, {"text": "bad", "label": 1}]
+    for name, lines in (("train", [*good, row]), ("validation", good)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    paths = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "validation")}
+    data = DataRecipe(**paths, text_column="text", label_column="label", streaming=True, max_length=8)
+    rows = load_splits(data, "text-classification", 0, label2id={"LABEL_0": 0, "LABEL_1": 1})["train"]
+    with pytest.raises(DataError, match=message):
+        list(prepare(rows, tokenizer, data, "text-classification", training=True))
+
+
 def test_streaming_needs_validation():
     with pytest.raises(RecipeError, match=r"data\.validation"):
         DataRecipe(train="x.txt", streaming=True)

@@ -307,6 +307,8 @@ import os
 import sys
 import torch
 import torch.distributed as dist
+from contextlib import ExitStack
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -315,8 +317,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
-from hf_layerfuse import Fuse, Plan, apply
-from hf_layerfuse.sharding import one_unit_for_shared, shares_layers
+from hf_layerfuse import AutoFusedModel, Fuse, Plan, apply
+from hf_layerfuse.sharding import one_unit_for_shared, shares_layers, whole_again
 
 NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
@@ -407,6 +409,9 @@ def prepared(ram_efficient):
     else:
         raise AssertionError("Accelerate knows what to do with shared layers: one_unit_for_shared is not needed")
     before = plugin.transformer_cls_names_to_wrap
+    stack = ExitStack()
+    student = model
+    stack.enter_context(whole_again(student, True))
     with one_unit_for_shared(model, plugin):
         model = fsdp2_prepare_model(accelerator, model)
     assert plugin.transformer_cls_names_to_wrap == before
@@ -421,6 +426,21 @@ def prepared(ram_efficient):
         last = step(model, optimizer, lambda loss: loss.backward())
     assert_shared(model)
     assert last < first
+    with torch.no_grad():
+        learnt = model(input_ids=ids, labels=ids).loss
+    assert model is student
+    stack.close()
+    assert type(student) is type(build())
+    assert not any(isinstance(module, FSDPModule) for module in student.modules())
+    assert not any(isinstance(tensor, DTensor) for tensor in student.state_dict().values())
+    assert_shared(student)
+    if rank == 0:  # alone, which a sharded model could not do
+        with torch.no_grad():
+            torch.testing.assert_close(student(input_ids=ids, labels=ids).loss, learnt)
+        with TemporaryDirectory() as folder:
+            student.save_pretrained(folder)
+            again = AutoFusedModel.from_pretrained(folder)
+        assert torch.equal(again.transformer.h[3].mlp.c_fc.weight, student.transformer.h[1].mlp.c_fc.weight)
     alone = GPT2LMHeadModel(CONFIG)
     assert not shares_layers(alone)
     with one_unit_for_shared(alone, plugin):

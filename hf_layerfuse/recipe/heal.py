@@ -112,6 +112,10 @@ class HealRecipe:
             any(getattr(self, field) > 0 for field in losses),
             f"{', '.join(f'heal.{field}' for field in losses)} are all 0, so there is nothing to learn: raise one.",
         )
+        require(
+            self.teacher_top_k is None or self.kl_weight > 0,
+            f"heal.teacher_top_k={self.teacher_top_k} keeps answers that heal.kl_weight=0 does not read: leave it out.",
+        )
         require(0 <= self.warmup_ratio <= 1, f"heal.warmup_ratio={self.warmup_ratio}: use a share from 0 to 1.")
 
     @property
