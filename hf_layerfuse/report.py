@@ -28,7 +28,8 @@ def stages(results: dict[str, Any]) -> list[str]:
 def rows(results: dict[str, Any]) -> list[list[str]]:
     """The figures of a run as rows of text, a header first: one row a figure, one column a stage."""
     names = stages(results)
-    table = [["", *names]]
+    # with rounds, what was fused last had been healed before
+    table = [["", *("fused in the last round" if name == "fused" and "rounds" in results else name for name in names)]]
 
     def add(label: str, values: list[Any], form: str) -> None:
         table.append([label, *(form.format(value) for value in values)])
@@ -64,18 +65,26 @@ def describe(plan: Plan) -> list[str]:
     """The plan in words, one line an edit."""
     lines = []
     for edit in plan.edits:
-        what = {"layer": "layers", "attention": "the attention of layers", "mlp": "the MLPs of layers"}[edit.kind]
+        what = _BLOCKS[edit.kind]
         where = ", ".join(map(str, edit.layers))
         if isinstance(edit, Drop):
             lines.append(f"{what} {where}: dropped")
         elif isinstance(edit, Fuse):
-            lines.append(f"{what} {where}: {_BECOME[edit.mode].format(rank=edit.rank)} ({_how(edit)})")
+            residuals = f", with residuals of rank {edit.rank}" if edit.mode == "share" and edit.rank else ""
+            become = _BECOME[edit.mode].format(rank=edit.rank)
+            lines.append(f"{what} {where}: {become}{residuals} ({_how(edit)})")
     return lines
 
 
+_BLOCKS = {
+    "layer": "layers",
+    "attention": "the attention of layers",
+    "mlp": "the MLPs of layers",
+    "conv": "the convolutions of layers",
+}
 _BECOME = {
     "depth": "become one, which runs once",
-    "share": "share one set of weight matrices, with residuals of rank {rank}",
+    "share": "share one set of weight matrices",
     "basis": "combine one shared basis of {rank} vectors",
 }
 

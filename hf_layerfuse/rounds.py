@@ -86,7 +86,7 @@ def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> lis
         plan = plan_fusion(original, fusion, inputs.calibration())
         keeps = keeps_of(plan.num_layers, len(groups_of(plan, plan.edits[0].kind)), healing)
         goals = [{"keep_layers": keep} for keep in keeps]
-    return list(zip(goals, steps_of(healing.steps, len(goals)), strict=True))
+    return list(zip(goals, steps_of(healing, len(goals)), strict=True))
 
 
 def target_of(goal: Goal, source: PreTrainedModel, original: PreTrainedModel) -> dict[str, Any]:

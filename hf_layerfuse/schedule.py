@@ -40,9 +40,16 @@ def keeps_of(blocks: int, keep: int, recipe: HealRecipe) -> list[int]:
     return [count for before, count in zip([blocks, *found], found, strict=False) if count < before]
 
 
-def steps_of(steps: int, rounds: int) -> list[int]:
-    """Optimiser steps of each round, which add up to `steps`; the last ones take the remainder."""
-    return [(i + 1) * steps // rounds - i * steps // rounds for i in range(rounds)]
+def steps_of(recipe: HealRecipe, rounds: int) -> list[int]:
+    """Optimiser steps of each round, which add up to `recipe.steps`; the last one has `recipe.last_round` of them.
+
+    Args:
+        recipe: how much it heals.
+        rounds: that there are: no more than it has steps, unless it has none.
+    """
+    early = rounds - 1
+    before = min(max(round((1 - recipe.last_round) * recipe.steps), early), recipe.steps) if early else 0
+    return [*((i + 1) * before // early - i * before // early for i in range(early)), recipe.steps - before]
 
 
 def compose(first: Plan, second: Plan) -> Plan:

@@ -39,13 +39,17 @@ def test_every_round_goes_on(schedule, seed):
         assert all(ours <= theirs for ours, theirs in zip(found, uniform, strict=True))
 
 
-@pytest.mark.parametrize(("steps", "rounds"), [(1, 1), (1, 3), (500, 7), (12, 12), (100, 3)])
-def test_steps_are_spread_evenly(steps, rounds):
-    """They add up, and differ by one at most."""
-    found = steps_of(steps, rounds)
+@pytest.mark.parametrize("last", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize(("steps", "rounds"), [(1, 1), (0, 3), (500, 7), (12, 12), (100, 3)])
+def test_the_last_round_has_its_share_of_the_steps(steps, rounds, last):
+    """They add up, those of earlier rounds differ by one at most, and no round is without steps."""
+    found = steps_of(HealRecipe(steps=steps, last_round=last), rounds)
     assert len(found) == rounds
     assert sum(found) == steps
-    assert max(found) - min(found) <= 1
+    assert max(found[:-1], default=0) - min(found[:-1], default=0) <= 1
+    assert steps == 0 or min(found) >= 1
+    if steps >= 100:
+        assert found[-1] == round(last * steps)
 
 
 def stock_plan(layers: int, rng: random.Random) -> Plan:

@@ -21,6 +21,8 @@ class HealRecipe:
         rounds: of an iterative schedule.
         curriculum_rate: how early an `exponential` schedule fuses: after round t of T, (1 - e^(-rate t / T)) /
             (1 - e^-rate) of all is done.
+        last_round: the share of `steps` that the last of several rounds has, which is the one that leads to the result;
+            those before it have as many each.
         batch_size: sequences or images per device and step.
         gradient_accumulation_steps: batches that make one optimiser step.
         learning_rate: peak of the warm-up and cosine schedule.
@@ -54,6 +56,7 @@ class HealRecipe:
     schedule: Literal["one-shot", "uniform", "exponential"] = "one-shot"
     rounds: int = 3
     curriculum_rate: float = 2.0
+    last_round: float = 0.5
     batch_size: int = 16
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4
@@ -116,6 +119,7 @@ class HealRecipe:
             self.teacher_top_k is None or self.kl_weight > 0,
             f"heal.teacher_top_k={self.teacher_top_k} keeps answers that heal.kl_weight=0 does not read: leave it out.",
         )
+        require(0 < self.last_round < 1, f"heal.last_round={self.last_round}: use a share between 0 and 1.")
         require(0 <= self.warmup_ratio <= 1, f"heal.warmup_ratio={self.warmup_ratio}: use a share from 0 to 1.")
 
     @property
