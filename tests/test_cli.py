@@ -314,15 +314,32 @@ def test_variants_of_healing(tmp_path, words):
     assert same == (fused if "--heal.freeze_fused" in words else set())
 
 
-@pytest.mark.parametrize("mode", ["depth", "share"])
-def test_fused_in_rounds(tmp_path, interrupt, mode):
+def test_low_rank_healing(tmp_path):
+    """Through `fuse.py`, residuals are trained and merged: the result has the parameters that it was fused to, and the
+    embeddings of the original."""
+    words = [*causal_lm(tmp_path), "--evaluate.latency", "false"]
+    words += ["--heal.lora_rank", "2", "--heal.learning_rate", "0.01"]
+    assert main(words) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["healed"]["parameters"] == results["fused"]["parameters"]
+    assert results["healed"]["metrics"]["nll"] < results["fused"]["metrics"]["nll"]
+    original, model = (AutoFusedModel.from_pretrained(tmp_path / name) for name in ("model", "out"))
+    assert torch.equal(model.transformer.wte.weight, original.transformer.wte.weight)
+
+
+@pytest.mark.parametrize(
+    ("mode", "schedule", "goals"),
+    [("depth", "uniform", [4, 2]), ("share", "uniform", [4, 2]), ("depth", "exponential", [3, 2])],
+)
+def test_fused_in_rounds(tmp_path, interrupt, mode, schedule, goals):
     """An iterative schedule fuses a step, heals and fuses further, from what was healed; interrupted in a later round,
     it goes on there, and ends with the same file."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--fusion.keep_layers", "2", "--fusion.mode", mode]
-    words += ["--heal.schedule", "uniform", "--heal.rounds", "2", "--heal.steps", "4", "--heal.eval_every", "1"]
+    words += ["--heal.schedule", schedule, "--heal.rounds", "2", "--heal.steps", "4", "--heal.eval_every", "1"]
+    words += ["--heal.hidden_weight", "1", "--heal.attention_weight", "1"]  # of the layers that both rounds made
     assert main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
-    assert [(r["keep_layers"], r["steps"]) for r in results["rounds"]] == [(4, 2), (2, 2)]
+    assert [(r["keep_layers"], r["steps"]) for r in results["rounds"]] == [(goal, 2) for goal in goals]
     plan = Plan.load(tmp_path / "whole" / "plan.json")
     assert len(plan.notes["rounds"]) == 2
     assert sum(len(edit.layers) - 1 for edit in plan.edits) == 4

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import tiny_model
 from torch.utils.data import DataLoader
 
-from hf_layerfuse import Fuse, Plan, apply, fused_parameters
+from hf_layerfuse import Fuse, Plan, apply, fused_parameters, layer_map
 from hf_layerfuse.errors import DataError, LayerFuseError, RecipeError, TrainingError
 from hf_layerfuse.heal import heal
 from hf_layerfuse.math.losses import distillation_loss
-from hf_layerfuse.objective import Match
+from hf_layerfuse.objective import Match, Objective
 from hf_layerfuse.recipe import HealRecipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -45,6 +46,8 @@ def _rows(task: str, count: int = 16) -> list[dict[str, torch.Tensor]]:
         rows.append(
             {
                 "causal-lm": {**text, "labels": ids[index]},
+                "masked-lm": {**text, "labels": ids[index].masked_fill(ids[index] % 3 > 0, -100)},
+                "token-classification": {**text, "labels": torch.ones_like(ids[index])},
                 "text-classification": {**text, "labels": ids[index, 0] % 2},
                 "feature-extraction": text,
                 "image-classification": {"pixel_values": pixels[index], "labels": torch.tensor(index % 2)},
@@ -55,6 +58,8 @@ def _rows(task: str, count: int = 16) -> list[dict[str, torch.Tensor]]:
 
 MODELS = {
     "causal-lm": ("gpt2", "GPT2LMHeadModel"),
+    "masked-lm": ("bert", "BertForMaskedLM"),
+    "token-classification": ("roberta", "RobertaForTokenClassification"),
     "text-classification": ("distilbert", "DistilBertForSequenceClassification"),
     "feature-extraction": ("distilbert", "DistilBertModel"),
     "image-classification": ("vit", "ViTForImageClassification"),
@@ -315,12 +320,48 @@ def test_auto_precision_heeds_the_launcher(monkeypatch: pytest.MonkeyPatch, laun
 
 
 def test_a_given_accelerator_is_used() -> None:
-    """Its precision holds, and the recipe sets its accumulation."""
-    accelerator = Accelerator(mixed_precision="no")
+    """Its precision holds, and the recipe sets its accumulation: three batches a step."""
+    accelerator, read = Accelerator(mixed_precision="bf16"), []
     student = tiny_model("gpt2", "GPT2LMHeadModel")
-    recipe = _recipe(steps=1, kl_weight=0.0, gradient_accumulation_steps=3, mixed_precision="auto")
-    heal(student, _loader(_rows("causal-lm")), recipe, accelerator=accelerator)
-    assert accelerator.gradient_accumulation_steps == 3
+    student.register_forward_pre_hook(lambda *_: read.append(torch.is_autocast_enabled("cpu")))
+    recipe = _recipe(steps=2, kl_weight=0.0, gradient_accumulation_steps=3)
+    report = heal(student, _loader(_rows("causal-lm")), recipe, accelerator=accelerator)
+    assert report.mixed_precision == "bf16"
+    assert read == [True] * 6
+
+
+@pytest.mark.parametrize("weight", ["hidden_weight", "attention_weight"])
+@pytest.mark.parametrize("model", [("gpt2", "GPT2LMHeadModel"), ("bert", "BertForTokenClassification")])
+def test_inner_states_come_nearer_to_those_they_answer_to(model, weight) -> None:
+    """Each loss alone lowers the distance that it is of, between the layers that the plan matches."""
+    teacher = tiny_model(*model)
+    plan = Plan(model[0], 6, (Fuse("layer", (1, 2)), Fuse("layer", (3, 5), "share")))
+    student = apply(teacher, plan)
+    matches = layer_map(student, teacher, plan)
+    rows = _rows("causal-lm" if model[0] == "gpt2" else "token-classification")
+    recipe = _recipe(steps=30, ce_weight=0.0, kl_weight=0.0, **{weight: 1.0})
+
+    def distance() -> float:
+        objective = Objective(recipe, student.eval(), teacher.eval(), matches)
+        with torch.no_grad():
+            return objective.train(student, torch.utils.data.default_collate(rows)).item()
+
+    before = distance()
+    heal(student, _loader(rows), recipe, teacher=teacher, matches=matches)
+    assert distance() < 0.8 * before
+
+
+def test_bf16_trains_as_float32_does() -> None:
+    """The losses are those of float32 but for rounding, and so are those of a run that goes on."""
+    found = []
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        student, teacher = tiny_model("gpt2", "GPT2LMHeadModel"), tiny_model("gpt2", "GPT2LMHeadModel", seed=1)
+        rows, recipe = _rows("causal-lm"), _recipe(steps=10, mixed_precision=precision)
+        report = heal(student, _loader(rows), recipe, teacher=teacher, validation_batches=_loader(rows, shuffle=False))
+        found.append([loss for _, loss in report.validation_loss])
+    assert found[1] == pytest.approx(found[0], rel=2e-2)
+    assert found[1][-1] < found[1][0]
 
 
 def test_a_loss_that_is_not_finite_stops() -> None:
@@ -360,7 +401,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
 from hf_layerfuse.heal import heal
-from hf_layerfuse.objective import Match
+from hf_layerfuse.objective import Match, Objective
 from hf_layerfuse.recipe import HealRecipe
 
 def run(kind, config, batch_size):
