@@ -58,7 +58,7 @@ class Job:
     validation: Batches
     score: Callable[[PreTrainedModel], dict[str, float]]
     keeps: tuple[int, ...]
-    shares: tuple[tuple[float, int], ...] = ()
+    shares: tuple[tuple[int, int], ...] = ()
     removed: tuple[int, ...] = ()
 
     def choose(self, model: PreTrainedModel) -> float:
@@ -128,7 +128,7 @@ def gpt2() -> Job:
         _windows(tokenizer, "valid", 16),
         lambda student: _perplexity(student, test),
         keeps=(8, 6, 4, 10),
-        shares=tuple((ratio, rank) for ratio in (0.3, 0.5, 0.7) for rank in (0, 8, 32)),
+        shares=tuple((blocks, rank) for blocks in (8, 6, 4) for rank in (0, 8, 32)),
     )
 
 
@@ -230,13 +230,13 @@ def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
     if "original" not in rows:
         rows["original"] = {**job.score(job.model), **parameter_counts(job.model)}
     todo = [(f"{keep} layers", method, make) for keep in job.keeps for method, make in depth_methods(job, keep)]
-    for ratio, rank in job.shares:
-        target = f"share {ratio:.0%}"
+    for blocks, rank in job.shares:
+        target = f"share, {blocks} blocks"
+        sharing = partial(searched, job, keep_layers=blocks, mode="share", effort="low")
         if rank == 0:
             plain = {"operator": "mean", "cluster": "adjacent", "refit": "none"}
-            todo.append((target, "average", partial(searched, job, ratio=ratio, mode="share", effort="low", **plain)))
-        ours = partial(searched, job, ratio=ratio, mode="share", effort="low", rank=rank)
-        todo.append((target, f"ours (low), rank {rank}", ours))
+            todo.append((target, "average", partial(sharing, **plain)))
+        todo.append((target, f"ours (low), rank {rank}", partial(sharing, rank=rank)))
     for target, method, make in todo:
         if targets and target not in targets:
             continue
@@ -261,13 +261,23 @@ HEADLINE = {
 
 
 def table(results: dict[str, Any], name: str, targets: str) -> list[list[str]]:
-    """One row a method, one column a target, whose name has `targets` in it."""
+    """One row a method, one column a target, whose name has `targets` in it.
+
+    Where weights are shared, methods differ in size: the share of block parameters that is left stands beside.
+    """
     rows, (metric, form) = results[name], HEADLINE[name]
-    columns = sorted((target for target in rows if targets in target), key=_size, reverse=targets == "layers")
+    columns = sorted((target for target in rows if targets in target), key=_size, reverse=True)
     methods = dict.fromkeys(method for column in columns for method in rows[column])
     first = [f"{name}, {metric.replace('_', ' ')}; original {form.format(rows['original'][metric])}", *columns]
-    cell = lambda method, column: form.format(rows[column][method][metric]) if method in rows[column] else ""  # noqa: E731
-    return [first, *([method, *(cell(method, column) for column in columns)] for method in methods)]
+    whole = rows["original"]["non_embedding_parameters"]
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        size = f" ({row['non_embedding_parameters'] / whole:.0%})" if targets == "share" else ""
+        return form.format(row[metric]) + size
+
+    return [first, *([method, *(cell(rows[column].get(method)) for column in columns)] for method in methods)]
 
 
 def tables(results: dict[str, Any]) -> list[list[list[str]]]:
@@ -313,7 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("jobs", nargs="*", choices=[*JOBS, []], help=f"default: all of {', '.join(JOBS)}")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--targets", nargs="*", help="only these, such as '8 layers' or 'share 50%%'")
+    parser.add_argument("--targets", nargs="*", help="only these, such as '8 layers' or 'share, 6 blocks'")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -35,7 +35,13 @@ def run(name: str) -> None:
     names = {asked["keep_layers"]: target for target, asked in job.targets.items() if "keep_layers" in asked}
     todo = [("original", {}, "original", 1, heal.untouched)]
     todo += [
-        (names.get(keep, f"{keep} layers"), {"keep_layers": keep}, "ours", 1, partial(heal.searched, job.base))
+        (
+            names.get(keep, f"{keep} layers"),
+            {"keep_layers": keep},
+            "ours",
+            1,
+            partial(heal.searched, job.base, effort=job.effort),
+        )
         for keep in KEEPS[name]
     ]
     for target, asked, method, *rest in todo:
