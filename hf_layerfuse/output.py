@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -70,7 +71,8 @@ def unfinished(path: str | Path, run: object) -> Path:
 def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A fresh directory to write to, which takes the name `path` when the block ends without an exception.
 
-    On an error, or Ctrl-C, what was written is removed and what was at `path` before is still there.
+    On an error, or Ctrl-C, what was written is removed and what was at `path` before is still there. What processes that
+    were killed have left of it is removed when the block has ended well.
 
     Raises:
         CheckpointError: as `check_output` does.
@@ -87,6 +89,9 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
             _swap(fresh, path)
         else:
             fresh.rename(path)
+        left = re.compile(rf"\.{re.escape(path.name)}-\w{{8}}\.(partial|old)")  # as mkdtemp names them
+        for stale in (other for other in path.parent.iterdir() if left.fullmatch(other.name)):
+            shutil.rmtree(stale, ignore_errors=True)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise

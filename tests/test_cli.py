@@ -1,11 +1,14 @@
 """`fuse.py` end to end on small local data: every task, what it writes, what it refuses, and being interrupted."""
 
+import contextlib
 import errno
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -312,6 +315,34 @@ def test_variants_of_healing(tmp_path, words):
     fused = fused_parameters(model, plan)
     same = {name for name, value in model.named_parameters(remove_duplicate=False) if torch.equal(value, before[name])}
     assert same == (fused if "--heal.freeze_fused" in words else set())
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_started_again(tmp_path):
+    """`fuse.py` that is killed again and again, whatever it does just then, ends with the file of one that is not."""
+    words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--fusion.keep_layers", "2", "--heal.steps", "60"]
+    words += ["--heal.schedule", "uniform", "--heal.rounds", "2", "--heal.eval_every", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def start(name: str) -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / "fuse.py"), *words, "--output_dir", str(tmp_path / name)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    began = time.monotonic()
+    assert start("whole").wait() == 0
+    whole, rng, killed = time.monotonic() - began, random.Random(0), 0
+    while not (tmp_path / "out").exists():
+        process = start("out")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=None if killed == 6 else rng.uniform(0.3, 1.0) * whole)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        assert process.wait() in (0, -signal.SIGKILL)
+    assert killed >= 1
+    assert not list(tmp_path.glob(".out*")), "something of the killed processes was left behind"
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert files[0] == files[1]
 
 
 def test_low_rank_healing(tmp_path):

@@ -102,3 +102,14 @@ def test_files_are_refused(tmp_path):
     (tmp_path / "out").write_text("file")
     with pytest.raises(CheckpointError, match="is a file"), new_directory(tmp_path / "out", overwrite=True):
         pass
+
+
+def test_what_killed_processes_left_goes(tmp_path):
+    """Once the result is there, and only what was on its way to the same name."""
+    for name in (".out-ab_cd123.partial", ".out-2-abcd1234.partial", ".out-abcd1234.unfinished", ".out-ab12cd34.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("half")
+    with new_directory(tmp_path / "out") as path:
+        (path / "file").write_text("whole")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"out", ".out-2-abcd1234.partial", ".out-abcd1234.unfinished"}
