@@ -71,8 +71,8 @@ def unfinished(path: str | Path, run: object) -> Path:
 def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A fresh directory to write to, which takes the name `path` when the block ends without an exception.
 
-    On an error, or Ctrl-C, what was written is removed and what was at `path` before is still there. What processes that
-    were killed have left of it is removed when the block has ended well.
+    On an error, or Ctrl-C, what was written is removed and what was at `path` before is still there. What killed
+    processes have left of it is removed when the block has ended well.
 
     Raises:
         CheckpointError: as `check_output` does.
