@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
@@ -23,7 +22,7 @@ from .errors import DataError, TrainingError
 from .mixture import Mixture
 from .objective import Batch, Match, Objective
 from .recipe import HealRecipe
-from .sharding import one_unit_for_shared
+from .sharding import one_unit_for_shared, whole
 
 EXPLOSION = 10
 """A training loss so many times that of the first step, or 1 where that was less, has exploded."""
@@ -145,11 +144,10 @@ class Loop:
             parameters = self.trained
         norm = accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm)
         if norm is not None and accelerator.scaler is None:  # a scaler leaves out such steps by itself
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            self._check(float(norm), "the norm of the gradients")
+            self._check(float(whole(norm)), "the norm of the gradients")
         if not self.objective.reads_outputs:
             for parameter in self.model.parameters():  # the head, which would do nothing but decay
-                if parameter.grad is not None and not parameter.grad.any():
+                if parameter.grad is not None and not whole(parameter.grad).any():
                     parameter.grad = None
         self.optimizer.step()
         self.scheduler.step()

@@ -7,8 +7,9 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -63,6 +64,11 @@ def whole_again(model: PreTrainedModel, sharded: bool) -> Iterator[None]:
         path, _, leaf = name.rpartition(".")
         setattr(plain.get_submodule(path), leaf, model.get_buffer(name).clone())
     model.__class__, model.__dict__ = type(plain), plain.__dict__
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, with what all processes have of it; all of them call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shares_layers(model: PreTrainedModel) -> bool:
