@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,25 +9,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import is_initialized
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    TorchDynamoPlugin,
-    broadcast_object_list,
-)
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from .accelerators import accelerator_of, finish_trackers, one_training
 from .errors import LayerFuseError, RecipeError
 from .fingerprint import fingerprint
 from .loop import Loop
 from .lora import low_rank
 from .mixture import Mixture
 from .objective import Batch, Match
-from .processes import process_state
 from .recipe import HealRecipe
 from .sharding import whole_again
 
@@ -124,25 +116,15 @@ def heal(
     if not any(p.requires_grad for name, p in student.named_parameters() if name not in frozen):
         raise RecipeError("every parameter is frozen, so there is nothing to train: freeze fewer of them.")
     own = accelerator is None
-    accelerator = accelerator or _accelerator(student, recipe)
+    accelerator = accelerator or accelerator_of(student, recipe)
     if mixed and accelerator.distributed_type in _OWN_PARAMETERS:
         raise RecipeError(
             f"heal.mix trains the weights that the student's are drawn from, and {accelerator.distributed_type.value} "
             "trains the student's alone: launch with recipes/accelerate/multi-gpu.yaml, or set heal.mix to false."
         )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # clips by itself, by what its own file says
-        settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        if settings.get("gradient_clipping", "auto") == "auto":
-            settings["gradient_clipping"] = recipe.max_grad_norm
-    accelerator.gradient_accumulation_steps, accelerator.step = recipe.gradient_accumulation_steps, 0
-    # A step always averages the same number of batches, also where an epoch ends in the middle of it.
-    accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
-    accelerator.dataloader_config.use_seedable_sampler, accelerator.dataloader_config.data_seed = True, seed
-    # each process reads what is streamed by itself: one that reads for all cannot pad their batches alike
-    accelerator.dataloader_config.dispatch_batches = False
     run = {} if checkpoints is None else _identity(student, train_batches, recipe, frozen, seed, accelerator)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_released(accelerator))
+        stack.enter_context(one_training(accelerator, recipe, seed))
         stack.enter_context(low_rank(student, recipe.lora_rank))
         stack.enter_context(_training(student, recipe, teacher, frozen))
         stack.enter_context(whole_again(student, accelerator.distributed_type == DistributedType.FSDP))
@@ -158,7 +140,7 @@ def heal(
             stack.callback(loop.checkpoints.close)
         if own and recipe.log_with:
             accelerator.init_trackers("hf_layerfuse", config=dataclasses.asdict(recipe))
-            stack.callback(_finish_trackers, accelerator)
+            stack.callback(finish_trackers, accelerator)
         progress = loop.run()
     return HealReport(
         steps=progress.step,
@@ -194,24 +176,6 @@ def _identity(
         "batches of an epoch": size,
         "batch size": train_batches.batch_size,
     }
-
-
-@contextlib.contextmanager
-def _released(accelerator: Accelerator) -> Iterator[None]:
-    """Let an accelerator forget what was prepared inside the block: it would be part of all later checkpoints."""
-    lists = [getattr(accelerator, f"_{kind}") for kind in ("models", "optimizers", "schedulers", "dataloaders")]
-    before = [len(prepared) for prepared in lists]
-    try:
-        yield
-    finally:
-        for prepared, count in zip(lists, before, strict=True):
-            del prepared[count:]
-
-
-def _finish_trackers(accelerator: Accelerator) -> None:
-    """`Accelerator.end_training` would also part the processes, which have more to do together."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
 
 
 @contextlib.contextmanager
@@ -285,45 +249,3 @@ def _check(
             "the student is in float16, whose small updates round to zero: load it with dtype=torch.float32; "
             "heal.mixed_precision decides what it computes in."
         )
-
-
-def _accelerator(student: PreTrainedModel, recipe: HealRecipe) -> Accelerator:
-    handlers = []
-    if getattr(student, "base_model", None) is student:
-        # A body without a head may have parts that its hidden states do not depend on, such as the pooler of BERT.
-        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
-    # DeepSpeed has to be told at once, and is where its configuration says "auto"
-    options: dict[str, Any] = {"gradient_accumulation_steps": recipe.gradient_accumulation_steps}
-    if recipe.log_with:
-        known = sorted(str(tracker) for tracker in get_available_trackers())
-        if recipe.log_with not in known:
-            raise RecipeError(
-                f"heal.log_with={recipe.log_with!r} is not installed, or no tracker that Accelerate knows; at hand "
-                f"are: {', '.join(known) or 'none'}. Install it, or leave heal.log_with out."
-            )
-        options |= {"log_with": recipe.log_with, "project_dir": recipe.log_dir}
-    try:
-        accelerator = Accelerator(mixed_precision=_mixed_precision(recipe), kwargs_handlers=handlers, **options)
-    except ValueError as error:
-        raise RecipeError(f"heal.mixed_precision={recipe.mixed_precision!r} cannot be had here: {error}") from error
-    # all accelerators of a process share one state, and what the first one was told holds for those that follow
-    accelerator.state.dynamo_plugin = TorchDynamoPlugin(**({"backend": "inductor"} if recipe.compile else {}))
-    return accelerator
-
-
-def _mixed_precision(recipe: HealRecipe) -> str | None:
-    """What the recipe names; for `auto`, None (what Accelerate was told), else what the device is fast in.
-
-    `accelerate launch` says "no" also where the user said nothing, so only another word of it counts.
-    """
-    if recipe.mixed_precision != "auto":
-        return recipe.mixed_precision
-    if is_initialized() or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
-        return None
-    device = process_state().device
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    if device.type == "cpu":
-        flags = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot tell
-        return "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "no"
-    return "no"

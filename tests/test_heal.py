@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ from conftest import tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import Fuse, Plan, apply, fused_parameters, layer_map
+from hf_layerfuse.accelerators import accelerator_of
 from hf_layerfuse.errors import DataError, LayerFuseError, RecipeError, TrainingError
 from hf_layerfuse.heal import heal
 from hf_layerfuse.math.losses import distillation_loss
@@ -24,8 +24,6 @@ from hf_layerfuse.objective import Match, Objective
 from hf_layerfuse.recipe import HealRecipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-heal_module = importlib.import_module("hf_layerfuse.heal")  # the package has a function of that name
 
 
 def _recipe(**values) -> HealRecipe:
@@ -171,7 +169,7 @@ def test_compilation_is_asked_for_each_time() -> None:
     """Accelerators of one process share their settings; what an earlier training wanted does not hold for the next."""
     student = tiny_model("gpt2", "GPT2LMHeadModel")
     for compiled in (False, True, False):
-        accelerator = heal_module._accelerator(student, _recipe(compile=compiled))
+        accelerator = accelerator_of(student, _recipe(compile=compiled))
         assert accelerator.state.dynamo_plugin.backend == ("INDUCTOR" if compiled else "NO")
 
 

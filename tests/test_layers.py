@@ -30,7 +30,7 @@ RANKS = (
     ("taps",),
     ("edits", "calibration", "mapfit"),
     ("inputs", "relaxed"),
-    ("schedule",),
+    ("accelerators", "schedule"),
     ("adapters", "recipe"),
     ("math", "plan", "prediction", "collate"),
     ("lora",),
