@@ -85,7 +85,8 @@ def test_adding_an_architecture_works_as_written(tmp_path):
         text=True,
         check=False,
     )
-    assert done.stdout.strip() == "done", done.stderr
+    # DeepSpeed, where it is installed, greets on standard output
+    assert done.stdout.splitlines()[-1:] == ["done"], done.stderr
 
 
 def test_an_unknown_architecture_is_refused_with_directions():
