@@ -369,7 +369,7 @@ def current(job: Job, known: dict[str, Any]) -> dict[str, Any]:
         target: {
             method: row
             for method, row in rows.items()
-            if sum(part["steps"] for part in row["rounds"]) == job.recipe.steps
+            if [part["steps"] for part in row["rounds"]] == steps_of(job.recipe, len(row["rounds"]))
         }
         for target, rows in known.get("models", {}).items()
     }

@@ -510,16 +510,40 @@ def test_shipped_accelerate_configs(path):
 
 @pytest.mark.slow
 def test_under_accelerate_launch(tmp_path):
-    """The command of the README, in processes of its own: one, and two that share the work and agree on the result."""
+    """The command of the README, in a process of its own."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "fuse.py")]
     subprocess.run([*launch, *words], check=True, env=environment, cwd=tmp_path)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "fuse.py")]
-    subprocess.run([*torchrun, *words, "--output_dir", str(tmp_path / "two")], check=True, env=environment)
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("out", "two"))
-    assert one["heal"]["num_processes"] == 1
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["heal"]["num_processes"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("causal-lm", ["--heal.teacher_top_k", "8"]),
+        ("masked-lm", []),
+        ("text-classification", ["--data.streaming", "true"]),
+        ("image-classification", ["--data.augment", "true"]),
+    ],
+)
+def test_two_processes_share_the_work(tmp_path, task, options):
+    """Rows, masked words and augmentation are the same in two processes: each with a batch, they do what one does with
+    two batches a step, and agree on the result."""
+    words = [*JOBS[task][0](tmp_path), *options, "--evaluate.latency", "false", "--heal.mixed_precision", "no"]
+    words += ["--heal.batch_size", "4", "--heal.eval_every", "1"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    for count, name, accumulated in (("1", "one", "2"), ("2", "two", "1")):
+        own = ["--output_dir", str(tmp_path / name), "--heal.gradient_accumulation_steps", accumulated]
+        subprocess.run([*torchrun, count, str(ROOT / "fuse.py"), *words, *own], check=True, env=environment)
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert two["heal"]["num_processes"] == 2
+    assert two["heal"]["distributed_type"] == "MULTI_CPU"
     assert one["fused"]["metrics"] == two["fused"]["metrics"]
+    for history in ("train_loss", "validation_loss"):
+        losses, expected = ([loss for _, loss in results["heal"][history]] for results in (two, one))
+        assert losses == pytest.approx(expected, rel=1e-4)
     assert verify(AutoFusedModel.from_pretrained(tmp_path / "two"))["reload"] == 0
