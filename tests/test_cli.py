@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import tiny_model
+from hub import hub
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessorPil
@@ -315,6 +317,41 @@ def test_variants_of_healing(tmp_path, words):
     fused = fused_parameters(model, plan)
     same = {name for name, value in model.named_parameters(remove_duplicate=False) if torch.equal(value, before[name])}
     assert same == (fused if "--heal.freeze_fused" in words else set())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_model_and_data_by_their_names_on_the_hub(tmp_path, streaming):
+    """A model and data of a Hub give what the same files on disk give; a name that it does not have is said."""
+    words = causal_lm(tmp_path)
+    words += ["--data.streaming", str(streaming).lower(), "--heal.mixed_precision", "no"]
+    assert main([*words, "--output_dir", str(tmp_path / "local")]) == 0
+    folder = tmp_path / "hub" / "datasets" / "some" / "lines"
+    folder.mkdir(parents=True)
+    for split in ("train", "validation", "test"):
+        shutil.copy(tmp_path / f"{split}.txt", folder)
+    (tmp_path / "hub" / "models" / "some").mkdir(parents=True)
+    shutil.copytree(tmp_path / "model", tmp_path / "hub" / "models" / "some" / "gpt2")
+    named = ["--model", "some/gpt2", "--data.name", "some/lines", "--output_dir", str(tmp_path / "out")]
+    for split in ("train", "validation", "test"):
+        named += [f"--data.{split}", split]
+    with hub(tmp_path / "hub") as url:
+        own = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        own["HF_DATASETS_CACHE"] = str(tmp_path / "home" / "datasets")
+
+        def run(*more: str) -> subprocess.CompletedProcess:
+            command = [sys.executable, str(ROOT / "fuse.py"), *words, *named, *more]
+            return subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True)
+
+        wrong = run("--data.name", "some/pages")
+        assert wrong.returncode != 0
+        assert "some/pages" in wrong.stderr
+        assert "Traceback" not in wrong.stderr
+        assert not (tmp_path / "out").exists()
+        right = run()
+    assert right.returncode == 0, right.stderr
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("local", "out")]
+    assert files[0] == files[1]
+    assert AutoFusedModel.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4
 
 
 @pytest.mark.slow
