@@ -17,6 +17,7 @@ last checkpoint in outputs/heal.
 
 import argparse
 import copy
+import fcntl
 import json
 import random
 import re
@@ -37,7 +38,7 @@ from transformers import PreTrainedModel
 
 from hf_layerfuse import FusionRecipe, HealRecipe, Plan, TrainingError, apply, expand, heal, layer_map
 from hf_layerfuse.adapters import adapter_for
-from hf_layerfuse.collate import ROW, CollateImages, CollateText
+from hf_layerfuse.collate import ROW, TEACHER_IDS, TEACHER_LOGPROBS, CollateImages, CollateText
 from hf_layerfuse.evaluate import classification, parameter_counts
 from hf_layerfuse.fingerprint import fingerprint
 from hf_layerfuse.report import text_table
@@ -49,6 +50,9 @@ from hf_layerfuse.teacher import with_teacher
 
 RESULT = fusion.ROOT / "benchmarks" / "results" / "heal.json"
 CHECKPOINTS = fusion.ROOT / "outputs" / "heal"
+
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
 
 @dataclass
@@ -74,7 +78,7 @@ class Job:
     name: str
     base: fusion.Job
     rows: Sequence[dict[str, Any]]
-    collate: Callable[[list[dict[str, Any]]], Any]
+    collate: Collate
     validation: list[dict[str, torch.Tensor]]
     recipe: HealRecipe
     options: list[dict[str, float]]
@@ -121,10 +125,13 @@ def gpt2() -> Job:
     ranks = {25: 32, 50: 32, 70: 32, 80: 21}
     targets |= {f"share {share}%": {"ratio": share / 100, "mode": "share", "rank": ranks[share]} for share in ranks}
     recipe = HealRecipe(steps=400, batch_size=8, eval_every=100, teacher_top_k=64)
+    windows = fusion._windows(tokenizer, "train", recipe.steps * recipe.batch_size)
+    ids = torch.cat([batch["input_ids"] for batch in windows]).tolist()
+    rows = {"input_ids": ids, "labels": ids}
     return Job(
         "gpt2",
         base,
-        answered(base.model, fusion._windows(tokenizer, "train", recipe.steps * recipe.batch_size), recipe),
+        answered("windows", rows, base.model, recipe, stacked, batch_size=16),
         stacked,
         labelled,
         recipe,
@@ -136,16 +143,17 @@ def gpt2() -> Job:
     )
 
 
-def answered(teacher: PreTrainedModel, windows: fusion.Batches, recipe: HealRecipe) -> Dataset:
-    """Windows of text with the answers of the teacher, which is asked once for all models, and not in each step."""
-    ids = torch.cat([batch["input_ids"] for batch in windows]).tolist()
-    folder = CHECKPOINTS / f"windows-{len(ids)}"
+def answered(
+    name: str, columns: dict[str, list], teacher: PreTrainedModel, recipe: HealRecipe, collate: Collate, batch_size: int
+) -> Dataset:
+    """Rows with the answers of the teacher, which is asked once for all models, and not in each step."""
+    folder = CHECKPOINTS / f"{name}-{len(columns['labels'])}"
     if not folder.is_dir():
-        Dataset.from_dict({"input_ids": ids, "labels": ids}).save_to_disk(folder)
+        Dataset.from_dict(columns).save_to_disk(folder)
     # read from disk, rows know themselves again, and so are the answers found again
-    settings = {"top_k": recipe.teacher_top_k, "temperature": recipe.temperature, "batch_size": 16}
+    settings = {"top_k": recipe.teacher_top_k, "temperature": recipe.temperature, "batch_size": batch_size}
     with torch.autocast("cpu", torch.bfloat16):
-        return with_teacher(Dataset.load_from_disk(folder), teacher, stacked, **settings)
+        return with_teacher(Dataset.load_from_disk(folder), teacher, collate, **settings)
 
 
 def stacked(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -189,26 +197,34 @@ def resnet56() -> Job:
     tested = [{"pixel_values": x, "labels": y} for x, y in zip(test.split(499), answers.split(499), strict=True)]
     calibration = [{"pixel_values": x} for x in train[:40_000:78].split(64)]
     base = fusion.Job(model, calibration, held_out, lambda student: classification(student, tested), keeps=())
-    rows = [
-        {"pixel_values": x, "labels": y, ROW: i}
-        for i, (x, y) in enumerate(zip(train[:40_000], labels[:40_000].tolist(), strict=True))
-    ]
-    recipe = HealRecipe(steps=2400, batch_size=64, eval_every=240, temperature=4.0)
-    targets = {"70% shared": {"ratio": 0.7, "mode": "share"}}
-    options = rates(1e-3, 4e-3)
+    recipe = HealRecipe(steps=3000, batch_size=64, eval_every=300, patience=4, temperature=4.0, teacher_top_k=10)
+    collate, views = Views(train[:40_000]), range(recipe.steps * recipe.batch_size)
+    rows = {ROW: [*views], "labels": [int(labels[view % 40_000]) for view in views]}
     return Job(
         "resnet56",
         base,
-        rows,
-        CollateImages(moves=True),
+        answered("views", rows, model, recipe, collate, batch_size=64),
+        collate,
         held_out,
         recipe,
-        options,
-        targets,
+        options=rates(1e-3, 2e-3),
+        targets={"70% shared": {"ratio": 0.7, "mode": "share", "rank": 4}},
         pilots=("70% shared",),
-        pilot=300,
-        rounds=5,
+        pilot=200,
+        rounds=3,
     )
+
+
+class Views:
+    """Batches of images, which are moved and mirrored in another way each time that one of them is read."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images, self.move = images, CollateImages(moves=True)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        views = [{"labels": 0, **row, "pixel_values": self.images[row[ROW] % len(self.images)]} for row in rows]
+        answers = [name for name in rows[0] if name in (TEACHER_IDS, TEACHER_LOGPROBS)]
+        return self.move(views) | {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in answers}
 
 
 JOBS: dict[str, Callable[[], Job]] = {"minilm-sst2": minilm_sst2, "gpt2": gpt2, "resnet56": resnet56}
@@ -310,7 +326,7 @@ def retrained(
             seed=number,
             checkpoints=CHECKPOINTS / f"{name}-{number}",
         )
-        parts.append({"before": before, **asdict(report)})
+        parts.append({"before": before, "budget": steps, **asdict(report)})
         source = expand(student)
     for number, part in enumerate(parts):
         shutil.rmtree(CHECKPOINTS / f"{name}-{number}")
@@ -322,8 +338,11 @@ def retrained(
 
 def measure(
     job: Job, known: dict[str, Any], target: str, asked: dict[str, Any], method: str, rounds: int, step: Step
-) -> Iterator[None]:
-    """Train one model of a target, after its rate was chosen, as far as that is not known; yields what is new."""
+) -> Iterator[dict[str, Any]]:
+    """Train one model of a target, after its rate was chosen, as far as that is not known.
+
+    Yields what is new, for `save`, after it was laid to what is known.
+    """
     row = f"{method}, {rounds} rounds" if rounds > 1 else method
     models = known["models"].setdefault(target, {})
     if row in models:
@@ -332,11 +351,11 @@ def measure(
     choice, choices = f"{pilot}, {method}", known["chosen"]
     if choice not in choices:
         choices[choice] = chosen(job, choice, job.targets.get(pilot, asked), step, list(choices.values()))
-        yield
+        yield {"chosen": {choice: choices[choice]}}
     folder = re.sub(r"\W+", "-", f"{job.name} {target} {row}")
     models[row] = retrained(job, folder, asked, rounds, step, known["chosen"][choice]["best"], list(models.values()))
     print(f"{target}, {row}: {models[row]}", flush=True)
-    yield
+    yield {"models": {target: {row: models[row]}}}
 
 
 def run(name: str, targets: list[str] | None) -> None:
@@ -344,8 +363,7 @@ def run(name: str, targets: list[str] | None) -> None:
     job = JOBS[name]()
     if targets and not {"original", *job.targets}.intersection(targets):
         raise SystemExit(f"{name} has the targets original, {', '.join(job.targets)}, and not {', '.join(targets)}.")
-    known = current(job, load(RESULT).get(name, {}))
-    known["models"] = {target: known["models"].get(target, {}) for target in ("original", *job.targets)}
+    known = save(job, RESULT, {"models": {target: {} for target in ("original", *job.targets)}})
     todo = [("original", {}, "original", 1, untouched)]
     todo += [
         (target, asked, *method)
@@ -354,8 +372,8 @@ def run(name: str, targets: list[str] | None) -> None:
         for method in methods(job, asked)
     ]
     for model in todo:
-        for _ in measure(job, known, *model):
-            save(name, known, RESULT)
+        for news in measure(job, known, *model):
+            save(job, RESULT, news)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -369,7 +387,7 @@ def current(job: Job, known: dict[str, Any]) -> dict[str, Any]:
         target: {
             method: row
             for method, row in rows.items()
-            if [part["steps"] for part in row["rounds"]] == steps_of(job.recipe, len(row["rounds"]))
+            if [part.get("budget", part["steps"]) for part in row["rounds"]] == steps_of(job.recipe, len(row["rounds"]))
         }
         for target, rows in known.get("models", {}).items()
     }
@@ -377,19 +395,24 @@ def current(job: Job, known: dict[str, Any]) -> dict[str, Any]:
     return {"chosen": {name: row for name, row in choices if row.get("steps") == job.pilot}, "models": models}
 
 
-def save(name: str, known: dict[str, Any], path: Path) -> None:
-    """Write the results of a job beside those of other jobs, and of its other targets, which may be running."""
-    results = load(path)
-    before = results.get(name, {"chosen": {}, "models": {}})
-    models = {
-        target: before["models"].get(target, {}) | known["models"].get(target, {})
-        for target in {**known["models"], **before["models"]}
-    }
-    results[name] = {"chosen": before["chosen"] | known["chosen"], "models": models}
-    results = {job: results[job] for job in JOBS if job in results}
-    temporary = path.with_suffix(f".{name}.tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(path)
+def save(job: Job, path: Path, news: dict[str, Any]) -> dict[str, Any]:
+    """Lay new rows and choices of a job over its results in a file, and return them; what is not current goes.
+
+    Nothing else is touched: other jobs, or other targets of this one, may be running beside it.
+    """
+    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+    with (CHECKPOINTS / f"{path.stem}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = load(path)
+        known = current(job, results.get(job.name, {}))
+        for target, rows in news.get("models", {}).items():
+            known["models"].setdefault(target, {}).update(rows)
+        known["chosen"].update(news.get("chosen", {}))
+        results[job.name] = known
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({name: results[name] for name in JOBS if name in results}, indent=1) + "\n")
+        temporary.replace(path)
+    return known
 
 
 HEADLINE = fusion.HEADLINE | {"resnet56": ("accuracy", "{:.2%}")}

@@ -30,8 +30,8 @@ KEEPS = {"minilm-sst2": (5, 4, 3, 2, 1), "gpt2": (9, 6, 4, 2)}
 def run(name: str) -> None:
     """Train what is not there yet, and save after each model."""
     job = heal.JOBS[name]()
-    before, known = (heal.current(job, heal.load(path).get(name, {})) for path in (heal.RESULT, RESULT))
-    known["chosen"] = before["chosen"] | known["chosen"]
+    before = heal.current(job, heal.load(heal.RESULT).get(name, {}))
+    known = heal.save(job, RESULT, {"chosen": before["chosen"]})
     names = {asked["keep_layers"]: target for target, asked in job.targets.items() if "keep_layers" in asked}
     todo = [("original", {}, "original", 1, heal.untouched)]
     todo += [
@@ -47,10 +47,9 @@ def run(name: str) -> None:
     for target, asked, method, *rest in todo:
         trained = before["models"].get(target, {})
         if method in trained:
-            known["models"].setdefault(target, {})[method] = trained[method]
-        for _ in heal.measure(job, known, target, asked, method, *rest):
-            heal.save(name, known, RESULT)
-    heal.save(name, known, RESULT)
+            known = heal.save(job, RESULT, {"models": {target: {method: trained[method]}}})
+        for news in heal.measure(job, known, target, asked, method, *rest):
+            heal.save(job, RESULT, news)
 
 
 def curve(known: dict[str, Any]) -> tuple[list[dict[str, Any]], list[float], int]:
