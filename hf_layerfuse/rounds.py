@@ -80,7 +80,8 @@ def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> lis
     """The goal of each round, and its steps of healing."""
     fusion, healing = recipe.fusion, recipe.heal
     goals: list[Goal] = [{}]
-    if healing.schedule != "one-shot" and fusion.ratio is not None and are_unlike(original):
+    by_size = fusion.rank == "auto" or are_unlike(original)  # a number of blocks says little about it
+    if healing.schedule != "one-shot" and fusion.ratio is not None and by_size:
         goals = [{"ratio": fusion.ratio * share} for share in shares_of(healing)]
     elif healing.schedule != "one-shot":
         plan = plan_fusion(original, fusion, inputs.calibration())

@@ -19,7 +19,7 @@ from .edits import check_model
 from .errors import PlanError, UnsupportedModelError
 from .grouping import Groups, even, groups_of, longest, unexplained
 from .math import cluster
-from .methods.fusion import Importance, divider, fits, group_edit, importance_of, kinds_of, matching, plan_fusion
+from .methods.fusion import Importance, divider, group_edit, importance_of, matching, plan_fusion
 from .modeling import apply
 from .modes import eval_mode
 from .plan import Fuse, Kind, Plan
@@ -27,6 +27,7 @@ from .prediction import calibration_loss
 from .recipe import FusionRecipe
 from .refit import SELECTING, RefitReport, refit_by, repair_of
 from .states import Saved
+from .targets import fits, kinds_of, settled
 from .walk import Trace, Walk
 
 TABLE_COST = 5
@@ -72,6 +73,7 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
         UnsupportedModelError: no adapter for the architecture, or a model that cannot be fused.
     """
     check_model(model, adapter_for(model))
+    recipe = settled(model, recipe)
     batches = None if batches is None else list(batches)
     first = plan_fusion(model, recipe, batches)
     if batches is None:

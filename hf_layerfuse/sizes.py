@@ -22,6 +22,13 @@ def are_unlike(model: PreTrainedModel) -> bool:
     return len({shapes_of(layer) for layer in adapter_for(model).layer_list(model)}) > 1
 
 
+def size_of_blocks(model: PreTrainedModel, recipe: FusionRecipe) -> int:
+    """Parameters of the blocks that a recipe is about, of which `ratio` is a share."""
+    adapter = adapter_for(model)
+    layers = adapter.layer_list(model)
+    return sum(tensor.numel() for layer in layers for tensor in _parameters(layer, adapter, recipe))
+
+
 def planned_size(model: PreTrainedModel, plan: Plan) -> dict[str, int]:
     """The size of what `apply(model, plan)` gives, from shapes alone.
 
@@ -76,12 +83,11 @@ def sizes_of_runs(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[np.ndar
 
 def _size_of_run(layer: nn.Module, adapter: LayerAdapter, recipe: FusionRecipe, count: int) -> int:
     """Parameters of so many layers like this one whose blocks become one; where weights are shared, of matrices."""
-    kinds = [kind for kind in adapter.kinds if recipe.blocks in ("layer", "separate", kind)]
-    owned = [tensor for name, tensor in layer.named_parameters() if adapter.owner(name) in kinds]
+    owned = _parameters(layer, adapter, recipe)
     size = sum(tensor.numel() for tensor in owned if recipe.mode == "depth" or is_shared(tensor))
     if recipe.mode == "depth" or count == 1:
         return size
-    for kind in kinds:
+    for kind in _kinds(adapter, recipe):
         slots = tuple(range(count))
         for module, rank in relaxed_maps(
             layer, adapter, Tie(kind, slots, Source(slots), recipe.mode, recipe.rank)
@@ -90,3 +96,13 @@ def _size_of_run(layer: nn.Module, adapter: LayerAdapter, recipe: FusionRecipe, 
             size += count * rank * outs + (count if recipe.mode == "share" else 1) * rank * ins
             size -= outs * ins if recipe.mode == "basis" else 0
     return size
+
+
+def _kinds(adapter: LayerAdapter, recipe: FusionRecipe) -> list[str]:
+    return [kind for kind in adapter.kinds if recipe.blocks in ("layer", "separate", kind)]
+
+
+def _parameters(layer: nn.Module, adapter: LayerAdapter, recipe: FusionRecipe) -> list[nn.Parameter]:
+    """Those of a layer that belong to the blocks that a recipe is about."""
+    kinds = _kinds(adapter, recipe)
+    return [tensor for name, tensor in layer.named_parameters() if adapter.owner(name) in kinds]

@@ -395,6 +395,20 @@ def test_low_rank_healing(tmp_path):
     assert torch.equal(model.transformer.wte.weight, original.transformer.wte.weight)
 
 
+def test_rounds_of_rank_auto(tmp_path):
+    """Each round removes its part of the ratio, and has the rank that follows from that."""
+    words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--fusion.keep_layers", "null"]
+    words += ["--fusion.ratio", "0.6", "--fusion.mode", "share", "--fusion.rank", "auto"]
+    words += ["--heal.schedule", "uniform", "--heal.rounds", "2", "--heal.steps", "4", "--heal.eval_every", "1"]
+    assert main(words) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [r["ratio"] for r in results["rounds"]] == [0.3, 0.6]
+    model, original = (AutoFusedModel.from_pretrained(tmp_path / name) for name in ("out", "model"))
+    left, whole = (sum(p.numel() for p in of.transformer.h.parameters()) for of in (model, original))
+    assert left <= 0.4 * whole
+    assert main([*words, "--fusion.ratio", "null", "--fusion.max_parameters", "9e4", "--overwrite", "true"]) == 1
+
+
 @pytest.mark.parametrize(
     ("mode", "schedule", "goals"),
     [("depth", "uniform", [4, 2]), ("share", "uniform", [4, 2]), ("depth", "exponential", [3, 2])],

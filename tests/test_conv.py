@@ -213,7 +213,7 @@ def test_what_is_stored_is_what_was_fitted():
     torch.testing.assert_close(CONVFIT._theta(conv, norm), theta, rtol=1e-2, atol=0.2)
 
 
-@pytest.mark.parametrize(("mode", "rank"), [("depth", 0), ("share", 0), ("share", 1)])
+@pytest.mark.parametrize(("mode", "rank"), [("depth", 0), ("share", 0), ("share", 1), ("share", "auto")])
 @pytest.mark.parametrize("effort", ["low", "medium"])
 def test_search_meets_a_ratio(mode, rank, effort):
     """So many block parameters go, and no fewer than must; no group holds layers of different shapes."""

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from hf_layerfuse.calibration import observe
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
 from hf_layerfuse.sizes import planned_size
+from hf_layerfuse.targets import settled
 
 TEXT = sorted(TINY.keys() - {"vit", "deit"})
 MEASURES = (*ON_WEIGHTS, *ON_ACTIVATIONS)
@@ -140,6 +142,51 @@ def test_ratio_counts_what_each_depth_keeps(mode, rank, blocks, ratios):
         assert 1 - size(fused) / size(model) == pytest.approx(ratio, abs=0.6 / LAYERS)
     with pytest.raises(RecipeError, match=r"ratio=0\.99 is out of reach .* and rank="):
         plan_fusion(model, FusionRecipe(ratio=0.99, mode=mode, rank=rank, blocks=blocks))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"ratio": 0.2, "mode": "share"},
+        {"ratio": 0.6, "mode": "share"},
+        {"ratio": 0.5, "mode": "share", "blocks": "mlp"},
+        {"ratio": 0.5, "mode": "share", "blocks": "separate"},
+        {"ratio": 0.4, "mode": "basis"},
+        {"max_parameters": 45_000, "mode": "share"},
+        {"max_bytes": 200_000, "mode": "share"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
+def test_rank_auto_is_the_largest_that_meets_the_target(model_type, asked):
+    """All blocks share one set of weights, and each depth adds as much as the target leaves, and not one rank more."""
+    model = base_model(model_type)
+    recipe = settled(model, FusionRecipe(rank="auto", **asked))
+    assert recipe.keep_layers == 1
+    kinds = {"separate": ("attention", "mlp"), "mlp": ("mlp",)}.get(recipe.blocks, ("attention", "mlp"))
+
+    def size(rank: int) -> dict[str, int]:
+        return planned_size(model, plan_fusion(model, replace(recipe, rank=rank)))
+
+    adapter = adapter_for(model)
+    blocks = sum(
+        p.numel()
+        for layer in adapter.layer_list(model)
+        for n, p in layer.named_parameters()
+        if adapter.owner(n) in kinds
+    )
+    limits = {"parameters": parameters(model) - asked["ratio"] * blocks} if "ratio" in asked else {}
+    limits |= {name.removeprefix("max_"): most for name, most in asked.items() if name.startswith("max_")}
+    for unit, most in limits.items():
+        assert size(recipe.rank)[unit] <= most < size(recipe.rank + 1)[unit]
+    plans = [plan_fusion(model, FusionRecipe(rank="auto", **asked)), plan_fusion(model, recipe)]
+    assert plans[0].edits == plans[1].edits
+
+
+def test_rank_auto_of_too_little():
+    """Where one set of weights is more than the target leaves, that is said."""
+    with pytest.raises(RecipeError, match=r"ratio=0\.97 is out of reach with rank='auto'"):
+        plan_fusion(base_model("gpt2"), FusionRecipe(ratio=0.97, mode="share", rank="auto"))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ RANKS = (
     ("verify", "search"),
     ("modeling", "refit"),
     ("methods", "align"),
+    ("targets",),
     ("convfit", "distances", "grouping", "select", "sizes"),
     ("repair",),
     ("walk",),

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import warnings
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -180,6 +181,21 @@ def test_every_mode_and_kind_of_block(model_type, mode, blocks):
     assert found.model.num_parameters() < model.num_parameters()
     if model_type == "gpt2":
         verify(found.model)
+
+
+@pytest.mark.parametrize("effort", ["low", "medium"])
+@pytest.mark.parametrize("mode", ["share", "basis"])
+def test_rank_auto_is_searched_as_its_number(mode, effort):
+    """A rank that follows from the target gives what that number gives, and the notes say which."""
+    model = whole("gpt2")
+    auto = search(model, FusionRecipe(ratio=0.5, mode=mode, rank="auto", effort=effort), batches_of(model))
+    (edit,) = auto.plan.edits
+    assert edit.layers == tuple(range(LAYERS))
+    asked = FusionRecipe(keep_layers=1, mode=mode, rank=edit.rank, effort=effort)
+    assert auto.plan.notes["recipe"] == asdict(asked)
+    number = search(model, asked, batches_of(model))
+    assert same(state_of(auto.model), state_of(number.model))
+    verify(auto.model)
 
 
 @pytest.mark.parametrize("mode", MODES)

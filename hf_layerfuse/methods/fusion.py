@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -17,14 +16,14 @@ from transformers import PreTrainedModel
 from ..adapters import adapter_for
 from ..calibration import Batches, Sample
 from ..distances import block_distances
-from ..edits import check_model, shapes_of
+from ..edits import check_model
 from ..errors import RecipeError
-from ..grouping import even
 from ..math import cluster
 from ..modes import eval_mode
 from ..plan import Align, Fuse, Kind, Plan
 from ..recipe import FusionRecipe
-from ..sizes import are_unlike, planned_size, removed_by_even_runs, sizes_of_runs
+from ..sizes import are_unlike, sizes_of_runs
+from ..targets import counts_of, fits, kinds_of, settled
 from ..walk import Walk
 
 _CLUSTERS = {
@@ -61,8 +60,9 @@ def plan_fusion(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches |
     """
     adapter = adapter_for(model)
     check_model(model, adapter)
+    recipe = settled(model, recipe)
     depth = len(adapter.layer_list(model))
-    keeps = _keeps(model, recipe, depth)
+    keeps = counts_of(model, recipe)
     distances = block_distances(model, kinds_of(model, recipe), recipe.similarity, batches)
     divide = divider(model, recipe)
     importance = importance_of(model, batches)
@@ -89,23 +89,6 @@ def plan_fusion(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches |
             "keep more, or use cluster='adjacent'."
         )
     return found
-
-
-def kinds_of(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[Kind, ...]:
-    """The kinds of block that are grouped, each on its own.
-
-    Raises:
-        RecipeError: layers of this architecture have one block only, and the recipe asks for parts of them.
-    """
-    kinds = adapter_for(model).kinds
-    if len(kinds) == 1:
-        if recipe.blocks != "layer":
-            raise RecipeError(
-                f"blocks={recipe.blocks!r}: layers of {model.config.model_type!r} have {kinds[0]} blocks only; use "
-                "'layer'."
-            )
-        return kinds
-    return kinds if recipe.blocks == "separate" else (recipe.blocks,)
 
 
 def divider(model: PreTrainedModel, recipe: FusionRecipe) -> Callable[[np.ndarray, int], cluster.Groups]:
@@ -227,72 +210,3 @@ def _edits(recipe: FusionRecipe, groups: Mapping[Kind, cluster.Groups], importan
         for group in found
         if len(group) > 1
     ]
-
-
-def _keeps(model: PreTrainedModel, recipe: FusionRecipe, depth: int) -> Sequence[int]:
-    """How many blocks of each kind may stay distinct, the best first; the first whose plan fits is taken.
-
-    Raises `RecipeError` where none can, before minutes of calibration are spent.
-    """
-    if depth < 2:
-        raise RecipeError(f"the model has {depth} layer: there is nothing to fuse.")
-    if recipe.keep_layers is not None:
-        if recipe.keep_layers >= depth:
-            raise RecipeError(
-                f"keep_layers={recipe.keep_layers} of the model's {depth} fuses nothing: use 1 to {depth - 1}."
-            )
-        return [recipe.keep_layers]
-    if recipe.ratio is not None and are_unlike(model):
-        return range(depth - 1, 0, -1)
-    if recipe.ratio is not None:
-        removed = {keep: removed_by_even_runs(model, recipe, even(depth, keep)) for keep in range(1, depth)}
-        keep = min(removed, key=lambda keep: abs(removed[keep] - recipe.ratio))
-        if not abs(removed[keep] - recipe.ratio) <= 0.5 / depth:
-            raise RecipeError(
-                f"ratio={recipe.ratio} is out of reach with {depth} {recipe.blocks} blocks"
-                f"{f' and rank={recipe.rank}' if recipe.rank else ''}: whole blocks allow {min(removed.values()):.3f} "
-                f"to {max(removed.values()):.3f}."
-            )
-        return [keep]
-
-    # one group of everything of one shape is the least, whatever the distances will be
-    kinds = kinds_of(model, recipe)
-    least = _edits(recipe, dict.fromkeys(kinds, _runs_of_one_shape(model)), lambda: [1.0] * depth)
-    adapter = adapter_for(model)
-    plans = (Plan(adapter.model_type, depth, edits, kinds=adapter.kinds) for edits in (least, ()))
-    smallest, whole = (planned_size(model, plan) for plan in plans)
-    for name, unit, most in _limits(recipe):
-        if whole[unit] <= most:
-            raise RecipeError(
-                f"{name}={most:.12g} fuses nothing, the model has {whole[unit]} {unit}: use less, down to "
-                f"{smallest[unit]}."
-            )
-        if smallest[unit] > most:
-            raise RecipeError(
-                f"{name}={most:.12g} is out of reach: with all {depth} {' and '.join(kinds)} blocks as one "
-                f"in mode {recipe.mode!r}, {smallest[unit]} {unit} remain. Use that or more, or other blocks or mode."
-            )
-    return range(depth - 1, 0, -1)
-
-
-def _runs_of_one_shape(model: PreTrainedModel) -> cluster.Groups:
-    shapes = [shapes_of(layer) for layer in adapter_for(model).layer_list(model)]
-    return [tuple(run) for _, run in itertools.groupby(range(len(shapes)), key=shapes.__getitem__)]
-
-
-def _limits(recipe: FusionRecipe) -> list[tuple[str, str, float]]:
-    """Name, unit and value of each target that limits the size of the whole model."""
-    limits = [("max_parameters", "parameters", recipe.max_parameters), ("max_bytes", "bytes", recipe.max_bytes)]
-    return [limit for limit in limits if limit[2] is not None]
-
-
-def fits(model: PreTrainedModel, recipe: FusionRecipe, plan: Plan) -> bool:
-    """Whether what a plan leads to is as small as the recipe asks for, and no group holds layers that cannot be one."""
-    shapes = [shapes_of(layer) for layer in adapter_for(model).layer_list(model)]
-    if any(shapes[layer] != shapes[edit.layers[0]] for edit in plan.edits for layer in edit.layers):
-        return False
-    if recipe.ratio is not None and len(set(shapes)) > 1:
-        layers = adapter_for(model).layer_list(model)
-        total, blocks = (sum(p.numel() for p in part.parameters()) for part in (model, layers))
-        return planned_size(model, plan)["parameters"] <= total - recipe.ratio * blocks
-    return all(planned_size(model, plan)[unit] <= most for _, unit, most in _limits(recipe))

@@ -24,7 +24,9 @@ class FusionRecipe:
         mode: `depth` runs a fused block once (smaller and faster); `share` lets one set of weights serve every
             depth of its group (smaller on disk and in memory, not faster); `basis` lets the depths of a group combine
             one shared basis of `rank` vectors (the same).
-        rank: of the residual that each depth adds to a shared matrix (`share`), or size of the basis (`basis`).
+        rank: of the residual that each depth adds to a shared matrix (`share`), or size of the basis (`basis`). With
+            `auto`, all layers of a shape share one set of weights, and the rank is the largest that meets the target:
+            a few more numbers for each depth do more than a few more sets.
         blocks: fuse whole layers, or their attention or MLP blocks alone, or `separate`: both, each kind in groups of
             its own and to the same number of blocks.
         similarity: distance between blocks. `euclidean`, `cosine`, `covariance`, `kl` and `wasserstein` compare
@@ -60,7 +62,7 @@ class FusionRecipe:
     max_parameters: float | None = None
     max_bytes: float | None = None
     mode: Literal["depth", "share", "basis"] = "depth"
-    rank: int = 0
+    rank: int | Literal["auto"] = 0
     blocks: Literal["layer", "attention", "mlp", "separate"] = "layer"
     similarity: Literal[
         "euclidean",
@@ -108,12 +110,17 @@ class FusionRecipe:
             f"operator='select' chooses hidden units while a block is refitted, to run once: it needs mode='depth' and "
             f"refit='full', not mode={self.mode!r} and refit={self.refit!r}.",
         )
-        require(self.rank >= 0, f"rank={self.rank}: use a whole number of 0 or more.")
+        require(
+            self.rank != "auto" or self.keep_layers is None,
+            f"rank='auto' follows from how small the result is to be, and keep_layers={self.keep_layers} does not say "
+            "that: give ratio, max_parameters or max_bytes, or a rank.",
+        )
+        require(self.rank == "auto" or self.rank >= 0, f"rank={self.rank}: use 'auto', or a whole number of 0 or more.")
         require(
             not (self.mode == "depth" and self.rank),
             f"rank={self.rank} with mode='depth', where nothing is shared: leave it out, or use mode='share'.",
         )
         require(
-            self.mode != "basis" or self.rank > 0,
+            self.mode != "basis" or self.rank != 0,
             "mode='basis' needs rank, the number of basis vectors: a quarter of the model's width, for example.",
         )

@@ -70,6 +70,11 @@ class Recipe:
             "schedule 'one-shot'.",
         )
         require(
+            self.heal.schedule == "one-shot" or self.fusion.rank != "auto" or self.fusion.ratio is not None,
+            f"heal.schedule={self.heal.schedule!r} with fusion.rank='auto' takes steps in parts of a ratio: give "
+            "fusion.ratio as the target.",
+        )
+        require(
             not self.heal.mix or (self.fusion.operator == "mix" and self.fusion.mode != "basis"),
             f"heal.mix goes on with what operator 'mix' began, and it is fusion.operator={self.fusion.operator!r} in "
             f"mode {self.fusion.mode!r}: set the operator to 'mix' and the mode to 'share' or 'depth', or heal.mix to "
