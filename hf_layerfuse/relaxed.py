@@ -64,7 +64,14 @@ class _Residual(Relaxed):
         self.residual_out = nn.Parameter(stock.weight.new_empty(outs, rank))
         self.reset()
 
+    @property
+    def whole_weight(self) -> Tensor:
+        """W + B A as the stock module stores it, with gradients."""
+        return self.weight + as_stored(self, self.residual_out @ self.residual_in)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:  # of many tokens: the product is the smaller part, not so for each one that is generated
+            return F.linear(x, out_in(self, self.whole_weight), self.bias)
         return super().forward(x) + F.linear(F.linear(x, self.residual_in), self.residual_out)
 
     @torch.no_grad()
@@ -99,7 +106,10 @@ class ResidualConv1D(_Residual, Conv1D):
 
 
 class ResidualConv2d(_Residual, nn.Conv2d):
-    """An `nn.Conv2d` of one group with a residual: a kernel that gives `rank` channels, and one of size 1 behind it."""
+    """An `nn.Conv2d` of one group with a residual.
+
+    The kernel is made whole each time, which costs next to nothing: it is used at every pixel.
+    """
 
     def __init__(self, stock: nn.Conv2d, rank: int) -> None:
         super().__init__(
@@ -116,8 +126,7 @@ class ResidualConv2d(_Residual, nn.Conv2d):
         self._take(stock, rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        own = self._conv_forward(x, as_stored(self, self.residual_in), None)
-        return nn.Conv2d.forward(self, x) + F.conv2d(own, self.residual_out[:, :, None, None])
+        return self._conv_forward(x, self.whole_weight, self.bias)
 
 
 class BasisLinear(Relaxed):
