@@ -23,7 +23,8 @@ class DataRecipe:
         label_column: column with the class, an int or a string, or for token classification one for each word.
         image_column: column with the image.
         max_length: longest sequence in tokens; windows of this length for causal language models.
-        calibration_samples: training rows (windows, for language models) used as calibration batches.
+        calibration_samples: training rows (windows, for language models) used as calibration batches. Together they
+            want to have many times as many tokens as the widest map has inputs: short texts want more of them.
         num_proc: processes that tokenise at once; a fast tokenizer uses all cores by itself.
         augment: shift and mirror training images at random.
         streaming: read `train` as it is used, and never hold all of it; needs `validation`. Rows are shuffled among
