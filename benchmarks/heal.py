@@ -1,6 +1,6 @@
 """Fuse and retrain: the original, a dropped, and our fused models on the same budget, in one run.
 
-    python benchmarks/heal.py [JOB ...] [--targets "depth 50%" ...] [--threads 2]
+    python benchmarks/heal.py [JOB ...] [--targets "depth 50%" ...] [--methods ours ...] [--threads 2]
 
 Several jobs can run side by side, each with a part of the threads, and so can targets of one whose original is done.
 
@@ -121,9 +121,9 @@ def gpt2() -> Job:
     tokenizer = fusion.AutoTokenizer.from_pretrained(path)
     labelled = [{**batch, "labels": batch["input_ids"]} for batch in fusion._windows(tokenizer, "valid", 64)]
     targets = {f"depth {share}%": {"keep_layers": keep} for share, keep in ((25, 9), (50, 6), (70, 4), (80, 2))}
-    # with one layer for all, residuals of rank 21 are the largest that leave no more than 20%
-    ranks = {25: 32, 50: 32, 70: 32, 80: 21}
-    targets |= {f"share {share}%": {"ratio": share / 100, "mode": "share", "rank": ranks[share]} for share in ranks}
+    targets |= {
+        f"share {share}%": {"ratio": share / 100, "mode": "share", "rank": "auto"} for share in (25, 50, 70, 80)
+    }
     recipe = HealRecipe(steps=400, batch_size=8, eval_every=100, teacher_top_k=64)
     windows = fusion._windows(tokenizer, "train", recipe.steps * recipe.batch_size)
     ids = torch.cat([batch["input_ids"] for batch in windows]).tolist()
@@ -212,6 +212,7 @@ def resnet56() -> Job:
         pilots=("70% shared",),
         pilot=200,
         rounds=3,
+        effort="low",
     )
 
 
@@ -336,6 +337,10 @@ def retrained(
     return {"before": parts[-1]["before"], "after": after, **sizes, "start": start, "rounds": parts}
 
 
+def row_of(method: str, rounds: int) -> str:
+    return f"{method}, {rounds} rounds" if rounds > 1 else method
+
+
 def measure(
     job: Job, known: dict[str, Any], target: str, asked: dict[str, Any], method: str, rounds: int, step: Step
 ) -> Iterator[dict[str, Any]]:
@@ -343,7 +348,7 @@ def measure(
 
     Yields what is new, for `save`, after it was laid to what is known.
     """
-    row = f"{method}, {rounds} rounds" if rounds > 1 else method
+    row = row_of(method, rounds)
     models = known["models"].setdefault(target, {})
     if row in models:
         return
@@ -358,20 +363,21 @@ def measure(
     yield {"models": {target: {row: models[row]}}}
 
 
-def run(name: str, targets: list[str] | None) -> None:
-    """Train all models of a job, or those of some targets, that are not there yet, and save after each."""
+def run(name: str, targets: list[str] | None, wanted: list[str] | None) -> None:
+    """Train all models of a job, or those of some targets and methods, that are not there yet, and save after each."""
     job = JOBS[name]()
-    if targets and not {"original", *job.targets}.intersection(targets):
-        raise SystemExit(f"{name} has the targets original, {', '.join(job.targets)}, and not {', '.join(targets)}.")
+    every = [(target, asked, *method) for target, asked in job.targets.items() for method in methods(job, asked)]
+    for given, there in ((targets, job.targets), (wanted, [row_of(*model[2:4]) for model in every])):
+        names = ["original", *dict.fromkeys(there)]
+        if given and not set(names).intersection(given):
+            raise SystemExit(f"{name} has {', '.join(names)}, and not {', '.join(given)}.")
     known = save(job, RESULT, {"models": {target: {} for target in ("original", *job.targets)}})
-    todo = [("original", {}, "original", 1, untouched)]
-    todo += [
-        (target, asked, *method)
-        for target, asked in job.targets.items()
-        if not targets or target in targets
-        for method in methods(job, asked)
+    todo = [
+        model
+        for model in every
+        if (not targets or model[0] in targets) and (not wanted or row_of(*model[2:4]) in wanted)
     ]
-    for model in todo:
+    for model in [("original", {}, "original", 1, untouched), *todo]:
         for news in measure(job, known, *model):
             save(job, RESULT, news)
 
@@ -442,11 +448,12 @@ def main() -> None:
     parser.add_argument("jobs", nargs="*", choices=[*JOBS, []], help=f"default: all of {', '.join(JOBS)}")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--targets", nargs="*", help="only these, such as '3 layers' or 'share 50%%'")
+    parser.add_argument("--methods", nargs="*", help="only these, such as ours, or 'ours, 3 rounds'")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     for name in options.jobs or JOBS:
-        run(name, options.targets)
+        run(name, options.targets, options.methods)
     for rows in tables(load(RESULT)):
         print("\n" + text_table(rows))
 

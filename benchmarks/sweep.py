@@ -90,6 +90,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.set(title=name, xlabel="block parameters removed (%)", ylabel=metric.replace("_", " "))
         if "perplexity" in metric:
             axis.set_yscale("log")
+            for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                formatter("{x:.0f}")
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=130)
