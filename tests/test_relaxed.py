@@ -240,6 +240,8 @@ def test_modules_compute_what_they_merge_to(make, bias):
         twin.weight.data = module.merged_weight().float()
         torch.testing.assert_close(module(x), twin(x))
         assert not torch.allclose(module(x), stock(x)), "the parameters of its own do nothing"
+        losses = [module.train(mode)(x).square().sum() for mode in (True, False)]  # made whole, or in two parts
+        torch.testing.assert_close(*(torch.autograd.grad(loss, list(module.parameters())) for loss in losses))
         assert str(module).startswith(f"{type(module).__name__}(5, 7, rank={2 if 'weight' in names else 3}, bias=")
         exported = torch.export.export(nn.Sequential(module).eval(), (x,)).module()
         torch.testing.assert_close(exported(x), module(x))
