@@ -40,10 +40,12 @@ def settled(model: PreTrainedModel, recipe: FusionRecipe) -> FusionRecipe:
     """A recipe with rank `auto` as one with a number of blocks and a rank; another one as it is.
 
     Raises:
-        RecipeError: the target is out of reach although all layers of a shape share one set of weights.
+        RecipeError: the target is out of reach although all layers of a shape share one set of weights, or the model
+            meets it as it is.
     """
     if recipe.rank != "auto":
         return recipe
+    asked = next(f"{name}={value:.12g}" for name in TARGETS if (value := getattr(recipe, name)) is not None)
     adapter, runs = adapter_for(model), _runs_of_one_shape(model)
     layers = adapter.layer_list(model)
 
@@ -55,8 +57,9 @@ def settled(model: PreTrainedModel, recipe: FusionRecipe) -> FusionRecipe:
     maps = [relaxed_maps(layers[tie.source.layers[0]], adapter, tie).values() for tie in ties]
     ranks = range(1, 1 + min((max(rank for _, rank in found) for found in maps), default=0))
     met = bisect.bisect_left(ranks, True, key=lambda rank: not _meets(model, recipe, shared(rank)))
+    if _meets(model, recipe, replace(shared(1), edits=())):
+        raise RecipeError(f"{asked} fuses nothing, the model is as small as that: use less.")
     if not met:
-        asked = next(f"{name}={value}" for name in TARGETS if (value := getattr(recipe, name)) is not None)
         raise RecipeError(
             f"{asked} is out of reach with rank='auto': where all blocks of a shape share their weights, and each "
             "depth adds rank 1, more than that is left. Let more be left, or use rank=0."

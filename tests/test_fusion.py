@@ -153,7 +153,7 @@ def test_ratio_counts_what_each_depth_keeps(mode, rank, blocks, ratios):
         {"ratio": 0.5, "mode": "share", "blocks": "separate"},
         {"ratio": 0.4, "mode": "basis"},
         {"max_parameters": 45_000, "mode": "share"},
-        {"max_bytes": 200_000, "mode": "share"},
+        {"max_bytes": 120_000, "mode": "share"},
     ],
     ids=str,
 )
@@ -183,10 +183,13 @@ def test_rank_auto_is_the_largest_that_meets_the_target(model_type, asked):
     assert plans[0].edits == plans[1].edits
 
 
-def test_rank_auto_of_too_little():
-    """Where one set of weights is more than the target leaves, that is said."""
+def test_rank_auto_of_too_little_or_too_much():
+    """Where one set of weights is more than the target leaves, or the model is as small already, that is said."""
+    model = base_model("gpt2")
     with pytest.raises(RecipeError, match=r"ratio=0\.97 is out of reach with rank='auto'"):
-        plan_fusion(base_model("gpt2"), FusionRecipe(ratio=0.97, mode="share", rank="auto"))
+        plan_fusion(model, FusionRecipe(ratio=0.97, mode="share", rank="auto"))
+    with pytest.raises(RecipeError, match=r"max_parameters=1000000 fuses nothing"):
+        plan_fusion(model, FusionRecipe(max_parameters=1e6, mode="share", rank="auto"))
 
 
 @pytest.mark.parametrize(
