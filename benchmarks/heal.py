@@ -369,8 +369,8 @@ def run(name: str, targets: list[str] | None, wanted: list[str] | None) -> None:
     every = [(target, asked, *method) for target, asked in job.targets.items() for method in methods(job, asked)]
     for given, there in ((targets, job.targets), (wanted, [row_of(*model[2:4]) for model in every])):
         names = ["original", *dict.fromkeys(there)]
-        if given and not set(names).intersection(given):
-            raise SystemExit(f"{name} has {', '.join(names)}, and not {', '.join(given)}.")
+        if unknown := [other for other in given or () if other not in names]:
+            raise SystemExit(f"{name} has {', '.join(names)}, and not {', '.join(unknown)}.")
     known = save(job, RESULT, {"models": {target: {} for target in ("original", *job.targets)}})
     todo = [
         model
