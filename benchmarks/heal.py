@@ -16,9 +16,11 @@ last checkpoint in outputs/heal.
 """
 
 import argparse
+import contextlib
 import copy
 import fcntl
 import json
+import os
 import random
 import re
 import shutil
@@ -149,7 +151,11 @@ def answered(
     """Rows with the answers of the teacher, which is asked once for all models, and not in each step."""
     folder = CHECKPOINTS / f"{name}-{len(columns['labels'])}"
     if not folder.is_dir():
-        Dataset.from_dict(columns).save_to_disk(folder)
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        Dataset.from_dict(columns).save_to_disk(temporary)
+        with contextlib.suppress(OSError):  # another process was faster, with the same rows
+            temporary.rename(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
     # read from disk, rows know themselves again, and so are the answers found again
     settings = {"top_k": recipe.teacher_top_k, "temperature": recipe.temperature, "batch_size": batch_size}
     with torch.autocast("cpu", torch.bfloat16):
@@ -294,6 +300,8 @@ def chosen(job: Job, name: str, asked: dict[str, Any], step: Step, choices: list
         else:
             losses.append(report.validation_loss[-1][1])
     print(f"{name}: {losses}", flush=True)
+    if all(loss is None for loss in losses):
+        raise SystemExit(f"{name}: training explodes with each of {job.options}: give the job lower rates.")
     best = job.options[losses.index(min(loss for loss in losses if loss is not None))]
     return {"options": job.options, "steps": job.pilot, "losses": losses, "best": best, "weights": weights}
 

@@ -37,33 +37,22 @@ RESULTS = ROOT / "benchmarks" / "results"
 DATA = Path(os.environ.get("LAYERFUSE_DATA", "../shared"))
 
 _LOCAL = ["--data.name", "null", "--data.config", "null"]
-_FROZEN = [
-    "--fusion.operator",
-    "freeze",
-    "--fusion.refit",
-    "none",
-    "--fusion.effort",
-    "low",
-    "--fusion.cluster",
-    "adjacent",
-]
 _WIKITEXT = [
     *("recipes/gpt2-wikitext2.yaml", "--model", f"{DATA}/models/gpt2-wikitext2", *_LOCAL),
     *("--data.train", f"{DATA}/data/wikitext2/train.txt.xz"),
     *("--data.validation", f"{DATA}/data/wikitext2/valid.txt.xz"),
     *("--data.test", f"{DATA}/data/wikitext2/test.txt.xz"),
-    *("--heal.steps", "200", "--heal.learning_rate", "5e-4"),
-    *(*_FROZEN, "--fusion.similarity", "block_influence"),
+    *("--heal.steps", "200", "--heal.batch_size", "8", "--heal.learning_rate", "3e-4"),
 ]
 _SST2 = [
     *("recipes/bert-sst2.yaml", "--model", f"{DATA}/models/minilm-l6-sst2", *_LOCAL),
     *("--data.train", f"{DATA}/data/sst2/train.tsv.xz", "--data.test", f"{DATA}/data/sst2/dev.tsv"),
-    *("--heal.steps", "300", *_FROZEN, "--fusion.similarity", "cosine"),
+    *("--heal.steps", "300"),
 ]
 JOBS = {
     "bert-sst2": [*_SST2, "--fusion.keep_layers", "4"],
-    "gpt2-depth": [*_WIKITEXT, "--fusion.mode", "depth"],
-    "gpt2-share": [*_WIKITEXT, "--fusion.mode", "share"],
+    "gpt2-depth": _WIKITEXT,
+    "gpt2-share": [*_WIKITEXT, "--fusion.mode", "share", "--fusion.ratio", "0.33", "--fusion.rank", "auto"],
 }
 
 

@@ -122,7 +122,9 @@ def heal(
             f"heal.mix trains the weights that the student's are drawn from, and {accelerator.distributed_type.value} "
             "trains the student's alone: launch with recipes/accelerate/multi-gpu.yaml, or set heal.mix to false."
         )
-    run = {} if checkpoints is None else _identity(student, train_batches, recipe, frozen, seed, accelerator)
+    run = {}
+    if checkpoints is not None and accelerator.is_main_process:  # which alone compares
+        run = _identity(student, train_batches, recipe, teacher, frozen, seed, accelerator.num_processes)
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_training(accelerator, recipe, seed))
         stack.enter_context(low_rank(student, recipe.lora_rank))
@@ -158,20 +160,20 @@ def _identity(
     student: PreTrainedModel,
     train_batches: DataLoader,
     recipe: HealRecipe,
+    teacher: PreTrainedModel | None,
     frozen: Collection[str],
     seed: int,
-    accelerator: Accelerator,
+    processes: int,
 ) -> dict[str, Any]:
     """What makes a training what it is: checkpoints of another one are not gone on with."""
-    if not accelerator.is_main_process:  # which alone compares
-        return {}
     run = {f"heal.{name}": value for name, value in dataclasses.asdict(recipe).items()}
     run |= {f"config.{name}": value for name, value in student.config.to_dict().items()}
     size = len(train_batches) if hasattr(train_batches.dataset, "__len__") else None
     return run | {
         "seed": seed,
-        "number of processes": accelerator.num_processes,
+        "number of processes": processes,
         "weights at the start": fingerprint(student),
+        "weights of the teacher": fingerprint(teacher) if teacher is not None and recipe.needs_teacher else None,
         "frozen parameters": sorted(frozen),
         "batches of an epoch": size,
         "batch size": train_batches.batch_size,

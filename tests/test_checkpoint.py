@@ -313,6 +313,13 @@ def test_another_model_is_refused(tmp_path):
         heal(*arguments, checkpoints=tmp_path)
 
 
+def test_another_teacher_is_refused(tmp_path):
+    """What was learnt from one teacher is not gone on with from another."""
+    healed(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="weights of the teacher was"):
+        healed(tmp_path / "run", teacher=tiny_model("gpt2", "GPT2LMHeadModel", seed=1))
+
+
 def test_other_data_are_refused(tmp_path):
     healed(tmp_path / "run")
     with pytest.raises(CheckpointError, match="batches of an epoch was 4 and is 5"):
