@@ -246,11 +246,11 @@ def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
             save(results)
 
 
-def save(results: dict[str, Any]) -> None:
-    RESULT.parent.mkdir(exist_ok=True)
-    temporary = RESULT.with_suffix(".tmp")
+def save(results: dict[str, Any], path: Path = RESULT) -> None:
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(RESULT)
+    temporary.replace(path)
 
 
 HEADLINE = {

@@ -4,7 +4,8 @@ from importlib.metadata import version
 
 from .adapters import ConvAdapter, ModelAdapter, TransformerAdapter, adapter_for
 from .align import align
-from .auto import AutoFusedModel, fuse
+from .auto import AutoFusedModel, collapse, fuse
+from .collapse import search_collapse
 from .errors import (
     CheckpointError,
     DataError,
@@ -20,8 +21,8 @@ from .heal import HealReport, heal
 from .layermap import fused_parameters, layer_map, mixed_weights
 from .methods.fusion import plan_fusion
 from .modeling import apply, expand, register_adapter
-from .plan import Drop, Fuse, Plan
-from .recipe import FusionRecipe, HealRecipe
+from .plan import Drop, Fuse, Linearize, Plan
+from .recipe import CollapseRecipe, FusionRecipe, HealRecipe
 from .refit import RefitReport, refit
 from .search import search
 from .verify import verify
@@ -31,6 +32,7 @@ __version__ = version("hf-layerfuse")
 __all__ = [
     "AutoFusedModel",
     "CheckpointError",
+    "CollapseRecipe",
     "ConvAdapter",
     "DataError",
     "Drop",
@@ -40,6 +42,7 @@ __all__ = [
     "HealReport",
     "LayerFuseError",
     "LayerFuseWarning",
+    "Linearize",
     "ModelAdapter",
     "Plan",
     "PlanError",
@@ -52,6 +55,7 @@ __all__ = [
     "adapter_for",
     "align",
     "apply",
+    "collapse",
     "expand",
     "fuse",
     "fused_parameters",
@@ -62,5 +66,6 @@ __all__ = [
     "refit",
     "register_adapter",
     "search",
+    "search_collapse",
     "verify",
 ]

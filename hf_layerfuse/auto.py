@@ -1,18 +1,22 @@
-"""The two front doors: `fuse` for a model in memory, `AutoFusedModel` for one on disk or on the Hub."""
+"""The front doors: `fuse` and `collapse` for a model in memory, `AutoFusedModel` for one on disk or on the Hub."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
 from .calibration import Batches, read
+from .collapse import search_collapse
 from .errors import RecipeError
 from .modeling import load_checkpoint
-from .recipe import TARGETS, FusionRecipe
+from .recipe import COLLAPSE_TARGETS, TARGETS, CollapseRecipe, FusionRecipe
 from .search import search
 from .verify import verify, warn_if_useless
+
+_Recipe = TypeVar("_Recipe", FusionRecipe, CollapseRecipe)
 
 
 def fuse(
@@ -48,19 +52,64 @@ def fuse(
     Example:
         >>> small = fuse(model, keep_layers=8, batches=batches)  # doctest: +SKIP
     """
-    if recipe is None:
-        recipe = FusionRecipe(**overrides)
-    elif not isinstance(recipe, FusionRecipe):
-        raise RecipeError(f"recipe is {type(recipe).__name__}: pass a FusionRecipe, or its fields as keywords.")
-    elif overrides:
-        target = dict.fromkeys(TARGETS) if overrides.keys() & set(TARGETS) else {}
-        recipe = FusionRecipe(**{**vars(recipe), **target, **overrides})
+    recipe = _asked(FusionRecipe, TARGETS, recipe, overrides)
     sequences = None if batches is None else read(batches, model)
-    fused = search(model, recipe, sequences).model
+    return _checked(model, search(model, recipe, sequences).model, sequences, check)
+
+
+def collapse(
+    model: PreTrainedModel,
+    recipe: CollapseRecipe | None = None,
+    *,
+    batches: Batches | None = None,
+    check: bool = True,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """Make MLPs of a model linear: choose them, apply, fit, verify.
+
+    Args:
+        model: a stock model with any head; never changed.
+        recipe: what is asked for; `CollapseRecipe(count=4)`, say.
+        batches: calibration data, as for `fuse`. Without them, MLPs are taken from the last layer on, if the recipe
+            says `order='deepest'`, and nothing is fitted.
+        check: save, reload and compare the result before it is returned, as `verify` does.
+        overrides: fields of `CollapseRecipe`, in place of the recipe or on top of it.
+
+    Returns:
+        A new model, of the fused counterpart of the class of `model`.
+
+    Raises:
+        RecipeError: unknown field or impossible target.
+        UnsupportedModelError: no adapter for the architecture, or a model whose MLPs cannot become linear.
+        VerificationError: the result does not survive saving and loading, or caching.
+
+    Example:
+        >>> small = collapse(model, count=4, batches=batches)  # doctest: +SKIP
+    """
+    recipe = _asked(CollapseRecipe, COLLAPSE_TARGETS, recipe, overrides)
+    sequences = None if batches is None else read(batches, model)
+    return _checked(model, search_collapse(model, recipe, sequences).model, sequences, check)
+
+
+def _asked(kind: type[_Recipe], targets: Sequence[str], recipe: _Recipe | None, overrides: dict[str, Any]) -> _Recipe:
+    """The recipe, with overrides; one of its targets replaces the one that the recipe has."""
+    if recipe is None:
+        return kind(**overrides)
+    if not isinstance(recipe, kind):
+        raise RecipeError(f"recipe is {type(recipe).__name__}: pass a {kind.__name__}, or its fields as keywords.")
+    if not overrides:
+        return recipe
+    target = dict.fromkeys(targets) if overrides.keys() & set(targets) else {}
+    return kind(**{**vars(recipe), **target, **overrides})
+
+
+def _checked(
+    model: PreTrainedModel, result: PreTrainedModel, sequences: list[Any] | None, check: bool
+) -> PreTrainedModel:
     if check:
-        verify(fused)
-    warn_if_useless(model, fused, sequences)
-    return fused
+        verify(result)
+    warn_if_useless(model, result, sequences)
+    return result
 
 
 class AutoFusedModel:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .mapfit import fit_norm, theta_of
+from .mapfit import fit_norm
 from .math.lowrank import low_rank
 from .math.ridge import Moments, chain, fit, identity
 from .plan import Slot
-from .relaxed import Relaxed, ResidualConv2d, as_stored, out_in
+from .relaxed import Relaxed, ResidualConv2d, as_stored, out_in, theta_of
 from .repair import Repair
 from .states import States
 from .taps import Tap

@@ -19,8 +19,9 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .adapters import FUSED_PREFIX, LayerAdapter
 from .errors import PlanError, UnsupportedModelError
+from .linear import check_linear, in_linear, linear_weights, linearize
 from .math.lowrank import low_rank, shared_basis
-from .plan import Layout, Plan, Slot, Source, Tie
+from .plan import Layout, Linearize, Plan, Slot, Source, Tie
 from .relaxed import PER_DEPTH, Linear, Relaxed, can_relax, out_in, relax
 
 
@@ -52,6 +53,8 @@ def check_plan(model: PreTrainedModel, adapter: LayerAdapter, plan: Plan) -> Non
                 f"{unlike[0]}: group layers of one shape."
             )
         layer = adapter.layer_list(model)[edit.layers[0]]
+        if isinstance(edit, Linearize):
+            check_linear(layer, adapter, edit.source.linear)
         ties = replace(plan, edits=(edit,)).layout().ties  # a whole layer may be two
         ranks = [rank for tie in ties for _, rank in relaxed_maps(layer, adapter, tie).values()]
         if ranks and max(ranks) < edit.rank:
@@ -127,7 +130,7 @@ def _per_layer(values: Sequence[Any], slot: Slot, name: str) -> Any:
 
 def reshape(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) -> None:
     """Take the removed blocks out of a model with one layer per slot, renumber its cache, and put relaxed maps in the
-    place of those that are shared with a rank. In place.
+    place of those that are shared with a rank, and linear ones in the place of MLPs that have become that. In place.
 
     The key-value cache of transformers has one entry per layer of the config, and asks the first entry of each layer
     type how long the sequence is, so the attention blocks that remain take the first entries of their own type.
@@ -140,6 +143,8 @@ def reshape(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) -> No
             if slot.source(kind) is None:
                 for path, stand_in in adapter.skip[kind].items():
                     layer.set_submodule(path, stand_in())
+            elif slot.source(kind).linear is not None:
+                linearize(layer, adapter, slot.source(kind).linear)
         if slot.source("attention") is None:
             continue
         index = next(free[layer_type])
@@ -218,10 +223,15 @@ def fused_weights(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout)
                 source = tie.source
             if source is None and adapter.stays(name):
                 source = Source(slot.layers[:1])
-            if source is not None:
+            gives_way = source is not None and source.linear is not None and in_linear(name, adapter)
+            if source is not None and not gives_way:
                 group = [states[layer][name] for layer in source.layers]
                 seed = zlib.crc32(name.encode())  # the same parameter of another group draws anew, whatever the process
                 weights[f"{path}.{index}.{name}"] = combine(group, source, seed=seed + source.layers[0])
+        for source in filter(None, slot.blocks.values()):
+            if source.linear is not None:
+                made = linear_weights(layers[source.layers[0]], adapter, source.linear)
+                weights |= {f"{path}.{index}.{name}": tensor for name, tensor in made.items()}
     for tie in layout.ties:
         for at, (module, rank) in relaxed_maps(layers[tie.source.layers[0]], adapter, tie).items():
             shared = weights[f"{path}.{tie.slots[0]}.{at}.weight"]

@@ -10,15 +10,7 @@ from torch import Tensor, nn
 
 from .math.lowrank import low_rank
 from .math.ridge import STRENGTHS, Fit, Moments, chain, fit, identity
-from .relaxed import BasisLinear, Relaxed, out_in
-
-
-def theta_of(module: nn.Module) -> Tensor:
-    """What a map computes, [x, 1] @ theta: (in + 1, out) float64, whatever its orientation and parts."""
-    weight = module.merged_weight() if isinstance(module, Relaxed) else module.weight.detach().double()
-    weight = out_in(module, weight)
-    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().double()
-    return torch.cat([weight.T, bias.unsqueeze(0)])
+from .relaxed import BasisLinear, Relaxed, out_in, theta_of
 
 
 @torch.no_grad()
@@ -58,6 +50,40 @@ def fit_map(module: nn.Module, train: Moments, held_out: Moments, *, tied: bool)
     if module.bias is not None:
         module.bias.copy_(theta[-1])
     return Fit(theta, before, after, strength)
+
+
+@torch.no_grad()
+def fit_linear(maps: Sequence[nn.Module], train: Moments, held_out: Moments) -> Fit:
+    """Fit the one map, or the product of two, that an MLP has become, and store it where that is better.
+
+    Of two, the product is the nearest one of their rank to the free fit, in what comes out (`low_rank` with the
+    covariance of the inputs).
+
+    Args:
+        maps: one with a bias; or one without and one with.
+        train: moments of what the first reads and of what the last ought to give.
+        held_out: those of other rows, which choose the strength of the penalty.
+    """
+    *first, last = maps
+    start = theta_of(last)
+    if first:
+        start = chain(theta_of(first[0]), start)
+    found = fit(train, held_out, start)
+    if found.strength is None:
+        return found
+    if not first:
+        store(last, found.theta)
+        return found
+    every = train + held_out
+    left, right = low_rank(found.theta[:-1].T, first[0].out_features, every.centred()[0])
+    weight, mean = (left @ right).T, every.xx[-1:] / every.rows
+    theta = torch.cat([weight, every.xy[-1:] / every.rows - mean[:, :-1] @ weight])
+    after = held_out.error(theta)
+    if not after < found.before:
+        return Fit(start, found.before, found.before, None)
+    first[0].weight.copy_(right)
+    store(last, torch.cat([left.T, theta[-1:]]))
+    return Fit(theta, found.before, after, found.strength)
 
 
 def _fit_coefficients(module: BasisLinear, train: Moments, held_out: Moments) -> Fit:

@@ -201,12 +201,22 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     """A stock model that computes the same: shared weights are copied, removed blocks contribute zero.
 
     A stock model is returned as a copy.
+
+    Raises:
+        UnsupportedModelError: MLPs have become linear, for which a stock model has no place.
     """
     if not isinstance(model, FusedMixin):
         return copy.deepcopy(model)
+    layout = layout_of(model.config)
+    linear = [i for i, slot in enumerate(layout.slots) for source in slot.blocks.values() if source and source.linear]
+    if linear:
+        raise UnsupportedModelError(
+            f"the MLPs of layers {', '.join(map(str, linear))} are linear maps, which no {type(model).__name__} has "
+            "without this library: save the model as it is, without expanded=True."
+        )
     stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "layerfuse_plan")}
-    weights = expanded_weights(model, adapter_for(model), layout_of(model.config))
+    weights = expanded_weights(model, adapter_for(model), layout)
     return _build(stock, stock.config_class(**values), weights, model)
 
 

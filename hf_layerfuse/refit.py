@@ -14,18 +14,19 @@ from .adapters import READERS, Block, ConvAdapter
 from .align import align
 from .calibration import Batches, Sample
 from .convfit import ConvRepair
-from .mapfit import fit_gain, fit_map, fit_norm, fold, store, theta_of
+from .mapfit import fit_gain, fit_linear, fit_map, fit_norm, fold, store
 from .math.ridge import Moments, chain, fit, identity
 from .modes import eval_mode
 from .plan import Kind, Plan, Slot
 from .prediction import calibration_loss
+from .relaxed import theta_of
 from .repair import Repair
 from .select import Selection, alike
 from .states import PerBatch, Saved, States
 from .taps import Tap
 from .walk import Trace, Walk
 
-Method = Literal["full", "linear", "none"]
+Method = Literal["full", "maps", "linear", "none"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class RefitReport:
         kept: whether the repair was kept; otherwise it made things worse and was undone.
         blocks: per repaired map, its layer, kind and role, and its mean squared error on held-out tokens before and
             after. For `heads` of a selected layer, what the MLPs of its group miss the end of the group by, with heads
-            of the kept layer and with those in use.
+            of the kept layer and with those in use. For a linear map that was an MLP, also `r2`: the share of the
+            variance of what it ought to give that it explains on held-out tokens.
     """
 
     before: float
@@ -60,6 +62,9 @@ def refit(
     a layer of those heads and hidden units of its whole group that lead best there (backward elimination); its
     attention is led to all that the attention of the group adds, where the MLPs can make more of that.
 
+    An MLP that has become linear is fitted as a whole: the stream less what it is added to by what it reads, held
+    towards the map that it was.
+
     Shared matrices stay as they are. Refitted per depth are norms that follow a sum, gains of those in front of MLPs,
     biases, and residuals and coefficients of relaxed sharing: the fit is projected on the rank that they have.
 
@@ -70,8 +75,9 @@ def refit(
         teacher: the original.
         plan: the plan that led from one to the other.
         batches: calibration batches, dicts of model inputs. One sequence in eight judges the result.
-        method: `full`; `linear` fits one map on the outputs of the last block before removed ones, and folds it
-            into that block's output projection (ReplaceMe, Shopkhoev et al. 2025); `none` leaves the model as it is.
+        method: `full`; `maps` fits nothing but what MLPs have become that are linear; `linear` fits one map on the
+            outputs of the last block before removed ones, and folds it into that block's output projection (ReplaceMe,
+            Shopkhoev et al. 2025); `none` leaves the model as it is.
 
     Raises:
         DataError: there are no calibration batches.
@@ -120,9 +126,11 @@ class TransformerRepair(Repair):
 
     def _wanted(self, slot: Slot) -> set[tuple[int, Tap]]:
         wanted = {_target(slot, kind) for kind, source in slot.blocks.items() if source}
+        if self.method == "maps":
+            return {place for place in wanted if place == _target(slot, "mlp")}
         if self.method == "full":
             for kind, source in slot.blocks.items():
-                if source:
+                if source and not source.linear:
                     reads = source.layers if _selects(slot) and source == slot.source("mlp") else (source.kept,)
                     wanted |= {(layer, Tap(kind, "read")) for layer in reads}
             if _selects(slot) and slot.whole:
@@ -147,7 +155,11 @@ class TransformerRepair(Repair):
             return
         attention = blocks[0] if slot.whole else None
         for block in blocks:
-            if block.kind == "mlp" and _selects(slot):
+            if slot.source(block.kind).linear is not None:
+                self._fit_linear(block, seen[_target(slot, block.kind)])
+            elif self.method == "maps":
+                continue
+            elif block.kind == "mlp" and _selects(slot):
                 self._select(slot, attention, block, seen)
             else:
                 kept = slot.source(block.kind).kept
@@ -224,6 +236,18 @@ class TransformerRepair(Repair):
 
         moments = self.student.moments(rows, Tap(block.kind, "features"), Tap(block.kind, "residual"))
         self._fit(block, "out", block.modules["out"], moments)
+
+    def _fit_linear(self, block: Block, target: PerBatch) -> None:
+        """Fit what an MLP has become, so that the stream becomes the target."""
+
+        def rows(index: int, read: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            return read, target[index].to(residual.device) - residual
+
+        moments = self.student.moments(rows, Tap(block.kind, "read"), Tap(block.kind, "residual"))
+        maps = [self.student.model.get_submodule(path) for role, path in block.modules.items() if role in ("in", "out")]
+        found = fit_linear(maps, *moments)
+        variance = moments[1].centred()[2].trace().item() / max(moments[1].rows, 1)
+        self._note(block.layer, block.kind, "linear map", found.before, found.after, r2=1 - found.after / variance)
 
     def _select(self, slot: Slot, attention: Block | None, mlp: Block, seen: Mapping[tuple[int, Tap], States]) -> None:
         """Make a layer of the heads and hidden units of its whole group.

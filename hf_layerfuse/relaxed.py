@@ -187,3 +187,11 @@ def relax(module: Linear, mode: Literal["share", "basis"], rank: int) -> Relaxed
     its bias only.
     """
     return BasisLinear(module, rank) if mode == "basis" else _RESIDUAL[type(module)](module, rank)
+
+
+def theta_of(module: nn.Module) -> Tensor:
+    """What a map computes, [x, 1] @ theta: (in + 1, out) float64, whatever its orientation and parts."""
+    weight = module.merged_weight() if isinstance(module, Relaxed) else module.weight.detach().double()
+    weight = out_in(module, weight)
+    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().double()
+    return torch.cat([weight.T, bias.unsqueeze(0)])

@@ -34,7 +34,7 @@ class Repair(ABC):
         index = self.student.depth
         slot = self.slots[index]
         sources = slot.blocks.values()
-        fused = any(source is None or len(source.layers) > 1 for source in sources)
+        fused = any(source is None or len(source.layers) > 1 or source.linear for source in sources)
         tied = any((index, kind) in self.tied for kind in slot.blocks)
         self._differs = self._differs or len(slot.layers) > 1 or fused or tied or slot.layers[0] > index
         if self._differs:
@@ -49,5 +49,5 @@ class Repair(ABC):
     def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, Tap], States]) -> None:
         """Repair the layer at `index`, which the student has not run yet."""
 
-    def _note(self, layer: int, kind: str, role: str, before: float, after: float) -> None:
-        self.blocks.append({"layer": layer, "kind": kind, "map": role, "before": before, "after": after})
+    def _note(self, layer: int, kind: str, role: str, before: float, after: float, **more: float) -> None:
+        self.blocks.append({"layer": layer, "kind": kind, "map": role, "before": before, "after": after, **more})

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .plan import Drop, Fuse, Plan
+from .plan import Drop, Fuse, Linearize, Plan
 from .recipe import Recipe
 from .tasks import TASKS
 
@@ -69,6 +69,9 @@ def describe(plan: Plan) -> list[str]:
         where = ", ".join(map(str, edit.layers))
         if isinstance(edit, Drop):
             lines.append(f"{what} {where}: dropped")
+        elif isinstance(edit, Linearize):
+            maps = "one linear map" if edit.rank is None else f"two linear maps of rank {edit.rank}"
+            lines.append(f"the MLP of layer {where}: becomes {maps}")
         elif isinstance(edit, Fuse):
             residuals = f", with residuals of rank {edit.rank}" if edit.mode == "share" and edit.rank else ""
             become = _BECOME[edit.mode].format(rank=edit.rank)
@@ -121,7 +124,7 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
         datasets=[recipe.data.name] if recipe.data.name else None,
         library_name="transformers",
         pipeline_tag=TASKS[recipe.task].pipeline,
-        tags=["hf-layerfuse", "layer-fusion", "model-compression"],
+        tags=["hf-layerfuse", "layer-collapse" if recipe.collapse else "layer-fusion", "model-compression"],
         model_name=f"{name}, fused",
         eval_results=evaluations,
     )

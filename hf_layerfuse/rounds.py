@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from . import __version__
 from .adapters import adapter_for
+from .collapse import search_collapse
 from .grouping import groups_of
 from .heal import heal
 from .layermap import fused_parameters, layer_map, mixed_weights
@@ -21,7 +22,7 @@ from .modeling import expand, load_checkpoint
 from .output import MARK, new_directory, unfinished
 from .plan import Plan
 from .processes import process_state
-from .recipe import TARGETS, FusionRecipe, Recipe
+from .recipe import TARGETS, CollapseRecipe, FusionRecipe, Recipe
 from .rundata import RunData, say
 from .schedule import compose, keeps_of, shares_of, steps_of
 from .search import search
@@ -41,7 +42,8 @@ def fuse_and_heal(
         target = target_of(goal, source, original)
         stage = work / f"fused-{number}"
         if not (stage / MARK).is_file():
-            _fuse(dataclasses.replace(recipe.fusion, **target), source, original, inputs, stage)
+            method = recipe.collapse or dataclasses.replace(recipe.fusion, **target)
+            _compress(method, source, original, inputs, stage)
         fused = load_checkpoint(stage, auto_class=auto_class_of(recipe), dtype=torch.float32).to(original.device)
         fused.config.name_or_path = fused.name_or_path = original.name_or_path
         step = Plan.load(stage / "plan.json")
@@ -79,11 +81,12 @@ are gone; nothing is what the recipe asks for."""
 def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> list[tuple[Goal, int]]:
     """The goal of each round, and its steps of healing."""
     fusion, healing = recipe.fusion, recipe.heal
-    goals: list[Goal] = [{}]
+    if healing.schedule == "one-shot":
+        return [({}, healing.steps)]
     by_size = fusion.rank == "auto" or are_unlike(original)  # a number of blocks says little about it
-    if healing.schedule != "one-shot" and fusion.ratio is not None and by_size:
-        goals = [{"ratio": fusion.ratio * share} for share in shares_of(healing)]
-    elif healing.schedule != "one-shot":
+    if fusion.ratio is not None and by_size:
+        goals: list[Goal] = [{"ratio": fusion.ratio * share} for share in shares_of(healing)]
+    else:
         plan = plan_fusion(original, fusion, inputs.calibration())
         keeps = keeps_of(plan.num_layers, len(groups_of(plan, plan.edits[0].kind)), healing)
         goals = [{"keep_layers": keep} for keep in keeps]
@@ -101,14 +104,19 @@ def target_of(goal: Goal, source: PreTrainedModel, original: PreTrainedModel) ->
     return dict.fromkeys(TARGETS) | goal if goal else {}
 
 
-def _fuse(
-    fusion: FusionRecipe, source: PreTrainedModel, original: PreTrainedModel, inputs: RunData, stage: Path
+def _compress(
+    method: FusionRecipe | CollapseRecipe,
+    source: PreTrainedModel,
+    original: PreTrainedModel,
+    inputs: RunData,
+    stage: Path,
 ) -> None:
-    """Fuse a model, measure it, and leave it, its plan and its figures in a folder, whole or not at all."""
+    """Make a model smaller, measure it, and leave it, its plan and its figures in a folder, whole or not at all."""
     state = process_state()
     batches = inputs.calibration()
-    say("fusing")
-    found = search(source, fusion, batches)
+    collapses = isinstance(method, CollapseRecipe)
+    say("collapsing" if collapses else "fusing")
+    found = search_collapse(source, method, batches) if collapses else search(source, method, batches)
     fused = round_to(found.model, inputs.dtype)
     warn_if_useless(original, fused, batches)
     results = {} if source is not original else {"before": inputs.measure(original, original, "the original")}

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from .adapters import adapter_for
 from .calibration import Batches, Sample
 from .edits import check_model
-from .errors import PlanError, UnsupportedModelError
 from .grouping import Groups, even, groups_of, longest, unexplained
 from .math import cluster
 from .methods.fusion import Importance, divider, group_edit, importance_of, matching, plan_fusion
@@ -25,9 +24,10 @@ from .modes import eval_mode
 from .plan import Fuse, Kind, Plan
 from .prediction import calibration_loss
 from .recipe import FusionRecipe
-from .refit import SELECTING, RefitReport, refit_by, repair_of
+from .refit import SELECTING, RefitReport, refit_by
 from .states import Saved
 from .targets import fits, kinds_of, settled
+from .trials import Trials
 from .walk import Trace, Walk
 
 TABLE_COST = 5
@@ -214,42 +214,16 @@ class _Table:
     def __init__(
         self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], importance: Importance
     ) -> None:
-        self.model, self.recipe, self.batches, self.importance = model, recipe, batches, importance
-        self.adapter = adapter_for(model)
-        self.depth = len(self.adapter.layer_list(model))
+        self.recipe, self.importance = recipe, importance
+        adapter = adapter_for(model)
+        self.resizes, self.depth = adapter.resizes, len(adapter.layer_list(model))
         self.divide = divider(model, recipe)
         # a run costs about six layers to refit and what is left of the model to judge, two thirds with its head
         runs = 3 * self.depth
         share = min(0.5, TABLE_COST / runs / (6 / self.depth + 0.67))
         sequences = sum(map(len, Sample.of(batches).judges))
-        self.sample = Sample.of(batches, min(1.0, max(share, TABLE_SEQUENCES / sequences)))
-        self.trace = Trace(Walk(model, self.sample))
-        self.trace.states(self.depth)
-        self.losses: dict[Fuse, float] = {}
-
-    def loss(self, edit: Fuse) -> float:
-        """Calibration loss when `edit` is all that is done to the model; infinite where it cannot be done."""
-        if edit not in self.losses:
-            self.losses[edit] = self._measure(edit)
-        return self.losses[edit]
-
-    def _measure(self, edit: Fuse) -> float:
-        plan = Plan(self.adapter.model_type, self.depth, (edit,), kinds=self.adapter.kinds)
-        try:
-            student = apply(self.model, plan, self.batches)
-        except (PlanError, UnsupportedModelError):  # the average of layers of different types; heads of unknown number
-            return math.inf
-        with eval_mode(student):
-            walk = Walk(student, self.sample)
-            walk.depth, walk.states = edit.layers[0], self.trace.states(edit.layers[0])
-            if self.recipe.refit != "none":
-                repair = repair_of(walk, self.trace, plan, self.recipe.refit)
-                last = edit.layers[0] if edit.mode == "depth" else edit.layers[-1]
-                while walk.depth <= last:
-                    repair.step()
-            while walk.depth < len(walk.layers):
-                walk.advance()
-            return self.trace.loss(walk)
+        sample = Sample.of(batches, min(1.0, max(share, TABLE_SEQUENCES / sequences)))
+        self.trials = Trials(model, recipe.refit, batches, Trace(Walk(model, sample)))
 
     def groups(self, kind: Kind, count: int) -> Groups:
         """The partition into so many runs with the least sum of losses, by dynamic programming.
@@ -259,7 +233,7 @@ class _Table:
         """
         cost = np.full((self.depth + 1, self.depth + 1), np.inf)
         cost[range(self.depth), range(1, self.depth + 1)] = 0
-        most = self.depth if self.adapter.resizes else longest(self.depth, count)
+        most = self.depth if self.resizes else longest(self.depth, count)
         lengths = range(2, most + 1)
         left = {(start, start + size) for size in lengths for start in range(self.depth - size + 1)}
         todo = [run for run in sorted(left) if run[1] - run[0] == 2]
@@ -268,7 +242,7 @@ class _Table:
                 for start, end in todo:
                     left.remove((start, end))
                     edit = group_edit(kind, tuple(range(start, end)), self.recipe, self.importance)
-                    cost[start, end] = self.loss(edit)
+                    cost[start, end] = self.trials.loss(edit)
                     progress.update()
                 for start, end in sorted(left, key=lambda run: run[1] - run[0]):
                     cost[start, end] = max(cost[start + 1, end], cost[start, end - 1])
@@ -278,12 +252,13 @@ class _Table:
 
     def operators(self, plan: Plan) -> Plan:
         """For each group, the operator and alignment of least loss."""
-        return replace(plan, edits=tuple(min(candidates(edit, self.recipe), key=self.loss) for edit in plan.edits))
+        loss = self.trials.loss
+        return replace(plan, edits=tuple(min(candidates(edit, self.recipe), key=loss) for edit in plan.edits))
 
     def scores(self) -> list[dict[str, Any]]:
         """All losses that were taken, group by group."""
         found: dict[tuple, dict[str, float]] = {}
-        for edit, loss in self.losses.items():
+        for edit, loss in self.trials.losses.items():
             if math.isfinite(loss):
                 found.setdefault((edit.kind, edit.layers), {})[_name(edit)] = loss
         return [{"kind": kind, "layers": list(layers), "losses": losses} for (kind, layers), losses in found.items()]

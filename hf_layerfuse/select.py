@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from .adapters import READERS, Block, adapter_for, heads_of
 from .adapters.maps import HEAD_NORMS, rows_of, write_rows
-from .mapfit import store, theta_of
+from .mapfit import store
 from .math.ridge import Moments, chain, eliminate, fit, identity
 from .plan import Source
+from .relaxed import theta_of
 from .states import PerBatch
 from .taps import Tap
 from .walk import Walk

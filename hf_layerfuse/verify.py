@@ -183,4 +183,6 @@ def _vectors(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def _warn(message: str) -> None:
     logging.getLogger(__name__).warning(message)
-    warnings.warn(message, LayerFuseWarning, stacklevel=5)  # the caller of fuse; inference_mode adds a frame of its own
+    warnings.warn(
+        message, LayerFuseWarning, stacklevel=6
+    )  # the caller of fuse or collapse; inference_mode adds a frame of its own

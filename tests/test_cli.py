@@ -22,7 +22,18 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from hf_layerfuse import AutoFusedModel, Plan, RecipeError, apply, fuse, fused_parameters, job, rounds, verify
+from hf_layerfuse import (
+    AutoFusedModel,
+    Plan,
+    RecipeError,
+    apply,
+    collapse,
+    fuse,
+    fused_parameters,
+    job,
+    rounds,
+    verify,
+)
 from hf_layerfuse.cli import main, parse_overrides
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.recipe import load_recipe
@@ -169,6 +180,49 @@ def test_end_to_end(tmp_path, capsys, task, mode):
         assert text in printed
     assert ("not make the model faster" in card) == (mode == "share")
     assert "accelerate launch fuse.py" in card
+
+
+def collapsing(words: list[str]) -> list[str]:
+    """The recipe of a run, with two linear MLPs in place of a fusion."""
+    path = Path(words[0])
+    recipe = json.loads(path.read_text())
+    del recipe["fusion"]
+    path.write_text(json.dumps({**recipe, "collapse": {"count": 2}}))
+    return words
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "text-classification", "image-classification"])
+def test_collapse_end_to_end(tmp_path, task):
+    """A recipe of collapse leaves a checkpoint, healed, whose plan, results and card say what became of the MLPs."""
+    words = collapsing(JOBS[task][0](tmp_path))
+    assert main(words) == 0
+    out = tmp_path / "out"
+    results = json.loads((out / "results.json").read_text())
+    assert results["healed"]["parameters"] == results["fused"]["parameters"] < results["before"]["parameters"]
+    model = AutoFusedModel.from_pretrained(out)
+    assert model.num_parameters() == results["healed"]["parameters"]
+    plan = Plan.load(out / "plan.json")
+    assert [edit.edit for edit in plan.edits] == ["linearize"] * 2
+    assert len(plan.notes["losses"]) == plan.num_layers
+    assert all("r2" in row for row in plan.notes["refit"]["blocks"] if row["map"] == "linear map")
+    card = (out / "README.md").read_text()
+    for edit in plan.edits:
+        assert f"the MLP of layer {edit.layer}: becomes one linear map" in card
+    assert "layer-collapse" in card
+    assert "import hf_layerfuse" in card
+
+
+def test_a_recipe_has_one_method(tmp_path, capsys):
+    """Fusion and collapse in one recipe, neither of them, and rounds of collapse are refused."""
+    words = causal_lm(tmp_path)
+    assert main([*words, "--collapse.count", "2"]) == 1
+    assert "one method" in capsys.readouterr().err
+    words = collapsing(words)
+    assert main([*words, "--heal.schedule", "uniform"]) == 1
+    assert "use schedule 'one-shot'" in capsys.readouterr().err
+    assert main([*words, "--collapse.max_loss", "1e-12"]) == 1
+    assert "allows no linear MLP" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_figures_are_those_of_the_file(tmp_path):
@@ -532,6 +586,7 @@ MODELS = {  # what the models of the shipped recipes are, but tiny
     "bert-sst2": ("bert", "BertForSequenceClassification", {"num_hidden_layers": 12}),
     "vit-cifar10": ("vit", "ViTForImageClassification", {"num_hidden_layers": 12}),
     "demo": ("gpt2", "GPT2LMHeadModel", {"n_layer": 6}),
+    "collapse-bert-sst2": ("bert", "BertForSequenceClassification", {"num_hidden_layers": 12}),
 }
 
 
@@ -543,7 +598,8 @@ def test_shipped_recipes(path):
     assert recipe.output_dir == "elsewhere"
     model_type, head, changes = MODELS[path.stem]
     model = tiny_model(model_type, head, **changes)
-    small = fuse(model, recipe.fusion, batches=[example_inputs(model)])
+    compress = fuse if recipe.fusion else collapse
+    small = compress(model, recipe.fusion or recipe.collapse, batches=[example_inputs(model)])
     assert small.num_parameters() < model.num_parameters()
 
 

@@ -20,7 +20,9 @@ USE = """
 import tempfile
 import toy, torch
 from transformers import AutoModelForSequenceClassification
-from hf_layerfuse import AutoFusedModel, Drop, Fuse, FusionRecipe, Plan, apply, expand, fuse, plan_fusion, verify
+from hf_layerfuse import (
+    AutoFusedModel, Drop, Fuse, FusionRecipe, Plan, apply, collapse, expand, fuse, plan_fusion, verify
+)
 from hf_layerfuse.inputs import example_inputs
 
 torch.manual_seed(0)
@@ -59,6 +61,10 @@ for mode in ("depth", "share"):
             assert all((edit.kind, edit.mode) == (blocks, mode) for edit in plan.edits)
     plan = plan_fusion(model, FusionRecipe(keep_layers=4, mode=mode))
     assert torch.equal(logits(fuse(model, keep_layers=4, mode=mode)), logits(apply(model, plan)))
+
+batches = [example_inputs(model, 2) for _ in range(4)]
+linear = collapse(model, count=2, batches=batches)
+assert sum(isinstance(layer.mlp[1], torch.nn.Identity) for layer in linear.base_model.layers) == 2
 
 untouched = apply(model, Plan("toy", 6, []))
 assert torch.equal(logits(untouched), logits(model))

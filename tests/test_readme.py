@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY, tiny_model
 
 import hf_layerfuse
-from hf_layerfuse import FusionRecipe, fuse
+from hf_layerfuse import CollapseRecipe, FusionRecipe, fuse
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,7 +44,7 @@ def test_examples_run(tmp_path, monkeypatch):
 
 def test_names_everything_that_is_there():
     """Each architecture, each recipe field and each module is in the README."""
-    for name in (*TINY, *vars(FusionRecipe(keep_layers=1))):
+    for name in (*TINY, *vars(FusionRecipe(keep_layers=1)), *vars(CollapseRecipe(count=1))):
         assert name in README
     inside = README[README.index("## Inside") :]
     for path in (ROOT / "hf_layerfuse").glob("*.py"):

@@ -15,10 +15,11 @@ from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.calibration import Sample
 from hf_layerfuse.errors import DataError
 from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.mapfit import store, theta_of
+from hf_layerfuse.mapfit import store
 from hf_layerfuse.math.ridge import fit
 from hf_layerfuse.prediction import calibration_loss, prediction
 from hf_layerfuse.refit import SELECTING, refit
+from hf_layerfuse.relaxed import theta_of
 from hf_layerfuse.taps import Tap
 from hf_layerfuse.walk import Trace, Walk
 

@@ -34,6 +34,7 @@ from hf_layerfuse.modeling import apply
 from hf_layerfuse.prediction import calibration_loss, prediction
 from hf_layerfuse.search import _Table, candidates
 from hf_layerfuse.sizes import planned_size
+from hf_layerfuse.trials import Trials
 from hf_layerfuse.walk import Trace, Walk
 
 LAYERS = 4
@@ -121,7 +122,7 @@ def test_climbing_tries_neighbours(monkeypatch):
     """With effort `high`, borders of groups move by one as long as that helps: in the end every plan next to the
     winner has been tried."""
     model = whole("vit", 6)
-    monkeypatch.setattr(_Table, "loss", lambda self, edit: 0.0)  # the table has no opinion
+    monkeypatch.setattr(Trials, "loss", lambda self, edit: 0.0)  # the table has no opinion
     recipe = FusionRecipe(keep_layers=3, effort="high", operator="freeze", refit="none")
     found = search(model, recipe, batches_of(model, 8))
     tried = [borders(edits) for edits in edits_of(found)]
@@ -274,7 +275,7 @@ def test_groups_that_are_too_large_are_passed_over(monkeypatch):
     sizes = [planned_size(model, plan("layer", *groups, **basis)) for groups in (small, large)]
     assert sizes[0]["parameters"] < sizes[1]["parameters"]
     monkeypatch.setitem(_CLUSTERS, "auto", lambda matrix, keep: even(LAYERS, keep))
-    monkeypatch.setattr(_Table, "loss", lambda self, edit: float(edit.layers != (1, 2, 3)))
+    monkeypatch.setattr(Trials, "loss", lambda self, edit: float(edit.layers != (1, 2, 3)))
     for target, unit in (("max_parameters", "parameters"), ("max_bytes", "bytes")):
         for size, expected in zip(sizes, ([small], [small, large]), strict=True):
             recipe = FusionRecipe(**{target: size[unit]}, **basis, refit="none")
@@ -314,7 +315,7 @@ def test_groups_are_the_best_partition(monkeypatch, table, count):
         def total(groups, costs=costs):
             return sum(costs[group[0], group[-1] + 1] for group in groups if len(group) > 1)
 
-        monkeypatch.setattr(_Table, "loss", cost)
+        monkeypatch.setattr(Trials, "loss", cost)
         found = table.groups("layer", count)
         allowed = [groups for groups in runs(8, count) if max(map(len, groups)) <= longest]
         assert total(found) == pytest.approx(min(map(total, allowed)))
@@ -327,7 +328,7 @@ def test_groups_are_the_best_partition(monkeypatch, table, count):
 
 def test_runs_that_cannot_be_fused_are_avoided(monkeypatch, table):
     """A run whose loss is infinite is in no partition, where there is another."""
-    monkeypatch.setattr(_Table, "loss", lambda self, edit: float("inf") if {3, 4} <= set(edit.layers) else 1.0)
+    monkeypatch.setattr(Trials, "loss", lambda self, edit: float("inf") if {3, 4} <= set(edit.layers) else 1.0)
     for count in (2, 3, 5):
         assert not any({3, 4} <= set(group) for group in table.groups("layer", count))
 
@@ -337,7 +338,7 @@ def test_operators_are_those_of_least_loss(monkeypatch, table):
     plan = Plan("llama", 8, (Fuse("layer", (0, 1)), Fuse("layer", (3, 4, 5))))
     draw = random.Random(0)
     costs = {}
-    monkeypatch.setattr(_Table, "_measure", lambda self, edit: costs.setdefault(edit, draw.random()))
+    monkeypatch.setattr(Trials, "_measure", lambda self, edit: costs.setdefault(edit, draw.random()))
     monkeypatch.setattr(table, "losses", {})
     chosen = table.operators(plan)
     for edit, best in zip(plan.edits, chosen.edits, strict=True):
@@ -357,10 +358,14 @@ def test_the_table_measures_the_model_with_one_group_fused():
     table = _Table(model, FusionRecipe(keep_layers=3, refit="none"), batches, None)
     for edit in (Fuse("layer", (1, 2)), Fuse("mlp", (0, 1, 2)), Fuse("layer", (0, 1), "share", "mean")):
         fused = apply(model, Plan("qwen2", LAYERS, (edit,)))
-        assert table.loss(edit) == pytest.approx(calibration_loss(fused, model, table.sample.judging), rel=1e-4)
+        assert table.trials.loss(edit) == pytest.approx(
+            calibration_loss(fused, model, table.trials.trace.walk.sample.judging), rel=1e-4
+        )
     repaired = _Table(model, FusionRecipe(keep_layers=3), batches, None)
-    assert repaired.loss(Fuse("layer", (1, 2))) < table.loss(Fuse("layer", (1, 2)))
-    assert table.loss(Fuse("layer", (2, 3), operator="mean")) == float("inf"), "layers of two types were averaged"
+    assert repaired.trials.loss(Fuse("layer", (1, 2))) < table.trials.loss(Fuse("layer", (1, 2)))
+    assert table.trials.loss(Fuse("layer", (2, 3), operator="mean")) == float("inf"), (
+        "layers of two types were averaged"
+    )
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "vit", "llama"])

@@ -97,7 +97,11 @@ class LayerAdapter(ModelAdapter):
         for index, layer in enumerate(self.layer_list(model)):
             for kind in self.kinds:
                 if not any(type(layer.get_submodule(at)) is to for at, to in self.skip.get(kind, {}).items()):
-                    modules = {role: f"{path}.{index}.{at}" for role, at in self.table(kind).items()}
+                    modules = {
+                        role: f"{path}.{index}.{at}"
+                        for role, at in self.table(kind).items()
+                        if role == "norm" or type(layer.get_submodule(at)) not in (nn.Identity, One)
+                    }
                     found.append(Block(index, kind, modules))
         return found
 
@@ -118,10 +122,12 @@ class TransformerAdapter(LayerAdapter):
     Attributes:
         attention: role -> path of the modules of the attention block.
         mlp: role -> path of the modules of the MLP block.
+        activation: path of the module between the maps of the MLP; without it, no MLP becomes linear.
     """
 
     attention: ClassVar[Mapping[str, str]]
     mlp: ClassVar[Mapping[str, str]]
+    activation: ClassVar[str | None] = None
     kinds = TRANSFORMER
 
     def place(self, kind: str, name: str) -> Place:
@@ -178,6 +184,13 @@ class ZeroBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(hidden_states)
+
+
+class One(nn.Module):
+    """Stands where the gate of an MLP was: what is multiplied by it stays as it is."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.new_ones(())
 
 
 ADAPTERS: dict[str, LayerAdapter] = {}

@@ -18,6 +18,7 @@ class BertAdapter(TransformerAdapter):
         "norm": "attention.output.LayerNorm",
     }
     mlp = {"in": "intermediate.dense", "out": "output.dense", "norm": "output.LayerNorm"}
+    activation = "intermediate.intermediate_act_fn"
     skip = {
         "attention": {"attention.self": ZeroAttention, "attention.output.dense": nn.Identity},
         "mlp": {"intermediate": ZeroBlock, "output.dense": nn.Identity},
@@ -40,6 +41,7 @@ class DistilBertAdapter(TransformerAdapter):
         "norm": "sa_layer_norm",
     }
     mlp = {"in": "ffn.lin1", "out": "ffn.lin2", "norm": "output_layer_norm"}
+    activation = "ffn.activation"
     skip = {
         "attention": {"attention": ZeroAttention},
         "mlp": {"ffn": ZeroBlock},

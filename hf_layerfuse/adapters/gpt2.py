@@ -14,6 +14,7 @@ class GPT2Adapter(TransformerAdapter):
     layers = "h"
     attention = {"norm": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj"}
     mlp = {"norm": "ln_2", "in": "mlp.c_fc", "out": "mlp.c_proj"}
+    activation = "mlp.act"
     skip = {
         "attention": {"ln_1": nn.Identity, "attn": ZeroAttention},
         "mlp": {"ln_2": nn.Identity, "mlp": ZeroBlock},

@@ -18,6 +18,7 @@ class LlamaAdapter(TransformerAdapter):
         "out": "self_attn.o_proj",
     }
     mlp = {"norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "in": "mlp.up_proj", "out": "mlp.down_proj"}
+    activation = "mlp.act_fn"
     skip = {
         "attention": {"input_layernorm": nn.Identity, "self_attn": ZeroAttention},
         "mlp": {"post_attention_layernorm": nn.Identity, "mlp": ZeroBlock},

@@ -18,6 +18,7 @@ class ViTAdapter(TransformerAdapter):
         "out": "attention.o_proj",
     }
     mlp = {"norm": "layernorm_after", "in": "mlp.fc1", "out": "mlp.fc2"}
+    activation = "mlp.activation_fn"
     skip = {
         "attention": {"layernorm_before": nn.Identity, "attention": ZeroAttention},
         "mlp": {"layernorm_after": nn.Identity, "mlp": ZeroBlock},

@@ -1,7 +1,7 @@
 """A plan: which blocks of a model become what. Readable JSON, no torch, no parameter names."""
 
-from .edit import Align, Drop, Edit, Fuse, Kind, Mode
-from .layout import Layout, Operator, Slot, Source, Tie
+from .edit import Align, Drop, Edit, Fuse, Kind, Linearize, Mode
+from .layout import Layout, Linear, Operator, Slot, Source, Tie
 from .plan import TRANSFORMER, Plan
 
 __all__ = [
@@ -12,6 +12,8 @@ __all__ = [
     "Fuse",
     "Kind",
     "Layout",
+    "Linear",
+    "Linearize",
     "Mode",
     "Operator",
     "Plan",

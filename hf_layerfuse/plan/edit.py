@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
 from ..errors import PlanError
-from .layout import Operator, Source
+from .layout import Linear, Operator, Source
 
 Kind = Literal["layer", "attention", "mlp", "conv"]
 Mode = Literal["depth", "share", "basis"]
@@ -122,8 +122,38 @@ class Drop:
         return (self.layer,)
 
 
-Edit = Fuse | Drop
-_EDITS: Mapping[str, type[Edit]] = {kind.edit: kind for kind in (Fuse, Drop)}
+@dataclass(frozen=True)
+class Linearize:
+    """The MLP of a layer becomes one linear map of the stream (LayerCollapse, Shabgahi et al. 2023).
+
+    With a `rank`, that is the product of two maps, which is smaller below half the width of the stream. An MLP of fewer
+    units than that is such a product in any case.
+    """
+
+    layer: int
+    rank: int | None = None
+    kind: ClassVar[Kind] = "mlp"
+    edit: ClassVar[str] = "linearize"
+
+    def __post_init__(self) -> None:
+        _layer_indices(self.layers, "Linearize.layer")
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise PlanError(
+                f"Linearize.rank is {self.rank!r}: use a whole number of 1 or more, or None for a full map."
+            )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    @property
+    def source(self) -> Source:
+        """Where the weights of the map come from."""
+        return Source(self.layers, linear=Linear(self.rank))
+
+
+Edit = Fuse | Drop | Linearize
+_EDITS: Mapping[str, type[Edit]] = {kind.edit: kind for kind in (Fuse, Drop, Linearize)}
 
 
 def write_edit(edit: Edit) -> dict[str, Any]:

@@ -10,13 +10,22 @@ Operator = Literal["mean", "weighted", "freeze", "mix", "telescope", "select"]
 
 
 @dataclass(frozen=True)
+class Linear:
+    """What a block is that has become linear: one map, or with a `rank` the product of two."""
+
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
 class Source:
-    """The original layers whose blocks make one block of the result, and how their weights become one."""
+    """The original layers whose blocks make one block of the result, how their weights become one, and whether the
+    block is `linear` then."""
 
     layers: tuple[int, ...]
     operator: Operator = "freeze"
     keep: int | None = None
     weights: tuple[float, ...] | None = None
+    linear: Linear | None = None
 
     @property
     def kept(self) -> int:
@@ -73,5 +82,6 @@ class Layout:
 
     @property
     def is_stock(self) -> bool:
-        """Whether the stock class with fewer layers can hold it: every layer whole, nothing shared."""
-        return not self.ties and all(source for slot in self.slots for source in slot.blocks.values())
+        """Whether the stock class with fewer layers can hold it: every layer whole, nothing shared or linear."""
+        sources = [source for slot in self.slots for source in slot.blocks.values()]
+        return not self.ties and all(source is not None and source.linear is None for source in sources)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
-from .edit import Drop, Edit, Fuse, read_edit, write_edit
+from .edit import Drop, Edit, Fuse, Linearize, read_edit, write_edit
 from .layout import Layout, Slot, Source, Tie
 
 FORMAT_VERSION = 1
@@ -64,6 +64,8 @@ class Plan:
         for kind, edit in self._by_block():
             if isinstance(edit, Drop):
                 blocks[kind][edit.layer] = None
+            elif isinstance(edit, Linearize):
+                blocks[kind][edit.layer] = edit.source
             elif edit.mode == "depth":
                 blocks[kind][edit.layers[0]] = edit.source
                 for layer in edit.layers[1:]:

@@ -1,8 +1,19 @@
 """What the user asks for: strict dataclasses, read from YAML and overridden from the command line."""
 
+from .collapse import COLLAPSE_TARGETS, CollapseRecipe
 from .data import DataRecipe
 from .fusion import TARGETS, FusionRecipe
 from .heal import HealRecipe
 from .run import EvaluateRecipe, Recipe, load_recipe
 
-__all__ = ["TARGETS", "DataRecipe", "EvaluateRecipe", "FusionRecipe", "HealRecipe", "Recipe", "load_recipe"]
+__all__ = [
+    "COLLAPSE_TARGETS",
+    "TARGETS",
+    "CollapseRecipe",
+    "DataRecipe",
+    "EvaluateRecipe",
+    "FusionRecipe",
+    "HealRecipe",
+    "Recipe",
+    "load_recipe",
+]

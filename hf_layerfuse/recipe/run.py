@@ -8,6 +8,7 @@ import yaml
 
 from ..errors import RecipeError
 from ..tasks import Task
+from .collapse import COLLAPSE_TARGETS, CollapseRecipe
 from .data import DataRecipe
 from .fusion import TARGETS, FusionRecipe
 from .heal import HealRecipe
@@ -39,7 +40,9 @@ class EvaluateRecipe:
 
 @strict_recipe
 class Recipe:
-    """A whole run of `fuse.py`: a recipe file has these fields, the last four as sections.
+    """A whole run of `fuse.py`: a recipe file has these fields, the last five as sections.
+
+    It has one method: `fusion`, or `collapse`.
 
     Attributes:
         model: Hub name or path of the model to make smaller.
@@ -57,11 +60,33 @@ class Recipe:
     trust_remote_code: bool = False
     seed: int = 0
     data: DataRecipe
-    fusion: FusionRecipe
+    fusion: FusionRecipe | None = None
+    collapse: CollapseRecipe | None = None
     heal: HealRecipe = dataclasses.field(default_factory=HealRecipe)
     evaluate: EvaluateRecipe = dataclasses.field(default_factory=EvaluateRecipe)
 
     def __post_init__(self) -> None:
+        require(
+            (self.fusion is None) != (self.collapse is None),
+            "a recipe has one method, the section fusion or the section collapse: to do both, run one on the result of "
+            "the other, fusion in depth first.",
+        )
+        if self.fusion is None:
+            require(
+                self.heal.schedule == "one-shot" and not self.heal.mix,
+                f"heal.schedule={self.heal.schedule!r} and heal.mix={self.heal.mix} are of fusion, and the method is "
+                "collapse: use schedule 'one-shot', and no mix.",
+            )
+        else:
+            self._check_fusion()
+        same = ("causal-lm", "text-classification", "token-classification")
+        require(
+            self.heal.teacher_top_k is None or (self.task in same and not self.data.streaming),
+            f"heal.teacher_top_k={self.heal.teacher_top_k} keeps the answers to text that is the same in every epoch, "
+            f"as in {', '.join(same)} without data.streaming, and the task is {self.task!r}: leave it out.",
+        )
+
+    def _check_fusion(self) -> None:
         whole = self.fusion.mode != "depth" or self.fusion.blocks == "layer"
         require(
             self.heal.schedule == "one-shot" or whole,
@@ -80,15 +105,16 @@ class Recipe:
             f"mode {self.fusion.mode!r}: set the operator to 'mix' and the mode to 'share' or 'depth', or heal.mix to "
             "false.",
         )
-        same = ("causal-lm", "text-classification", "token-classification")
-        require(
-            self.heal.teacher_top_k is None or (self.task in same and not self.data.streaming),
-            f"heal.teacher_top_k={self.heal.teacher_top_k} keeps the answers to text that is the same in every epoch, "
-            f"as in {', '.join(same)} without data.streaming, and the task is {self.task!r}: leave it out.",
-        )
 
 
-_SECTIONS = {"data": DataRecipe, "fusion": FusionRecipe, "heal": HealRecipe, "evaluate": EvaluateRecipe}
+_SECTIONS = {
+    "data": DataRecipe,
+    "fusion": FusionRecipe,
+    "collapse": CollapseRecipe,
+    "heal": HealRecipe,
+    "evaluate": EvaluateRecipe,
+}
+_TARGETS = {"fusion": TARGETS, "collapse": COLLAPSE_TARGETS}
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -96,8 +122,8 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
 
     Args:
         path: the YAML file.
-        overrides: dotted names to values, such as `{"model": "gpt2", "fusion.keep_layers": 8}`. A target of the
-            fusion, `fusion.ratio` say, replaces the one that the file has.
+        overrides: dotted names to values, such as `{"model": "gpt2", "fusion.keep_layers": 8}`. A target of
+            the method, `fusion.ratio` say, replaces the one that the file has.
 
     Raises:
         RecipeError: the file is missing or not a mapping, or a field is unknown or has a wrong value.
@@ -121,9 +147,9 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         target = tree[section] if section else tree
         if not isinstance(target, dict):
             raise RecipeError(f"{path}: section {section!r} holds {target!r}, not fields and values.")
-        if section == "fusion" and field in TARGETS:
-            for other in TARGETS:
-                if f"fusion.{other}" not in overrides:
+        if field in _TARGETS.get(section, ()):
+            for other in _TARGETS[section]:
+                if f"{section}.{other}" not in overrides:
                     target.pop(other, None)
         target[field] = value
 

@@ -1,0 +1,61 @@
+"""Which MLPs of a model are to become linear."""
+
+from typing import Literal
+
+from .strict import require, strict_recipe
+
+COLLAPSE_TARGETS = ("count", "ratio", "max_parameters", "max_bytes", "max_loss")
+"""The fields of `CollapseRecipe` that say how far it is to go; a recipe has one of them."""
+
+
+@strict_recipe
+class CollapseRecipe:
+    """Which MLPs of a model are to become linear maps, and how (LayerCollapse, Shabgahi et al. 2023).
+
+    Give exactly one target: `count`, how many MLPs; `ratio`, the share of all block parameters to remove, or
+    `max_parameters` or `max_bytes`, which the whole model may have: as many MLPs as that takes; or `max_loss`, how far
+    the model may move from the original: as many MLPs as that allows.
+
+    Attributes:
+        count: MLPs that become linear, from 1 to the number of layers.
+        ratio: share of block parameters to remove, at least, 0 < ratio < 1.
+        max_parameters: most parameters of the result, embeddings and head included.
+        max_bytes: most bytes of its weights on disk, in the dtype of the model; the header of the file comes on top.
+        max_loss: most calibration loss of the result, without any training: the mean divergence from the original's
+            predictions in nats, or without logits, the relative squared error of its hidden states.
+        order: `measured` takes first what costs least: the calibration loss when an MLP alone is linear in the
+            untouched model, for each parameter that is saved (needs batches). `deepest` starts at the last layer.
+        rank: of the linear maps, which are then the product of two; None is one full map.
+        refit: closed-form repair on calibration batches. `full` fits the linear maps and repairs all blocks behind the
+            first of them; `maps` fits the linear maps alone; `none`, or no batches, leaves W2 (W1 x + b1) + b2.
+
+    Raises:
+        RecipeError: unknown field, wrong type, or a combination that cannot be met.
+    """
+
+    count: int | None = None
+    ratio: float | None = None
+    max_parameters: float | None = None
+    max_bytes: float | None = None
+    max_loss: float | None = None
+    order: Literal["measured", "deepest"] = "measured"
+    rank: int | None = None
+    refit: Literal["full", "maps", "none"] = "full"
+
+    def __post_init__(self) -> None:
+        given = {name: value for name in COLLAPSE_TARGETS if (value := getattr(self, name)) is not None}
+        require(
+            len(given) == 1,
+            f"give exactly one target, got {' and '.join(f'{k}={v}' for k, v in given.items()) or 'none'}: set count "
+            "(for example 4), ratio (0.2), max_parameters (8e7), max_bytes (2e8) or max_loss (0.05).",
+        )
+        for name in ("count", "rank"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name}={value}: use a whole number of 1 or more.")
+        require(
+            self.ratio is None or 0 < self.ratio < 1,
+            f"ratio={self.ratio} is not a share of the parameters to remove: use a number between 0 and 1.",
+        )
+        for name in ("max_parameters", "max_bytes", "max_loss"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name}={value}: use a number above 0.")
