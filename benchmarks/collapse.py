@@ -2,9 +2,9 @@
 
     python benchmarks/collapse.py [JOB ...] [--threads 2]
 
-Data and checkpoints come from LAYERFUSE_DATA (default ../shared), and are those of the fusion benchmark: which MLPs, and
-with what weights, is decided on calibration data (training text), and test data are reported. Every method takes the MLPs
-that cost it least when each alone is changed, on the same calibration sequences. A row that is in
+Data and checkpoints come from LAYERFUSE_DATA (default ../shared), and are those of the fusion benchmark: which MLPs,
+and with what weights, is decided on calibration data (training text), and test data are reported. Every method takes
+the MLPs that cost it least when each alone is changed, on the same calibration sequences. A row that is in
 benchmarks/results/collapse.json already is not measured again; delete the file to start afresh.
 """
 
