@@ -64,7 +64,7 @@ def filled(text: str) -> str:
         "recipes": [recipes()],
         "fusion": fusion.tables(fused),
         "cost": cost.tables(spent),
-        "latency": [latency.table(timed)],
+        "latency": latency.tables(timed),
         "heal": heal.tables(healed),
         "sweep": [sweep.table(swept)],
         "throughput": [throughput.table(speeds)],

@@ -20,8 +20,8 @@ from .errors import (
 from .heal import HealReport, heal
 from .layermap import fused_parameters, layer_map, mixed_weights
 from .methods.fusion import plan_fusion
-from .modeling import apply, expand, register_adapter
-from .plan import Drop, Fuse, Linearize, Plan
+from .modeling import apply, expand, register_adapter, straighten
+from .plan import Blend, Drop, Fuse, Linearize, Plan
 from .recipe import CollapseRecipe, FusionRecipe, HealRecipe
 from .refit import RefitReport, refit
 from .search import search
@@ -31,6 +31,7 @@ __version__ = version("hf-layerfuse")
 
 __all__ = [
     "AutoFusedModel",
+    "Blend",
     "CheckpointError",
     "CollapseRecipe",
     "ConvAdapter",
@@ -67,5 +68,6 @@ __all__ = [
     "register_adapter",
     "search",
     "search_collapse",
+    "straighten",
     "verify",
 ]

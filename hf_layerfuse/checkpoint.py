@@ -28,6 +28,8 @@ class Progress:
         train_loss: (step, loss) of every step.
         validation_loss: (step, loss) of every validation.
         seconds: of all sittings.
+        homotopy: (step, a of each activation that is on its way to a line, by its path) of every validation.
+        counts_from: the step from which on the weights may be the result.
     """
 
     step: int = 0
@@ -36,13 +38,14 @@ class Progress:
     train_loss: list[tuple[int, float]] = field(default_factory=list)
     validation_loss: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
+    homotopy: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    counts_from: int = 0
 
     @property
     def best_step(self) -> int:
-        """Where the validation loss was least, the first of equal ones; without validation, the last step."""
-        if not self.validation_loss:
-            return self.step
-        return min(self.validation_loss, key=lambda row: row[1])[0]
+        """Where the validation loss was least, the first of equal ones; without one that counts, the last step."""
+        rows = [row for row in self.validation_loss if row[0] >= self.counts_from]
+        return min(rows, key=lambda row: row[1])[0] if rows else self.step
 
 
 class Checkpoints:
@@ -128,7 +131,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"the checkpoint {path} cannot be read: {what}. Delete {instead}the whole folder to start afresh."
             ) from error
-        for name in ("train_loss", "validation_loss"):
+        for name in ("train_loss", "validation_loss", "homotopy"):
             setattr(progress, name, [tuple(row) for row in getattr(progress, name)])
         return progress
 

@@ -14,9 +14,10 @@ from .adapters import adapter_for
 from .calibration import Batches, Sample
 from .edits import check_model, check_plan
 from .errors import RecipeError, UnsupportedModelError
+from .forms import check_blended
 from .modeling import apply
 from .modes import eval_mode
-from .plan import Linearize, Plan
+from .plan import Blend, Linearize, Plan
 from .recipe import COLLAPSE_TARGETS, CollapseRecipe
 from .refit import RefitReport, refit_by
 from .search import Found
@@ -30,7 +31,7 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
 
     An MLP is judged by the calibration loss of the model in which it alone has become linear, and was fitted, for each
     parameter that this saves. They are taken in that order, and fitted front to back, each on what those before it
-    have led to.
+    have led to. With method `homotopy`, they get activations that `heal` leads to lines, and `straighten` merges.
 
     Args:
         model: a stock model with a registered adapter; never changed.
@@ -50,6 +51,9 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
     edits = [Linearize(layer, recipe.rank) for layer in range(nothing.num_layers)]
     for edit in edits:
         check_plan(model, adapter, replace(nothing, edits=(edit,)))
+    homotopy = recipe.method == "homotopy"
+    if homotopy:
+        check_blended(adapter)
     if "gate" in adapter.mlp and (batches is None or recipe.refit == "none"):
         raise UnsupportedModelError(
             f"the MLPs of {adapter.model_type!r} are gated, and bilinear without their activation: what makes them "
@@ -60,14 +64,16 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
             f"order={recipe.order!r} with {_asked(recipe)} measures on calibration batches: pass batches=, or use "
             "order='deepest' and another target."
         )
-    if batches is None:
+    if batches is None and not homotopy:
         logging.getLogger(__name__).warning(
             "no calibration batches: the linear maps are MLPs without their activation, and nothing is fitted. Pass "
             "batches=, or heal the result before use."
         )
+    if batches is None:
         plan = _plans(model, recipe, nothing, edits[::-1])[0]
         notes = {"recipe": asdict(recipe), "calibration": "none: from the weights alone"}
-        return Found(apply(model, plan), replace(plan, notes=notes), None)
+        plan = replace(_bent(plan, recipe) if homotopy else plan, notes=notes)
+        return Found(apply(model, plan), plan, None)
     with eval_mode(model):
         found = _searched(model, recipe, batches, nothing, edits)
     found.model.train(model.training)
@@ -87,6 +93,14 @@ def _searched(
         whole = planned_size(model, nothing)["parameters"]
         saved = {edit: whole - planned_size(model, replace(nothing, edits=(edit,)))["parameters"] for edit in edits}
         order = sorted(edits, key=lambda edit: losses[edit] / saved[edit])
+    notes = {
+        "recipe": asdict(recipe),
+        "calibration": f"{sum(map(len, sample.judges))} sequences",
+        "losses": {str(edit.layer): loss for edit, loss in losses.items()},
+    }
+    if recipe.method == "homotopy":
+        plan = replace(_bent(_plans(model, recipe, nothing, order)[0], recipe), notes=notes)
+        return Found(apply(model, plan, batches), plan, None)
     found, tried = None, []
     for plan in _plans(model, recipe, nothing, order):
         student = apply(model, plan)
@@ -104,14 +118,13 @@ def _searched(
             f"{_asked(recipe)} allows no linear MLP: the one that costs least, in layer {order[0].layer}, costs "
             f"{tried[0]['loss']:.3g}. Use that or more."
         )
-    notes = {
-        "recipe": asdict(recipe),
-        "calibration": f"{sum(map(len, sample.judges))} sequences",
-        "losses": {str(edit.layer): loss for edit, loss in losses.items()},
-        "competition": tried,
-        "refit": asdict(found.report),
-    }
+    notes |= {"competition": tried, "refit": asdict(found.report)}
     return replace(found, plan=replace(found.plan, notes=notes))
+
+
+def _bent(plan: Plan, recipe: CollapseRecipe) -> Plan:
+    """The plan that leads to one of linear MLPs by training."""
+    return replace(plan, edits=[Blend(edit.layer, recipe.faithful) for edit in plan.edits])
 
 
 def _plans(model: PreTrainedModel, recipe: CollapseRecipe, nothing: Plan, order: Sequence[Linearize]) -> Sequence[Plan]:

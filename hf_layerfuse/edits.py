@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,9 +20,17 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .adapters import FUSED_PREFIX, LayerAdapter
 from .errors import PlanError, UnsupportedModelError
-from .linear import check_linear, in_linear, linear_weights, linearize
+from .forms import (
+    blend,
+    check_blended,
+    check_linear,
+    homotopy_weights,
+    in_linear,
+    linear_weights,
+    linearize,
+)
 from .math.lowrank import low_rank, shared_basis
-from .plan import Layout, Linearize, Plan, Slot, Source, Tie
+from .plan import Blend, BlendedForm, Layout, LinearForm, Linearize, Plan, Slot, Source, Tie
 from .relaxed import PER_DEPTH, Linear, Relaxed, can_relax, out_in, relax
 
 
@@ -53,8 +62,10 @@ def check_plan(model: PreTrainedModel, adapter: LayerAdapter, plan: Plan) -> Non
                 f"{unlike[0]}: group layers of one shape."
             )
         layer = adapter.layer_list(model)[edit.layers[0]]
-        if isinstance(edit, Linearize):
-            check_linear(layer, adapter, edit.source.linear)
+        if isinstance(edit, Linearize | Blend):
+            check_linear(layer, adapter, edit.source.linear or LinearForm())
+        if isinstance(edit, Blend):
+            check_blended(adapter)
         ties = replace(plan, edits=(edit,)).layout().ties  # a whole layer may be two
         ranks = [rank for tie in ties for _, rank in relaxed_maps(layer, adapter, tie).values()]
         if ranks and max(ranks) < edit.rank:
@@ -130,7 +141,7 @@ def _per_layer(values: Sequence[Any], slot: Slot, name: str) -> Any:
 
 def reshape(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) -> None:
     """Take the removed blocks out of a model with one layer per slot, renumber its cache, and put relaxed maps in the
-    place of those that are shared with a rank, and linear ones in the place of MLPs that have become that. In place.
+    place of those that are shared with a rank, and other forms in the place of MLPs that have become that. In place.
 
     The key-value cache of transformers has one entry per layer of the config, and asks the first entry of each layer
     type how long the sequence is, so the attention blocks that remain take the first entries of their own type.
@@ -143,8 +154,10 @@ def reshape(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) -> No
             if slot.source(kind) is None:
                 for path, stand_in in adapter.skip[kind].items():
                     layer.set_submodule(path, stand_in())
-            elif slot.source(kind).linear is not None:
-                linearize(layer, adapter, slot.source(kind).linear)
+            elif isinstance(form := slot.source(kind).form, LinearForm):
+                linearize(layer, adapter, form)
+            elif isinstance(form, BlendedForm):
+                blend(layer, adapter, form)
         if slot.source("attention") is None:
             continue
         index = next(free[layer_type])
@@ -201,10 +214,16 @@ def is_shared(tensor: Tensor) -> bool:
     return tensor.ndim >= 2
 
 
-def fused_weights(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) -> dict[str, Tensor]:
+def fused_weights(
+    model: PreTrainedModel,
+    adapter: LayerAdapter,
+    layout: Layout,
+    lines: Mapping[int, Sequence[Tensor]] = MappingProxyType({}),
+) -> dict[str, Tensor]:
     """Weights of the result by live name, made from those of `model`; none aliases the original.
 
-    Tied copies are left out, as they are on disk.
+    Tied copies are left out, as they are on disk. `lines` are slope and offset of the lines that activations go to, by
+    layer; those that are not in it are 1 and 0.
     """
     path, layers = adapter.layers_path(model), adapter.layer_list(model)
     weights = {
@@ -229,9 +248,12 @@ def fused_weights(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout)
                 seed = zlib.crc32(name.encode())  # the same parameter of another group draws anew, whatever the process
                 weights[f"{path}.{index}.{name}"] = combine(group, source, seed=seed + source.layers[0])
         for source in filter(None, slot.blocks.values()):
-            if source.linear is not None:
-                made = linear_weights(layers[source.layers[0]], adapter, source.linear)
-                weights |= {f"{path}.{index}.{name}": tensor for name, tensor in made.items()}
+            stock, made = layers[source.layers[0]], {}
+            if isinstance(source.form, LinearForm):
+                made = linear_weights(stock, adapter, source.form)
+            elif isinstance(source.form, BlendedForm):
+                made = homotopy_weights(stock, adapter, source.form, lines.get(source.layers[0]))
+            weights |= {f"{path}.{index}.{name}": tensor for name, tensor in made.items()}
     for tie in layout.ties:
         for at, (module, rank) in relaxed_maps(layers[tie.source.layers[0]], adapter, tie).items():
             shared = weights[f"{path}.{tie.slots[0]}.{at}.weight"]

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from .accelerators import accelerator_of, finish_trackers, one_training
 from .errors import LayerFuseError, RecipeError
 from .fingerprint import fingerprint
+from .homotopy import Pull
 from .loop import Loop
 from .lora import low_rank
 from .mixture import Mixture
@@ -38,6 +39,7 @@ class HealReport:
         train_loss: (step, loss) of every step, before its update, averaged over the targets of all processes and
             accumulated batches.
         validation_loss: (step, loss) before the first step, every `eval_every` steps and at the end.
+        homotopy: (step, a of each activation that is on its way to a line, by its path) of every validation.
         seconds: wall-clock time, validation included; of all sittings, where it was interrupted.
         mixed_precision: `no`, `bf16` or `fp16`, as resolved.
         num_processes: how many trained together.
@@ -48,6 +50,7 @@ class HealReport:
     best_step: int
     train_loss: list[tuple[int, float]]
     validation_loss: list[tuple[int, float]]
+    homotopy: list[tuple[int, dict[str, float]]]
     seconds: float
     mixed_precision: str
     num_processes: int
@@ -64,6 +67,7 @@ def heal(
     frozen: Collection[str] = (),
     mixed: Mapping[str, Sequence[Tensor]] | None = None,
     validation_batches: Iterable[Batch] | None = None,
+    threshold: float | None = None,
     seed: int = 0,
     accelerator: Accelerator | None = None,
     checkpoints: Path | str | None = None,
@@ -96,6 +100,8 @@ def heal(
             `Mixture`.
         validation_batches: batches (the same ones every time) whose loss is reported, and decides which weights are
             kept: cross-entropy, or distillation where there are no labels.
+        threshold: of `Blend` edits that `straighten` is to end with this threshold: weights with an a below 1 -
+            threshold are none that may be kept as the best.
         seed: of the order of batches, and of dropout, different in each process and step.
         accelerator: one that is set up already; its mixed precision, compilation and trackers hold then. Its
             accumulation and the seed of its samplers are set here.
@@ -104,8 +110,8 @@ def heal(
 
     Raises:
         RecipeError: the recipe asks for distillation without a teacher, or of layers without `matches`, for a tracker
-            that is not installed, or for gradient checkpointing of a model that has none; or `mixed` is trained under
-            FSDP or DeepSpeed.
+            that is not installed, for gradient checkpointing of a model that has none, or for straightening of one
+            without `Blend`; or `mixed`, or activations on their way to a line, are trained under FSDP or DeepSpeed.
         DataError: there are no batches, or no loss can be taken from them.
         CheckpointError: `checkpoints` are those of another run, or damaged.
         TrainingError: a loss or a gradient is not finite, or the loss explodes; the checkpoint before that is kept.
@@ -122,9 +128,16 @@ def heal(
             f"heal.mix trains the weights that the student's are drawn from, and {accelerator.distributed_type.value} "
             "trains the student's alone: launch with recipes/accelerate/multi-gpu.yaml, or set heal.mix to false."
         )
+    if accelerator.distributed_type in _OWN_PARAMETERS and Pull(student, recipe.pull).activations:
+        raise RecipeError(
+            "activations that are on their way to a line are pulled there beside the optimiser, and "
+            f"{accelerator.distributed_type.value} has parameters of its own: launch with "
+            "recipes/accelerate/multi-gpu.yaml."
+        )
     run = {}
     if checkpoints is not None and accelerator.is_main_process:  # which alone compares
         run = _identity(student, train_batches, recipe, teacher, frozen, seed, accelerator.num_processes)
+        run["threshold"] = threshold
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_training(accelerator, recipe, seed))
         stack.enter_context(low_rank(student, recipe.lora_rank))
@@ -136,7 +149,8 @@ def heal(
         mixture = Mixture(student, mixed) if mixed else None
         if mixture is not None:
             stack.callback(mixture.settle)  # also where an error ends the training in the middle of a step
-        loop = Loop(student, train_batches, recipe, teacher, matches, mixture, validation_batches, seed, accelerator)
+        rest = validation_batches, threshold, seed, accelerator
+        loop = Loop(student, train_batches, recipe, teacher, matches, mixture, *rest)
         if folder is not None:
             loop.resume(Path(folder), run)
             stack.callback(loop.checkpoints.close)
@@ -149,6 +163,7 @@ def heal(
         best_step=progress.best_step,
         train_loss=progress.train_loss,
         validation_loss=progress.validation_loss,
+        homotopy=progress.homotopy,
         seconds=progress.seconds,
         mixed_precision=accelerator.mixed_precision,
         num_processes=accelerator.num_processes,
@@ -244,6 +259,11 @@ def _check(
                 f"heal.{field}={weight} needs to know which layers answer to each other: pass "
                 f"matches=layer_map(student, teacher, plan), or set heal.{field} to 0."
             )
+    if recipe.straighten and not Pull(student, recipe.pull).activations:
+        raise RecipeError(
+            f"heal.straighten={recipe.straighten} pulls activations to lines, and {type(student).__name__} has none on "
+            "the way: apply Blend edits first, or leave it out."
+        )
     if recipe.gradient_checkpointing and not student.supports_gradient_checkpointing:
         raise RecipeError(f"{type(student).__name__} has no gradient checkpointing: set it to false.")
     if any(parameter.dtype == torch.float16 for parameter in student.parameters()):

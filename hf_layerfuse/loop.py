@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from .checkpoint import Checkpoints, Progress
 from .errors import DataError, TrainingError
+from .homotopy import Pull
 from .mixture import Mixture
 from .objective import Batch, Match, Objective
 from .recipe import HealRecipe
@@ -40,11 +41,13 @@ class Loop:
         matches: Sequence[Match],
         mixture: Mixture | None,
         validation_batches: Iterable[Batch] | None,
+        threshold: float | None,
         seed: int,
         accelerator: Accelerator,
     ) -> None:
         self.student, self.recipe, self.seed, self.accelerator = student, recipe, seed, accelerator
-        self.mixture, self.validation_batches = mixture, validation_batches
+        self.mixture, self.validation_batches, self.threshold = mixture, validation_batches, threshold
+        self.pull = Pull(student, recipe.pull)
         mixed = set(map(id, mixture.targets if mixture else ()))
         trained = [p for p in student.parameters() if p.requires_grad and id(p) not in mixed]
         if mixture is not None:
@@ -52,7 +55,7 @@ class Loop:
             accelerator.prepare_model(mixture, evaluation_mode=True)  # part of every checkpoint, and wrapped by nothing
             trained += mixture.parameters()
         self.trained = trained
-        groups = _parameter_groups(trained, recipe.weight_decay)
+        groups = _parameter_groups(trained, recipe.weight_decay, self.pull.parameters)
         optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
         # A prepared scheduler moves once per process unless it was told otherwise: its length counts those moves.
         alone = accelerator.split_batches or not accelerator.step_scheduler_with_optimizer
@@ -89,7 +92,8 @@ class Loop:
                 progress.step += 1
                 progress.train_loss.append((progress.step, loss))
                 progress.seconds = time.perf_counter() - start
-                self.accelerator.log({"train/loss": loss, "train/lr": rate}, step=progress.step)
+                pulled = {f"homotopy/{name}": a for name, a in self.pull.values.items()}
+                self.accelerator.log({"train/loss": loss, "train/lr": rate, **pulled}, step=progress.step)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.4f}")
                 if progress.step % recipe.eval_every == 0 or progress.step == recipe.steps:
@@ -149,7 +153,9 @@ class Loop:
             for parameter in self.model.parameters():  # the head, which would do nothing but decay
                 if parameter.grad is not None and not whole(parameter.grad).any():
                     parameter.grad = None
+        rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
+        self.pull.step(rate)
         self.scheduler.step()
         self.optimizer.zero_grad()
         return mean
@@ -187,6 +193,11 @@ class Loop:
             loss = _validate(self.student, self.validation_batches, self.objective, self.accelerator)
             self._check(loss, "the validation loss")  # before a checkpoint of such weights is written
             progress.validation_loss.append((progress.step, loss))
+            values = self.pull.values
+            if values:
+                progress.homotopy.append((progress.step, values))
+            if self.threshold is not None and any(a < 1 - self.threshold for a in values.values()):
+                progress.counts_from = progress.step + 1
             self.accelerator.log({"validation/loss": loss}, step=progress.step)
         if self.checkpoints is not None:
             self.checkpoints.save(progress)
@@ -224,9 +235,15 @@ def _validate(
     return total / targets
 
 
-def _parameter_groups(trained: Sequence[nn.Parameter], weight_decay: float) -> list[dict]:
-    """Norms and biases do not decay."""
-    return [
-        {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trained if parameter.dim() < 2], "weight_decay": 0.0},
+def _parameter_groups(
+    trained: Sequence[nn.Parameter], weight_decay: float, pulled: Sequence[nn.Parameter]
+) -> list[dict]:
+    """Norms and biases do not decay, nor does what is pulled to a line, which has a group of its own."""
+    apart = set(map(id, pulled))
+    rest = [parameter for parameter in trained if id(parameter) not in apart]
+    groups = [
+        {"params": [parameter for parameter in rest if parameter.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in rest if parameter.dim() < 2], "weight_decay": 0.0},
     ]
+    own = [parameter for parameter in trained if id(parameter) in apart]
+    return [*groups, {"params": own, "weight_decay": 0.0}] if own else groups

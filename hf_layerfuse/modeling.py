@@ -8,6 +8,7 @@ casting all work as transformers does them.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import os
 import sys
@@ -34,9 +35,12 @@ from .edits import (
     reshape,
     target_config,
     tied_weights,
+    untied_state,
 )
 from .errors import CheckpointError, LayerFuseError, PlanError, UnsupportedModelError
-from .plan import Layout, Plan
+from .forms import linear_weights
+from .lines import bends_of, lines_of
+from .plan import Blend, Layout, LinearForm, Linearize, Plan
 from .relaxed import Relaxed
 
 _AUTO_CLASSES = [
@@ -173,7 +177,7 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
     Args:
         model: a stock model of the plan's architecture, with any head.
         plan: from `plan_fusion`, from a `plan.json`, or written by hand.
-        batches: calibration batches, for edits with align `activation`.
+        batches: calibration batches, for edits with align `activation`, and for the lines that `Blend` leads to.
 
     Returns:
         A new model on the same device and of the same dtype: of the stock class with fewer layers where the plan
@@ -186,7 +190,9 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
     adapter = adapter_for(model)
     check_plan(model, adapter, plan)
     layout = plan.layout()
-    weights = fused_weights(align(model, plan, batches), adapter, layout)
+    bent = [edit.layer for edit in plan.edits if isinstance(edit, Blend) and not edit.faithful]
+    lines = lines_of(model, adapter, bent, batches) if bent and batches is not None else {}
+    weights = fused_weights(align(model, plan, batches), adapter, layout, lines)
     config = target_config(model.config, adapter, layout)
     cls = type(model)
     if not layout.is_stock:
@@ -203,21 +209,80 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     A stock model is returned as a copy.
 
     Raises:
-        UnsupportedModelError: MLPs have become linear, for which a stock model has no place.
+        UnsupportedModelError: MLPs have another form, for which a stock model has no place.
     """
     if not isinstance(model, FusedMixin):
         return copy.deepcopy(model)
     layout = layout_of(model.config)
-    linear = [i for i, slot in enumerate(layout.slots) for source in slot.blocks.values() if source and source.linear]
-    if linear:
+    others = [i for i, slot in enumerate(layout.slots) for source in slot.blocks.values() if source and source.form]
+    if others:
         raise UnsupportedModelError(
-            f"the MLPs of layers {', '.join(map(str, linear))} are linear maps, which no {type(model).__name__} has "
-            "without this library: save the model as it is, without expanded=True."
+            f"the MLPs of layers {', '.join(map(str, others))} are linear, or on the way to it, for which "
+            f"{type(model).__name__} has no place without this library: save the model as it is, without expanded=True."
         )
     stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "layerfuse_plan")}
     weights = expanded_weights(model, adapter_for(model), layout)
     return _build(stock, stock.config_class(**values), weights, model)
+
+
+def straighten(
+    model: PreTrainedModel, *, threshold: float = 0.05, batches: Batches | None = None
+) -> tuple[PreTrainedModel, Plan]:
+    """Put one linear map in the place of each MLP whose activation has become a line: what ends `Blend`.
+
+    W = W2 diag(slope) W1 and b = W2 (slope b1 + offset) + b2, in float64.
+
+    Args:
+        model: that `Blend` edits led to, trained since; it stays as it is.
+        threshold: how far from 1 an a may be.
+        batches: calibration batches, on which it is measured what the step from a to 1 loses.
+
+    Returns:
+        The model, and its plan, with `Linearize` in the place of `Blend`. Its notes have for each layer its `a`, and
+        with batches `lost`: the root mean square of the difference, relative to what the MLP gives.
+
+    Raises:
+        PlanError: no activation of the model is on its way to a line.
+        LayerFuseError: one of them is not there yet.
+    """
+    adapter = adapter_for(model)
+    tree = getattr(model.config, "layerfuse_plan", None)
+    plan = Plan.from_dict(tree) if tree else None
+    blends = {edit.layer: edit for edit in (plan.edits if plan else ()) if isinstance(edit, Blend)}
+    if not blends:
+        raise PlanError(
+            f"no activation of this {type(model).__name__} is on its way to a line: apply Blend edits first."
+        )
+    slots = {slot.layers[0]: index for index, slot in enumerate(plan.layout().slots)}
+    places = {layer: slots[layer] for layer in blends}
+    inside = {layer: adapter.layer_list(model)[place] for layer, place in places.items()}
+    found = {layer: module.get_submodule(adapter.activation).a.item() for layer, module in inside.items()}
+    if bent := {layer: a for layer, a in found.items() if a < 1 - threshold}:
+        raise LayerFuseError(
+            f"no lines yet: {', '.join(f'the activation of layer {layer}, a = {a:.3f}' for layer, a in bent.items())}; "
+            f"a must be {1 - threshold:.3f} or more: train them further, with a stronger pull, or raise threshold."
+        )
+    lost = {} if batches is None else bends_of(model, adapter, list(places.values()), batches)
+    notes = [{"layer": layer, "a": a, **({"lost": lost[places[layer]]} if lost else {})} for layer, a in found.items()]
+    edits = [Linearize(edit.layer) if isinstance(edit, Blend) else edit for edit in plan.edits]
+    plan = dataclasses.replace(plan, edits=tuple(edits), notes={"homotopy": notes})
+    gone = [
+        f"{adapter.layers_path(model)}.{places[layer]}.{at}."
+        for layer in blends
+        for at in (adapter.activation, adapter.mlp["in"], adapter.mlp["out"])
+    ]
+    weights = {
+        name: tensor.detach().clone()
+        for name, tensor in untied_state(model).items()
+        if not name.startswith(tuple(gone))
+    }
+    for layer, module in inside.items():
+        prefix = f"{adapter.layers_path(model)}.{places[layer]}"
+        weights |= {f"{prefix}.{k}": v for k, v in linear_weights(module, adapter, LinearForm()).items()}
+    values = {**model.config.to_dict(), "layerfuse_plan": plan.to_dict(notes=False)}
+    values.pop("model_type")
+    return _build(type(model), type(model).config_class(**values), weights, model), plan
 
 
 def _build(cls: type, config: PreTrainedConfig, weights: dict[str, Any], like: PreTrainedModel) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .plan import Drop, Fuse, Linearize, Plan
+from .plan import Blend, Drop, Fuse, Linearize, Plan
 from .recipe import Recipe
 from .tasks import TASKS
 
@@ -72,6 +72,8 @@ def describe(plan: Plan) -> list[str]:
         elif isinstance(edit, Linearize):
             maps = "one linear map" if edit.rank is None else f"two linear maps of rank {edit.rank}"
             lines.append(f"the MLP of layer {where}: becomes {maps}")
+        elif isinstance(edit, Blend):
+            lines.append(f"the MLP of layer {where}: its activation is on the way to a line")
         elif isinstance(edit, Fuse):
             residuals = f", with residuals of rank {edit.rank}" if edit.mode == "share" and edit.rank else ""
             become = _BECOME[edit.mode].format(rank=edit.rank)

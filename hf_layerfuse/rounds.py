@@ -15,14 +15,14 @@ from . import __version__
 from .adapters import adapter_for
 from .collapse import search_collapse
 from .grouping import groups_of
-from .heal import heal
+from .heal import HealReport, heal
 from .layermap import fused_parameters, layer_map, mixed_weights
 from .methods.fusion import plan_fusion
-from .modeling import expand, load_checkpoint
+from .modeling import expand, load_checkpoint, straighten
 from .output import MARK, new_directory, unfinished
 from .plan import Plan
 from .processes import process_state
-from .recipe import TARGETS, CollapseRecipe, FusionRecipe, Recipe
+from .recipe import TARGETS, CollapseRecipe, FusionRecipe, HealRecipe, Recipe
 from .rundata import RunData, say
 from .schedule import compose, keeps_of, shares_of, steps_of
 from .search import search
@@ -50,27 +50,60 @@ def fuse_and_heal(
         plan = compose(plan, step) if plan else step
         results |= json.loads((stage / MARK).read_text(encoding="utf-8"))
         if steps > 0:
-            say(f"healing for {steps} steps; where it is interrupted, the same command goes on")
-            healing = dataclasses.replace(recipe.heal, steps=steps)
+            healing = dataclasses.replace(_healing(recipe), steps=steps)
             seed = recipe.seed + number - 1  # no round reads what the one before it has read, as long as there is more
-            report = heal(
-                fused,
-                inputs.train_loader(original, seed),
-                healing,
-                teacher=original,
-                matches=layer_map(fused, original, plan),
-                frozen=fused_parameters(fused, plan) if healing.freeze_fused else (),
-                mixed=mixed_weights(fused, source, step, inputs.calibration()) if healing.mix else None,
-                validation_batches=inputs.validation_batches(),
-                seed=seed,
-                checkpoints=unfinished(work / f"heal-{number}", identity_of(healing)),
-            )
+            mixed = mixed_weights(fused, source, step, inputs.calibration()) if healing.mix else None
+            report = _heal(recipe, healing, fused, original, plan, mixed, inputs, seed, work / f"heal-{number}")
             reports.append({**goal, **dataclasses.asdict(report)})
+            if _merges(recipe):
+                say("merging the maps whose activation has become a line")
+                options = {"threshold": recipe.collapse.threshold, "batches": inputs.calibration()}
+                fused, straight = straighten(fused, **options)
+                plan = dataclasses.replace(straight, notes={**plan.notes, **straight.notes})
     if reports:
         results["heal"] = reports[-1]
     if len(reports) > 1:
         results["rounds"] = reports
     return fused, plan, results
+
+
+def _healing(recipe: Recipe) -> HealRecipe:
+    """How it heals; activations that are to become lines are pulled there, however the recipe leaves it open."""
+    homotopy = recipe.collapse is not None and recipe.collapse.method == "homotopy"
+    return dataclasses.replace(recipe.heal, straighten=recipe.heal.straighten or "auto") if homotopy else recipe.heal
+
+
+def _merges(recipe: Recipe) -> bool:
+    """Whether maps are merged when healing has made lines of the activations between them."""
+    return recipe.collapse is not None and recipe.collapse.method == "homotopy" and recipe.collapse.merge
+
+
+def _heal(
+    recipe: Recipe,
+    healing: HealRecipe,
+    fused: PreTrainedModel,
+    original: PreTrainedModel,
+    plan: Plan,
+    mixed: dict[str, list[torch.Tensor]] | None,
+    inputs: RunData,
+    seed: int,
+    checkpoints: Path,
+) -> HealReport:
+    """Heal the model of a round, in place."""
+    say(f"healing for {healing.steps} steps; where it is interrupted, the same command goes on")
+    return heal(
+        fused,
+        inputs.train_loader(original, seed),
+        healing,
+        teacher=original,
+        matches=layer_map(fused, original, plan),
+        frozen=fused_parameters(fused, plan) if healing.freeze_fused else (),
+        mixed=mixed,
+        validation_batches=inputs.validation_batches(),
+        threshold=recipe.collapse.threshold if _merges(recipe) else None,
+        seed=seed,
+        checkpoints=unfinished(checkpoints, identity_of(healing)),
+    )
 
 
 Goal = dict[str, Any]
@@ -118,7 +151,8 @@ def _compress(
     say("collapsing" if collapses else "fusing")
     found = search_collapse(source, method, batches) if collapses else search(source, method, batches)
     fused = round_to(found.model, inputs.dtype)
-    warn_if_useless(original, fused, batches)
+    if not (collapses and method.method == "homotopy"):  # whose result is still the original
+        warn_if_useless(original, fused, batches)
     results = {} if source is not original else {"before": inputs.measure(original, original, "the original")}
     results["fused"] = inputs.measure(fused, original, "the fused model")
     if state.is_main_process:

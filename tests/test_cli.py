@@ -212,6 +212,30 @@ def test_collapse_end_to_end(tmp_path, task):
     assert "import hf_layerfuse" in card
 
 
+def test_homotopy_end_to_end(tmp_path, capsys):
+    """Activations become lines while the model heals, and are merged; as a regulariser they stay what they are."""
+    words = [*collapsing(text_classification(tmp_path)), "--collapse.method", "homotopy", "--heal.steps", "6"]
+    assert main([*words, "--collapse.threshold", "0.001"]) == 1
+    assert "no lines yet: the activation of layer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(words) == 0
+    out = tmp_path / "out"
+    results = json.loads((out / "results.json").read_text())
+    assert results["healed"]["parameters"] < results["fused"]["parameters"] == results["before"]["parameters"] + 2
+    assert all(a > 0.95 for a in results["heal"]["homotopy"][-1][1].values())
+    plan = Plan.load(out / "plan.json")
+    assert [edit.edit for edit in plan.edits] == ["linearize"] * 2
+    assert [row["layer"] for row in plan.notes["homotopy"]] == [edit.layer for edit in plan.edits]
+    assert all(0 <= row["lost"] < 0.05 and row["a"] > 0.95 for row in plan.notes["homotopy"])
+    assert AutoFusedModel.from_pretrained(out).num_parameters() == results["healed"]["parameters"]
+    more = ["--output_dir", str(tmp_path / "bent"), "--collapse.merge", "false", "--heal.straighten", "3"]
+    assert main([*words, *more]) == 0
+    results = json.loads((tmp_path / "bent" / "results.json").read_text())
+    assert all(0 < a < 0.5 for a in results["heal"]["homotopy"][-1][1].values())
+    assert [edit.edit for edit in Plan.load(tmp_path / "bent" / "plan.json").edits] == ["blend"] * 2
+    assert AutoFusedModel.from_pretrained(tmp_path / "bent").num_parameters() == results["before"]["parameters"] + 2
+
+
 def test_a_recipe_has_one_method(tmp_path, capsys):
     """Fusion and collapse in one recipe, neither of them, and rounds of collapse are refused."""
     words = causal_lm(tmp_path)
@@ -220,6 +244,10 @@ def test_a_recipe_has_one_method(tmp_path, capsys):
     words = collapsing(words)
     assert main([*words, "--heal.schedule", "uniform"]) == 1
     assert "use schedule 'one-shot'" in capsys.readouterr().err
+    assert main([*words, "--collapse.method", "homotopy", "--heal.steps", "0"]) == 1
+    assert "heal.steps is 0" in capsys.readouterr().err
+    assert main([*words, "--heal.straighten", "auto"]) == 1
+    assert "use that, or leave it out" in capsys.readouterr().err
     assert main([*words, "--collapse.max_loss", "1e-12"]) == 1
     assert "allows no linear MLP" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

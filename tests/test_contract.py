@@ -9,8 +9,8 @@ from conftest import HEADS, LAYERS, TINY, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Linearize, Plan, apply, expand, verify
 from hf_layerfuse.adapters import adapter_for
+from hf_layerfuse.forms import Collapsed
 from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.linear import Collapsed
 from hf_layerfuse.modeling import FusedMixin
 from hf_layerfuse.verify import prediction
 

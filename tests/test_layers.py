@@ -30,15 +30,15 @@ RANKS = (
     ("convfit", "distances", "grouping", "select", "sizes"),
     ("repair",),
     ("walk",),
-    ("taps",),
+    ("taps", "lines"),
     ("edits", "calibration", "mapfit"),
-    ("linear",),
+    ("forms",),
     ("inputs", "relaxed"),
     ("accelerators", "schedule"),
     ("adapters", "recipe"),
     ("math", "plan", "prediction", "collate"),
     ("lora",),
-    ("errors", "fingerprint", "mixture", "modes", "processes", "sampling", "sharding", "states", "tasks"),
+    ("errors", "fingerprint", "homotopy", "mixture", "modes", "processes", "sampling", "sharding", "states", "tasks"),
 )
 RANK = {name: rank for rank, row in enumerate(RANKS) for name in row}
 

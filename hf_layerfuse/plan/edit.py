@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
 from ..errors import PlanError
-from .layout import Linear, Operator, Source
+from .layout import BlendedForm, LinearForm, Operator, Source
 
 Kind = Literal["layer", "attention", "mlp", "conv"]
 Mode = Literal["depth", "share", "basis"]
@@ -149,16 +149,44 @@ class Linearize:
     @property
     def source(self) -> Source:
         """Where the weights of the map come from."""
-        return Source(self.layers, linear=Linear(self.rank))
+        return Source(self.layers, form=LinearForm(self.rank))
 
 
-Edit = Fuse | Drop | Linearize
-_EDITS: Mapping[str, type[Edit]] = {kind.edit: kind for kind in (Fuse, Drop, Linearize)}
+@dataclass(frozen=True)
+class Blend:
+    """The activation of an MLP is on its way to a line: (1 - a) act(z) + a (s z + t), with one a that is trained.
+
+    At a = 0, where it starts, the model is the original, and at a = 1 the MLP is linear: `straighten` puts one map in
+    its place. That is the homotopy of LayerCollapse (Shabgahi et al. 2023). Slope and offset of each unit come from
+    calibration batches, or are 1 and 0. A `faithful` one is PReLU, as published: of a ReLU in the place of whatever
+    was there, with slope 1, offset 0 and a = 0.01 at first.
+    """
+
+    layer: int
+    faithful: bool = False
+    kind: ClassVar[Kind] = "mlp"
+    edit: ClassVar[str] = "blend"
+
+    def __post_init__(self) -> None:
+        _layer_indices(self.layers, "Blend.layer")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+    @property
+    def source(self) -> Source:
+        """Where the weights of the MLP come from."""
+        return Source(self.layers, form=BlendedForm(self.faithful))
+
+
+Edit = Fuse | Drop | Linearize | Blend
+_EDITS: Mapping[str, type[Edit]] = {kind.edit: kind for kind in (Fuse, Drop, Linearize, Blend)}
 
 
 def write_edit(edit: Edit) -> dict[str, Any]:
     """JSON types of an edit; what few edits have, such as `rank`, is left out of those that have it not."""
-    rare = {f.name: f.default for f in fields(edit) if f.name in ("keep", "weights", "align", "rank")}
+    rare = {f.name: f.default for f in fields(edit) if f.name in ("keep", "weights", "align", "rank", "faithful")}
     values = {k: v for k, v in asdict(edit).items() if k not in rare or v != rare[k]}
     return {"edit": edit.edit, **values}
 

@@ -10,22 +10,34 @@ Operator = Literal["mean", "weighted", "freeze", "mix", "telescope", "select"]
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearForm:
     """What a block is that has become linear: one map, or with a `rank` the product of two."""
 
     rank: int | None = None
 
 
 @dataclass(frozen=True)
+class BlendedForm:
+    """What an MLP is whose activation is on its way to a line; `faithful` as published, from a ReLU."""
+
+    faithful: bool = False
+
+
+@dataclass(frozen=True)
 class Source:
-    """The original layers whose blocks make one block of the result, how their weights become one, and whether the
-    block is `linear` then."""
+    """The original layers whose blocks make one block of the result, how their weights become one, and the `form` that
+    the block has then, if it is another than it had."""
 
     layers: tuple[int, ...]
     operator: Operator = "freeze"
     keep: int | None = None
     weights: tuple[float, ...] | None = None
-    linear: Linear | None = None
+    form: LinearForm | BlendedForm | None = None
+
+    @property
+    def linear(self) -> LinearForm | None:
+        """The form of a block that has become linear."""
+        return self.form if isinstance(self.form, LinearForm) else None
 
     @property
     def kept(self) -> int:
@@ -82,6 +94,6 @@ class Layout:
 
     @property
     def is_stock(self) -> bool:
-        """Whether the stock class with fewer layers can hold it: every layer whole, nothing shared or linear."""
+        """Whether the stock class with fewer layers can hold it: every layer whole and of its form, nothing shared."""
         sources = [source for slot in self.slots for source in slot.blocks.values()]
-        return not self.ties and all(source is not None and source.linear is None for source in sources)
+        return not self.ties and all(source is not None and source.form is None for source in sources)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
-from .edit import Drop, Edit, Fuse, Linearize, read_edit, write_edit
+from .edit import Blend, Drop, Edit, Fuse, Linearize, read_edit, write_edit
 from .layout import Layout, Slot, Source, Tie
 
 FORMAT_VERSION = 1
@@ -64,7 +64,7 @@ class Plan:
         for kind, edit in self._by_block():
             if isinstance(edit, Drop):
                 blocks[kind][edit.layer] = None
-            elif isinstance(edit, Linearize):
+            elif isinstance(edit, Linearize | Blend):
                 blocks[kind][edit.layer] = edit.source
             elif edit.mode == "depth":
                 blocks[kind][edit.layers[0]] = edit.source

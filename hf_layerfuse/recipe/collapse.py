@@ -26,8 +26,17 @@ class CollapseRecipe:
         order: `measured` takes first what costs least: the calibration loss when an MLP alone is linear in the
             untouched model, for each parameter that is saved (needs batches). `deepest` starts at the last layer.
         rank: of the linear maps, which are then the product of two; None is one full map.
-        refit: closed-form repair on calibration batches. `full` fits the linear maps and repairs all blocks behind the
-            first of them; `maps` fits the linear maps alone; `none`, or no batches, leaves W2 (W1 x + b1) + b2.
+        method: `fitted` puts linear maps in the place of MLPs at once, fitted in closed form. `homotopy` leads their
+            activations to lines while the model is trained (`heal.straighten`), all together, and then merges the two
+            maps of each, which is exact. Not for gated MLPs.
+        faithful: of `homotopy`: PReLU in the place of whatever the activation is, as published. Without it, each unit
+            goes to the line that is nearest to its activation on calibration batches.
+        threshold: of `homotopy`: 1 - a of an activation that counts as a line; one that is further from it is refused.
+        merge: of `homotopy`: put one map in the place of two in the end. Without it, what remains is a regulariser: a
+            model with activations between what they were and lines.
+        refit: of `fitted`: closed-form repair on calibration batches. `full` fits the linear maps and repairs all
+            blocks behind the first of them; `maps` fits the linear maps alone; `none`, or no batches, leaves
+            W2 (W1 x + b1) + b2.
 
     Raises:
         RecipeError: unknown field, wrong type, or a combination that cannot be met.
@@ -40,6 +49,10 @@ class CollapseRecipe:
     max_loss: float | None = None
     order: Literal["measured", "deepest"] = "measured"
     rank: int | None = None
+    method: Literal["fitted", "homotopy"] = "fitted"
+    faithful: bool = False
+    threshold: float = 0.05
+    merge: bool = True
     refit: Literal["full", "maps", "none"] = "full"
 
     def __post_init__(self) -> None:
@@ -55,6 +68,17 @@ class CollapseRecipe:
         require(
             self.ratio is None or 0 < self.ratio < 1,
             f"ratio={self.ratio} is not a share of the parameters to remove: use a number between 0 and 1.",
+        )
+        require(0 < self.threshold < 1, f"threshold={self.threshold}: use a number between 0 and 1, such as 0.05.")
+        require(
+            self.method == "fitted" or (self.max_loss is None and self.rank is None),
+            f"method='homotopy' with max_loss={self.max_loss} and rank={self.rank}: what it costs is known when it is "
+            "trained, and its maps are what training leads to: use count or a size, and no rank.",
+        )
+        require(
+            self.method == "homotopy" or (self.merge and not self.faithful),
+            f"merge={self.merge} and faithful={self.faithful} are about activations that are trained, and the method "
+            "is 'fitted': use method='homotopy', or leave them out.",
         )
         for name in ("max_parameters", "max_bytes", "max_loss"):
             value = getattr(self, name)

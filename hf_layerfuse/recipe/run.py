@@ -77,6 +77,16 @@ class Recipe:
                 f"heal.schedule={self.heal.schedule!r} and heal.mix={self.heal.mix} are of fusion, and the method is "
                 "collapse: use schedule 'one-shot', and no mix.",
             )
+            homotopy = self.collapse.method == "homotopy"
+            require(
+                not homotopy or self.heal.steps > 0,
+                "collapse.method='homotopy' leads activations to lines while the model is healed, and heal.steps is 0: "
+                "use more, or method 'fitted'.",
+            )
+            require(
+                homotopy or not self.heal.straighten,
+                f"heal.straighten={self.heal.straighten} is of collapse.method='homotopy': use that, or leave it out.",
+            )
         else:
             self._check_fusion()
         same = ("causal-lm", "text-classification", "token-classification")
@@ -87,6 +97,10 @@ class Recipe:
         )
 
     def _check_fusion(self) -> None:
+        require(
+            not self.heal.straighten,
+            f"heal.straighten={self.heal.straighten} is of collapse.method='homotopy': leave it out.",
+        )
         whole = self.fusion.mode != "depth" or self.fusion.blocks == "layer"
         require(
             self.heal.schedule == "one-shot" or whole,

@@ -1,16 +1,23 @@
-"""MLPs that have become one linear map of the stream, or the product of two (LayerCollapse, Shabgahi et al. 2023)."""
+"""What an MLP may become (LayerCollapse, Shabgahi et al. 2023): a linear map of the stream, the product of two, or an
+MLP whose activation is on its way to a line."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import One, TransformerAdapter
 from .errors import PlanError, UnsupportedModelError
+from .homotopy import Homotopy
 from .math.lowrank import low_rank
 from .math.ridge import chain
-from .plan import Linear
+from .plan import BlendedForm, LinearForm
 from .relaxed import out_in, theta_of
+
+START = 0.01
+"""The slope of the published PReLU, and so its a, before it is trained."""
 
 _MAPS = ("in", "gate", "out")
 
@@ -19,7 +26,7 @@ class Collapsed(nn.Linear):
     """The linear map that an MLP has become, or the second of the two."""
 
 
-def check_linear(layer: nn.Module, adapter: TransformerAdapter, linear: Linear) -> None:
+def check_linear(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> None:
     """Raise unless the MLP of a stock layer can become linear.
 
     Raises:
@@ -40,7 +47,7 @@ def check_linear(layer: nn.Module, adapter: TransformerAdapter, linear: Linear) 
         )
 
 
-def linearize(layer: nn.Module, adapter: TransformerAdapter, linear: Linear) -> None:
+def linearize(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> None:
     """Put linear maps in the place of a stock layer's MLP, in place. Their weights mean nothing yet."""
     table, last = adapter.mlp, layer.get_submodule(adapter.mlp["out"])
     if isinstance(last, Collapsed):  # a head that builds its body by AutoModel gets one that is reshaped already
@@ -55,14 +62,19 @@ def linearize(layer: nn.Module, adapter: TransformerAdapter, linear: Linear) -> 
     layer.set_submodule(table["out"], Collapsed(rank or ins, outs, **like))
 
 
-def linear_weights(layer: nn.Module, adapter: TransformerAdapter, linear: Linear) -> dict[str, Tensor]:
-    """Weights of the maps that stand for the MLP of a stock layer, by name from the layer on.
+def linear_weights(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> dict[str, Tensor]:
+    """Weights of the maps that stand for the MLP of a layer, by name from the layer on.
 
-    What they compute is the MLP without its activation, W2 (W1 x + b1) + b2 in float64. A gated MLP without its
-    activation is no linear map, so that nothing but its constant is left of it, until it is fitted.
+    What they compute is the MLP without its activation, W2 (W1 x + b1) + b2 in float64, or with the line that its
+    activation has come to, W2 (slope (W1 x + b1) + offset) + b2. A gated MLP without its activation is no linear map,
+    so that nothing but its constant is left of it, until it is fitted.
     """
     table = adapter.mlp
     first, last = (theta_of(layer.get_submodule(table[role])) for role in ("in", "out"))
+    act = layer.get_submodule(adapter.activation)
+    if isinstance(act, Homotopy):
+        first = first * act.slope.double()
+        first[-1] += act.offset.double()
     theta = chain(first, last)
     if "gate" in table:
         theta = torch.cat([torch.zeros_like(theta[:-1]), last[-1:]])
@@ -87,7 +99,7 @@ def _widths(layer: nn.Module, adapter: TransformerAdapter) -> tuple[int, int]:
     return out_in(first, first.weight).shape[1], out_in(last, last.weight).shape[0]
 
 
-def _rank(layer: nn.Module, adapter: TransformerAdapter, linear: Linear) -> int | None:
+def _rank(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> int | None:
     """The rank that the linear MLP of a stock layer has; None is one full map.
 
     An MLP of few units has no more rank than those: two maps are smaller then.
@@ -97,3 +109,47 @@ def _rank(layer: nn.Module, adapter: TransformerAdapter, linear: Linear) -> int 
     units = out_in(last, last.weight).shape[1]
     rank = min(units, linear.rank or units)
     return rank if rank * (ins + outs) < ins * outs else None
+
+
+def check_blended(adapter: TransformerAdapter) -> None:
+    """Raise `UnsupportedModelError` unless the MLPs are linear when their activation is."""
+    if "gate" in adapter.mlp:
+        raise UnsupportedModelError(
+            f"the MLPs of {adapter.model_type!r} are gated: with a linear activation they are still products of two "
+            "maps of what they read. What makes them linear is a fit: Linearize(layer) with refit, or collapse(...)."
+        )
+
+
+def units_of(layer: nn.Module, adapter: TransformerAdapter) -> int:
+    """Hidden units of the MLP of a layer."""
+    last = layer.get_submodule(adapter.mlp["out"])
+    return out_in(last, last.weight).shape[1]
+
+
+def blend(layer: nn.Module, adapter: TransformerAdapter, blended: BlendedForm) -> None:
+    """Put a homotopy in the place of a stock layer's activation, in place."""
+    act = layer.get_submodule(adapter.activation)
+    if isinstance(act, Homotopy):  # a head that builds its body by AutoModel gets one that is reshaped already
+        return
+    weight = layer.get_submodule(adapter.mlp["out"]).weight
+    act = nn.ReLU() if blended.faithful else act
+    homotopy = Homotopy(act, units_of(layer, adapter), device=weight.device, dtype=weight.dtype)
+    layer.set_submodule(adapter.activation, homotopy)
+
+
+def homotopy_weights(
+    layer: nn.Module, adapter: TransformerAdapter, blended: BlendedForm, line: Sequence[Tensor] | None
+) -> dict[str, Tensor]:
+    """Parameters and buffers of the homotopy of a stock layer, by name from the layer on.
+
+    Args:
+        layer: stock.
+        adapter: of it.
+        blended: which homotopy.
+        line: slope and offset, (units,) each, see `lines.lines_of`; None is z itself.
+    """
+    at, like = adapter.activation, layer.get_submodule(adapter.mlp["out"]).weight
+    units = units_of(layer, adapter)
+    slope, offset = line or (torch.ones(units), torch.zeros(units))
+    found = {"a": torch.full((1,), START if blended.faithful else 0.0), "slope": slope, "offset": offset}
+    return {f"{at}.{name}": tensor.detach().to(like, copy=True) for name, tensor in found.items()}

@@ -1,0 +1,69 @@
+"""Activations on their way to a straight line: the homotopy of LayerCollapse (Shabgahi et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Homotopy(nn.Module):
+    """(1 - a) act(z) + a (slope z + offset): at a = 0 the activation, to the bit, and at a = 1 a line for each unit.
+
+    Of a ReLU, with slope 1 and offset 0, it is PReLU.
+
+    Attributes:
+        a: (1,), trained; one for all units.
+        slope: (units,), of the lines.
+        offset: (units,).
+    """
+
+    def __init__(self, act: nn.Module, units: int, **like: Any) -> None:
+        super().__init__()
+        self.act = act
+        self.a = nn.Parameter(torch.zeros(1, **like))
+        self.register_buffer("slope", torch.ones(units, **like))
+        self.register_buffer("offset", torch.zeros(units, **like))
+
+    def forward(self, z: Tensor) -> Tensor:
+        bent = self.act(z)
+        return bent + self.a[0].to(z.dtype) * (self.line(z) - bent)
+
+    def line(self, z: Tensor) -> Tensor:
+        """What the activation becomes."""
+        return self.slope.to(z.dtype) * z + self.offset.to(z.dtype)
+
+    def __repr__(self) -> str:
+        return f"Homotopy({self.act!r}, units={len(self.slope)})"
+
+
+class Pull:
+    """Draws the activations of a model to their lines: sum (1 - a)^2, decoupled from the loss and the optimiser.
+
+    The task pushes an a by about the learning rate in each step of Adam, so that 1 - a settles near 1 / (2 strength).
+
+    Args:
+        model: whose homotopies are pulled, see `Homotopy`.
+        strength: g; 0 leaves them to the task.
+    """
+
+    def __init__(self, model: nn.Module, strength: float) -> None:
+        self.strength = strength
+        self.activations = {name: part for name, part in model.named_modules() if isinstance(part, Homotopy)}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Every a."""
+        return [homotopy.a for homotopy in self.activations.values()]
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The a of each activation, by its path."""
+        return {name: homotopy.a.item() for name, homotopy in self.activations.items()}
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """a <- a - 2 rate g (a - 1), and no further than 0 or 1; after the optimiser's step, with its learning rate."""
+        for a in self.parameters:
+            a.sub_(2 * rate * self.strength * (a - 1)).clamp_(0, 1)

@@ -1,0 +1,255 @@
+"""Activations on their way to a line: the original at a = 0, one linear map at a = 1, trained in between."""
+
+import pytest
+import torch
+from conftest import LAYERS, TINY, tiny_model
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hf_layerfuse import (
+    Blend,
+    CheckpointError,
+    Drop,
+    Fuse,
+    HealRecipe,
+    LayerFuseError,
+    Linearize,
+    Plan,
+    PlanError,
+    RecipeError,
+    UnsupportedModelError,
+    apply,
+    expand,
+    heal,
+    straighten,
+    verify,
+)
+from hf_layerfuse.adapters import ADAPTERS, adapter_for
+from hf_layerfuse.errors import DataError
+from hf_layerfuse.homotopy import Homotopy, Pull
+from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse.lines import activations, lines_of
+from hf_layerfuse.prediction import prediction
+
+GATED = sorted(name for name in TINY if "gate" in ADAPTERS[name].mlp)
+PLAIN = sorted(set(TINY) - set(GATED))
+POINTWISE = ["relu", "gelu", "gelu_new", "silu", "tanh", "quick_gelu"]
+
+
+def outputs(model, dtype=torch.float32):
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in example_inputs(model).items()}
+    with torch.inference_mode():
+        return prediction(model(**inputs))
+
+
+def batches_of(model, count: int = 4):
+    torch.manual_seed(1)
+    return [example_inputs(model, 2) for _ in range(count)]
+
+
+def blended(model_type, *edits, **changes):
+    """A model, and the same with activations on their way to lines."""
+    model = tiny_model(model_type, **changes)
+    edits = edits or (Blend(1), Blend(4))
+    return model, apply(model, Plan(model_type, LAYERS, edits), batches_of(model))
+
+
+def set_a(model, value: float) -> None:
+    for a in Pull(model, 0.0).parameters:
+        a.data.fill_(value)
+
+
+@pytest.mark.parametrize("model_type", PLAIN)
+def test_at_the_start_it_is_the_original(model_type):
+    """a = 0 is bit-equal; it saves, reloads and decodes as the original does."""
+    model, bent = blended(model_type)
+    assert torch.equal(outputs(bent), outputs(model))
+    assert verify(bent)["reload"] == 0
+    with pytest.raises(UnsupportedModelError, match="layers 1, 4 are linear, or on the way"):
+        expand(bent)
+
+
+@pytest.mark.parametrize("act", POINTWISE)
+def test_every_pointwise_activation(act):
+    """Bit-equal at a = 0 for whatever the config may name, and a line at a = 1."""
+    model, bent = blended("vit", hidden_act=act)
+    assert torch.equal(outputs(bent), outputs(model))
+    homotopy = next(part for part in bent.modules() if isinstance(part, Homotopy))
+    z = torch.randn(5, len(homotopy.slope))
+    assert torch.equal(homotopy(z), homotopy.act(z))
+    set_a(bent, 1.0)
+    torch.testing.assert_close(homotopy(z), homotopy.slope * z + homotopy.offset)
+
+
+@pytest.mark.parametrize("model_type", PLAIN)
+def test_at_the_end_it_is_one_map(model_type):
+    """At a = 1 the merged model computes the same to 1e-6, merged in float64, and saves and reloads."""
+    model, bent = blended(model_type)
+    bent = bent.double()
+    set_a(bent, 1.0)
+    expected = outputs(bent, torch.float64)
+    straight, plan = straighten(bent)
+    assert (outputs(straight, torch.float64) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert straight.num_parameters() < model.num_parameters()
+    assert plan.edits == (Linearize(1), Linearize(4))
+    assert Plan.from_dict(straight.config.layerfuse_plan) == plan
+    assert verify(straight)["reload"] == 0
+    assert not Pull(straight, 0.0).activations
+
+
+def test_other_edits_stay():
+    """Shared, dropped and linear blocks of the same plan are as they were, and layers keep their places."""
+    edits = (Drop("layer", 0), Blend(1), Fuse("layer", (2, 3), "share", rank=2), Linearize(4, rank=4), Blend(5))
+    _, bent = blended("gpt2", *edits, head="GPT2LMHeadModel")
+    set_a(bent, 1.0)
+    straight, plan = straighten(bent, batches=batches_of(bent))
+    assert plan.edits == (edits[0], Linearize(1), *edits[2:4], Linearize(5))
+    torch.testing.assert_close(outputs(straight), outputs(bent), rtol=1e-4, atol=1e-5)
+    blocks = straight.transformer.h
+    assert blocks[1].mlp.c_fc.weight is blocks[2].mlp.c_fc.weight
+    assert verify(straight)["reload"] == 0
+
+
+def test_lines_come_from_what_is_seen():
+    """Slope and offset are those of the least-squares line of each unit; padding is not looked at."""
+    model = tiny_model("bert")
+    batches = batches_of(model)
+    for batch in batches:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][:, -3:] = 0
+    adapter = adapter_for(model)
+    slope, offset = lines_of(model, adapter, [2], batches)[2]
+    seen = [(z, y) for _, z, y in activations(model, adapter, [2], batches)]
+    z, y = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert len(z) == sum(int(batch["attention_mask"].sum()) for batch in batches)
+    for unit in (0, 7, 40):
+        x = torch.stack([z[:, unit], torch.ones_like(z[:, unit])], dim=1)
+        expected = torch.linalg.lstsq(x, y[:, unit : unit + 1]).solution.flatten()
+        torch.testing.assert_close(torch.stack([slope[unit], offset[unit]]), expected)
+    with pytest.raises(DataError, match="hold no tokens"):
+        lines_of(model, adapter, [2], [{**batch, "attention_mask": 0 * batch["attention_mask"]} for batch in batches])
+
+
+def test_published_variant_is_prelu():
+    """Faithful: PReLU with slope 0.01 in the place of whatever the activation was, and lines through the origin."""
+    model, bent = blended("gpt2", Blend(2, faithful=True))
+    homotopy = bent.base_model.h[2].mlp.act
+    z = torch.randn(3, 4, len(homotopy.slope))
+    torch.testing.assert_close(homotopy(z), nn.functional.prelu(z, torch.tensor([0.01])))
+    assert not torch.equal(outputs(bent), outputs(model))
+    set_a(bent, 0.4)
+    torch.testing.assert_close(homotopy(z), nn.functional.prelu(z, torch.tensor([0.4])))
+
+
+def test_what_is_no_line_yet_is_refused():
+    """An a below the threshold is named with its layer, and what the last step loses is measured."""
+    _, bent = blended("bert")
+    first, second = Pull(bent, 0.0).parameters
+    first.data.fill_(0.97)
+    second.data.fill_(0.69)
+    with pytest.raises(LayerFuseError, match=r"layer 4, a = 0\.690; a must be 0\.950 or more"):
+        straighten(bent)
+    batches = batches_of(bent)
+    _, plan = straighten(bent, threshold=0.4, batches=batches)
+    rows = plan.notes["homotopy"]
+    assert [row["layer"] for row in rows] == [1, 4]
+    assert rows[1]["a"] == pytest.approx(0.69)
+    # f_a - f_1 = (1 - a) W2 (act(z) - line), relative to f_a
+    homotopy = bent.base_model.encoder.layer[4].intermediate.intermediate_act_fn
+    out = bent.base_model.encoder.layer[4].output.dense
+    z = torch.cat([z for _, z, _ in activations(bent, adapter_for(bent), [4], batches)]).float()
+    with torch.inference_mode():
+        lost = 0.31 * (homotopy.act(z) - homotopy.line(z)) @ out.weight.T
+        assert rows[1]["lost"] == pytest.approx((lost.norm() / out(homotopy(z)).norm()).item(), rel=1e-3)
+    model = tiny_model("bert")
+    for other in (model, apply(model, Plan("bert", LAYERS, (Linearize(1),)))):
+        with pytest.raises(PlanError, match="apply Blend edits first"):
+            straighten(other)
+
+
+@pytest.mark.parametrize("model_type", GATED)
+def test_gated_mlps_are_refused(model_type):
+    """With a linear activation they are still products: the reason, and what to do instead."""
+    with pytest.raises(UnsupportedModelError, match=r"gated.*still products.*collapse"):
+        apply(tiny_model(model_type), Plan(model_type, LAYERS, (Blend(1),)))
+
+
+def rows(count: int = 12) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(3, 64, (count, 8), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def trained(steps: int = 12, strength: float | str = "auto", folder=None, threshold=None, **options):
+    model, student = blended("gpt2", head="GPT2LMHeadModel")
+    recipe = HealRecipe(
+        steps=steps, learning_rate=2e-3, eval_every=4, mixed_precision="no", straighten=strength, **options
+    )
+    settings = {"teacher": model, "validation_batches": DataLoader(rows(4)), "threshold": threshold}
+    report = heal(student, DataLoader(rows(), 4, shuffle=True), recipe, checkpoints=folder, **settings)
+    return student, report
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+class TestTraining:
+    def test_pulls_to_the_line(self):
+        """With `auto` every a ends near 1, each step is that of the formula, and the result can be merged."""
+        student, report = trained(threshold=0.05)
+        assert [step for step, _ in report.homotopy] == [0, 4, 8, 12]
+        assert set(report.homotopy[0][1].values()) == {0.0}
+        assert all(a > 0.95 for a in report.homotopy[-1][1].values())
+        assert report.best_step == 12, "earlier weights are no lines, whatever their validation loss"
+        straight, _ = straighten(student)
+        assert straight.num_parameters() < student.num_parameters()
+
+    def test_the_pull_is_decoupled(self):
+        """With the task's gradient at zero, a follows the formula with the rate of each step, and nothing decays it."""
+        pull = Pull(blended("vit")[1], strength=3.0)
+        expected = 0.2
+        set_a_of = pull.parameters
+        for a in set_a_of:
+            a.data.fill_(expected)
+        for rate in (0.01, 0.02, 0.005):
+            pull.step(rate)
+            expected -= 2 * rate * 3.0 * (expected - 1)
+        assert list(pull.values.values()) == pytest.approx([expected] * 2)
+        pull.step(10.0)
+        assert set(pull.values.values()) == {1.0}, "no further than to the line"
+
+    def test_as_a_regulariser(self):
+        """A weak pull without merging: a ends between 0 and 1, the best weights are kept, and the model reloads."""
+        student, report = trained(strength=5.0)
+        ends = report.homotopy[-1][1].values()
+        assert all(0 < a < 0.95 for a in ends)
+        assert report.best_step == min(report.validation_loss, key=lambda row: row[1])[0]
+        assert verify(student)["reload"] == 0
+
+    def test_without_a_pull_the_task_decides(self):
+        """Strength 0: a is trained like any other parameter, but stays in its bounds and does not decay."""
+        _, report = trained(strength=0.0)
+        assert all(0 <= a < 0.2 for a in report.homotopy[-1][1].values())
+
+    def test_goes_on_where_it_was_killed(self, tmp_path, interrupt):
+        """Interrupted and started again, it ends with the same weights, a and record."""
+        whole, expected = trained(threshold=0.05)
+        interrupt(7)
+        with pytest.raises(InterruptedError):
+            trained(folder=tmp_path / "run", threshold=0.05)
+        student, report = trained(folder=tmp_path / "run", threshold=0.05)
+        assert report.homotopy == expected.homotopy
+        assert report.best_step == expected.best_step
+        ours, theirs = student.state_dict(), whole.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        with pytest.raises(CheckpointError, match="threshold was"):
+            trained(folder=tmp_path / "run", threshold=0.1)
+
+    def test_nothing_to_pull_is_refused(self):
+        """A pull for a model without activations on the way is an error, not a silent nothing."""
+        model = tiny_model("gpt2", "GPT2LMHeadModel")
+        with pytest.raises(RecipeError, match="apply Blend edits first"):
+            heal(model, DataLoader(rows(), 4), HealRecipe(steps=1, kl_weight=0.0, straighten=10.0))
+
+
+@pytest.mark.parametrize("values", [{"straighten": -1.0}, {"straighten": "soon"}, {"straighten": 1e4}])
+def test_pulls_that_mean_nothing_are_refused(values):
+    with pytest.raises(RecipeError, match="straighten"):
+        HealRecipe(**values)
