@@ -21,9 +21,10 @@ from .errors import CheckpointError
 from .modeling import load_checkpoint
 from .output import MARK, check_output, new_directory, unfinished
 from .plan import Plan
+from .plots import plot_homotopy
 from .processes import process_state
 from .recipe import Recipe
-from .report import model_card, rows, text_table
+from .report import HOMOTOPY, model_card, rows, text_table
 from .rounds import auto_class_of, fuse_and_heal, identity_of, round_to
 from .rundata import RunData, save_weights, say
 from .verify import verify
@@ -132,6 +133,8 @@ def _save(
         save_weights(model, dtype, path)
         processor.save_pretrained(path)
         (path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+        if homotopy := results.get("heal", {}).get("homotopy"):
+            plot_homotopy(homotopy, path / HOMOTOPY)
         (path / MARK).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         model_card(recipe, plan, results, command).save(path / "README.md")
         verify(model, path)

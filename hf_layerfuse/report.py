@@ -20,6 +20,10 @@ _METRIC_NAMES = {
 }
 
 
+HOMOTOPY = "homotopy.png"
+"""The picture of how activations became lines, beside the card."""
+
+
 def stages(results: dict[str, Any]) -> list[str]:
     """The stages that a run went through, in order."""
     return [stage for stage in ("before", "fused", "healed") if results.get(stage)]
@@ -143,6 +147,7 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
         if part == "test"
         else "The recipe names no test data: the figures are from those that healing was watched on.",
     ]
+    homotopy = bool(results.get("heal", {}).get("homotopy"))
     metrics = results["before"]["metrics"]
     if "stride" in metrics:
         limits.append(f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}.")
@@ -161,6 +166,7 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
             "",
             *(f"- {line}" for line in describe(plan)),
             "",
+            *([f"![How far each activation is on its way to a line]({HOMOTOPY})", ""] if homotopy else []),
             "## Use",
             "",
             "```python",

@@ -227,6 +227,8 @@ def test_homotopy_end_to_end(tmp_path, capsys):
     assert [edit.edit for edit in plan.edits] == ["linearize"] * 2
     assert [row["layer"] for row in plan.notes["homotopy"]] == [edit.layer for edit in plan.edits]
     assert all(0 <= row["lost"] < 0.05 and row["a"] > 0.95 for row in plan.notes["homotopy"])
+    assert (out / "homotopy.png").read_bytes().startswith(b"\x89PNG")
+    assert "(homotopy.png)" in (out / "README.md").read_text()
     assert AutoFusedModel.from_pretrained(out).num_parameters() == results["healed"]["parameters"]
     more = ["--output_dir", str(tmp_path / "bent"), "--collapse.merge", "false", "--heal.straighten", "3"]
     assert main([*words, *more]) == 0

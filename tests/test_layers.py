@@ -16,7 +16,7 @@ RANKS = (
     ("rounds",),
     ("rundata",),
     ("__init__",),
-    ("report", "heal", "latency", "layermap", "data", "teacher"),
+    ("report", "plots", "heal", "latency", "layermap", "data", "teacher"),
     ("loop", "splits"),
     ("labels",),
     ("evaluate", "objective", "checkpoint", "output"),
