@@ -105,8 +105,7 @@ def _rank(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> 
     An MLP of few units has no more rank than those: two maps are smaller then.
     """
     ins, outs = _widths(layer, adapter)
-    last = layer.get_submodule(adapter.mlp["out"])
-    units = out_in(last, last.weight).shape[1]
+    units = units_of(layer, adapter)
     rank = min(units, linear.rank or units)
     return rank if rank * (ins + outs) < ins * outs else None
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -36,9 +36,12 @@ def lines_of(
     """
     sums = dict.fromkeys(layers, torch.zeros(()))
     rows = dict.fromkeys(layers, 0)
-    for layer, z, y in activations(model, adapter, layers, batches):
+
+    def see(layer: int, z: Tensor, y: Tensor) -> None:
         sums[layer] = sums[layer] + torch.stack([z.sum(0), y.sum(0), z.square().sum(0), (z * y).sum(0)])
         rows[layer] += len(z)
+
+    watch(model, adapter, layers, batches, see)
     lines = {}
     for layer in layers:
         z, y, zz, zy = sums[layer] / rows[layer]
@@ -57,41 +60,52 @@ def bends_of(
     The root mean square of f_a(x) - f_1(x) = (1 - a) W2 (act(z) - slope z - offset), relative to that of f_a(x).
     """
     lost, whole = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
-    for layer, z, y in activations(model, adapter, layers, batches):
+
+    def see(layer: int, z: Tensor, y: Tensor) -> None:
         inside = adapter.layer_list(model)[layer]
         last, homotopy = theta_of(inside.get_submodule(adapter.mlp["out"])), inside.get_submodule(adapter.activation)
         lost[layer] += ((y - homotopy.line(z)) @ last[:-1]).square().sum().item()
         whole[layer] += (y @ last[:-1] + last[-1]).square().sum().item()
+
+    watch(model, adapter, layers, batches, see)
     return {layer: (lost[layer] / whole[layer]) ** 0.5 for layer in layers}
 
 
 @torch.no_grad()
-def activations(
-    model: PreTrainedModel, adapter: TransformerAdapter, layers: Sequence[int], batches: Batches
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """What enters and leaves the activation of MLPs, (layer, z, act(z)) with (tokens, units) float64; no padding.
+def watch(
+    model: PreTrainedModel,
+    adapter: TransformerAdapter,
+    layers: Sequence[int],
+    batches: Batches,
+    see: Callable[[int, Tensor, Tensor], None],
+) -> None:
+    """Run batches, and show what enters and leaves the activation of MLPs: `see(layer, z, act(z))`.
+
+    Both are (tokens, units) float64, without padding.
 
     Raises:
         DataError: there is nothing but padding.
     """
-    seen: list[tuple[int, Tensor, Tensor]] = []
-    found = False
+    inputs: dict[str, Tensor] = {}
+    tokens = 0
+
+    def keep(layer: int, args: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal tokens
+        z, y = (states.flatten(0, -2) for states in (args[0], output))
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.numel() == len(z):
+            z, y = z[mask.flatten().bool()], y[mask.flatten().bool()]
+        if len(z):
+            see(layer, z.double(), y.double())
+        tokens += len(z)
+
     with eval_mode(model), ExitStack() as hooks:
         for layer in layers:
             module = adapter.layer_list(model)[layer].get_submodule(adapter.activation)
-
-            def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, layer: int = layer) -> None:
-                seen.append((layer, *(states.flatten(0, -2).double() for states in (args[0], output))))
-
-            hooks.callback(module.register_forward_hook(keep).remove)
+            handle = module.register_forward_hook(lambda _, args, output, layer=layer: keep(layer, args, output))
+            hooks.callback(handle.remove)
         for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=None, leave=False):
             inputs = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
             model(**inputs)
-            mask = inputs.get("attention_mask")
-            for layer, z, y in seen:
-                rows = mask.flatten().bool() if mask is not None and mask.numel() == len(z) else slice(None)
-                found = found or len(z[rows]) > 0
-                yield layer, z[rows], y[rows]
-            seen.clear()
-    if not found:
+    if not tokens:
         raise DataError("the calibration batches hold no tokens: give `batches` with at least one batch of inputs.")

@@ -258,7 +258,7 @@ def straighten(
     places = {layer: slots[layer] for layer in blends}
     inside = {layer: adapter.layer_list(model)[place] for layer, place in places.items()}
     found = {layer: module.get_submodule(adapter.activation).a.item() for layer, module in inside.items()}
-    if bent := {layer: a for layer, a in found.items() if a < 1 - threshold}:
+    if bent := {layer: a for layer, a in found.items() if not a >= 1 - threshold}:
         raise LayerFuseError(
             f"no lines yet: {', '.join(f'the activation of layer {layer}, a = {a:.3f}' for layer, a in bent.items())}; "
             f"a must be {1 - threshold:.3f} or more: train them further, with a stronger pull, or raise threshold."

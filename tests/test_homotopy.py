@@ -28,7 +28,7 @@ from hf_layerfuse.adapters import ADAPTERS, adapter_for
 from hf_layerfuse.errors import DataError
 from hf_layerfuse.homotopy import Homotopy, Pull
 from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.lines import activations, lines_of
+from hf_layerfuse.lines import lines_of, watch
 from hf_layerfuse.prediction import prediction
 
 GATED = sorted(name for name in TINY if "gate" in ADAPTERS[name].mlp)
@@ -52,6 +52,13 @@ def blended(model_type, *edits, **changes):
     model = tiny_model(model_type, **changes)
     edits = edits or (Blend(1), Blend(4))
     return model, apply(model, Plan(model_type, LAYERS, edits), batches_of(model))
+
+
+def seen_by(model, layer: int, batches) -> list[torch.Tensor]:
+    """What enters and leaves the activation of a layer, (tokens, units) each."""
+    seen = []
+    watch(model, adapter_for(model), [layer], batches, lambda _, z, y: seen.append((z, y)))
+    return [torch.cat(parts) for parts in zip(*seen, strict=True)]
 
 
 def set_a(model, value: float) -> None:
@@ -119,8 +126,7 @@ def test_lines_come_from_what_is_seen():
         batch["attention_mask"][:, -3:] = 0
     adapter = adapter_for(model)
     slope, offset = lines_of(model, adapter, [2], batches)[2]
-    seen = [(z, y) for _, z, y in activations(model, adapter, [2], batches)]
-    z, y = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    z, y = seen_by(model, 2, batches)
     assert len(z) == sum(int(batch["attention_mask"].sum()) for batch in batches)
     for unit in (0, 7, 40):
         x = torch.stack([z[:, unit], torch.ones_like(z[:, unit])], dim=1)
@@ -157,7 +163,7 @@ def test_what_is_no_line_yet_is_refused():
     # f_a - f_1 = (1 - a) W2 (act(z) - line), relative to f_a
     homotopy = bent.base_model.encoder.layer[4].intermediate.intermediate_act_fn
     out = bent.base_model.encoder.layer[4].output.dense
-    z = torch.cat([z for _, z, _ in activations(bent, adapter_for(bent), [4], batches)]).float()
+    z = seen_by(bent, 4, batches)[0].float()
     with torch.inference_mode():
         lost = 0.31 * (homotopy.act(z) - homotopy.line(z)) @ out.weight.T
         assert rows[1]["lost"] == pytest.approx((lost.norm() / out(homotopy(z)).norm()).item(), rel=1e-3)
