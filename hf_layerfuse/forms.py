@@ -131,8 +131,8 @@ def blend(layer: nn.Module, adapter: TransformerAdapter, blended: BlendedForm) -
     if isinstance(act, Homotopy):  # a head that builds its body by AutoModel gets one that is reshaped already
         return
     weight = layer.get_submodule(adapter.mlp["out"]).weight
-    act = nn.ReLU() if blended.faithful else act
-    homotopy = Homotopy(act, units_of(layer, adapter), device=weight.device, dtype=weight.dtype)
+    act, start = (nn.ReLU(), START) if blended.faithful else (act, 0.0)
+    homotopy = Homotopy(act, units_of(layer, adapter), start, device=weight.device, dtype=weight.dtype)
     layer.set_submodule(adapter.activation, homotopy)
 
 

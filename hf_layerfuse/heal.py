@@ -128,7 +128,7 @@ def heal(
             f"heal.mix trains the weights that the student's are drawn from, and {accelerator.distributed_type.value} "
             "trains the student's alone: launch with recipes/accelerate/multi-gpu.yaml, or set heal.mix to false."
         )
-    if accelerator.distributed_type in _OWN_PARAMETERS and Pull(student, recipe.pull).activations:
+    if accelerator.distributed_type in _OWN_PARAMETERS and Pull(student, 0.0).activations:
         raise RecipeError(
             "activations that are on their way to a line are pulled there beside the optimiser, and "
             f"{accelerator.distributed_type.value} has parameters of its own: launch with "
@@ -259,7 +259,7 @@ def _check(
                 f"heal.{field}={weight} needs to know which layers answer to each other: pass "
                 f"matches=layer_map(student, teacher, plan), or set heal.{field} to 0."
             )
-    if recipe.straighten and not Pull(student, recipe.pull).activations:
+    if recipe.straighten and not Pull(student, 0.0).activations:
         raise RecipeError(
             f"heal.straighten={recipe.straighten} pulls activations to lines, and {type(student).__name__} has none on "
             "the way: apply Blend edits first, or leave it out."

@@ -14,15 +14,15 @@ class Homotopy(nn.Module):
     Of a ReLU, with slope 1 and offset 0, it is PReLU.
 
     Attributes:
-        a: (1,), trained; one for all units.
+        a: (1,), trained, `start` at first; one for all units.
         slope: (units,), of the lines.
         offset: (units,).
     """
 
-    def __init__(self, act: nn.Module, units: int, **like: Any) -> None:
+    def __init__(self, act: nn.Module, units: int, start: float = 0.0, **like: Any) -> None:
         super().__init__()
-        self.act = act
-        self.a = nn.Parameter(torch.zeros(1, **like))
+        self.act, self.start = act, start
+        self.a = nn.Parameter(torch.full((1,), start, **like))
         self.register_buffer("slope", torch.ones(units, **like))
         self.register_buffer("offset", torch.zeros(units, **like))
 
@@ -46,10 +46,12 @@ class Pull:
     Args:
         model: whose homotopies are pulled, see `Homotopy`.
         strength: g; 0 leaves them to the task.
+        progressive: one after the other, from the last layer on, each in an equal part of the training; until then it
+            is held where it starts. Otherwise all together.
     """
 
-    def __init__(self, model: nn.Module, strength: float) -> None:
-        self.strength = strength
+    def __init__(self, model: nn.Module, strength: float, *, progressive: bool = False) -> None:
+        self.strength, self.progressive = strength, progressive
         self.activations = {name: part for name, part in model.named_modules() if isinstance(part, Homotopy)}
 
     @property
@@ -63,7 +65,16 @@ class Pull:
         return {name: homotopy.a.item() for name, homotopy in self.activations.items()}
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """a <- a - 2 rate g (a - 1), and no further than 0 or 1; after the optimiser's step, with its learning rate."""
-        for a in self.parameters:
-            a.sub_(2 * rate * self.strength * (a - 1)).clamp_(0, 1)
+    def step(self, rate: float, share: float = 1.0) -> None:
+        """a <- a - 2 rate g (a - 1), and no further than 0 or 1; after the optimiser's step, with its learning rate.
+
+        Args:
+            rate: of that step.
+            share: of the training that is done, as the sum of the rates tells.
+        """
+        for place, homotopy in enumerate(reversed(self.activations.values())):
+            a = homotopy.a
+            if self.progressive and share * len(self.activations) <= place:
+                a.fill_(homotopy.start)
+            else:
+                a.sub_(2 * rate * self.strength * (a - 1)).clamp_(0, 1)

@@ -47,7 +47,7 @@ class Loop:
     ) -> None:
         self.student, self.recipe, self.seed, self.accelerator = student, recipe, seed, accelerator
         self.mixture, self.validation_batches, self.threshold = mixture, validation_batches, threshold
-        self.pull = Pull(student, recipe.pull)
+        self.pull = pull_of(student, recipe)
         mixed = set(map(id, mixture.targets if mixture else ()))
         trained = [p for p in student.parameters() if p.requires_grad and id(p) not in mixed]
         if mixture is not None:
@@ -62,6 +62,8 @@ class Loop:
         moves = 1 if alone else accelerator.num_processes
         warmup = round(recipe.warmup_ratio * recipe.steps)
         scheduler = get_cosine_schedule_with_warmup(optimizer, warmup * moves, recipe.steps * moves)
+        rates = torch.tensor([scheduler.lr_lambdas[0](step * moves) for step in range(recipe.steps)])
+        self.shares = (rates.cumsum(0) / rates.sum()).tolist()  # of all that is learnt, what is done after each step
         sharded = accelerator.distributed_type == DistributedType.FSDP
         with one_unit_for_shared(student, accelerator.state.fsdp_plugin if sharded else None):
             prepared = accelerator.prepare(student, optimizer, train_batches, scheduler)
@@ -155,7 +157,7 @@ class Loop:
                     parameter.grad = None
         rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
-        self.pull.step(rate)
+        self.pull.step(rate, self.shares[self.progress.step])
         self.scheduler.step()
         self.optimizer.zero_grad()
         return mean
@@ -206,6 +208,20 @@ class Loop:
         """Whether so many validations as `patience` found nothing better than the best one."""
         patience, best = self.recipe.patience, self.progress.best_step
         return patience is not None and sum(step > best for step, _ in self.progress.validation_loss) >= patience
+
+
+def pull_of(student: nn.Module, recipe: HealRecipe) -> Pull:
+    """What draws the activations of a student that are on their way to a line there.
+
+    Rates of a cosine schedule are half of the peak on average, so that strength `auto` leaves e^-5 of 1 - a to each,
+    in the part of the training that it has; but no step goes further than nine tenths of the way.
+    """
+    strength = recipe.straighten
+    if strength == "auto":
+        parts = len(Pull(student, 0.0).activations) if recipe.progressive else 1
+        strength = max(10.0, 5 * parts / (recipe.learning_rate * max(recipe.steps, 1)))
+        strength = min(strength, 0.45 / recipe.learning_rate)
+    return Pull(student, strength, progressive=recipe.progressive)
 
 
 def _validate(

@@ -221,6 +221,15 @@ class TestTraining:
         pull.step(10.0)
         assert set(pull.values.values()) == {1.0}, "no further than to the line"
 
+    def test_one_after_the_other(self):
+        """Progressive: the last layer is a line before the first one begins, and in the end all are."""
+        _, report = trained(steps=40, threshold=0.05, progressive=True)
+        first, last = next(iter(report.homotopy[0][1])), list(report.homotopy[0][1])[-1]
+        early = dict(report.homotopy)[12]  # rates are high at first: more than a quarter of the training is done
+        assert early[last] > 0.9
+        assert early[first] == 0.0
+        assert all(a > 0.95 for a in report.homotopy[-1][1].values())
+
     def test_as_a_regulariser(self):
         """A weak pull without merging: a ends between 0 and 1, the best weights are kept, and the model reloads."""
         student, report = trained(strength=5.0)
@@ -255,7 +264,9 @@ class TestTraining:
             heal(model, DataLoader(rows(), 4), HealRecipe(steps=1, kl_weight=0.0, straighten=10.0))
 
 
-@pytest.mark.parametrize("values", [{"straighten": -1.0}, {"straighten": "soon"}, {"straighten": 1e4}])
+@pytest.mark.parametrize(
+    "values", [{"straighten": -1.0}, {"straighten": "soon"}, {"straighten": 1e4}, {"progressive": True}]
+)
 def test_pulls_that_mean_nothing_are_refused(values):
     with pytest.raises(RecipeError, match="straighten"):
         HealRecipe(**values)

@@ -27,8 +27,8 @@ class CollapseRecipe:
             untouched model, for each parameter that is saved (needs batches). `deepest` starts at the last layer.
         rank: of the linear maps, which are then the product of two; None is one full map.
         method: `fitted` puts linear maps in the place of MLPs at once, fitted in closed form. `homotopy` leads their
-            activations to lines while the model is trained (`heal.straighten`), all together, and then merges the two
-            maps of each, which is exact. Not for gated MLPs.
+            activations to lines while the model is trained (`heal.straighten`, `heal.progressive`), and then merges the
+            two maps of each, which is exact. Not for gated MLPs.
         faithful: of `homotopy`: PReLU in the place of whatever the activation is, as published. Without it, each unit
             goes to the line that is nearest to its activation on calibration batches.
         threshold: of `homotopy`: 1 - a of an activation that counts as a line; one that is further from it is refused.

@@ -48,6 +48,8 @@ class HealRecipe:
         straighten: how strongly activations that are on their way to a line (`Blend`) are pulled there: after each
             step, a <- a - 2 learning rate g (a - 1), so that 1 - a settles near 1 / (2 g). With `auto`, g is 10, or as
             much as takes an a to 0.99 in `steps`. Where no `straighten(model)` follows, this is a regulariser.
+        progressive: straighten one activation after the other, from the last layer on, each in an equal part of the
+            training, and not all together.
         freeze_fused: train only what was not made of several blocks.
         gradient_checkpointing: compute inner states twice, to train in less memory.
         compile: let `torch.compile` (inductor) make the model faster.
@@ -78,6 +80,7 @@ class HealRecipe:
     lora_rank: int | None = None
     mix: bool = False
     straighten: float | Literal["auto"] = 0.0
+    progressive: bool = False
     freeze_fused: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -128,20 +131,16 @@ class HealRecipe:
             f"heal.straighten={self.straighten}: use 'auto', or 0 or more.",
         )
         require(
-            self.pull * self.learning_rate < 0.5,
+            self.straighten == "auto" or self.straighten * self.learning_rate < 0.5,
             f"heal.straighten={self.straighten} with heal.learning_rate={self.learning_rate} pulls further than to the "
             "line in one step: use less of one of them.",
         )
+        require(
+            not self.progressive or self.straighten != 0,
+            "heal.progressive straightens one activation after the other, and heal.straighten is 0: set it to 'auto'.",
+        )
         require(0 < self.last_round < 1, f"heal.last_round={self.last_round}: use a share between 0 and 1.")
         require(0 <= self.warmup_ratio <= 1, f"heal.warmup_ratio={self.warmup_ratio}: use a share from 0 to 1.")
-
-    @property
-    def pull(self) -> float:
-        """The strength g of `straighten`. Rates of a cosine schedule are half of the peak on average, so that `auto`
-        leaves e^-5 of 1 - a; but no step goes further than nine tenths of the way."""
-        if self.straighten != "auto":
-            return self.straighten
-        return min(max(10.0, 5 / (self.learning_rate * max(self.steps, 1))), 0.45 / self.learning_rate)
 
     @property
     def needs_teacher(self) -> bool:
