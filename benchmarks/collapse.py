@@ -1,22 +1,26 @@
-"""MLPs made linear without training: our fit against dropping them and against W2 W1, in one run.
+"""MLPs made linear: our fit against dropping them and against W2 W1, without training, and all of that retrained.
 
-    python benchmarks/collapse.py [JOB ...] [--threads 2]
+    python benchmarks/collapse.py [JOB ...] [--threads 2] [--train]
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared), and are those of the fusion benchmark: which MLPs,
 and with what weights, is decided on calibration data (training text), and test data are reported. Every method takes
-the MLPs that cost it least when each alone is changed, on the same calibration sequences. A row that is in
-benchmarks/results/collapse.json already is not measured again; delete the file to start afresh.
+the MLPs that cost it least when each alone is changed, on the same calibration sequences. With `--train`, models are
+retrained beside, on the budgets of benchmarks/heal.py; the retrained original is the one that was measured there.
+
+A row that is in benchmarks/results/collapse.json, or collapse_heal.json, already is not measured again; delete the
+files to start afresh.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import fusion
+import heal
 import torch
-from transformers import PreTrainedModel
 
 from hf_layerfuse import CollapseRecipe, Drop, Plan, apply, search_collapse
 from hf_layerfuse.adapters import adapter_for
@@ -25,37 +29,44 @@ from hf_layerfuse.evaluate import parameter_counts
 from hf_layerfuse.prediction import calibration_loss
 from hf_layerfuse.report import text_table
 
-RESULT = fusion.RESULT.with_name("collapse.json")
+RESULT, TRAINED = (fusion.RESULT.with_name(name) for name in ("collapse.json", "collapse_heal.json"))
 COUNTS = {"minilm-sst2": (1, 2, 3, 4), "gpt2": (1, 2, 3, 4, 6)}
+TRAINED_COUNTS = {"minilm-sst2": (4, 3, 2, 1), "gpt2": (4, 6, 2, 1)}
+"""MLPs of the models that are retrained; rates are chosen at the first number."""
 
-Made = tuple[PreTrainedModel, list[int]]
-"""A model, and the layers whose MLPs were changed."""
+Make = Callable[[int], heal.Made]
+"""From a number of MLPs that are changed to a model and its plan."""
 
 
-def methods(job: fusion.Job) -> Iterator[tuple[str, Callable[[int], Made]]]:
-    """Name of each method, and what it makes of a number of MLPs; baselines first."""
+def dropping(job: fusion.Job) -> Make:
+    """Leaves out MLPs."""
     depth, kind = job.model.config.num_hidden_layers, adapter_for(job.model).model_type
     judging = Sample.of(job.calibration).judging
 
-    def without(layers: list[int]) -> PreTrainedModel:
-        return apply(job.model, Plan(kind, depth, tuple(Drop("mlp", layer) for layer in sorted(layers))))
+    def without(layers: list[int]) -> heal.Made:
+        plan = Plan(kind, depth, tuple(Drop("mlp", layer) for layer in sorted(layers)))
+        return apply(job.model, plan), plan
 
     @cache
     def order() -> list[int]:
-        return sorted(range(depth), key=lambda layer: calibration_loss(without([layer]), job.model, judging))
+        return sorted(range(depth), key=lambda layer: calibration_loss(without([layer])[0], job.model, judging))
 
-    def dropped(count: int) -> Made:
-        return without(order()[:count]), sorted(order()[:count])
+    return lambda count: without(order()[:count])
 
-    def searched(count: int, **options: Any) -> Made:
-        found = search_collapse(job.model, CollapseRecipe(count=count, **options), job.calibration)
-        return found.model, [edit.layer for edit in found.plan.edits]
 
-    yield "dropped", dropped
-    yield "W2 W1", partial(searched, refit="none")
-    yield "fitted, deepest first", partial(searched, order="deepest")
-    yield "fitted, maps alone", partial(searched, refit="maps")
-    yield "fitted", searched
+def searched(job: fusion.Job, count: int, **options: Any) -> heal.Made:
+    found = search_collapse(job.model, CollapseRecipe(count=count, **options), job.calibration)
+    return found.model, found.plan
+
+
+def methods(job: fusion.Job) -> Iterator[tuple[str, Make]]:
+    """Name of each method, and what it makes of a number of MLPs; baselines first."""
+    ours = partial(searched, job)
+    yield "dropped", dropping(job)
+    yield "W2 W1", partial(ours, refit="none")
+    yield "fitted, deepest first", partial(ours, order="deepest")
+    yield "fitted, maps alone", partial(ours, refit="maps")
+    yield "fitted", ours
 
 
 def run(name: str, results: dict[str, Any]) -> None:
@@ -70,10 +81,33 @@ def run(name: str, results: dict[str, Any]) -> None:
             known = rows.setdefault(str(count), {})
             if method in known:
                 continue
-            model, layers = make(count)
+            model, plan = make(count)
+            layers = [edit.layer for edit in plan.edits]
             known[method] = {**job.score(model.eval()), **parameter_counts(model), "layers": layers}
             print(f"{name}, {count}, {method}: {known[method]}", flush=True)
             fusion.save(results, RESULT)
+
+
+def train(name: str) -> None:
+    """Retrain what is not there yet, and save after each model."""
+    job = heal.JOBS[name]()
+    before = heal.current(job, heal.load(heal.RESULT).get(name, {}))
+    targets = {f"{count} MLPs": {"count": count} for count in TRAINED_COUNTS[name]}
+    job = replace(job, targets=targets, pilots=tuple(targets)[:1])
+    original = before["models"].get("original", {})
+    chosen = {row: choice for row, choice in before["chosen"].items() if row.startswith("original")}
+    known = heal.save(job, TRAINED, {"chosen": chosen, "models": {"original": original}})
+    drop, ours = dropping(job.base), partial(searched, job.base)
+    todo = {
+        "dropped": lambda model, asked: drop(asked["count"]),
+        "fitted": lambda model, asked: ours(asked["count"]),
+        "homotopy": lambda model, asked: ours(asked["count"], method="homotopy"),
+    }
+    models = [("original", {}, "original", 1, heal.untouched)]
+    models += [(target, asked, method, 1, step) for target, asked in targets.items() for method, step in todo.items()]
+    for model in models:
+        for news in heal.measure(job, known, *model):
+            heal.save(job, TRAINED, news)
 
 
 def table(results: dict[str, Any], name: str) -> list[list[str]]:
@@ -106,13 +140,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("jobs", nargs="*", choices=[*COUNTS, []], help=f"default: all of {', '.join(COUNTS)}")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--train", action="store_true", help="retrain models too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     results = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     for name in options.jobs or COUNTS:
         run(name, results)
-    for rows in tables(results):
+        if options.train:
+            train(name)
+    for rows in [*tables(results), *heal.tables(heal.load(TRAINED))]:
         print("\n" + text_table(rows))
 
 

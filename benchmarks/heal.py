@@ -38,7 +38,18 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from hf_layerfuse import FusionRecipe, HealRecipe, Plan, TrainingError, apply, expand, heal, layer_map
+from hf_layerfuse import (
+    Blend,
+    FusionRecipe,
+    HealRecipe,
+    Plan,
+    TrainingError,
+    apply,
+    expand,
+    heal,
+    layer_map,
+    straighten,
+)
 from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.collate import ROW, TEACHER_IDS, TEACHER_LOGPROBS, CollateImages, CollateText
 from hf_layerfuse.evaluate import classification, parameter_counts
@@ -52,6 +63,8 @@ from hf_layerfuse.teacher import with_teacher
 
 RESULT = fusion.ROOT / "benchmarks" / "results" / "heal.json"
 CHECKPOINTS = fusion.ROOT / "outputs" / "heal"
+THRESHOLD = 0.05
+"""How far from a line an activation may end that is to be one."""
 
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
@@ -284,7 +297,7 @@ def chosen(job: Job, name: str, asked: dict[str, Any], step: Step, choices: list
             return known
     for option in job.options:
         student = copy.deepcopy(fused)
-        recipe = replace(job.recipe, steps=job.pilot, eval_every=job.pilot, **option)
+        recipe = recipe_of(job, plan, steps=job.pilot, eval_every=job.pilot, **option)
         matches = layer_map(student, job.base.model, plan)
         try:
             report = heal(
@@ -304,6 +317,16 @@ def chosen(job: Job, name: str, asked: dict[str, Any], step: Step, choices: list
         raise SystemExit(f"{name}: training explodes with each of {job.options}: give the job lower rates.")
     best = job.options[losses.index(min(loss for loss in losses if loss is not None))]
     return {"options": job.options, "steps": job.pilot, "losses": losses, "best": best, "weights": weights}
+
+
+def bends(plan: Plan) -> bool:
+    """Whether activations become lines while the model is trained, so that maps are merged in the end."""
+    return any(isinstance(edit, Blend) for edit in plan.edits)
+
+
+def recipe_of(job: Job, plan: Plan, **options: Any) -> HealRecipe:
+    """The budget of a job with other options; activations that are to become lines are pulled there."""
+    return replace(job.recipe, **options, straighten="auto" if bends(plan) else 0.0)
 
 
 def retrained(
@@ -328,15 +351,19 @@ def retrained(
         report = heal(
             student,
             job.loader(number),
-            replace(job.recipe, steps=steps, **option),
+            recipe_of(job, plan, steps=steps, **option),
             teacher=model,
             matches=layer_map(student, model, plan),
             validation_batches=job.validation,
+            threshold=THRESHOLD if bends(plan) else None,
             seed=number,
             checkpoints=CHECKPOINTS / f"{name}-{number}",
         )
         parts.append({"before": before, "budget": steps, **asdict(report)})
-        source = expand(student)
+        if bends(plan):
+            student, _ = straighten(student, threshold=THRESHOLD)
+        if rounds > 1:
+            source = expand(student)
     for number, part in enumerate(parts):
         shutil.rmtree(CHECKPOINTS / f"{name}-{number}")
         del part["train_loss"]
