@@ -465,7 +465,7 @@ def table(results: dict[str, Any], name: str) -> list[list[str]]:
     original = rows["original"]["original"]
     found = [[f"{name}, {metric.replace('_', ' ')}", "method", "block parameters", "fused", "retrained", "difference"]]
     for target, models in rows.items():
-        for method, row in models.items():
+        for method, row in sorted(models.items(), key=lambda item: item[0].startswith("ours")):  # baselines first
             after, best = row["after"][metric], original["after"][metric]
             difference = f"{100 * (after - best):+.2f} points" if metric == "accuracy" else f"{after / best - 1:+.1%}"
             size = f"{row['non_embedding_parameters'] / original['non_embedding_parameters']:.0%}"
