@@ -112,6 +112,7 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
     dataset = recipe.data.name or Path(source).name
     split = source if recipe.data.name else part
     name = Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
+    made = "collapsed" if recipe.collapse else "fused"
     evaluations = [
         EvalResult(
             task_type=TASKS[recipe.task].pipeline,
@@ -131,7 +132,7 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
         library_name="transformers",
         pipeline_tag=TASKS[recipe.task].pipeline,
         tags=["hf-layerfuse", "layer-collapse" if recipe.collapse else "layer-fusion", "model-compression"],
-        model_name=f"{name}, fused",
+        model_name=f"{name}, {made}",
         eval_results=evaluations,
     )
     stock = plan.layout().is_stock
@@ -154,7 +155,7 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
     environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     body = "\n".join(
         [
-            f"# {name}, fused",
+            f"# {name}, {made}",
             "",
             f"Made from `{name}` with [hf_layerfuse](https://pypi.org/project/hf-layerfuse/).",
             "",
