@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="fuse.py",
         usage="accelerate launch fuse.py RECIPE [--model M] [--output_dir DIR] [--overwrite] [--section.field VALUE]",
         allow_abbrev=False,
-        description="Make a pretrained model smaller by a recipe (fuse its layers, or make MLPs linear), heal it, evaluate "
-        "it and save it.",
+        description="Make a pretrained model smaller by a recipe (fuse its layers, or make MLPs linear), heal it, "
+        "evaluate it and save it.",
         epilog="Every field of the recipe can be set: --section.field value, such as --fusion.keep_layers 8 or "
         "--heal.steps 0. A field that is not in a section goes without one: --seed 1.",
     )
