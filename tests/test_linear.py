@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_layerfuse import (
+    Blend,
     CollapseRecipe,
     Drop,
     Fuse,
@@ -306,3 +307,15 @@ def test_without_batches_nothing_is_fitted(caplog):
     mine = adapter_for(model).layer_list(small)[5].mlp
     expected = out_in(mlp.fc2, mlp.fc2.weight) @ mlp.fc1.weight
     torch.testing.assert_close(theta_of(mine.fc2)[:-1].T.float(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bert", "vit", "llama"])
+def test_linear_mlps_are_exported(model_type):
+    """torch.export takes them as it takes stock models, and what it gives computes the same."""
+    model = tiny_model(model_type)
+    bent = () if model_type in GATED else (Blend(5),)
+    small = apply(model, plan_of(model, Linearize(1), Linearize(3, rank=8), *bent)).eval()
+    small.config.use_cache = False  # a cache in the output is no tensor
+    inputs = dict(example_inputs(small))
+    exported = torch.export.export(small, (), inputs, strict=False).module()
+    torch.testing.assert_close(prediction(exported(**inputs)), outputs(small))
