@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from hf_layerfuse import (
     Blend,
     CheckpointError,
+    CollapseRecipe,
     Drop,
     Fuse,
     HealRecipe,
@@ -19,8 +20,10 @@ from hf_layerfuse import (
     RecipeError,
     UnsupportedModelError,
     apply,
+    collapse,
     expand,
     heal,
+    search_collapse,
     straighten,
     verify,
 )
@@ -74,6 +77,22 @@ def test_at_the_start_it_is_the_original(model_type):
     assert verify(bent)["reload"] == 0
     with pytest.raises(UnsupportedModelError, match="layers 1, 4 are linear, or on the way"):
         expand(bent)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_from_the_front_door():
+    """`collapse` by homotopy, `heal`, `straighten`: the MLPs that cost least become linear, without a warning."""
+    model = tiny_model("gpt2", "GPT2LMHeadModel")
+    student = collapse(model, count=2, method="homotopy", batches=batches_of(model))
+    assert torch.equal(outputs(student), outputs(model))
+    chosen = [edit.layer for edit in search_collapse(model, CollapseRecipe(count=2), batches_of(model)).plan.edits]
+    recipe = HealRecipe(steps=6, learning_rate=1e-3, straighten="auto", mixed_precision="no")
+    heal(student, DataLoader(rows(), 4), recipe, teacher=model, threshold=0.05)
+    small, plan = straighten(student)
+    assert plan.edits == tuple(map(Linearize, chosen))
+    assert small.num_parameters() < model.num_parameters()
+    with pytest.raises(UnsupportedModelError, match="gated"):
+        collapse(tiny_model("llama"), count=2, method="homotopy", order="deepest")
 
 
 @pytest.mark.parametrize("act", POINTWISE)
