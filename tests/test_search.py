@@ -339,7 +339,7 @@ def test_operators_are_those_of_least_loss(monkeypatch, table):
     draw = random.Random(0)
     costs = {}
     monkeypatch.setattr(Trials, "_measure", lambda self, edit: costs.setdefault(edit, draw.random()))
-    monkeypatch.setattr(table, "losses", {})
+    monkeypatch.setattr(table.trials, "losses", {})
     chosen = table.operators(plan)
     for edit, best in zip(plan.edits, chosen.edits, strict=True):
         options = candidates(edit, table.recipe)
