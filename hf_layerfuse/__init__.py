@@ -20,11 +20,12 @@ from .errors import (
 from .heal import HealReport, heal
 from .layermap import fused_parameters, layer_map, mixed_weights
 from .methods.fusion import plan_fusion
-from .modeling import apply, expand, register_adapter, straighten
+from .modeling import apply, expand, register_adapter
 from .plan import Blend, Drop, Fuse, Linearize, Plan
 from .recipe import CollapseRecipe, FusionRecipe, HealRecipe
 from .refit import RefitReport, refit
 from .search import search
+from .straighten import straighten
 from .verify import verify
 
 __version__ = version("hf-layerfuse")

@@ -14,7 +14,6 @@ from .adapters import adapter_for
 from .calibration import Batches, Sample
 from .edits import check_model, check_plan
 from .errors import RecipeError, UnsupportedModelError
-from .forms import check_blended
 from .modeling import apply
 from .modes import eval_mode
 from .plan import Blend, Linearize, Plan
@@ -49,11 +48,9 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
     batches = None if batches is None else list(batches)
     nothing = Plan(adapter.model_type, len(adapter.layer_list(model)), kinds=adapter.kinds)
     edits = [Linearize(layer, recipe.rank) for layer in range(nothing.num_layers)]
-    for edit in edits:
-        check_plan(model, adapter, replace(nothing, edits=(edit,)))
     homotopy = recipe.method == "homotopy"
-    if homotopy:
-        check_blended(adapter)
+    for plan in (replace(nothing, edits=edits), *([_bent(replace(nothing, edits=edits), recipe)] if homotopy else [])):
+        check_plan(model, adapter, plan)
     if "gate" in adapter.mlp and (batches is None or recipe.refit == "none"):
         raise UnsupportedModelError(
             f"the MLPs of {adapter.model_type!r} are gated, and bilinear without their activation: what makes them "
@@ -150,8 +147,11 @@ def _plans(model: PreTrainedModel, recipe: CollapseRecipe, nothing: Plan, order:
         )
     met = next((plan for plan, size in zip(plans, sizes, strict=True) if size <= limit), None)
     if met is None or not met.edits:
-        what = "changes nothing" if met else f"is out of reach: with all {most} MLPs linear, {sizes[-1]} {unit} remain"
-        raise RecipeError(f"{_asked(recipe)} {what}. The model has {sizes[0]} {unit}: use {sizes[-1]} up to that.")
+        what = "changes nothing" if met else "is out of reach"
+        raise RecipeError(
+            f"{_asked(recipe)} {what}: the model has {sizes[0]} {unit}, {sizes[-1]} with all {most} MLPs linear. Ask "
+            "for something between."
+        )
     return [met]
 
 

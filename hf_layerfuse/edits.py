@@ -20,17 +20,9 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .adapters import FUSED_PREFIX, LayerAdapter
 from .errors import PlanError, UnsupportedModelError
-from .forms import (
-    blend,
-    check_blended,
-    check_linear,
-    homotopy_weights,
-    in_linear,
-    linear_weights,
-    linearize,
-)
+from .forms import Line, check_form, form_weights, gives_way, take_form
 from .math.lowrank import low_rank, shared_basis
-from .plan import Blend, BlendedForm, Layout, LinearForm, Linearize, Plan, Slot, Source, Tie
+from .plan import Blend, Layout, Linearize, Plan, Slot, Source, Tie
 from .relaxed import PER_DEPTH, Linear, Relaxed, can_relax, out_in, relax
 
 
@@ -63,9 +55,7 @@ def check_plan(model: PreTrainedModel, adapter: LayerAdapter, plan: Plan) -> Non
             )
         layer = adapter.layer_list(model)[edit.layers[0]]
         if isinstance(edit, Linearize | Blend):
-            check_linear(layer, adapter, edit.source.linear or LinearForm())
-        if isinstance(edit, Blend):
-            check_blended(adapter)
+            check_form(layer, adapter, edit.source.form)
         ties = replace(plan, edits=(edit,)).layout().ties  # a whole layer may be two
         ranks = [rank for tie in ties for _, rank in relaxed_maps(layer, adapter, tie).values()]
         if ranks and max(ranks) < edit.rank:
@@ -154,10 +144,8 @@ def reshape(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) -> No
             if slot.source(kind) is None:
                 for path, stand_in in adapter.skip[kind].items():
                     layer.set_submodule(path, stand_in())
-            elif isinstance(form := slot.source(kind).form, LinearForm):
-                linearize(layer, adapter, form)
-            elif isinstance(form, BlendedForm):
-                blend(layer, adapter, form)
+            elif (form := slot.source(kind).form) is not None:
+                take_form(layer, adapter, form)
         if slot.source("attention") is None:
             continue
         index = next(free[layer_type])
@@ -218,7 +206,7 @@ def fused_weights(
     model: PreTrainedModel,
     adapter: LayerAdapter,
     layout: Layout,
-    lines: Mapping[int, Sequence[Tensor]] = MappingProxyType({}),
+    lines: Mapping[int, Line] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """Weights of the result by live name, made from those of `model`; none aliases the original.
 
@@ -242,18 +230,15 @@ def fused_weights(
                 source = tie.source
             if source is None and adapter.stays(name):
                 source = Source(slot.layers[:1])
-            gives_way = source is not None and source.linear is not None and in_linear(name, adapter)
-            if source is not None and not gives_way:
+            if source is not None and not gives_way(name, adapter, source.form):
                 group = [states[layer][name] for layer in source.layers]
                 seed = zlib.crc32(name.encode())  # the same parameter of another group draws anew, whatever the process
                 weights[f"{path}.{index}.{name}"] = combine(group, source, seed=seed + source.layers[0])
         for source in filter(None, slot.blocks.values()):
-            stock, made = layers[source.layers[0]], {}
-            if isinstance(source.form, LinearForm):
-                made = linear_weights(stock, adapter, source.form)
-            elif isinstance(source.form, BlendedForm):
-                made = homotopy_weights(stock, adapter, source.form, lines.get(source.layers[0]))
-            weights |= {f"{path}.{index}.{name}": tensor for name, tensor in made.items()}
+            if source.form is not None:
+                layer = source.layers[0]
+                made = form_weights(layers[layer], adapter, source.form, lines.get(layer))
+                weights |= {f"{path}.{index}.{name}": tensor for name, tensor in made.items()}
     for tie in layout.ties:
         for at, (module, rank) in relaxed_maps(layers[tie.source.layers[0]], adapter, tie).items():
             shared = weights[f"{path}.{tie.slots[0]}.{at}.weight"]

@@ -3,8 +3,6 @@ MLP whose activation is on its way to a line."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -22,16 +20,22 @@ START = 0.01
 _MAPS = ("in", "gate", "out")
 
 
+Form = LinearForm | BlendedForm
+Line = tuple[Tensor, Tensor]
+"""Slope and offset of the line that the activation of each unit goes to, (units,) each."""
+
+
 class Collapsed(nn.Linear):
     """The linear map that an MLP has become, or the second of the two."""
 
 
-def check_linear(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> None:
-    """Raise unless the MLP of a stock layer can become linear.
+def check_form(layer: nn.Module, adapter: TransformerAdapter, form: Form) -> None:
+    """Raise unless the MLP of a stock layer can take a form.
 
     Raises:
         PlanError: the rank saves nothing.
-        UnsupportedModelError: the adapter does not say where the activation is, or what the MLP is made of.
+        UnsupportedModelError: the adapter does not say where the activation is, or what the MLP is made of; or the
+            activation is to become a line, and the MLP is gated.
     """
     names = adapter.mlp.keys()
     if adapter.activation is None or not {"in", "out"} <= names or names - {"norm", *_MAPS}:
@@ -39,16 +43,52 @@ def check_linear(layer: nn.Module, adapter: TransformerAdapter, linear: LinearFo
             f"the adapter of {adapter.model_type!r} has an MLP of {', '.join(names)} with the activation at "
             f"{adapter.activation!r}: to make it linear, name its maps 'in', 'out' and 'gate', and its activation."
         )
+    if isinstance(form, BlendedForm):
+        if "gate" in names:
+            raise UnsupportedModelError(
+                f"the MLPs of {adapter.model_type!r} are gated: with a linear activation they are still products of "
+                "two maps of what they read. What makes them linear is a fit: Linearize(layer) with refit, or "
+                "collapse(...)."
+            )
+        return
     ins, outs = _widths(layer, adapter)
-    if linear.rank is not None and linear.rank * (ins + outs) >= ins * outs:
+    if form.rank is not None and form.rank * (ins + outs) >= ins * outs:
         raise PlanError(
-            f"Linearize.rank is {linear.rank}, and two maps of that rank are no smaller than one of {ins} x {outs}: "
+            f"Linearize.rank is {form.rank}, and two maps of that rank are no smaller than one of {ins} x {outs}: "
             f"use {(ins * outs - 1) // (ins + outs)} or less, or None for the full map."
         )
 
 
-def linearize(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> None:
-    """Put linear maps in the place of a stock layer's MLP, in place. Their weights mean nothing yet."""
+def take_form(layer: nn.Module, adapter: TransformerAdapter, form: Form) -> None:
+    """Give the MLP of a stock layer another form, in place. The weights of new modules mean nothing yet."""
+    (_linearize if isinstance(form, LinearForm) else _blend)(layer, adapter, form)
+
+
+def form_weights(layer: nn.Module, adapter: TransformerAdapter, form: Form, line: Line | None) -> dict[str, Tensor]:
+    """Weights of the modules that `take_form` puts in, by name from the layer on.
+
+    Args:
+        layer: a stock one.
+        adapter: of it.
+        form: that its MLP takes.
+        line: of an activation that is to become one, see `lines.lines_of`; None is z itself.
+    """
+    if isinstance(form, LinearForm):
+        return linear_weights(layer, adapter, form)
+    at, like = adapter.activation, layer.get_submodule(adapter.mlp["out"]).weight
+    units = _units(layer, adapter)
+    slope, offset = line or (torch.ones(units), torch.zeros(units))
+    found = {"a": torch.full((1,), START if form.faithful else 0.0), "slope": slope, "offset": offset}
+    return {f"{at}.{name}": tensor.detach().to(like, copy=True) for name, tensor in found.items()}
+
+
+def gives_way(parameter: str, adapter: TransformerAdapter, form: Form | None) -> bool:
+    """Whether a parameter, named from its layer on, is of a module that another one stands in the place of."""
+    maps = [adapter.mlp[role] for role in _MAPS if role in adapter.mlp] if isinstance(form, LinearForm) else []
+    return parameter.rpartition(".")[0] in maps
+
+
+def _linearize(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> None:
     table, last = adapter.mlp, layer.get_submodule(adapter.mlp["out"])
     if isinstance(last, Collapsed):  # a head that builds its body by AutoModel gets one that is reshaped already
         return
@@ -88,11 +128,6 @@ def linear_weights(layer: nn.Module, adapter: TransformerAdapter, linear: Linear
     return {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
 
 
-def in_linear(parameter: str, adapter: TransformerAdapter) -> bool:
-    """Whether a parameter, named from its layer on, is of a map that gives way when an MLP becomes linear."""
-    return parameter.rpartition(".")[0] in [adapter.mlp.get(role) for role in _MAPS]
-
-
 def _widths(layer: nn.Module, adapter: TransformerAdapter) -> tuple[int, int]:
     """What the MLP of a stock layer reads and writes."""
     first, last = (layer.get_submodule(adapter.mlp[role]) for role in ("in", "out"))
@@ -105,50 +140,22 @@ def _rank(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> 
     An MLP of few units has no more rank than those: two maps are smaller then.
     """
     ins, outs = _widths(layer, adapter)
-    units = units_of(layer, adapter)
+    units = _units(layer, adapter)
     rank = min(units, linear.rank or units)
     return rank if rank * (ins + outs) < ins * outs else None
 
 
-def check_blended(adapter: TransformerAdapter) -> None:
-    """Raise `UnsupportedModelError` unless the MLPs are linear when their activation is."""
-    if "gate" in adapter.mlp:
-        raise UnsupportedModelError(
-            f"the MLPs of {adapter.model_type!r} are gated: with a linear activation they are still products of two "
-            "maps of what they read. What makes them linear is a fit: Linearize(layer) with refit, or collapse(...)."
-        )
-
-
-def units_of(layer: nn.Module, adapter: TransformerAdapter) -> int:
+def _units(layer: nn.Module, adapter: TransformerAdapter) -> int:
     """Hidden units of the MLP of a layer."""
     last = layer.get_submodule(adapter.mlp["out"])
     return out_in(last, last.weight).shape[1]
 
 
-def blend(layer: nn.Module, adapter: TransformerAdapter, blended: BlendedForm) -> None:
-    """Put a homotopy in the place of a stock layer's activation, in place."""
+def _blend(layer: nn.Module, adapter: TransformerAdapter, blended: BlendedForm) -> None:
     act = layer.get_submodule(adapter.activation)
     if isinstance(act, Homotopy):  # a head that builds its body by AutoModel gets one that is reshaped already
         return
     weight = layer.get_submodule(adapter.mlp["out"]).weight
     act, start = (nn.ReLU(), START) if blended.faithful else (act, 0.0)
-    homotopy = Homotopy(act, units_of(layer, adapter), start, device=weight.device, dtype=weight.dtype)
+    homotopy = Homotopy(act, _units(layer, adapter), start, device=weight.device, dtype=weight.dtype)
     layer.set_submodule(adapter.activation, homotopy)
-
-
-def homotopy_weights(
-    layer: nn.Module, adapter: TransformerAdapter, blended: BlendedForm, line: Sequence[Tensor] | None
-) -> dict[str, Tensor]:
-    """Parameters and buffers of the homotopy of a stock layer, by name from the layer on.
-
-    Args:
-        layer: stock.
-        adapter: of it.
-        blended: which homotopy.
-        line: slope and offset, (units,) each, see `lines.lines_of`; None is z itself.
-    """
-    at, like = adapter.activation, layer.get_submodule(adapter.mlp["out"]).weight
-    units = units_of(layer, adapter)
-    slope, offset = line or (torch.ones(units), torch.zeros(units))
-    found = {"a": torch.full((1,), START if blended.faithful else 0.0), "slope": slope, "offset": offset}
-    return {f"{at}.{name}": tensor.detach().to(like, copy=True) for name, tensor in found.items()}

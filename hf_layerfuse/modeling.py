@@ -8,7 +8,6 @@ casting all work as transformers does them.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import os
 import sys
@@ -35,12 +34,10 @@ from .edits import (
     reshape,
     target_config,
     tied_weights,
-    untied_state,
 )
 from .errors import CheckpointError, LayerFuseError, PlanError, UnsupportedModelError
-from .forms import linear_weights
-from .lines import bends_of, lines_of
-from .plan import Blend, Layout, LinearForm, Linearize, Plan
+from .lines import lines_of
+from .plan import Blend, Layout, Plan
 from .relaxed import Relaxed
 
 _AUTO_CLASSES = [
@@ -200,7 +197,7 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
         values = config.to_dict()
         values.pop("model_type")
         config = cls.config_class(**values, layerfuse_plan=plan.to_dict(notes=False))
-    return _build(cls, config, weights, model)
+    return build(cls, config, weights, model)
 
 
 def expand(model: PreTrainedModel) -> PreTrainedModel:
@@ -223,69 +220,10 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "layerfuse_plan")}
     weights = expanded_weights(model, adapter_for(model), layout)
-    return _build(stock, stock.config_class(**values), weights, model)
+    return build(stock, stock.config_class(**values), weights, model)
 
 
-def straighten(
-    model: PreTrainedModel, *, threshold: float = 0.05, batches: Batches | None = None
-) -> tuple[PreTrainedModel, Plan]:
-    """Put one linear map in the place of each MLP whose activation has become a line: what ends `Blend`.
-
-    W = W2 diag(slope) W1 and b = W2 (slope b1 + offset) + b2, in float64.
-
-    Args:
-        model: that `Blend` edits led to, trained since; it stays as it is.
-        threshold: how far from 1 an a may be.
-        batches: calibration batches, on which it is measured what the step from a to 1 loses.
-
-    Returns:
-        The model, and its plan, with `Linearize` in the place of `Blend`. Its notes have for each layer its `a`, and
-        with batches `lost`: the root mean square of the difference, relative to what the MLP gives.
-
-    Raises:
-        PlanError: no activation of the model is on its way to a line.
-        LayerFuseError: one of them is not there yet.
-    """
-    adapter = adapter_for(model)
-    tree = getattr(model.config, "layerfuse_plan", None)
-    plan = Plan.from_dict(tree) if tree else None
-    blends = {edit.layer: edit for edit in (plan.edits if plan else ()) if isinstance(edit, Blend)}
-    if not blends:
-        raise PlanError(
-            f"no activation of this {type(model).__name__} is on its way to a line: apply Blend edits first."
-        )
-    slots = {slot.layers[0]: index for index, slot in enumerate(plan.layout().slots)}
-    places = {layer: slots[layer] for layer in blends}
-    inside = {layer: adapter.layer_list(model)[place] for layer, place in places.items()}
-    found = {layer: module.get_submodule(adapter.activation).a.item() for layer, module in inside.items()}
-    if bent := {layer: a for layer, a in found.items() if not a >= 1 - threshold}:
-        raise LayerFuseError(
-            f"no lines yet: {', '.join(f'the activation of layer {layer}, a = {a:.3f}' for layer, a in bent.items())}; "
-            f"a must be {1 - threshold:.3f} or more: train them further, with a stronger pull, or raise threshold."
-        )
-    lost = {} if batches is None else bends_of(model, adapter, list(places.values()), batches)
-    notes = [{"layer": layer, "a": a, **({"lost": lost[places[layer]]} if lost else {})} for layer, a in found.items()]
-    edits = [Linearize(edit.layer) if isinstance(edit, Blend) else edit for edit in plan.edits]
-    plan = dataclasses.replace(plan, edits=tuple(edits), notes={"homotopy": notes})
-    gone = [
-        f"{adapter.layers_path(model)}.{places[layer]}.{at}."
-        for layer in blends
-        for at in (adapter.activation, adapter.mlp["in"], adapter.mlp["out"])
-    ]
-    weights = {
-        name: tensor.detach().clone()
-        for name, tensor in untied_state(model).items()
-        if not name.startswith(tuple(gone))
-    }
-    for layer, module in inside.items():
-        prefix = f"{adapter.layers_path(model)}.{places[layer]}"
-        weights |= {f"{prefix}.{k}": v for k, v in linear_weights(module, adapter, LinearForm()).items()}
-    values = {**model.config.to_dict(), "layerfuse_plan": plan.to_dict(notes=False)}
-    values.pop("model_type")
-    return _build(type(model), type(model).config_class(**values), weights, model), plan
-
-
-def _build(cls: type, config: PreTrainedConfig, weights: dict[str, Any], like: PreTrainedModel) -> PreTrainedModel:
+def build(cls: type, config: PreTrainedConfig, weights: dict[str, Any], like: PreTrainedModel) -> PreTrainedModel:
     """A `cls` with these weights, through the same loading code that reads a checkpoint."""
     config._attn_implementation = like.config._attn_implementation
     generation = {"generation_config": copy.deepcopy(like.generation_config)} if like.can_generate() else {}

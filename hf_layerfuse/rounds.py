@@ -18,7 +18,7 @@ from .grouping import groups_of
 from .heal import HealReport, heal
 from .layermap import fused_parameters, layer_map, mixed_weights
 from .methods.fusion import plan_fusion
-from .modeling import expand, load_checkpoint, straighten
+from .modeling import expand, load_checkpoint
 from .output import MARK, new_directory, unfinished
 from .plan import Plan
 from .processes import process_state
@@ -27,6 +27,7 @@ from .rundata import RunData, say
 from .schedule import compose, keeps_of, shares_of, steps_of
 from .search import search
 from .sizes import are_unlike
+from .straighten import straighten
 from .tasks import TASKS
 from .verify import warn_if_useless
 

@@ -22,7 +22,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-import hf_layerfuse  # noqa: F401 - registers the fused classes
+from hf_layerfuse.adapters import ADAPTERS
+from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse.prediction import prediction
 
 torch.set_num_threads(1)
 
@@ -97,6 +99,23 @@ def tiny_model(model_type: str, head: type[PreTrainedModel] | str | None = None,
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+def some_batches(model: PreTrainedModel, count: int = 6) -> list[dict[str, torch.Tensor]]:
+    """Batches of two random sequences or images each, the same every time."""
+    torch.manual_seed(1)
+    return [example_inputs(model, 2) for _ in range(count)]
+
+
+def predicted(model: PreTrainedModel) -> torch.Tensor:
+    """What a model makes of random inputs, in its data type."""
+    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in example_inputs(model).items()}
+    with torch.inference_mode():
+        return prediction(model(**inputs))
+
+
+GATED = sorted(name for name in TINY if "gate" in ADAPTERS[name].mlp)
+"""Architectures whose MLPs have a gate."""
 
 
 @pytest.fixture(params=sorted(TINY))

@@ -666,12 +666,16 @@ def test_under_accelerate_launch(tmp_path):
         ("masked-lm", []),
         ("text-classification", ["--data.streaming", "true"]),
         ("image-classification", ["--data.augment", "true"]),
+        ("text-classification", ["--collapse.method", "homotopy", "--heal.steps", "6"]),
     ],
 )
 def test_two_processes_share_the_work(tmp_path, task, options):
     """Rows, masked words and augmentation are the same in two processes: each with a batch, they do what one does with
     two batches a step, and agree on the result."""
-    words = [*JOBS[task][0](tmp_path), *options, "--evaluate.latency", "false", "--heal.mixed_precision", "no"]
+    words = JOBS[task][0](tmp_path)
+    if "homotopy" in options:
+        collapsing(words)
+    words += [*options, "--evaluate.latency", "false", "--heal.mixed_precision", "no"]
     words += ["--heal.batch_size", "4", "--heal.eval_every", "1"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -685,4 +689,7 @@ def test_two_processes_share_the_work(tmp_path, task, options):
     for history in ("train_loss", "validation_loss"):
         losses, expected = ([loss for _, loss in results["heal"][history]] for results in (two, one))
         assert losses == pytest.approx(expected, rel=1e-4)
+    for (_, ours), (_, theirs) in zip(two["heal"]["homotopy"], one["heal"]["homotopy"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert bool(two["heal"]["homotopy"]) == ("homotopy" in options)
     assert verify(AutoFusedModel.from_pretrained(tmp_path / "two"))["reload"] == 0

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import LAYERS, TINY, tiny_model
+from accelerate import Accelerator
+from conftest import GATED, LAYERS, TINY, predicted, some_batches, tiny_model
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -27,34 +28,20 @@ from hf_layerfuse import (
     straighten,
     verify,
 )
-from hf_layerfuse.adapters import ADAPTERS, adapter_for
+from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.errors import DataError
 from hf_layerfuse.homotopy import Homotopy, Pull
-from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.lines import lines_of, watch
-from hf_layerfuse.prediction import prediction
 
-GATED = sorted(name for name in TINY if "gate" in ADAPTERS[name].mlp)
 PLAIN = sorted(set(TINY) - set(GATED))
 POINTWISE = ["relu", "gelu", "gelu_new", "silu", "tanh", "quick_gelu"]
-
-
-def outputs(model, dtype=torch.float32):
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in example_inputs(model).items()}
-    with torch.inference_mode():
-        return prediction(model(**inputs))
-
-
-def batches_of(model, count: int = 4):
-    torch.manual_seed(1)
-    return [example_inputs(model, 2) for _ in range(count)]
 
 
 def blended(model_type, *edits, **changes):
     """A model, and the same with activations on their way to lines."""
     model = tiny_model(model_type, **changes)
     edits = edits or (Blend(1), Blend(4))
-    return model, apply(model, Plan(model_type, LAYERS, edits), batches_of(model))
+    return model, apply(model, Plan(model_type, LAYERS, edits), some_batches(model))
 
 
 def seen_by(model, layer: int, batches) -> list[torch.Tensor]:
@@ -73,7 +60,7 @@ def set_a(model, value: float) -> None:
 def test_at_the_start_it_is_the_original(model_type):
     """a = 0 is bit-equal; it saves, reloads and decodes as the original does."""
     model, bent = blended(model_type)
-    assert torch.equal(outputs(bent), outputs(model))
+    assert torch.equal(predicted(bent), predicted(model))
     assert verify(bent)["reload"] == 0
     with pytest.raises(UnsupportedModelError, match="layers 1, 4 are linear, or on the way"):
         expand(bent)
@@ -83,9 +70,9 @@ def test_at_the_start_it_is_the_original(model_type):
 def test_from_the_front_door():
     """`collapse` by homotopy, `heal`, `straighten`: the MLPs that cost least become linear, without a warning."""
     model = tiny_model("gpt2", "GPT2LMHeadModel")
-    student = collapse(model, count=2, method="homotopy", batches=batches_of(model))
-    assert torch.equal(outputs(student), outputs(model))
-    chosen = [edit.layer for edit in search_collapse(model, CollapseRecipe(count=2), batches_of(model)).plan.edits]
+    student = collapse(model, count=2, method="homotopy", batches=some_batches(model))
+    assert torch.equal(predicted(student), predicted(model))
+    chosen = [edit.layer for edit in search_collapse(model, CollapseRecipe(count=2), some_batches(model)).plan.edits]
     recipe = HealRecipe(steps=6, learning_rate=1e-3, straighten="auto", mixed_precision="no")
     heal(student, DataLoader(rows(), 4), recipe, teacher=model, threshold=0.05)
     small, plan = straighten(student)
@@ -99,7 +86,7 @@ def test_from_the_front_door():
 def test_every_pointwise_activation(act):
     """Bit-equal at a = 0 for whatever the config may name, and a line at a = 1."""
     model, bent = blended("vit", hidden_act=act)
-    assert torch.equal(outputs(bent), outputs(model))
+    assert torch.equal(predicted(bent), predicted(model))
     homotopy = next(part for part in bent.modules() if isinstance(part, Homotopy))
     z = torch.randn(5, len(homotopy.slope))
     assert torch.equal(homotopy(z), homotopy.act(z))
@@ -113,9 +100,9 @@ def test_at_the_end_it_is_one_map(model_type):
     model, bent = blended(model_type)
     bent = bent.double()
     set_a(bent, 1.0)
-    expected = outputs(bent, torch.float64)
+    expected = predicted(bent)
     straight, plan = straighten(bent)
-    assert (outputs(straight, torch.float64) - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert (predicted(straight) - expected).abs().max() <= 1e-6 * expected.abs().max()
     assert straight.num_parameters() < model.num_parameters()
     assert plan.edits == (Linearize(1), Linearize(4))
     assert Plan.from_dict(straight.config.layerfuse_plan) == plan
@@ -128,9 +115,9 @@ def test_other_edits_stay():
     edits = (Drop("layer", 0), Blend(1), Fuse("layer", (2, 3), "share", rank=2), Linearize(4, rank=4), Blend(5))
     _, bent = blended("gpt2", *edits, head="GPT2LMHeadModel")
     set_a(bent, 1.0)
-    straight, plan = straighten(bent, batches=batches_of(bent))
+    straight, plan = straighten(bent, batches=some_batches(bent))
     assert plan.edits == (edits[0], Linearize(1), *edits[2:4], Linearize(5))
-    torch.testing.assert_close(outputs(straight), outputs(bent), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(predicted(straight), predicted(bent), rtol=1e-4, atol=1e-5)
     blocks = straight.transformer.h
     assert blocks[1].mlp.c_fc.weight is blocks[2].mlp.c_fc.weight
     assert verify(straight)["reload"] == 0
@@ -139,7 +126,7 @@ def test_other_edits_stay():
 def test_lines_come_from_what_is_seen():
     """Slope and offset are those of the least-squares line of each unit; padding is not looked at."""
     model = tiny_model("bert")
-    batches = batches_of(model)
+    batches = some_batches(model)
     for batch in batches:
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         batch["attention_mask"][:, -3:] = 0
@@ -161,7 +148,7 @@ def test_published_variant_is_prelu():
     homotopy = bent.base_model.h[2].mlp.act
     z = torch.randn(3, 4, len(homotopy.slope))
     torch.testing.assert_close(homotopy(z), nn.functional.prelu(z, torch.tensor([0.01])))
-    assert not torch.equal(outputs(bent), outputs(model))
+    assert not torch.equal(predicted(bent), predicted(model))
     set_a(bent, 0.4)
     torch.testing.assert_close(homotopy(z), nn.functional.prelu(z, torch.tensor([0.4])))
 
@@ -174,7 +161,7 @@ def test_what_is_no_line_yet_is_refused():
     second.data.fill_(0.69)
     with pytest.raises(LayerFuseError, match=r"layer 4, a = 0\.690; a must be 0\.950 or more"):
         straighten(bent)
-    batches = batches_of(bent)
+    batches = some_batches(bent)
     _, plan = straighten(bent, threshold=0.4, batches=batches)
     rows = plan.notes["homotopy"]
     assert [row["layer"] for row in rows] == [1, 4]
@@ -230,8 +217,7 @@ class TestTraining:
         """With the task's gradient at zero, a follows the formula with the rate of each step, and nothing decays it."""
         pull = Pull(blended("vit")[1], strength=3.0)
         expected = 0.2
-        set_a_of = pull.parameters
-        for a in set_a_of:
+        for a in pull.parameters:
             a.data.fill_(expected)
         for rate in (0.01, 0.02, 0.005):
             pull.step(rate)
@@ -248,6 +234,16 @@ class TestTraining:
         assert early[last] > 0.9
         assert early[first] == 0.0
         assert all(a > 0.95 for a in report.homotopy[-1][1].values())
+
+    def test_trackers_see_every_a(self, monkeypatch):
+        """In every step, the a of each activation goes where the loss goes."""
+        rows = []
+        monkeypatch.setattr(Accelerator, "log", lambda self, values, step=None: rows.append((step, values)))
+        _, report = trained(threshold=0.05)
+        names = list(report.homotopy[0][1])
+        seen = {step: [values[f"homotopy/{name}"] for name in names] for step, values in rows if "train/loss" in values}
+        assert list(seen) == list(range(1, 13))
+        assert seen[12] == list(report.homotopy[-1][1].values())
 
     def test_as_a_regulariser(self):
         """A weak pull without merging: a ends between 0 and 1, the best weights are kept, and the model reloads."""

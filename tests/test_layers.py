@@ -23,7 +23,7 @@ RANKS = (
     ("auto",),
     ("collapse",),
     ("verify", "search"),
-    ("trials",),
+    ("trials", "straighten"),
     ("modeling", "refit"),
     ("methods", "align"),
     ("targets",),

@@ -76,9 +76,9 @@ class CollapseRecipe:
             "trained, and its maps are what training leads to: use count or a size, and no rank.",
         )
         require(
-            self.method == "homotopy" or (self.merge and not self.faithful),
-            f"merge={self.merge} and faithful={self.faithful} are about activations that are trained, and the method "
-            "is 'fitted': use method='homotopy', or leave them out.",
+            self.method == "homotopy" or (self.merge and not self.faithful and self.threshold == 0.05),
+            f"merge={self.merge}, faithful={self.faithful} and threshold={self.threshold} are about activations that "
+            "are trained, and the method is 'fitted': use method='homotopy', or leave them out.",
         )
         for name in ("max_parameters", "max_bytes", "max_loss"):
             value = getattr(self, name)

@@ -1,0 +1,75 @@
+"""The end of a homotopy: MLPs whose activation has become a line become one linear map."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from transformers import PreTrainedModel
+
+from .adapters import adapter_for
+from .calibration import Batches
+from .edits import untied_state
+from .errors import LayerFuseError, PlanError
+from .forms import linear_weights
+from .lines import bends_of
+from .modeling import build
+from .plan import Blend, LinearForm, Linearize, Plan
+
+
+def straighten(
+    model: PreTrainedModel, *, threshold: float = 0.05, batches: Batches | None = None
+) -> tuple[PreTrainedModel, Plan]:
+    """Put one linear map in the place of each MLP whose activation has become a line: what ends `Blend`.
+
+    W = W2 diag(slope) W1 and b = W2 (slope b1 + offset) + b2, in float64.
+
+    Args:
+        model: that `Blend` edits led to, trained since; it stays as it is.
+        threshold: how far from 1 an a may be.
+        batches: calibration batches, on which it is measured what the step from a to 1 loses.
+
+    Returns:
+        The model, and its plan, with `Linearize` in the place of `Blend`. Its notes have for each layer its `a`, and
+        with batches `lost`: the root mean square of the difference, relative to what the MLP gives.
+
+    Raises:
+        PlanError: no activation of the model is on its way to a line.
+        LayerFuseError: one of them is not there yet.
+    """
+    adapter = adapter_for(model)
+    tree = getattr(model.config, "layerfuse_plan", None)
+    plan = Plan.from_dict(tree) if tree else None
+    blends = {edit.layer: edit for edit in (plan.edits if plan else ()) if isinstance(edit, Blend)}
+    if not blends:
+        raise PlanError(
+            f"no activation of this {type(model).__name__} is on its way to a line: apply Blend edits first."
+        )
+    slots = {slot.layers[0]: index for index, slot in enumerate(plan.layout().slots)}
+    places = {layer: slots[layer] for layer in blends}
+    inside = {layer: adapter.layer_list(model)[place] for layer, place in places.items()}
+    found = {layer: module.get_submodule(adapter.activation).a.item() for layer, module in inside.items()}
+    if bent := {layer: a for layer, a in found.items() if not a >= 1 - threshold}:
+        raise LayerFuseError(
+            f"no lines yet: {', '.join(f'the activation of layer {layer}, a = {a:.3f}' for layer, a in bent.items())}; "
+            f"a must be {1 - threshold:.3f} or more: train them further, with a stronger pull, or raise threshold."
+        )
+    lost = {} if batches is None else bends_of(model, adapter, list(places.values()), batches)
+    notes = [{"layer": layer, "a": a, **({"lost": lost[places[layer]]} if lost else {})} for layer, a in found.items()]
+    edits = [Linearize(edit.layer) if isinstance(edit, Blend) else edit for edit in plan.edits]
+    plan = dataclasses.replace(plan, edits=tuple(edits), notes={"homotopy": notes})
+    gone = [
+        f"{adapter.layers_path(model)}.{places[layer]}.{at}."
+        for layer in blends
+        for at in (adapter.activation, adapter.mlp["in"], adapter.mlp["out"])
+    ]
+    weights = {
+        name: tensor.detach().clone()
+        for name, tensor in untied_state(model).items()
+        if not name.startswith(tuple(gone))
+    }
+    for layer, module in inside.items():
+        prefix = f"{adapter.layers_path(model)}.{places[layer]}"
+        weights |= {f"{prefix}.{k}": v for k, v in linear_weights(module, adapter, LinearForm()).items()}
+    values = {**model.config.to_dict(), "layerfuse_plan": plan.to_dict(notes=False)}
+    values.pop("model_type")
+    return build(type(model), type(model).config_class(**values), weights, model), plan
