@@ -111,7 +111,7 @@ def heal(
     Raises:
         RecipeError: the recipe asks for distillation without a teacher, or of layers without `matches`, for a tracker
             that is not installed, for gradient checkpointing of a model that has none, or for straightening of one
-            without `Blend`; or `mixed`, or activations on their way to a line, are trained under FSDP or DeepSpeed.
+            without `Blend`; or `mixed` weights are trained under FSDP or DeepSpeed.
         DataError: there are no batches, or no loss can be taken from them.
         CheckpointError: `checkpoints` are those of another run, or damaged.
         TrainingError: a loss or a gradient is not finite, or the loss explodes; the checkpoint before that is kept.
@@ -127,12 +127,6 @@ def heal(
         raise RecipeError(
             f"heal.mix trains the weights that the student's are drawn from, and {accelerator.distributed_type.value} "
             "trains the student's alone: launch with recipes/accelerate/multi-gpu.yaml, or set heal.mix to false."
-        )
-    if accelerator.distributed_type in _OWN_PARAMETERS and Pull(student, 0.0).activations:
-        raise RecipeError(
-            "activations that are on their way to a line are pulled there beside the optimiser, and "
-            f"{accelerator.distributed_type.value} has parameters of its own: launch with "
-            "recipes/accelerate/multi-gpu.yaml."
         )
     run = {}
     if checkpoints is not None and accelerator.is_main_process:  # which alone compares

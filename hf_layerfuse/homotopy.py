@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharding import whole, write
+
 
 class Homotopy(nn.Module):
     """(1 - a) act(z) + a (slope z + offset): at a = 0 the activation, to the bit, and at a = 1 a line for each unit.
@@ -61,8 +63,8 @@ class Pull:
 
     @property
     def values(self) -> dict[str, float]:
-        """The a of each activation, by its path."""
-        return {name: homotopy.a.item() for name, homotopy in self.activations.items()}
+        """The a of each activation, by its path; where they are sharded, all processes ask."""
+        return {name: whole(homotopy.a).item() for name, homotopy in self.activations.items()}
 
     @torch.no_grad()
     def step(self, rate: float, share: float = 1.0) -> None:
@@ -75,6 +77,6 @@ class Pull:
         for place, homotopy in enumerate(reversed(self.activations.values())):
             a = homotopy.a
             if self.progressive and share * len(self.activations) <= place:
-                a.fill_(homotopy.start)
+                write(a, torch.full_like(a, homotopy.start))
             else:
-                a.sub_(2 * rate * self.strength * (a - 1)).clamp_(0, 1)
+                write(a, (a - 2 * rate * self.strength * (a - 1)).clamp(0, 1))

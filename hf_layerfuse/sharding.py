@@ -1,4 +1,4 @@
-"""Sharded training (FSDP2) of models whose layers share weights."""
+"""Launchers that have parameters of their own: FSDP2 of models whose layers share weights, values under DeepSpeed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
@@ -69,6 +70,16 @@ def whole_again(model: PreTrainedModel, sharded: bool) -> Iterator[None]:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded, with what all processes have of it; all of them call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def write(parameter: nn.Parameter, value: Tensor) -> None:
+    """Put a value in the place of a parameter between steps, also in the copy that DeepSpeed's optimiser steps."""
+    if hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value.float())
+    parameter.copy_(value)
 
 
 def shares_layers(model: PreTrainedModel) -> bool:

@@ -7,6 +7,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,3 +177,35 @@ def shared() -> Path:
     if not (path / "data").is_dir():
         pytest.skip(f"real data not found at {path}: set LAYERFUSE_DATA")
     return path
+
+
+_DEEPSPEED = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_GRADIENT_CLIPPING": "auto",
+    "ACCELERATE_USE_CPU": "false",
+    "DS_ACCELERATOR": "cpu",
+}
+
+_ON_CPU = """
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
+"""
+"""Accelerate knows DeepSpeed on accelerators only."""
+
+
+def on_two_processes(folder: Path, program: str, *arguments: str | Path, kind: str = "MULTI_CPU") -> str:
+    """Run a program on two processes of a launcher, and return what they print."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "program.py"
+    path.write_text(_ON_CPU + program if kind == "DEEPSPEED" else program)
+    # `accelerate launch --cpu --num_processes 2` silently runs one process
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = _DEEPSPEED if kind == "DEEPSPEED" else {"ACCELERATE_USE_CPU": "true"}
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # DeepSpeed runs its own ninja
+    environment = {**os.environ, **launch, "OMP_NUM_THREADS": "1", "PATH": programs}
+    command = [*launcher, str(path), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

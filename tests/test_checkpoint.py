@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator, tracking
 from accelerate.state import AcceleratorState, GradientState
-from conftest import LAYERS, tiny_model
+from conftest import LAYERS, on_two_processes, tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import (
@@ -118,9 +118,6 @@ import json, os, sys
 sys.path.insert(0, sys.argv[2])
 import pytest, torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
-if "ACCELERATE_USE_DEEPSPEED" in os.environ:  # Accelerate knows it on accelerators only
-    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
 from test_checkpoint import by_length, healed, recipe_of, weights
 
 recipe = recipe_of(hidden_weight=0.5, max_grad_norm=0.1)  # DeepSpeed clips by itself
@@ -153,26 +150,8 @@ PartialState().destroy_process_group()
 """
 
 
-_DEEPSPEED = {
-    "ACCELERATE_USE_DEEPSPEED": "true",
-    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
-    "ACCELERATE_GRADIENT_CLIPPING": "auto",
-    "ACCELERATE_USE_CPU": "false",
-    "DS_ACCELERATOR": "cpu",
-}
-
-
-def on_two_processes(folder: Path, kind: str) -> dict:
-    folder.mkdir()
-    program = folder / "program.py"
-    program.write_text(_ON_TWO_PROCESSES)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch = _DEEPSPEED if kind == "DEEPSPEED" else {"ACCELERATE_USE_CPU": "true"}
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # DeepSpeed runs its own ninja
-    environment = {**os.environ, **launch, "OMP_NUM_THREADS": "1", "PATH": path}
-    command = [*launcher, str(program), str(folder), str(Path(__file__).parent)]
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def trained_by(folder: Path, kind: str) -> dict:
+    on_two_processes(folder, _ON_TWO_PROCESSES, folder, Path(__file__).parent, kind=kind)
     found = json.loads((folder / "found.json").read_text())
     assert found["processes"] == [2, 2]
     assert found["type"] == kind
@@ -185,7 +164,7 @@ def same(losses: list) -> list:
 
 def test_two_processes_resume(tmp_path):
     """Two processes that were stopped and started again end with the weights of two that were not."""
-    found = on_two_processes(tmp_path / "run", "MULTI_CPU")
+    found = trained_by(tmp_path / "run", "MULTI_CPU")
     assert found["weights"] < 1e-6
     assert found["losses"][0] == same(found["losses"][1])
 
@@ -194,7 +173,7 @@ def test_two_processes_resume(tmp_path):
 def test_deepspeed_trains_as_data_parallelism_does(tmp_path):
     """ZeRO 2 gives the same losses, and also where it was stopped and started again; shared weights stay shared."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: it is the extra `deepspeed`")
-    found, plain = (on_two_processes(tmp_path / kind, kind) for kind in ("DEEPSPEED", "MULTI_CPU"))
+    found, plain = (trained_by(tmp_path / kind, kind) for kind in ("DEEPSPEED", "MULTI_CPU"))
     assert found["weights"] < 1e-6
     assert found["losses"][0] == same(found["losses"][1])
     assert found["losses"][1] == same(plain["losses"][1])

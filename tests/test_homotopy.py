@@ -1,9 +1,12 @@
 """Activations on their way to a line: the original at a = 0, one linear map at a = 1, trained in between."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import GATED, LAYERS, TINY, predicted, some_batches, tiny_model
+from conftest import GATED, LAYERS, TINY, on_two_processes, predicted, some_batches, tiny_model
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -277,6 +280,37 @@ class TestTraining:
         model = tiny_model("gpt2", "GPT2LMHeadModel")
         with pytest.raises(RecipeError, match="apply Blend edits first"):
             heal(model, DataLoader(rows(), 4), HealRecipe(steps=1, kl_weight=0.0, straighten=10.0))
+
+
+ON_TWO_PROCESSES = """
+import dataclasses, json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from accelerate import PartialState
+from test_homotopy import Linearize, straighten, trained
+
+student, report = trained(threshold=0.05, progressive=True)
+plan = straighten(student)[1]
+assert all(isinstance(edit, Linearize) for edit in plan.edits)
+if PartialState().is_main_process:
+    Path(sys.argv[1], "report.json").write_text(json.dumps(dataclasses.asdict(report)))
+PartialState().destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_deepspeed_pulls_as_data_parallelism_does(tmp_path):
+    """Its optimiser steps copies of the parameters, to which the pull is written too."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: it is the extra `deepspeed`")
+    reports = []
+    for kind in ("DEEPSPEED", "MULTI_CPU"):
+        on_two_processes(tmp_path / kind, ON_TWO_PROCESSES, tmp_path / kind, Path(__file__).parent, kind=kind)
+        reports.append(json.loads((tmp_path / kind / "report.json").read_text()))
+        assert reports[-1]["distributed_type"] == kind
+        assert reports[-1]["num_processes"] == 2
+    ours, theirs = reports
+    assert ours["train_loss"] == [[step, pytest.approx(loss, rel=1e-4)] for step, loss in theirs["train_loss"]]
+    assert ours["homotopy"] == [[step, pytest.approx(values, abs=1e-4)] for step, values in theirs["homotopy"]]
 
 
 @pytest.mark.parametrize(

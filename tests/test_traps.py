@@ -2,14 +2,12 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYERS, heads_of, tiny_config, tiny_model
+from conftest import LAYERS, heads_of, on_two_processes, tiny_config, tiny_model
 from safetensors import safe_open
 
 from hf_layerfuse import (
@@ -317,7 +315,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
-from hf_layerfuse import AutoFusedModel, Fuse, Plan, apply
+from hf_layerfuse import AutoFusedModel, Blend, Fuse, Plan, apply, straighten
+from hf_layerfuse.homotopy import Pull
 from hf_layerfuse.sharding import one_unit_for_shared, shares_layers, whole_again
 
 NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -447,11 +446,43 @@ def prepared(ram_efficient):
         alone = fsdp2_prepare_model(accelerator, alone)
     assert all(isinstance(layer, FSDPModule) for layer in alone.transformer.h)
 
+def straightened():
+    mesh = init_device_mesh("cpu", (2,))
+    ids = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+    found = []
+    for split in (False, True):
+        torch.manual_seed(0)
+        plan = Plan("gpt2", 4, (Blend(1, faithful=True), Blend(3, faithful=True)))
+        model = apply(GPT2LMHeadModel(CONFIG).eval(), plan)
+        student, pull = model, Pull(model, 40.0, progressive=True)
+        with whole_again(model, split):
+            if split:
+                for unit in (*model.transformer.h, model):
+                    fully_shard(unit, mesh=mesh)
+                assert all(isinstance(a, DTensor) for a in pull.parameters)
+            optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0)
+            way = []
+            for done in range(8):
+                model(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+                pull.step(1e-2, (done + 1) / 8)
+                optimizer.zero_grad()
+                way.append([*pull.values.values()])
+        found.append((way, student(input_ids=ids).logits.detach()))
+        if split:
+            plan = straighten(student, threshold=0.5)[1]
+            assert [edit.layer for edit in plan.edits] == [1, 3]
+    (plain, logits), (both, again) = found
+    assert plain[3][0] == plain[0][0] < 0.02 and plain[3][1] > 0.9, plain  # the last layer comes first
+    torch.testing.assert_close(torch.tensor(both), torch.tensor(plain), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again, logits, rtol=1e-3, atol=1e-3)
+
 if sys.argv[1] == "replicated":
     replicated()
 else:
     dist.init_process_group("gloo")
-    sharded() if sys.argv[1] == "sharded" else prepared(sys.argv[1] == "ram efficient")
+    parts = {"sharded": sharded, "straightened": straightened}
+    parts.get(sys.argv[1], lambda: prepared(sys.argv[1] == "ram efficient"))()
 dist.barrier()
 dist.destroy_process_group()
 # Everything has been asserted. Gloo's worker threads may still hold tensors that Python owns (FSDP2 keeps the group
@@ -464,27 +495,22 @@ os._exit(0)
 REFUSED = "is shared with a parameter already managed by another FSDP group"
 
 
-def on_two_processes(tmp_path: Path, part: str) -> str:
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    # `accelerate launch --cpu --num_processes 2` silently runs one process
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, str(program), part], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_12_two_processes_keep_shared_weights_shared(tmp_path):
     """Under Accelerate on two processes, shared weights stay one tensor through a step, the same on both."""
-    on_two_processes(tmp_path, "replicated")
+    on_two_processes(tmp_path, PROGRAM, "replicated")
 
 
 @pytest.mark.slow
 def test_12_sharded_training_needs_one_unit_for_layers_that_share(tmp_path):
     """FSDP2 refuses a shared parameter in two units; with the layers that share it in one unit, it trains and stays."""
-    assert on_two_processes(tmp_path, "sharded").count(REFUSED) == 2
+    assert on_two_processes(tmp_path, PROGRAM, "sharded").count(REFUSED) == 2
+
+
+@pytest.mark.slow
+def test_12_sharded_activations_are_straightened_as_whole_ones(tmp_path):
+    """Under FSDP2, an a is pulled to 1, one layer after the other, and read as on a single process."""
+    on_two_processes(tmp_path, PROGRAM, "straightened")
 
 
 @pytest.mark.slow
@@ -492,7 +518,7 @@ def test_12_sharded_training_needs_one_unit_for_layers_that_share(tmp_path):
 def test_12_accelerate_shards_what_shares_as_one_unit(tmp_path, loading):
     """What Accelerate does for FSDP2 fails with shared layers, and with `one_unit_for_shared` trains them; layers that
     share nothing are units of their own."""
-    assert on_two_processes(tmp_path, loading).count(REFUSED) == 2
+    assert on_two_processes(tmp_path, PROGRAM, loading).count(REFUSED) == 2
 
 
 def test_13_layers_that_differ_by_config_are_refused():
