@@ -1,19 +1,20 @@
 """MLPs made linear: our fit against dropping them and against W2 W1, without training, and all of that retrained.
 
-    python benchmarks/collapse.py [JOB ...] [--threads 2] [--train]
+    python benchmarks/collapse.py [JOB ...] [--threads 2] [--train] [--counts 4 ...]
 
-Data and checkpoints come from LAYERFUSE_DATA (default ../shared), and are those of the fusion benchmark: which MLPs,
-and with what weights, is decided on calibration data (training text), and test data are reported. Every method takes
-the MLPs that cost it least when each alone is changed, on the same calibration sequences. With `--train`, models are
-retrained beside, on the budgets of benchmarks/heal.py; the retrained original is the one that was measured there.
+Data and checkpoints come from LAYERFUSE_DATA (default ../shared), and are those of the fusion benchmark; a small ViT is
+trained here on CIFAR-10, as long as CPUs allow, and kept in outputs/collapse. Which MLPs, and with what weights, is
+decided on calibration data (training text or images), and test data are reported. Every method takes the MLPs that cost
+it least when each alone is changed, on the same calibration sequences. With `--train`, nothing of that is measured, and
+models are retrained instead, on the budgets of benchmarks/heal.py; its retrained originals stand beside.
 
 A row that is in benchmarks/results/collapse.json, or collapse_heal.json, already is not measured again; delete the
 files to start afresh.
 """
 
 import argparse
-import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -21,8 +22,9 @@ from typing import Any
 import fusion
 import heal
 import torch
+from transformers import ViTConfig, ViTForImageClassification
 
-from hf_layerfuse import CollapseRecipe, Drop, Plan, apply, search_collapse
+from hf_layerfuse import AutoFusedModel, CollapseRecipe, Drop, HealRecipe, Plan, apply, search_collapse
 from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.calibration import Sample
 from hf_layerfuse.evaluate import parameter_counts
@@ -30,12 +32,44 @@ from hf_layerfuse.prediction import calibration_loss
 from hf_layerfuse.report import text_table
 
 RESULT, TRAINED = (fusion.RESULT.with_name(name) for name in ("collapse.json", "collapse_heal.json"))
-COUNTS = {"minilm-sst2": (1, 2, 3, 4), "gpt2": (1, 2, 3, 4, 6)}
-TRAINED_COUNTS = {"minilm-sst2": (4, 3, 2, 1), "gpt2": (4, 6, 2, 1)}
+CHECKPOINTS = heal.CHECKPOINTS.with_name("collapse")
+COUNTS = {"minilm-sst2": (1, 2, 3, 4), "gpt2": (1, 2, 3, 4, 6), "vit-cifar10": (1, 2, 3, 4)}
+TRAINED_COUNTS = {"minilm-sst2": (4, 3, 2, 1), "gpt2": (4, 6, 2, 1), "vit-cifar10": (2, 4)}
 """MLPs of the models that are retrained; rates are chosen at the first number."""
 
 Make = Callable[[int], heal.Made]
 """From a number of MLPs that are changed to a model and its plan."""
+
+
+def vit_cifar10() -> heal.Job:
+    """A ViT of 6 layers of 192 on 16 patches."""
+    folder = CHECKPOINTS / "vit"
+    if not (folder / "config.json").is_file():
+        config = ViTConfig(
+            hidden_size=192,
+            num_hidden_layers=6,
+            num_attention_heads=3,
+            intermediate_size=768,
+            image_size=32,
+            patch_size=8,
+            num_labels=10,
+        )
+        torch.manual_seed(0)
+        recipe = HealRecipe(steps=5000, batch_size=64, learning_rate=1e-3, eval_every=500, kl_weight=0.0)
+        job = heal.images("vit-cifar10", ViTForImageClassification(config), recipe, [], 0)
+        model = job.base.model
+        heal.heal(
+            model, job.loader(0), recipe, validation_batches=job.validation, checkpoints=CHECKPOINTS / "vit-training"
+        )
+        temporary = folder.with_name(f"vit.{os.getpid()}.tmp")
+        model.save_pretrained(temporary)
+        temporary.rename(folder)
+    model = AutoFusedModel.from_pretrained(folder, dtype=torch.float32).eval()
+    recipe = HealRecipe(steps=600, batch_size=64, eval_every=200, teacher_top_k=10)
+    return heal.images("vit-cifar10", model, recipe, heal.rates(1e-4, 3e-4, 1e-3), pilot=150)
+
+
+JOBS = {"minilm-sst2": heal.minilm_sst2, "gpt2": heal.gpt2, "vit-cifar10": vit_cifar10}
 
 
 def dropping(job: fusion.Job) -> Make:
@@ -69,10 +103,15 @@ def methods(job: fusion.Job) -> Iterator[tuple[str, Make]]:
     yield "fitted", ours
 
 
-def run(name: str, results: dict[str, Any]) -> None:
+def run(name: str) -> None:
     """Measure all rows of a job that are not there yet, and save after each."""
-    job = fusion.JOBS[name]()
-    rows = results.setdefault(name, {})
+    job = fusion.JOBS[name]() if name in fusion.JOBS else JOBS[name]().base
+    rows = heal.load(RESULT).get(name, {})
+
+    def save() -> None:
+        with heal.updated(RESULT) as results:
+            results[name] = rows
+
     if "original" not in rows:
         depth = job.model.config.num_hidden_layers
         rows["original"] = {**job.score(job.model), **parameter_counts(job.model), "depth": depth}
@@ -85,12 +124,12 @@ def run(name: str, results: dict[str, Any]) -> None:
             layers = [edit.layer for edit in plan.edits]
             known[method] = {**job.score(model.eval()), **parameter_counts(model), "layers": layers}
             print(f"{name}, {count}, {method}: {known[method]}", flush=True)
-            fusion.save(results, RESULT)
+            save()
 
 
-def train(name: str) -> None:
+def train(name: str, counts: Sequence[int]) -> None:
     """Retrain what is not there yet, and save after each model."""
-    job = heal.JOBS[name]()
+    job = JOBS[name]()
     before = heal.current(job, heal.load(heal.RESULT).get(name, {}))
     targets = {f"{count} MLPs": {"count": count} for count in TRAINED_COUNTS[name]}
     job = replace(job, targets=targets, pilots=tuple(targets)[:1])
@@ -106,13 +145,15 @@ def train(name: str) -> None:
     models = [("original", {}, "original", 1, heal.untouched)]
     models += [(target, asked, method, 1, step) for target, asked in targets.items() for method, step in todo.items()]
     for model in models:
+        if model[1] and model[1]["count"] not in counts:
+            continue
         for news in heal.measure(job, known, *model):
             heal.save(job, TRAINED, news)
 
 
 def table(results: dict[str, Any], name: str) -> list[list[str]]:
     """One row a method, one column a number of linear MLPs; accuracy with the cross-entropy beside it."""
-    rows, (metric, form) = results[name], fusion.HEADLINE[name]
+    rows, (metric, form) = results[name], heal.HEADLINE[name]
     original = rows["original"]
 
     def cell(row: dict[str, Any]) -> str:
@@ -140,16 +181,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("jobs", nargs="*", choices=[*COUNTS, []], help=f"default: all of {', '.join(COUNTS)}")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--train", action="store_true", help="retrain models too")
+    parser.add_argument("--train", action="store_true", help="retrain models, and measure nothing without training")
+    parser.add_argument("--counts", nargs="*", type=int, help="of MLPs, to retrain only these models")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    results = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     for name in options.jobs or COUNTS:
-        run(name, results)
         if options.train:
-            train(name)
-    for rows in [*tables(results), *heal.tables(heal.load(TRAINED))]:
+            train(name, options.counts or TRAINED_COUNTS[name])
+        else:
+            run(name)
+    for rows in [*tables(heal.load(RESULT)), *heal.tables(heal.load(TRAINED))]:
         print("\n" + text_table(rows))
 
 

@@ -208,6 +208,14 @@ def minilm_sst2() -> Job:
 
 def resnet56() -> Job:
     model = published(fusion.DATA / "models" / "resnet-cifar10" / "resnet56.safetensors")
+    recipe = HealRecipe(steps=3000, batch_size=64, eval_every=300, patience=4, temperature=4.0, teacher_top_k=10)
+    job = images("resnet56", model, recipe, rates(1e-3, 2e-3), pilot=200)
+    targets = {"70% shared": {"ratio": 0.7, "mode": "share", "rank": 4}}
+    return replace(job, targets=targets, pilots=tuple(targets), rounds=3, effort="low")
+
+
+def images(name: str, model: PreTrainedModel, recipe: HealRecipe, options: list[dict[str, float]], pilot: int) -> Job:
+    """A classifier with the images of CIFAR-10, and no targets yet; 40,000 of the training images are trained on."""
     (train, labels), (test, answers) = (cifar10(fusion.DATA / "data" / "cifar10", split) for split in ("train", "test"))
     held_out = [
         {"pixel_values": x, "labels": y}
@@ -216,23 +224,12 @@ def resnet56() -> Job:
     tested = [{"pixel_values": x, "labels": y} for x, y in zip(test.split(499), answers.split(499), strict=True)]
     calibration = [{"pixel_values": x} for x in train[:40_000:78].split(64)]
     base = fusion.Job(model, calibration, held_out, lambda student: classification(student, tested), keeps=())
-    recipe = HealRecipe(steps=3000, batch_size=64, eval_every=300, patience=4, temperature=4.0, teacher_top_k=10)
     collate, views = Views(train[:40_000]), range(recipe.steps * recipe.batch_size)
     rows = {ROW: [*views], "labels": [int(labels[view % 40_000]) for view in views]}
-    return Job(
-        "resnet56",
-        base,
-        answered("views", rows, model, recipe, collate, batch_size=64),
-        collate,
-        held_out,
-        recipe,
-        options=rates(1e-3, 2e-3),
-        targets={"70% shared": {"ratio": 0.7, "mode": "share", "rank": 4}},
-        pilots=("70% shared",),
-        pilot=200,
-        rounds=3,
-        effort="low",
-    )
+    data = Dataset.from_dict(rows)
+    if recipe.needs_teacher:
+        data = answered("views", rows, model, recipe, collate, batch_size=64)
+    return Job(name, base, data, collate, held_out, recipe, options, {}, (), pilot)
 
 
 class Views:
@@ -436,27 +433,36 @@ def current(job: Job, known: dict[str, Any]) -> dict[str, Any]:
     return {"chosen": {name: row for name, row in choices if row.get("steps") == job.pilot}, "models": models}
 
 
+@contextlib.contextmanager
+def updated(path: Path) -> Iterator[dict[str, Any]]:
+    """The results of all jobs, which are written back when the block ends; other processes wait until then."""
+    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+    with (CHECKPOINTS / f"{path.stem}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = load(path)
+        yield results
+        fusion.save({name: results[name] for name in sorted(results, key=_place)}, path)
+
+
 def save(job: Job, path: Path, news: dict[str, Any]) -> dict[str, Any]:
     """Lay new rows and choices of a job over its results in a file, and return them; what is not current goes.
 
     Nothing else is touched: other jobs, or other targets of this one, may be running beside it.
     """
-    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
-    with (CHECKPOINTS / f"{path.stem}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        results = load(path)
-        known = current(job, results.get(job.name, {}))
+    with updated(path) as results:
+        known = results[job.name] = current(job, results.get(job.name, {}))
         for target, rows in news.get("models", {}).items():
             known["models"].setdefault(target, {}).update(rows)
         known["chosen"].update(news.get("chosen", {}))
-        results[job.name] = known
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({name: results[name] for name in JOBS if name in results}, indent=1) + "\n")
-        temporary.replace(path)
     return known
 
 
-HEADLINE = fusion.HEADLINE | {"resnet56": ("accuracy", "{:.2%}")}
+def _place(name: str) -> int:
+    """Of a job among others: those of other benchmarks come last."""
+    return [*JOBS, name].index(name)
+
+
+HEADLINE = fusion.HEADLINE | dict.fromkeys(("resnet56", "vit-cifar10"), ("accuracy", "{:.2%}"))
 
 
 def table(results: dict[str, Any], name: str) -> list[list[str]]:

@@ -5,8 +5,9 @@
 Speed: a model of 12 layers, the same fused to 6, and the same without any layer (embeddings, final norm and head) are
 timed in turn in one run. Were layers all that counts, 6 of 12 would leave t0 + (t12 - t0) / 2; `of ideal` is the
 speed-up that was had over that one. Collapse: an MLP and the linear map that it becomes are timed in turn by
-themselves, then the model with 6 of 12 linear MLPs beside the original; `of predicted` is its speed-up over the one
-that the times by themselves predict. Loading: the stock class and `AutoFusedModel` read one file in turn.
+themselves, then the model with 6 of 12 linear MLPs beside the original. What that ought to give is known from the
+original alone, in which its MLPs are timed too: they take the share of it that their maps have of their operations.
+`of predicted` is the speed-up over that one. Loading: the stock class and `AutoFusedModel` read one file in turn.
 
 Weights are random: they do not change the time. Writes benchmarks/results/latency.json and prints a table.
 """
@@ -18,7 +19,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -110,19 +113,22 @@ def speed(repeats: int) -> list[dict]:
 
 def collapsing(repeats: int) -> list[dict]:
     """One row per architecture and batch size: an MLP and its linear map, and a model with six of them."""
-    rows = []
+    rows, layers = [], range(3, 9)
     for name, (head, config) in MODELS.items():
         torch.manual_seed(0)
         model = head(config).eval()
         kind = config.model_type
-        small = apply(model, Plan(kind, 12, tuple(map(Linearize, range(3, 9))))).eval()
+        small = apply(model, Plan(kind, 12, tuple(map(Linearize, layers)))).eval()
         parts = {"mlp": mlp_of(model, 5), "map": mlp_of(small, 5)}
-        timed = latency_side_by_side({"original": model, "linear": small}, sequence_length=TOKENS, repeats=repeats)
+        left = matrices_of(small, 5) / matrices_of(model, 5)  # an operation for each entry and token
+        with mlps_timed(model, layers) as inside:
+            timed = latency_side_by_side({"original": model, "linear": small}, sequence_length=TOKENS, repeats=repeats)
         for batch, whole in timed["original"].items():
             tokens = whole["input_shape"][1] if len(whole["input_shape"]) == 2 else (112 // 16) ** 2 + 1
             mlp, linear = calls_side_by_side(parts, torch.randn(batch, tokens, config.hidden_size), repeats)
             found = whole["median_ms"] / timed["linear"][batch]["median_ms"]
-            predicted = whole["median_ms"] / (whole["median_ms"] - 6 * (mlp - linear))
+            mlps = len(layers) * statistics.median(inside[batch * tokens])
+            predicted = whole["median_ms"] / (whole["median_ms"] - (1 - left) * mlps)
             rows.append(
                 {
                     "model": name,
@@ -132,6 +138,8 @@ def collapsing(repeats: int) -> list[dict]:
                     "map_ms": linear,
                     "mlp_speedup": mlp / linear,
                     "original_ms": whole["median_ms"],
+                    "six_mlps_ms": mlps,
+                    "operations_left": left,
                     "linear_ms": timed["linear"][batch]["median_ms"],
                     "speedup": found,
                     "predicted_speedup": predicted,
@@ -139,6 +147,34 @@ def collapsing(repeats: int) -> list[dict]:
                 }
             )
     return rows
+
+
+@contextmanager
+def mlps_timed(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, list[float]]]:
+    """Milliseconds that each call of one of these MLPs takes inside the model, by the number of tokens."""
+    adapter, times, started = adapter_for(model), defaultdict(list), []
+
+    def begin(module: nn.Module, args: tuple) -> None:
+        if not started:
+            started.append(time.perf_counter())
+
+    def end(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        times[output.shape[:-1].numel()].append(1000 * (time.perf_counter() - started.pop()))
+
+    with ExitStack() as hooks:
+        for layer in map(adapter.layer_list(model).__getitem__, layers):
+            for role in {"gate", "in"} & set(adapter.mlp):
+                hooks.callback(layer.get_submodule(adapter.mlp[role]).register_forward_pre_hook(begin).remove)
+            hooks.callback(layer.get_submodule(adapter.mlp["out"]).register_forward_hook(end).remove)
+        yield times
+
+
+def matrices_of(model: PreTrainedModel, index: int) -> int:
+    """Entries of the matrices of the MLP of a layer."""
+    adapter = adapter_for(model)
+    layer = adapter.layer_list(model)[index]
+    inside = [layer.get_submodule(path) for role, path in adapter.mlp.items() if role != "norm"]
+    return sum(module.weight.numel() for module in inside if hasattr(module, "weight"))
 
 
 def mlp_of(model: PreTrainedModel, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
