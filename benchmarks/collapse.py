@@ -99,7 +99,6 @@ def methods(job: fusion.Job) -> Iterator[tuple[str, Make]]:
     yield "dropped", dropping(job)
     yield "W2 W1", partial(ours, refit="none")
     yield "fitted, deepest first", partial(ours, order="deepest")
-    yield "fitted, maps alone", partial(ours, refit="maps")
     yield "fitted", ours
 
 

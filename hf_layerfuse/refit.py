@@ -39,8 +39,9 @@ class RefitReport:
         kept: whether the repair was kept; otherwise it made things worse and was undone.
         blocks: per repaired map, its layer, kind and role, and its mean squared error on held-out tokens before and
             after. For `heads` of a selected layer, what the MLPs of its group miss the end of the group by, with heads
-            of the kept layer and with those in use. For a linear map that was an MLP, also `r2`: the share of the
-            variance of what it ought to give that it explains on held-out tokens.
+            of the kept layer and with those in use. For a linear map that was an MLP, errors are relative to the
+            variance of the stream at each token, and `r2` is the share of the variance of what it ought to give that
+            it explains on held-out tokens.
     """
 
     before: float
@@ -63,7 +64,7 @@ def refit(
     attention is led to all that the attention of the group adds, where the MLPs can make more of that.
 
     An MLP that has become linear is fitted as a whole: the stream less what it is added to by what it reads, held
-    towards the map that it was.
+    towards the map that it was. Tokens count by what norms make of them, 1 / variance of the stream.
 
     Shared matrices stay as they are. Refitted per depth are norms that follow a sum, gains of those in front of MLPs,
     biases, and residuals and coefficients of relaxed sharing: the fit is projected on the rank that they have.
@@ -238,10 +239,15 @@ class TransformerRepair(Repair):
         self._fit(block, "out", block.modules["out"], moments)
 
     def _fit_linear(self, block: Block, target: PerBatch) -> None:
-        """Fit what an MLP has become, so that the stream becomes the target."""
+        """Fit what an MLP has become, so that the stream becomes the target.
 
-        def rows(index: int, read: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-            return read, target[index].to(residual.device) - residual
+        All that reads the stream divides it by its deviation at each token, and so are errors counted.
+        """
+
+        def rows(index: int, read: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            aim = target[index].to(residual.device)
+            deviation = aim.std(-1, keepdim=True)
+            return read, aim - residual, 1 / (deviation + 1e-3 * deviation.mean() + 1e-12)
 
         moments = self.student.moments(rows, Tap(block.kind, "read"), Tap(block.kind, "residual"))
         maps = [self.student.model.get_submodule(path) for role, path in block.modules.items() if role in ("in", "out")]

@@ -165,17 +165,17 @@ class Walk:
         chooses, rows = choosing[fitted], self.rows(index, states)
         return rows[~chooses], rows[chooses]
 
-    def moments(self, rows: Callable[..., tuple[Tensor, Tensor]], *taps: Tap | None) -> list[Moments]:
-        """Moments of the rows (inputs, targets) that `rows` makes of a batch's index and what is tapped: those to fit
-        at first, and those that choose the strength of a penalty."""
+    def moments(self, rows: Callable[..., tuple[Tensor, ...]], *taps: Tap | None) -> list[Moments]:
+        """Moments of the rows (inputs, targets), or (inputs, targets, scale), that `rows` makes of a batch's index and
+        what is tapped: those to fit at first, and those that choose the strength of a penalty."""
         found: list[Moments] = []
         for index, seen in self.look(*taps):
-            x, y = rows(index, *(seen[tap].float() for tap in taps))
+            x, y, *scale = rows(index, *(seen[tap].float() for tap in taps))
             found = found or [Moments.empty(x.shape[-1], y.shape[-1], x.device) for _ in range(2)]
             del seen
-            for part, *pair in zip(found, self.split(index, x), self.split(index, y), strict=True):
-                part.add(*pair)
-            del x, y, pair  # before the next batch is read
+            for part, *split in zip(found, *(self.split(index, of) for of in (x, y, *scale)), strict=True):
+                part.add(*split)
+            del x, y, scale, split  # before the next batch is read
         return found
 
 

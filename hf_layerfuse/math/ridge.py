@@ -40,11 +40,17 @@ class Moments:
 
     @property
     def rows(self) -> float:
+        """How many, or the sum of the squares of their scales."""
         return self.xx[-1, -1].item()
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows x (rows, in) and y (rows, out): products in their data type, sums in float64."""
+    def add(self, x: Tensor, y: Tensor, scale: Tensor | None = None) -> None:
+        """Add rows x (rows, in) and y (rows, out): products in their data type, sums in float64.
+
+        With `scale`, (rows, 1), the error of a row is counted so many times: sums are weighted by its square.
+        """
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        if scale is not None:
+            x, y = scale * x, scale * y
         parts = [slice(start, start + _BLOCK) for start in range(0, x.shape[1], _BLOCK)]
         for place, rows in enumerate(parts):
             for columns in parts[place:]:
