@@ -151,23 +151,27 @@ def train(name: str, counts: Sequence[int]) -> None:
 
 
 def table(results: dict[str, Any], name: str) -> list[list[str]]:
-    """One row a method, one column a number of linear MLPs; accuracy with the cross-entropy beside it."""
+    """One row a method, one column a number of MLPs; beside accuracy stands the cross-entropy."""
     rows, (metric, form) = results[name], heal.HEADLINE[name]
     original = rows["original"]
 
     def cell(row: dict[str, Any]) -> str:
+        if not row:
+            return ""
         beside = f" ({row['cross_entropy']:.3f})" if "cross_entropy" in row else ""
         return form.format(row[metric]) + beside
 
-    head = [f"{name}, {metric.replace('_', ' ')}; original {cell(original)}"]
-    head += [f"{count} of {original['depth']} MLPs" for count in COUNTS[name]]
-    names = dict.fromkeys(method for count in COUNTS[name] for method in rows[str(count)])
-    sizes = [rows[str(count)]["fitted"]["non_embedding_parameters"] for count in COUNTS[name]]
+    columns = {count: found for count, found in rows.items() if count != "original"}
+    names = dict.fromkeys(method for found in columns.values() for method in found)
+    sizes = [next(iter(reversed(found.values())))["non_embedding_parameters"] for found in columns.values()]
     whole = original["non_embedding_parameters"]
     return [
-        head,
+        [
+            f"{name}, {metric.replace('_', ' ')}; original {cell(original)}",
+            *(f"{count} of {original['depth']} MLPs" for count in columns),
+        ],
         ["block parameters", *(f"{size / whole:.0%}" for size in sizes)],
-        *([method, *(cell(rows[str(count)][method]) for count in COUNTS[name])] for method in names),
+        *([method, *(cell(found.get(method, {})) for found in columns.values())] for method in names),
     ]
 
 

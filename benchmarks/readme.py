@@ -58,6 +58,7 @@ def filled(text: str) -> str:
     cost, spent = benchmark("fusion_cost")
     latency, timed = benchmark("latency")
     heal, healed = benchmark("heal")
+    collapse, linear = benchmark("collapse")
     sweep, swept = benchmark("sweep")
     throughput, speeds = benchmark("throughput")
     tables = {
@@ -66,6 +67,8 @@ def filled(text: str) -> str:
         "cost": cost.tables(spent),
         "latency": latency.tables(timed),
         "heal": heal.tables(healed),
+        "collapse": collapse.tables(linear),
+        "collapse, retrained": heal.tables(heal.load(collapse.TRAINED)),
         "sweep": [sweep.table(swept)],
         "throughput": [throughput.table(speeds)],
     }

@@ -48,6 +48,17 @@ def split(data):
     return moments_of(x[:48], y[:48]), moments_of(x[48:], y[48:])
 
 
+def test_scaled_rows_count_by_the_square_of_their_scale(data):
+    """A row with the scale sqrt(3) is three of it, for every fit and error; its constant is scaled too."""
+    x, y = data
+    found = Moments.empty(IN, OUT)
+    found.add(x, y, torch.tensor([1.0, 3.0], dtype=torch.float64).sqrt().repeat(ROWS // 2)[:, None])
+    thrice = moments_of(torch.cat([x, x[1::2], x[1::2]]), torch.cat([y, y[1::2], y[1::2]]))
+    for one, other in zip(tensors(found), tensors(thrice), strict=True):
+        torch.testing.assert_close(one, other)
+    assert found.rows == pytest.approx(2 * ROWS)
+
+
 def test_without_a_penalty_it_is_least_squares(data):
     """A vanishing penalty gives what torch.linalg.lstsq finds for the rows, constant included."""
     x, y = data
