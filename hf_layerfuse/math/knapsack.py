@@ -1,0 +1,132 @@
+"""What to choose for each part of a chain so that the whole is worth most within a budget: one dynamic program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ..errors import LayerFuseError
+
+UNITS = 2000
+"""Parts into which a budget is divided: each choice is rounded up to one of them."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to do a part of a chain.
+
+    Attributes:
+        cost: 0 or more, such as milliseconds.
+        value: what is maximised in sum.
+        label: of the caller.
+    """
+
+    cost: float
+    value: float
+    label: Any = None
+
+
+Step = tuple[int, int, Option]
+"""A part of the chain, from one boundary to a later one, and what was chosen for it."""
+
+
+class Frontier:
+    """The chains of most value for every budget up to one (LayerMerge, Kim et al. 2024, section 3.3).
+
+    M[j, t] = max over i < j and the options of (i, j) of M[i, t - cost] + value, M[0, t] = 0. Costs are rounded up to
+    units of the budget, so that no chain costs more than it may; of chains of equal value, the cheaper one is taken.
+
+    Args:
+        length: the last boundary; a chain leads from 0 to it.
+        options: (i, j) -> what can be chosen between these boundaries, 0 <= i < j <= length.
+        budget: the most that a chain may cost, above 0.
+        units: in which costs are counted. With one part in `units` of the budget for each step, rounding gives away at
+            most steps / units of it.
+
+    Attributes:
+        cheapest: the least that any chain costs, without rounding; infinite where none leads to the end.
+
+    Raises:
+        LayerFuseError: a cost is negative or not a number, or a part does not lead forward.
+    """
+
+    def __init__(
+        self, length: int, options: Mapping[tuple[int, int], Sequence[Option]], budget: float, units: int = UNITS
+    ) -> None:
+        for (i, j), ways in options.items():
+            wrong = [way for way in ways if not (math.isfinite(way.cost) and way.cost >= 0 and way.value == way.value)]
+            if wrong or not 0 <= i < j <= length:
+                raise LayerFuseError(
+                    f"the options between boundaries {i} and {j} of {length} are {list(ways)}: use costs of 0 or more, "
+                    "values that are numbers, and parts that lead forward."
+                )
+        self.length, self.options, self.budget, self.unit = length, options, budget, budget / units
+        self.value = np.full((length + 1, units + 1), -np.inf)
+        self.value[0] = 0.0
+        self._cost = np.full_like(self.value, np.inf)  # without rounding, which decides between equal values
+        self._cost[0] = 0.0
+        self._last: dict[int, list[Step]] = {}
+        self._chosen = np.full(self.value.shape, -1)
+        for end in range(1, length + 1):
+            self._reach(end)
+
+    def _units(self, cost: float) -> int:
+        return math.ceil(cost / self.unit * (1 - 1e-12))  # a cost of whole units is not one more by rounding
+
+    def _reach(self, end: int) -> None:
+        ways = [(i, j, way) for (i, j), found in sorted(self.options.items()) if j == end for way in found]
+        self._last[end] = ways
+        value, cost, chosen = self.value[end], self._cost[end], self._chosen[end]
+        for place, (start, _, way) in enumerate(ways):
+            shift = self._units(way.cost)
+            if shift >= len(value):
+                continue
+            left = slice(None, len(value) - shift)
+            worth, price = self.value[start, left] + way.value, self._cost[start, left] + way.cost
+            better = (worth > value[shift:]) | ((worth == value[shift:]) & (price < cost[shift:]))
+            value[shift:][better], cost[shift:][better], chosen[shift:][better] = worth[better], price[better], place
+
+    def best(self, budget: float | None = None) -> list[Step]:
+        """The chain of most value that costs no more than a budget, its steps in order.
+
+        Args:
+            budget: no more than that of the frontier, which is the default.
+
+        Raises:
+            LayerFuseError: none costs so little.
+        """
+        budget = self.budget if budget is None else budget
+        at = min(math.floor(budget / self.unit * (1 + 1e-12)), self.value.shape[1] - 1)
+        if at < 0 or self.value[self.length, at] == -np.inf:
+            raise LayerFuseError(
+                f"nothing costs {budget:.6g} or less: the cheapest choice costs {self.cheapest:.6g}. Use a budget that "
+                "is larger than that."
+            )
+        steps: list[Step] = []
+        end = self.length
+        while end:
+            start, _, way = self._last[end][self._chosen[end, at]]
+            steps.append((start, end, way))
+            end, at = start, at - self._units(way.cost)
+        return steps[::-1]
+
+    @cached_property
+    def cheapest(self) -> float:
+        least = [0.0] + [math.inf] * self.length
+        for end in range(1, self.length + 1):
+            least[end] = min((least[start] + way.cost for start, _, way in self._last[end]), default=math.inf)
+        return least[-1]
+
+    def chains(self) -> list[list[Step]]:
+        """Every chain that is the best one for some budget, the cheapest first."""
+        found, before = [], -np.inf
+        for at, worth in enumerate(self.value[self.length]):
+            if worth > before:
+                found.append(self.best(at * self.unit))
+                before = worth
+        return found

@@ -1,0 +1,93 @@
+"""The dynamic program against every chain there is."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_layerfuse import LayerFuseError
+from hf_layerfuse.math.knapsack import Frontier, Option
+
+UNITS = 100
+BUDGET = 10.0
+
+
+@st.composite
+def chains(draw):
+    """A chain of up to 8 parts with options between some of the boundaries, and between all neighbours."""
+    length = draw(st.integers(1, 8))
+    pairs = [(i, j) for i in range(length) for j in range(i + 1, length + 1)]
+    chosen = draw(st.lists(st.sampled_from(pairs), unique=True, max_size=10))
+    chosen = sorted({*chosen, *((i, i + 1) for i in range(length))})
+    # in whole units, and of few values, so that there are ties
+    option = st.builds(Option, st.integers(0, 40).map(lambda units: units * BUDGET / UNITS), st.integers(-3, 3))
+    return length, {pair: draw(st.lists(option, min_size=1, max_size=3)) for pair in chosen}
+
+
+def every_chain(length, options):
+    """All chains of a small problem, as (value, cost)."""
+    for inner in itertools.product([False, True], repeat=length - 1):
+        stops = [0, *(i + 1 for i, stops in enumerate(inner) if stops), length]
+        parts = list(itertools.pairwise(stops))
+        if all(part in options for part in parts):
+            for ways in itertools.product(*(options[part] for part in parts)):
+                yield sum(way.value for way in ways), sum(way.cost for way in ways)
+
+
+def totals(steps):
+    return sum(way.value for _, _, way in steps), sum(way.cost for _, _, way in steps)
+
+
+@settings(deadline=None, max_examples=60)
+@given(chains(), st.floats(0.05, 1))
+def test_it_is_the_best_of_all_chains(chain, share):
+    """For any budget: no chain within it is worth more, and none of the same value is cheaper."""
+    length, options = chain
+    frontier = Frontier(length, options, BUDGET, UNITS)
+    budget = math.floor(share * UNITS) * BUDGET / UNITS
+    known = list(every_chain(length, options))
+    within = [(value, -cost) for value, cost in known if cost <= budget + 1e-9]
+    assert frontier.cheapest == pytest.approx(min(cost for _, cost in known))
+    if not within:
+        with pytest.raises(LayerFuseError, match="the cheapest choice costs"):
+            frontier.best(budget)
+        return
+    steps = frontier.best(budget)
+    value, cost = totals(steps)
+    assert (value, -cost) == (max(within)[0], pytest.approx(max(within)[1]))
+    assert [0, *(end for _, end, _ in steps)] == [*(start for start, _, _ in steps), length]
+    assert all(way in options[start, end] for start, end, way in steps)
+
+
+@settings(deadline=None, max_examples=30)
+@given(chains())
+def test_the_frontier_holds_every_best_chain(chain):
+    """Each of its chains costs more and is worth more than the one before; no chain is cheaper and worth as much."""
+    length, options = chain
+    found = [totals(steps) for steps in Frontier(length, options, BUDGET, UNITS).chains()]
+    assert found == sorted(found)
+    assert all(one[0] < other[0] and one[1] < other[1] for one, other in itertools.pairwise(found))
+    for value, cost in every_chain(length, options):
+        if cost <= BUDGET + 1e-9:
+            assert any(better >= value and price <= cost + 1e-9 for better, price in found)
+
+
+@settings(deadline=None, max_examples=30)
+@given(chains(), st.floats(0.01, 1.0))
+def test_costs_that_are_no_whole_units_stay_within_the_budget(chain, scale):
+    """Rounding is always up: what is chosen may cost less than it could, and never more."""
+    length, options = chain
+    options = {pair: [Option(way.cost * scale, way.value) for way in ways] for pair, ways in options.items()}
+    frontier = Frontier(length, options, BUDGET, 17)
+    for steps in frontier.chains():
+        assert totals(steps)[1] <= BUDGET + 1e-9
+
+
+@pytest.mark.parametrize("wrong", [Option(-1.0, 0.0), Option(math.nan, 0.0), Option(1.0, math.nan)])
+def test_costs_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(LayerFuseError, match="costs of 0 or more"):
+        Frontier(1, {(0, 1): [wrong]}, 1.0)
+    with pytest.raises(LayerFuseError, match="lead forward"):
+        Frontier(1, {(1, 1): [Option(1.0, 1.0)]}, 1.0)
