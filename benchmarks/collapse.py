@@ -16,7 +16,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, cached_property
 from typing import Any
 
 import fusion
@@ -24,12 +24,24 @@ import heal
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_layerfuse import AutoFusedModel, CollapseRecipe, Drop, HealRecipe, Plan, apply, search_collapse
+from hf_layerfuse import (
+    AutoFusedModel,
+    Blend,
+    CollapseRecipe,
+    Drop,
+    HealRecipe,
+    Linearize,
+    Plan,
+    apply,
+    refit,
+    search_collapse,
+)
 from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.calibration import Sample
 from hf_layerfuse.evaluate import parameter_counts
 from hf_layerfuse.prediction import calibration_loss
 from hf_layerfuse.report import text_table
+from hf_layerfuse.search import Found
 
 RESULT, TRAINED = (fusion.RESULT.with_name(name) for name in ("collapse.json", "collapse_heal.json"))
 CHECKPOINTS = heal.CHECKPOINTS.with_name("collapse")
@@ -88,18 +100,53 @@ def dropping(job: fusion.Job) -> Make:
     return lambda count: without(order()[:count])
 
 
-def searched(job: fusion.Job, count: int, **options: Any) -> heal.Made:
-    found = search_collapse(job.model, CollapseRecipe(count=count, **options), job.calibration)
-    return found.model, found.plan
+class Collapsing:
+    """MLPs of a job that become linear, by what each alone costs: that is measured once, for any number of them.
+
+    Args:
+        job: a checkpoint with calibration data.
+        refit: as in `CollapseRecipe`.
+    """
+
+    def __init__(self, job: fusion.Job, refit: str = "full") -> None:
+        self.job, self.refit = job, refit
+
+    @cached_property
+    def order(self) -> list[int]:
+        """Layers as `collapse` takes them; all MLPs of these models are of one size."""
+        losses = self.searched(1).plan.notes["losses"]
+        return sorted(map(int, losses), key=lambda layer: losses[str(layer)])
+
+    def searched(self, count: int, **options: Any) -> Found:
+        recipe = CollapseRecipe(count=count, refit=self.refit, **options)
+        return search_collapse(self.job.model, recipe, self.job.calibration)
+
+    def deepest(self, count: int) -> heal.Made:
+        found = self.searched(count, order="deepest")
+        return found.model, found.plan
+
+    def fitted(self, count: int) -> heal.Made:
+        model, plan = self._made(Linearize, count)
+        refit(model, self.job.model, plan, self.job.calibration, self.refit)
+        return model, plan
+
+    def homotopy(self, count: int) -> heal.Made:
+        return self._made(Blend, count)
+
+    def _made(self, edit: type[Linearize | Blend], count: int) -> heal.Made:
+        model = self.job.model
+        depth, kind = model.config.num_hidden_layers, adapter_for(model).model_type
+        plan = Plan(kind, depth, tuple(map(edit, sorted(self.order[:count]))))
+        return apply(model, plan, self.job.calibration), plan
 
 
 def methods(job: fusion.Job) -> Iterator[tuple[str, Make]]:
     """Name of each method, and what it makes of a number of MLPs; baselines first."""
-    ours = partial(searched, job)
+    ours = Collapsing(job)
     yield "dropped", dropping(job)
-    yield "W2 W1", partial(ours, refit="none")
-    yield "fitted, deepest first", partial(ours, order="deepest")
-    yield "fitted", ours
+    yield "W2 W1", Collapsing(job, "none").fitted
+    yield "fitted, deepest first", ours.deepest
+    yield "fitted", ours.fitted
 
 
 def run(name: str) -> None:
@@ -135,11 +182,11 @@ def train(name: str, counts: Sequence[int]) -> None:
     original = before["models"].get("original", {})
     chosen = {row: choice for row, choice in before["chosen"].items() if row.startswith("original")}
     known = heal.save(job, TRAINED, {"chosen": chosen, "models": {"original": original}})
-    drop, ours = dropping(job.base), partial(searched, job.base)
+    drop, ours = dropping(job.base), Collapsing(job.base)
     todo = {
         "dropped": lambda model, asked: drop(asked["count"]),
-        "fitted": lambda model, asked: ours(asked["count"]),
-        "homotopy": lambda model, asked: ours(asked["count"], method="homotopy"),
+        "fitted": lambda model, asked: ours.fitted(asked["count"]),
+        "homotopy": lambda model, asked: ours.homotopy(asked["count"]),
     }
     models = [("original", {}, "original", 1, heal.untouched)]
     models += [(target, asked, method, 1, step) for target, asked in targets.items() for method, step in todo.items()]
