@@ -37,8 +37,8 @@ RANKS = (
     ("accelerators", "schedule"),
     ("adapters", "recipe"),
     ("math", "plan", "prediction", "collate"),
-    ("lora",),
-    ("errors", "fingerprint", "homotopy", "mixture", "modes", "processes", "sampling", "sharding", "states", "tasks"),
+    ("homotopy", "lora"),
+    ("errors", "fingerprint", "mixture", "modes", "processes", "sampling", "segments", "sharding", "states", "tasks"),
 )
 RANK = {name: rank for rank, row in enumerate(RANKS) for name in row}
 
