@@ -126,12 +126,6 @@ def rates(*values: float) -> list[dict[str, float]]:
 
 def gpt2() -> Job:
     base = fusion.gpt2()
-    # less than an epoch is read, in which nothing can be learnt by heart, and random numbers take half of the time
-    for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
-        setattr(base.model.config, name, 0.0)
-    for module in base.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     path = fusion.DATA / "models" / "gpt2-wikitext2"
     tokenizer = fusion.AutoTokenizer.from_pretrained(path)
     labelled = [{**batch, "labels": batch["input_ids"]} for batch in fusion._windows(tokenizer, "valid", 64)]
@@ -139,7 +133,8 @@ def gpt2() -> Job:
     targets |= {
         f"share {share}%": {"ratio": share / 100, "mode": "share", "rank": "auto"} for share in (25, 50, 70, 80)
     }
-    recipe = HealRecipe(steps=400, batch_size=8, eval_every=100, teacher_top_k=64)
+    # less than an epoch is read, in which nothing can be learnt by heart
+    recipe = HealRecipe(steps=400, batch_size=8, eval_every=100, teacher_top_k=64, dropout=0.0)
     windows = fusion._windows(tokenizer, "train", recipe.steps * recipe.batch_size)
     ids = torch.cat([batch["input_ids"] for batch in windows]).tolist()
     rows = {"input_ids": ids, "labels": ids}

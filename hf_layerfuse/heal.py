@@ -21,6 +21,7 @@ from .homotopy import Pull
 from .loop import Loop
 from .lora import low_rank
 from .mixture import Mixture
+from .modes import dropout_of
 from .objective import Batch, Match
 from .recipe import HealRecipe
 from .sharding import whole_again
@@ -134,6 +135,7 @@ def heal(
         run["threshold"] = threshold
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_training(accelerator, recipe, seed))
+        stack.enter_context(dropout_of(student, recipe.dropout))
         stack.enter_context(low_rank(student, recipe.lora_rank))
         stack.enter_context(_training(student, recipe, teacher, frozen))
         stack.enter_context(whole_again(student, accelerator.distributed_type == DistributedType.FSDP))

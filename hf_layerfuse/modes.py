@@ -1,4 +1,4 @@
-"""Train and eval mode, borrowed and given back."""
+"""Train and eval mode, and dropout, borrowed and given back."""
 
 from __future__ import annotations
 
@@ -19,3 +19,29 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def dropout_of(model: nn.Module, probability: float | None) -> Iterator[None]:
+    """Every dropout of a model with one probability inside the `with` block; None leaves them as they are.
+
+    That of attention is a number in the attention modules, where a kernel does it.
+    """
+    places = (
+        []
+        if probability is None
+        else [
+            (module, name)
+            for module in model.modules()
+            for name in (("p",) if isinstance(module, nn.Dropout) else ("attention_dropout",))
+            if isinstance(getattr(module, name, None), float)
+        ]
+    )
+    before = [getattr(module, name) for module, name in places]
+    try:
+        for module, name in places:
+            setattr(module, name, probability)
+        yield
+    finally:
+        for (module, name), value in zip(places, before, strict=True):
+            setattr(module, name, value)

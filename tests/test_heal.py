@@ -12,15 +12,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import tiny_model
+from conftest import TINY, tiny_config, tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import Fuse, Plan, apply, fused_parameters, layer_map
 from hf_layerfuse.accelerators import accelerator_of
 from hf_layerfuse.errors import DataError, LayerFuseError, RecipeError, TrainingError
 from hf_layerfuse.heal import heal
+from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.math.losses import distillation_loss
+from hf_layerfuse.modes import dropout_of
 from hf_layerfuse.objective import Match, Objective
+from hf_layerfuse.prediction import prediction
 from hf_layerfuse.recipe import HealRecipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -399,7 +402,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
 from hf_layerfuse.heal import heal
+from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse.modes import dropout_of
 from hf_layerfuse.objective import Match, Objective
+from hf_layerfuse.prediction import prediction
 from hf_layerfuse.recipe import HealRecipe
 
 def run(kind, config, batch_size):
@@ -479,6 +485,33 @@ def test_two_processes_heal_as_one_does(tmp_path: Path) -> None:
             losses, expected = ([loss for _, loss in report[history]] for report in (two, one))
             # errors of inner states are relative to what the batch at hand has
             assert losses == pytest.approx(expected, rel=5e-2 if place == 3 else 1e-4)
+
+
+@pytest.mark.parametrize("model_type", sorted(TINY))
+def test_dropout_is_what_the_recipe_says(model_type: str) -> None:
+    """With dropout=0, training sees one and the same model; afterwards each dropout is what it was."""
+    names = [name for name, value in tiny_config(model_type).to_dict().items() if "drop" in name and value is not None]
+    model = tiny_model(model_type, **dict.fromkeys(names, 0.5)).train()
+    inputs = example_inputs(model)
+    with dropout_of(model, 0.0):
+        assert torch.equal(prediction(model(**inputs)), prediction(model(**inputs)))
+    for setting in (None, 0.5):
+        with dropout_of(model, setting):
+            assert not torch.equal(prediction(model(**inputs)), prediction(model(**inputs)))
+
+
+@pytest.mark.parametrize("dropout", [0.0, None])
+def test_healing_without_dropout_is_that_of_a_model_that_has_none(dropout: float | None) -> None:
+    """The option does what the config would; without it, the dropout of the checkpoint counts."""
+    rows, ended = _rows("causal-lm"), []
+    for rate in (0.0, 0.5):
+        changes = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), rate)
+        student = tiny_model("gpt2", "GPT2LMHeadModel", **changes)
+        heal(student, _loader(rows), _recipe(kl_weight=0.0, dropout=dropout))
+        assert {module.p for module in student.modules() if isinstance(module, torch.nn.Dropout)} == {rate}
+        ended.append(student.state_dict())
+    same = all(torch.equal(value, ended[1][name]) for name, value in ended[0].items())
+    assert same == (dropout == 0.0)
 
 
 def test_distillation_shifts_only_where_the_next_token_is_predicted() -> None:

@@ -29,6 +29,8 @@ class HealRecipe:
         warmup_ratio: share of the steps spent warming up.
         weight_decay: AdamW weight decay, not applied to norms and biases.
         max_grad_norm: gradient clipping.
+        dropout: probability of every dropout of the student while it is trained; None leaves them as the checkpoint has
+            them. In less than an epoch, nothing is learnt by heart, and 0 learns more.
         ce_weight: weight of the cross-entropy with the labels.
         kl_weight: weight of the divergence from the teacher's logits, or, without a head, from its last hidden states.
         hidden_weight: weight of the error of hidden states, averaged over layers.
@@ -68,6 +70,7 @@ class HealRecipe:
     warmup_ratio: float = 0.1
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    dropout: float | None = None
     ce_weight: float = 1.0
     kl_weight: float = 1.0
     hidden_weight: float = 0.0
@@ -138,6 +141,10 @@ class HealRecipe:
         require(
             not self.progressive or self.straighten != 0,
             "heal.progressive straightens one activation after the other, and heal.straighten is 0: set it to 'auto'.",
+        )
+        require(
+            self.dropout is None or 0 <= self.dropout < 1,
+            f"heal.dropout={self.dropout}: use a probability from 0 to 1, less than 1, or leave it out.",
         )
         require(0 < self.last_round < 1, f"heal.last_round={self.last_round}: use a share between 0 and 1.")
         require(0 <= self.warmup_ratio <= 1, f"heal.warmup_ratio={self.warmup_ratio}: use a share from 0 to 1.")
