@@ -1,6 +1,6 @@
 """MLPs made linear: our fit against dropping them and against W2 W1, without training, and all of that retrained.
 
-    python benchmarks/collapse.py [JOB ...] [--threads 2] [--train] [--counts 4 ...]
+    python benchmarks/collapse.py [JOB ...] [--threads 2] [--train] [--counts 4 ...] [--methods fitted ...]
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared), and are those of the fusion benchmark; a small ViT is
 trained here on CIFAR-10, as long as CPUs allow, and kept in outputs/collapse. Which MLPs, and with what weights, is
@@ -173,8 +173,8 @@ def run(name: str) -> None:
             save()
 
 
-def train(name: str, counts: Sequence[int]) -> None:
-    """Retrain what is not there yet, and save after each model."""
+def train(name: str, counts: Sequence[int], methods: Sequence[str] | None) -> None:
+    """Retrain what is not there yet, or some methods of it, and save after each model."""
     job = JOBS[name]()
     before = heal.current(job, heal.load(heal.RESULT).get(name, {}))
     targets = {f"{count} MLPs": {"count": count} for count in TRAINED_COUNTS[name]}
@@ -191,7 +191,8 @@ def train(name: str, counts: Sequence[int]) -> None:
     models = [("original", {}, "original", 1, heal.untouched)]
     models += [(target, asked, method, 1, step) for target, asked in targets.items() for method, step in todo.items()]
     for model in models:
-        if model[1] and model[1]["count"] not in counts:
+        _, asked, method, *_ = model
+        if asked and (asked["count"] not in counts or (methods and method not in methods)):
             continue
         for news in heal.measure(job, known, *model):
             heal.save(job, TRAINED, news)
@@ -233,12 +234,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--train", action="store_true", help="retrain models, and measure nothing without training")
     parser.add_argument("--counts", nargs="*", type=int, help="of MLPs, to retrain only these models")
+    parser.add_argument("--methods", nargs="*", help="to retrain only these: dropped, fitted, homotopy")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     for name in options.jobs or COUNTS:
         if options.train:
-            train(name, options.counts or TRAINED_COUNTS[name])
+            train(name, options.counts or TRAINED_COUNTS[name], options.methods)
         else:
             run(name)
     for rows in [*tables(heal.load(RESULT)), *heal.tables(heal.load(TRAINED))]:
