@@ -67,7 +67,7 @@ def vit_cifar10() -> heal.Job:
             num_labels=10,
         )
         torch.manual_seed(0)
-        recipe = HealRecipe(steps=5000, batch_size=64, learning_rate=1e-3, eval_every=500, kl_weight=0.0)
+        recipe = HealRecipe(steps=3000, batch_size=64, learning_rate=1e-3, eval_every=500, kl_weight=0.0)
         job = heal.images("vit-cifar10", ViTForImageClassification(config), recipe, [], 0)
         model = job.base.model
         heal.heal(
@@ -77,8 +77,8 @@ def vit_cifar10() -> heal.Job:
         model.save_pretrained(temporary)
         temporary.rename(folder)
     model = AutoFusedModel.from_pretrained(folder, dtype=torch.float32).eval()
-    recipe = HealRecipe(steps=600, batch_size=64, eval_every=200, teacher_top_k=10)
-    return heal.images("vit-cifar10", model, recipe, heal.rates(1e-4, 3e-4, 1e-3), pilot=150)
+    recipe = HealRecipe(steps=400, batch_size=64, eval_every=100, teacher_top_k=10)
+    return heal.images("vit-cifar10", model, recipe, heal.rates(1e-4, 3e-4, 1e-3), pilot=100)
 
 
 JOBS = {"minilm-sst2": heal.minilm_sst2, "gpt2": heal.gpt2, "vit-cifar10": vit_cifar10}
