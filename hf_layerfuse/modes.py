@@ -27,16 +27,12 @@ def dropout_of(model: nn.Module, probability: float | None) -> Iterator[None]:
 
     That of attention is a number in the attention modules, where a kernel does it.
     """
-    places = (
-        []
-        if probability is None
-        else [
-            (module, name)
-            for module in model.modules()
-            for name in (("p",) if isinstance(module, nn.Dropout) else ("attention_dropout",))
-            if isinstance(getattr(module, name, None), float)
-        ]
-    )
+    attributes = [
+        (module, "p" if isinstance(module, nn.Dropout) else "attention_dropout")
+        for module in model.modules()
+        if probability is not None
+    ]
+    places = [place for place in attributes if isinstance(getattr(*place, None), float)]
     before = [getattr(module, name) for module, name in places]
     try:
         for module, name in places:

@@ -21,7 +21,7 @@ from .plan import Kind, Plan, Slot
 from .prediction import calibration_loss
 from .relaxed import theta_of
 from .repair import Repair
-from .select import Selection, alike
+from .select import Selection, Total, alike
 from .states import PerBatch, Saved, States
 from .taps import Tap
 from .walk import Trace, Walk
@@ -268,7 +268,7 @@ class TransformerRepair(Repair):
         units = self._selection(mlp, slot.source("mlp").layers, seen)
         if attention is not None:
             before = units.missed(target)
-            total = _Total(seen, slot.source("attention").layers)
+            total = Total(seen, slot.source("attention").layers)
             self._selection(attention, alike(self.teacher.walk.model, slot.source("attention")), seen).choose(total)
             self._fit_projection(attention, total)
             found = self._selection(mlp, slot.source("mlp").layers, seen)
@@ -305,17 +305,6 @@ class TransformerRepair(Repair):
         module = self.student.model.get_submodule(path)
         found = fit_map(module, *moments, tied=(block.layer, block.kind) in self.tied)
         self._note(block.layer, block.kind, role, found.before, found.after)
-
-
-class _Total:
-    """The original's states with all that the attention of some layers adds, as if they ran at once; by batch."""
-
-    def __init__(self, seen: Mapping[tuple[int, Tap], States], layers: Sequence[int]) -> None:
-        self._before, self._after = ([seen[n, Tap("attention", at)] for n in layers] for at in ("residual", "sum"))
-
-    def __getitem__(self, index: int) -> Tensor:
-        added = sum(after[index] - before[index] for before, after in zip(self._before, self._after, strict=True))
-        return self._before[0][index] + added
 
 
 def _selects(slot: Slot) -> bool:

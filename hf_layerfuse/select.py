@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from .mapfit import store
 from .math.ridge import Moments, chain, eliminate, fit, identity
 from .plan import Source
 from .relaxed import theta_of
-from .states import PerBatch
+from .states import PerBatch, States
 from .taps import Tap
 from .walk import Walk
 
@@ -168,3 +168,14 @@ def alike(model: PreTrainedModel, source: Source) -> list[int]:
 
 def _columns(units: Tensor, size: int) -> Tensor:
     return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()
+
+
+class Total:
+    """The original's states with all that the attention of some layers adds, as if they ran at once; by batch."""
+
+    def __init__(self, seen: Mapping[tuple[int, Tap], States], layers: Sequence[int]) -> None:
+        self._before, self._after = ([seen[n, Tap("attention", at)] for n in layers] for at in ("residual", "sum"))
+
+    def __getitem__(self, index: int) -> Tensor:
+        added = sum(after[index] - before[index] for before, after in zip(self._before, self._after, strict=True))
+        return self._before[0][index] + added

@@ -44,6 +44,12 @@ def test_groups_and_dilation_are_written_out(groups, dilation, size, stride, bia
         assert torch.equal(kernel.in_groups(groups), conv.weight.detach())
 
 
+def test_groups_of_many_channels_come_back():
+    """Whatever the order in which so many numbers would be summed."""
+    weight = randn(96, 1, 3, 3)
+    assert torch.equal(Kernel.of(weight, groups=96).in_groups(96), weight)
+
+
 def test_channels_that_are_mixed_are_not_split():
     with pytest.raises(LayerFuseError, match="mixes channels of 2 groups"):
         Kernel.of(randn(4, 4, 3, 3)).in_groups(2)

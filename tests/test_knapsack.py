@@ -85,9 +85,17 @@ def test_costs_that_are_no_whole_units_stay_within_the_budget(chain, scale):
         assert totals(steps)[1] <= BUDGET + 1e-9
 
 
-@pytest.mark.parametrize("wrong", [Option(-1.0, 0.0), Option(math.nan, 0.0), Option(1.0, math.nan)])
+@pytest.mark.parametrize(
+    "wrong", [Option(-1.0, 0.0), Option(math.nan, 0.0), Option(1.0, math.nan), Option(1.0, math.inf)]
+)
 def test_costs_that_mean_nothing_are_refused(wrong):
     with pytest.raises(LayerFuseError, match="costs of 0 or more"):
         Frontier(1, {(0, 1): [wrong]}, 1.0)
     with pytest.raises(LayerFuseError, match="lead forward"):
         Frontier(1, {(1, 1): [Option(1.0, 1.0)]}, 1.0)
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, math.nan, math.inf])
+def test_budgets_that_limit_nothing_are_refused(budget):
+    with pytest.raises(LayerFuseError, match="use a number above 0"):
+        Frontier(1, {(0, 1): [Option(1.0, 1.0)]}, budget)

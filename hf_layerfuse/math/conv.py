@@ -14,7 +14,7 @@ Sides = tuple[int, int, int, int]
 """Left, right, top, bottom: the order of `F.pad`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """A convolution with zeros around its input, without groups or dilation; float64.
 
@@ -40,7 +40,15 @@ class Kernel:
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
     ) -> Kernel:
-        """The same as a convolution with groups, (out, in / groups, height, width), and dilation, written out."""
+        """The same as a convolution with groups and dilation, written out.
+
+        Args:
+            weight: (out, in / groups, height, width).
+            bias: (out,); None is 0.
+            stride: down and right, and so is `dilation`.
+            padding: zeros on each side.
+            groups: of channels.
+        """
         weight = weight.detach().double()
         outs, ins, *size = weight.shape
         dense = weight.new_zeros(groups, outs // groups, groups, ins, *size)
@@ -117,6 +125,6 @@ class Kernel:
         """
         blocks = self.weight.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
         kept = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
-        if not torch.equal(kept.abs().sum(), self.weight.abs().sum()):
+        if kept.count_nonzero() != self.weight.count_nonzero():
             raise LayerFuseError(f"a kernel of shape {tuple(self.weight.shape)} mixes channels of {groups} groups.")
         return kept.flatten(0, 1)

@@ -52,14 +52,17 @@ class Frontier:
         cheapest: the least that any chain costs, without rounding; infinite where none leads to the end.
 
     Raises:
-        LayerFuseError: a cost is negative or not a number, or a part does not lead forward.
+        LayerFuseError: the budget is not above 0, a cost is negative, a cost or value is no finite number, or a part
+            does not lead forward.
     """
 
     def __init__(
         self, length: int, options: Mapping[tuple[int, int], Sequence[Option]], budget: float, units: int = UNITS
     ) -> None:
+        if not 0 < budget < math.inf:
+            raise LayerFuseError(f"a budget of {budget} is no limit that anything could keep: use a number above 0.")
         for (i, j), ways in options.items():
-            wrong = [way for way in ways if not (math.isfinite(way.cost) and way.cost >= 0 and way.value == way.value)]
+            wrong = [way for way in ways if not (0 <= way.cost < math.inf and math.isfinite(way.value))]
             if wrong or not 0 <= i < j <= length:
                 raise LayerFuseError(
                     f"the options between boundaries {i} and {j} of {length} are {list(ways)}: use costs of 0 or more, "
