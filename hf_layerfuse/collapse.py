@@ -47,7 +47,7 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
     check_model(model, adapter)
     batches = None if batches is None else list(batches)
     nothing = Plan(adapter.model_type, len(adapter.layer_list(model)), kinds=adapter.kinds)
-    edits = [Linearize(layer, recipe.rank) for layer in range(nothing.num_layers)]
+    edits = [Linearize(layer, recipe.rank, recipe.fold) for layer in range(nothing.num_layers)]
     homotopy = recipe.method == "homotopy"
     for plan in (replace(nothing, edits=edits), *([_bent(replace(nothing, edits=edits), recipe)] if homotopy else [])):
         check_plan(model, adapter, plan)

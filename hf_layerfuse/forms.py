@@ -29,6 +29,22 @@ class Collapsed(nn.Linear):
     """The linear map that an MLP has become, or the second of the two."""
 
 
+class Folded(nn.Module):
+    """Stands where the residual sum behind an MLP was, of which the linear map gives both parts: x -> norm((I + A) x).
+
+    Its parts have the names that they had in the module before.
+    """
+
+    def __init__(self, before: nn.Module, out: str, norm: str) -> None:
+        super().__init__()
+        self.out, self.norm = out, norm
+        for name in (out, norm):
+            self.add_module(name, before.get_submodule(name))
+
+    def forward(self, hidden: Tensor, read: Tensor) -> Tensor:
+        return self.get_submodule(self.norm)(self.get_submodule(self.out)(hidden))
+
+
 def check_form(layer: nn.Module, adapter: TransformerAdapter, form: Form) -> None:
     """Raise unless the MLP of a stock layer can take a form.
 
@@ -51,7 +67,18 @@ def check_form(layer: nn.Module, adapter: TransformerAdapter, form: Form) -> Non
                 "collapse(...)."
             )
         return
+    if form.fold and adapter.adds is None:
+        raise UnsupportedModelError(
+            f"the residual sum behind the MLPs of {adapter.model_type!r} cannot be folded: "
+            + ("it is in no module of its own." if adapter.post_norm else "later blocks read it, and no norm follows.")
+            + " Use fold=False."
+        )
     ins, outs = _widths(layer, adapter)
+    if form.fold and _rank(layer, adapter, form) is not None:
+        raise PlanError(
+            f"MLPs of {_units(layer, adapter)} units become the product of two maps, with which no sum of {outs} "
+            "channels can be folded: use fold=False."
+        )
     if form.rank is not None and form.rank * (ins + outs) >= ins * outs:
         raise PlanError(
             f"Linearize.rank is {form.rank}, and two maps of that rank are no smaller than one of {ins} x {outs}: "
@@ -100,6 +127,9 @@ def _linearize(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm
     first = nn.Identity() if rank is None else nn.Linear(ins, rank, bias=False, **like)
     layer.set_submodule(table["in"], first)
     layer.set_submodule(table["out"], Collapsed(rank or ins, outs, **like))
+    if linear.fold:
+        names = (table[role].removeprefix(f"{adapter.adds}.") for role in ("out", "norm"))
+        layer.set_submodule(adapter.adds, Folded(layer.get_submodule(adapter.adds), *names))
 
 
 def linear_weights(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> dict[str, Tensor]:
@@ -118,6 +148,8 @@ def linear_weights(layer: nn.Module, adapter: TransformerAdapter, linear: Linear
     theta = chain(first, last)
     if "gate" in table:
         theta = torch.cat([torch.zeros_like(theta[:-1]), last[-1:]])
+    if linear.fold:
+        theta[:-1] += torch.eye(len(theta) - 1).to(theta)
     weights = {f"{table['out']}.bias": theta[-1]}
     rank = _rank(layer, adapter, linear)
     if rank is None:

@@ -17,7 +17,7 @@ from .convfit import ConvRepair
 from .mapfit import fit_gain, fit_linear, fit_map, fit_norm, fold, store
 from .math.ridge import Moments, chain, fit, identity
 from .modes import eval_mode
-from .plan import Kind, Plan, Slot
+from .plan import Kind, LinearForm, Plan, Slot
 from .prediction import calibration_loss
 from .relaxed import theta_of
 from .repair import Repair
@@ -156,8 +156,8 @@ class TransformerRepair(Repair):
             return
         attention = blocks[0] if slot.whole else None
         for block in blocks:
-            if slot.source(block.kind).linear is not None:
-                self._fit_linear(block, seen[_target(slot, block.kind)])
+            if (form := slot.source(block.kind).linear) is not None:
+                self._fit_linear(block, form, seen[_target(slot, block.kind)])
             elif self.method == "maps":
                 continue
             elif block.kind == "mlp" and _selects(slot):
@@ -238,7 +238,7 @@ class TransformerRepair(Repair):
         moments = self.student.moments(rows, Tap(block.kind, "features"), Tap(block.kind, "residual"))
         self._fit(block, "out", block.modules["out"], moments)
 
-    def _fit_linear(self, block: Block, target: PerBatch) -> None:
+    def _fit_linear(self, block: Block, form: LinearForm, target: PerBatch) -> None:
         """Fit what an MLP has become, so that the stream becomes the target.
 
         All that reads the stream divides it by its deviation at each token, and so are errors counted.
@@ -247,7 +247,7 @@ class TransformerRepair(Repair):
         def rows(index: int, read: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             aim = target[index].to(residual.device)
             deviation = aim.std(-1, keepdim=True)
-            return read, aim - residual, 1 / (deviation + 1e-3 * deviation.mean() + 1e-12)
+            return read, aim if form.fold else aim - residual, 1 / (deviation + 1e-3 * deviation.mean() + 1e-12)
 
         moments = self.student.moments(rows, Tap(block.kind, "read"), Tap(block.kind, "residual"))
         maps = [self.student.model.get_submodule(path) for role, path in block.modules.items() if role in ("in", "out")]

@@ -58,8 +58,8 @@ def fuse_and_heal(
             reports.append({**goal, **dataclasses.asdict(report)})
             if _merges(recipe):
                 say("merging the maps whose activation has become a line")
-                options = {"threshold": recipe.collapse.threshold, "batches": inputs.calibration()}
-                fused, straight = straighten(fused, **options)
+                asked = {name: getattr(recipe.collapse, name) for name in ("threshold", "fold")}
+                fused, straight = straighten(fused, **asked, batches=inputs.calibration())
                 plan = dataclasses.replace(straight, notes={**plan.notes, **straight.notes})
     if reports:
         results["heal"] = reports[-1]

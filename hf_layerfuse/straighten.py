@@ -10,14 +10,14 @@ from .adapters import adapter_for
 from .calibration import Batches
 from .edits import untied_state
 from .errors import LayerFuseError, PlanError
-from .forms import linear_weights
+from .forms import check_form, linear_weights
 from .lines import bends_of
 from .modeling import build
 from .plan import Blend, LinearForm, Linearize, Plan
 
 
 def straighten(
-    model: PreTrainedModel, *, threshold: float = 0.05, batches: Batches | None = None
+    model: PreTrainedModel, *, threshold: float = 0.05, fold: bool = False, batches: Batches | None = None
 ) -> tuple[PreTrainedModel, Plan]:
     """Put one linear map in the place of each MLP whose activation has become a line: what ends `Blend`.
 
@@ -26,6 +26,7 @@ def straighten(
     Args:
         model: that `Blend` edits led to, trained since; it stays as it is.
         threshold: how far from 1 an a may be.
+        fold: as in `Linearize`.
         batches: calibration batches, on which it is measured what the step from a to 1 loses.
 
     Returns:
@@ -34,6 +35,7 @@ def straighten(
 
     Raises:
         PlanError: no activation of the model is on its way to a line.
+        UnsupportedModelError: there is no sum to `fold`.
         LayerFuseError: one of them is not there yet.
     """
     adapter = adapter_for(model)
@@ -53,9 +55,11 @@ def straighten(
             f"no lines yet: {', '.join(f'the activation of layer {layer}, a = {a:.3f}' for layer, a in bent.items())}; "
             f"a must be {1 - threshold:.3f} or more: train them further, with a stronger pull, or raise threshold."
         )
+    for module in inside.values():
+        check_form(module, adapter, LinearForm(fold=fold))
     lost = {} if batches is None else bends_of(model, adapter, list(places.values()), batches)
     notes = [{"layer": layer, "a": a, **({"lost": lost[places[layer]]} if lost else {})} for layer, a in found.items()]
-    edits = [Linearize(edit.layer) if isinstance(edit, Blend) else edit for edit in plan.edits]
+    edits = [Linearize(edit.layer, fold=fold) if isinstance(edit, Blend) else edit for edit in plan.edits]
     plan = dataclasses.replace(plan, edits=tuple(edits), notes={"homotopy": notes})
     gone = [
         f"{adapter.layers_path(model)}.{places[layer]}.{at}."
@@ -69,7 +73,7 @@ def straighten(
     }
     for layer, module in inside.items():
         prefix = f"{adapter.layers_path(model)}.{places[layer]}"
-        weights |= {f"{prefix}.{k}": v for k, v in linear_weights(module, adapter, LinearForm()).items()}
+        weights |= {f"{prefix}.{k}": v for k, v in linear_weights(module, adapter, LinearForm(fold=fold)).items()}
     values = {**model.config.to_dict(), "layerfuse_plan": plan.to_dict(notes=False)}
     values.pop("model_type")
     return build(type(model), type(model).config_class(**values), weights, model), plan

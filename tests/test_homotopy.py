@@ -111,6 +111,13 @@ def test_at_the_end_it_is_one_map(model_type):
     assert Plan.from_dict(straight.config.layerfuse_plan) == plan
     assert verify(straight)["reload"] == 0
     assert not Pull(straight, 0.0).activations
+    if adapter_for(model).adds is not None:
+        folded, plan = straighten(bent, fold=True)
+        assert (predicted(folded) - expected).abs().max() <= 1e-6 * expected.abs().max()
+        assert plan.edits == (Linearize(1, fold=True), Linearize(4, fold=True))
+    else:
+        with pytest.raises(UnsupportedModelError, match="cannot be folded"):
+            straighten(bent, fold=True)
 
 
 def test_other_edits_stay():

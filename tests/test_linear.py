@@ -25,7 +25,7 @@ from hf_layerfuse import (
 )
 from hf_layerfuse.adapters import ADAPTERS, One, adapter_for
 from hf_layerfuse.calibration import Sample
-from hf_layerfuse.forms import Collapsed
+from hf_layerfuse.forms import Collapsed, Folded
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.mapfit import fit_linear
 from hf_layerfuse.math.lowrank import low_rank
@@ -118,6 +118,43 @@ def test_a_fit_never_makes_things_worse(model_type, method):
                 assert torch.equal(tensor, before[name]), f"{name} is no map that an MLP has become"
     # in float32, weights that were fitted to a few random tokens make much of the rounding of cached decoding
     assert verify(small.double())["reload"] == 0
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_a_residual_sum_is_folded_exactly(model_type):
+    """With a norm behind the sum, one map I + A computes both: from the weights, and fitted; it saves and reloads."""
+    model, batches = tiny_model(model_type).double(), some_batches(tiny_model(model_type), 24)
+    plain, folded = (plan_of(model, Linearize(1, fold=fold), Linearize(4, fold=fold)) for fold in (False, True))
+    small, whole = apply(model, plain), apply(model, folded)
+    torch.testing.assert_close(predicted(whole), predicted(small), rtol=1e-10, atol=1e-10)
+    reports = [refit(student, model, plan, batches) for plan, student in ((plain, small), (folded, whole))]
+    assert reports[1].kept
+    assert reports[1].after == pytest.approx(reports[0].after, rel=0.1)
+    # moments are of float32 rows, and nearly singular: what a norm gives lies in a plane
+    torch.testing.assert_close(predicted(whole), predicted(small), rtol=0, atol=1e-3)
+    assert verify(whole)["reload"] == 0
+    assert Plan.from_dict(folded.to_dict()) == folded
+    found = collapse(model, count=2, fold=True, batches=batches)
+    assert sum(isinstance(module, Folded) for module in found.modules()) == 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "error", "reason"),
+    [
+        ("gpt2", {}, UnsupportedModelError, "no norm follows"),
+        ("distilbert", {}, UnsupportedModelError, "in no module of its own"),
+        ("bert", {"intermediate_size": 6}, PlanError, "become the product of two maps"),
+    ],
+)
+def test_sums_that_cannot_be_folded_are_refused(model_type, changes, error, reason):
+    """Where later blocks read the sum, where it is in a `forward`, and with two maps, none of which adds."""
+    model = tiny_model(model_type, **changes)
+    with pytest.raises(error, match=reason):
+        apply(model, plan_of(model, Linearize(1, fold=True)))
+    with pytest.raises(PlanError, match="with fold the map is the identity and more"):
+        Linearize(1, rank=2, fold=True)
+    with pytest.raises(RecipeError, match="one full map takes the sum in"):
+        CollapseRecipe(count=1, rank=2, fold=True)
 
 
 def test_a_rank_gives_two_maps():

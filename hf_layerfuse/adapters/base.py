@@ -123,11 +123,14 @@ class TransformerAdapter(LayerAdapter):
         attention: role -> path of the modules of the attention block.
         mlp: role -> path of the modules of the MLP block.
         activation: path of the module between the maps of the MLP; without it, no MLP becomes linear.
+        adds: path of a module of `out` and `norm` alone, called with what `out` reads and with what the MLP read, that
+            gives norm(out(...) + ...); without it, no residual sum is folded.
     """
 
     attention: ClassVar[Mapping[str, str]]
     mlp: ClassVar[Mapping[str, str]]
     activation: ClassVar[str | None] = None
+    adds: ClassVar[str | None] = None
     kinds = TRANSFORMER
 
     def place(self, kind: str, name: str) -> Place:

@@ -19,6 +19,7 @@ class BertAdapter(TransformerAdapter):
     }
     mlp = {"in": "intermediate.dense", "out": "output.dense", "norm": "output.LayerNorm"}
     activation = "intermediate.intermediate_act_fn"
+    adds = "output"
     skip = {
         "attention": {"attention.self": ZeroAttention, "attention.output.dense": nn.Identity},
         "mlp": {"intermediate": ZeroBlock, "output.dense": nn.Identity},

@@ -128,10 +128,14 @@ class Linearize:
 
     With a `rank`, that is the product of two maps, which is smaller below half the width of the stream. An MLP of fewer
     units than that is such a product in any case.
+
+    With `fold`, the map becomes I + A and takes the residual sum in, which is exact where a norm follows the sum
+    (BERT, RoBERTa). A dropout in front of the sum has no place in it, so that such a model is to be trained before.
     """
 
     layer: int
     rank: int | None = None
+    fold: bool = False
     kind: ClassVar[Kind] = "mlp"
     edit: ClassVar[str] = "linearize"
 
@@ -141,6 +145,11 @@ class Linearize:
             raise PlanError(
                 f"Linearize.rank is {self.rank!r}: use a whole number of 1 or more, or None for a full map."
             )
+        if self.fold and self.rank is not None:
+            raise PlanError(
+                f"Linearize.rank is {self.rank}, and with fold the map is the identity and more, of full rank: leave "
+                "one of them out."
+            )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -149,7 +158,7 @@ class Linearize:
     @property
     def source(self) -> Source:
         """Where the weights of the map come from."""
-        return Source(self.layers, form=LinearForm(self.rank))
+        return Source(self.layers, form=LinearForm(self.rank, self.fold))
 
 
 @dataclass(frozen=True)
@@ -183,10 +192,12 @@ class Blend:
 Edit = Fuse | Drop | Linearize | Blend
 _EDITS: Mapping[str, type[Edit]] = {kind.edit: kind for kind in (Fuse, Drop, Linearize, Blend)}
 
+_RARE = frozenset({"keep", "weights", "align", "rank", "faithful", "fold"})
+
 
 def write_edit(edit: Edit) -> dict[str, Any]:
     """JSON types of an edit; what few edits have, such as `rank`, is left out of those that have it not."""
-    rare = {f.name: f.default for f in fields(edit) if f.name in ("keep", "weights", "align", "rank", "faithful")}
+    rare = {f.name: f.default for f in fields(edit) if f.name in _RARE}
     values = {k: v for k, v in asdict(edit).items() if k not in rare or v != rare[k]}
     return {"edit": edit.edit, **values}
 

@@ -11,9 +11,11 @@ Operator = Literal["mean", "weighted", "freeze", "mix", "telescope", "select"]
 
 @dataclass(frozen=True)
 class LinearForm:
-    """What a block is that has become linear: one map, or with a `rank` the product of two."""
+    """What a block is that has become linear: one map, or with a `rank` the product of two; with `fold`, the one map
+    also gives what the residual sum would add to it."""
 
     rank: int | None = None
+    fold: bool = False
 
 
 @dataclass(frozen=True)

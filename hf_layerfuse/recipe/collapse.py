@@ -26,6 +26,7 @@ class CollapseRecipe:
         order: `measured` takes first what costs least: the calibration loss when an MLP alone is linear in the
             untouched model, for each parameter that is saved (needs batches). `deepest` starts at the last layer.
         rank: of the linear maps, which are then the product of two; None is one full map.
+        fold: the linear maps take in the residual sum behind them: BERT and RoBERTa, where a norm follows it.
         method: `fitted` puts linear maps in the place of MLPs at once, fitted in closed form. `homotopy` leads their
             activations to lines while the model is trained (`heal.straighten`, `heal.progressive`), and then merges the
             two maps of each, which is exact. Not for gated MLPs.
@@ -49,6 +50,7 @@ class CollapseRecipe:
     max_loss: float | None = None
     order: Literal["measured", "deepest"] = "measured"
     rank: int | None = None
+    fold: bool = False
     method: Literal["fitted", "homotopy"] = "fitted"
     faithful: bool = False
     threshold: float = 0.05
@@ -79,6 +81,10 @@ class CollapseRecipe:
             self.method == "homotopy" or (self.merge and not self.faithful and self.threshold == 0.05),
             f"merge={self.merge}, faithful={self.faithful} and threshold={self.threshold} are about activations that "
             "are trained, and the method is 'fitted': use method='homotopy', or leave them out.",
+        )
+        require(
+            not self.fold or (self.rank is None and self.merge),
+            f"fold=True with rank={self.rank} and merge={self.merge}: one full map takes the sum in; leave them out.",
         )
         for name in ("max_parameters", "max_bytes", "max_loss"):
             value = getattr(self, name)
