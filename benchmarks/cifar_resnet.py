@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_layerfuse import ConvAdapter, register_adapter
+from hf_layerfuse import ChainAdapter, ConvAdapter, Convolutions, Skip, Unit, register_adapter
 
 
 class CifarResNetConfig(PreTrainedConfig):
@@ -36,23 +36,31 @@ class CifarResNetConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+class Shortcut(nn.Module):
+    """Fewer pixels and more channels, without parameters."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.before, self.behind = stride, (width - channels) // 2, (width - channels + 1) // 2
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.pad(hidden[:, :, :: self.stride, :: self.stride], (0,) * 4 + (self.before, self.behind))
+
+
 class CifarResNetLayer(nn.Module):
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
+        self.act1 = nn.ReLU()
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Identity() if stride == 1 and channels == width else Shortcut(channels, width, stride)
         self.act = nn.ReLU()
-        self.stride, self.extra = stride, width - channels
 
     def forward(self, hidden: Tensor) -> Tensor:
-        added = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(hidden)))))
-        if self.stride > 1 or self.extra:  # a shortcut without parameters: fewer pixels, more channels
-            hidden = F.pad(
-                hidden[:, :, :: self.stride, :: self.stride], (0,) * 4 + (self.extra // 2, self.extra - self.extra // 2)
-            )
-        return self.act(hidden + added)
+        added = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(hidden)))))
+        return self.act(self.shortcut(hidden) + added)
 
 
 class CifarResNetForImageClassification(PreTrainedModel):
@@ -64,6 +72,7 @@ class CifarResNetForImageClassification(PreTrainedModel):
         widths = [config.widths[0], *config.widths]
         self.conv = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(widths[0])
+        self.act = nn.ReLU()
         self.layers = nn.ModuleList(map(CifarResNetLayer, widths, config.widths, config.strides))
         self.classifier = nn.Linear(widths[-1], config.num_labels)
         self.post_init()
@@ -73,7 +82,7 @@ class CifarResNetForImageClassification(PreTrainedModel):
             nn.init.kaiming_normal_(module.weight)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
-        hidden = F.relu(self.bn(self.conv(pixel_values)))
+        hidden = self.act(self.bn(self.conv(pixel_values)))
         for layer in self.layers:
             hidden = layer(hidden)
         logits = self.classifier(hidden.mean((2, 3)))
@@ -85,11 +94,25 @@ AutoModelForImageClassification.register(CifarResNetConfig, CifarResNetForImageC
 
 
 @register_adapter
-class CifarResNetAdapter(ConvAdapter):
+class CifarResNetAdapter(ConvAdapter, ChainAdapter):
+    """Its layers can be fused, and its convolutions merged."""
+
     model_type = "cifar_resnet"
     layers = "layers"
     conv = {"in": "conv1", "in_norm": "bn1", "out": "conv2", "norm": "bn2", "act": "act"}
     per_layer_config = ("widths", "strides")
+
+    def convolutions(self, model: PreTrainedModel) -> Convolutions:
+        units, skips = [Unit("conv", "bn", "act")], []
+        for i in range(len(model.layers)):
+            path, branch = f"layers.{i}", ("conv1", "bn1", "act1", "conv2", "bn2")
+            names = [f"{path}.{name}" for name in (*branch, "act")]
+            units += [Unit(*names[:3]), Unit(*names[3:])]
+            skips.append(Skip(len(units) - 3, len(units) - 1, path, branch, "shortcut", "act"))
+        return Convolutions(units, skips)
+
+    def activation(self, config: PreTrainedConfig) -> nn.Module:
+        return nn.ReLU()
 
 
 def cifar10(folder: Path, split: str) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,16 @@
 
 from importlib.metadata import version
 
-from .adapters import ConvAdapter, ModelAdapter, TransformerAdapter, adapter_for
+from .adapters import (
+    ChainAdapter,
+    ConvAdapter,
+    Convolutions,
+    ModelAdapter,
+    Skip,
+    TransformerAdapter,
+    Unit,
+    adapter_for,
+)
 from .align import align
 from .auto import AutoFusedModel, collapse, fuse
 from .collapse import search_collapse
@@ -21,11 +30,11 @@ from .heal import HealReport, heal
 from .layermap import fused_parameters, layer_map, mixed_weights
 from .methods.fusion import plan_fusion
 from .modeling import apply, expand, register_adapter
-from .plan import Blend, Drop, Fuse, Linearize, Plan
+from .plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
 from .recipe import CollapseRecipe, FusionRecipe, HealRecipe
 from .refit import RefitReport, refit
 from .search import search
-from .straighten import straighten
+from .straighten import merge_convs, straighten
 from .verify import verify
 
 __version__ = version("hf-layerfuse")
@@ -33,9 +42,11 @@ __version__ = version("hf-layerfuse")
 __all__ = [
     "AutoFusedModel",
     "Blend",
+    "ChainAdapter",
     "CheckpointError",
     "CollapseRecipe",
     "ConvAdapter",
+    "Convolutions",
     "DataError",
     "Drop",
     "Fuse",
@@ -45,13 +56,16 @@ __all__ = [
     "LayerFuseError",
     "LayerFuseWarning",
     "Linearize",
+    "MergeConvs",
     "ModelAdapter",
     "Plan",
     "PlanError",
     "RecipeError",
     "RefitReport",
+    "Skip",
     "TrainingError",
     "TransformerAdapter",
+    "Unit",
     "UnsupportedModelError",
     "VerificationError",
     "adapter_for",
@@ -63,6 +77,7 @@ __all__ = [
     "fused_parameters",
     "heal",
     "layer_map",
+    "merge_convs",
     "mixed_weights",
     "plan_fusion",
     "refit",

@@ -11,6 +11,7 @@ from .errors import PlanError, UnsupportedModelError
 from .homotopy import Homotopy
 from .math.lowrank import low_rank
 from .math.ridge import chain
+from .parts import Parts
 from .plan import BlendedForm, LinearForm
 from .relaxed import out_in, theta_of
 
@@ -27,22 +28,6 @@ Line = tuple[Tensor, Tensor]
 
 class Collapsed(nn.Linear):
     """The linear map that an MLP has become, or the second of the two."""
-
-
-class Folded(nn.Module):
-    """Stands where the residual sum behind an MLP was, of which the linear map gives both parts: x -> norm((I + A) x).
-
-    Its parts have the names that they had in the module before.
-    """
-
-    def __init__(self, before: nn.Module, out: str, norm: str) -> None:
-        super().__init__()
-        self.out, self.norm = out, norm
-        for name in (out, norm):
-            self.add_module(name, before.get_submodule(name))
-
-    def forward(self, hidden: Tensor, read: Tensor) -> Tensor:
-        return self.get_submodule(self.norm)(self.get_submodule(self.out)(hidden))
 
 
 def check_form(layer: nn.Module, adapter: TransformerAdapter, form: Form) -> None:
@@ -129,7 +114,7 @@ def _linearize(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm
     layer.set_submodule(table["out"], Collapsed(rank or ins, outs, **like))
     if linear.fold:
         names = (table[role].removeprefix(f"{adapter.adds}.") for role in ("out", "norm"))
-        layer.set_submodule(adapter.adds, Folded(layer.get_submodule(adapter.adds), *names))
+        layer.set_submodule(adapter.adds, Parts(layer.get_submodule(adapter.adds), tuple(names)))
 
 
 def linear_weights(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> dict[str, Tensor]:

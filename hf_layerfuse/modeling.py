@@ -13,6 +13,7 @@ import os
 import sys
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -24,7 +25,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from .adapters import ADAPTERS, BUILTIN, FUSED_PREFIX, LayerAdapter, adapter_for
+from .adapters import ADAPTERS, BUILTIN, FUSED_PREFIX, ChainAdapter, ModelAdapter, adapter_for
 from .align import align
 from .calibration import Batches
 from .edits import (
@@ -37,7 +38,8 @@ from .edits import (
 )
 from .errors import CheckpointError, LayerFuseError, PlanError, UnsupportedModelError
 from .lines import lines_of
-from .plan import Blend, Layout, Plan
+from .merging import check_merges, merged_weights, reshape_chain
+from .plan import CHAIN, Blend, Layout, Plan
 from .relaxed import Relaxed
 
 _AUTO_CLASSES = [
@@ -56,11 +58,14 @@ class FusedMixin:
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        adapter = adapter_for(config)
-        layout = layout_of(config)
-        reshape(self, adapter, layout)
+        plan = plan_of(config)
+        if plan.kinds == CHAIN:
+            reshape_chain(self, adapter_for(config, ChainAdapter), plan)
+        else:
+            adapter, layout = adapter_for(config), layout_of(config)
+            reshape(self, adapter, layout)
+            self._fused_ties = tied_weights(self, adapter, layout)
         # Saving reads the patterns in `_tied_weights_keys`, loading reads `all_tied_weights_keys`.
-        self._fused_ties = tied_weights(self, adapter, layout)
         self._tied_weights_keys = {**(self._tied_weights_keys or {}), **self._fused_ties}
         self.all_tied_weights_keys.update(self._fused_ties)
         self.tie_weights()
@@ -91,7 +96,7 @@ class FusedMixin:
         return super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def register_adapter(adapter: type[LayerAdapter]) -> type[LayerAdapter]:
+def register_adapter(adapter: type[ModelAdapter]) -> type[ModelAdapter]:
     """Make an architecture known, so that its models can be fused, saved, and loaded by the Auto classes.
 
     Its config and model classes must be registered with `AutoConfig` and `AutoModel...` first, unless transformers
@@ -150,16 +155,25 @@ def _publish(cls: type) -> type:
     return cls
 
 
+def plan_of(config: PreTrainedConfig) -> Plan:
+    """The plan in a fused config.
+
+    Raises:
+        PlanError: no plan, or one of another architecture or newer format.
+    """
+    plan = Plan.from_dict(config.layerfuse_plan)
+    if FUSED_PREFIX + plan.model_type != config.model_type:
+        raise PlanError(f"config.json is {config.model_type!r} and holds a plan for {plan.model_type!r}.")
+    return plan
+
+
 def layout_of(config: PreTrainedConfig) -> Layout:
     """The shape that the plan in a fused config asks for.
 
     Raises:
         PlanError: no plan, a plan of another architecture or newer format, or one that does not fit the config.
     """
-    plan = Plan.from_dict(config.layerfuse_plan)
-    layout = plan.layout()
-    if FUSED_PREFIX + plan.model_type != config.model_type:
-        raise PlanError(f"config.json is {config.model_type!r} and holds a plan for {plan.model_type!r}.")
+    layout = plan_of(config).layout()
     if len(layout.slots) != config.num_hidden_layers:
         raise PlanError(
             f"the plan in config.json leads to {len(layout.slots)} layers, and num_hidden_layers is "
@@ -184,6 +198,10 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
         PlanError: the plan is for another architecture or number of layers, or asks for a rank that no matrix has.
         UnsupportedModelError: no adapter, already fused, quantised, or with NaN weights.
     """
+    if plan.kinds == CHAIN:
+        adapter = adapter_for(model, ChainAdapter)
+        check_merges(model, adapter, plan)
+        return copy.deepcopy(model) if not plan.edits else merged(model, plan)
     adapter = adapter_for(model)
     check_plan(model, adapter, plan)
     layout = plan.layout()
@@ -194,10 +212,32 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
     cls = type(model)
     if not layout.is_stock:
         cls = fused_class(cls)
-        values = config.to_dict()
-        values.pop("model_type")
-        config = cls.config_class(**values, layerfuse_plan=plan.to_dict(notes=False))
+        config = with_plan(cls, config, plan)
     return build(cls, config, weights, model)
+
+
+def merged(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """The model that a plan of merges leads to, from a stock one, or from one in which they were left open.
+
+    Its weights are composed in float64.
+    """
+    stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
+    cls, adapter = fused_class(stock), adapter_for(model, ChainAdapter)
+    config = with_plan(cls, model.config, plan)
+    with torch.device("meta"):
+        like, result = stock(stock.config_class(**_fields(model.config))), cls(config)
+    weights = merged_weights(model, like, adapter, plan, result.state_dict().keys())
+    return build(cls, config, weights, model)
+
+
+def with_plan(cls: type, config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
+    """The config of a fused class, as another one is, and with a plan."""
+    return cls.config_class(**_fields(config), layerfuse_plan=plan.to_dict(notes=False))
+
+
+def _fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config of the same model has, whatever its plan."""
+    return {k: v for k, v in config.to_dict().items() if k not in ("model_type", "layerfuse_plan")}
 
 
 def expand(model: PreTrainedModel) -> PreTrainedModel:
@@ -210,6 +250,11 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, FusedMixin):
         return copy.deepcopy(model)
+    if plan_of(model.config).kinds == CHAIN:
+        raise UnsupportedModelError(
+            f"convolutions of {type(model).__name__} were merged, for which the stock class has no place: save the "
+            "model as it is, without expanded=True."
+        )
     layout = layout_of(model.config)
     others = [i for i, slot in enumerate(layout.slots) for source in slot.blocks.values() if source and source.form]
     if others:
@@ -218,9 +263,8 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__} has no place without this library: save the model as it is, without expanded=True."
         )
     stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
-    values = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "layerfuse_plan")}
     weights = expanded_weights(model, adapter_for(model), layout)
-    return build(stock, stock.config_class(**values), weights, model)
+    return build(stock, stock.config_class(**_fields(model.config)), weights, model)
 
 
 def build(cls: type, config: PreTrainedConfig, weights: dict[str, Any], like: PreTrainedModel) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""The end of a homotopy: MLPs whose activation has become a line become one linear map."""
+"""What ends a training: MLPs whose activation has become a line become one linear map, convolutions one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .edits import untied_state
 from .errors import LayerFuseError, PlanError
 from .forms import check_form, linear_weights
 from .lines import bends_of
-from .modeling import build
+from .modeling import build, merged, with_plan
 from .plan import Blend, LinearForm, Linearize, Plan
 
 
@@ -74,6 +74,28 @@ def straighten(
     for layer, module in inside.items():
         prefix = f"{adapter.layers_path(model)}.{places[layer]}"
         weights |= {f"{prefix}.{k}": v for k, v in linear_weights(module, adapter, LinearForm(fold=fold)).items()}
-    values = {**model.config.to_dict(), "layerfuse_plan": plan.to_dict(notes=False)}
-    values.pop("model_type")
-    return build(type(model), type(model).config_class(**values), weights, model), plan
+    return build(type(model), with_plan(type(model), model.config, plan), weights, model), plan
+
+
+def merge_convs(model: PreTrainedModel) -> tuple[PreTrainedModel, Plan]:
+    """Make one convolution of each segment that was left open: what ends `MergeConvs(..., merged=False)`.
+
+    Batch norms are folded, kernels composed and skips added in float64; in eval mode, the result computes the same.
+
+    Args:
+        model: that such edits led to, trained since; it stays as it is.
+
+    Returns:
+        The model, and its plan.
+
+    Raises:
+        PlanError: no segment of the model is open.
+    """
+    tree = getattr(model.config, "layerfuse_plan", None)
+    plan = Plan.from_dict(tree) if tree else None
+    if plan is None or all(getattr(edit, "merged", True) for edit in plan.edits):
+        raise PlanError(
+            f"no segment of this {type(model).__name__} is open: apply MergeConvs(..., merged=False) first."
+        )
+    plan = dataclasses.replace(plan, edits=tuple(dataclasses.replace(edit, merged=True) for edit in plan.edits))
+    return merged(model, plan), plan

@@ -7,6 +7,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -114,6 +115,16 @@ def predicted(model: PreTrainedModel) -> torch.Tensor:
     inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in example_inputs(model).items()}
     with torch.inference_mode():
         return prediction(model(**inputs))
+
+
+def cifar_resnet():
+    """The residual networks of `benchmarks/cifar_resnet.py`, which registers them from outside the package."""
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "cifar_resnet.py"
+    spec = importlib.util.spec_from_file_location("cifar_resnet", path)
+    module = sys.modules.setdefault("cifar_resnet", importlib.util.module_from_spec(spec))
+    if "cifar_resnet" not in ADAPTERS:
+        spec.loader.exec_module(module)
+    return module
 
 
 GATED = sorted(name for name in TINY if "gate" in ADAPTERS[name].mlp)

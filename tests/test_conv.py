@@ -3,13 +3,12 @@
 import importlib.util
 import itertools
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import cifar_resnet
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import (
@@ -32,7 +31,6 @@ from hf_layerfuse import (
     refit,
     search,
 )
-from hf_layerfuse.adapters import ADAPTERS
 from hf_layerfuse.math.cluster import partition_within
 from hf_layerfuse.math.ridge import Moments
 from hf_layerfuse.prediction import calibration_loss
@@ -41,11 +39,7 @@ from hf_layerfuse.rounds import rounds_of, target_of
 from hf_layerfuse.schedule import compose
 
 CONVFIT = importlib.import_module("hf_layerfuse.convfit")
-PATH = Path(__file__).resolve().parents[1] / "benchmarks" / "cifar_resnet.py"
-spec = importlib.util.spec_from_file_location("cifar_resnet", PATH)
-MODULE = sys.modules.setdefault("cifar_resnet", importlib.util.module_from_spec(spec))
-if "cifar_resnet" not in ADAPTERS:
-    spec.loader.exec_module(MODULE)
+MODULE = cifar_resnet()
 
 WIDTHS = [4, 4, 4, 8, 8, 8, 8, 8]
 LAYERS = len(WIDTHS)

@@ -25,11 +25,12 @@ from hf_layerfuse import (
 )
 from hf_layerfuse.adapters import ADAPTERS, One, adapter_for
 from hf_layerfuse.calibration import Sample
-from hf_layerfuse.forms import Collapsed, Folded
+from hf_layerfuse.forms import Collapsed
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.mapfit import fit_linear
 from hf_layerfuse.math.lowrank import low_rank
 from hf_layerfuse.math.ridge import Moments
+from hf_layerfuse.parts import Parts
 from hf_layerfuse.prediction import calibration_loss, prediction
 from hf_layerfuse.relaxed import out_in, theta_of
 from hf_layerfuse.sizes import planned_size
@@ -135,7 +136,7 @@ def test_a_residual_sum_is_folded_exactly(model_type):
     assert verify(whole)["reload"] == 0
     assert Plan.from_dict(folded.to_dict()) == folded
     found = collapse(model, count=2, fold=True, batches=batches)
-    assert sum(isinstance(module, Folded) for module in found.modules()) == 2
+    assert sum(isinstance(module, Parts) for module in found.modules()) == 2
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,15 @@ from .base import (
     adapter_for,
 )
 from .bert import BertAdapter, DistilBertAdapter, RobertaAdapter
+from .chain import ChainAdapter, Convolutions, Skip, Unit, root_of
 from .gpt2 import GPT2Adapter
 from .llama import LlamaAdapter, MistralAdapter, Qwen2Adapter, Qwen3Adapter
 from .maps import READERS, Heads, LinearMap, heads_of, linear_maps
+from .mobilenet_v2 import MobileNetV2Adapter
+from .resnet import ResNetAdapter
 from .vit import DeiTAdapter, ViTAdapter
 
-BUILTIN: tuple[type[TransformerAdapter], ...] = (
+BUILTIN: tuple[type[ModelAdapter], ...] = (
     GPT2Adapter,
     BertAdapter,
     RobertaAdapter,
@@ -31,6 +34,8 @@ BUILTIN: tuple[type[TransformerAdapter], ...] = (
     MistralAdapter,
     Qwen2Adapter,
     Qwen3Adapter,
+    ResNetAdapter,
+    MobileNetV2Adapter,
 )
 
 __all__ = [
@@ -39,17 +44,22 @@ __all__ = [
     "FUSED_PREFIX",
     "READERS",
     "Block",
+    "ChainAdapter",
     "ConvAdapter",
+    "Convolutions",
     "Heads",
     "LayerAdapter",
     "LinearMap",
     "ModelAdapter",
     "One",
     "Place",
+    "Skip",
     "TransformerAdapter",
+    "Unit",
     "ZeroAttention",
     "ZeroBlock",
     "adapter_for",
     "heads_of",
     "linear_maps",
+    "root_of",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -40,17 +40,16 @@ class Place(NamedTuple):
     module: str
 
 
-class ModelAdapter(ABC):
+class ModelAdapter:
     """What the engine needs to know of an architecture."""
 
     model_type: ClassVar[str]
 
-    @abstractmethod
-    def blocks(self, model: PreTrainedModel) -> list[Block]:
-        """The blocks of `model` that are still there, in the order in which they run."""
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise `UnsupportedModelError` for a model that shares the architecture but cannot be made smaller."""
 
 
-class LayerAdapter(ModelAdapter):
+class LayerAdapter(ModelAdapter, ABC):
     """A stack of layers, each of which has one block of every kind. All paths but `layers` start at a layer.
 
     Attributes:
@@ -71,9 +70,6 @@ class LayerAdapter(ModelAdapter):
     resizes: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]]
 
-    def check(self, model: PreTrainedModel) -> None:
-        """Raise `UnsupportedModelError` for a model that shares the architecture but cannot be fused."""
-
     def table(self, kind: str) -> Mapping[str, str]:
         """Role -> path of the modules of a kind of block."""
         return getattr(self, kind)
@@ -92,6 +88,7 @@ class LayerAdapter(ModelAdapter):
         return model.get_submodule(self.layers_path(model))
 
     def blocks(self, model: PreTrainedModel) -> list[Block]:
+        """The blocks of `model` that are still there, in the order in which they run."""
         path = self.layers_path(model)
         found = []
         for index, layer in enumerate(self.layer_list(model)):
@@ -196,21 +193,31 @@ class One(nn.Module):
         return hidden_states.new_ones(())
 
 
-ADAPTERS: dict[str, LayerAdapter] = {}
+ADAPTERS: dict[str, ModelAdapter] = {}
+
+_Adapter = TypeVar("_Adapter", bound=ModelAdapter)
 
 
-def adapter_for(model: Any) -> LayerAdapter:
+def adapter_for(model: Any, kind: type[_Adapter] = LayerAdapter) -> _Adapter:
     """The adapter of a model, or of its config.
 
+    Args:
+        model: or its config.
+        kind: what is needed: layers to fuse, or a chain of convolutions to merge.
+
     Raises:
-        UnsupportedModelError: no adapter is registered for its `model_type`.
+        UnsupportedModelError: no adapter of that kind is registered for its `model_type`.
     """
     config = getattr(model, "config", model)
-    model_type = getattr(config, "model_type", type(model).__name__)
-    adapter = ADAPTERS.get(str(model_type).removeprefix(FUSED_PREFIX))
-    if adapter is None:
-        raise UnsupportedModelError(
-            f"no adapter for the architecture {model_type!r}. Known: {', '.join(sorted(ADAPTERS))}. To teach "
-            "hf_layerfuse a new one, see 'Add an architecture' in CONTRIBUTING.md."
-        )
-    return adapter
+    model_type = str(getattr(config, "model_type", type(model).__name__)).removeprefix(FUSED_PREFIX)
+    adapter = ADAPTERS.get(model_type)
+    if isinstance(adapter, kind):
+        return adapter
+    known = ", ".join(sorted(name for name, adapter in ADAPTERS.items() if isinstance(adapter, kind)))
+    if adapter is not None:
+        what = "layers to fuse, drop or make linear" if kind is LayerAdapter else "convolutions to merge"
+        raise UnsupportedModelError(f"the adapter of {model_type!r} knows no {what}; what has some: {known}.")
+    raise UnsupportedModelError(
+        f"no adapter for the architecture {model_type!r}. Known: {known}. To teach hf_layerfuse a new one, see 'Add an "
+        "architecture' in CONTRIBUTING.md."
+    )

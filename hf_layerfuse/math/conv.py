@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,45 @@ from ..errors import LayerFuseError
 
 Sides = tuple[int, int, int, int]
 """Left, right, top, bottom: the order of `F.pad`."""
+
+
+class Window(NamedTuple):
+    """What a convolution looks at, along one side of an image.
+
+    Attributes:
+        size: of its kernel, gaps of a dilation included.
+        stride: pixels from one to the next.
+        padding: zeros before and behind; None is as many as TensorFlow's SAME puts there, by the size of the image.
+    """
+
+    size: int
+    stride: int = 1
+    padding: tuple[int, int] | None = None
+
+    def around(self, length: int) -> tuple[int, int]:
+        """Zeros before and behind a side of some length."""
+        if self.padding is not None:
+            return self.padding
+        total = max(self.size - (length % self.stride or self.stride), 0)
+        return total // 2, total - total // 2
+
+
+def around(windows: Sequence[Window], height: int, width: int) -> Sides:
+    """Zeros that convolutions in a row put around an image together, if the first of them puts them all.
+
+    p1 + s1 p2 + s1 s2 p3 + ..., on each side (LayerMerge, Kim et al. 2024, appendix A). Without a `Window` that goes by
+    the size of the image, that does not matter.
+    """
+    found: list[int] = []
+    for length in (width, height):
+        before, behind, scale = 0, 0, 1
+        for window in windows:
+            first, last = window.around(length)
+            before, behind, scale = before + scale * first, behind + scale * last, scale * window.stride
+            length = (length + first + last - window.size) // window.stride + 1
+        found += [before, behind]
+    left, right, top, bottom = found
+    return left, right, top, bottom
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,10 +1,11 @@
 """A plan: which blocks of a model become what. Readable JSON, no torch, no parameter names."""
 
-from .edit import Align, Blend, Drop, Edit, Fuse, Kind, Linearize, Mode
-from .layout import BlendedForm, Layout, LinearForm, Operator, Slot, Source, Tie
-from .plan import TRANSFORMER, Plan
+from .edit import Align, Blend, Drop, Edit, Fuse, Kind, Linearize, MergeConvs, Mode
+from .layout import BlendedForm, Layout, LinearForm, MergedForm, Operator, Slot, Source, Tie
+from .plan import CHAIN, TRANSFORMER, Plan
 
 __all__ = [
+    "CHAIN",
     "TRANSFORMER",
     "Align",
     "Blend",
@@ -16,6 +17,8 @@ __all__ = [
     "Layout",
     "LinearForm",
     "Linearize",
+    "MergeConvs",
+    "MergedForm",
     "Mode",
     "Operator",
     "Plan",

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
 from ..errors import PlanError
-from .layout import BlendedForm, LinearForm, Operator, Source
+from .layout import BlendedForm, LinearForm, MergedForm, Operator, Source
 
 Kind = Literal["layer", "attention", "mlp", "conv"]
 Mode = Literal["depth", "share", "basis"]
@@ -189,15 +189,55 @@ class Blend:
         return Source(self.layers, form=BlendedForm(self.faithful))
 
 
-Edit = Fuse | Drop | Linearize | Blend
-_EDITS: Mapping[str, type[Edit]] = {kind.edit: kind for kind in (Fuse, Drop, Linearize, Blend)}
+@dataclass(frozen=True)
+class MergeConvs:
+    """Convolutions start + 1 to end of a chain become one (LayerMerge, Kim et al. 2024).
 
-_RARE = frozenset({"keep", "weights", "align", "rank", "faithful", "fold"})
+    Activations between them go, and of the convolutions themselves all but those in `keep`. What is left is linear, and
+    one convolution computes it, once all padding is put around the input of the first: that differs at the borders of
+    images. Behind the segment comes an activation, also where there was none.
+
+    With `merged=False`, the convolutions in `keep` remain for now, to be trained; `merge_convs` makes them one then,
+    exactly.
+    """
+
+    start: int
+    end: int
+    keep: tuple[int, ...]
+    merged: bool = True
+    kind: ClassVar[str] = "convolution"
+    edit: ClassVar[str] = "merge"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", tuple(self.keep))
+        _layer_indices((self.start, self.end, *self.keep), "MergeConvs.start, end and keep")
+        if self.end - self.start < 2:
+            raise PlanError(f"MergeConvs.end is {self.end} and start {self.start}: merge two convolutions or more.")
+        if not self.keep or list(self.keep) != sorted(set(self.keep)) or not set(self.keep) <= set(self.layers):
+            raise PlanError(
+                f"MergeConvs.keep is {self.keep}: name one convolution or more of {self.start + 1} to {self.end}, in "
+                "ascending order."
+            )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(range(self.start + 1, self.end + 1))
+
+    @property
+    def source(self) -> Source:
+        """Where the weights of one of the convolutions come from."""
+        return Source(self.layers, form=MergedForm())
+
+
+Edit = Fuse | Drop | Linearize | Blend | MergeConvs
+_EDITS: Mapping[str, type[Edit]] = {kind.edit: kind for kind in (Fuse, Drop, Linearize, Blend, MergeConvs)}
+
+_RARE = frozenset({"weights", "align", "rank", "faithful", "fold", "merged"})
 
 
 def write_edit(edit: Edit) -> dict[str, Any]:
     """JSON types of an edit; what few edits have, such as `rank`, is left out of those that have it not."""
-    rare = {f.name: f.default for f in fields(edit) if f.name in _RARE}
+    rare = {f.name: f.default for f in fields(edit) if f.name in _RARE or f.default is None}
     values = {k: v for k, v in asdict(edit).items() if k not in rare or v != rare[k]}
     return {"edit": edit.edit, **values}
 

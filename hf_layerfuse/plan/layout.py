@@ -26,6 +26,11 @@ class BlendedForm:
 
 
 @dataclass(frozen=True)
+class MergedForm:
+    """What a convolution is that is one with others of its segment."""
+
+
+@dataclass(frozen=True)
 class Source:
     """The original layers whose blocks make one block of the result, how their weights become one, and the `form` that
     the block has then, if it is another than it had."""
@@ -34,7 +39,7 @@ class Source:
     operator: Operator = "freeze"
     keep: int | None = None
     weights: tuple[float, ...] | None = None
-    form: LinearForm | BlendedForm | None = None
+    form: LinearForm | BlendedForm | MergedForm | None = None
 
     @property
     def linear(self) -> LinearForm | None:

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
-from .edit import Blend, Drop, Edit, Fuse, Linearize, read_edit, write_edit
+from .edit import Blend, Drop, Edit, Fuse, Linearize, MergeConvs, read_edit, write_edit
 from .layout import Layout, Slot, Source, Tie
 
 FORMAT_VERSION = 1
 
 TRANSFORMER = ("attention", "mlp")
 """The kinds of blocks that a layer of a transformer has."""
+
+CHAIN = ("convolution",)
+"""What a plan that merges convolutions is of: its layers are the convolutions of a chain, each one block."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,9 @@ class Plan:
         for kind, edit in self._by_block():
             if isinstance(edit, Drop):
                 blocks[kind][edit.layer] = None
-            elif isinstance(edit, Linearize | Blend):
-                blocks[kind][edit.layer] = edit.source
+            elif isinstance(edit, Linearize | Blend | MergeConvs):
+                for layer in edit.layers:
+                    blocks[kind][layer] = edit.source
             elif edit.mode == "depth":
                 blocks[kind][edit.layers[0]] = edit.source
                 for layer in edit.layers[1:]:
