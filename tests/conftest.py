@@ -6,12 +6,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copy
 import importlib
 import importlib.util
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 # before `datasets` is imported; one per worker, removed at exit
@@ -23,7 +25,15 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from hf_layerfuse.adapters import ADAPTERS
 from hf_layerfuse.inputs import example_inputs
@@ -129,6 +139,42 @@ def cifar_resnet():
 
 GATED = sorted(name for name in TINY if "gate" in ADAPTERS[name].mlp)
 """Architectures whose MLPs have a gate."""
+
+
+CIFAR = cifar_resnet()
+_RESNET = {"depths": [2, 3, 2], "hidden_sizes": [8, 16, 16], "embedding_size": 8, "image_size": 48, "num_labels": 3}
+_MOBILE = {"depth_multiplier": 0.25, "depth_divisible_by": 4, "min_depth": 4, "expand_ratio": 2, "image_size": 48}
+
+# one row a chain of convolutions: the class and the config
+NETWORKS = {
+    "basic": (ResNetForImageClassification, ResNetConfig(layer_type="basic", **_RESNET)),
+    "bottleneck": (ResNetForImageClassification, ResNetConfig(**_RESNET)),
+    "stride in the first": (ResNetForImageClassification, ResNetConfig(downsample_in_bottleneck=True, **_RESNET)),
+    "mobilenet": (MobileNetV2ForImageClassification, MobileNetV2Config(num_labels=3, **_MOBILE)),
+    "symmetric": (MobileNetV2ForImageClassification, MobileNetV2Config(num_labels=3, tf_padding=False, **_MOBILE)),
+    "dilated": (MobileNetV2ForImageClassification, MobileNetV2Config(num_labels=3, output_stride=8, **_MOBILE)),
+    "cifar": (
+        CIFAR.CifarResNetForImageClassification,
+        CIFAR.CifarResNetConfig(num_hidden_layers=6, widths=[4, 4, 4, 8, 8, 8], num_labels=3),
+    ),
+}
+
+
+@cache
+def network(name: str):
+    """A random model in float64, whose norms have seen some images, so that what they give is of size one."""
+    make, config = NETWORKS[name]
+    torch.manual_seed(0)
+    model = make(copy.deepcopy(config)).double().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            module.momentum = None
+    with torch.no_grad():
+        for seed in range(3):
+            model(**example_inputs(model, 8, seed=seed))
+    return model.eval()
 
 
 @pytest.fixture(params=sorted(TINY))

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import NETWORKS, TINY
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_layerfuse import UnsupportedModelError, fuse, register_adapter
-from hf_layerfuse.adapters import ADAPTERS, BUILTIN, TransformerAdapter
+from hf_layerfuse.adapters import ADAPTERS, BUILTIN, LayerAdapter, TransformerAdapter
 
 GUIDE = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
 
@@ -107,7 +107,7 @@ def test_an_unknown_architecture_is_refused_with_directions():
     with pytest.raises(UnsupportedModelError, match="no adapter for the architecture 'unheard-of'") as refused:
         fuse(UnknownModel(UnknownConfig()), keep_layers=1)
     known = re.search(r"Known: (.*?)\. ", str(refused.value))[1]
-    assert known.split(", ") == sorted(ADAPTERS)
+    assert known.split(", ") == sorted(name for name, adapter in ADAPTERS.items() if isinstance(adapter, LayerAdapter))
     assert "see 'Add an architecture' in CONTRIBUTING.md" in str(refused.value)
     assert blocks_of("Add an architecture")
 
@@ -124,6 +124,7 @@ def test_registering_needs_a_config_class():
 
 
 def test_every_built_in_architecture_is_tested():
-    """Each adapter that comes with the package has its row in `TINY`, and the guide names the place."""
-    assert {adapter.model_type for adapter in BUILTIN} == TINY.keys()
+    """Each adapter that comes with the package has its row in `TINY` or `NETWORKS`, and the guide names the place."""
+    chains = {config.model_type for _, config in NETWORKS.values()}
+    assert {adapter.model_type for adapter in BUILTIN} == TINY.keys() | chains - {"cifar_resnet"}
     assert "`TINY`" in GUIDE.read_text(encoding="utf-8")

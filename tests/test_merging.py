@@ -3,11 +3,10 @@
 import copy
 import random
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
-from conftest import cifar_resnet, tiny_model
+from conftest import NETWORKS, network, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -42,43 +41,7 @@ from hf_layerfuse.parts import PaddedConv2d, Parts
 from hf_layerfuse.plan import CHAIN
 from hf_layerfuse.prediction import prediction
 
-CIFAR = cifar_resnet()
-_RESNET = {"depths": [2, 3, 2], "hidden_sizes": [8, 16, 16], "embedding_size": 8, "image_size": 48, "num_labels": 3}
-_MOBILE = {"depth_multiplier": 0.25, "depth_divisible_by": 4, "min_depth": 4, "expand_ratio": 2, "image_size": 48}
-
-# one row a network: the class and the config
-NETWORKS = {
-    "basic": (ResNetForImageClassification, ResNetConfig(layer_type="basic", **_RESNET)),
-    "bottleneck": (ResNetForImageClassification, ResNetConfig(**_RESNET)),
-    "stride in the first": (ResNetForImageClassification, ResNetConfig(downsample_in_bottleneck=True, **_RESNET)),
-    "mobilenet": (MobileNetV2ForImageClassification, MobileNetV2Config(num_labels=3, **_MOBILE)),
-    "symmetric": (MobileNetV2ForImageClassification, MobileNetV2Config(num_labels=3, tf_padding=False, **_MOBILE)),
-    "dilated": (MobileNetV2ForImageClassification, MobileNetV2Config(num_labels=3, output_stride=8, **_MOBILE)),
-    "cifar": (
-        CIFAR.CifarResNetForImageClassification,
-        CIFAR.CifarResNetConfig(num_hidden_layers=6, widths=[4, 4, 4, 8, 8, 8], num_labels=3),
-    ),
-}
-
-
 RESNET34 = ResNetConfig(layer_type="basic", depths=[3, 4, 6, 3], hidden_sizes=[64, 128, 256, 512])
-
-
-@cache
-def network(name: str):
-    """A random model in float64, whose norms have seen some images, so that what they give is of size one."""
-    make, config = NETWORKS[name]
-    torch.manual_seed(0)
-    model = make(copy.deepcopy(config)).double().train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-            module.momentum = None
-    with torch.no_grad():
-        for seed in range(3):
-            model(**example_inputs(model, 8, seed=seed))
-    return model.eval()
 
 
 def chain_of(model):
