@@ -54,20 +54,20 @@ Make = Callable[[int], heal.Made]
 
 
 def vit_cifar10() -> heal.Job:
-    """A ViT of 6 layers of 192 on 16 patches."""
+    """A ViT of 6 layers of 128 on 64 patches."""
     folder = CHECKPOINTS / "vit"
     if not (folder / "config.json").is_file():
         config = ViTConfig(
-            hidden_size=192,
+            hidden_size=128,
             num_hidden_layers=6,
-            num_attention_heads=3,
-            intermediate_size=768,
+            num_attention_heads=4,
+            intermediate_size=512,
             image_size=32,
-            patch_size=8,
+            patch_size=4,
             num_labels=10,
         )
         torch.manual_seed(0)
-        recipe = HealRecipe(steps=3000, batch_size=64, learning_rate=1e-3, eval_every=500, kl_weight=0.0)
+        recipe = HealRecipe(steps=5000, batch_size=64, learning_rate=1e-3, eval_every=500, kl_weight=0.0)
         job = heal.images("vit-cifar10", ViTForImageClassification(config), recipe, [], 0)
         model = job.base.model
         heal.heal(
