@@ -81,7 +81,16 @@ def vit_cifar10() -> heal.Job:
     return heal.images("vit-cifar10", model, recipe, heal.rates(1e-4, 3e-4, 1e-3), pilot=100)
 
 
-JOBS = {"minilm-sst2": heal.minilm_sst2, "gpt2": heal.gpt2, "vit-cifar10": vit_cifar10}
+def minilm_sst2() -> heal.Job:
+    """With losses that hardly learn labels by heart, which the original knows: it was trained on the same sentences.
+
+    Of seven options, the fitted model with four linear MLPs had the least validation loss with this one.
+    """
+    option = {"learning_rate": 5e-5, "dropout": 0.0, "hidden_weight": 5.0, "ce_weight": 0.3}
+    return replace(heal.minilm_sst2(), options=[option])
+
+
+JOBS = {"minilm-sst2": minilm_sst2, "gpt2": heal.gpt2, "vit-cifar10": vit_cifar10}
 
 
 def dropping(job: fusion.Job) -> Make:
@@ -177,6 +186,8 @@ def train(name: str, counts: Sequence[int], methods: Sequence[str] | None) -> No
     """Retrain what is not there yet, or some methods of it, and save after each model."""
     job = JOBS[name]()
     before = heal.current(job, heal.load(heal.RESULT).get(name, {}))
+    if any(choice["options"] != job.options for choice in before["chosen"].values()):  # another way to train
+        before = heal.current(job, {})
     targets = {f"{count} MLPs": {"count": count} for count in TRAINED_COUNTS[name]}
     job = replace(job, targets=targets, pilots=tuple(targets)[:1])
     original = before["models"].get("original", {})

@@ -280,6 +280,8 @@ def untouched(model: PreTrainedModel, asked: dict[str, Any]) -> Made:
 def chosen(job: Job, name: str, asked: dict[str, Any], step: Step, choices: list[dict]) -> dict[str, Any]:
     """The validation loss after a short training with each of the options, and the best of them; None: it exploded.
 
+    There is nothing to choose of one.
+
     Where another method came to the same weights, that is known: it is one of the `choices`.
     """
     fused, plan = step(job.base.model, asked)
@@ -287,6 +289,8 @@ def chosen(job: Job, name: str, asked: dict[str, Any], step: Step, choices: list
     for known in choices:
         if known["weights"] == weights:
             return known
+    if len(job.options) == 1:
+        return {"options": job.options, "steps": job.pilot, "losses": [], "best": job.options[0], "weights": weights}
     for option in job.options:
         student = copy.deepcopy(fused)
         recipe = recipe_of(job, plan, steps=job.pilot, eval_every=job.pilot, **option)
