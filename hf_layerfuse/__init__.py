@@ -13,7 +13,7 @@ from .adapters import (
     adapter_for,
 )
 from .align import align
-from .auto import AutoFusedModel, collapse, fuse
+from .auto import AutoFusedModel, collapse, fuse, merge
 from .collapse import search_collapse
 from .errors import (
     CheckpointError,
@@ -28,10 +28,11 @@ from .errors import (
 )
 from .heal import HealReport, heal
 from .layermap import fused_parameters, layer_map, mixed_weights
+from .merge import search_merge
 from .methods.fusion import plan_fusion
 from .modeling import apply, expand, register_adapter
 from .plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
-from .recipe import CollapseRecipe, FusionRecipe, HealRecipe
+from .recipe import CollapseRecipe, FusionRecipe, HealRecipe, MergeRecipe
 from .refit import RefitReport, refit
 from .search import search
 from .straighten import merge_convs, straighten
@@ -57,6 +58,7 @@ __all__ = [
     "LayerFuseWarning",
     "Linearize",
     "MergeConvs",
+    "MergeRecipe",
     "ModelAdapter",
     "Plan",
     "PlanError",
@@ -77,6 +79,7 @@ __all__ = [
     "fused_parameters",
     "heal",
     "layer_map",
+    "merge",
     "merge_convs",
     "mixed_weights",
     "plan_fusion",
@@ -84,6 +87,7 @@ __all__ = [
     "register_adapter",
     "search",
     "search_collapse",
+    "search_merge",
     "straighten",
     "verify",
 ]

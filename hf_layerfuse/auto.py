@@ -1,4 +1,4 @@
-"""The front doors: `fuse` and `collapse` for a model in memory, `AutoFusedModel` for one on disk or on the Hub."""
+"""The front doors: `fuse`, `collapse`, `merge` for a model in memory, `AutoFusedModel` for one on disk or the Hub."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 from .calibration import Batches, read
 from .collapse import search_collapse
 from .errors import RecipeError
-from .modeling import load_checkpoint
-from .recipe import COLLAPSE_TARGETS, TARGETS, CollapseRecipe, FusionRecipe
+from .loading import load_checkpoint
+from .merge import search_merge
+from .recipe import COLLAPSE_TARGETS, MERGE_TARGETS, TARGETS, CollapseRecipe, FusionRecipe, MergeRecipe
 from .search import search
 from .verify import verify, warn_if_useless
 
-_Recipe = TypeVar("_Recipe", FusionRecipe, CollapseRecipe)
+_Recipe = TypeVar("_Recipe", FusionRecipe, CollapseRecipe, MergeRecipe)
 
 
 def fuse(
@@ -97,6 +98,45 @@ def collapse(
             verify(result)
         return result
     return _checked(model, result, sequences, check)
+
+
+def merge(
+    model: PreTrainedModel,
+    recipe: MergeRecipe | None = None,
+    *,
+    batches: Batches | None = None,
+    check: bool = True,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """Make convolutions of a model one: measure segments, choose those that keep a latency budget, fit, verify.
+
+    Latency is measured on the device that the model is on, with the number of threads that torch has.
+
+    Args:
+        model: a stock model with any head; never changed.
+        recipe: what is asked for; `MergeRecipe(budget=0.6)`, say.
+        batches: calibration images, as for `fuse`.
+        check: save, reload and compare the result before it is returned, as `verify` does.
+        overrides: fields of `MergeRecipe`, in place of the recipe or on top of it.
+
+    Returns:
+        A new model, of the fused counterpart of the class of `model`. With method `open`, one to be trained, of which
+        `merge_convs` makes the fast one.
+
+    Raises:
+        RecipeError: unknown field, a budget that cannot be met, or no batches.
+        UnsupportedModelError: no adapter for the architecture, or nothing in it that can be merged.
+        VerificationError: the result does not survive saving and loading.
+
+    Example:
+        >>> fast = merge(model, budget=0.6, batches=batches)  # doctest: +SKIP
+    """
+    recipe = _asked(MergeRecipe, MERGE_TARGETS, recipe, overrides)
+    sequences = None if batches is None else read(batches, model)
+    result = search_merge(model, recipe, sequences).model
+    if check:
+        verify(result)
+    return result
 
 
 def _asked(kind: type[_Recipe], targets: Sequence[str], recipe: _Recipe | None, overrides: dict[str, Any]) -> _Recipe:

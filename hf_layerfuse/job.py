@@ -16,9 +16,9 @@ import transformers
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, set_seed
 
 from . import __version__
-from .adapters import adapter_for
+from .adapters import ChainAdapter, LayerAdapter, adapter_for
 from .errors import CheckpointError
-from .modeling import load_checkpoint
+from .loading import load_checkpoint
 from .output import MARK, check_output, new_directory, unfinished
 from .plan import Plan
 from .plots import plot_homotopy
@@ -51,7 +51,8 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
 
     original, processor = _load(recipe)
     original.to(state.device)
-    adapter_for(original)  # an unknown architecture is refused before the data are read
+    # an unknown architecture is refused before the data are read
+    adapter_for(original, ChainAdapter if recipe.merge else LayerAdapter)
     inputs = RunData(recipe, processor, original)
     files = [_stamp(path) for path in (recipe.model, data.train, data.validation, data.test)]
     # one fused model serves every way to heal it; what is fused further depends on how it was healed before

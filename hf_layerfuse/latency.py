@@ -1,18 +1,17 @@
 """How long a forward pass takes, alone and side by side with other models."""
 
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .evaluate import evaluating
 from .inputs import example_inputs
+from .timing import interleaved
 
 _DEFAULT_SEQUENCE_LENGTH = 128  # of the sentences that encoders usually see
 
@@ -60,15 +59,13 @@ def latency_side_by_side(
         for batch_size in tqdm(list(batch_sizes), desc="latency", disable=None):
             length = sequence_length or _DEFAULT_SEQUENCE_LENGTH
             inputs = {name: example_inputs(model, batch_size, length) for name, model in models.items()}
-            rounds = [
-                {name: _milliseconds(model, inputs[name]) for name, model in models.items()}
-                for _ in range(warmup + repeats)
-            ]
+            runs = {name: partial(model, **inputs[name]) for name, model in models.items()}
+            [device] = {model.device for model in models.values()}
+            timed = interleaved(runs, device, repeats=repeats, warmup=warmup)
             for name, model in models.items():
-                low, median, high = np.percentile([times[name] for times in rounds[warmup:]], (25, 50, 75))
                 results[name][batch_size] = {
-                    "median_ms": float(median),
-                    "spread_ms": float(high - low),
+                    "median_ms": timed[name].median,
+                    "spread_ms": timed[name].spread,
                     "repeats": repeats,
                     "warmup": warmup,
                     "threads": torch.get_num_threads(),
@@ -77,14 +74,3 @@ def latency_side_by_side(
                     "input_shape": list(inputs[name][model.main_input_name].shape),
                 }
     return results
-
-
-def _milliseconds(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> float:
-    on_cuda = model.device.type == "cuda"
-    if on_cuda:
-        torch.cuda.synchronize(model.device)
-    start = time.perf_counter()
-    model(**inputs)
-    if on_cuda:
-        torch.cuda.synchronize(model.device)
-    return (time.perf_counter() - start) * 1000

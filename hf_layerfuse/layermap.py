@@ -5,19 +5,22 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .adapters import adapter_for
+from .adapters import ChainAdapter, adapter_for
 from .align import align
 from .calibration import Batches
 from .errors import PlanError
+from .modeling import skeleton
 from .objective import Match
-from .plan import Plan
+from .parts import module_at
+from .plan import CHAIN, Plan
 
 
 def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) -> tuple[Match, ...]:
     """The modules of a fused model and of its original whose outputs ought to be alike.
 
     The student's layer i answers to the last original layer of its group, removed layers that follow it included. Its
-    attention answers to that of the last layer whose attention it was made from.
+    attention answers to that of the last layer whose attention it was made from. An activation behind merged
+    convolutions answers to that of the original, where it has one.
 
     Args:
         student: what `apply(teacher, plan)` gave, or a checkpoint of it.
@@ -28,6 +31,10 @@ def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) ->
         PlanError: the plan does not lead from this teacher to this student.
         UnsupportedModelError: no adapter for one of them.
     """
+    if plan.kinds == CHAIN:
+        units = adapter_for(teacher, ChainAdapter).convolutions(teacher).units
+        ends = [units[edit.end].act for edit in plan.edits if len(edit.layers) > 1]
+        return tuple(Match("hidden", act, act) for act in ends if module_at(teacher, act) is not None)
     adapter = adapter_for(teacher)
     slots = plan.layout().slots
     ours, theirs = ((adapter_for(model).layers_path(model), model) for model in (student, teacher))
@@ -56,6 +63,11 @@ def fused_parameters(student: PreTrainedModel, plan: Plan) -> frozenset[str]:
         student: what `apply(teacher, plan)` gave, or a checkpoint of it.
         plan: of it.
     """
+    if plan.kinds == CHAIN:
+        units = adapter_for(student, ChainAdapter).convolutions(skeleton(student)).units
+        made = [(edit.start + 1,) if edit.merged else edit.keep for edit in plan.edits if len(edit.layers) > 1]
+        paths = [units[place].conv for places in made for place in places]
+        return frozenset(f"{at}.{name}" for at in paths for name, _ in student.get_submodule(at).named_parameters())
     layout = plan.layout()
     tied = {(slot, tie.kind) for tie in layout.ties for slot in tie.slots}
     names = set()

@@ -17,7 +17,7 @@ from .adapters import ChainAdapter, Convolutions, Skip
 from .edits import check_model, untied_state
 from .errors import PlanError
 from .math.conv import Kernel, Sides, Window
-from .parts import Pad, Parts, convolution
+from .parts import Pad, Parts, convolution, module_at
 from .plan import MergeConvs, Plan
 
 
@@ -39,7 +39,7 @@ def check_merges(model: PreTrainedModel, adapter: ChainAdapter, plan: Plan) -> N
             f"the plan is for {plan.num_layers} convolutions, the model has {len(convs.units)}: make a new plan."
         )
     chain = convs.chain(model)
-    segments = set(chain.segments())
+    segments = {*chain.segments(), (-1, 0)}
     for edit in plan.edits:
         if not isinstance(edit, MergeConvs):
             raise PlanError(f"{edit} is about layers, and the plan about convolutions: use MergeConvs.")
@@ -67,7 +67,7 @@ def reshape_chain(model: PreTrainedModel, adapter: ChainAdapter, plan: Plan) -> 
     """Give a stock model the shape that a plan of merges leads to, in place. New weights mean nothing yet."""
     convs = adapter.convolutions(model)
     windows = windows_of(model, adapter, convs)
-    shapes = {edit: _merged_shape(model, convs, edit) for edit in plan.edits}
+    shapes = {edit: merged_shape(model, convs, edit) for edit in plan.edits}
     for edit in plan.edits:
         _straighten(model, adapter, convs, windows, edit)
         _replace(model, convs, windows, edit, shapes[edit])
@@ -83,7 +83,7 @@ def _straighten(
             parts = (unit.conv, unit.norm, unit.act)
             names = [path.rpartition(".")[2] for path in parts if path and path.startswith(f"{unit.layer}.")]
             model.set_submodule(unit.layer, Parts(model.get_submodule(unit.layer), names))
-        if place < edit.end and _module(model, unit.act) is not None:
+        if place < edit.end and module_at(model, unit.act) is not None:
             model.set_submodule(unit.act, nn.Identity())
     for skip in _inner(convs, edit):
         branch = [windows[place] for place in edit.keep if skip.start < place <= skip.end]
@@ -97,7 +97,7 @@ def _straighten(
         parts = Parts(block, skip.branch, adds=adds, shortcut=skip.shortcut, then=skip.act, pad=pad)
         model.set_submodule(skip.path, parts)
     last = convs.units[edit.end].act
-    if _module(model, last) is None:
+    if len(edit.layers) > 1 and module_at(model, last) is None:
         for skip in convs.skips:
             block = model.get_submodule(skip.path)
             if skip.end == edit.end and not isinstance(block, Parts):
@@ -126,8 +126,8 @@ def _replace(
             model.set_submodule(unit.norm, nn.Identity())
 
 
-def _merged_shape(model: PreTrainedModel, convs: Convolutions, edit: MergeConvs) -> dict[str, Any]:
-    """What the one convolution of a segment of a stock model is like."""
+def merged_shape(model: PreTrainedModel, convs: Convolutions, edit: MergeConvs) -> dict[str, Any]:
+    """What the one convolution of a segment of a stock model is like: arguments of `convolution`."""
     kept = [model.get_submodule(convs.units[place].conv) for place in edit.keep]
     size, stride = 1, 1
     for conv in kept:
@@ -165,7 +165,7 @@ def merged_weights(
     for edit in plan.edits:
         if edit.merged:
             path, like = (composer.convs.units[place].conv for place in (edit.start + 1, edit.keep[0]))
-            kernel, groups = composer.kernel(edit), _merged_shape(stock, composer.convs, edit)["groups"]
+            kernel, groups = composer.kernel(edit), merged_shape(stock, composer.convs, edit)["groups"]
             found = {"weight": kernel.in_groups(groups), "bias": kernel.bias}
             like = model.get_submodule(like).weight
             weights |= {f"{path}.{name}": tensor.to(like).contiguous() for name, tensor in found.items()}
@@ -241,9 +241,3 @@ def _inner(convs: Convolutions, edit: MergeConvs) -> list[Skip]:
 
 def _shortcut(model: PreTrainedModel, skip: Skip) -> nn.Module | None:
     return None if skip.shortcut is None else model.get_submodule(f"{skip.path}.{skip.shortcut}")
-
-
-def _module(model: PreTrainedModel, path: str) -> nn.Module | None:
-    """What is at a path, or None where nothing is."""
-    at, _, name = path.rpartition(".")
-    return getattr(model.get_submodule(at), name, None)

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -36,7 +34,7 @@ from .edits import (
     target_config,
     tied_weights,
 )
-from .errors import CheckpointError, LayerFuseError, PlanError, UnsupportedModelError
+from .errors import CheckpointError, PlanError, UnsupportedModelError
 from .lines import lines_of
 from .merging import check_merges, merged_weights, reshape_chain
 from .plan import CHAIN, Blend, Layout, Plan
@@ -221,13 +219,20 @@ def merged(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
     Its weights are composed in float64.
     """
-    stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
-    cls, adapter = fused_class(stock), adapter_for(model, ChainAdapter)
+    like, adapter = skeleton(model), adapter_for(model, ChainAdapter)
+    cls = fused_class(type(like))
     config = with_plan(cls, model.config, plan)
     with torch.device("meta"):
-        like, result = stock(stock.config_class(**_fields(model.config))), cls(config)
-    weights = merged_weights(model, like, adapter, plan, result.state_dict().keys())
+        names = cls(config).state_dict().keys()
+    weights = merged_weights(model, like, adapter, plan, names)
     return build(cls, config, weights, model)
+
+
+def skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the stock class and shape that another one had before it was merged, without weights."""
+    stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
+    with torch.device("meta"):
+        return stock(stock.config_class(**_fields(model.config)))
 
 
 def with_plan(cls: type, config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
@@ -284,69 +289,6 @@ def build(cls: type, config: PreTrainedConfig, weights: dict[str, Any], like: Pr
     model._weight_conversions = getattr(like, "_weight_conversions", None)
     model.config.name_or_path = model.name_or_path = like.config.name_or_path
     return model.to(like.device).train(like.training)
-
-
-_HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
-
-
-def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, **kwargs: Any) -> Any:
-    """Load a fused or stock checkpoint, see `AutoFusedModel.from_pretrained`.
-
-    Args:
-        path: directory or Hub name.
-        auto_class: such as `AutoModelForCausalLM`; by default, the head that the checkpoint was saved with.
-        kwargs: as for `PreTrainedModel.from_pretrained`.
-
-    Raises:
-        CheckpointError: nothing there, not a model, damaged, or with weights of the body or the head missing.
-        PlanError: a plan of a newer format, or one that does not fit the config.
-    """
-    if isinstance(path, PreTrainedModel):
-        raise CheckpointError("a model is in memory already: call fuse(model, recipe) to fuse it.")
-    path = os.fspath(path)
-    config = kwargs.pop("config", None)
-    wants_report = kwargs.pop("output_loading_info", False)
-    hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    kwargs.setdefault("use_safetensors", True)  # never a pickle, unless the caller insists
-    try:
-        if config is None:
-            # as the Auto classes do: what the config has a field for goes there, the data type excepted
-            fields = {k: v for k, v in kwargs.items() if k not in (*_HUB_ARGUMENTS, "dtype", "torch_dtype")}
-            config, rest = configuration_auto.AutoConfig.from_pretrained(
-                path, return_unused_kwargs=True, **hub, **fields
-            )
-            kwargs = {k: v for k, v in kwargs.items() if k not in fields or k in rest}
-        elif not isinstance(config, PreTrainedConfig):
-            config = configuration_auto.AutoConfig.from_pretrained(config, **hub)
-        cls = auto_class or head_class(config)
-        model, report = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
-    except LayerFuseError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        if not os.path.exists(path) and (os.path.isabs(path) or path.startswith(".") or path.count("/") != 1):
-            raise CheckpointError(f"there is no directory {path!r}: correct the path, or give a Hub name.") from error
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"cannot load a model from {path!r}: {reason[:400]}") from error
-    wrong = [str(key) for key in (*report["missing_keys"], *report["mismatched_keys"])]
-    if model.base_model is model:
-        # published bodies often come without the pooler that their class has; nothing else may start out random
-        wrong = [key for key in wrong if not key.startswith("pooler.")]
-    if wrong:
-        raise CheckpointError(
-            f"the checkpoint at {path!r} lacks weights that {type(model).__name__} asks for: "
-            f"{', '.join(sorted(wrong)[:5])}{' and more' if len(wrong) > 5 else ''}. Download it afresh if it is "
-            "damaged; fine-tune it first if it has no head for this task."
-        )
-    return (model, report) if wants_report else model
 
 
 def head_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

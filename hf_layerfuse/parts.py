@@ -88,3 +88,9 @@ def convolution(like: nn.Conv2d, windows: Sequence[Window], **changes: Any) -> n
         if (left, top) == (right, bottom):
             return nn.Conv2d(**values, padding=(top, left))
     return PaddedConv2d(**values, windows=windows)
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """What is at a path, or None where nothing is."""
+    at, _, name = path.rpartition(".")
+    return getattr(model.get_submodule(at), name, None)

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from . import chainfit
 from .adapters import READERS, Block, ConvAdapter
 from .align import align
 from .calibration import Batches, Sample
@@ -17,7 +18,7 @@ from .convfit import ConvRepair
 from .mapfit import fit_gain, fit_linear, fit_map, fit_norm, fold, store
 from .math.ridge import Moments, chain, fit, identity
 from .modes import eval_mode
-from .plan import Kind, LinearForm, Plan, Slot
+from .plan import CHAIN, Kind, LinearForm, Plan, Slot
 from .prediction import calibration_loss
 from .relaxed import theta_of
 from .repair import Repair
@@ -80,16 +81,39 @@ def refit(
             outputs of the last block before removed ones, and folds it into that block's output projection (ReplaceMe,
             Shopkhoev et al. 2025); `none` leaves the model as it is.
 
+    The one convolution of a merged segment is fitted, with what `method` but for `none`, to end where the segment did;
+    see `chainfit.repair`.
+
     Raises:
         DataError: there are no calibration batches.
         UnsupportedModelError: the model does not run each of its layers once, in order.
     """
     sample = Sample.of(batches)
+    if plan.kinds == CHAIN:
+        return refit_chain(student, teacher, plan, sample, method)
     before = calibration_loss(student, teacher, sample.judging)
     if method == "none":
         return RefitReport(before, before, kept=False)
     with eval_mode(student, teacher):
         return refit_by(student, Trace(Walk(teacher, sample)), plan, before, method)
+
+
+def refit_chain(
+    student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, sample: Sample, method: Method
+) -> RefitReport:
+    """`refit` of a plan of merges."""
+    edits = [edit for edit in plan.edits if edit.merged and len(edit.layers) > 1]
+    with eval_mode(student, teacher):
+        before = calibration_loss(student, teacher, sample.judging)
+        if method == "none" or not edits:
+            return RefitReport(before, before, kept=False)
+        kept = Saved(student)
+        blocks = tuple(chainfit.repair(student, teacher, edits, sample))
+        after = calibration_loss(student, teacher, sample.judging)
+        if after <= before:
+            return RefitReport(before, after, kept=True, blocks=blocks)
+        kept.restore(student)
+        return RefitReport(before, before, kept=False, blocks=blocks)
 
 
 def refit_by(student: PreTrainedModel, trace: Trace, plan: Plan, before: float, method: Method) -> RefitReport:

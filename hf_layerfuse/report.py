@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .plan import Blend, Drop, Fuse, Linearize, Plan
+from .plan import CHAIN, Blend, Drop, Fuse, Linearize, MergeConvs, Plan
 from .recipe import Recipe
 from .tasks import TASKS
 
@@ -78,6 +78,10 @@ def describe(plan: Plan) -> list[str]:
             lines.append(f"the MLP of layer {where}: becomes {maps}")
         elif isinstance(edit, Blend):
             lines.append(f"the MLP of layer {where}: its activation is on the way to a line")
+        elif isinstance(edit, MergeConvs):
+            if len(edit.layers) > 1:  # of all others, batch norms are folded
+                kept = ", ".join(map(str, edit.keep))
+                lines.append(f"convolutions {where}: become one, made of {kept}{'' if edit.merged else ', open yet'}")
         elif isinstance(edit, Fuse):
             residuals = f", with residuals of rank {edit.rank}" if edit.mode == "share" and edit.rank else ""
             become = _BECOME[edit.mode].format(rank=edit.rank)
@@ -85,11 +89,19 @@ def describe(plan: Plan) -> list[str]:
     return lines
 
 
+_METHODS = {
+    "fusion": ("fused", "layer-fusion"),
+    "collapse": ("collapsed", "layer-collapse"),
+    "merge": ("merged", "layer-merge"),
+}
+"""Section of a recipe -> what its results are, and the tag of their cards."""
+
 _BLOCKS = {
     "layer": "layers",
     "attention": "the attention of layers",
     "mlp": "the MLPs of layers",
     "conv": "the convolutions of layers",
+    "convolution": "convolutions",
 }
 _BECOME = {
     "depth": "become one, which runs once",
@@ -112,7 +124,7 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
     dataset = recipe.data.name or Path(source).name
     split = source if recipe.data.name else part
     name = Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
-    made = "collapsed" if recipe.collapse else "fused"
+    made, tag = next(words for method, words in _METHODS.items() if getattr(recipe, method) is not None)
     evaluations = [
         EvalResult(
             task_type=TASKS[recipe.task].pipeline,
@@ -131,7 +143,7 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
         datasets=[recipe.data.name] if recipe.data.name else None,
         library_name="transformers",
         pipeline_tag=TASKS[recipe.task].pipeline,
-        tags=["hf-layerfuse", "layer-collapse" if recipe.collapse else "layer-fusion", "model-compression"],
+        tags=["hf-layerfuse", tag, "model-compression"],
         model_name=f"{name}, {made}",
         eval_results=evaluations,
     )
@@ -163,7 +175,7 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
             "",
             markdown_table(rows(results)),
             "",
-            f"## What became of its {plan.num_layers} layers",
+            f"## What became of its {plan.num_layers} {'convolutions' if plan.kinds == CHAIN else 'layers'}",
             "",
             *(f"- {line}" for line in describe(plan)),
             "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,19 @@ from .collapse import search_collapse
 from .grouping import groups_of
 from .heal import HealReport, heal
 from .layermap import fused_parameters, layer_map, mixed_weights
+from .loading import load_checkpoint
+from .merge import search_merge
 from .methods.fusion import plan_fusion
-from .modeling import expand, load_checkpoint
+from .modeling import expand
 from .output import MARK, new_directory, unfinished
 from .plan import Plan
 from .processes import process_state
-from .recipe import TARGETS, CollapseRecipe, FusionRecipe, HealRecipe, Recipe
+from .recipe import TARGETS, CollapseRecipe, FusionRecipe, HealRecipe, MergeRecipe, Recipe
 from .rundata import RunData, say
 from .schedule import compose, keeps_of, shares_of, steps_of
-from .search import search
+from .search import Found, search
 from .sizes import are_unlike
-from .straighten import straighten
+from .straighten import merge_convs, straighten
 from .tasks import TASKS
 from .verify import warn_if_useless
 
@@ -43,7 +46,7 @@ def fuse_and_heal(
         target = target_of(goal, source, original)
         stage = work / f"fused-{number}"
         if not (stage / MARK).is_file():
-            method = recipe.collapse or dataclasses.replace(recipe.fusion, **target)
+            method = recipe.collapse or recipe.merge or dataclasses.replace(recipe.fusion, **target)
             _compress(method, source, original, inputs, stage)
         fused = load_checkpoint(stage, auto_class=auto_class_of(recipe), dtype=torch.float32).to(original.device)
         fused.config.name_or_path = fused.name_or_path = original.name_or_path
@@ -56,11 +59,15 @@ def fuse_and_heal(
             mixed = mixed_weights(fused, source, step, inputs.calibration()) if healing.mix else None
             report = _heal(recipe, healing, fused, original, plan, mixed, inputs, seed, work / f"heal-{number}")
             reports.append({**goal, **dataclasses.asdict(report)})
-            if _merges(recipe):
+            if _straightens(recipe):
                 say("merging the maps whose activation has become a line")
                 asked = {name: getattr(recipe.collapse, name) for name in ("threshold", "fold")}
                 fused, straight = straighten(fused, **asked, batches=inputs.calibration())
                 plan = dataclasses.replace(straight, notes={**plan.notes, **straight.notes})
+            if recipe.merge is not None and recipe.merge.method == "open":
+                say("merging convolutions")
+                fused, closed = merge_convs(fused)
+                plan = dataclasses.replace(closed, notes=plan.notes)
     if reports:
         results["heal"] = reports[-1]
     if len(reports) > 1:
@@ -74,7 +81,7 @@ def _healing(recipe: Recipe) -> HealRecipe:
     return dataclasses.replace(recipe.heal, straighten=recipe.heal.straighten or "auto") if homotopy else recipe.heal
 
 
-def _merges(recipe: Recipe) -> bool:
+def _straightens(recipe: Recipe) -> bool:
     """Whether maps are merged when healing has made lines of the activations between them."""
     return recipe.collapse is not None and recipe.collapse.method == "homotopy" and recipe.collapse.merge
 
@@ -101,7 +108,7 @@ def _heal(
         frozen=fused_parameters(fused, plan) if healing.freeze_fused else (),
         mixed=mixed,
         validation_batches=inputs.validation_batches(),
-        threshold=recipe.collapse.threshold if _merges(recipe) else None,
+        threshold=recipe.collapse.threshold if _straightens(recipe) else None,
         seed=seed,
         checkpoints=unfinished(checkpoints, identity_of(healing)),
     )
@@ -139,7 +146,7 @@ def target_of(goal: Goal, source: PreTrainedModel, original: PreTrainedModel) ->
 
 
 def _compress(
-    method: FusionRecipe | CollapseRecipe,
+    method: FusionRecipe | CollapseRecipe | MergeRecipe,
     source: PreTrainedModel,
     original: PreTrainedModel,
     inputs: RunData,
@@ -148,11 +155,11 @@ def _compress(
     """Make a model smaller, measure it, and leave it, its plan and its figures in a folder, whole or not at all."""
     state = process_state()
     batches = inputs.calibration()
-    collapses = isinstance(method, CollapseRecipe)
-    say("collapsing" if collapses else "fusing")
-    found = search_collapse(source, method, batches) if collapses else search(source, method, batches)
+    doing, searching = _SEARCHES[type(method)]
+    say(doing)
+    found = searching(source, method, batches)
     fused = round_to(found.model, inputs.dtype)
-    if not (collapses and method.method == "homotopy"):  # whose result is still the original
+    if getattr(method, "method", "fitted") == "fitted":  # otherwise the result is trained first
         warn_if_useless(original, fused, batches)
     results = {} if source is not original else {"before": inputs.measure(original, original, "the original")}
     results["fused"] = inputs.measure(fused, original, "the fused model")
@@ -162,6 +169,13 @@ def _compress(
             (path / "plan.json").write_text(found.plan.to_json(), encoding="utf-8")
             (path / MARK).write_text(json.dumps(results) + "\n", encoding="utf-8")
     state.wait_for_everyone()
+
+
+_SEARCHES: Mapping[type, tuple[str, Callable[[PreTrainedModel, Any, Any], Found]]] = {
+    FusionRecipe: ("fusing", search),
+    CollapseRecipe: ("collapsing", search_collapse),
+    MergeRecipe: ("merging", search_merge),
+}
 
 
 def auto_class_of(recipe: Recipe) -> Any:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .calibration import Batches
 from .errors import CheckpointError, LayerFuseWarning, VerificationError
 from .inputs import example_inputs, predicts_next_token
-from .modeling import load_checkpoint
+from .loading import load_checkpoint
 from .modes import eval_mode
 from .prediction import decode, prediction
 

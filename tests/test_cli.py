@@ -1,6 +1,8 @@
 """`fuse.py` end to end on small local data: every task, what it writes, what it refuses, and being interrupted."""
 
 import contextlib
+import copy
+import dataclasses
 import errno
 import json
 import os
@@ -16,11 +18,17 @@ import datasets
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import tiny_model
+from conftest import network, tiny_model
 from hub import hub
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, ViTImageProcessorPil
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessorPil,
+)
 
 from hf_layerfuse import (
     AutoFusedModel,
@@ -31,6 +39,7 @@ from hf_layerfuse import (
     fuse,
     fused_parameters,
     job,
+    merge,
     rounds,
     verify,
 )
@@ -210,6 +219,40 @@ def test_collapse_end_to_end(tmp_path, task):
         assert f"the MLP of layer {edit.layer}: becomes one linear map" in card
     assert "layer-collapse" in card
     assert "import hf_layerfuse" in card
+
+
+@pytest.mark.usefixtures("steady")
+@pytest.mark.parametrize("method", ["fitted", "open"])
+def test_merge_end_to_end(tmp_path, capsys, method):
+    """A recipe of merging leaves a faster checkpoint, healed, and says which convolutions became one."""
+    words = image_classification(tmp_path)
+    shutil.rmtree(tmp_path / "model")
+    torch.manual_seed(0)
+    config = ResNetConfig(depths=[3, 2], hidden_sizes=[8, 16], embedding_size=8, layer_type="basic", num_labels=2)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 40, "width": 40}).save_pretrained(tmp_path / "model")
+    path = tmp_path / "recipe.yaml"
+    recipe = json.loads(path.read_text())
+    del recipe["fusion"]
+    recipe["merge"] = {"budget": 0.9, "batch_size": 2, "repeats": 3, "method": method}
+    path.write_text(json.dumps(recipe))
+    out = tmp_path / "out"
+    assert main([*words, "--merge.budget", "0.01"]) == 1
+    assert "the least that can be had is" in capsys.readouterr().err
+    assert main(words) == 0
+    plan = Plan.load(out / "plan.json")
+    assert all(edit.edit == "merge" and edit.merged for edit in plan.edits)
+    assert plan.notes["latency_ms"]["predicted"] <= 0.9 * plan.notes["latency_ms"]["original"]
+    results = json.loads((out / "results.json").read_text())
+    model = AutoFusedModel.from_pretrained(out)
+    assert model.num_parameters() == results["healed"]["parameters"]
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.resnet.embedder.modules())
+    card = (out / "README.md").read_text()
+    assert "layer-merge" in card
+    assert "What became of its 11 convolutions" in card
+    if method == "open":
+        assert main([*words, "--output_dir", str(tmp_path / "other"), "--heal.steps", "0"]) == 1
+        assert "merges convolutions after they were healed" in capsys.readouterr().err
 
 
 def test_homotopy_end_to_end(tmp_path, capsys):
@@ -623,15 +666,21 @@ MODELS = {  # what the models of the shipped recipes are, but tiny
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_recipes(path):
+def test_shipped_recipes(path, request, tmp_path, monkeypatch):
     """Every shipped recipe parses, takes overrides, and leads to a plan for a model of the depth that it names."""
     recipe = load_recipe(path, {"heal.learning_rate": "1e-4", "output_dir": "elsewhere"})
     assert recipe.heal.learning_rate == 1e-4
     assert recipe.output_dir == "elsewhere"
-    model_type, head, changes = MODELS[path.stem]
-    model = tiny_model(model_type, head, **changes)
-    compress = fuse if recipe.fusion else collapse
-    small = compress(model, recipe.fusion or recipe.collapse, batches=[example_inputs(model)])
+    if recipe.merge:
+        request.getfixturevalue("steady")
+        monkeypatch.chdir(tmp_path)
+        model = copy.deepcopy(network("bottleneck")).float()
+        small = merge(model, dataclasses.replace(recipe.merge, budget=0.95), batches=[example_inputs(model)])
+    else:
+        model_type, head, changes = MODELS[path.stem]
+        model = tiny_model(model_type, head, **changes)
+        compress = fuse if recipe.fusion else collapse
+        small = compress(model, recipe.fusion or recipe.collapse, batches=[example_inputs(model)])
     assert small.num_parameters() < model.num_parameters()
 
 

@@ -220,7 +220,8 @@ def test_plans_that_fit_nothing_are_refused():
     with pytest.raises(PlanError, match="which changes the shape: keep it"):
         apply(network("bottleneck"), plan_of(network("bottleneck"), MergeConvs(*wide, (wide[1] - 1,))))
     for values, reason in (
-        ((0, 1, (1,)), "two convolutions or more"),
+        ((2, 2, (2,)), "to a later one"),
+        ((-2, 0, (0,)), "to a later one"),
         ((0, 2, ()), "name one convolution or more of 1 to 2"),
         ((0, 2, (2, 1)), "in ascending order"),
         ((0, 2, (3,)), "name one convolution or more"),

@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import TINY, tiny_model
+from conftest import TINY, network, tiny_model
 
 import hf_layerfuse
-from hf_layerfuse import CollapseRecipe, FusionRecipe, fuse
+from hf_layerfuse import CollapseRecipe, FusionRecipe, MergeRecipe, fuse
+from hf_layerfuse.inputs import example_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,6 +28,7 @@ def test_tables_come_from_the_results():
 
 
 # two short sequences through a random model: what they cost a trained one is not what this is about
+@pytest.mark.usefixtures("steady")
 @pytest.mark.filterwarnings("ignore:the fused model is worse than chance:hf_layerfuse.LayerFuseWarning")
 def test_examples_run(tmp_path, monkeypatch):
     """Every Python block runs as it stands, on a tiny GPT-2 of 12 layers in the place of the one on the Hub."""
@@ -34,9 +36,10 @@ def test_examples_run(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "openai-community" / "gpt2")
     fuse(model, keep_layers=8).save_pretrained(tmp_path / "path" / "or" / "hub-name")
     monkeypatch.chdir(tmp_path)
-    names: dict = {"calibration_batches": [{"input_ids": hf_layerfuse.inputs.example_inputs(model)["input_ids"]}]}
+    names: dict = {"calibration_batches": [{"input_ids": example_inputs(model)["input_ids"]}]}
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    names |= {"resnet": network("cifar"), "calibration_images": [example_inputs(network("cifar"))]}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "gpt2-8-layers" / "model.safetensors").is_file()
@@ -44,7 +47,8 @@ def test_examples_run(tmp_path, monkeypatch):
 
 def test_names_everything_that_is_there():
     """Each architecture, each recipe field and each module is in the README."""
-    for name in (*TINY, *vars(FusionRecipe(keep_layers=1)), *vars(CollapseRecipe(count=1))):
+    recipes = FusionRecipe(keep_layers=1), CollapseRecipe(count=1), MergeRecipe(budget=0.5)
+    for name in (*TINY, *(field for recipe in recipes for field in vars(recipe))):
         assert name in README
     inside = README[README.index("## Inside") :]
     for path in (ROOT / "hf_layerfuse").glob("*.py"):

@@ -180,7 +180,10 @@ def test_a_new_target_replaces_the_old_one(written):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"fussion.ratio": 0.5}, r"--fussion\.ratio: no section 'fussion'.*data, fusion, collapse, heal, evaluate"),
+        (
+            {"fussion.ratio": 0.5},
+            r"--fussion\.ratio: no section 'fussion'.*data, fusion, collapse, merge, heal",
+        ),
         ({"fusion.heal.steps": 1}, r"no section 'fusion\.heal'"),
         ({"fusion.keep_layer": 1}, r"no field 'keep_layer'. Did you mean 'keep_layers'"),
         ({"moddel": "gpt2"}, r"no field 'moddel'. Did you mean 'model'"),

@@ -197,6 +197,9 @@ class MergeConvs:
     one convolution computes it, once all padding is put around the input of the first: that differs at the borders of
     images. Behind the segment comes an activation, also where there was none.
 
+    A segment of one convolution has its batch norm folded, and nothing else changes; also the first convolution of all,
+    between boundaries -1 and 0, can be one.
+
     With `merged=False`, the convolutions in `keep` remain for now, to be trained; `merge_convs` makes them one then,
     exactly.
     """
@@ -211,8 +214,11 @@ class MergeConvs:
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", tuple(self.keep))
         _layer_indices((self.start, self.end, *self.keep), "MergeConvs.start, end and keep")
-        if self.end - self.start < 2:
-            raise PlanError(f"MergeConvs.end is {self.end} and start {self.start}: merge two convolutions or more.")
+        if self.start < -1 or self.end <= self.start:
+            raise PlanError(
+                f"MergeConvs.start is {self.start} and end {self.end}: segments are from a boundary, -1 or more, to a "
+                "later one."
+            )
         if not self.keep or list(self.keep) != sorted(set(self.keep)) or not set(self.keep) <= set(self.layers):
             raise PlanError(
                 f"MergeConvs.keep is {self.keep}: name one convolution or more of {self.start + 1} to {self.end}, in "

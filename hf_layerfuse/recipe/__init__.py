@@ -4,16 +4,19 @@ from .collapse import COLLAPSE_TARGETS, CollapseRecipe
 from .data import DataRecipe
 from .fusion import TARGETS, FusionRecipe
 from .heal import HealRecipe
+from .merge import MERGE_TARGETS, MergeRecipe
 from .run import EvaluateRecipe, Recipe, load_recipe
 
 __all__ = [
     "COLLAPSE_TARGETS",
+    "MERGE_TARGETS",
     "TARGETS",
     "CollapseRecipe",
     "DataRecipe",
     "EvaluateRecipe",
     "FusionRecipe",
     "HealRecipe",
+    "MergeRecipe",
     "Recipe",
     "load_recipe",
 ]

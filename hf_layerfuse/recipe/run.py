@@ -12,6 +12,7 @@ from .collapse import COLLAPSE_TARGETS, CollapseRecipe
 from .data import DataRecipe
 from .fusion import TARGETS, FusionRecipe
 from .heal import HealRecipe
+from .merge import MERGE_TARGETS, MergeRecipe
 from .strict import require, strict_recipe
 
 
@@ -40,9 +41,9 @@ class EvaluateRecipe:
 
 @strict_recipe
 class Recipe:
-    """A whole run of `fuse.py`: a recipe file has these fields, the last five as sections.
+    """A whole run of `fuse.py`: a recipe file has these fields, the last six as sections.
 
-    It has one method: `fusion`, or `collapse`.
+    It has one method: `fusion`, `collapse` or `merge`.
 
     Attributes:
         model: Hub name or path of the model to make smaller.
@@ -62,32 +63,43 @@ class Recipe:
     data: DataRecipe
     fusion: FusionRecipe | None = None
     collapse: CollapseRecipe | None = None
+    merge: MergeRecipe | None = None
     heal: HealRecipe = dataclasses.field(default_factory=HealRecipe)
     evaluate: EvaluateRecipe = dataclasses.field(default_factory=EvaluateRecipe)
 
     def __post_init__(self) -> None:
+        given = [name for name in ("fusion", "collapse", "merge") if getattr(self, name) is not None]
         require(
-            (self.fusion is None) != (self.collapse is None),
-            "a recipe has one method, the section fusion or the section collapse: to do both, run one on the result of "
-            "the other, fusion in depth first.",
+            len(given) == 1,
+            f"a recipe has one method, and this one has {' and '.join(given) or 'none'}: give it one of the sections "
+            "fusion, collapse and merge. To do two, run one on the result of the other, fusion in depth first.",
         )
         if self.fusion is None:
             require(
                 self.heal.schedule == "one-shot" and not self.heal.mix,
                 f"heal.schedule={self.heal.schedule!r} and heal.mix={self.heal.mix} are of fusion, and the method is "
-                "collapse: use schedule 'one-shot', and no mix.",
+                f"{given[0]}: use schedule 'one-shot', and no mix.",
             )
-            homotopy = self.collapse.method == "homotopy"
-            require(
-                not homotopy or self.heal.steps > 0,
-                "collapse.method='homotopy' leads activations to lines while the model is healed, and heal.steps is 0: "
-                "use more, or method 'fitted'.",
-            )
-            require(
-                homotopy or not self.heal.straighten,
-                f"heal.straighten={self.heal.straighten} is of collapse.method='homotopy': use that, or leave it out.",
-            )
-        else:
+        homotopy = self.collapse is not None and self.collapse.method == "homotopy"
+        require(
+            not homotopy or self.heal.steps > 0,
+            "collapse.method='homotopy' leads activations to lines while the model is healed, and heal.steps is 0: use "
+            "more, or method 'fitted'.",
+        )
+        require(
+            homotopy or not self.heal.straighten,
+            f"heal.straighten={self.heal.straighten} is of collapse.method='homotopy': use that, or leave it out.",
+        )
+        require(
+            self.merge is None or self.merge.method == "fitted" or self.heal.steps > 0,
+            "merge.method='open' merges convolutions after they were healed, and heal.steps is 0: use more, or method "
+            "'fitted'.",
+        )
+        require(
+            self.merge is None or self.task == "image-classification",
+            f"merge is for convolutions, and the task is {self.task!r}: use 'image-classification'.",
+        )
+        if self.fusion is not None:
             self._check_fusion()
         same = ("causal-lm", "text-classification", "token-classification")
         require(
@@ -97,10 +109,6 @@ class Recipe:
         )
 
     def _check_fusion(self) -> None:
-        require(
-            not self.heal.straighten,
-            f"heal.straighten={self.heal.straighten} is of collapse.method='homotopy': leave it out.",
-        )
         whole = self.fusion.mode != "depth" or self.fusion.blocks == "layer"
         require(
             self.heal.schedule == "one-shot" or whole,
@@ -125,10 +133,11 @@ _SECTIONS = {
     "data": DataRecipe,
     "fusion": FusionRecipe,
     "collapse": CollapseRecipe,
+    "merge": MergeRecipe,
     "heal": HealRecipe,
     "evaluate": EvaluateRecipe,
 }
-_TARGETS = {"fusion": TARGETS, "collapse": COLLAPSE_TARGETS}
+_TARGETS = {"fusion": TARGETS, "collapse": COLLAPSE_TARGETS, "merge": MERGE_TARGETS}
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -1,0 +1,286 @@
+"""What each segment of a chain costs and what it is worth, measured, and kept in files (LayerMerge, section 3.3)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .adapters import ChainAdapter, Skip, adapter_for
+from .calibration import Sample
+from .chainfit import Place, repair, see
+from .errors import LayerFuseError
+from .fingerprint import fingerprint
+from .merging import merged_shape, windows_of
+from .modeling import apply
+from .modes import eval_mode
+from .parts import PaddedConv2d, convolution, module_at
+from .plan import CHAIN, MergeConvs, Plan
+from .prediction import calibration_loss
+from .segments import Kept, Merged
+from .timing import interleaved
+
+FORMAT = 1
+
+
+class Entry(NamedTuple):
+    """One segment with one kernel.
+
+    Attributes:
+        start: the boundary in front of it.
+        end: the boundary behind it.
+        merged: the kernel.
+        keep: the convolutions that stay for it.
+    """
+
+    start: int
+    end: int
+    merged: Merged
+    keep: Kept
+
+    @property
+    def key(self) -> str:
+        """Segment, size of the kernel, and whether it is depthwise."""
+        return f"{self.start},{self.end},{self.merged.kernel},{int(self.merged.depthwise)}"
+
+    @property
+    def edit(self) -> MergeConvs:
+        return MergeConvs(self.start, self.end, self.keep)
+
+
+class Table:
+    """Numbers by key, in a JSON file that says what they were measured on; each is there whole as soon as it is known.
+
+    Args:
+        path: of the file; None keeps it in memory.
+        about: what they are measured on, as JSON types.
+
+    Raises:
+        LayerFuseError: the file is of something else, or is no table.
+    """
+
+    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
+        self.path, self.about = path, {"format": FORMAT, **json.loads(json.dumps(about))}
+        self.values: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            try:
+                tree = json.loads(path.read_text(encoding="utf-8"))
+                known, self.values = dict(tree["about"]), dict(tree["values"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise LayerFuseError(f"{path} is no table: {error!r}. Delete it, or give another folder.") from error
+            changed = [name for name in {**known, **self.about} if known.get(name) != self.about.get(name)]
+            if changed:
+                what = ", ".join(
+                    f"{name} was {known.get(name)!r} and is {self.about.get(name)!r}" for name in sorted(changed)
+                )
+                raise LayerFuseError(
+                    f"{path} was measured on something else: {what[:600]}. Delete it to measure anew, or give another "
+                    "folder."
+                )
+
+    def put(self, values: Mapping[str, Any]) -> None:
+        """Lay numbers to those that are known, on disk too."""
+        self.values |= values
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+            temporary.write_text(json.dumps({"about": self.about, "values": self.values}, indent=1) + "\n")
+            temporary.replace(self.path)
+
+
+def entries_of(model: PreTrainedModel, max_kernel: int) -> list[Entry]:
+    """All segments with all kernels of at most some size; those of one convolution are as they are."""
+    adapter = adapter_for(model, ChainAdapter)
+    chain = adapter.convolutions(model).chain(model)
+    return [Entry(*entry) for entry in chain.table() if entry[1] - entry[0] == 1 or entry[2].kernel <= max_kernel]
+
+
+def _device(model: PreTrainedModel) -> str:
+    device = model.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.uname().machine}"
+
+
+class Latencies:
+    """How long each entry takes: one convolution of its shape, the sum that it ends with, and the activation.
+
+    Each shape is measured once, on the device of the model, in turn with the others.
+
+    Args:
+        model: a stock one.
+        images: a batch as it will be used.
+        path: of a file.
+        repeats: timed rounds.
+
+    Attributes:
+        original: milliseconds of the whole model.
+        rest: milliseconds of all that is no entry: the first convolution, poolings, the head.
+
+    Raises:
+        LayerFuseError: the file was measured on another device or network.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, images: Tensor, path: Path | None = None, *, repeats: int = 30, warmup: int = 5
+    ) -> None:
+        self.model, self.adapter = model, adapter_for(model, ChainAdapter)
+        self.convs = self.adapter.convolutions(model)
+        self.windows = windows_of(model, self.adapter, self.convs)
+        self.images, self.repeats, self.warmup = images.to(model.device, model.dtype), repeats, warmup
+        with eval_mode(model):
+            reads = [Place(unit.conv, "before") for unit in self.convs.units]
+            self.shapes = [tensor.shape for tensor in see(model, {model.main_input_name: self.images}, reads)]
+        config = {name: value for name, value in model.config.to_dict().items() if name != "transformers_version"}
+        about = {
+            "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
+            "device": _device(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "images": list(images.shape),
+            "torch": torch.__version__,
+        }
+        self.table = Table(path, about)
+
+    @property
+    def original(self) -> float:
+        return self.table.values["original"]["ms"]
+
+    @property
+    def rest(self) -> float:
+        return max(self.table.values["folded"]["ms"] - self._ones, 0.0)
+
+    @cached_property
+    def _ones(self) -> float:
+        """Milliseconds of all convolutions as they are, each timed alone."""
+        places = range(1, len(self.convs.units))
+        return sum(self._alone(Entry(place - 1, place, Merged(0, False), (place,))) for place in places)
+
+    def of(self, entry: Entry) -> float:
+        """Milliseconds of an entry, where all together take no more than the model does."""
+        return self._alone(entry) * min(1.0, self.table.values["folded"]["ms"] / self._ones)
+
+    def _alone(self, entry: Entry) -> float:
+        return self.table.values[self._part(entry).name]["ms"]
+
+    @torch.inference_mode()
+    def measure(self, entries: Sequence[Entry]) -> None:
+        """Measure what is not known yet: the shapes of some entries, and the whole model."""
+        parts = {part.name: part for part in map(self._part, entries)}
+        runs = {name: part for name, part in parts.items() if name not in self.table.values}
+        if "original" not in self.table.values:
+            folded = apply(self.model, folded_plan(self.model)).eval()
+            runs |= {"original": lambda: self.model(self.images), "folded": lambda: folded(self.images)}
+        if not runs:
+            return
+        with eval_mode(self.model):
+            timed = interleaved(runs, self.model.device, repeats=self.repeats, warmup=self.warmup)
+        self.table.put({name: {"ms": value.median, "spread_ms": value.spread} for name, value in timed.items()})
+
+    def _part(self, entry: Entry) -> _Part:
+        stock = self.model.get_submodule(self.convs.units[entry.start + 1].conv)
+        shape = merged_shape(self.model, self.convs, entry.edit)
+        conv = convolution(stock, [self.windows[place] for place in entry.keep], **shape)
+        act = module_at(self.model, self.convs.units[entry.end].act)
+        if act is None and entry.end - entry.start > 1:
+            act = self.adapter.activation(self.model.config)
+        skip = next((skip for skip in self.convs.skips if skip.end == entry.end and skip.start < entry.start), None)
+        return _Part(self.model, conv, act, skip, self.shapes[entry.start + 1], self.shapes)
+
+
+class _Part:
+    """What runs in the place of a segment."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        conv: nn.Conv2d,
+        act: nn.Module | None,
+        skip: Skip | None,
+        shape: torch.Size,
+        shapes: Sequence[torch.Size],
+    ) -> None:
+        self.conv, self.act, self.skip = conv.eval(), act, skip
+        self.shortcut = None
+        if skip is not None and skip.shortcut is not None:
+            self.shortcut = module_at(model, f"{skip.path}.{skip.shortcut}")
+        self.shapes, self.like = (shape, None if skip is None else shapes[skip.start + 1]), conv.weight
+        around = conv.pad.windows if isinstance(conv, PaddedConv2d) else conv.padding
+        behind = ", ".join(type(part).__name__ for part in (self.shortcut, act) if part is not None)
+        self.name = (
+            f"{tuple(shape)} to {conv.out_channels} by {conv.kernel_size[0]}, stride {conv.stride[0]}, groups "
+            f"{conv.groups}, around {around}, plus {self.shapes[1] and tuple(self.shapes[1])}, {behind}"
+        )
+        self.inputs: tuple[Tensor, Tensor | None] | None = None
+
+    def __call__(self) -> Tensor:
+        if self.inputs is None:
+            make = {"device": self.like.device, "dtype": self.like.dtype}
+            self.inputs = tuple(None if shape is None else torch.randn(shape, **make) for shape in self.shapes)
+        images, added = self.inputs
+        found = self.conv(images)
+        if added is not None:
+            found = found + (added if self.shortcut is None else self.shortcut(added))
+        return found if self.act is None else self.act(found)
+
+
+def folded_plan(model: PreTrainedModel, edits: Sequence[MergeConvs] = ()) -> Plan:
+    """Some merges, and all other batch norms of the chain folded."""
+    adapter = adapter_for(model, ChainAdapter)
+    units = adapter.convolutions(model).units
+    taken = {place for edit in edits for place in edit.layers}
+    others = [MergeConvs(place - 1, place, (place,)) for place in range(len(units)) if place not in taken]
+    every = sorted([*edits, *others], key=lambda edit: edit.start)
+    return Plan(adapter.model_type, len(units), tuple(every), kinds=CHAIN)
+
+
+class Losses:
+    """What each entry costs in quality: the calibration loss when it is all that is done to the model, and fitted.
+
+    Args:
+        model: a stock one.
+        sample: calibration images.
+        path: of a file.
+
+    Raises:
+        LayerFuseError: the file was measured on other weights or images.
+    """
+
+    def __init__(self, model: PreTrainedModel, sample: Sample, path: Path | None = None) -> None:
+        self.model, self.sample = model, sample
+        images = hashlib.sha256()
+        for batch in sample.batches:
+            for name, tensor in sorted(batch.items()):
+                images.update(f"{name} {tuple(tensor.shape)} {tensor.double().sum().item()}".encode())
+        about = {
+            "weights": fingerprint(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "images": images.hexdigest(),
+            "tier": "calibration",
+            "transformers": transformers.__version__,
+        }
+        self.table = Table(path, about)
+
+    def of(self, entry: Entry) -> float:
+        """The mean divergence from the original, in nats; 0 for a convolution that stays as it is."""
+        return 0.0 if entry.end - entry.start == 1 else self.table.values[entry.key]
+
+    def measure(self, entries: Sequence[Entry]) -> None:
+        """Measure what is not known yet; each is written as soon as it is."""
+        units = adapter_for(self.model, ChainAdapter).convolutions(self.model).units
+        todo = [entry for entry in entries if entry.end - entry.start > 1 and entry.key not in self.table.values]
+        for entry in tqdm(todo, "Measuring segments", disable=None):
+            plan = Plan(self.model.config.model_type, len(units), (entry.edit,), kinds=CHAIN)
+            student = apply(self.model, plan)
+            with eval_mode(self.model, student):
+                repair(student, self.model, plan.edits, self.sample)
+                loss = calibration_loss(student, self.model, self.sample.judging)
+            self.table.put({entry.key: loss})

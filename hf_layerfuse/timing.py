@@ -1,0 +1,52 @@
+"""Timing things in turn, so that what else the machine does slows all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+_Name = TypeVar("_Name", bound=Hashable)
+
+
+class Timed(NamedTuple):
+    """Milliseconds: the median, and the distance between the quartiles."""
+
+    median: float
+    spread: float
+
+
+def interleaved(
+    runs: Mapping[_Name, Callable[[], Any]], device: torch.device, *, repeats: int, warmup: int
+) -> dict[_Name, Timed]:
+    """Time some calls: all of them once, all of them again, and so on.
+
+    Args:
+        runs: name -> call.
+        device: on which they compute, which is waited for.
+        repeats: timed rounds.
+        warmup: rounds before those, not timed.
+    """
+    rounds = [
+        {name: _milliseconds(call, device) for name, call in runs.items()}
+        for _ in tqdm(range(warmup + repeats), "Timing", disable=None, leave=False)
+    ]
+    found = {}
+    for name in runs:
+        low, median, high = np.percentile([times[name] for times in rounds[warmup:]], (25, 50, 75))
+        found[name] = Timed(float(median), float(high - low))
+    return found
+
+
+def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1000

@@ -1,0 +1,223 @@
+"""Which convolutions become one: measured, chosen exactly, fitted, and kept in files."""
+
+import copy
+import itertools
+import json
+import random
+
+import pytest
+import torch
+from conftest import cifar_resnet, network, some_batches, tiny_model
+from torch import nn
+
+from hf_layerfuse import (
+    LayerFuseError,
+    MergeConvs,
+    MergeRecipe,
+    RecipeError,
+    UnsupportedModelError,
+    apply,
+    merge,
+    merge_convs,
+    refit,
+    search_merge,
+    verify,
+)
+from hf_layerfuse.calibration import Sample
+from hf_layerfuse.merge import choose
+from hf_layerfuse.prediction import calibration_loss
+from hf_layerfuse.segments import Chain, Link
+from hf_layerfuse.tables import Entry, Latencies, Losses, entries_of, folded_plan
+
+CIFAR = cifar_resnet()
+
+
+def images(model, count: int = 10) -> list[dict[str, torch.Tensor]]:
+    return [{name: tensor.to(model.dtype) for name, tensor in batch.items()} for batch in some_batches(model, count)]
+
+
+@pytest.fixture(scope="module")
+def cifar():
+    return copy.deepcopy(network("cifar")).float()
+
+
+class Known:
+    """Milliseconds or losses of entries, as a table that was measured."""
+
+    rest, original = 0.0, 100.0
+
+    def __init__(self, values):
+        self.values = values
+
+    def of(self, entry):
+        return self.values[entry]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_choice_of_all(seed):
+    """The sum of losses is the least one that any choice of segments has within the budget."""
+    chance = random.Random(seed)
+    links = [Link(3, 1, 4, 4, norm=chance.random()) for _ in range(7)]
+    chain = Chain(links, skips=[(0, 2), (2, 4)])
+    entries = [Entry(*entry) for entry in chain.table()]
+    cost = Known({entry: float(chance.randrange(1, 9)) for entry in entries})
+    loss = Known({entry: chance.random() for entry in entries})
+    every = []
+    for count in range(chain.length):
+        for cuts in itertools.combinations(range(1, chain.length), count):
+            parts = list(itertools.pairwise((0, *cuts, chain.length)))
+            ways = [[entry for entry in entries if (entry.start, entry.end) == part] for part in parts]
+            every += itertools.product(*ways)
+    for limit in (12.0, 18.0, 30.0):
+        found = choose(entries, cost, loss, limit, chain.length)
+        fitting = [way for way in every if sum(map(cost.of, way)) <= limit]
+        assert sum(map(cost.of, found)) <= limit
+        assert sum(map(loss.of, found)) == pytest.approx(min(sum(map(loss.of, way)) for way in fitting))
+    least = min(sum(map(cost.of, way)) for way in every)
+    with pytest.raises(RecipeError, match=f"the least that can be had is {least:.3g} ms, {least:.0f}% of"):
+        choose(entries, cost, loss, least - 1, chain.length)
+
+
+@pytest.mark.parametrize("name", ["cifar", "basic", "bottleneck", "mobilenet"])
+def test_a_merged_model_is_fitted(name):
+    """The fit leads each segment to where it ended, on images that took no part in it, and never makes things worse."""
+    model = network(name)
+    entries = [entry for entry in entries_of(model, 3) if entry.end - entry.start == 2]
+    edits = [entry.edit for entry in entries[:1] + entries[-1:]]
+    if edits[0] == edits[1] or edits[0].end > edits[1].start:
+        edits = edits[:1]
+    plan = folded_plan(model, edits)
+    small = apply(model, plan)
+    batches = images(model)
+    report = refit(small, model, plan, batches)
+    assert report.after <= report.before
+    assert report.after == pytest.approx(calibration_loss(small, model, Sample.of(batches).judging))
+    assert all(row["after"] <= row["before"] for row in report.blocks)
+    assert [row["segment"] for row in report.blocks] == [[edit.start, edit.end] for edit in edits]
+    assert verify(small)["reload"] == 0
+
+
+def test_what_one_convolution_can_compute_is_found():
+    """A block without its inner activation, whose first convolution does nothing, is one convolution."""
+    model = copy.deepcopy(network("cifar"))
+    block = model.layers[1]
+    block.act1, block.bn1 = nn.Identity(), nn.BatchNorm2d(4).double().eval()
+    nn.init.dirac_(block.conv1.weight)
+    plan = folded_plan(model, [MergeConvs(2, 4, (4,))])
+    small = apply(model, plan)
+    nn.init.normal_(small.layers[1].conv1.weight)
+    report = refit(small, model, plan, images(model, 24))
+    assert report.kept
+    assert report.after < 1e-4 * report.before
+
+
+def test_folding_all_batch_norms_changes_nothing():
+    for name in ("cifar", "mobilenet", "bottleneck"):
+        model = network(name)
+        small = apply(model, folded_plan(model))
+        batch = images(model, 1)[0]
+        with torch.inference_mode():
+            torch.testing.assert_close(small(**batch).logits, model(**batch).logits, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("steady")
+def test_a_budget_is_kept(cifar, tmp_path):
+    """The predicted latency is within it, tables serve other budgets, and less time costs no less loss."""
+    batches, losses = images(cifar), []
+    for budget in (0.9, 0.7):
+        recipe = MergeRecipe(budget=budget, batch_size=4, repeats=5, tables=str(tmp_path))
+        found = search_merge(cifar, recipe, batches)
+        times = found.plan.notes["latency_ms"]
+        assert times["predicted"] <= budget * times["original"] * (1 + 1e-9)
+        losses.append(sum(found.plan.notes["losses"].values()))
+        assert found.report.after <= found.report.before
+    assert losses[0] <= losses[1]
+    least = times["rest"] + 1
+    with pytest.raises(RecipeError, match="the least that can be had is"):
+        search_merge(cifar, MergeRecipe(budget_ms=least, batch_size=4, repeats=5, tables=str(tmp_path)), batches)
+    found = search_merge(
+        cifar, MergeRecipe(budget=0.8, batch_size=4, repeats=5, method="open", tables=str(tmp_path)), batches
+    )
+    assert not any(edit.merged for edit in found.plan.edits)
+    closed, plan = merge_convs(found.model)
+    assert len(plan.edits) == len(found.plan.edits)
+    assert closed.num_parameters() < cifar.num_parameters()
+
+
+def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch):
+    """What is known is not measured again, also after an interruption; files of something else are refused."""
+    sample = Sample.of(images(cifar))
+    entries = [entry for entry in entries_of(cifar, 3) if entry.end <= 4]
+    losses = Losses(cifar, sample, tmp_path / "losses.json")
+    measured = []
+
+    def stop(*args):
+        measured.append(args)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return 0.5
+
+    monkeypatch.setattr("hf_layerfuse.tables.calibration_loss", stop)
+    with pytest.raises(KeyboardInterrupt):
+        losses.measure(entries)
+    assert len(json.loads((tmp_path / "losses.json").read_text())["values"]) == 2
+    Losses(cifar, sample, tmp_path / "losses.json").measure(entries)
+    assert len(measured) == 1 + sum(entry.end - entry.start > 1 for entry in entries)
+    other = copy.deepcopy(cifar)
+    other.classifier.bias.data += 1
+    with pytest.raises(LayerFuseError, match=r"measured on something else: weights was"):
+        Losses(other, sample, tmp_path / "losses.json")
+    with pytest.raises(LayerFuseError, match=r"measured on something else: images was"):
+        Losses(cifar, Sample.of(images(cifar, 8)), tmp_path / "losses.json")
+    path = tmp_path / "latency.json"
+    latencies = Latencies(cifar, torch.randn(2, 3, 32, 32), path, repeats=2, warmup=1)
+    latencies.measure(entries)
+    shapes = [name for name in latencies.table.values if name not in ("original", "folded")]
+    assert len(shapes) < len(entries)
+    again = Latencies(cifar, torch.randn(2, 3, 32, 32), path, repeats=2, warmup=1)
+    again.measure(entries)
+    assert again.table.values == latencies.table.values
+    with pytest.raises(LayerFuseError, match="images was"):
+        Latencies(cifar, torch.randn(4, 3, 32, 32), path)
+    monkeypatch.setattr("hf_layerfuse.tables._device", lambda model: "another one")
+    with pytest.raises(LayerFuseError, match="device was"):
+        Latencies(cifar, torch.randn(2, 3, 32, 32), path)
+    path.write_text("{")
+    with pytest.raises(LayerFuseError, match="is no table"):
+        Latencies(cifar, torch.randn(2, 3, 32, 32), path)
+
+
+@pytest.mark.usefixtures("steady")
+def test_it_is_chosen_from_what_was_asked_for(cifar, tmp_path):
+    """Kernels are no larger than asked for; `activations` keeps all convolutions."""
+    every = {entry.key for entry in entries_of(cifar, 7)}
+    assert {entry.key for entry in entries_of(cifar, 3)} < every
+    assert all(int(key.split(",")[2]) <= 7 for key in every)
+    recipe = MergeRecipe(budget_ms=1050, choose="activations", batch_size=4, repeats=2, tables=str(tmp_path))
+    search_merge(cifar, recipe, images(cifar))
+    known = json.loads((tmp_path / "losses.json").read_text())["values"] if (tmp_path / "losses.json").exists() else {}
+    kernels = {tuple(map(int, key.split(",")))[:3] for key in known}
+    assert all(kernel == 1 + 2 * (end - start) for start, end, kernel in kernels)
+
+
+def test_bad_input_is_refused(cifar):
+    with pytest.raises(RecipeError, match="pass batches="):
+        merge(cifar, budget=0.5)
+    for values, reason in (
+        ({}, "exactly one target"),
+        ({"budget": 0.5, "budget_ms": 3.0}, "exactly one target"),
+        ({"budget": 1.5}, "no share of the original's latency"),
+        ({"budget_ms": 0.0}, "above 0"),
+        ({"budget": 0.5, "max_kernel": 0}, "whole number of 1 or more"),
+    ):
+        with pytest.raises(RecipeError, match=reason):
+            MergeRecipe(**values)
+    with pytest.raises(UnsupportedModelError, match="no convolutions to merge"):
+        merge(tiny_model("bert"), budget=0.5, batches=[])
+    config = CIFAR.CifarResNetConfig(num_hidden_layers=2, widths=[4, 8], strides=[1, 2], num_labels=3)
+    lone = CIFAR.CifarResNetForImageClassification(config).eval()
+    for layer in lone.layers:
+        layer.conv1.stride = layer.conv2.stride = (1, 1)
+    narrow = MergeRecipe(budget=0.5, max_kernel=1)
+    with pytest.raises(UnsupportedModelError, match="no two convolutions"):
+        search_merge(lone, narrow, images(lone))
