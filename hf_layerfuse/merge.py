@@ -17,7 +17,7 @@ from .modeling import apply
 from .recipe import MergeRecipe
 from .refit import refit_chain
 from .search import Found
-from .tables import Entry, Latencies, Losses, entries_of, folded_plan
+from .tables import Entry, Latencies, Losses, entries_of, folded_plan, removals_of
 
 
 def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches | None) -> Found:
@@ -44,8 +44,8 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     if batches is None:
         raise RecipeError("what a segment is worth is measured on calibration batches: pass batches=.")
     sample = Sample.of(batches)
-    entries = [entry for entry in entries_of(model, recipe.max_kernel) if _asked(entry, recipe)]
-    if all(entry.end - entry.start == 1 for entry in entries):
+    entries = _entries(model, recipe)
+    if not any(entry.changes for entry in entries):
         raise UnsupportedModelError(
             f"no two convolutions of this {type(model).__name__} can become one with kernels of {recipe.max_kernel} or "
             "less: a stride, a pooling or a shortcut is between any two. Raise max_kernel, or fuse another model."
@@ -61,13 +61,13 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     losses = Losses(model, sample, folder and folder / "losses.json")
     losses.measure(entries)
     chosen = choose(entries, latencies, losses, limit, len(adapter.convolutions(model).units) - 1)
-    edits = [entry.edit for entry in chosen if entry.end - entry.start > 1]
+    edits = [entry.edit for entry in chosen if entry.changes]
     predicted = latencies.rest + sum(map(latencies.of, chosen))
     notes = {
         "recipe": asdict(recipe),
         "calibration": f"{sum(map(len, sample.judges))} images",
         "latency_ms": {"original": whole, "predicted": predicted, "rest": latencies.rest},
-        "losses": {entry.key: losses.of(entry) for entry in chosen if entry.end - entry.start > 1},
+        "losses": {entry.key: losses.of(entry) for entry in chosen if entry.changes},
     }
     if recipe.method == "open":
         plan = replace(folded_plan(model, edits), notes=notes)
@@ -103,14 +103,17 @@ def choose(entries: Sequence[Entry], latencies: Latencies, losses: Losses, limit
 
 def _useful(entries: Sequence[Entry], latencies: Latencies) -> list[Entry]:
     """Those that are faster than the convolutions that they stand for: nothing else is ever chosen."""
-    ones = {entry.end: latencies.of(entry) for entry in entries if entry.end - entry.start == 1}
+    ones = {entry.end: latencies.of(entry) for entry in entries if not entry.changes}
     return [
         entry
         for entry in entries
-        if entry.end - entry.start == 1 or latencies.of(entry) < sum(ones[place] for place in entry.edit.layers)
+        if not entry.changes or latencies.of(entry) < sum(ones[place] for place in entry.edit.layers)
     ]
 
 
-def _asked(entry: Entry, recipe: MergeRecipe) -> bool:
-    """Whether an entry is one of the kind that is chosen from."""
-    return recipe.choose == "all" or len(entry.keep) == entry.end - entry.start
+def _entries(model: PreTrainedModel, recipe: MergeRecipe) -> list[Entry]:
+    """What is chosen from."""
+    if recipe.choose == "convolutions":
+        return removals_of(model)
+    entries = entries_of(model, recipe.max_kernel)
+    return [entry for entry in entries if recipe.choose == "all" or len(entry.keep) == entry.end - entry.start]

@@ -67,10 +67,14 @@ def reshape_chain(model: PreTrainedModel, adapter: ChainAdapter, plan: Plan) -> 
     """Give a stock model the shape that a plan of merges leads to, in place. New weights mean nothing yet."""
     convs = adapter.convolutions(model)
     windows = windows_of(model, adapter, convs)
-    shapes = {edit: merged_shape(model, convs, edit) for edit in plan.edits}
+    shapes = {edit: merged_shape(model, convs, edit) for edit in plan.edits if edit.keep}
     for edit in plan.edits:
         _straighten(model, adapter, convs, windows, edit)
-        _replace(model, convs, windows, edit, shapes[edit])
+        _replace(model, convs, windows, edit, shapes.get(edit))
+    gone = {edit.end for edit in plan.edits if not edit.keep}
+    for skip in convs.skips:
+        if gone >= set(range(skip.start + 1, skip.end + 1)):  # or what is left would be added to itself
+            model.set_submodule(skip.path, Parts(model.get_submodule(skip.path), skip.branch, then=skip.act))
 
 
 def _straighten(
@@ -108,14 +112,14 @@ def _straighten(
 
 
 def _replace(
-    model: PreTrainedModel, convs: Convolutions, windows: list[Window], edit: MergeConvs, shape: dict[str, Any]
+    model: PreTrainedModel, convs: Convolutions, windows: list[Window], edit: MergeConvs, shape: dict[str, Any] | None
 ) -> None:
     """Put one convolution in the place of a segment, at its beginning, or move the padding of those that stay."""
     total = [windows[place] for place in edit.keep]
     for place in edit.layers:
         unit = convs.units[place]
         conv = model.get_submodule(unit.conv)
-        if edit.merged and place == edit.start + 1:
+        if edit.merged and shape is not None and place == edit.start + 1:
             new = convolution(conv, total, **shape)
         elif edit.merged or place not in edit.keep:
             new = nn.Identity()
@@ -163,7 +167,7 @@ def merged_weights(
     composer = Composer(model, stock, adapter)
     weights = {name: tensor.detach().clone() for name, tensor in untied_state(model).items() if name in names}
     for edit in plan.edits:
-        if edit.merged:
+        if edit.merged and edit.keep:
             path, like = (composer.convs.units[place].conv for place in (edit.start + 1, edit.keep[0]))
             kernel, groups = composer.kernel(edit), merged_shape(stock, composer.convs, edit)["groups"]
             found = {"weight": kernel.in_groups(groups), "bias": kernel.bias}

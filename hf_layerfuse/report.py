@@ -79,7 +79,9 @@ def describe(plan: Plan) -> list[str]:
         elif isinstance(edit, Blend):
             lines.append(f"the MLP of layer {where}: its activation is on the way to a line")
         elif isinstance(edit, MergeConvs):
-            if len(edit.layers) > 1:  # of all others, batch norms are folded
+            if not edit.keep:
+                lines.append(f"convolution {where}: taken out")
+            elif len(edit.layers) > 1:  # of all others, batch norms are folded
                 kept = ", ".join(map(str, edit.keep))
                 lines.append(f"convolutions {where}: become one, made of {kept}{'' if edit.merged else ', open yet'}")
         elif isinstance(edit, Fuse):

@@ -54,6 +54,11 @@ class Entry(NamedTuple):
         return f"{self.start},{self.end},{self.merged.kernel},{int(self.merged.depthwise)}"
 
     @property
+    def changes(self) -> bool:
+        """Whether it is more than a convolution as it is."""
+        return self.end - self.start > 1 or not self.keep
+
+    @property
     def edit(self) -> MergeConvs:
         return MergeConvs(self.start, self.end, self.keep)
 
@@ -98,10 +103,20 @@ class Table:
             temporary.replace(self.path)
 
 
+def removals_of(model: PreTrainedModel) -> list[Entry]:
+    """All convolutions as they are, and all that may go taken out, with their activations as they are."""
+    chain = adapter_for(model, ChainAdapter).convolutions(model).chain(model)
+    found = []
+    for place, link in enumerate(chain.links[1:], 1):
+        found.append(Entry(place - 1, place, Merged(link.kernel, link.depthwise), (place,)))
+        if not link.fixed:
+            found.append(Entry(place - 1, place, Merged(0, False), ()))
+    return found
+
+
 def entries_of(model: PreTrainedModel, max_kernel: int) -> list[Entry]:
     """All segments with all kernels of at most some size; those of one convolution are as they are."""
-    adapter = adapter_for(model, ChainAdapter)
-    chain = adapter.convolutions(model).chain(model)
+    chain = adapter_for(model, ChainAdapter).convolutions(model).chain(model)
     return [Entry(*entry) for entry in chain.table() if entry[1] - entry[0] == 1 or entry[2].kernel <= max_kernel]
 
 
@@ -187,8 +202,10 @@ class Latencies:
 
     def _part(self, entry: Entry) -> _Part:
         stock = self.model.get_submodule(self.convs.units[entry.start + 1].conv)
-        shape = merged_shape(self.model, self.convs, entry.edit)
-        conv = convolution(stock, [self.windows[place] for place in entry.keep], **shape)
+        conv = None
+        if entry.keep:
+            shape = merged_shape(self.model, self.convs, entry.edit)
+            conv = convolution(stock, [self.windows[place] for place in entry.keep], **shape)
         act = module_at(self.model, self.convs.units[entry.end].act)
         if act is None and entry.end - entry.start > 1:
             act = self.adapter.activation(self.model.config)
@@ -197,36 +214,39 @@ class Latencies:
 
 
 class _Part:
-    """What runs in the place of a segment."""
+    """What runs in the place of a segment: a convolution, unless it is taken out; a sum; an activation."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        conv: nn.Conv2d,
+        conv: nn.Conv2d | None,
         act: nn.Module | None,
         skip: Skip | None,
         shape: torch.Size,
         shapes: Sequence[torch.Size],
     ) -> None:
-        self.conv, self.act, self.skip = conv.eval(), act, skip
+        self.conv, self.act = conv, act
         self.shortcut = None
         if skip is not None and skip.shortcut is not None:
             self.shortcut = module_at(model, f"{skip.path}.{skip.shortcut}")
-        self.shapes, self.like = (shape, None if skip is None else shapes[skip.start + 1]), conv.weight
-        around = conv.pad.windows if isinstance(conv, PaddedConv2d) else conv.padding
+        self.shapes = (shape, None if skip is None else shapes[skip.start + 1])
+        self.like = {"device": model.device, "dtype": model.dtype}
+        what = "nothing"
+        if conv is not None:
+            around = conv.pad.windows if isinstance(conv, PaddedConv2d) else conv.padding
+            what = (
+                f"{conv.out_channels} by {conv.kernel_size[0]}, stride {conv.stride[0]}, groups {conv.groups}, {around}"
+            )
         behind = ", ".join(type(part).__name__ for part in (self.shortcut, act) if part is not None)
-        self.name = (
-            f"{tuple(shape)} to {conv.out_channels} by {conv.kernel_size[0]}, stride {conv.stride[0]}, groups "
-            f"{conv.groups}, around {around}, plus {self.shapes[1] and tuple(self.shapes[1])}, {behind}"
-        )
+        self.name = f"{tuple(shape)} to {what}, plus {self.shapes[1] and tuple(self.shapes[1])}, {behind}"
         self.inputs: tuple[Tensor, Tensor | None] | None = None
 
     def __call__(self) -> Tensor:
         if self.inputs is None:
-            make = {"device": self.like.device, "dtype": self.like.dtype}
-            self.inputs = tuple(None if shape is None else torch.randn(shape, **make) for shape in self.shapes)
-        images, added = self.inputs
-        found = self.conv(images)
+            self.inputs = tuple(None if shape is None else torch.randn(shape, **self.like) for shape in self.shapes)
+        found, added = self.inputs
+        if self.conv is not None:
+            found = self.conv(found)
         if added is not None:
             found = found + (added if self.shortcut is None else self.shortcut(added))
         return found if self.act is None else self.act(found)
@@ -271,16 +291,16 @@ class Losses:
 
     def of(self, entry: Entry) -> float:
         """The mean divergence from the original, in nats; 0 for a convolution that stays as it is."""
-        return 0.0 if entry.end - entry.start == 1 else self.table.values[entry.key]
+        return self.table.values[entry.key] if entry.changes else 0.0
 
     def measure(self, entries: Sequence[Entry]) -> None:
         """Measure what is not known yet; each is written as soon as it is."""
         units = adapter_for(self.model, ChainAdapter).convolutions(self.model).units
-        todo = [entry for entry in entries if entry.end - entry.start > 1 and entry.key not in self.table.values]
+        todo = [entry for entry in entries if entry.changes and entry.key not in self.table.values]
         for entry in tqdm(todo, "Measuring segments", disable=None):
             plan = Plan(self.model.config.model_type, len(units), (entry.edit,), kinds=CHAIN)
             student = apply(self.model, plan)
             with eval_mode(self.model, student):
-                repair(student, self.model, plan.edits, self.sample)
+                repair(student, self.model, [edit for edit in plan.edits if edit.keep], self.sample)
                 loss = calibration_loss(student, self.model, self.sample.judging)
             self.table.put({entry.key: loss})

@@ -202,7 +202,8 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
                 found[name] = Timed(1100.0 if name == "original" else 1000.0, 0.0)
             else:
                 run()
-                found[name] = Timed(1.0 * run.conv.weight.numel() * run.shapes[0][2] ** 2, 0.0)
+                products = 1 if run.conv is None else run.conv.weight.numel() * run.shapes[0][2] ** 2
+                found[name] = Timed(1.0 * products, 0.0)
         return found
 
     monkeypatch.setattr("hf_layerfuse.tables.interleaved", by_size)

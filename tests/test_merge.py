@@ -189,7 +189,7 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
 
 @pytest.mark.usefixtures("steady")
 def test_it_is_chosen_from_what_was_asked_for(cifar, tmp_path):
-    """Kernels are no larger than asked for; `activations` keeps all convolutions."""
+    """Kernels are no larger than asked for; `activations` keeps all convolutions, `convolutions` merges none."""
     every = {entry.key for entry in entries_of(cifar, 7)}
     assert {entry.key for entry in entries_of(cifar, 3)} < every
     assert all(int(key.split(",")[2]) <= 7 for key in every)
@@ -198,6 +198,12 @@ def test_it_is_chosen_from_what_was_asked_for(cifar, tmp_path):
     known = json.loads((tmp_path / "losses.json").read_text())["values"] if (tmp_path / "losses.json").exists() else {}
     kernels = {tuple(map(int, key.split(",")))[:3] for key in known}
     assert all(kernel == 1 + 2 * (end - start) for start, end, kernel in kernels)
+    recipe = MergeRecipe(budget=0.7, choose="convolutions", batch_size=4, repeats=2)
+    found = search_merge(cifar, recipe, images(cifar))
+    changed = [edit for edit in found.plan.edits if not edit.keep]
+    assert changed
+    assert all(len(edit.layers) == 1 for edit in found.plan.edits)
+    assert found.model.num_parameters() < cifar.num_parameters()
 
 
 def test_bad_input_is_refused(cifar):

@@ -150,6 +150,20 @@ def test_a_branch_of_which_nothing_is_left_adds_nothing():
     assert not list(block.parameters())
 
 
+def test_convolutions_are_taken_out():
+    """Its activation stays; a block of which both are gone gives its input; what changes the shape cannot go."""
+    model = network("cifar")
+    small = apply(model, plan_of(model, MergeConvs(0, 1, ()), MergeConvs(1, 2, ()), MergeConvs(2, 3, ())))
+    images = torch.rand(2, 4, 9, 9, dtype=torch.float64)
+    torch.testing.assert_close(small.layers[0](images), images)
+    block = copy.deepcopy(model.layers[1])
+    block.conv1 = block.bn1 = nn.Identity()
+    torch.testing.assert_close(small.layers[1](images), block(images))
+    assert verify(small)["reload"] == 0
+    with pytest.raises(PlanError, match="leaves out convolution 7, which changes the shape"):
+        apply(model, plan_of(model, MergeConvs(6, 7, ())))
+
+
 def test_a_linear_bottleneck_ends_with_an_activation_when_it_is_merged():
     """After the sum where there is one, as published."""
     model = network("mobilenet")
@@ -223,6 +237,7 @@ def test_plans_that_fit_nothing_are_refused():
         ((2, 2, (2,)), "to a later one"),
         ((-2, 0, (0,)), "to a later one"),
         ((0, 2, ()), "name one convolution or more of 1 to 2"),
+        ((1, 2, (1,)), "name one convolution or more of 2 to 2"),
         ((0, 2, (2, 1)), "in ascending order"),
         ((0, 2, (3,)), "name one convolution or more"),
     ):

@@ -198,7 +198,8 @@ class MergeConvs:
     images. Behind the segment comes an activation, also where there was none.
 
     A segment of one convolution has its batch norm folded, and nothing else changes; also the first convolution of all,
-    between boundaries -1 and 0, can be one.
+    between boundaries -1 and 0, can be one. Without any in `keep`, its one convolution is taken out, and the activation
+    behind it stays.
 
     With `merged=False`, the convolutions in `keep` remain for now, to be trained; `merge_convs` makes them one then,
     exactly.
@@ -219,7 +220,11 @@ class MergeConvs:
                 f"MergeConvs.start is {self.start} and end {self.end}: segments are from a boundary, -1 or more, to a "
                 "later one."
             )
-        if not self.keep or list(self.keep) != sorted(set(self.keep)) or not set(self.keep) <= set(self.layers):
+        if (
+            not (self.keep or len(self.layers) == 1)
+            or list(self.keep) != sorted(set(self.keep))
+            or not set(self.keep) <= set(self.layers)
+        ):
             raise PlanError(
                 f"MergeConvs.keep is {self.keep}: name one convolution or more of {self.start + 1} to {self.end}, in "
                 "ascending order."

@@ -18,8 +18,8 @@ class MergeRecipe:
         budget: 0 < budget < 1, of the latency of the original on the device that it is on.
         budget_ms: milliseconds of a forward pass.
         batch_size: images of the pass that is timed.
-        choose: `all` removes activations and convolutions. `activations` keeps all convolutions, as a baseline
-            (Kim et al. 2023).
+        choose: `all` removes activations and convolutions. The others are baselines: `activations` keeps all
+            convolutions (Kim et al. 2023), `convolutions` takes some out and merges none.
         max_kernel: largest kernel of a merged convolution.
         method: `fitted` merges at once, and fits each merged convolution in closed form. `open` takes activations and
             convolutions out, and merges after `heal`, as published.
@@ -35,7 +35,7 @@ class MergeRecipe:
     budget: float | None = None
     budget_ms: float | None = None
     batch_size: int = 8
-    choose: Literal["all", "activations"] = "all"
+    choose: Literal["all", "activations", "convolutions"] = "all"
     max_kernel: int = 7
     method: Literal["fitted", "open"] = "fitted"
     refit: Literal["full", "none"] = "full"
