@@ -48,6 +48,7 @@ from hf_layerfuse import (
     expand,
     heal,
     layer_map,
+    merge_convs,
     straighten,
 )
 from hf_layerfuse.adapters import adapter_for
@@ -358,6 +359,8 @@ def retrained(
         parts.append({"before": before, "budget": steps, **asdict(report)})
         if bends(plan):
             student, _ = straighten(student, threshold=THRESHOLD)
+        if any(not getattr(edit, "merged", True) for edit in plan.edits):
+            student, _ = merge_convs(student)
         if rounds > 1:
             source = expand(student)
     for number, part in enumerate(parts):
