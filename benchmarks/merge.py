@@ -3,9 +3,9 @@
     python benchmarks/merge.py [JOB ...] [--threads 2] [--train] [--budgets 0.5 ...] [--methods ours ...]
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). What is merged is decided on 512 training images and
-on latencies that are measured here, for each number of threads once (outputs/merge); test images are reported. Latencies
-of a model and of the original are measured in turn, on a machine that ought to do nothing else. With `--train`, models
-are retrained, and so is the original, on the same budget.
+on latencies that are measured here, for each number of threads once (outputs/merge); test images are reported.
+Latencies of a model and of the original are measured in turn, on a machine that ought to do nothing else. With
+`--train`, models are retrained, and so is the original, on the same budget.
 
 A row that is in benchmarks/results/merge.json, or merge_heal.json, already is not measured again; delete the files to
 start afresh.
@@ -55,7 +55,7 @@ JOBS: dict[str, Callable[[], heal.Job]] = {"resnet56": resnet56}
 
 
 def searched(job: heal.Job, budget: float, model: PreTrainedModel, options: dict[str, Any]) -> Found:
-    folder = FOLDER / f"{job.name}-{torch.get_num_threads()}-{options.get('choose', 'all')}"
+    folder = FOLDER / f"{job.name}-{torch.get_num_threads()}"
     recipe = MergeRecipe(budget=budget, batch_size=BATCH, max_kernel=5, tables=str(folder), **options)
     return search_merge(model, recipe, job.base.calibration)
 

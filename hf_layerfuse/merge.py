@@ -19,6 +19,9 @@ from .refit import refit_chain
 from .search import Found
 from .tables import Entry, Latencies, Losses, entries_of, folded_plan, removals_of
 
+UNITS = 10_000
+"""Parts of the budget: each segment is rounded up to one of them."""
+
 
 def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches | None) -> Found:
     """Merge convolutions of a model by a recipe: measure segments, choose them by the exact program, apply, fit.
@@ -51,14 +54,16 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
             "less: a stride, a pooling or a shortcut is between any two. Raise max_kernel, or fuse another model."
         )
     folder = None if recipe.tables is None else Path(recipe.tables)
-    images = next(iter(sample.batches[0].values()))[:1]
+    images = sample.batches[0][model.main_input_name][:1]
     images = images.expand(recipe.batch_size, *images.shape[1:]).contiguous()
     latencies = Latencies(model, images, folder and folder / "latency.json", repeats=recipe.repeats)
     latencies.measure(entries)
     whole = latencies.original
     limit = (recipe.budget_ms or recipe.budget * whole) - latencies.rest
     entries = _useful(entries, latencies)
-    losses = Losses(model, sample, folder and folder / "losses.json")
+    fitted = recipe.refit != "none"
+    name = "losses.json" if fitted else "losses-unfitted.json"
+    losses = Losses(model, sample, folder and folder / name, fitted=fitted)
     losses.measure(entries)
     chosen = choose(entries, latencies, losses, limit, len(adapter.convolutions(model).units) - 1)
     edits = [entry.edit for entry in chosen if entry.changes]
@@ -90,7 +95,7 @@ def choose(entries: Sequence[Entry], latencies: Latencies, losses: Losses, limit
         option = Option(latencies.of(entry), -losses.of(entry), entry)
         options.setdefault((entry.start, entry.end), []).append(option)
     try:
-        steps = Frontier(length, options, max(limit, 1e-9)).best()
+        steps = Frontier(length, options, max(limit, 1e-9), UNITS).best()
     except LayerFuseError as error:
         least = Frontier(length, options, 1e9).cheapest + latencies.rest
         raise RecipeError(

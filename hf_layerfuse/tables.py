@@ -269,13 +269,16 @@ class Losses:
         model: a stock one.
         sample: calibration images.
         path: of a file.
+        fitted: fit the convolution of the entry first.
 
     Raises:
         LayerFuseError: the file was measured on other weights or images.
     """
 
-    def __init__(self, model: PreTrainedModel, sample: Sample, path: Path | None = None) -> None:
-        self.model, self.sample = model, sample
+    def __init__(
+        self, model: PreTrainedModel, sample: Sample, path: Path | None = None, *, fitted: bool = True
+    ) -> None:
+        self.model, self.sample, self.fitted = model, sample, fitted
         images = hashlib.sha256()
         for batch in sample.batches:
             for name, tensor in sorted(batch.items()):
@@ -284,7 +287,7 @@ class Losses:
             "weights": fingerprint(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "images": images.hexdigest(),
-            "tier": "calibration",
+            "fitted": fitted,
             "transformers": transformers.__version__,
         }
         self.table = Table(path, about)
@@ -301,6 +304,7 @@ class Losses:
             plan = Plan(self.model.config.model_type, len(units), (entry.edit,), kinds=CHAIN)
             student = apply(self.model, plan)
             with eval_mode(self.model, student):
-                repair(student, self.model, [edit for edit in plan.edits if edit.keep], self.sample)
+                if self.fitted and entry.keep:
+                    repair(student, self.model, plan.edits, self.sample)
                 loss = calibration_loss(student, self.model, self.sample.judging)
             self.table.put({entry.key: loss})

@@ -204,6 +204,12 @@ def test_it_is_chosen_from_what_was_asked_for(cifar, tmp_path):
     assert changed
     assert all(len(edit.layers) == 1 for edit in found.plan.edits)
     assert found.model.num_parameters() < cifar.num_parameters()
+    recipe = MergeRecipe(budget=0.8, refit="none", batch_size=4, repeats=2, tables=str(tmp_path))
+    plain = search_merge(cifar, recipe, images(cifar))
+    known = json.loads((tmp_path / "losses-unfitted.json").read_text())["values"]
+    assert not plain.report.kept
+    key, loss = next(iter(plain.plan.notes["losses"].items()))
+    assert known[key] == loss
 
 
 def test_bad_input_is_refused(cifar):
