@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,10 @@ from .parts import PaddedConv2d, module_at
 from .plan import MergeConvs
 
 ROWS = 24
-"""Patches that a fit reads for each number that it looks for in an output, at most."""
+"""About so many patches are read for each number that a fit looks for in an output."""
+
+PIXELS = 2**24
+"""Numbers that the patches of a few images have, at most."""
 
 
 class _Done(Exception):
@@ -104,48 +107,55 @@ def _moments(
     student: PreTrainedModel, teacher: PreTrainedModel, convs: Convolutions, edit: MergeConvs, sample: Sample
 ) -> tuple[list[Moments], list[Moments]]:
     """Moments of patches and of what is wanted of them, for each group: of images that are fitted, and that choose."""
-    conv = student.get_submodule(convs.units[edit.start + 1].conv)
-    inputs, outs = conv.weight[0].numel(), conv.out_channels // conv.groups
-    found = [[Moments.empty(inputs, outs, conv.weight.device) for _ in range(conv.groups)] for _ in range(2)]
-    images = sum(len(mask) for mask in sample.judges)
-    for index, (patches, aim) in enumerate(_rows(student, teacher, convs, edit, sample)):
-        # (images, positions, groups, in) and (images, positions, groups, out)
-        each = max(1, -(-ROWS * (inputs + 1) // images))
-        chosen = torch.arange(0, patches.shape[1], max(1, patches.shape[1] // each), device=patches.device)
-        choosers = sample.choosers[index].to(patches.device)
-        judges = sample.judges[index].to(patches.device)
-        if not choosers.any() and not any(mask.any() for mask in sample.choosers):
-            choosers = torch.arange(len(choosers), device=patches.device) % 2 == 1
-        for part, mask in enumerate((~judges & ~choosers, choosers)):
-            x, y = (rows[mask][:, chosen].flatten(0, 1).movedim(1, 0) for rows in (patches, aim))
-            for moments, *pair in zip(found[part], x, y, strict=True):
-                moments.add(*pair)
-    return found[0], found[1]
-
-
-def _rows(
-    student: PreTrainedModel, teacher: PreTrainedModel, convs: Convolutions, edit: MergeConvs, sample: Sample
-) -> Iterator[tuple[Tensor, Tensor]]:
     path = convs.units[edit.start + 1].conv
     conv = student.get_submodule(path)
     places = [Place(path, "before"), Place(path, "after"), Place(convs.units[edit.end].act, "before")]
     target = [before_activation(teacher, convs, edit.end)]
-    for batch in sample.batches:
+    sums = [_Sums(conv), _Sums(conv)]
+    each = -(-ROWS * (conv.weight[0].numel() + 1) // sum(len(mask) for mask in sample.judges))
+    none_chooses = not any(mask.any() for mask in sample.choosers)
+    for batch, judges, choosers in zip(sample.batches, sample.judges, sample.choosers, strict=True):
+        if none_chooses:
+            choosers = torch.arange(len(judges)) % 2 == 1
         read, given, total = see(student, batch, places)
         [wanted] = see(teacher, batch, target)
-        yield _patches(conv, read), _by_group(wanted - (total - given), conv.groups)
+        for part, mask in enumerate((~judges & ~choosers, choosers & ~judges)):
+            chosen = mask.to(read.device)
+            sums[part].add(read[chosen], (wanted - (total - given))[chosen], each)
+    return sums[0].moments(), sums[1].moments()
 
 
-def _patches(conv: nn.Conv2d, images: Tensor) -> Tensor:
-    """What each output of each group reads, (images, positions, groups, in x height x width)."""
-    padded = conv.pad(images) if isinstance(conv, PaddedConv2d) else images
-    padding = 0 if isinstance(conv, PaddedConv2d) else conv.padding
-    columns = F.unfold(padded, conv.kernel_size, conv.dilation, padding, conv.stride)
-    return columns.transpose(1, 2).unflatten(2, (conv.groups, -1))
+class _Sums:
+    """Sums over the patches that a convolution reads, for each of its groups of channels."""
 
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self.conv = conv
+        inputs, outs = conv.weight[0].numel() + 1, conv.out_channels // conv.groups
+        make = {"dtype": torch.float64, "device": conv.weight.device}
+        sizes = (inputs, inputs), (inputs, outs), (outs, outs)
+        self.parts = [torch.zeros(conv.groups, *size, **make) for size in sizes]
 
-def _by_group(images: Tensor, groups: int) -> Tensor:
-    return images.flatten(2).transpose(1, 2).unflatten(2, (groups, -1))
+    def add(self, images: Tensor, wanted: Tensor, each: int) -> None:
+        """Add about so many patches of each image, evenly spread; a few images at a time, of which all are made."""
+        conv = self.conv
+        pixels = wanted.shape[2] * wanted.shape[3] * conv.weight[0].numel() * conv.groups
+        if not len(images):
+            return
+        for some, aims in zip(*(tensor.split(max(1, PIXELS // pixels)) for tensor in (images, wanted)), strict=True):
+            padded = conv.pad(some) if isinstance(conv, PaddedConv2d) else some
+            padding = 0 if isinstance(conv, PaddedConv2d) else conv.padding
+            x = F.unfold(padded, conv.kernel_size, conv.dilation, padding, conv.stride)
+            y = aims.flatten(2)
+            step = max(1, x.shape[2] // each)
+            x, y = (
+                rows[..., ::step].unflatten(1, (conv.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2) for rows in (x, y)
+            )
+            x = torch.cat([x, torch.ones_like(x[..., :1])], dim=2)
+            for total, product in zip(self.parts, (x.mT @ x, x.mT @ y, y.mT @ y), strict=True):
+                total += product
+
+    def moments(self) -> list[Moments]:
+        return [Moments(*parts) for parts in zip(*self.parts, strict=True)]
 
 
 def _channels(conv: nn.Conv2d, group: int) -> slice:

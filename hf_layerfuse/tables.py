@@ -152,7 +152,8 @@ class Latencies:
         self.windows = windows_of(model, self.adapter, self.convs)
         self.images, self.repeats, self.warmup = images.to(model.device, model.dtype), repeats, warmup
         with eval_mode(model):
-            reads = [Place(unit.conv, "before") for unit in self.convs.units]
+            # a layer may put padding around what its convolution reads
+            reads = [Place(unit.layer or unit.conv, "before") for unit in self.convs.units]
             self.shapes = [tensor.shape for tensor in see(model, {model.main_input_name: self.images}, reads)]
         config = {name: value for name, value in model.config.to_dict().items() if name != "transformers_version"}
         about = {

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from conftest import cifar_resnet, network, some_batches, tiny_model
+from conftest import NETWORKS, cifar_resnet, network, some_batches, tiny_model
 from torch import nn
 
 from hf_layerfuse import (
@@ -210,6 +210,17 @@ def test_it_is_chosen_from_what_was_asked_for(cifar, tmp_path):
     assert not plain.report.kept
     key, loss = next(iter(plain.plan.notes["losses"].items()))
     assert known[key] == loss
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_entry_is_timed_at_its_shape(name):
+    """Each part runs on images of the size that its segment reads, and gives those that the next one reads."""
+    model = network(name)
+    latencies = Latencies(model, torch.randn(1, 3, 41, 47, dtype=torch.float64), repeats=1, warmup=0)
+    for entry in entries_of(model, 5):
+        given = latencies._part(entry)()
+        if entry.end + 1 < len(latencies.shapes):
+            assert given.shape == latencies.shapes[entry.end + 1]
 
 
 def test_bad_input_is_refused(cifar):
