@@ -59,6 +59,7 @@ def filled(text: str) -> str:
     latency, timed = benchmark("latency")
     heal, healed = benchmark("heal")
     collapse, linear = benchmark("collapse")
+    merge, merged = benchmark("merge")
     sweep, swept = benchmark("sweep")
     throughput, speeds = benchmark("throughput")
     tables = {
@@ -69,6 +70,7 @@ def filled(text: str) -> str:
         "heal": heal.tables(healed),
         "collapse": collapse.tables(linear),
         "collapse, retrained": heal.tables(heal.load(collapse.TRAINED)),
+        "merge": merge.tables(merged),
         "sweep": [sweep.table(swept)],
         "throughput": [throughput.table(speeds)],
     }
