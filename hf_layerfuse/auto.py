@@ -134,9 +134,11 @@ def merge(
     recipe = _asked(MergeRecipe, MERGE_TARGETS, recipe, overrides)
     sequences = None if batches is None else read(batches, model)
     result = search_merge(model, recipe, sequences).model
-    if check:
-        verify(result)
-    return result
+    if recipe.method == "open":  # to be trained first
+        if check:
+            verify(result)
+        return result
+    return _checked(model, result, sequences, check)
 
 
 def _asked(kind: type[_Recipe], targets: Sequence[str], recipe: _Recipe | None, overrides: dict[str, Any]) -> _Recipe:
