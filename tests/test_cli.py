@@ -222,7 +222,7 @@ def test_collapse_end_to_end(tmp_path, task):
 
 
 @pytest.mark.usefixtures("steady")
-@pytest.mark.parametrize("method", ["fitted", "open"])
+@pytest.mark.parametrize("method", [pytest.param("fitted", marks=pytest.mark.slow), "open"])
 def test_merge_end_to_end(tmp_path, capsys, method):
     """A recipe of merging leaves a faster checkpoint, healed, and says which convolutions became one."""
     words = image_classification(tmp_path)
