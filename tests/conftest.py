@@ -161,6 +161,11 @@ NETWORKS = {
 }
 
 
+_VARIANTS = ("symmetric", "dilated", "stride in the first")
+CHAINS = [pytest.param(name, marks=pytest.mark.slow) if name in _VARIANTS else name for name in NETWORKS]
+"""Variants of networks that are tested too are left to the longer run."""
+
+
 @cache
 def network(name: str):
     """A random model in float64, whose norms have seen some images, so that what they give is of size one."""

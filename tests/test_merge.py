@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from conftest import NETWORKS, cifar_resnet, network, some_batches, tiny_model
+from conftest import CHAINS, cifar_resnet, network, some_batches, tiny_model
 from torch import nn
 
 from hf_layerfuse import (
@@ -212,7 +212,7 @@ def test_it_is_chosen_from_what_was_asked_for(cifar, tmp_path):
     assert known[key] == loss
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CHAINS)
 def test_every_entry_is_timed_at_its_shape(name):
     """Each part runs on images of the size that its segment reads, and gives those that the next one reads."""
     model = network(name)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import NETWORKS, network, tiny_model
+from conftest import CHAINS, NETWORKS, network, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -40,10 +40,6 @@ from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.parts import PaddedConv2d, Parts
 from hf_layerfuse.plan import CHAIN
 from hf_layerfuse.prediction import prediction
-
-SLOW = ("symmetric", "dilated", "stride in the first")
-EVERY = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NETWORKS]
-"""Variants of networks that are tested too are left to the longer run."""
 
 RESNET34 = ResNetConfig(layer_type="basic", depths=[3, 4, 6, 3], hidden_sizes=[64, 128, 256, 512])
 
@@ -83,7 +79,7 @@ def assert_equal(ours, theirs, tolerance: float) -> None:
     assert (ours - theirs).abs().max() <= tolerance * (theirs - theirs.mean(0)).abs().max()
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", CHAINS)
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 10**6), size=st.tuples(st.integers(33, 70), st.integers(33, 70)))
 def test_merged_is_unmerged(name, seed, size):
@@ -100,7 +96,7 @@ def test_merged_is_unmerged(name, seed, size):
         assert_equal(logits(merged, *size), expected, 1e-9)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", CHAINS)
 def test_a_merged_model_is_a_model(name):
     """It saves and reloads bit for bit, has gradients and is exported, and so does and is one with open segments.
 
