@@ -446,6 +446,7 @@ def test_variants_of_healing(tmp_path, words):
     assert same == (fused if "--heal.freeze_fused" in words else set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_model_and_data_by_their_names_on_the_hub(tmp_path, streaming):
     """A model and data of a Hub give what the same files on disk give; a name that it does not have is said."""
@@ -538,6 +539,7 @@ def test_rounds_of_rank_auto(tmp_path):
     assert main([*words, "--fusion.ratio", "null", "--fusion.max_parameters", "9e4", "--overwrite", "true"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "schedule", "goals"),
     [("depth", "uniform", [4, 2]), ("share", "uniform", [4, 2]), ("depth", "exponential", [3, 2])],

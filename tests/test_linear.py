@@ -259,6 +259,7 @@ def test_mlps_are_taken_in_the_order_of_what_they_cost(model_type):
     assert [edit.layer for edit in deepest.plan.edits] == [4, 5]
 
 
+@pytest.mark.slow
 def test_a_target_decides_how_many():
     """Sizes are met by as few MLPs as that takes; a limit on the loss by as many as it allows."""
     model = tiny_model("gpt2")
