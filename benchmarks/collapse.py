@@ -84,8 +84,7 @@ def vit_cifar10() -> heal.Job:
 def minilm_sst2() -> heal.Job:
     """With losses that hardly learn labels by heart, which the original knows: it was trained on the same sentences.
 
-    After 1,600 steps, the fitted model with four linear MLPs has a validation loss of 0.131 with these, and had 0.152
-    with the option of benchmarks/heal.py that did best in its short trainings.
+    They led the fitted model with four linear MLPs to a lower validation loss than the options of benchmarks/heal.py.
     """
     option = {"learning_rate": 5e-5, "dropout": 0.0, "hidden_weight": 5.0, "ce_weight": 0.3}
     return replace(heal.minilm_sst2(), options=[option])

@@ -33,7 +33,8 @@ from .methods.fusion import plan_fusion
 from .modeling import apply, expand, register_adapter
 from .plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
 from .recipe import CollapseRecipe, FusionRecipe, HealRecipe, MergeRecipe
-from .refit import RefitReport, refit
+from .refit import refit
+from .repair import RefitReport
 from .search import search
 from .straighten import merge_convs, straighten
 from .verify import verify

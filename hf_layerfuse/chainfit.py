@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,14 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .adapters import ChainAdapter, Convolutions, adapter_for
+from .adapters import ChainAdapter, Convolutions, Place, adapter_for
 from .calibration import Sample
 from .math.ridge import Moments, fit
+from .modes import eval_mode
 from .parts import PaddedConv2d, module_at
-from .plan import MergeConvs
+from .plan import MergeConvs, Plan
+from .prediction import calibration_loss
+from .repair import RefitReport, unless_worse
 
 ROWS = 24
 """About so many patches are read for each number that a fit looks for in an output."""
@@ -29,27 +32,26 @@ class _Done(Exception):
     """All that was asked for was seen."""
 
 
-class Place(NamedTuple):
-    """Where something is seen: what enters a module or leaves it."""
-
-    path: str
-    when: Literal["before", "after"]
-
-
 def before_activation(model: PreTrainedModel, convs: Convolutions, boundary: int) -> Place:
     """Where a boundary of a chain is seen, before its activation if it has one."""
     unit = convs.units[boundary]
     if module_at(model, unit.act) is not None:
-        return Place(unit.act, "before")
+        return Place("before", unit.act)
     for skip in convs.skips:
         if skip.end == boundary:
-            return Place(skip.path, "after")
-    return Place(unit.norm or unit.conv, "after")
+            return Place("after", skip.path)
+    return Place("after", unit.norm or unit.conv)
 
 
 @torch.no_grad()
 def see(model: PreTrainedModel, batch: Mapping[str, Tensor], places: Sequence[Place]) -> list[Tensor]:
-    """What a model has at some places for a batch, without running what comes behind them."""
+    """What a model has at some places for a batch, without running what comes behind them.
+
+    Args:
+        model: in eval mode.
+        batch: its inputs.
+        places: before or after modules, by their live paths.
+    """
     found: dict[Place, Tensor] = {}
 
     def keep(place: Place, tensor: Tensor) -> None:
@@ -59,7 +61,7 @@ def see(model: PreTrainedModel, batch: Mapping[str, Tensor], places: Sequence[Pl
 
     with ExitStack() as stack:
         for place in set(places):
-            module = model.get_submodule(place.path)
+            module = model.get_submodule(place.module)
             if place.when == "before":
                 hook = module.register_forward_pre_hook(lambda _, args, place=place: keep(place, args[0]))
             else:
@@ -68,6 +70,30 @@ def see(model: PreTrainedModel, batch: Mapping[str, Tensor], places: Sequence[Pl
         with suppress(_Done):
             model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
     return [found[place] for place in places]
+
+
+def refit_chain(
+    student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, sample: Sample, *, fitted: bool = True
+) -> RefitReport:
+    """Fit all merged convolutions of a student, in place, unless that leaves it further from its teacher.
+
+    Args:
+        student: what `apply(teacher, plan)` gave.
+        teacher: the original.
+        plan: of merges.
+        sample: calibration images.
+        fitted: False only measures.
+    """
+    edits = [edit for edit in plan.edits if edit.merged and len(edit.layers) > 1]
+
+    def carry_out() -> tuple[list[dict[str, Any]], float]:
+        return repair(student, teacher, edits, sample), calibration_loss(student, teacher, sample.judging)
+
+    with eval_mode(student, teacher):
+        before = calibration_loss(student, teacher, sample.judging)
+        if not (fitted and edits):
+            return RefitReport(before, before, kept=False)
+        return unless_worse(student, before, carry_out)
 
 
 def repair(
@@ -109,7 +135,7 @@ def _moments(
     """Moments of patches and of what is wanted of them, for each group: of images that are fitted, and that choose."""
     path = convs.units[edit.start + 1].conv
     conv = student.get_submodule(path)
-    places = [Place(path, "before"), Place(path, "after"), Place(convs.units[edit.end].act, "before")]
+    places = [Place("before", path), Place("after", path), Place("before", convs.units[edit.end].act)]
     target = [before_activation(teacher, convs, edit.end)]
     sums = [_Sums(conv), _Sums(conv)]
     each = -(-ROWS * (conv.weight[0].numel() + 1) // sum(len(mask) for mask in sample.judges))

@@ -18,7 +18,8 @@ from .modeling import apply
 from .modes import eval_mode
 from .plan import Blend, Linearize, Plan
 from .recipe import COLLAPSE_TARGETS, CollapseRecipe
-from .refit import RefitReport, refit_by
+from .refit import refit_by
+from .repair import RefitReport
 from .search import Found
 from .sizes import planned_size
 from .trials import Trials

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from .recipe import Recipe
 from .report import HOMOTOPY, model_card, rows, text_table
 from .rounds import auto_class_of, fuse_and_heal, identity_of, round_to
 from .rundata import RunData, save_weights, say
+from .timing import device_name
 from .verify import verify
 
 
@@ -108,14 +108,13 @@ def _load(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
 
 def _environment() -> dict[str, str]:
     state = process_state()
-    device = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else f"cpu {platform.machine()}"
     return {
         "hf_layerfuse": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
         "datasets": datasets.__version__,
-        "device": device,
+        "device": device_name(state.device),
         "threads": str(torch.get_num_threads()),
         "processes": str(state.num_processes),
     }

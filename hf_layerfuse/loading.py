@@ -42,7 +42,7 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
     config = kwargs.pop("config", None)
     wants_report = kwargs.pop("output_loading_info", False)
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    kwargs.setdefault("use_safetensors", True)  # never a pickle, unless the caller insists
+    kwargs.setdefault("use_safetensors", True)  # and nothing else, unless the caller insists
     try:
         if config is None:
             # as the Auto classes do: what the config has a field for goes there, the data type excepted

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from .adapters import ChainAdapter, adapter_for
 from .calibration import Batches, Sample
+from .chainfit import refit_chain
 from .edits import check_model
 from .errors import LayerFuseError, RecipeError, UnsupportedModelError
 from .math.knapsack import Frontier, Option
 from .modeling import apply
 from .recipe import MergeRecipe
-from .refit import refit_chain
 from .search import Found
 from .tables import Entry, Latencies, Losses, entries_of, folded_plan, removals_of
 
@@ -36,7 +36,7 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
         batches: calibration batches, read once.
 
     Raises:
-        RecipeError: the budget cannot be met, or changes nothing; or there are no batches.
+        RecipeError: the budget cannot be met, or there are no batches.
         UnsupportedModelError: no adapter for the architecture, a model that cannot be merged, or one in which no two
             convolutions can become one.
         LayerFuseError: the tables are of another device, other weights or other data.
@@ -80,7 +80,7 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
         return Found(apply(model, plan), plan, None)
     plan = folded_plan(model, edits)
     student = apply(model, plan)
-    report = refit_chain(student, model, plan, sample, recipe.refit)
+    report = refit_chain(student, model, plan, sample, fitted=fitted)
     return Found(student, replace(plan, notes=notes | {"refit": asdict(report)}), report)
 
 

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from .adapters import ADAPTERS, BUILTIN, FUSED_PREFIX, ChainAdapter, ModelAdapter, adapter_for
 from .align import align
 from .calibration import Batches
+from .chainedits import check_merges, merged_weights, reshape_chain
 from .edits import (
     check_plan,
     expanded_weights,
@@ -36,7 +37,6 @@ from .edits import (
 )
 from .errors import CheckpointError, PlanError, UnsupportedModelError
 from .lines import lines_of
-from .merging import check_merges, merged_weights, reshape_chain
 from .plan import CHAIN, Blend, Layout, Plan
 from .relaxed import Relaxed
 
@@ -148,7 +148,7 @@ def fused_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _publish(cls: type) -> type:
-    """Let pickle and spawned processes find a class that was made here."""
+    """Let other processes find a class that was made here, by its name."""
     setattr(sys.modules[__name__], cls.__name__, cls)
     return cls
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from . import chainfit
 from .adapters import READERS, Block, ConvAdapter
 from .align import align
 from .calibration import Batches, Sample
+from .chainfit import refit_chain
 from .convfit import ConvRepair
 from .mapfit import fit_gain, fit_linear, fit_map, fit_norm, fold, store
 from .math.ridge import Moments, chain, fit, identity
@@ -21,34 +20,13 @@ from .modes import eval_mode
 from .plan import CHAIN, Kind, LinearForm, Plan, Slot
 from .prediction import calibration_loss
 from .relaxed import theta_of
-from .repair import Repair
+from .repair import RefitReport, Repair, unless_worse
 from .select import Selection, Total, alike
 from .states import PerBatch, Saved, States
 from .taps import Tap
 from .walk import Trace, Walk
 
 Method = Literal["full", "maps", "linear", "none"]
-
-
-@dataclass(frozen=True)
-class RefitReport:
-    """What a refit did.
-
-    Attributes:
-        before: calibration loss, on sequences that took no part in the repair, of the model as it was given.
-        after: that of the model as it is now, never more.
-        kept: whether the repair was kept; otherwise it made things worse and was undone.
-        blocks: per repaired map, its layer, kind and role, and its mean squared error on held-out tokens before and
-            after. For `heads` of a selected layer, what the MLPs of its group miss the end of the group by, with heads
-            of the kept layer and with those in use. For a linear map that was an MLP, errors are relative to the
-            variance of the stream at each token, and `r2` is the share of the variance of what it ought to give that
-            it explains on held-out tokens.
-    """
-
-    before: float
-    after: float
-    kept: bool
-    blocks: Sequence[Mapping[str, Any]] = ()
 
 
 def refit(
@@ -90,7 +68,7 @@ def refit(
     """
     sample = Sample.of(batches)
     if plan.kinds == CHAIN:
-        return refit_chain(student, teacher, plan, sample, method)
+        return refit_chain(student, teacher, plan, sample, fitted=method != "none")
     before = calibration_loss(student, teacher, sample.judging)
     if method == "none":
         return RefitReport(before, before, kept=False)
@@ -98,36 +76,17 @@ def refit(
         return refit_by(student, Trace(Walk(teacher, sample)), plan, before, method)
 
 
-def refit_chain(
-    student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, sample: Sample, method: Method
-) -> RefitReport:
-    """`refit` of a plan of merges."""
-    edits = [edit for edit in plan.edits if edit.merged and len(edit.layers) > 1]
-    with eval_mode(student, teacher):
-        before = calibration_loss(student, teacher, sample.judging)
-        if method == "none" or not edits:
-            return RefitReport(before, before, kept=False)
-        kept = Saved(student)
-        blocks = tuple(chainfit.repair(student, teacher, edits, sample))
-        after = calibration_loss(student, teacher, sample.judging)
-        if after <= before:
-            return RefitReport(before, after, kept=True, blocks=blocks)
-        kept.restore(student)
-        return RefitReport(before, before, kept=False, blocks=blocks)
-
-
 def refit_by(student: PreTrainedModel, trace: Trace, plan: Plan, before: float, method: Method) -> RefitReport:
     """`refit` with a trace of the teacher, which several students may share, and the loss before it."""
-    kept = Saved(student)
-    walk = Walk(student, trace.walk.sample)
-    repair = repair_of(walk, trace, plan, method)
-    for _ in tqdm(repair.slots, "Refitting", unit="layer", disable=None, leave=False):
-        repair.step()
-    after = trace.loss(walk)
-    if after <= before:
-        return RefitReport(before, after, kept=True, blocks=tuple(repair.blocks))
-    kept.restore(student)
-    return RefitReport(before, before, kept=False, blocks=tuple(repair.blocks))
+
+    def carry_out() -> tuple[list[dict[str, Any]], float]:
+        walk = Walk(student, trace.walk.sample)
+        repair = repair_of(walk, trace, plan, method)
+        for _ in tqdm(repair.slots, "Refitting", unit="layer", disable=None, leave=False):
+            repair.step()
+        return repair.blocks, trace.loss(walk)
+
+    return unless_worse(student, before, carry_out)
 
 
 def repair_of(student: Walk, teacher: Trace, plan: Plan, method: Method) -> Repair:

@@ -1,15 +1,57 @@
-"""A student and its teacher walked through side by side: the base of every closed-form repair."""
+"""What all closed-form repairs have in common: a walk of the student beside its teacher, and what is kept of it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from .plan import Plan, Slot
-from .states import States
+from .states import Saved, States
 from .taps import Tap
 from .walk import Trace, Walk
+
+
+@dataclass(frozen=True)
+class RefitReport:
+    """What a refit did.
+
+    Attributes:
+        before: calibration loss, on sequences that took no part in the repair, of the model as it was given.
+        after: that of the model as it is now, never more.
+        kept: whether the repair was kept; otherwise it made things worse and was undone.
+        blocks: per repaired map, its layer, kind and role, and its mean squared error on held-out tokens before and
+            after. For `heads` of a selected layer, what the MLPs of its group miss the end of the group by, with heads
+            of the kept layer and with those in use. For a linear map that was an MLP, errors are relative to the
+            variance of the stream at each token, and `r2` is the share of the variance of what it ought to give that
+            it explains on held-out tokens. A merged convolution has its `segment` in the place of those names.
+    """
+
+    before: float
+    after: float
+    kept: bool
+    blocks: Sequence[Mapping[str, Any]] = ()
+
+
+def unless_worse(
+    student: PreTrainedModel, before: float, carry_out: Callable[[], tuple[Sequence[Mapping[str, Any]], float]]
+) -> RefitReport:
+    """Repair a student, and take that back where its calibration loss is more than before.
+
+    Args:
+        student: changed in place.
+        before: its calibration loss.
+        carry_out: repairs it; gives a row for each map, and the calibration loss then.
+    """
+    kept = Saved(student)
+    blocks, after = carry_out()
+    if after <= before:
+        return RefitReport(before, after, kept=True, blocks=tuple(blocks))
+    kept.restore(student)
+    return RefitReport(before, before, kept=False, blocks=tuple(blocks))
 
 
 class Repair(ABC):

@@ -24,7 +24,8 @@ from .modes import eval_mode
 from .plan import Fuse, Kind, Plan
 from .prediction import calibration_loss
 from .recipe import FusionRecipe
-from .refit import SELECTING, RefitReport, refit_by
+from .refit import SELECTING, refit_by
+from .repair import RefitReport
 from .states import Saved
 from .targets import fits, kinds_of, settled
 from .trials import Trials

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .adapters import ChainAdapter, Skip, adapter_for
+from .adapters import ChainAdapter, Place, Skip, adapter_for
 from .calibration import Sample
-from .chainfit import Place, repair, see
+from .chainedits import merged_shape, windows_of
+from .chainfit import repair, see
 from .errors import LayerFuseError
 from .fingerprint import fingerprint
-from .merging import merged_shape, windows_of
 from .modeling import apply
 from .modes import eval_mode
 from .parts import PaddedConv2d, convolution, module_at
 from .plan import CHAIN, MergeConvs, Plan
 from .prediction import calibration_loss
 from .segments import Kept, Merged
-from .timing import interleaved
+from .timing import device_name, interleaved
 
 FORMAT = 1
 
@@ -120,11 +120,6 @@ def entries_of(model: PreTrainedModel, max_kernel: int) -> list[Entry]:
     return [Entry(*entry) for entry in chain.table() if entry[1] - entry[0] == 1 or entry[2].kernel <= max_kernel]
 
 
-def _device(model: PreTrainedModel) -> str:
-    device = model.device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.uname().machine}"
-
-
 class Latencies:
     """How long each entry takes: one convolution of its shape, the sum that it ends with, and the activation.
 
@@ -135,6 +130,7 @@ class Latencies:
         images: a batch as it will be used.
         path: of a file.
         repeats: timed rounds.
+        warmup: rounds before those, not timed.
 
     Attributes:
         original: milliseconds of the whole model.
@@ -153,18 +149,19 @@ class Latencies:
         self.images, self.repeats, self.warmup = images.to(model.device, model.dtype), repeats, warmup
         with eval_mode(model):
             # a layer may put padding around what its convolution reads
-            reads = [Place(unit.layer or unit.conv, "before") for unit in self.convs.units]
+            reads = [Place("before", unit.layer or unit.conv) for unit in self.convs.units]
             self.shapes = [tensor.shape for tensor in see(model, {model.main_input_name: self.images}, reads)]
         config = {name: value for name, value in model.config.to_dict().items() if name != "transformers_version"}
         about = {
             "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
-            "device": _device(model),
+            "device": device_name(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "images": list(images.shape),
             "torch": torch.__version__,
         }
         self.table = Table(path, about)
+        self._names: dict[Entry, str] = {}
 
     @property
     def original(self) -> float:
@@ -185,7 +182,9 @@ class Latencies:
         return self._alone(entry) * min(1.0, self.table.values["folded"]["ms"] / self._ones)
 
     def _alone(self, entry: Entry) -> float:
-        return self.table.values[self._part(entry).name]["ms"]
+        if entry not in self._names:
+            self._names[entry] = self._part(entry).name
+        return self.table.values[self._names[entry]]["ms"]
 
     @torch.inference_mode()
     def measure(self, entries: Sequence[Entry]) -> None:
@@ -283,7 +282,8 @@ class Losses:
         images = hashlib.sha256()
         for batch in sample.batches:
             for name, tensor in sorted(batch.items()):
-                images.update(f"{name} {tuple(tensor.shape)} {tensor.double().sum().item()}".encode())
+                images.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                images.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         about = {
             "weights": fingerprint(model),
             "dtype": str(model.dtype).removeprefix("torch."),

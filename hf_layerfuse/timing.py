@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +19,11 @@ class Timed(NamedTuple):
 
     median: float
     spread: float
+
+
+def device_name(device: torch.device) -> str:
+    """What is computed on, as a table of timings names it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
 
 
 def interleaved(

@@ -26,7 +26,7 @@ RANKS = (
     ("trials", "straighten", "loading"),
     ("modeling", "refit"),
     ("chainfit",),
-    ("methods", "align", "merging"),
+    ("methods", "align", "chainedits"),
     ("targets",),
     ("convfit", "distances", "grouping", "select", "sizes"),
     ("repair",),

@@ -28,6 +28,7 @@ from hf_layerfuse.merge import choose
 from hf_layerfuse.prediction import calibration_loss
 from hf_layerfuse.segments import Chain, Link
 from hf_layerfuse.tables import Entry, Latencies, Losses, entries_of, folded_plan
+from hf_layerfuse.timing import Timed
 
 CIFAR = cifar_resnet()
 
@@ -179,7 +180,7 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
     assert again.table.values == latencies.table.values
     with pytest.raises(LayerFuseError, match="images was"):
         Latencies(cifar, torch.randn(4, 3, 32, 32), path)
-    monkeypatch.setattr("hf_layerfuse.tables._device", lambda model: "another one")
+    monkeypatch.setattr("hf_layerfuse.tables.device_name", lambda device: "another one")
     with pytest.raises(LayerFuseError, match="device was"):
         Latencies(cifar, torch.randn(2, 3, 32, 32), path)
     path.write_text("{")
@@ -187,17 +188,26 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
         Latencies(cifar, torch.randn(2, 3, 32, 32), path)
 
 
+def test_activations_alone_are_removed(cifar, tmp_path, monkeypatch):
+    """All convolutions stay, and kernels grow, where a convolution takes as long whatever its kernel."""
+    monkeypatch.setattr("hf_layerfuse.tables.interleaved", lambda runs, device, **_: dict.fromkeys(runs, Timed(9, 0)))
+    recipe = MergeRecipe(budget=0.8, choose="activations", batch_size=4, repeats=2, tables=str(tmp_path))
+    found = search_merge(cifar, recipe, images(cifar))
+    merged = [edit for edit in found.plan.edits if len(edit.layers) > 1]
+    assert merged
+    assert all(edit.keep == edit.layers for edit in merged)
+    known = json.loads((tmp_path / "losses.json").read_text())["values"]
+    kernels = [tuple(map(int, key.split(",")))[:3] for key in known]
+    assert kernels
+    assert all(kernel == 1 + 2 * (end - start) for start, end, kernel in kernels)
+
+
 @pytest.mark.usefixtures("steady")
 def test_it_is_chosen_from_what_was_asked_for(cifar, tmp_path):
-    """Kernels are no larger than asked for; `activations` keeps all convolutions, `convolutions` merges none."""
+    """Kernels are no larger than asked for; `convolutions` merges none; `none` measures what it will not fit."""
     every = {entry.key for entry in entries_of(cifar, 7)}
     assert {entry.key for entry in entries_of(cifar, 3)} < every
     assert all(int(key.split(",")[2]) <= 7 for key in every)
-    recipe = MergeRecipe(budget_ms=1050, choose="activations", batch_size=4, repeats=2, tables=str(tmp_path))
-    search_merge(cifar, recipe, images(cifar))
-    known = json.loads((tmp_path / "losses.json").read_text())["values"] if (tmp_path / "losses.json").exists() else {}
-    kernels = {tuple(map(int, key.split(",")))[:3] for key in known}
-    assert all(kernel == 1 + 2 * (end - start) for start, end, kernel in kernels)
     recipe = MergeRecipe(budget=0.7, choose="convolutions", batch_size=4, repeats=2)
     found = search_merge(cifar, recipe, images(cifar))
     changed = [edit for edit in found.plan.edits if not edit.keep]

@@ -15,7 +15,7 @@ from .base import (
     adapter_for,
 )
 from .bert import BertAdapter, DistilBertAdapter, RobertaAdapter
-from .chain import ChainAdapter, Convolutions, Skip, Unit, root_of
+from .chain import ChainAdapter, Convolutions, Skip, Unit
 from .gpt2 import GPT2Adapter
 from .llama import LlamaAdapter, MistralAdapter, Qwen2Adapter, Qwen3Adapter
 from .maps import READERS, Heads, LinearMap, heads_of, linear_maps
@@ -61,5 +61,4 @@ __all__ = [
     "adapter_for",
     "heads_of",
     "linear_maps",
-    "root_of",
 ]

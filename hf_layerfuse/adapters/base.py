@@ -31,9 +31,9 @@ class Block:
 
 
 class Place(NamedTuple):
-    """Where something inside a layer is seen: what enters a module or leaves it, or its output `added` to the residual.
+    """Where something is seen: what enters a module or leaves it, or its output `added` to the residual.
 
-    `module` is a path from the layer on; the empty one is the layer itself.
+    `module` is a path from a layer on, of which the empty one is the layer itself; in a chain, one from the model on.
     """
 
     when: Literal["before", "after", "added"]
@@ -80,9 +80,7 @@ class LayerAdapter(ModelAdapter, ABC):
 
     def layers_path(self, model: PreTrainedModel) -> str:
         """Live path of the list of layers, seen from `model`, whatever its head."""
-        base = model.base_model
-        prefix = next(name for name, module in model.named_modules() if module is base)
-        return f"{prefix}.{self.layers}" if prefix else self.layers
+        return root_of(model) + self.layers
 
     def layer_list(self, model: PreTrainedModel) -> nn.ModuleList:
         return model.get_submodule(self.layers_path(model))
@@ -191,6 +189,13 @@ class One(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states.new_ones(())
+
+
+def root_of(model: PreTrainedModel) -> str:
+    """What the live paths of the base model begin with, whatever the head: `resnet.`, or nothing."""
+    base = model.base_model
+    prefix = next(name for name, module in model.named_modules() if module is base)
+    return f"{prefix}." if prefix else ""
 
 
 ADAPTERS: dict[str, ModelAdapter] = {}

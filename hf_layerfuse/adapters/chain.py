@@ -107,18 +107,19 @@ class ChainAdapter(ModelAdapter, ABC):
         for unit in self.convolutions(model).units:
             conv = model.get_submodule(unit.conv)
             norm = None if unit.norm is None else model.get_submodule(unit.norm)
-            square = isinstance(conv, nn.Conv2d) and all(
-                len(set(values)) == 1 for values in (conv.kernel_size, conv.stride, conv.dilation)
-            )
-            if not square or conv.padding_mode != "zeros" or not isinstance(norm, nn.BatchNorm2d | None):
+            plain = isinstance(norm, nn.BatchNorm2d | None) and (norm is None or norm.running_mean is not None)
+            if not (is_square(conv) and plain):
                 raise UnsupportedModelError(
                     f"{unit.conv} is {conv} followed by {norm}: what can be merged are square Conv2d with zeros "
-                    "around, and BatchNorm2d."
+                    "around, and BatchNorm2d with running statistics."
                 )
 
 
-def root_of(model: PreTrainedModel) -> str:
-    """What the live paths of the base model begin with, whatever the head: `resnet.`, or nothing."""
-    base = model.base_model
-    prefix = next(name for name, module in model.named_modules() if module is base)
-    return f"{prefix}." if prefix else ""
+def is_square(conv: nn.Module) -> bool:
+    """Whether a module is a convolution that is the same down and right, with as many zeros on each side."""
+    return (
+        isinstance(conv, nn.Conv2d)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+        and all(len(set(each)) == 1 for each in (conv.kernel_size, conv.stride, conv.dilation, conv.padding))
+    )

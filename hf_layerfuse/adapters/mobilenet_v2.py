@@ -6,7 +6,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from .chain import ChainAdapter, Convolutions, Skip, Unit, root_of
+from .base import root_of
+from .chain import ChainAdapter, Convolutions, Skip, Unit
 
 _LAYERS = ("expand_1x1", "conv_3x3", "reduce_1x1")
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from .strict import require, strict_recipe
+from .strict import require, require_one, strict_recipe
 
 COLLAPSE_TARGETS = ("count", "ratio", "max_parameters", "max_bytes", "max_loss")
 """The fields of `CollapseRecipe` that say how far it is to go; a recipe has one of them."""
@@ -58,11 +58,10 @@ class CollapseRecipe:
     refit: Literal["full", "maps", "none"] = "full"
 
     def __post_init__(self) -> None:
-        given = {name: value for name in COLLAPSE_TARGETS if (value := getattr(self, name)) is not None}
-        require(
-            len(given) == 1,
-            f"give exactly one target, got {' and '.join(f'{k}={v}' for k, v in given.items()) or 'none'}: set count "
-            "(for example 4), ratio (0.2), max_parameters (8e7), max_bytes (2e8) or max_loss (0.05).",
+        require_one(
+            self,
+            COLLAPSE_TARGETS,
+            "count (for example 4), ratio (0.2), max_parameters (8e7), max_bytes (2e8) or max_loss (0.05)",
         )
         for name in ("count", "rank"):
             value = getattr(self, name)

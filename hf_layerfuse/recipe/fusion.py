@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from .strict import require, strict_recipe
+from .strict import require, require_one, strict_recipe
 
 TARGETS = ("keep_layers", "ratio", "max_parameters", "max_bytes")
 """The fields of `FusionRecipe` that say how small the result is to be; a recipe has one of them."""
@@ -83,11 +83,10 @@ class FusionRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        given = {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
-        require(
-            len(given) == 1,
-            f"give exactly one target, got {' and '.join(f'{k}={v}' for k, v in given.items()) or 'none'}: set "
-            "keep_layers (for example 8), ratio (0.5), max_parameters (8e7) or max_bytes (2e8).",
+        require_one(
+            self,
+            TARGETS,
+            "keep_layers (for example 8), ratio (0.5), max_parameters (8e7) or max_bytes (2e8)",
         )
         require(
             self.keep_layers is None or self.keep_layers >= 1,

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from .strict import require, strict_recipe
+from .strict import require, require_one, strict_recipe
 
 MERGE_TARGETS = ("budget", "budget_ms")
 """The fields of `MergeRecipe` that say how far it is to go; a recipe has one of them."""
@@ -43,11 +43,10 @@ class MergeRecipe:
     tables: str | None = None
 
     def __post_init__(self) -> None:
-        given = {name: value for name in MERGE_TARGETS if (value := getattr(self, name)) is not None}
-        require(
-            len(given) == 1,
-            f"give exactly one target, got {' and '.join(f'{k}={v}' for k, v in given.items()) or 'none'}: set budget "
-            "(for example 0.6, of the original's latency) or budget_ms.",
+        require_one(
+            self,
+            MERGE_TARGETS,
+            "budget (for example 0.6, of the original's latency) or budget_ms",
         )
         require(
             self.budget is None or 0 < self.budget < 1,

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from huggingface_hub.dataclasses import strict
@@ -45,6 +46,18 @@ def _as_float(value: Any) -> Any:
         with contextlib.suppress(ValueError):
             return float(value)
     return value
+
+
+def require_one(recipe: Any, names: Sequence[str], instead: str) -> None:
+    """Raise a `RecipeError` unless exactly one of some fields is given.
+
+    Args:
+        recipe: of which they are.
+        names: of the fields.
+        instead: what to set, in words.
+    """
+    given = [f"{name}={value}" for name in names if (value := getattr(recipe, name)) is not None]
+    require(len(given) == 1, f"give exactly one target, got {' and '.join(given) or 'none'}: set {instead}.")
 
 
 def require(condition: bool, message: str) -> None:

@@ -261,6 +261,10 @@ def test_each_architecture_says_what_it_can():
         apply(bert, Plan("bert", 6, (MergeConvs(0, 2, (1,)),), kinds=CHAIN))
     with pytest.raises(UnsupportedModelError, match=r"convolutions of FusedResNet.* were merged"):
         expand(apply(model, some_plan(model, 1)))
+    bent = copy.deepcopy(model)
+    bent.resnet.encoder.stages[0].layers[1].shortcut = nn.ReLU()
+    with pytest.raises(PlanError, match=r"the shortcut of .*layers\.1 is neither the identity nor"):
+        apply(bent, plan_of(model, MergeConvs(2, 4, (3, 4))))
     odd = copy.deepcopy(model)
     odd.resnet.encoder.stages[0].layers[0].layer[0].convolution.padding_mode = "reflect"
     with pytest.raises(UnsupportedModelError, match="what can be merged are square Conv2d with zeros"):

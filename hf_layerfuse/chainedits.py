@@ -48,6 +48,12 @@ def check_merges(model: PreTrainedModel, adapter: ChainAdapter, plan: Plan) -> N
                 f"{edit}: convolutions {edit.start + 1} to {edit.end} do not become one: a stride, a pooling or the "
                 "end of a skip is between them."
             )
+        for skip in _inner(convs, edit):
+            if not _adds_linearly(_shortcut(model, skip)):
+                raise PlanError(
+                    f"{edit}: the shortcut of {skip.path} is neither the identity nor a convolution of one pixel and a "
+                    "batch norm, and cannot be part of a kernel: end the segment before it."
+                )
         lost = [place for place in edit.layers if chain.links[place].fixed and place not in edit.keep]
         if lost:
             raise PlanError(f"{edit} leaves out convolution {lost[0]}, which changes the shape: keep it.")
@@ -241,6 +247,21 @@ class Composer:
 def _inner(convs: Convolutions, edit: MergeConvs) -> list[Skip]:
     """The skips that begin and end inside a segment."""
     return [skip for skip in convs.skips if edit.start <= skip.start and skip.end <= edit.end]
+
+
+def _adds_linearly(shortcut: nn.Module | None) -> bool:
+    """Whether a shortcut is the identity, or a convolution of one pixel that a batch norm may follow."""
+    if isinstance(shortcut, nn.Identity | None):
+        return True
+    inside = [module for module in shortcut.modules() if not list(module.children())]
+    first, *others = inside
+    return (
+        isinstance(first, nn.Conv2d)
+        and first.kernel_size == (1, 1)
+        and first.padding == (0, 0)
+        and len(others) <= 1
+        and all(isinstance(other, nn.BatchNorm2d) and other.running_mean is not None for other in others)
+    )
 
 
 def _shortcut(model: PreTrainedModel, skip: Skip) -> nn.Module | None:
