@@ -75,7 +75,8 @@ def describe(plan: Plan) -> list[str]:
             lines.append(f"{what} {where}: dropped")
         elif isinstance(edit, Linearize):
             maps = "one linear map" if edit.rank is None else f"two linear maps of rank {edit.rank}"
-            lines.append(f"the MLP of layer {where}: becomes {maps}")
+            sum_too = ", which takes in the residual sum behind it" if edit.fold else ""
+            lines.append(f"the MLP of layer {where}: becomes {maps}{sum_too}")
         elif isinstance(edit, Blend):
             lines.append(f"the MLP of layer {where}: its activation is on the way to a line")
         elif isinstance(edit, MergeConvs):

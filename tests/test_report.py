@@ -4,7 +4,8 @@ from typing import get_args
 
 import pytest
 
-from hf_layerfuse import Drop, Fuse, Plan
+from hf_layerfuse import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
+from hf_layerfuse.plan import CHAIN
 from hf_layerfuse.plan.edit import Kind, Mode
 from hf_layerfuse.report import describe, rows
 
@@ -20,6 +21,22 @@ def test_every_edit_has_words(kind, mode):
     assert "layers 2, 3: " in fused
     assert ("8" in fused) == (rank > 0)
     assert "7: dropped" in dropped
+
+
+def test_linear_and_merged_parts_have_words():
+    """Each with what it is made of; batch norms that are folded are passed over."""
+    lines = describe(Plan("bert", 12, (Linearize(1), Linearize(2, rank=4), Linearize(3, fold=True), Blend(4))))
+    assert "layer 1: becomes one linear map" in lines[0]
+    assert "rank 4" in lines[1]
+    assert "takes in the residual sum" in lines[2]
+    assert "on the way to a line" in lines[3]
+    edits = MergeConvs(-1, 0, (0,)), MergeConvs(0, 2, (2,)), MergeConvs(2, 3, ()), MergeConvs(3, 5, (4,), merged=False)
+    lines = describe(Plan("resnet", 6, edits, kinds=CHAIN))
+    assert lines == [
+        "convolutions 1, 2: become one, made of 2",
+        "convolution 3: taken out",
+        "convolutions 4, 5: become one, made of 4, open yet",
+    ]
 
 
 def test_a_shared_block_without_residuals_has_none():
