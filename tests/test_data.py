@@ -337,6 +337,9 @@ if __name__ == "__main__":
 _LEFT_OPEN = "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
 
 
+SLOW_TO_CLOSE = pytest.param("rows.parquet", marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def collected():
     """What a test left open is found while it runs, and not in the next one."""
@@ -346,7 +349,7 @@ def collected():
 
 @pytest.mark.filterwarnings(_LEFT_OPEN)
 @pytest.mark.usefixtures("collected")
-@pytest.mark.parametrize("name", ["rows.tsv", "rows.csv.gz", "rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("name", ["rows.tsv", "rows.csv.gz", "rows.jsonl", SLOW_TO_CLOSE])
 @pytest.mark.parametrize("numbers", [False, True])
 def test_streamed_rows_are_those_of_the_file(tmp_path, tokenizer, name, numbers):
     """Rows that are read while training are the same as those of a table, labels included; their order is that of the
