@@ -39,9 +39,9 @@ from hf_layerfuse import (
 from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.calibration import Sample
 from hf_layerfuse.evaluate import parameter_counts
+from hf_layerfuse.found import Found
 from hf_layerfuse.prediction import calibration_loss
 from hf_layerfuse.report import text_table
-from hf_layerfuse.search import Found
 
 RESULT, TRAINED = (fusion.RESULT.with_name(name) for name in ("collapse.json", "collapse_heal.json"))
 CHECKPOINTS = heal.CHECKPOINTS.with_name("collapse")

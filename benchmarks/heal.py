@@ -212,6 +212,18 @@ def resnet56() -> Job:
 
 def images(name: str, model: PreTrainedModel, recipe: HealRecipe, options: list[dict[str, float]], pilot: int) -> Job:
     """A classifier with the images of CIFAR-10, and no targets yet; 40,000 of the training images are trained on."""
+    base = images_base(model)
+    train, labels = cifar10(fusion.DATA / "data" / "cifar10", "train")
+    collate, views = Views(train[:40_000]), range(recipe.steps * recipe.batch_size)
+    rows = {ROW: [*views], "labels": [int(labels[view % 40_000]) for view in views]}
+    data = Dataset.from_dict(rows)
+    if recipe.needs_teacher:
+        data = answered("views", rows, model, recipe, collate, batch_size=64)
+    return Job(name, base, data, collate, base.validation, recipe, options, {}, (), pilot)
+
+
+def images_base(model: PreTrainedModel) -> fusion.Job:
+    """A classifier of the images of CIFAR-10, as it is measured without any training."""
     (train, labels), (test, answers) = (cifar10(fusion.DATA / "data" / "cifar10", split) for split in ("train", "test"))
     held_out = [
         {"pixel_values": x, "labels": y}
@@ -219,13 +231,7 @@ def images(name: str, model: PreTrainedModel, recipe: HealRecipe, options: list[
     ]
     tested = [{"pixel_values": x, "labels": y} for x, y in zip(test.split(499), answers.split(499), strict=True)]
     calibration = [{"pixel_values": x} for x in train[:40_000:78].split(64)]
-    base = fusion.Job(model, calibration, held_out, lambda student: classification(student, tested), keeps=())
-    collate, views = Views(train[:40_000]), range(recipe.steps * recipe.batch_size)
-    rows = {ROW: [*views], "labels": [int(labels[view % 40_000]) for view in views]}
-    data = Dataset.from_dict(rows)
-    if recipe.needs_teacher:
-        data = answered("views", rows, model, recipe, collate, batch_size=64)
-    return Job(name, base, data, collate, held_out, recipe, options, {}, (), pilot)
+    return fusion.Job(model, calibration, held_out, lambda student: classification(student, tested), keeps=())
 
 
 class Views:

@@ -133,6 +133,11 @@ class Sample:
         return [torch.ones_like(mask) if alone else mask for mask in self.judges]
 
     @property
+    def fitting(self) -> list[dict[str, Tensor]]:
+        """The batches of all others, on which models are fitted."""
+        return [take(batch, ~mask) for batch, mask in zip(self.batches, self.judges, strict=True) if not mask.all()]
+
+    @property
     def judging(self) -> list[dict[str, Tensor]]:
         """The batches of the judges alone."""
         return [take(batch, mask) for batch, mask in zip(self.batches, self.judged, strict=True) if mask.any()]

@@ -14,13 +14,13 @@ from .adapters import adapter_for
 from .calibration import Batches, Sample
 from .edits import check_model, check_plan
 from .errors import RecipeError, UnsupportedModelError
+from .found import Found
 from .modeling import apply
 from .modes import eval_mode
 from .plan import Blend, Linearize, Plan
 from .recipe import COLLAPSE_TARGETS, CollapseRecipe
 from .refit import refit_by
 from .repair import RefitReport
-from .search import Found
 from .sizes import planned_size
 from .trials import Trials
 from .walk import Trace, Walk

@@ -65,6 +65,15 @@ def check_plan(model: PreTrainedModel, adapter: LayerAdapter, plan: Plan) -> Non
             )
 
 
+def can_be(model: PreTrainedModel, adapter: LayerAdapter, plan: Plan) -> bool:
+    """Whether `check_plan` accepts a plan."""
+    try:
+        check_plan(model, adapter, plan)
+    except (PlanError, UnsupportedModelError):
+        return False
+    return True
+
+
 def shapes_of(layer: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
     """Name and shape of each weight of a layer: those of layers that can become one are equal."""
     return tuple((name, tensor.shape) for name, tensor in layer.state_dict().items())

@@ -1,17 +1,24 @@
-"""What tells the weights of one model from those of another."""
+"""What tells the weights of one model from those of another, and some data from other data."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the names, types, shapes and bytes of a model's parameters and buffers; the same on every machine."""
+    return digest([model.state_dict()])
+
+
+def digest(batches: Iterable[Mapping[str, Tensor]]) -> str:
+    """The same of named tensors."""
     found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for batch in batches:
+        for name, tensor in batch.items():
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()

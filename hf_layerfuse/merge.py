@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,18 +10,16 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from .adapters import ChainAdapter, adapter_for
+from .budget import affordable
 from .calibration import Batches, Sample
 from .chainfit import refit_chain
+from .chaintables import Entry, Latencies, Losses, Magnitudes, entries_of, folded_plan, removals_of
 from .edits import check_model
-from .errors import LayerFuseError, RecipeError, UnsupportedModelError
+from .errors import RecipeError, UnsupportedModelError
+from .found import Found
 from .math.knapsack import Frontier, Option
 from .modeling import apply
 from .recipe import MergeRecipe
-from .search import Found
-from .tables import Entry, Latencies, Losses, entries_of, folded_plan, removals_of
-
-UNITS = 10_000
-"""Parts of the budget: each segment is rounded up to one of them."""
 
 
 def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches | None) -> Found:
@@ -62,10 +61,10 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     limit = (recipe.budget_ms or recipe.budget * whole) - latencies.rest
     entries = _useful(entries, latencies)
     fitted = recipe.refit != "none"
-    name = "losses.json" if fitted else "losses-unfitted.json"
-    losses = Losses(model, sample, folder and folder / name, fitted=fitted)
-    losses.measure(entries)
-    chosen = choose(entries, latencies, losses, limit, len(adapter.convolutions(model).units) - 1)
+    losses = _losses(model, sample, recipe, folder, entries)
+    length = len(adapter.convolutions(model).units) - 1
+    published = recipe.importance == "published"
+    chosen = choose(entries, latencies, losses, limit, length, published=published)
     edits = [entry.edit for entry in chosen if entry.changes]
     predicted = latencies.rest + sum(map(latencies.of, chosen))
     notes = {
@@ -73,6 +72,10 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
         "calibration": f"{sum(map(len, sample.judges))} images",
         "latency_ms": {"original": whole, "predicted": predicted, "rest": latencies.rest},
         "losses": {entry.key: losses.of(entry) for entry in chosen if entry.changes},
+        "frontier": {  # of those that round to the same share, the best
+            f"{(latencies.rest + sum(map(latencies.of, chain))) / whole:.0%}": sum(map(losses.of, chain))
+            for chain in frontier(entries, latencies, losses, whole, length, published=published)
+        },
     }
     if recipe.method == "open":
         plan = replace(folded_plan(model, edits), notes=notes)
@@ -84,26 +87,66 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     return Found(student, replace(plan, notes=notes | {"refit": asdict(report)}), report)
 
 
-def choose(entries: Sequence[Entry], latencies: Latencies, losses: Losses, limit: float, length: int) -> list[Entry]:
+def choose(
+    entries: Sequence[Entry],
+    latencies: Latencies,
+    losses: Losses | Magnitudes,
+    limit: float,
+    length: int,
+    *,
+    published: bool = False,
+) -> list[Entry]:
     """The entries of the least sum of losses that together take no more than some milliseconds.
+
+    Args:
+        entries: what is chosen from.
+        latencies: of them.
+        losses: of them.
+        limit: in milliseconds.
+        length: the last boundary of the chain.
+        published: the most of a sum of exp(-loss) in place of the least of losses.
 
     Raises:
         RecipeError: none take so little.
     """
+    return affordable(length, _options(entries, latencies, losses, published), limit, latencies)
+
+
+def frontier(
+    entries: Sequence[Entry],
+    latencies: Latencies,
+    losses: Losses | Magnitudes,
+    most: float,
+    length: int,
+    *,
+    published: bool = False,
+) -> list[list[Entry]]:
+    """What `choose` would choose for each limit of up to so many milliseconds, the fastest first; from one program."""
+    chains = Frontier(length, _options(entries, latencies, losses, published), most).chains()
+    return [[option.label for _, _, option in chain] for chain in chains]
+
+
+def _options(
+    entries: Sequence[Entry], latencies: Latencies, losses: Losses | Magnitudes, published: bool
+) -> dict[tuple[int, int], list[Option]]:
     options: dict[tuple[int, int], list[Option]] = {}
     for entry in entries:
-        option = Option(latencies.of(entry), -losses.of(entry), entry)
+        loss = losses.of(entry)
+        option = Option(latencies.of(entry), math.exp(-loss) if published else -loss, entry)
         options.setdefault((entry.start, entry.end), []).append(option)
-    try:
-        steps = Frontier(length, options, max(limit, 1e-9), UNITS).best()
-    except LayerFuseError as error:
-        least = Frontier(length, options, 1e9).cheapest + latencies.rest
-        raise RecipeError(
-            f"no choice of segments takes {limit + latencies.rest:.3g} ms or less: the least that can be had is "
-            f"{least:.3g} ms, {least / latencies.original:.0%} of the original's {latencies.original:.3g} ms. Use a "
-            "larger budget."
-        ) from error
-    return [option.label for _, _, option in steps]
+    return options
+
+
+def _losses(
+    model: PreTrainedModel, sample: Sample, recipe: MergeRecipe, folder: Path | None, entries: Sequence[Entry]
+) -> Losses | Magnitudes:
+    if recipe.choose == "magnitude":
+        return Magnitudes(model)
+    fitted = recipe.refit != "none"
+    name = f"losses{'' if fitted else '-unfitted'}{f'-{recipe.tune_steps}' if recipe.tune_steps else ''}.json"
+    losses = Losses(model, sample, folder and folder / name, fitted=fitted, tuned=recipe.tune_steps)
+    losses.measure(entries)
+    return losses
 
 
 def _useful(entries: Sequence[Entry], latencies: Latencies) -> list[Entry]:
@@ -118,7 +161,7 @@ def _useful(entries: Sequence[Entry], latencies: Latencies) -> list[Entry]:
 
 def _entries(model: PreTrainedModel, recipe: MergeRecipe) -> list[Entry]:
     """What is chosen from."""
-    if recipe.choose == "convolutions":
+    if recipe.choose in ("convolutions", "magnitude"):
         return removals_of(model)
     entries = entries_of(model, recipe.max_kernel)
     return [entry for entry in entries if recipe.choose == "all" or len(entry.keep) == entry.end - entry.start]

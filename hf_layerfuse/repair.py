@@ -69,19 +69,23 @@ class Repair(ABC):
         self.slots = layout.slots
         self.tied = {(slot, tie.kind) for tie in layout.ties for slot in tie.slots}
         self.blocks: list[dict[str, Any]] = []
-        self._differs = False
+        self._differs = any(map(self._edited, range(student.depth)))
 
     def step(self) -> None:
         """Repair the student's next layer, and lead the student through it."""
         index = self.student.depth
+        self._differs = self._differs or self._edited(index)
+        if self._differs:
+            slot = self.slots[index]
+            self._repair(index, slot, self.teacher.see(self._wanted(slot)))
+        self.student.advance()
+
+    def _edited(self, index: int) -> bool:
         slot = self.slots[index]
         sources = slot.blocks.values()
         fused = any(source is None or len(source.layers) > 1 or source.linear for source in sources)
         tied = any((index, kind) in self.tied for kind in slot.blocks)
-        self._differs = self._differs or len(slot.layers) > 1 or fused or tied or slot.layers[0] > index
-        if self._differs:
-            self._repair(index, slot, self.teacher.see(self._wanted(slot)))
-        self.student.advance()
+        return len(slot.layers) > 1 or fused or tied or slot.layers[0] > index
 
     @abstractmethod
     def _wanted(self, slot: Slot) -> set[tuple[int, Tap]]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from . import __version__
 from .adapters import adapter_for
 from .collapse import search_collapse
+from .found import Found
 from .grouping import groups_of
 from .heal import HealReport, heal
 from .layermap import fused_parameters, layer_map, mixed_weights
@@ -28,7 +29,7 @@ from .processes import process_state
 from .recipe import TARGETS, CollapseRecipe, FusionRecipe, HealRecipe, MergeRecipe, Recipe
 from .rundata import RunData, say
 from .schedule import compose, keeps_of, shares_of, steps_of
-from .search import Found, search
+from .search import search
 from .sizes import are_unlike
 from .straighten import merge_convs, straighten
 from .tasks import TASKS

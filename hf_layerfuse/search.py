@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,11 +14,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .adapters import adapter_for
+from .budget import search_budget
 from .calibration import Batches, Sample
 from .edits import check_model
+from .found import Found
 from .grouping import Groups, even, groups_of, longest, unexplained
 from .math import cluster
-from .methods.fusion import Importance, divider, group_edit, importance_of, matching, plan_fusion
+from .methods.fusion import Importance, candidates, divider, group_edit, importance_of, plan_fusion
 from .modeling import apply
 from .modes import eval_mode
 from .plan import Fuse, Kind, Plan
@@ -28,26 +30,14 @@ from .refit import SELECTING, refit_by
 from .repair import RefitReport
 from .states import Saved
 from .targets import fits, kinds_of, settled
-from .trials import Trials
+from .trials import Trials, share_of
 from .walk import Trace, Walk
 
 TABLE_COST = 5
 """Forward passes of the original, over all of the calibration data, that a table of costs may take."""
 
-TABLE_SEQUENCES = 12
-"""Fewer sequences than these, if there are more, tell groups apart too badly."""
-
 MOVES = 12
 """Plans next to the best one that are tried with effort `high`."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A fused model and how it came about. `report` is None where there was no calibration data."""
-
-    model: PreTrainedModel
-    plan: Plan
-    report: RefitReport | None
 
 
 def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None = None) -> Found:
@@ -61,6 +51,8 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
       refitted as a whole;
     - `high`: plans next to the best one compete too, refitted as a whole.
 
+    With a latency budget, each block of a transformer is chosen for: see `search_budget`.
+
     Without calibration data, groups and operators come from the weights alone and nothing is repaired; the plan's
     notes say so.
 
@@ -73,9 +65,11 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
         RecipeError: the target cannot be met, or what is asked for needs batches and there are none.
         UnsupportedModelError: no adapter for the architecture, or a model that cannot be fused.
     """
+    batches = None if batches is None else list(batches)
+    if recipe.is_timed:
+        return search_budget(model, recipe, batches)
     check_model(model, adapter_for(model))
     recipe = settled(model, recipe)
-    batches = None if batches is None else list(batches)
     first = plan_fusion(model, recipe, batches)
     if batches is None:
         logging.getLogger(__name__).warning(
@@ -219,11 +213,8 @@ class _Table:
         adapter = adapter_for(model)
         self.resizes, self.depth = adapter.resizes, len(adapter.layer_list(model))
         self.divide = divider(model, recipe)
-        # a run costs about six layers to refit and what is left of the model to judge, two thirds with its head
-        runs = 3 * self.depth
-        share = min(0.5, TABLE_COST / runs / (6 / self.depth + 0.67))
-        sequences = sum(map(len, Sample.of(batches).judges))
-        sample = Sample.of(batches, min(1.0, max(share, TABLE_SEQUENCES / sequences)))
+        share = share_of(Sample.of(batches), self.depth, 3 * self.depth, TABLE_COST)
+        sample = Sample.of(batches, share)
         self.trials = Trials(model, recipe.refit, batches, Trace(Walk(model, sample)))
 
     def groups(self, kind: Kind, count: int) -> Groups:
@@ -259,20 +250,10 @@ class _Table:
     def scores(self) -> list[dict[str, Any]]:
         """All losses that were taken, group by group."""
         found: dict[tuple, dict[str, float]] = {}
-        for edit, loss in self.trials.losses.items():
+        for (edit,), loss in self.trials.losses.items():
             if math.isfinite(loss):
                 found.setdefault((edit.kind, edit.layers), {})[_name(edit)] = loss
         return [{"kind": kind, "layers": list(layers), "losses": losses} for (kind, layers), losses in found.items()]
-
-
-def candidates(edit: Fuse, recipe: FusionRecipe) -> list[Fuse]:
-    """What may become of a group: the edit itself, and with operator `auto` each layer kept, and averages."""
-    if recipe.operator != "auto":
-        return [edit]
-    plain = replace(edit, operator="freeze", keep=None, align="none")
-    kept = [replace(plain, keep=layer) for layer in dict.fromkeys((edit.layers[0], plain.source.kept))]
-    mean = replace(plain, operator="mean", align=matching(edit.kind))
-    return list(dict.fromkeys([edit, *kept, mean]))
 
 
 def _name(edit: Fuse) -> str:

@@ -40,9 +40,11 @@ def settled(model: PreTrainedModel, recipe: FusionRecipe) -> FusionRecipe:
     """A recipe with rank `auto` as one with a number of blocks and a rank; another one as it is.
 
     Raises:
-        RecipeError: the target is out of reach although all layers of a shape share one set of weights, or the model
-            meets it as it is.
+        RecipeError: the target is a latency; or it is out of reach although all layers of a shape share one set of
+            weights, or the model meets it as it is.
     """
+    if recipe.is_timed:
+        raise RecipeError("what a latency budget leads to is measured: use search or fuse, with batches=.")
     if recipe.rank != "auto":
         return recipe
     asked = next(f"{name}={value:.12g}" for name in TARGETS if (value := getattr(recipe, name)) is not None)

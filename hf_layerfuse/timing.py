@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -9,7 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 _Name = TypeVar("_Name", bound=Hashable)
 
@@ -24,6 +28,19 @@ class Timed(NamedTuple):
 def device_name(device: torch.device) -> str:
     """What is computed on, as a table of timings names it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
+
+
+def timed_on(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the time of a forward pass depends on, as JSON types."""
+    config = {name: value for name, value in model.config.to_dict().items() if name != "transformers_version"}
+    return {
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        "device": device_name(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "inputs": {name: list(tensor.shape) for name, tensor in inputs.items()},
+        "torch": torch.__version__,
+    }
 
 
 def interleaved(

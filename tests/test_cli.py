@@ -661,6 +661,7 @@ def test_overrides():
 MODELS = {  # what the models of the shipped recipes are, but tiny
     "gpt2-wikitext2": ("gpt2", "GPT2LMHeadModel", {"n_layer": 12}),
     "bert-sst2": ("bert", "BertForSequenceClassification", {"num_hidden_layers": 12}),
+    "latency-bert-sst2": ("bert", "BertForSequenceClassification", {"num_hidden_layers": 4}),
     "vit-cifar10": ("vit", "ViTForImageClassification", {"num_hidden_layers": 12}),
     "demo": ("gpt2", "GPT2LMHeadModel", {"n_layer": 6}),
     "collapse-bert-sst2": ("bert", "BertForSequenceClassification", {"num_hidden_layers": 12}),
@@ -673,9 +674,9 @@ def test_shipped_recipes(path, request, tmp_path, monkeypatch):
     recipe = load_recipe(path, {"heal.learning_rate": "1e-4", "output_dir": "elsewhere"})
     assert recipe.heal.learning_rate == 1e-4
     assert recipe.output_dir == "elsewhere"
+    request.getfixturevalue("steady")
+    monkeypatch.chdir(tmp_path)
     if recipe.merge:
-        request.getfixturevalue("steady")
-        monkeypatch.chdir(tmp_path)
         model = copy.deepcopy(network("bottleneck")).float()
         small = merge(model, dataclasses.replace(recipe.merge, budget=0.95), batches=[example_inputs(model)])
     else:

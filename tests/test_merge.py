@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import random
 
 import pytest
@@ -11,11 +12,13 @@ from conftest import CHAINS, cifar_resnet, network, some_batches, tiny_model
 from torch import nn
 
 from hf_layerfuse import (
+    ChainAdapter,
     LayerFuseError,
     MergeConvs,
     MergeRecipe,
     RecipeError,
     UnsupportedModelError,
+    adapter_for,
     apply,
     merge,
     merge_convs,
@@ -24,11 +27,12 @@ from hf_layerfuse import (
     verify,
 )
 from hf_layerfuse.calibration import Sample
-from hf_layerfuse.merge import choose
+from hf_layerfuse.chaintables import Entry, Latencies, Losses, entries_of, folded_plan
+from hf_layerfuse.merge import choose, frontier
 from hf_layerfuse.prediction import calibration_loss
 from hf_layerfuse.segments import Chain, Link
-from hf_layerfuse.tables import Entry, Latencies, Losses, entries_of, folded_plan
 from hf_layerfuse.timing import Timed
+from hf_layerfuse.tune import tune
 
 CIFAR = cifar_resnet()
 
@@ -74,6 +78,15 @@ def test_the_best_choice_of_all(seed):
         fitting = [way for way in every if sum(map(cost.of, way)) <= limit]
         assert sum(map(cost.of, found)) <= limit
         assert sum(map(loss.of, found)) == pytest.approx(min(sum(map(loss.of, way)) for way in fitting))
+    assert [sum(map(cost.of, chain)) for chain in frontier(entries, cost, loss, 30.0, chain.length)] == sorted(
+        sum(map(cost.of, chain)) for chain in frontier(entries, cost, loss, 30.0, chain.length)
+    )
+    for chosen in frontier(entries, cost, loss, 30.0, chain.length):
+        assert chosen == choose(entries, cost, loss, sum(map(cost.of, chosen)) + 1e-9, chain.length)
+    best = choose(entries, cost, loss, 20.0, chain.length, published=True)
+    fitting = [way for way in every if sum(map(cost.of, way)) <= 20]
+    worth = max(sum(math.exp(-loss.of(entry)) for entry in way) for way in fitting)
+    assert sum(math.exp(-loss.of(entry)) for entry in best) == pytest.approx(worth)
     least = min(sum(map(cost.of, way)) for way in every)
     with pytest.raises(RecipeError, match=f"the least that can be had is {least:.3g} ms, {least:.0f}% of"):
         choose(entries, cost, loss, least - 1, chain.length)
@@ -158,7 +171,7 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return 0.5
 
-    monkeypatch.setattr("hf_layerfuse.tables.calibration_loss", stop)
+    monkeypatch.setattr("hf_layerfuse.chaintables.calibration_loss", stop)
     with pytest.raises(KeyboardInterrupt):
         losses.measure(entries)
     assert len(json.loads((tmp_path / "losses.json").read_text())["values"]) == 2
@@ -178,9 +191,9 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
     again = Latencies(cifar, torch.randn(2, 3, 32, 32), path, repeats=2, warmup=1)
     again.measure(entries)
     assert again.table.values == latencies.table.values
-    with pytest.raises(LayerFuseError, match="images was"):
+    with pytest.raises(LayerFuseError, match="inputs was"):
         Latencies(cifar, torch.randn(4, 3, 32, 32), path)
-    monkeypatch.setattr("hf_layerfuse.tables.device_name", lambda device: "another one")
+    monkeypatch.setattr("hf_layerfuse.timing.device_name", lambda device: "another one")
     with pytest.raises(LayerFuseError, match="device was"):
         Latencies(cifar, torch.randn(2, 3, 32, 32), path)
     path.write_text("{")
@@ -190,7 +203,9 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
 
 def test_activations_alone_are_removed(cifar, tmp_path, monkeypatch):
     """All convolutions stay, and kernels grow, where a convolution takes as long whatever its kernel."""
-    monkeypatch.setattr("hf_layerfuse.tables.interleaved", lambda runs, device, **_: dict.fromkeys(runs, Timed(9, 0)))
+    monkeypatch.setattr(
+        "hf_layerfuse.chaintables.interleaved", lambda runs, device, **_: dict.fromkeys(runs, Timed(9, 0))
+    )
     recipe = MergeRecipe(budget=0.8, choose="activations", batch_size=4, repeats=2, tables=str(tmp_path))
     found = search_merge(cifar, recipe, images(cifar))
     merged = [edit for edit in found.plan.edits if len(edit.layers) > 1]
@@ -222,6 +237,46 @@ def test_it_is_chosen_from_what_was_asked_for(cifar, tmp_path):
     assert known[key] == loss
 
 
+@pytest.mark.usefixtures("steady")
+def test_what_is_small_goes_first(cifar, tmp_path):
+    """By magnitude, convolutions are taken out whose weights are smallest, nothing is measured but time, and whatever
+    a budget allows is in the notes."""
+    model = copy.deepcopy(cifar)
+    for conv in (model.layers[2].conv1, model.layers[1].conv2):
+        nn.init.normal_(conv.weight, std=1e-6)
+    recipe = MergeRecipe(budget=0.8, choose="magnitude", batch_size=4, repeats=2, tables=str(tmp_path))
+    found = search_merge(model, recipe, images(model))
+    gone = [edit.end for edit in found.plan.edits if not edit.keep]
+    units = [unit.conv for unit in adapter_for(model, ChainAdapter).convolutions(model).units]
+    assert set(gone) <= {units.index("layers.2.conv1"), units.index("layers.1.conv2")}
+    assert gone
+    assert not (tmp_path / "losses.json").exists()
+    shares, losses = zip(*found.plan.notes["frontier"].items(), strict=True)
+    assert list(losses) == sorted(losses, reverse=True)
+    assert "100%" in shares or "91%" in shares
+
+
+@pytest.mark.usefixtures("steady")
+def test_segments_are_trained_before_they_are_judged(cifar, tmp_path):
+    """A few steps lead every segment nearer to the original, on images that it was not trained on; another number of
+    steps is another table, and none is what there was."""
+    batches, sample = images(cifar, 24), Sample.of(images(cifar, 24))
+    entries = [entry for entry in entries_of(cifar, 3) if entry.end <= 4]
+    plain, tuned = (Losses(cifar, sample, tuned=steps) for steps in (0, 10))
+    for losses in (plain, tuned):
+        losses.measure(entries)
+    changed = [entry for entry in entries if entry.changes]
+    assert sum(map(tuned.of, changed)) < sum(map(plain.of, changed))
+    recipe = MergeRecipe(budget=0.85, max_kernel=3, batch_size=4, repeats=2, tune_steps=2, tables=str(tmp_path))
+    search_merge(cifar, recipe, batches)
+    assert json.loads((tmp_path / "losses-2.json").read_text())["about"]["tuned"] == 2
+    student = copy.deepcopy(cifar)
+    tune(student, cifar, sample, 0)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), cifar.parameters(), strict=True))
+    tune(student, cifar, sample, 3)
+    assert all(torch.equal(a, b) for a, b in zip(student.buffers(), cifar.buffers(), strict=True))
+
+
 @pytest.mark.parametrize("name", CHAINS)
 def test_every_entry_is_timed_at_its_shape(name):
     """Each part runs on images of the size that its segment reads, and gives those that the next one reads."""
@@ -242,6 +297,8 @@ def test_bad_input_is_refused(cifar):
         ({"budget": 1.5}, "no share of the original's latency"),
         ({"budget_ms": 0.0}, "above 0"),
         ({"budget": 0.5, "max_kernel": 0}, "whole number of 1 or more"),
+        ({"budget": 0.5, "tune_steps": -1}, "whole number of 0 or more"),
+        ({"budget": 0.5, "choose": "magnitude", "tune_steps": 5}, "measures no loss"),
     ):
         with pytest.raises(RecipeError, match=reason):
             MergeRecipe(**values)

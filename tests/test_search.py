@@ -29,10 +29,10 @@ from hf_layerfuse.calibration import Sample, read
 from hf_layerfuse.grouping import even, groups_of, unexplained
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.math.cluster import partition
-from hf_layerfuse.methods.fusion import _CLUSTERS, importances
+from hf_layerfuse.methods.fusion import _CLUSTERS, candidates, importances
 from hf_layerfuse.modeling import apply
 from hf_layerfuse.prediction import calibration_loss, prediction
-from hf_layerfuse.search import _Table, candidates
+from hf_layerfuse.search import _Table
 from hf_layerfuse.sizes import planned_size
 from hf_layerfuse.trials import Trials
 from hf_layerfuse.walk import Trace, Walk
@@ -338,13 +338,13 @@ def test_operators_are_those_of_least_loss(monkeypatch, table):
     plan = Plan("llama", 8, (Fuse("layer", (0, 1)), Fuse("layer", (3, 4, 5))))
     draw = random.Random(0)
     costs = {}
-    monkeypatch.setattr(Trials, "_measure", lambda self, edit: costs.setdefault(edit, draw.random()))
+    monkeypatch.setattr(Trials, "_measure", lambda self, edits: costs.setdefault(edits, draw.random()))
     monkeypatch.setattr(table.trials, "losses", {})
     chosen = table.operators(plan)
     for edit, best in zip(plan.edits, chosen.edits, strict=True):
         options = candidates(edit, table.recipe)
         assert len(options) > 2
-        assert best == min(options, key=costs.__getitem__)
+        assert best == min(options, key=lambda edit: costs[(edit,)])
         assert best.layers == edit.layers
     scores = table.scores()
     assert [tuple(row["layers"]) for row in scores] == [(0, 1), (3, 4, 5)]

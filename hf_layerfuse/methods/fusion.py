@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -170,6 +170,16 @@ def group_edit(kind: Kind, group: tuple[int, ...], recipe: FusionRecipe, importa
         operator = "select" if chooses else "freeze"
         return Fuse(kind, group, operator=operator, keep=group[0] if repaired else None, **rest)
     return Fuse(kind, group, operator="mean", **{**rest, "align": matching(kind)})
+
+
+def candidates(edit: Fuse, recipe: FusionRecipe) -> list[Fuse]:
+    """What may become of a group: the edit itself, and with operator `auto` each layer kept, and averages."""
+    if recipe.operator != "auto":
+        return [edit]
+    plain = replace(edit, operator="freeze", keep=None, align="none")
+    kept = [replace(plain, keep=layer) for layer in dict.fromkeys((edit.layers[0], plain.source.kept))]
+    mean = replace(plain, operator="mean", align=matching(edit.kind))
+    return list(dict.fromkeys([edit, *kept, mean]))
 
 
 def matching(kind: Kind) -> Align:

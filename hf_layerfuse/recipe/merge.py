@@ -19,7 +19,14 @@ class MergeRecipe:
         budget_ms: milliseconds of a forward pass.
         batch_size: images of the pass that is timed.
         choose: `all` removes activations and convolutions. The others are baselines: `activations` keeps all
-            convolutions (Kim et al. 2023), `convolutions` takes some out and merges none.
+            convolutions (Kim et al. 2023), `convolutions` takes some out and merges none, and so does `magnitude`,
+            those of the smallest weights and not those of the least loss.
+        importance: what the sum of is made the most of: `loss`, the calibration loss that a segment costs, or its
+            exponential, exp(-loss), as `published`, in which a segment that ruins the model is not much worse than one
+            that harms it.
+        tune_steps: steps of training on the calibration images, before the loss of a segment is taken on the others,
+            for each of them. As published, and slow: some hundred segments are trained. With 0, a closed-form fit is
+            all that they get.
         max_kernel: largest kernel of a merged convolution.
         method: `fitted` merges at once, and fits each merged convolution in closed form. `open` takes activations and
             convolutions out, and merges after `heal`, as published.
@@ -35,7 +42,9 @@ class MergeRecipe:
     budget: float | None = None
     budget_ms: float | None = None
     batch_size: int = 8
-    choose: Literal["all", "activations", "convolutions"] = "all"
+    choose: Literal["all", "activations", "convolutions", "magnitude"] = "all"
+    importance: Literal["loss", "published"] = "loss"
+    tune_steps: int = 0
     max_kernel: int = 7
     method: Literal["fitted", "open"] = "fitted"
     refit: Literal["full", "none"] = "full"
@@ -59,3 +68,9 @@ class MergeRecipe:
         for name in ("batch_size", "max_kernel", "repeats"):
             value = getattr(self, name)
             require(value >= 1, f"{name}={value}: use a whole number of 1 or more.")
+        require(self.tune_steps >= 0, f"tune_steps={self.tune_steps}: use a whole number of 0 or more.")
+        require(
+            self.choose != "magnitude" or (self.importance == "loss" and not self.tune_steps),
+            f"choose='magnitude' with importance={self.importance!r} and tune_steps={self.tune_steps}: it goes by "
+            "weights, and measures no loss; leave them out.",
+        )

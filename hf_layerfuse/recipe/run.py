@@ -109,6 +109,11 @@ class Recipe:
         )
 
     def _check_fusion(self) -> None:
+        require(
+            self.heal.schedule == "one-shot" or not self.fusion.is_timed,
+            f"heal.schedule={self.heal.schedule!r} fuses further in every round, and a latency is met at once: use "
+            "schedule 'one-shot', or another target.",
+        )
         whole = self.fusion.mode != "depth" or self.fusion.blocks == "layer"
         require(
             self.heal.schedule == "one-shot" or whole,

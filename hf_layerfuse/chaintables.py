@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -20,17 +17,16 @@ from .adapters import ChainAdapter, Place, Skip, adapter_for
 from .calibration import Sample
 from .chainedits import merged_shape, windows_of
 from .chainfit import repair, see
-from .errors import LayerFuseError
-from .fingerprint import fingerprint
+from .fingerprint import digest, fingerprint
 from .modeling import apply
 from .modes import eval_mode
 from .parts import PaddedConv2d, convolution, module_at
 from .plan import CHAIN, MergeConvs, Plan
 from .prediction import calibration_loss
 from .segments import Kept, Merged
-from .timing import device_name, interleaved
-
-FORMAT = 1
+from .table import Table
+from .timing import interleaved, timed_on
+from .tune import tune
 
 
 class Entry(NamedTuple):
@@ -61,46 +57,6 @@ class Entry(NamedTuple):
     @property
     def edit(self) -> MergeConvs:
         return MergeConvs(self.start, self.end, self.keep)
-
-
-class Table:
-    """Numbers by key, in a JSON file that says what they were measured on; each is there whole as soon as it is known.
-
-    Args:
-        path: of the file; None keeps it in memory.
-        about: what they are measured on, as JSON types.
-
-    Raises:
-        LayerFuseError: the file is of something else, or is no table.
-    """
-
-    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
-        self.path, self.about = path, {"format": FORMAT, **json.loads(json.dumps(about))}
-        self.values: dict[str, Any] = {}
-        if path is not None and path.is_file():
-            try:
-                tree = json.loads(path.read_text(encoding="utf-8"))
-                known, self.values = dict(tree["about"]), dict(tree["values"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise LayerFuseError(f"{path} is no table: {error!r}. Delete it, or give another folder.") from error
-            changed = [name for name in {**known, **self.about} if known.get(name) != self.about.get(name)]
-            if changed:
-                what = ", ".join(
-                    f"{name} was {known.get(name)!r} and is {self.about.get(name)!r}" for name in sorted(changed)
-                )
-                raise LayerFuseError(
-                    f"{path} was measured on something else: {what[:600]}. Delete it to measure anew, or give another "
-                    "folder."
-                )
-
-    def put(self, values: Mapping[str, Any]) -> None:
-        """Lay numbers to those that are known, on disk too."""
-        self.values |= values
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps({"about": self.about, "values": self.values}, indent=1) + "\n")
-            temporary.replace(self.path)
 
 
 def removals_of(model: PreTrainedModel) -> list[Entry]:
@@ -151,16 +107,7 @@ class Latencies:
             # a layer may put padding around what its convolution reads
             reads = [Place("before", unit.layer or unit.conv) for unit in self.convs.units]
             self.shapes = [tensor.shape for tensor in see(model, {model.main_input_name: self.images}, reads)]
-        config = {name: value for name, value in model.config.to_dict().items() if name != "transformers_version"}
-        about = {
-            "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
-            "device": device_name(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "images": list(images.shape),
-            "torch": torch.__version__,
-        }
-        self.table = Table(path, about)
+        self.table = Table(path, timed_on(model, {model.main_input_name: images}))
         self._names: dict[Entry, str] = {}
 
     @property
@@ -262,6 +209,18 @@ def folded_plan(model: PreTrainedModel, edits: Sequence[MergeConvs] = ()) -> Pla
     return Plan(adapter.model_type, len(units), tuple(every), kinds=CHAIN)
 
 
+class Magnitudes:
+    """How large the weights are that an entry takes away, per weight: what pruning goes by that measures nothing."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        links = adapter_for(model, ChainAdapter).convolutions(model).chain(model).links
+        self.means = [link.norm / (link.outs * (1 if link.depthwise else link.ins) * link.kernel**2) for link in links]
+
+    def of(self, entry: Entry) -> float:
+        """The mean of the absolute weights of the convolutions that go."""
+        return sum(self.means[place] for place in entry.edit.layers if place not in entry.keep)
+
+
 class Losses:
     """What each entry costs in quality: the calibration loss when it is all that is done to the model, and fitted.
 
@@ -270,25 +229,28 @@ class Losses:
         sample: calibration images.
         path: of a file.
         fitted: fit the convolution of the entry first.
+        tuned: steps of training that follow.
 
     Raises:
         LayerFuseError: the file was measured on other weights or images.
     """
 
     def __init__(
-        self, model: PreTrainedModel, sample: Sample, path: Path | None = None, *, fitted: bool = True
+        self,
+        model: PreTrainedModel,
+        sample: Sample,
+        path: Path | None = None,
+        *,
+        fitted: bool = True,
+        tuned: int = 0,
     ) -> None:
-        self.model, self.sample, self.fitted = model, sample, fitted
-        images = hashlib.sha256()
-        for batch in sample.batches:
-            for name, tensor in sorted(batch.items()):
-                images.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-                images.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        self.model, self.sample, self.fitted, self.tuned = model, sample, fitted, tuned
         about = {
             "weights": fingerprint(model),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "images": images.hexdigest(),
+            "images": digest(sample.batches),
             "fitted": fitted,
+            "tuned": tuned,
             "transformers": transformers.__version__,
         }
         self.table = Table(path, about)
@@ -307,5 +269,6 @@ class Losses:
             with eval_mode(self.model, student):
                 if self.fitted and entry.keep:
                     repair(student, self.model, plan.edits, self.sample)
+                tune(student, self.model, self.sample, self.tuned)
                 loss = calibration_loss(student, self.model, self.sample.judging)
             self.table.put({entry.key: loss})
