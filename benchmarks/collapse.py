@@ -3,7 +3,7 @@
     python benchmarks/collapse.py [JOB ...] [--threads 2] [--train] [--counts 4 ...] [--methods fitted ...]
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared), and are those of the fusion benchmark; a small ViT is
-trained here on CIFAR-10, as long as CPUs allow, and kept in outputs/collapse. Which MLPs, and with what weights, is
+trained here on CIFAR-10, as long as CPUs allow, and kept in outputs/grown. Which MLPs, and with what weights, is
 decided on calibration data (training text or images), and test data are reported. Every method takes the MLPs that cost
 it least when each alone is changed, on the same calibration sequences. With `--train`, nothing of that is measured, and
 models are retrained instead, on the budgets of benchmarks/heal.py; its retrained originals stand beside.
@@ -13,7 +13,6 @@ files to start afresh.
 """
 
 import argparse
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
@@ -25,7 +24,6 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_layerfuse import (
-    AutoFusedModel,
     Blend,
     CollapseRecipe,
     Drop,
@@ -55,28 +53,17 @@ Make = Callable[[int], heal.Made]
 
 def vit_cifar10() -> heal.Job:
     """A ViT of 6 layers of 128 on 64 patches."""
-    folder = CHECKPOINTS / "vit"
-    if not (folder / "config.json").is_file():
-        config = ViTConfig(
-            hidden_size=128,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            intermediate_size=512,
-            image_size=32,
-            patch_size=4,
-            num_labels=10,
-        )
-        torch.manual_seed(0)
-        recipe = HealRecipe(steps=5000, batch_size=64, learning_rate=1e-3, eval_every=500, kl_weight=0.0)
-        job = heal.images("vit-cifar10", ViTForImageClassification(config), recipe, [], 0)
-        model = job.base.model
-        heal.heal(
-            model, job.loader(0), recipe, validation_batches=job.validation, checkpoints=CHECKPOINTS / "vit-training"
-        )
-        temporary = folder.with_name(f"vit.{os.getpid()}.tmp")
-        model.save_pretrained(temporary)
-        temporary.rename(folder)
-    model = AutoFusedModel.from_pretrained(folder, dtype=torch.float32).eval()
+    config = ViTConfig(
+        hidden_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=512,
+        image_size=32,
+        patch_size=4,
+        num_labels=10,
+    )
+    torch.manual_seed(0)
+    model = heal.grown("vit", ViTForImageClassification(config), 5000)
     recipe = HealRecipe(steps=400, batch_size=64, eval_every=100, teacher_top_k=10)
     return heal.images("vit-cifar10", model, recipe, heal.rates(1e-4, 3e-4, 1e-3), pilot=100)
 

@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from hf_layerfuse import (
+    AutoFusedModel,
     Blend,
     FusionRecipe,
     HealRecipe,
@@ -220,6 +221,25 @@ def images(name: str, model: PreTrainedModel, recipe: HealRecipe, options: list[
     if recipe.needs_teacher:
         data = answered("views", rows, model, recipe, collate, batch_size=64)
     return Job(name, base, data, collate, base.validation, recipe, options, {}, (), pilot)
+
+
+def grown(name: str, model: PreTrainedModel, steps: int) -> PreTrainedModel:
+    """A classifier trained on the images of CIFAR-10 from scratch; it is kept in outputs/grown, and trained once."""
+    folder = CHECKPOINTS.with_name("grown") / name
+    if not (folder / "config.json").is_file():
+        recipe = HealRecipe(steps=steps, batch_size=64, learning_rate=1e-3, eval_every=500, kl_weight=0.0)
+        job = images(name, model, recipe, [], 0)
+        heal(
+            model,
+            job.loader(0),
+            recipe,
+            validation_batches=job.validation,
+            checkpoints=folder.with_name(f"{name}-training"),
+        )
+        temporary = folder.with_name(f"{name}.{os.getpid()}.tmp")
+        model.save_pretrained(temporary)
+        temporary.rename(folder)
+    return AutoFusedModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def images_base(model: PreTrainedModel) -> fusion.Job:

@@ -24,7 +24,13 @@ import fusion
 import heal
 import torch
 from cifar_resnet import published
-from transformers import PreTrainedModel
+from transformers import (
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from hf_layerfuse import FusionRecipe, HealRecipe, MergeRecipe, Plan, RecipeError, search, search_merge
 from hf_layerfuse.blocktimes import BlockTimes
@@ -67,7 +73,7 @@ def tables_of(name: str) -> str:
     return str(FOLDER / f"{name}-{torch.get_num_threads()}")
 
 
-def convolutions(name: str, base: fusion.Job, trained: Callable[[], heal.Job]) -> Compared:
+def convolutions(name: str, base: fusion.Job, trained: Callable[[], heal.Job] | None = None) -> Compared:
     """A classifier of images, whose convolutions are merged."""
 
     def search(model: PreTrainedModel, budget: float, **options: Any) -> Found:
@@ -121,8 +127,32 @@ def resnet56_model() -> PreTrainedModel:
     return published(fusion.DATA / "models" / "resnet-cifar10" / "resnet56.safetensors")
 
 
+def resnet34() -> Compared:
+    """The shape of ResNet-34, half as wide and for small images; 62 segments."""
+    config = ResNetConfig(
+        embedding_size=32, hidden_sizes=[32, 64, 128, 256], depths=[3, 4, 6, 3], layer_type="basic", num_labels=10
+    )
+    config.image_size = 32
+    torch.manual_seed(0)
+    model = heal.grown("resnet34", ResNetForImageClassification(config), 3000)
+    return convolutions("resnet34", heal.images_base(model))
+
+
+def mobilenet_v2() -> Compared:
+    """Half as wide, for small images, which it makes no smaller than 4 x 4; 171 segments."""
+    config = MobileNetV2Config(image_size=32, depth_multiplier=0.5, output_stride=8, num_labels=10)
+    torch.manual_seed(0)
+    model = MobileNetV2ForImageClassification(config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.1  # transformers has TensorFlow's 0.997, which is 0.003 here
+    return convolutions("mobilenet-v2", heal.images_base(heal.grown("mobilenet-v2", model, 2000)))
+
+
 JOBS: dict[str, Callable[[], Compared]] = {
     "resnet56": lambda: convolutions("resnet56", heal.images_base(resnet56_model()), resnet56_trained),
+    "resnet34": resnet34,
+    "mobilenet-v2": mobilenet_v2,
     "minilm-sst2": lambda: blocks("minilm-sst2", fusion.minilm_sst2()),
     "gpt2": lambda: blocks("gpt2", fusion.gpt2()),
 }

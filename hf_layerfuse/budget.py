@@ -195,12 +195,17 @@ class _Budget:
         about = {
             "weights": fingerprint(model),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "batches": digest(few.batches),
+            "batches": digest(self.sample.batches),
             "refit": recipe.refit,
             "transformers": transformers.__version__,
         }
         self.losses = Table(folder and folder / "losses.json", about)
         self.allowed = recipe.latency_ms or recipe.latency_budget * self.times.original
+        if self.allowed >= self.times.original:
+            raise RecipeError(
+                f"latency_ms={self.allowed:.6g} is met as it is: the model takes {self.times.original:.3g} ms. Ask for "
+                "less."
+            )
         self.limit = self.allowed - self.times.rest
         importance = importance_of(model, batches)
         self.choices = choices_of(
@@ -209,6 +214,8 @@ class _Budget:
             lambda run: group_edit("layer", run, recipe, importance),
             runs_only=recipe.choose == "runs",
         )
+        if "gate" in adapter.mlp and recipe.refit == "none":  # without its activation, such an MLP is still a product
+            self.choices = [choice for choice in self.choices if not isinstance(choice.edit, Linearize)]
         self.tried: dict[tuple[Edit, ...], dict[str, Any]] = {}
         self.best: tuple[list[Choice], Plan, RefitReport, Saved] | None = None
 
@@ -260,8 +267,14 @@ class _Budget:
 
     def _program(self, worth: _Worth) -> list[Choice]:
         """The choices of the least sum of losses that keep the budget when they are timed together."""
+        chosen: list[Choice] = []
         for _ in range(TRIES):
-            chosen = self._settled(worth)
+            try:
+                chosen = self._settled(worth)
+            except RecipeError:
+                if not chosen:
+                    raise
+                break  # nothing is that fast
             plan = self.plan(chosen)
             self.times.measure(plan)
             excess = self.times.model_of(plan) - self.allowed
