@@ -8,8 +8,9 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import transformers
@@ -38,6 +39,8 @@ from .table import Table
 from .trials import Trials, share_of
 from .walk import Trace, Walk
 
+_Chosen = TypeVar("_Chosen")
+
 UNITS = 10_000
 """Parts of the budget: each choice is rounded up to one of them."""
 
@@ -50,8 +53,8 @@ COST = 10
 NEAR = 1.02
 """A model that takes so much more than the budget is within what its timing is worth."""
 
-TRIES = 4
-"""Programs with a smaller and smaller budget, where what they choose takes longer than they think."""
+TRIES = 3
+"""More programs, with a smaller and smaller budget, where what they choose takes longer than they think."""
 
 
 class Times(Protocol):
@@ -82,6 +85,42 @@ def affordable(length: int, options: Mapping[tuple[int, int], Sequence[Option]],
             f"{least / times.original:.0%} of the original's {times.original:.3g} ms. Use a larger budget."
         ) from error
     return [option.label for _, _, option in steps]
+
+
+def within(
+    choose: Callable[[float], _Chosen], measure: Callable[[_Chosen], float], limit: float, allowed: float
+) -> tuple[_Chosen, float]:
+    """What is chosen for a limit, or where the whole takes longer than its parts, for a smaller one.
+
+    Args:
+        choose: for a limit of milliseconds.
+        measure: milliseconds of the model that a choice leads to.
+        limit: at first.
+        allowed: milliseconds of the model.
+
+    Returns:
+        The choice, and the limit that it was chosen for. What takes too long all the same is said in the log.
+
+    Raises:
+        RecipeError: nothing is chosen for the first limit.
+    """
+    chosen = choose(limit)
+    took, tries = measure(chosen), 0
+    while took > NEAR * allowed and tries < TRIES:
+        smaller, tries = limit - (took - allowed), tries + 1
+        try:
+            chosen = choose(smaller)
+        except RecipeError:  # nothing is that fast
+            break
+        limit, took = smaller, measure(chosen)
+    if took > NEAR * allowed:
+        logging.getLogger(__name__).warning(
+            "what was chosen takes %.3g ms, and %.3g were asked for: parts together take longer than each alone. Use a "
+            "smaller budget, or more timed rounds.",
+            took,
+            allowed,
+        )
+    return chosen, limit
 
 
 @dataclass(frozen=True)
@@ -267,29 +306,15 @@ class _Budget:
 
     def _program(self, worth: _Worth) -> list[Choice]:
         """The choices of the least sum of losses that keep the budget when they are timed together."""
-        chosen: list[Choice] = []
-        for _ in range(TRIES):
-            try:
-                chosen = self._settled(worth)
-            except RecipeError:
-                if not chosen:
-                    raise
-                break  # nothing is that fast
-            plan = self.plan(chosen)
-            self.times.measure(plan)
-            excess = self.times.model_of(plan) - self.allowed
-            if excess <= (NEAR - 1) * self.allowed:
-                return chosen
-            self.limit -= excess
-        logging.getLogger(__name__).warning(
-            "what was chosen takes %.3g ms, and %.3g were asked for: blocks together take longer than each alone. Use "
-            "a smaller budget, or more latency_repeats.",
-            self.times.model_of(plan),
-            self.allowed,
-        )
+        chosen, self.limit = within(partial(self._settled, worth), self._milliseconds, self.limit, self.allowed)
         return chosen
 
-    def _settled(self, worth: _Worth) -> list[Choice]:
+    def _milliseconds(self, chosen: Iterable[Choice]) -> float:
+        plan = self.plan(chosen)
+        self.times.measure(plan)
+        return self.times.model_of(plan)
+
+    def _settled(self, worth: _Worth, limit: float) -> list[Choice]:
         """The program, until all that it chooses has been measured."""
         with tqdm(desc="Comparing choices", unit="choice", disable=None, leave=False) as progress:
             while True:
@@ -299,7 +324,7 @@ class _Budget:
                         option = Option(self.cost(choice), -loss, choice)
                         options.setdefault((choice.start, choice.end), []).append(option)
                 length = self.depth * len(self.adapter.kinds)
-                chosen = affordable(length, options, self.limit, self.times)
+                chosen = affordable(length, options, limit, self.times)
                 wanted = [choice for choice in chosen if not worth.knows(choice)]
                 if not wanted:
                     return chosen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -132,6 +134,20 @@ class Latencies:
         if entry not in self._names:
             self._names[entry] = self._part(entry).name
         return self.table.values[self._names[entry]]["ms"]
+
+    @torch.inference_mode()
+    def model_of(self, plan: Plan) -> float:
+        """Milliseconds of the model that a plan leads to, timed in turn with the original."""
+        name = f"model {hashlib.sha256(json.dumps(plan.to_dict(notes=False)).encode()).hexdigest()[:16]}"
+        if name not in self.table.values:
+            small = apply(self.model, plan).eval()
+            runs = {"original": lambda: self.model(self.images), name: lambda: small(self.images)}
+            with eval_mode(self.model):
+                timed = interleaved(runs, self.model.device, repeats=self.repeats, warmup=self.warmup)
+            # in the light of what the original takes today
+            pace = self.original / timed["original"].median
+            self.table.put({name: {"ms": timed[name].median * pace, "spread_ms": timed[name].spread * pace}})
+        return self.table.values[name]["ms"]
 
     @torch.inference_mode()
     def measure(self, entries: Sequence[Entry]) -> None:

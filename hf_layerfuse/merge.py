@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from .adapters import ChainAdapter, adapter_for
-from .budget import affordable
+from .budget import affordable, within
 from .calibration import Batches, Sample
 from .chainfit import refit_chain
 from .chaintables import Entry, Latencies, Losses, Magnitudes, entries_of, folded_plan, removals_of
@@ -19,6 +19,7 @@ from .errors import RecipeError, UnsupportedModelError
 from .found import Found
 from .math.knapsack import Frontier, Option
 from .modeling import apply
+from .plan import Plan
 from .recipe import MergeRecipe
 
 
@@ -27,7 +28,8 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
 
     An entry, a segment with a kernel, costs the milliseconds of its one convolution, and the calibration loss of the
     model in which nothing else was changed. The program takes the entries of the least sum of losses that keep the
-    budget. Batch norms of all other convolutions are folded.
+    budget, and where the result takes longer than that when it is timed, a smaller one. Batch norms of all other
+    convolutions are folded.
 
     Args:
         model: a stock model whose adapter knows its chain of convolutions; never changed.
@@ -58,19 +60,33 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     latencies = Latencies(model, images, folder and folder / "latency.json", repeats=recipe.repeats)
     latencies.measure(entries)
     whole = latencies.original
-    limit = (recipe.budget_ms or recipe.budget * whole) - latencies.rest
+    allowed = recipe.budget_ms or recipe.budget * whole
     entries = _useful(entries, latencies)
     fitted = recipe.refit != "none"
     losses = _losses(model, sample, recipe, folder, entries)
     length = len(adapter.convolutions(model).units) - 1
     published = recipe.importance == "published"
-    chosen = choose(entries, latencies, losses, limit, length, published=published)
-    edits = [entry.edit for entry in chosen if entry.changes]
+
+    def plan_of(chosen: Sequence[Entry]) -> Plan:
+        return folded_plan(model, [entry.edit for entry in chosen if entry.changes])
+
+    chosen, _ = within(
+        lambda limit: choose(entries, latencies, losses, limit, length, published=published),
+        lambda chosen: latencies.model_of(plan_of(chosen)),
+        allowed - latencies.rest,
+        allowed,
+    )
+    plan = plan_of(chosen)
     predicted = latencies.rest + sum(map(latencies.of, chosen))
     notes = {
         "recipe": asdict(recipe),
         "calibration": f"{sum(map(len, sample.judges))} images",
-        "latency_ms": {"original": whole, "predicted": predicted, "rest": latencies.rest},
+        "latency_ms": {
+            "original": whole,
+            "predicted": predicted,
+            "measured": latencies.model_of(plan),
+            "rest": latencies.rest,
+        },
         "losses": {entry.key: losses.of(entry) for entry in chosen if entry.changes},
         "frontier": {  # of those that round to the same share, the best
             f"{(latencies.rest + sum(map(latencies.of, chain))) / whole:.0%}": sum(map(losses.of, chain))
@@ -78,10 +94,8 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
         },
     }
     if recipe.method == "open":
-        plan = replace(folded_plan(model, edits), notes=notes)
-        plan = replace(plan, edits=tuple(replace(edit, merged=False) for edit in plan.edits))
+        plan = replace(plan, edits=tuple(replace(edit, merged=False) for edit in plan.edits), notes=notes)
         return Found(apply(model, plan), plan, None)
-    plan = folded_plan(model, edits)
     student = apply(model, plan)
     report = refit_chain(student, model, plan, sample, fitted=fitted)
     return Found(student, replace(plan, notes=notes | {"refit": asdict(report)}), report)

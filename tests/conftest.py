@@ -205,6 +205,8 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, run in runs.items():
             if name in ("original", "folded"):
                 found[name] = Timed(1100.0 if name == "original" else 1000.0, 0.0)
+            elif name.startswith("model "):
+                found[name] = Timed(1.0, 0.0)
             else:
                 run()
                 products = 1 if run.conv is None else run.conv.weight.numel() * run.shapes[0][2] ** 2

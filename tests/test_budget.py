@@ -1,5 +1,6 @@
 """What becomes of each block within a latency budget: chosen exactly, judged again in company, kept in files."""
 
+import copy
 import itertools
 import json
 import random
@@ -252,10 +253,10 @@ def test_what_takes_longer_together(monkeypatch, caplog):
     assert times["measured"] == pytest.approx(1.2 * times["predicted"], rel=0.01)
     assert times["measured"] <= 1.02 * 0.7 * times["original"]
     assert not caplog.text
-    monkeypatch.setattr("hf_layerfuse.budget.TRIES", 1)
+    monkeypatch.setattr("hf_layerfuse.budget.TRIES", 0)
     times = search(model, FusionRecipe(latency_budget=0.7, effort="low"), batches).plan.notes["latency_ms"]
     assert times["measured"] > 1.02 * 0.7 * times["original"]
-    assert "blocks together take longer than each alone" in caplog.text
+    assert "parts together take longer than each alone" in caplog.text
 
 
 def test_the_choices_of_a_model():
@@ -300,7 +301,7 @@ def test_what_cannot_be():
     gated, recipe = whole("llama"), FusionRecipe(latency_budget=0.7, refit="none", effort="low")
     assert not any(isinstance(edit, Linearize) for edit in search(gated, recipe, batches_of(gated, 8)).plan.edits)
     with pytest.raises(UnsupportedModelError, match="use merge"):
-        search(network("cifar").float(), FusionRecipe(latency_budget=0.5), None)
+        search(copy.deepcopy(network("cifar")).float(), FusionRecipe(latency_budget=0.5), None)
     for wrong, match in (
         ({"latency_budget": 1.5}, "between 0 and 1"),
         ({"latency_ms": 0.0}, "above 0"),
