@@ -107,7 +107,7 @@ def within(
     chosen = choose(limit)
     took, tries = measure(chosen), 0
     while took > NEAR * allowed and tries < TRIES:
-        smaller, tries = limit - (took - allowed), tries + 1
+        smaller, tries = limit * allowed / took, tries + 1
         try:
             chosen = choose(smaller)
         except RecipeError:  # nothing is that fast

@@ -119,6 +119,19 @@ def _how(edit: Fuse) -> str:
     return how if edit.align == "none" else f"{how}, aligned by {edit.align}"
 
 
+def _timed(plan: Plan) -> list[str]:
+    """What a plan was chosen to take, if it was chosen for that."""
+    if "latency_ms" not in plan.notes:
+        return []
+    times = plan.notes["latency_ms"]
+    shares = [f"{times[name] / times['original']:.0%}" for name in ("predicted", "measured")]
+    return [
+        f"Chosen by what it takes on the machine named below: {shares[0]} of the original's time by the times of its "
+        f"parts, and {shares[1]} when it was timed as a whole, before healing.",
+        "",
+    ]
+
+
 def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str) -> ModelCard:
     """The card of a run: what became of which layers, the figures, the command and the limits."""
     last = stages(results)[-1]
@@ -182,6 +195,7 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
             "",
             *(f"- {line}" for line in describe(plan)),
             "",
+            *_timed(plan),
             *([f"![How far each activation is on its way to a line]({HOMOTOPY})", ""] if homotopy else []),
             "## Use",
             "",

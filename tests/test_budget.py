@@ -27,7 +27,7 @@ from hf_layerfuse import (
 )
 from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.blocktimes import BlockTimes
-from hf_layerfuse.budget import Choice, _Budget, batch_of, choices_of
+from hf_layerfuse.budget import Choice, _Budget, batch_of, choices_of, within
 from hf_layerfuse.calibration import Sample
 from hf_layerfuse.prediction import calibration_loss
 from hf_layerfuse.refit import refit
@@ -257,6 +257,22 @@ def test_what_takes_longer_together(monkeypatch, caplog):
     times = search(model, FusionRecipe(latency_budget=0.7, effort="low"), batches).plan.notes["latency_ms"]
     assert times["measured"] > 1.02 * 0.7 * times["original"]
     assert "parts together take longer than each alone" in caplog.text
+
+
+def test_a_smaller_limit_where_the_whole_takes_longer(caplog):
+    """The largest limit, or nearly, whose choice is measured within what is allowed; the least, where none is."""
+
+    def choose(limit):
+        if limit < 5:
+            raise RecipeError("out of reach")
+        return limit
+
+    for slower, expected in ((1.0, 10), (1.25, 8)):
+        chosen, limit = within(choose, lambda chosen, slower=slower: slower * chosen, 10.0, 10.0)
+        assert chosen == limit == pytest.approx(expected, rel=0.02)
+    assert not caplog.text
+    assert within(choose, lambda chosen: 1.25 * chosen + 4, 10.0, 10.0)[0] >= 5
+    assert "and 10 were asked for" in caplog.text
 
 
 def test_the_choices_of_a_model():

@@ -222,6 +222,25 @@ def test_collapse_end_to_end(tmp_path, task):
 
 
 @pytest.mark.usefixtures("steady")
+def test_latency_end_to_end(tmp_path, capsys):
+    """A recipe with a latency budget leaves a faster checkpoint, healed, and says what it takes; rounds are refused."""
+    words = text_classification(tmp_path)
+    out = tmp_path / "out"
+    assert main([*words, "--fusion.latency_budget", "0.7"]) == 0
+    plan = Plan.load(out / "plan.json")
+    assert plan.edits
+    times = plan.notes["latency_ms"]
+    assert times["measured"] <= 1.02 * 0.7 * times["original"]
+    results = json.loads((out / "results.json").read_text())
+    assert results["healed"]["parameters"] < results["before"]["parameters"]
+    assert AutoFusedModel.from_pretrained(out).num_parameters() == results["healed"]["parameters"]
+    card = (out / "README.md").read_text()
+    assert f"{times['measured'] / times['original']:.0%} when it was timed as a whole" in card
+    assert main([*words, "--overwrite", "--fusion.latency_budget", "0.7", "--heal.schedule", "uniform"]) == 1
+    assert "a latency is met at once" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize("method", [pytest.param("fitted", marks=pytest.mark.slow), "open"])
 def test_merge_end_to_end(tmp_path, capsys, method):
     """A recipe of merging leaves a faster checkpoint, healed, and says which convolutions became one."""
@@ -250,6 +269,7 @@ def test_merge_end_to_end(tmp_path, capsys, method):
     card = (out / "README.md").read_text()
     assert "layer-merge" in card
     assert "What became of its 11 convolutions" in card
+    assert "when it was timed as a whole" in card
     if method == "open":
         assert main([*words, "--output_dir", str(tmp_path / "other"), "--heal.steps", "0"]) == 1
         assert "merges convolutions after they were healed" in capsys.readouterr().err
