@@ -109,7 +109,7 @@ class BlockTimes:
         """What a model is faster by, for each layer that this was done to."""
         plan = self._probe(layer, edit)
         found = self.table.values.get(self._key(plan))
-        return 0.0 if found is None else max(self.original - found["ms"], 0.0) / len(plan.edits)
+        return 0.0 if found is None else max(self.original - found["ms"], 0.0) / max(len(plan.edits), 1)
 
     def _probes(self, layer: int) -> list[Plan]:
         edits = [Drop("layer", layer), *(Drop(kind, layer) for kind in self.adapter.kinds), Linearize(layer)]

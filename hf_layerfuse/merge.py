@@ -10,13 +10,13 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from .adapters import ChainAdapter, adapter_for
-from .budget import affordable, within
 from .calibration import Batches, Sample
 from .chainfit import refit_chain
 from .chaintables import Entry, Latencies, Losses, Magnitudes, entries_of, folded_plan, removals_of
 from .edits import check_model
 from .errors import RecipeError, UnsupportedModelError
 from .found import Found
+from .limits import affordable, within
 from .math.knapsack import Frontier, Option
 from .modeling import apply
 from .plan import Plan

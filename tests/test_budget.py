@@ -27,14 +27,16 @@ from hf_layerfuse import (
 )
 from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.blocktimes import BlockTimes
-from hf_layerfuse.budget import Choice, _Budget, batch_of, choices_of, within
+from hf_layerfuse.budget import _Budget, batch_of
 from hf_layerfuse.calibration import Sample
+from hf_layerfuse.limits import within
 from hf_layerfuse.prediction import calibration_loss
 from hf_layerfuse.refit import refit
 from hf_layerfuse.repair import RefitReport
 from hf_layerfuse.timing import Timed
 from hf_layerfuse.trials import Trials
 from hf_layerfuse.walk import Trace, Walk
+from hf_layerfuse.worth import Choice, choices_of
 
 CIFAR = cifar_resnet()
 pytestmark = pytest.mark.usefixtures("steady")
@@ -253,7 +255,7 @@ def test_what_takes_longer_together(monkeypatch, caplog):
     assert times["measured"] == pytest.approx(1.2 * times["predicted"], rel=0.01)
     assert times["measured"] <= 1.02 * 0.7 * times["original"]
     assert not caplog.text
-    monkeypatch.setattr("hf_layerfuse.budget.TRIES", 0)
+    monkeypatch.setattr("hf_layerfuse.limits.TRIES", 0)
     times = search(model, FusionRecipe(latency_budget=0.7, effort="low"), batches).plan.notes["latency_ms"]
     assert times["measured"] > 1.02 * 0.7 * times["original"]
     assert "parts together take longer than each alone" in caplog.text

@@ -167,10 +167,13 @@ def test_overrides(written):
 def test_a_new_target_replaces_the_old_one(written):
     """The command line sets the target that it names, whichever the file has; naming both is still refused."""
     values = {"keep_layers": 4, "ratio": 0.25, "max_parameters": 8e6, "max_bytes": 2e7}
+    values |= {"latency_budget": 0.5, "latency_ms": 20.0}
+    whole = WHOLE.replace("mode: share", "mode: depth")
+    assert whole != WHOLE
     assert {*values} == {*TARGETS}
     for old, new in itertools.permutations(values, 2):
-        path = written(WHOLE.replace("keep_layers: 8", f"{old}: {values[old]}"))
-        expected = FusionRecipe(**{new: values[new]}, mode="share")
+        path = written(whole.replace("keep_layers: 8", f"{old}: {values[old]}"))
+        expected = FusionRecipe(**{new: values[new]})
         assert load_recipe(path, {f"fusion.{new}": values[new]}).fusion == expected
         with pytest.raises(RecipeError, match=r"exactly one target, got \w+=\S+ and \w+=\S+: set"):
             load_recipe(path, {f"fusion.{name}": values[name] for name in (old, new)})
