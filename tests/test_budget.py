@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from conftest import cifar_resnet, network
+from conftest import TINY, network
 from test_search import batches_of, state_of, whole
 
 from hf_layerfuse import (
@@ -38,7 +38,6 @@ from hf_layerfuse.trials import Trials
 from hf_layerfuse.walk import Trace, Walk
 from hf_layerfuse.worth import Choice, choices_of
 
-CIFAR = cifar_resnet()
 pytestmark = pytest.mark.usefixtures("steady")
 
 
@@ -52,6 +51,10 @@ def weight(edit):
     )
 
 
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=() if name in ("gpt2", "bert", "qwen2", "vit") else pytest.mark.slow) for name in TINY],
+)
 def test_a_budget_is_kept(model_type):
     """For every architecture: what is returned takes no longer than was asked for, is the best of what was tried, and
     its loss is that of the notes, which are JSON; it survives saving and loading, and the model is as it was."""
