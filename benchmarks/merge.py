@@ -120,7 +120,7 @@ def blocks(name: str, base: fusion.Job) -> Compared:
 def resnet56_trained() -> heal.Job:
     """With 1,000 batches of training, and the answers of the original beside the labels."""
     recipe = HealRecipe(steps=1000, batch_size=64, eval_every=250, temperature=4.0, teacher_top_k=10)
-    return heal.images("resnet56", resnet56_model(), recipe, heal.rates(1e-3), pilot=200)
+    return heal.images("resnet56", resnet56_model(), recipe, heal.rates(1e-4, 3e-4), pilot=100)
 
 
 def resnet56_model() -> PreTrainedModel:

@@ -88,7 +88,8 @@ class Worth:
         table: of losses, which keeps them.
         recipe: of the operators that compete.
         base: what is made already.
-        prior: the same where something else is made, which is believed until a choice was measured here.
+        prior: the same where nothing is made. Until a choice was measured here, it is taken to add as much as there, or
+            less, in the proportion in which what is made already does: repairs of what comes later make up for much.
     """
 
     def __init__(
@@ -106,16 +107,19 @@ class Worth:
         self.known: dict[Choice, float] = {}
         for choice in self.base:
             self.measure(choice)
+        self.share = 1.0
+        if prior is not None and (alone := sum(map(prior.of, self.base))) > 0:
+            self.share = min(max(sum(self.known.values()) / alone, 0.0), 1.0)
 
     def knows(self, choice: Choice) -> bool:
         return choice.edit is None or choice in self.known
 
     def of(self, choice: Choice) -> float:
-        """What was measured, else what `prior` says, else the most of all that the choice includes."""
+        """What was measured, else what `prior` leads to expect, else the most of all that the choice includes."""
         if self.knows(choice):
             return self.known.get(choice, 0.0)
         if self.prior is not None:
-            return self.prior.of(choice)
+            return self.share * self.prior.of(choice)
         return max((loss for other, loss in self.known.items() if choice.exceeds(other)), default=0.0)
 
     def first(self, choice: Choice) -> list[Choice]:

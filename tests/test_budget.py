@@ -33,10 +33,11 @@ from hf_layerfuse.limits import within
 from hf_layerfuse.prediction import calibration_loss
 from hf_layerfuse.refit import refit
 from hf_layerfuse.repair import RefitReport
+from hf_layerfuse.table import Table
 from hf_layerfuse.timing import Timed
 from hf_layerfuse.trials import Trials
 from hf_layerfuse.walk import Trace, Walk
-from hf_layerfuse.worth import Choice, choices_of
+from hf_layerfuse.worth import Choice, Worth, choices_of
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -148,6 +149,38 @@ def test_what_misleads_is_judged_again(monkeypatch):
     assert bad <= set(found["low"].plan.edits)
     assert not bad <= set(found["medium"].plan.edits)
     assert found["medium"].report.after < found["low"].report.after
+
+
+def test_what_is_believed_until_it_is_measured():
+    """Alone, a choice loses no less than what it includes, which is measured first. On top of others, it is taken to
+    lose what it does alone, in the proportion of what these lose there and alone."""
+
+    class Halved:
+        """Losses add up, and on top of something they are half of that."""
+
+        def __init__(self, base):
+            self.base = base
+
+        def loss(self, *edits):
+            return (0.5 if self.base else 1.0) * sum(map(weight, edits))
+
+    drop, linear = Choice(3, 4, Drop("mlp", 1)), Choice(3, 4, Linearize(1))
+    run, other = Choice(4, 8, Fuse("layer", (2, 3))), Choice(1, 2, Linearize(0))
+    choices = [Choice(0, 1), drop, linear, run, other]
+    recipe = FusionRecipe(latency_budget=0.5)
+    alone = Worth(choices, Halved(()), Table(None, {}), recipe)
+    assert alone.of(Choice(0, 1)) == alone.of(drop) == 0.0
+    assert alone.first(drop) == [linear]
+    alone.measure(linear)
+    assert alone.of(drop) == weight(linear.edit)
+    assert alone.first(drop) == [drop]
+    for choice in (drop, run, other):
+        alone.measure(choice)
+    above = Worth(choices, Halved((run,)), Table(None, {}), recipe, [run], alone)
+    assert above.of(run) == pytest.approx(0.5 * weight(run.edit))
+    assert not above.knows(drop)
+    assert above.of(drop) == pytest.approx(0.5 * weight(drop.edit))
+    assert above.total([run, drop]) == pytest.approx(0.5 * (weight(run.edit) + weight(drop.edit)))
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
