@@ -71,6 +71,7 @@ def filled(text: str) -> str:
         "collapse": collapse.tables(linear),
         "collapse, retrained": heal.tables(heal.load(collapse.TRAINED)),
         "merge": merge.tables(merged),
+        "merge, retrained": heal.tables(heal.load(merge.TRAINED)),
         "sweep": [sweep.table(swept)],
         "throughput": [throughput.table(speeds)],
     }

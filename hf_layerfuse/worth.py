@@ -88,8 +88,9 @@ class Worth:
         table: of losses, which keeps them.
         recipe: of the operators that compete.
         base: what is made already.
-        prior: the same where nothing is made. Until a choice was measured here, it is taken to add as much as there, or
-            less, in the proportion in which what is made already does: repairs of what comes later make up for much.
+        prior: the same where nothing is made, which knows all that competes here. Until a choice was measured here, it
+            is taken to add as much as there, or less, in the proportion in which what is made already does: repairs of
+            what comes later make up for much.
     """
 
     def __init__(
@@ -103,7 +104,9 @@ class Worth:
     ) -> None:
         self.trials, self.table, self.recipe, self.prior = trials, table, recipe, prior
         self.base = [choice for choice in base if choice.edit is not None]
-        self.choices = [*choices, *(choice for choice in self.base if choice not in choices)]
+        # what was not worth measuring alone is not worth it here
+        able = [choice for choice in choices if prior is None or prior.knows(choice)]
+        self.choices = [*able, *(choice for choice in self.base if choice not in able)]
         self.known: dict[Choice, float] = {}
         for choice in self.base:
             self.measure(choice)
@@ -125,7 +128,7 @@ class Worth:
     def first(self, choice: Choice) -> list[Choice]:
         """What to measure where a choice is wanted: the least of what it includes, which may rule it out."""
         inside = [other for other in self.choices if choice.exceeds(other) and not self.knows(other)]
-        if self.prior is not None or not inside:
+        if not inside:
             return [choice]
         least = min(other.end - other.start for other in inside)
         return [other for other in inside if other.end - other.start == least]
