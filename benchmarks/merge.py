@@ -14,8 +14,8 @@ start afresh.
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class Compared:
         base: the model, calibration and test data.
         inputs: a batch.
         methods: name -> search.
+        later: the same of models that are only to be trained.
         trained: makes the job that retrains models; None where there is none.
     """
 
@@ -67,6 +68,7 @@ class Compared:
     inputs: dict[str, torch.Tensor]
     methods: dict[str, Search]
     trained: Callable[[], heal.Job] | None = None
+    later: Mapping[str, Search] = field(default_factory=dict)
 
 
 def tables_of(name: str) -> str:
@@ -89,7 +91,8 @@ def convolutions(name: str, base: fusion.Job, trained: Callable[[], heal.Job] | 
         "ours": {},
     }
     searches = {method: partial(search, **options) for method, options in methods.items()}
-    return Compared(name, base, {"pixel_values": torch.randn(BATCH, 3, size, size)}, searches, trained)
+    later = {"ours, merged after training": partial(search, method="open")}
+    return Compared(name, base, {"pixel_values": torch.randn(BATCH, 3, size, size)}, searches, trained, later)
 
 
 def blocks(name: str, base: fusion.Job) -> Compared:
@@ -212,6 +215,7 @@ def run(name: str, budgets: Sequence[float], methods: Sequence[str]) -> None:
 def train(name: str, budgets: Sequence[float], methods: Sequence[str]) -> None:
     """Retrain what is not there yet, and save after each model."""
     compared = JOBS[name]()
+    every = {**compared.methods, **compared.later}
     targets = {f"{budget:.0%} of the time": {"budget": budget} for budget in budgets}
     job = replace(compared.trained(), targets=targets, pilots=tuple(targets)[:1])
     known = heal.save(job, TRAINED, {})
@@ -221,12 +225,12 @@ def train(name: str, budgets: Sequence[float], methods: Sequence[str]) -> None:
 
     def made(method: str, model: PreTrainedModel, asked: dict[str, Any]) -> tuple[PreTrainedModel, Plan]:
         torch.set_num_threads(threads)  # for which it is timed
-        found = compared.methods[method](model, asked["budget"])
+        found = every[method](model, asked["budget"])
         torch.set_num_threads(1)
         return found.model, found.plan
 
     models = [("original", {}, "original", 1, heal.untouched)]
-    methods = methods or list(compared.methods)
+    methods = methods or list(every)
     models += [(t, asked, m, 1, partial(made, m)) for t, asked in targets.items() for m in methods]
     for model in models:
         for news in heal.measure(job, known, *model):
