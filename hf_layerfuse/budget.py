@@ -23,7 +23,7 @@ from .edits import check_model
 from .errors import RecipeError, UnsupportedModelError
 from .fingerprint import digest, fingerprint
 from .found import Found
-from .limits import affordable, within
+from .limits import NEAR, affordable, within
 from .math.knapsack import Option
 from .methods.fusion import group_edit, importance_of
 from .modeling import apply
@@ -223,8 +223,12 @@ class _Budget:
                 "expected": worth.total(choices),
                 "ms": self.times.model_of(plan),
             }
-            if self.best is None or report.after < self.best[2].after:
+            if self.best is None or self._rank(plan, report) < self._rank(*self.best[1:3]):
                 self.best = choices, plan, report, Saved(student)
+
+    def _rank(self, plan: Plan, report: RefitReport) -> tuple[float, float]:
+        """The least is the best: a model within the budget before any that is not, and then the nearer one."""
+        return max(self.times.model_of(plan), NEAR * self.allowed), report.after
 
     def _carried_out(self, plan: Plan) -> tuple[PreTrainedModel, RefitReport]:
         student = apply(self.model, plan, self.batches)

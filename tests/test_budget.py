@@ -313,6 +313,25 @@ def test_a_smaller_limit_where_the_whole_takes_longer(caplog):
     assert "and 10 were asked for" in caplog.text
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_what_keeps_the_budget_wins(monkeypatch, order):
+    """Of two combinations, whichever comes first, one that takes too long is not the result, however near it is."""
+    model = whole("gpt2")
+    monkeypatch.setattr(Trials, "_measure", lambda self, edits: sum(map(weight, edits)))
+    monkeypatch.setattr(
+        _Budget,
+        "_carried_out",
+        lambda self, plan: (apply(self.model, plan), RefitReport(1.0, 0.2 * len(plan.edits), kept=True)),
+    )
+    with torch.no_grad():
+        job = _Budget(model, adapter_for(model), FusionRecipe(latency_budget=0.6, effort="low"), batches_of(model, 8))
+    monkeypatch.setattr(job.times, "model_of", lambda plan: job.allowed * (1.0 if len(plan.edits) == 2 else 1.1))
+    slow, fast = ([Choice(2 * n + 1, 2 * n + 2, Linearize(n)) for n in layers] for layers in ((1,), (1, 2)))
+    for place in order:
+        job._try(job._worth(), (slow, fast)[place])
+    assert job.best[0] == fast
+
+
 def test_the_choices_of_a_model():
     """Blocks as they are, without each and without both, linear MLPs, and every run; the first layer stays."""
     model = whole("llama")
