@@ -62,6 +62,7 @@ from hf_layerfuse.sampling import ByLength
 from hf_layerfuse.schedule import compose, shares_of, steps_of
 from hf_layerfuse.search import search
 from hf_layerfuse.teacher import with_teacher
+from hf_layerfuse.timing import device_name
 
 RESULT = fusion.ROOT / "benchmarks" / "results" / "heal.json"
 CHECKPOINTS = fusion.ROOT / "outputs" / "heal"
@@ -90,6 +91,7 @@ class Job:
         rounds: of those that are fused and retrained in turn.
         effort: of our search.
         ragged: rows are texts of all lengths, which are read with others of about their length.
+        workers: processes that make batches while others are trained on, where a GPU would wait for them.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Job:
     rounds: int = 1
     effort: str = "medium"
     ragged: bool = False
+    workers: int = 0
 
     def loader(self, seed: int) -> DataLoader:
         """Training batches."""
@@ -112,7 +115,8 @@ class Job:
         if self.ragged:
             lengths = [len(row["input_ids"]) for row in self.rows]
             options = {"sampler": ByLength(lengths, size, seed)}
-        return DataLoader(self.rows, size, drop_last=True, collate_fn=self.collate, **options)
+        options |= {"drop_last": True, "collate_fn": self.collate, "num_workers": self.workers}
+        return DataLoader(self.rows, size, **options)
 
     def pilot_of(self, target: str) -> str:
         """Where the rate of a target is chosen: at itself, or, if the job leaves it out, at one of the same mode."""
@@ -218,16 +222,21 @@ def images(name: str, model: PreTrainedModel, recipe: HealRecipe, options: list[
     collate, views = Views(train[:40_000]), range(recipe.steps * recipe.batch_size)
     rows = {ROW: [*views], "labels": [int(labels[view % 40_000]) for view in views]}
     data = Dataset.from_dict(rows)
-    if recipe.needs_teacher:
+    if recipe.needs_teacher and recipe.teacher_top_k is not None:
         data = answered("views", rows, model, recipe, collate, batch_size=64)
-    return Job(name, base, data, collate, base.validation, recipe, options, {}, (), pilot)
+    workers = int(torch.cuda.is_available())
+    return Job(name, base, data, collate, base.validation, recipe, options, {}, (), pilot, workers=workers)
 
 
 def grown(name: str, model: PreTrainedModel, steps: int) -> PreTrainedModel:
-    """A classifier trained on the images of CIFAR-10 from scratch; it is kept in outputs/grown, and trained once."""
+    """A classifier trained on the images of CIFAR-10 from scratch; it is kept in outputs/grown, and trained once.
+
+    Where there is a GPU, with twice as many images in each of its steps; how it was trained is in its config.
+    """
     folder = CHECKPOINTS.with_name("grown") / name
     if not (folder / "config.json").is_file():
-        recipe = HealRecipe(steps=steps, batch_size=64, learning_rate=1e-3, eval_every=500, kl_weight=0.0)
+        size = 128 if torch.cuda.is_available() else 64
+        recipe = HealRecipe(steps=steps, batch_size=size, learning_rate=1e-3, eval_every=500, kl_weight=0.0)
         job = images(name, model, recipe, [], 0)
         heal(
             model,
@@ -236,6 +245,7 @@ def grown(name: str, model: PreTrainedModel, steps: int) -> PreTrainedModel:
             validation_batches=job.validation,
             checkpoints=folder.with_name(f"{name}-training"),
         )
+        model.config.trained = f"{steps} batches of {size} images, on {device_name(model.device)}"
         temporary = folder.with_name(f"{name}.{os.getpid()}.tmp")
         model.save_pretrained(temporary)
         temporary.rename(folder)
@@ -508,8 +518,8 @@ def table(results: dict[str, Any], name: str) -> list[list[str]]:
 
 
 def tables(results: dict[str, Any]) -> list[list[list[str]]]:
-    """A table for each checkpoint."""
-    return [table(results, name) for name in results]
+    """A table for each checkpoint whose original was trained, which others are compared with."""
+    return [table(results, name) for name in results if results[name]["models"].get("original")]
 
 
 def main() -> None:

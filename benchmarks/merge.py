@@ -1,14 +1,14 @@
 """Models within a latency budget: convolutions merged, and blocks of transformers chosen for, against baselines.
 
-    python benchmarks/merge.py [JOB ...] [--threads 2] [--train] [--budgets 0.5 ...] [--methods ours ...]
+    python benchmarks/merge.py [JOB ...] [--device cuda] [--train] [--budgets 0.5 ...] [--methods ours ...]
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). What is merged is decided on 512 training images and
-on latencies that are measured here, for each number of threads once (outputs/merge); test images are reported.
-Latencies of a model and of the original are measured in turn, on a machine that ought to do nothing else. With
-`--train`, models are retrained, and so is the original, on the same budget.
+on latencies that are measured here, for each device and number of threads once (outputs/merge); test images are
+reported. Latencies of a model and of the original are measured in turn, on a machine that ought to do nothing else.
+With `--train`, models are retrained, and so is the original, on the same budget.
 
 A row that is in benchmarks/results/merge.json, or merge_heal.json, already is not measured again; delete the files to
-start afresh.
+start afresh. Those of a GPU are beside them, in merge_cuda.json and merge_heal_cuda.json.
 """
 
 import argparse
@@ -32,20 +32,26 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from hf_layerfuse import FusionRecipe, HealRecipe, MergeRecipe, Plan, RecipeError, search, search_merge
+from hf_layerfuse import FusionRecipe, HealRecipe, MergeRecipe, Plan, RecipeError, apply, search, search_merge
 from hf_layerfuse.blocktimes import BlockTimes
 from hf_layerfuse.budget import batch_of
 from hf_layerfuse.calibration import Sample
+from hf_layerfuse.chaintables import folded_plan
 from hf_layerfuse.evaluate import parameter_counts
 from hf_layerfuse.found import Found
 from hf_layerfuse.report import describe, text_table
-from hf_layerfuse.timing import interleaved
+from hf_layerfuse.timing import device_name, interleaved
 
-RESULT, TRAINED = (fusion.RESULT.with_name(name) for name in ("merge.json", "merge_heal.json"))
 FOLDER = fusion.ROOT / "outputs" / "merge"
 BUDGETS = (0.75, 0.6, 0.5, 0.4)
-BATCH = 8
-"""Images of a forward pass that is timed."""
+BATCH = {"cpu": 8, "cuda": 128}
+"""Images or texts of a forward pass that is timed."""
+
+
+def result(device: str, trained: bool = False) -> Path:
+    """Where rows are kept, and those of retrained models."""
+    return fusion.RESULT.with_name(f"merge{'_heal' * trained}{'' if device == 'cpu' else f'_{device}'}.json")
+
 
 Search = Callable[[PreTrainedModel, float], Found]
 """From a model and a share of its latency to one that is faster."""
@@ -57,32 +63,43 @@ class Compared:
 
     Attributes:
         base: the model, calibration and test data.
-        inputs: a batch.
+        inputs: a batch of some size.
         methods: name -> search.
+        free: those that heed no budget.
         later: the same of models that are only to be trained.
-        trained: makes the job that retrains models; None where there is none.
+        trained: makes the job that retrains models on a device; None where there is none.
     """
 
     name: str
     base: fusion.Job
-    inputs: dict[str, torch.Tensor]
+    inputs: Callable[[int], dict[str, torch.Tensor]]
     methods: dict[str, Search]
-    trained: Callable[[], heal.Job] | None = None
+    free: Mapping[str, Search] = field(default_factory=dict)
+    trained: Callable[[str], heal.Job] | None = None
     later: Mapping[str, Search] = field(default_factory=dict)
 
 
-def tables_of(name: str) -> str:
-    return str(FOLDER / f"{name}-{torch.get_num_threads()}")
+def tables_of(name: str, device: str) -> str:
+    return str(FOLDER / f"{name}-{torch.get_num_threads() if device == 'cpu' else device}")
 
 
-def convolutions(name: str, base: fusion.Job, trained: Callable[[], heal.Job] | None = None) -> Compared:
+def convolutions(name: str, base: fusion.Job, trained: Callable[[str], heal.Job] | None = None) -> Compared:
     """A classifier of images, whose convolutions are merged."""
 
     def search(model: PreTrainedModel, budget: float, **options: Any) -> Found:
-        recipe = MergeRecipe(budget=budget, batch_size=BATCH, max_kernel=5, tables=tables_of(name), **options)
-        return search_merge(model, recipe, base.calibration)
+        device = model.device.type
+        measured = {"batch_size": BATCH[device], "max_kernel": 5, "tables": tables_of(name, device)}
+        return search_merge(model, MergeRecipe(budget=budget, **measured, **options), base.calibration)
 
-    size = base.model.config.image_size
+    def folded(model: PreTrainedModel, budget: float) -> Found:
+        """What every runtime does to a network that is not trained any more, and loses nothing."""
+        plan = folded_plan(model)
+        return Found(apply(model, plan), plan, None)
+
+    def inputs(count: int) -> dict[str, torch.Tensor]:
+        size = base.model.config.image_size
+        return {"pixel_values": torch.randn(count, 3, size, size)}
+
     methods = {
         "activations removed": {"choose": "activations"},
         "convolutions removed": {"choose": "convolutions"},
@@ -91,21 +108,28 @@ def convolutions(name: str, base: fusion.Job, trained: Callable[[], heal.Job] | 
         "ours": {},
     }
     searches = {method: partial(search, **options) for method, options in methods.items()}
-    later = {"ours, merged after training": partial(search, method="open")}
-    return Compared(name, base, {"pixel_values": torch.randn(BATCH, 3, size, size)}, searches, trained, later)
+    later = {
+        f"{method}, merged after training": partial(search, method="open", **options)
+        for method, options in methods.items()
+        if options.get("refit") != "none"  # of which nothing is fitted
+    }
+    return Compared(name, base, inputs, searches, {"batch norms folded": folded}, trained, later)
 
 
 def blocks(name: str, base: fusion.Job) -> Compared:
     """A transformer, of whose blocks each is chosen for."""
-    options = {"latency_batch_size": BATCH, "latency_repeats": 20, "tables": tables_of(name)}
+    sample = Sample.of(base.calibration)
 
     def chosen(model: PreTrainedModel, budget: float, **more: Any) -> Found:
+        device = model.device.type
+        options = {"latency_batch_size": BATCH[device], "latency_repeats": 20, "tables": tables_of(name, device)}
         return search(model, FusionRecipe(latency_budget=budget, **options, **more), base.calibration)
 
     def fused(model: PreTrainedModel, budget: float) -> Found:
         """As many layers as the budget allows, whatever else there is."""
-        inputs = batch_of(Sample.of(base.calibration), BATCH)
-        times = BlockTimes(model, inputs, Path(options["tables"]) / "latency.json", repeats=20)
+        device = model.device.type
+        inputs = batch_of(sample, BATCH[device])
+        times = BlockTimes(model, inputs, Path(tables_of(name, device)) / "latency.json", repeats=20)
         keep = int((budget * times.original - times.rest) / times.layer(0))
         found = search(model, FusionRecipe(keep_layers=keep), base.calibration)
         latency = {"original": times.original, "predicted": times.rest + keep * times.layer(0)}
@@ -117,13 +141,16 @@ def blocks(name: str, base: fusion.Job) -> Compared:
         "ours, sums of losses": partial(chosen, effort="low"),
         "ours": chosen,
     }
-    return Compared(name, base, batch_of(Sample.of(base.calibration), BATCH), methods)
+    return Compared(name, base, partial(batch_of, sample), methods)
 
 
-def resnet56_trained() -> heal.Job:
-    """With 1,000 batches of training, and the answers of the original beside the labels."""
-    recipe = HealRecipe(steps=1000, batch_size=64, eval_every=250, temperature=4.0, teacher_top_k=10)
-    return heal.images("resnet56", resnet56_model(), recipe, heal.rates(1e-4, 3e-4), pilot=100)
+def resnet56_trained(device: str) -> heal.Job:
+    """With 1,000 batches of training, or many more on a GPU, and the answers of the original beside the labels."""
+    if device == "cpu":
+        recipe = HealRecipe(steps=1000, batch_size=64, eval_every=250, temperature=4.0, teacher_top_k=10)
+        return heal.images("resnet56", resnet56_model(), recipe, heal.rates(1e-4, 3e-4), pilot=100)
+    recipe = HealRecipe(steps=2500, batch_size=256, eval_every=250, temperature=4.0, mixed_precision="no")
+    return heal.images("resnet56", resnet56_model(), recipe, heal.rates(1e-3), pilot=0)
 
 
 def resnet56_model() -> PreTrainedModel:
@@ -143,13 +170,16 @@ def resnet34() -> Compared:
 
 def mobilenet_v2() -> Compared:
     """Half as wide, for small images, which it makes no smaller than 4 x 4: fewer strides, and 306 segments."""
-    config = MobileNetV2Config(image_size=32, depth_multiplier=0.5, output_stride=8, num_labels=10)
+    config = MobileNetV2Config(
+        image_size=32, depth_multiplier=0.5, output_stride=8, num_labels=10, classifier_dropout_prob=0.1
+    )
     torch.manual_seed(0)
     model = MobileNetV2ForImageClassification(config)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.1  # transformers has TensorFlow's 0.997, which is 0.003 here
-    return convolutions("mobilenet-v2", heal.images_base(heal.grown("mobilenet-v2", model, 2000)))
+    steps = 3500 if torch.cuda.is_available() else 2000
+    return convolutions("mobilenet-v2", heal.images_base(heal.grown("mobilenet-v2", model, steps)))
 
 
 JOBS: dict[str, Callable[[], Compared]] = {
@@ -163,23 +193,30 @@ JOBS: dict[str, Callable[[], Compared]] = {
 
 def timed(job: Compared, model: PreTrainedModel) -> dict[str, Any]:
     """Milliseconds of a model and of the original for a batch, in turn."""
+    inputs = {name: tensor.to(model.device) for name, tensor in job.inputs(BATCH[model.device.type]).items()}
     with torch.inference_mode():
-        runs = {"ms": partial(model, **job.inputs), "original_ms": partial(job.base.model, **job.inputs)}
+        runs = {"ms": partial(model, **inputs), "original_ms": partial(job.base.model, **inputs)}
         found = interleaved(runs, model.device, repeats=40, warmup=5)
-    return {name: value.median for name, value in found.items()} | {"spread_ms": found["ms"].spread}
+    times = {name: value.median for name, value in found.items()} | {"spread_ms": found["ms"].spread}
+    return times | {"threads": torch.get_num_threads(), "device": device_name(model.device)}
 
 
 def rows(job: Compared, budgets: Sequence[float], methods: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Budget, method and what was measured without any training."""
+    searches = {**job.methods, **job.free}
     for budget, method in itertools.product(budgets, methods):
         start = time.perf_counter()
         try:
-            found = job.methods[method](job.base.model, budget)
+            found = searches[method](job.base.model, budget)
         except RecipeError as error:
             yield f"{budget:.0%}", method, {"refused": str(error)}
             continue
         seconds = time.perf_counter() - start
-        times = found.plan.notes["latency_ms"]
+        times = found.plan.notes.get("latency_ms")
+        predicted = {}
+        if times is not None:
+            share = times["predicted"] / times["original"]
+            predicted = {"predicted_ms": times["predicted"], "predicted_share": share}
         model = found.model.eval()
         yield (
             f"{budget:.0%}",
@@ -188,37 +225,41 @@ def rows(job: Compared, budgets: Sequence[float], methods: Sequence[str]) -> Ite
                 **job.base.score(model),
                 **parameter_counts(model),
                 **timed(job, model),
-                "predicted_ms": times["predicted"],
-                "predicted_share": times["predicted"] / times["original"],
-                "threads": torch.get_num_threads(),
+                **predicted,
                 "seconds": seconds,
                 "edits": describe(found.plan),
             },
         )
 
 
-def run(name: str, budgets: Sequence[float], methods: Sequence[str]) -> None:
+def run(name: str, device: str, budgets: Sequence[float], methods: Sequence[str]) -> None:
     """Measure all rows of a job that are not there yet, and save after each."""
     job = JOBS[name]()
-    known = heal.load(RESULT).get(name, {})
+    job.base.model.to(device)
+    known = heal.load(result(device)).get(name, {})
     if "original" not in known:
-        known["original"] = {**job.base.score(job.base.model), **parameter_counts(job.base.model)}
-    for budget in budgets:
-        todo = [method for method in methods or job.methods if method not in known.get(f"{budget:.0%}", {})]
+        model = job.base.model
+        known["original"] = {**job.base.score(model), **parameter_counts(model)}
+        if hasattr(model.config, "trained"):
+            known["original"]["trained"] = model.config.trained
+    for budget in (1.0, *budgets):
+        every = job.free if budget == 1 else methods or job.methods
+        todo = [method for method in every if method not in known.get(f"{budget:.0%}", {})]
         for share, method, row in rows(job, [budget], todo):
             known.setdefault(share, {})[method] = row
             print(f"{name}, {share}, {method}: {row}", flush=True)
-            with heal.updated(RESULT) as results:
+            with heal.updated(result(device)) as results:
                 results[name] = known
 
 
-def train(name: str, budgets: Sequence[float], methods: Sequence[str]) -> None:
-    """Retrain what is not there yet, and save after each model."""
-    compared = JOBS[name]()
+def train(name: str, device: str, budgets: Sequence[float], methods: Sequence[str]) -> None:
+    """Retrain what is not there yet, and save after each model; `methods` may have the original among them."""
+    compared, path = JOBS[name](), result(device, trained=True)
     every = {**compared.methods, **compared.later}
     targets = {f"{budget:.0%} of the time": {"budget": budget} for budget in budgets}
-    job = replace(compared.trained(), targets=targets, pilots=tuple(targets)[:1])
-    known = heal.save(job, TRAINED, {})
+    job = replace(compared.trained(device), targets=targets, pilots=tuple(targets)[:1])
+    job.base.model.to(device)
+    known = heal.save(job, path, {})
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two are not faster at training small convolutions
@@ -229,12 +270,12 @@ def train(name: str, budgets: Sequence[float], methods: Sequence[str]) -> None:
         torch.set_num_threads(1)
         return found.model, found.plan
 
-    models = [("original", {}, "original", 1, heal.untouched)]
-    methods = methods or list(every)
-    models += [(t, asked, m, 1, partial(made, m)) for t, asked in targets.items() for m in methods]
+    methods = methods or ["original", *every]
+    models = [("original", {}, "original", 1, heal.untouched)] if "original" in methods else []
+    models += [(t, asked, m, 1, partial(made, m)) for t, asked in targets.items() for m in methods if m in every]
     for model in models:
         for news in heal.measure(job, known, *model):
-            heal.save(job, TRAINED, news)
+            heal.save(job, path, news)
 
 
 QUALITY = {
@@ -252,14 +293,15 @@ def table(results: dict[str, Any], name: str) -> list[list[str]]:
     shown = {key: form for key, (_, form) in QUALITY.items() if key in original}
     made = [[f"{name}, budget", "method", *(QUALITY[key][0] for key in shown), "predicted", "measured", "parameters"]]
     made.append(["100%", "original", *(form.format(original[key]) for key, form in shown.items()), *["100%"] * 3])
-    for budget, methods in sorted((item for item in found.items() if item[0] != "original"), reverse=True):
-        for method, row in methods.items():
-            if "refused" in row:
-                made.append([budget, method, "out of reach", *[""] * (len(shown) + 2)])
-                continue
-            shares = row["predicted_share"], row["ms"] / row["original_ms"], row["parameters"] / original["parameters"]
-            quality = [form.format(row[key]) for key, form in shown.items()]
-            made.append([budget, method, *quality, *(f"{share:.0%}" for share in shares)])
+    budgets = sorted((name for name in found if name != "original"), key=lambda name: -float(name.rstrip("%")))
+    for budget, method, row in ((name, *item) for name in budgets for item in found[name].items()):
+        if "refused" in row:
+            made.append([budget, method, "out of reach", *[""] * (len(shown) + 2)])
+            continue
+        predicted = f"{row['predicted_share']:.0%}" if "predicted_share" in row else ""
+        shares = row["ms"] / row["original_ms"], row["parameters"] / original["parameters"]
+        quality = [form.format(row[key]) for key, form in shown.items()]
+        made.append([budget, method, *quality, predicted, *(f"{share:.0%}" for share in shares)])
     return made
 
 
@@ -271,6 +313,7 @@ def tables(results: dict[str, Any]) -> list[list[list[str]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("jobs", nargs="*", choices=[*JOBS, []], help=f"default: all of {', '.join(JOBS)}")
+    parser.add_argument("--device", choices=BATCH, default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--train", action="store_true", help="retrain models, and measure nothing without training")
     parser.add_argument("--budgets", nargs="*", type=float, default=BUDGETS)
@@ -279,11 +322,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     for name in options.jobs or JOBS:
-        if options.train:
-            train(name, options.budgets, options.methods)
-        else:
-            run(name, options.budgets, options.methods)
-    for made in [*tables(heal.load(RESULT)), *heal.tables(heal.load(TRAINED))]:
+        measure = train if options.train else run
+        measure(name, options.device, options.budgets, options.methods)
+    measured, trained = (heal.load(result(options.device, trained)) for trained in (False, True))
+    for made in [*tables(measured), *heal.tables(trained)]:
         print("\n" + text_table(made))
 
 

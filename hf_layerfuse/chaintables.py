@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +27,11 @@ from .plan import CHAIN, MergeConvs, Plan
 from .prediction import calibration_loss
 from .segments import Kept, Merged
 from .table import Table
-from .timing import interleaved, timed_on
+from .timing import Timed, interleaved, timed_on
 from .tune import tune
+
+ROW = 10
+"""Calls in a row when a GPU is timed, on which a part alone takes some microseconds."""
 
 
 class Entry(NamedTuple):
@@ -143,7 +146,7 @@ class Latencies:
             small = apply(self.model, plan).eval()
             runs = {"original": lambda: self.model(self.images), name: lambda: small(self.images)}
             with eval_mode(self.model):
-                timed = interleaved(runs, self.model.device, repeats=self.repeats, warmup=self.warmup)
+                timed = self._timed(runs)
             # in the light of what the original takes today
             pace = self.original / timed["original"].median
             self.table.put({name: {"ms": timed[name].median * pace, "spread_ms": timed[name].spread * pace}})
@@ -160,8 +163,13 @@ class Latencies:
         if not runs:
             return
         with eval_mode(self.model):
-            timed = interleaved(runs, self.model.device, repeats=self.repeats, warmup=self.warmup)
+            timed = self._timed(runs)
         self.table.put({name: {"ms": value.median, "spread_ms": value.spread} for name, value in timed.items()})
+
+    def _timed(self, runs: Mapping[str, Callable[[], object]]) -> dict[str, Timed]:
+        device = self.model.device
+        row = ROW if device.type == "cuda" else 1
+        return interleaved(runs, device, repeats=self.repeats, warmup=self.warmup, row=row)
 
     def _part(self, entry: Entry) -> _Part:
         stock = self.model.get_submodule(self.convs.units[entry.start + 1].conv)

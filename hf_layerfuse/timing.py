@@ -44,7 +44,7 @@ def timed_on(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, 
 
 
 def interleaved(
-    runs: Mapping[_Name, Callable[[], Any]], device: torch.device, *, repeats: int, warmup: int
+    runs: Mapping[_Name, Callable[[], Any]], device: torch.device, *, repeats: int, warmup: int, row: int = 1
 ) -> dict[_Name, Timed]:
     """Time some calls: all of them once, all of them again, and so on.
 
@@ -53,9 +53,11 @@ def interleaved(
         device: on which they compute, which is waited for.
         repeats: timed rounds.
         warmup: rounds before those, not timed.
+        row: calls in a row, of which the mean is taken. A GPU is handed many operations before it has done the first,
+            so that one that is waited for takes longer than it does among others.
     """
     rounds = [
-        {name: _milliseconds(call, device) for name, call in runs.items()}
+        {name: _milliseconds(call, device, row) for name, call in runs.items()}
         for _ in tqdm(range(warmup + repeats), "Timing", disable=None, leave=False)
     ]
     found = {}
@@ -65,11 +67,12 @@ def interleaved(
     return found
 
 
-def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+def _milliseconds(call: Callable[[], Any], device: torch.device, row: int) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    call()
+    for _ in range(row):
+        call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) * 1000
+    return (time.perf_counter() - start) * 1000 / row

@@ -200,7 +200,7 @@ def causal_lm(request):
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions take as long as they have products, transformers as they have parameters: no test is timed."""
 
-    def by_size(runs, device, *, repeats, warmup):
+    def by_size(runs, device, *, repeats, warmup, row):
         found = {}
         for name, run in runs.items():
             if name in ("original", "folded"):

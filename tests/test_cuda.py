@@ -1,0 +1,170 @@
+"""What is done on a GPU is what is done on a CPU: every method, for every architecture."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import NETWORKS, TINY, network, some_batches, tiny_model
+from test_search import batches_of, whole
+from torch.utils.data import DataLoader
+
+from hf_layerfuse import (
+    AutoFusedModel,
+    CollapseRecipe,
+    FusionRecipe,
+    HealRecipe,
+    MergeRecipe,
+    apply,
+    collapse,
+    fuse,
+    heal,
+    merge,
+    refit,
+    search,
+    search_collapse,
+    search_merge,
+    verify,
+)
+from hf_layerfuse.blocktimes import BlockTimes
+from hf_layerfuse.calibration import Sample
+from hf_layerfuse.chaintables import Latencies, Losses, entries_of
+from hf_layerfuse.evaluate import classification, embedding_fidelity
+from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse.prediction import prediction
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions with all bits of float32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def accelerate(fresh_accelerate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+
+
+def on_gpu(model):
+    return copy.deepcopy(model).cuda()
+
+
+def outputs(model) -> torch.Tensor:
+    """What a model makes of random inputs, on the CPU."""
+    inputs = example_inputs(model, 4)
+    with torch.inference_mode():
+        found = prediction(model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}))
+    return found.double().cpu()
+
+
+def assert_alike(model, other) -> None:
+    ours, theirs = outputs(model), outputs(other)
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+
+
+def assert_made_alike(found, original, batches) -> None:
+    """What was found on the GPU stayed there, can be checked there, and is what its plan makes on the CPU."""
+    assert found.model.device.type == "cuda"
+    verify(found.model)
+    student = apply(original, found.plan)
+    refit(student, original, found.plan, batches)
+    assert_alike(found.model, student)
+
+
+@pytest.mark.parametrize("mode", ["depth", "share", "basis"])
+@pytest.mark.parametrize("model_type", TINY)
+def test_layers_are_fused(model_type, mode) -> None:
+    model = whole(model_type)
+    batches = batches_of(model)
+    target = {"keep_layers": 2} if mode == "depth" else {"ratio": 0.4, "rank": 4}
+    recipe = FusionRecipe(mode=mode, effort="low", **target)
+    assert_made_alike(search(on_gpu(model), recipe, batches), model, batches)
+
+
+@pytest.mark.parametrize("align", ["permutation", "activation", "rotation"])
+def test_layers_are_aligned(align) -> None:
+    model = whole("gpt2")
+    batches = batches_of(model)
+    assert fuse(on_gpu(model), keep_layers=2, align=align, operator="mean", batches=batches).device.type == "cuda"
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_mlps_become_linear(model_type) -> None:
+    model = whole(model_type)
+    batches = batches_of(model)
+    assert_made_alike(search_collapse(on_gpu(model), CollapseRecipe(count=2), batches), model, batches)
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_a_latency_budget_is_kept(model_type, steady) -> None:
+    model = whole(model_type)
+    batches = batches_of(model)
+    assert_made_alike(search(on_gpu(model), FusionRecipe(latency_budget=0.7, effort="low"), batches), model, batches)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_convolutions_are_merged(name, steady) -> None:
+    model = copy.deepcopy(network(name)).float()
+    batches = some_batches(model)
+    assert_made_alike(search_merge(on_gpu(model), MergeRecipe(budget=0.7, max_kernel=5), batches), model, batches)
+
+
+def test_blocks_and_convolutions_are_timed(tmp_path) -> None:
+    """On the device of the model, which the tables name."""
+    model = on_gpu(whole("gpt2"))
+    times = BlockTimes(model, example_inputs(model), tmp_path / "blocks.json")
+    assert 0 < times.layer(0) < times.original
+    model = on_gpu(network("cifar")).float()
+    entries = entries_of(model, 5)
+    latencies = Latencies(model, example_inputs(model)["pixel_values"], tmp_path / "convs.json")
+    latencies.measure(entries)
+    assert all(0 < latencies.of(entry) < latencies.original for entry in entries)
+    assert all(torch.cuda.get_device_name() in path.read_text() for path in tmp_path.glob("*.json"))
+
+
+def test_losses_on_the_gpu_are_those_on_the_cpu() -> None:
+    """So that a table of one can be used on the other."""
+    model = copy.deepcopy(network("cifar")).float()
+    sample, entries = Sample.of(some_batches(model)), entries_of(model, 5)
+    tables = [Losses(other, sample) for other in (model, on_gpu(model))]
+    assert tables[0].table.about == tables[1].table.about
+    for table in tables:
+        table.measure(entries)
+    for entry in entries:
+        assert tables[0].of(entry) == pytest.approx(tables[1].of(entry), rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("compress", [fuse, collapse, merge])
+def test_the_result_is_retrained(compress, precision, tmp_path, steady, accelerate) -> None:
+    """In each precision, from float32 weights, with the original as teacher; it reloads as it is."""
+    if compress is merge:
+        model = copy.deepcopy(network("cifar")).float()
+        batches, asked = some_batches(model), {"budget": 0.8}
+    else:
+        model = tiny_model("bert", "BertForSequenceClassification")
+        batches, asked = batches_of(model), {"keep_layers": 3} if compress is fuse else {"count": 2}
+    model = on_gpu(model)
+    small = compress(model, batches=batches, **asked)
+    inputs = [{name: tensor[0] for name, tensor in example_inputs(model, 1, seed=seed).items()} for seed in range(16)]
+    loader = DataLoader(inputs, 4, shuffle=True)
+    recipe = HealRecipe(steps=12, learning_rate=1e-4, eval_every=4, mixed_precision=precision)
+    report = heal(small, loader, recipe, teacher=model, validation_batches=DataLoader(inputs, 4))
+    assert report.mixed_precision == precision
+    assert all(math.isfinite(loss) for _, loss in report.train_loss + report.validation_loss)
+    assert small.device.type == "cuda"
+    small.save_pretrained(tmp_path)
+    assert_alike(AutoFusedModel.from_pretrained(tmp_path, device_map="cuda"), small)
+
+
+def test_what_is_evaluated_is_the_same() -> None:
+    model = tiny_model("vit", "ViTForImageClassification")
+    batches = [{**example_inputs(model, 4, seed=seed), "labels": torch.tensor([0, 1, 1, 0])} for seed in range(2)]
+    scores = [classification(other, batches) for other in (model, on_gpu(model))]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    assert embedding_fidelity(on_gpu(model), model, batches)["cosine"] == pytest.approx(1.0, abs=1e-5)
