@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from .calibration import Sample
 from .chainedits import merged_shape, windows_of
 from .chainfit import repair, see
 from .fingerprint import digest, fingerprint
+from .math.knapsack import Frontier, Option
 from .modeling import apply
 from .modes import eval_mode
 from .parts import PaddedConv2d, convolution, module_at
@@ -84,7 +84,9 @@ def entries_of(model: PreTrainedModel, max_kernel: int) -> list[Entry]:
 class Latencies:
     """How long each entry takes: one convolution of its shape, the sum that it ends with, and the activation.
 
-    Each shape is measured once, on the device of the model, in turn with the others.
+    Each shape is measured once, on the device of the model, in turn with the others. Parts that are timed alone leave
+    out what is between them, and wait for nothing. So two whole models are timed too, the original with its batch norms
+    folded and the one that is fastest by its parts, and on the line through both lies what others are thought to take.
 
     Args:
         model: a stock one.
@@ -95,7 +97,8 @@ class Latencies:
 
     Attributes:
         original: milliseconds of the whole model.
-        rest: milliseconds of all that is no entry: the first convolution, poolings, the head.
+        rest: milliseconds of all that is no entry: the first convolution, poolings, the head, and what lies between.
+        pace: what a part takes in a whole model, as a share of what it takes alone.
 
     Raises:
         LayerFuseError: the file was measured on another device or network.
@@ -114,24 +117,15 @@ class Latencies:
             self.shapes = [tensor.shape for tensor in see(model, {model.main_input_name: self.images}, reads)]
         self.table = Table(path, timed_on(model, {model.main_input_name: images}))
         self._names: dict[Entry, str] = {}
+        self.rest, self.pace = 0.0, 1.0
 
     @property
     def original(self) -> float:
         return self.table.values["original"]["ms"]
 
-    @property
-    def rest(self) -> float:
-        return max(self.table.values["folded"]["ms"] - self._ones, 0.0)
-
-    @cached_property
-    def _ones(self) -> float:
-        """Milliseconds of all convolutions as they are, each timed alone."""
-        places = range(1, len(self.convs.units))
-        return sum(self._alone(Entry(place - 1, place, Merged(0, False), (place,))) for place in places)
-
     def of(self, entry: Entry) -> float:
-        """Milliseconds of an entry, where all together take no more than the model does."""
-        return self._alone(entry) * min(1.0, self.table.values["folded"]["ms"] / self._ones)
+        """Milliseconds of an entry among others."""
+        return self.pace * self._alone(entry)
 
     def _alone(self, entry: Entry) -> float:
         if entry not in self._names:
@@ -154,17 +148,31 @@ class Latencies:
 
     @torch.inference_mode()
     def measure(self, entries: Sequence[Entry]) -> None:
-        """Measure what is not known yet: the shapes of some entries, and the whole model."""
+        """Measure what is not known yet: the shapes of entries that lead through the chain, and whole models."""
         parts = {part.name: part for part in map(self._part, entries)}
         runs = {name: part for name, part in parts.items() if name not in self.table.values}
         if "original" not in self.table.values:
             folded = apply(self.model, folded_plan(self.model)).eval()
             runs |= {"original": lambda: self.model(self.images), "folded": lambda: folded(self.images)}
-        if not runs:
-            return
-        with eval_mode(self.model):
-            timed = self._timed(runs)
-        self.table.put({name: {"ms": value.median, "spread_ms": value.spread} for name, value in timed.items()})
+        if runs:
+            with eval_mode(self.model):
+                timed = self._timed(runs)
+            self.table.put({name: {"ms": value.median, "spread_ms": value.spread} for name, value in timed.items()})
+        self._settle(entries)
+
+    def _settle(self, entries: Sequence[Entry]) -> None:
+        """Find how long parts take in a whole model, and what it takes beside them."""
+        length, folded = len(self.convs.units) - 1, self.table.values["folded"]["ms"]
+        fastest = cheapest(length, entries, self._alone)
+        parts = sum(map(self._alone, fastest))
+        ones = sum(self._alone(Entry(place - 1, place, Merged(0, False), (place,))) for place in range(1, length + 1))
+        self.pace = min(1.0, folded / ones)
+        if parts < ones:
+            gained = folded - self.model_of(folded_plan(self.model, [entry.edit for entry in fastest if entry.changes]))
+            # a line below nothing at no parts is none that could be measured
+            if 0 < gained / (ones - parts) <= folded / ones:
+                self.pace = gained / (ones - parts)
+        self.rest = folded - self.pace * ones
 
     def _timed(self, runs: Mapping[str, Callable[[], object]]) -> dict[str, Timed]:
         device = self.model.device
@@ -221,6 +229,14 @@ class _Part:
         if added is not None:
             found = found + (added if self.shortcut is None else self.shortcut(added))
         return found if self.act is None else self.act(found)
+
+
+def cheapest(length: int, entries: Sequence[Entry], cost: Callable[[Entry], float]) -> list[Entry]:
+    """Those entries that lead from the first boundary to the last and cost the least in sum."""
+    options: dict[tuple[int, int], list[Option]] = {}
+    for entry in entries:
+        options.setdefault((entry.start, entry.end), []).append(Option(0.0, -cost(entry), entry))
+    return [option.label for _, _, option in Frontier(length, options, 1.0, units=1).best()]
 
 
 def folded_plan(model: PreTrainedModel, edits: Sequence[MergeConvs] = ()) -> Plan:

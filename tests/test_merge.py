@@ -27,7 +27,7 @@ from hf_layerfuse import (
     verify,
 )
 from hf_layerfuse.calibration import Sample
-from hf_layerfuse.chaintables import Entry, Latencies, Losses, entries_of, folded_plan
+from hf_layerfuse.chaintables import Entry, Latencies, Losses, cheapest, entries_of, folded_plan
 from hf_layerfuse.merge import choose, frontier
 from hf_layerfuse.prediction import calibration_loss
 from hf_layerfuse.segments import Chain, Link
@@ -185,6 +185,7 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
         Losses(cifar, Sample.of(images(cifar, 8)), tmp_path / "losses.json")
     path = tmp_path / "latency.json"
     latencies = Latencies(cifar, torch.randn(2, 3, 32, 32), path, repeats=2, warmup=1)
+    entries = entries_of(cifar, 3)
     latencies.measure(entries)
     shapes = [name for name in latencies.table.values if name not in ("original", "folded")]
     assert len(shapes) < len(entries)
@@ -286,6 +287,26 @@ def test_every_entry_is_timed_at_its_shape(name):
         given = latencies._part(entry)()
         if entry.end + 1 < len(latencies.shapes):
             assert given.shape == latencies.shapes[entry.end + 1]
+
+
+def test_what_lies_between_parts_is_counted(cifar, steady, monkeypatch):
+    """Where a model takes its parts at some pace and a time beside them, each chain is thought to take just that."""
+    entries = entries_of(cifar, 5)
+    latencies = Latencies(cifar, torch.randn(2, 3, 32, 32), repeats=1, warmup=0)
+    latencies.measure(entries)
+    alone = latencies._alone
+    ones = [entry for entry in entries if not entry.changes]
+    fastest = cheapest(len(ones), entries, alone)
+    for rest, pace in ((300.0, 0.5), (0.0, 0.75), (10.0, 1.5)):
+        latencies.table.put({"folded": {"ms": rest + pace * sum(map(alone, ones))}})
+        monkeypatch.setattr(latencies, "model_of", lambda plan, a=rest, b=pace: a + b * sum(map(alone, fastest)))
+        latencies.measure(entries)
+        assert (latencies.rest, latencies.pace) == pytest.approx((rest, pace))
+        assert latencies.rest + sum(map(latencies.of, ones)) == pytest.approx(latencies.table.values["folded"]["ms"])
+    # a model that gains more than its parts do: no less than nothing is beside them
+    monkeypatch.setattr(latencies, "model_of", lambda plan: 0.0)
+    latencies.measure(entries)
+    assert latencies.rest >= 0
 
 
 def test_bad_input_is_refused(cifar):
