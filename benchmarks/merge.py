@@ -105,6 +105,7 @@ def convolutions(name: str, base: fusion.Job, trained: Callable[[str], heal.Job]
         "convolutions removed": {"choose": "convolutions"},
         "smallest weights removed": {"choose": "magnitude"},
         "ours, not fitted": {"refit": "none"},
+        "ours, segments trained": {"tune_steps": 4},
         "ours": {},
     }
     searches = {method: partial(search, **options) for method, options in methods.items()}
@@ -148,7 +149,7 @@ def resnet56_trained(device: str) -> heal.Job:
     """With 1,000 batches of training, or many more on a GPU, and the answers of the original beside the labels."""
     if device == "cpu":
         recipe = HealRecipe(steps=1000, batch_size=64, eval_every=250, temperature=4.0, teacher_top_k=10)
-        return heal.images("resnet56", resnet56_model(), recipe, heal.rates(1e-4, 3e-4), pilot=100)
+        return heal.images("resnet56", resnet56_model(), recipe, heal.rates(1e-4, 3e-4, 1e-3), pilot=100)
     recipe = HealRecipe(steps=2500, batch_size=256, eval_every=250, temperature=4.0, mixed_precision="no")
     return heal.images("resnet56", resnet56_model(), recipe, heal.rates(1e-3), pilot=0)
 

@@ -71,7 +71,8 @@ def filled(text: str) -> str:
         "collapse": collapse.tables(linear),
         "collapse, retrained": heal.tables(heal.load(collapse.TRAINED)),
         "merge": merge.tables(merged),
-        "merge, retrained": heal.tables(heal.load(merge.TRAINED)),
+        "merge, on a GPU": merge.tables(heal.load(merge.result("cuda"))),
+        "merge, retrained": heal.tables(heal.load(merge.result("cpu", trained=True))),
         "sweep": [sweep.table(swept)],
         "throughput": [throughput.table(speeds)],
     }

@@ -17,7 +17,7 @@ from .modeling import apply
 from .modes import eval_mode
 from .plan import Drop, Edit, Linearize, Plan
 from .table import Table
-from .timing import interleaved, timed_on
+from .timing import time_missing, timed_on
 
 
 class BlockTimes:
@@ -73,12 +73,7 @@ class BlockTimes:
         runs = {"original": self.model} | {key: apply(self.model, plan).eval() for key, plan in todo.items()}
         with eval_mode(self.model), torch.inference_mode():
             calls = {key: partial(model, **self.inputs) for key, model in runs.items()}
-            timed = interleaved(calls, self.model.device, repeats=self.repeats, warmup=self.warmup)
-        # what is timed later is seen in the light of the original's time then
-        known = self.table.values.get("original")
-        pace = known["ms"] / timed["original"].median if known else 1.0
-        fresh = {key: {"ms": value.median * pace, "spread_ms": value.spread * pace} for key, value in timed.items()}
-        self.table.put(fresh | ({"original": known} if known else {}))
+            time_missing(self.table, calls, self.model.device, repeats=self.repeats, warmup=self.warmup)
 
     @property
     def original(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from .plan import CHAIN, MergeConvs, Plan
 from .prediction import calibration_loss
 from .segments import Kept, Merged
 from .table import Table
-from .timing import Timed, interleaved, timed_on
+from .timing import time_missing, timed_on
 from .tune import tune
 
 ROW = 10
@@ -137,27 +138,16 @@ class Latencies:
         """Milliseconds of the model that a plan leads to, timed in turn with the original."""
         name = f"model {hashlib.sha256(json.dumps(plan.to_dict(notes=False)).encode()).hexdigest()[:16]}"
         if name not in self.table.values:
-            small = apply(self.model, plan).eval()
-            runs = {"original": lambda: self.model(self.images), name: lambda: small(self.images)}
-            with eval_mode(self.model):
-                timed = self._timed(runs)
-            # in the light of what the original takes today
-            pace = self.original / timed["original"].median
-            self.table.put({name: {"ms": timed[name].median * pace, "spread_ms": timed[name].spread * pace}})
+            self._time({name: partial(apply(self.model, plan).eval(), self.images)})
         return self.table.values[name]["ms"]
 
     @torch.inference_mode()
     def measure(self, entries: Sequence[Entry]) -> None:
         """Measure what is not known yet: the shapes of entries that lead through the chain, and whole models."""
-        parts = {part.name: part for part in map(self._part, entries)}
-        runs = {name: part for name, part in parts.items() if name not in self.table.values}
-        if "original" not in self.table.values:
-            folded = apply(self.model, folded_plan(self.model)).eval()
-            runs |= {"original": lambda: self.model(self.images), "folded": lambda: folded(self.images)}
-        if runs:
-            with eval_mode(self.model):
-                timed = self._timed(runs)
-            self.table.put({name: {"ms": value.median, "spread_ms": value.spread} for name, value in timed.items()})
+        runs: dict[str, Callable[[], object]] = {part.name: part for part in map(self._part, entries)}
+        if "folded" not in self.table.values:
+            runs["folded"] = partial(apply(self.model, folded_plan(self.model)).eval(), self.images)
+        self._time(runs)
         self._settle(entries)
 
     def _settle(self, entries: Sequence[Entry]) -> None:
@@ -174,10 +164,11 @@ class Latencies:
                 self.pace = gained / (ones - parts)
         self.rest = folded - self.pace * ones
 
-    def _timed(self, runs: Mapping[str, Callable[[], object]]) -> dict[str, Timed]:
-        device = self.model.device
+    def _time(self, runs: Mapping[str, Callable[[], object]]) -> None:
+        device, runs = self.model.device, {"original": partial(self.model, self.images), **runs}
         row = ROW if device.type == "cuda" else 1
-        return interleaved(runs, device, repeats=self.repeats, warmup=self.warmup, row=row)
+        with eval_mode(self.model):
+            time_missing(self.table, runs, device, repeats=self.repeats, warmup=self.warmup, row=row)
 
     def _part(self, entry: Entry) -> _Part:
         stock = self.model.get_submodule(self.convs.units[entry.start + 1].conv)

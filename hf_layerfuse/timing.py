@@ -15,6 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .table import Table
+
 _Name = TypeVar("_Name", bound=Hashable)
 
 
@@ -65,6 +67,34 @@ def interleaved(
         low, median, high = np.percentile([times[name] for times in rounds[warmup:]], (25, 50, 75))
         found[name] = Timed(float(median), float(high - low))
     return found
+
+
+def time_missing(
+    table: Table,
+    runs: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    *,
+    repeats: int,
+    warmup: int,
+    row: int = 1,
+) -> None:
+    """Time what a table does not know yet, and put it in, as `ms` and `spread_ms`.
+
+    What is timed later is seen in the light of what the original takes then.
+
+    Args:
+        table: of milliseconds.
+        runs: name -> call; the original is one of them, and timed each time.
+        device, repeats, warmup, row: as for `interleaved`.
+    """
+    todo = {name: call for name, call in runs.items() if name not in table.values}
+    if not todo:
+        return
+    timed = interleaved({"original": runs["original"], **todo}, device, repeats=repeats, warmup=warmup, row=row)
+    known = table.values.get("original")
+    pace = known["ms"] / timed["original"].median if known else 1.0
+    fresh = {name: {"ms": value.median * pace, "spread_ms": value.spread * pace} for name, value in timed.items()}
+    table.put(fresh | ({"original": known} if known else {}))
 
 
 def _milliseconds(call: Callable[[], Any], device: torch.device, row: int) -> float:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 # before `datasets` is imported; one per worker, removed at exit
@@ -200,24 +200,18 @@ def causal_lm(request):
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions take as long as they have products, transformers as they have parameters: no test is timed."""
 
-    def by_size(runs, device, *, repeats, warmup, row):
-        found = {}
-        for name, run in runs.items():
-            if name in ("original", "folded"):
-                found[name] = Timed(1100.0 if name == "original" else 1000.0, 0.0)
-            elif name.startswith("model "):
-                found[name] = Timed(1.0, 0.0)
-            else:
-                run()
-                products = 1 if run.conv is None else run.conv.weight.numel() * run.shapes[0][2] ** 2
-                found[name] = Timed(1.0 * products, 0.0)
-        return found
+    def milliseconds(name: str, run) -> float:
+        if isinstance(run, partial) and run.args:  # images
+            return {"original": 1100.0, "folded": 1000.0}.get(name, 1.0)
+        if isinstance(run, partial):  # tokens
+            return 1e-3 * sum(p.numel() for p in run.func.parameters())
+        run()
+        return 1.0 if run.conv is None else 1.0 * run.conv.weight.numel() * run.shapes[0][2] ** 2
 
-    def by_parameters(runs, device, *, repeats, warmup):
-        return {name: Timed(1e-3 * sum(p.numel() for p in run.func.parameters()), 0.0) for name, run in runs.items()}
+    def timed(runs, device, **_):
+        return {name: Timed(milliseconds(name, run), 0.0) for name, run in runs.items()}
 
-    monkeypatch.setattr("hf_layerfuse.chaintables.interleaved", by_size)
-    monkeypatch.setattr("hf_layerfuse.blocktimes.interleaved", by_parameters)
+    monkeypatch.setattr("hf_layerfuse.timing.interleaved", timed)
 
 
 @pytest.fixture

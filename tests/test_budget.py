@@ -229,7 +229,7 @@ def test_tables_are_kept(monkeypatch, tmp_path):
     assert len(json.loads((tmp_path / "losses.json").read_text())["values"]) == 5
     found = search(model, recipe, batches)
     monkeypatch.setattr(Trials, "_measure", lambda self, edits: pytest.fail("measured twice"))
-    monkeypatch.setattr("hf_layerfuse.blocktimes.interleaved", lambda *_, **__: pytest.fail("timed twice"))
+    monkeypatch.setattr("hf_layerfuse.timing.interleaved", lambda *_, **__: pytest.fail("timed twice"))
     again = search(model, recipe, batches)
     assert again.plan.edits == found.plan.edits
     assert all(torch.equal(tensor, state_of(again.model)[name]) for name, tensor in state_of(found.model).items())
@@ -263,7 +263,7 @@ def test_blocks_take_shares_of_the_whole():
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_layerfuse.blocktimes.interleaved", by_type)
+        patch.setattr("hf_layerfuse.timing.interleaved", by_type)
         times = BlockTimes(model, batch_of(Sample.of(batches), 2))
     kinds = model.config.layer_types
     assert len(set(kinds)) == 2
@@ -286,7 +286,7 @@ def test_what_takes_longer_together(monkeypatch, caplog):
         sizes = {name: sum(p.numel() for p in run.func.parameters()) for name, run in runs.items()}
         return {name: Timed(size * (1.0 if name == "original" else slower), 0.0) for name, size in sizes.items()}
 
-    monkeypatch.setattr("hf_layerfuse.blocktimes.interleaved", together)
+    monkeypatch.setattr("hf_layerfuse.timing.interleaved", together)
     times = search(model, FusionRecipe(latency_budget=0.7, effort="low"), batches).plan.notes["latency_ms"]
     assert times["measured"] == pytest.approx(1.2 * times["predicted"], rel=0.01)
     assert times["measured"] <= 1.02 * 0.7 * times["original"]

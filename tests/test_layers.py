@@ -42,7 +42,8 @@ RANKS = (
     ("accelerators", "schedule"),
     ("adapters", "recipe"),
     ("math", "plan", "prediction", "collate"),
-    ("homotopy", "lora", "table"),
+    ("homotopy", "lora", "timing"),
+    ("table",),
     (
         "errors",
         "fingerprint",
@@ -54,7 +55,6 @@ RANKS = (
         "sharding",
         "states",
         "tasks",
-        "timing",
     ),
 )
 RANK = {name: rank for rank, row in enumerate(RANKS) for name in row}

@@ -204,9 +204,7 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
 
 def test_activations_alone_are_removed(cifar, tmp_path, monkeypatch):
     """All convolutions stay, and kernels grow, where a convolution takes as long whatever its kernel."""
-    monkeypatch.setattr(
-        "hf_layerfuse.chaintables.interleaved", lambda runs, device, **_: dict.fromkeys(runs, Timed(9, 0))
-    )
+    monkeypatch.setattr("hf_layerfuse.timing.interleaved", lambda runs, device, **_: dict.fromkeys(runs, Timed(9, 0)))
     recipe = MergeRecipe(budget=0.8, choose="activations", batch_size=4, repeats=2, tables=str(tmp_path))
     found = search_merge(cifar, recipe, images(cifar))
     merged = [edit for edit in found.plan.edits if len(edit.layers) > 1]
