@@ -22,6 +22,7 @@ from .calibration import Sample
 from .edits import check_model
 from .errors import RecipeError, UnsupportedModelError
 from .fingerprint import digest, fingerprint
+from .forms import needs_fit
 from .found import Found
 from .limits import NEAR, affordable, within
 from .math.knapsack import Option
@@ -123,7 +124,7 @@ class _Budget:
             lambda run: group_edit("layer", run, recipe, importance),
             runs_only=recipe.choose == "runs",
         )
-        if "gate" in adapter.mlp and recipe.refit == "none":  # without its activation, such an MLP is still a product
+        if needs_fit(adapter) and recipe.refit == "none":
             self.choices = [choice for choice in self.choices if not isinstance(choice.edit, Linearize)]
         self.tried: dict[tuple[Edit, ...], dict[str, Any]] = {}
         self.best: tuple[list[Choice], Plan, RefitReport, Saved] | None = None

@@ -14,6 +14,7 @@ from .adapters import adapter_for
 from .calibration import Batches, Sample
 from .edits import check_model, check_plan
 from .errors import RecipeError, UnsupportedModelError
+from .forms import needs_fit
 from .found import Found
 from .modeling import apply
 from .modes import eval_mode
@@ -52,7 +53,7 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
     homotopy = recipe.method == "homotopy"
     for plan in (replace(nothing, edits=edits), *([_bent(replace(nothing, edits=edits), recipe)] if homotopy else [])):
         check_plan(model, adapter, plan)
-    if "gate" in adapter.mlp and (batches is None or recipe.refit == "none"):
+    if needs_fit(adapter) and (batches is None or recipe.refit == "none"):
         raise UnsupportedModelError(
             f"the MLPs of {adapter.model_type!r} are gated, and bilinear without their activation: what makes them "
             "linear is a fit. Pass batches=, and use refit='full' or 'maps'."

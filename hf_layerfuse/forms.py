@@ -30,6 +30,11 @@ class Collapsed(nn.Linear):
     """The linear map that an MLP has become, or the second of the two."""
 
 
+def needs_fit(adapter: TransformerAdapter) -> bool:
+    """Whether an MLP without its activation is still a product of two maps, and is linear only when it is fitted."""
+    return "gate" in adapter.mlp
+
+
 def check_form(layer: nn.Module, adapter: TransformerAdapter, form: Form) -> None:
     """Raise unless the MLP of a stock layer can take a form.
 
@@ -45,7 +50,7 @@ def check_form(layer: nn.Module, adapter: TransformerAdapter, form: Form) -> Non
             f"{adapter.activation!r}: to make it linear, name its maps 'in', 'out' and 'gate', and its activation."
         )
     if isinstance(form, BlendedForm):
-        if "gate" in names:
+        if needs_fit(adapter):
             raise UnsupportedModelError(
                 f"the MLPs of {adapter.model_type!r} are gated: with a linear activation they are still products of "
                 "two maps of what they read. What makes them linear is a fit: Linearize(layer) with refit, or "

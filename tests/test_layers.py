@@ -38,7 +38,7 @@ RANKS = (
     ("taps", "lines"),
     ("edits", "calibration", "mapfit"),
     ("forms",),
-    ("inputs", "parts", "relaxed"),
+    ("inputs", "operators", "parts", "relaxed"),
     ("accelerators", "schedule"),
     ("adapters", "recipe"),
     ("math", "plan", "prediction", "collate"),

@@ -7,9 +7,9 @@ import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 
-from hf_layerfuse.edits import combine
 from hf_layerfuse.math import cluster
 from hf_layerfuse.math.knee import knee
+from hf_layerfuse.operators import combine
 from hf_layerfuse.plan import Source
 
 
