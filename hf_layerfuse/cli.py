@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="fuse.py",
-        usage="accelerate launch fuse.py RECIPE [--model M] [--output_dir DIR] [--overwrite] [--section.field VALUE]",
+        usage="accelerate launch fuse.py RECIPE [--model M] [--output_dir DIR] [--overwrite] [--push_to_hub NAME "
+        "[--private] [--revision BRANCH]] [--section.field VALUE]",
         allow_abbrev=False,
         description="Make a pretrained model smaller by a recipe (fuse its layers, or make MLPs linear), heal it, "
         "evaluate it and save it.",
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="Hub name or path, in place of the recipe's")
     parser.add_argument("--output_dir", help="where to write, in place of the recipe's")
     parser.add_argument("--overwrite", action="store_true", help="replace output_dir if it is not empty")
+    parser.add_argument("--push_to_hub", metavar="NAME", help="publish the result as user/name on the Hub")
+    parser.add_argument("--private", action="store_true", help="where only you, or your organisation, can see it")
+    parser.add_argument("--revision", metavar="BRANCH", help="publish it on a branch")
     known, rest = parser.parse_known_args(arguments)
     try:
         if arguments[0].startswith("-"):
@@ -44,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides |= {name: value for name in ("model", "output_dir") if (value := getattr(known, name)) is not None}
         if known.overwrite:
             overrides["overwrite"] = True
+        for name in ("push_to_hub", "private", "revision"):
+            if value := getattr(known, name):
+                overrides[f"hub.{name}"] = value
         recipe = load_recipe(known.recipe, overrides)
         run(recipe, command=shlex.join(["accelerate", "launch", "fuse.py", *arguments]))
     except LayerFuseError as error:

@@ -29,6 +29,10 @@ class TrainingError(LayerFuseError):
     """The loss of a training is not finite, or explodes."""
 
 
+class PublishError(LayerFuseError):
+    """The Hub cannot be reached, or refuses a result."""
+
+
 class VerificationError(LayerFuseError):
     """A fused model does not survive saving and loading, or computes something else when cached."""
 

@@ -16,12 +16,13 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, set
 
 from . import __version__
 from .adapters import ChainAdapter, LayerAdapter, adapter_for
-from .errors import CheckpointError
+from .errors import CheckpointError, PublishError
 from .loading import load_checkpoint
 from .output import MARK, check_output, new_directory, unfinished
 from .plan import Plan
 from .plots import plot_homotopy
 from .processes import process_state
+from .publish import check_publish, publish
 from .recipe import Recipe
 from .report import HOMOTOPY, model_card, rows, text_table
 from .rounds import auto_class_of, fuse_and_heal, identity_of, round_to
@@ -41,12 +42,15 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
         What `results.json` holds: `before`, `fused` and, with `heal.steps` above 0, `healed`.
 
     Raises:
-        LayerFuseError: one of its children, for each thing that the user can mend.
+        LayerFuseError: one of its children, for each thing that the user can mend. Where a finished result cannot be
+            published, it stays in its directory.
     """
     state = process_state()
     data = recipe.data
     inputs = (recipe.model, *(() if data.name else (data.train, data.validation, data.test)))
     check_output(recipe.output_dir, recipe.overwrite, keep=inputs)
+    if recipe.hub.push_to_hub is not None:
+        check_publish(recipe.hub)  # before hours of work
     set_seed(recipe.seed)
 
     original, processor = _load(recipe)
@@ -56,7 +60,7 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
     inputs = RunData(recipe, processor, original)
     files = [_stamp(path) for path in (recipe.model, data.train, data.validation, data.test)]
     # one fused model serves every way to heal it; what is fused further depends on how it was healed before
-    other = ("overwrite", "output_dir", *(("heal",) if recipe.heal.schedule == "one-shot" else ()))
+    other = ("overwrite", "output_dir", "hub", *(("heal",) if recipe.heal.schedule == "one-shot" else ()))
     work = unfinished(recipe.output_dir, [files, identity_of(recipe, *other)])
     fused, plan, results = fuse_and_heal(recipe, original, inputs, work)
     if recipe.heal.steps > 0:
@@ -69,9 +73,21 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
         shutil.rmtree(work, ignore_errors=True)
         print(text_table(rows(results)))
         print(f"\nWritten to {recipe.output_dir}")
+        if recipe.hub.push_to_hub is not None:
+            print(f"Published: {_publish(recipe)}")
     state.wait_for_everyone()
     state.destroy_process_group()
     return results
+
+
+def _publish(recipe: Recipe) -> str:
+    try:
+        return publish(Path(recipe.output_dir), recipe.hub, f"{Path(recipe.model).name}, made smaller")
+    except PublishError as error:
+        command = f"hf upload {recipe.hub.push_to_hub} {recipe.output_dir} ."
+        raise PublishError(
+            f"{error} The result is complete in {recipe.output_dir}; `{command}` publishes it."
+        ) from error
 
 
 def _stamp(path: str | None) -> list[int] | None:

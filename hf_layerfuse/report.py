@@ -132,6 +132,14 @@ def _timed(plan: Plan) -> list[str]:
     ]
 
 
+def _address(recipe: Recipe) -> str:
+    """What a result is loaded by, as Python."""
+    if recipe.hub.push_to_hub is None:
+        return '"path/to/this/model"'
+    branch = "" if recipe.hub.revision is None else f', revision="{recipe.hub.revision}"'
+    return f'"{recipe.hub.push_to_hub}"{branch}'
+
+
 def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str) -> ModelCard:
     """The card of a run: what became of which layers, the figures, the command and the limits."""
     last = stages(results)[-1]
@@ -202,7 +210,7 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
             "```python",
             *imports,
             "",
-            f'model = {auto_class}.from_pretrained("path/to/this/model")',
+            f"model = {auto_class}.from_pretrained({_address(recipe)})",
             "```",
             "",
             "## Limits",

@@ -482,8 +482,13 @@ def test_model_and_data_by_their_names_on_the_hub(tmp_path, streaming):
     named = ["--model", "some/gpt2", "--data.name", "some/lines", "--output_dir", str(tmp_path / "out")]
     for split in ("train", "validation", "test"):
         named += [f"--data.{split}", split]
-    with hub(tmp_path / "hub") as url:
-        own = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    with hub(tmp_path / "hub") as site:
+        own = {
+            "HF_ENDPOINT": site.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
         own["HF_DATASETS_CACHE"] = str(tmp_path / "home" / "datasets")
 
         def run(*more: str) -> subprocess.CompletedProcess:

@@ -16,7 +16,7 @@ RANKS = (
     ("rounds",),
     ("rundata",),
     ("__init__",),
-    ("report", "plots", "heal", "latency", "layermap", "data", "teacher"),
+    ("publish", "report", "plots", "heal", "latency", "layermap", "data", "teacher"),
     ("loop", "splits"),
     ("labels",),
     ("evaluate", "objective", "checkpoint", "output"),

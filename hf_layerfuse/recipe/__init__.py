@@ -4,6 +4,7 @@ from .collapse import COLLAPSE_TARGETS, CollapseRecipe
 from .data import DataRecipe
 from .fusion import TARGETS, FusionRecipe
 from .heal import HealRecipe
+from .hub import HubRecipe
 from .merge import MERGE_TARGETS, MergeRecipe
 from .run import EvaluateRecipe, Recipe, load_recipe
 
@@ -16,6 +17,7 @@ __all__ = [
     "EvaluateRecipe",
     "FusionRecipe",
     "HealRecipe",
+    "HubRecipe",
     "MergeRecipe",
     "Recipe",
     "load_recipe",

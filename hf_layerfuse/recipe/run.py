@@ -12,6 +12,7 @@ from .collapse import COLLAPSE_TARGETS, CollapseRecipe
 from .data import DataRecipe
 from .fusion import TARGETS, FusionRecipe
 from .heal import HealRecipe
+from .hub import HubRecipe
 from .merge import MERGE_TARGETS, MergeRecipe
 from .strict import require, strict_recipe
 
@@ -41,7 +42,7 @@ class EvaluateRecipe:
 
 @strict_recipe
 class Recipe:
-    """A whole run of `fuse.py`: a recipe file has these fields, the last six as sections.
+    """A whole run of `fuse.py`: a recipe file has these fields, the last seven as sections.
 
     It has one method: `fusion`, `collapse` or `merge`.
 
@@ -66,6 +67,7 @@ class Recipe:
     merge: MergeRecipe | None = None
     heal: HealRecipe = dataclasses.field(default_factory=HealRecipe)
     evaluate: EvaluateRecipe = dataclasses.field(default_factory=EvaluateRecipe)
+    hub: HubRecipe = dataclasses.field(default_factory=HubRecipe)
 
     def __post_init__(self) -> None:
         given = [name for name in ("fusion", "collapse", "merge") if getattr(self, name) is not None]
@@ -141,6 +143,7 @@ _SECTIONS = {
     "merge": MergeRecipe,
     "heal": HealRecipe,
     "evaluate": EvaluateRecipe,
+    "hub": HubRecipe,
 }
 _TARGETS = {"fusion": TARGETS, "collapse": COLLAPSE_TARGETS, "merge": MERGE_TARGETS}
 
