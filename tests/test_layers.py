@@ -12,11 +12,11 @@ PACKAGE = Path(hf_layerfuse.__file__).parent
 # from top to bottom; a module may import those of lower rows, a folder counts as one module
 RANKS = (
     ("cli",),
-    ("job",),
+    ("job", "console"),
     ("rounds",),
     ("rundata",),
     ("__init__",),
-    ("publish", "report", "plots", "heal", "latency", "layermap", "data", "teacher"),
+    ("overview", "publish", "report", "plots", "heal", "latency", "layermap", "data", "teacher"),
     ("loop", "splits"),
     ("labels",),
     ("evaluate", "objective", "checkpoint", "output"),

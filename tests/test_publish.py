@@ -149,3 +149,24 @@ def test_bad_names_are_refused() -> None:
     ):
         with pytest.raises(RecipeError, match=reason):
             HubRecipe(**values)
+
+
+DIRECT = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+import hf_layerfuse
+model = hf_layerfuse.AutoFusedModel.from_pretrained(sys.argv[1]).eval()
+small = hf_layerfuse.fuse(model, keep_layers=2)
+small.push_to_hub("someone/direct")
+back = AutoModelForCausalLM.from_pretrained("someone/direct").eval()
+ids = torch.arange(8)[None]
+print("SAME", torch.equal(small(ids).logits, back(ids).logits), back.config.num_hidden_layers)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_is_pushed_by_its_own_method(tmp_path, site) -> None:
+    """`push_to_hub` of transformers is all that a fused model needs, and its Auto classes load it."""
+    causal_lm(tmp_path)
+    done = python(site, tmp_path, "-c", DIRECT, str(tmp_path / "model"))
+    assert "SAME True 2" in done.stdout, done.stdout + done.stderr

@@ -1,0 +1,94 @@
+"""The command `hf-layerfuse`: looks at models, and changes none."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from .calibration import Batches
+from .errors import CheckpointError, DataError, LayerFuseError
+from .loading import load_checkpoint
+from .math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
+from .modeling import head_class
+from .overview import overview
+from .report import text_table
+
+_EXAMPLES = """examples:
+  hf-layerfuse inspect openai-community/gpt2
+  hf-layerfuse inspect path/to/config.json                          sizes alone, from a config
+  hf-layerfuse inspect path/to/bert --similarity cka --text lines.txt
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand. Returns 0, or 1 after an error that the user can mend, which goes to standard error."""
+    parser = argparse.ArgumentParser(prog="hf-layerfuse", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser(
+        "inspect",
+        help="the layers of a model, their sizes and how alike they are",
+        description="Show what a model is made of, how alike its layers are, and what can be done with it.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inspect.add_argument("model", help="checkpoint or Hub name; or a config alone: config.json, or its directory")
+    inspect.add_argument(
+        "--similarity",
+        choices=[*ON_WEIGHTS, *ON_ACTIVATIONS],
+        help="distance of each layer to the next; default: cosine, of weights. 0 is equal, and independent random "
+        f"weights are about 1 apart. {', '.join(ON_ACTIVATIONS)} compare what layers compute, and need --text",
+    )
+    inspect.add_argument("--text", type=Path, help="lines of text that activations are compared on")
+    known = parser.parse_args(arguments)
+    try:
+        model = _load(known.model)
+        similarity = known.similarity
+        if model.device.type != "meta":
+            similarity = similarity or "cosine"
+        elif similarity is not None:
+            raise CheckpointError(
+                f"{known.model!r} is a config without weights, of which nothing is alike: leave --similarity out, or "
+                "name a checkpoint."
+            )
+        if similarity in ON_ACTIVATIONS and known.text is None:
+            raise DataError(f"--similarity {similarity} compares what layers compute from a text: give --text FILE.")
+        tables = overview(model, similarity, None if known.text is None else _batches(known.model, known.text))
+    except LayerFuseError as error:
+        print(f"hf-layerfuse: {error}", file=sys.stderr)
+        return 1
+    print("\n\n".join(map(text_table, tables)))
+    return 0
+
+
+def _load(name: str) -> PreTrainedModel:
+    """A checkpoint; or a model without weights, where there is a config alone."""
+    path = Path(name)
+    folder = path if path.is_dir() else path.parent
+    if path.exists() and (path.is_file() or not any(folder.glob("*.safetensors"))):
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{name!r} holds neither a checkpoint nor a config: {error}") from error
+        with torch.device("meta"):
+            return head_class(config)(config)
+    return load_checkpoint(name)
+
+
+def _batches(model: str, text: Path) -> Batches:
+    """Lines of a file as batches of 16, cut after 128 tokens; 256 lines at most."""
+    try:
+        lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()][:256]
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--text {text}: {error}") from error
+    if not lines:
+        raise DataError(f"--text {text} has no lines of text: name a file with some.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # the attention mask hides it
+    parts = [lines[start : start + 16] for start in range(0, len(lines), 16)]
+    return [dict(tokenizer(p, truncation=True, max_length=128, padding=True, return_tensors="pt")) for p in parts]

@@ -1,0 +1,89 @@
+"""What `hf-layerfuse inspect` shows is what the model has, for every architecture, with weights or without."""
+
+import pytest
+import torch
+from conftest import NETWORKS, TINY, network, tiny_model
+from test_cli import causal_lm
+
+from hf_layerfuse.adapters import ADAPTERS, ChainAdapter, adapter_for
+from hf_layerfuse.console import main
+from hf_layerfuse.distances import block_distances
+from hf_layerfuse.overview import overview
+from hf_layerfuse.report import text_table
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_layers_and_blocks_are_counted(model_type) -> None:
+    """Each layer has its parameters, and its blocks have no more; distances are those of the fusion engine."""
+    model = tiny_model(model_type)
+    adapter = adapter_for(model)
+    summary, layers = overview(model, "cosine")
+    sizes = dict(map(tuple, summary))
+    assert int(sizes["parameters"].replace(",", "")) == model.num_parameters()
+    assert sizes["fuse()"] == sizes["collapse()"] == "yes"
+    distances = block_distances(model, adapter.kinds, "cosine", None)
+    for place, (row, layer) in enumerate(zip(layers[1:], adapter.layer_list(model), strict=True)):
+        total, *blocks = (int(value.replace(",", "")) for value in row[1 : 2 + len(adapter.kinds)])
+        assert total == sum(p.numel() for p in layer.parameters())
+        assert all(block > 0 for block in blocks)
+        assert sum(blocks) <= total
+        if place + 1 < len(layers) - 1:
+            apart = [float(value) for value in row[-len(adapter.kinds) :]]
+            wanted = [distances[kind][place, place + 1].item() for kind in adapter.kinds]
+            assert apart == pytest.approx(wanted, abs=6e-4)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_convolutions_are_counted(name) -> None:
+    model = network(name)
+    tables = overview(model)
+    chain = adapter_for(model, ChainAdapter).convolutions(model).chain(model)
+    rows = dict(map(tuple, tables[-1]))
+    assert int(rows["convolutions"]) == len(chain.links)
+    assert int(rows["segments of two or more that can be one"]) > 0
+    assert dict(map(tuple, tables[0]))["merge()"] == "yes"
+
+
+def test_a_checkpoint_and_a_config_alone(tmp_path, capsys) -> None:
+    """Of a config alone, there are sizes and no distances; a similarity of weights is refused."""
+    causal_lm(tmp_path)
+    checkpoint = tmp_path / "model"
+    capsys.readouterr()
+    assert main(["inspect", str(checkpoint)]) == 0
+    whole = capsys.readouterr().out
+    assert "fuse()" in whole
+    assert "attention to the next" in whole
+    assert main(["inspect", str(checkpoint), "--similarity", "cka", "--text", str(tmp_path / "train.txt")]) == 0
+    assert "attention to the next" in capsys.readouterr().out
+    assert main(["inspect", str(checkpoint / "config.json")]) == 0
+    sizes = capsys.readouterr().out
+    assert "attention to the next" not in sizes
+    assert sizes.splitlines()[1].split() == whole.splitlines()[1].split()  # parameters
+    assert main(["inspect", str(checkpoint / "config.json"), "--similarity", "cosine"]) == 1
+    assert "a config without weights" in capsys.readouterr().err
+
+
+def test_bad_input_is_refused(tmp_path, capsys) -> None:
+    causal_lm(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "folder").mkdir()
+    for words, reason in (
+        (["/nowhere/at/all"], "there is no directory"),
+        ([str(tmp_path / "folder")], "neither a checkpoint nor a config"),
+        ([str(tmp_path / "model"), "--similarity", "cka"], "give --text FILE"),
+        ([str(tmp_path / "model"), "--text", str(tmp_path / "empty.txt")], "no lines of text"),
+        ([str(tmp_path / "model"), "--text", str(tmp_path / "none.txt")], "none.txt"),
+    ):
+        assert main(["inspect", *words]) == 1
+        assert reason in capsys.readouterr().err
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    """With the reason, in the place of `yes`."""
+    model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    found = text_table(overview(model)[0])
+    assert "no: " in found
+    assert "scale_attn_by_inverse_layer_idx" in found
+    with torch.device("meta"):
+        assert "fuse()" not in text_table(overview(type(model)(model.config))[0])
+    assert len(ADAPTERS) > len(TINY)
