@@ -5,23 +5,30 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from .calibration import Batches
+from .cli import parse_overrides
 from .errors import CheckpointError, DataError, LayerFuseError
 from .loading import load_checkpoint
 from .math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
+from .methods.fusion import plan_evenly, plan_fusion
 from .modeling import head_class
-from .overview import overview
-from .report import text_table
+from .overview import Rows, overview
+from .recipe import FusionRecipe
+from .report import describe, text_table
+from .sizes import planned_size
 
 _EXAMPLES = """examples:
   hf-layerfuse inspect openai-community/gpt2
   hf-layerfuse inspect path/to/config.json                          sizes alone, from a config
   hf-layerfuse inspect path/to/bert --similarity cka --text lines.txt
+  hf-layerfuse plan openai-community/gpt2 --keep_layers 8
+  hf-layerfuse plan path/to/config.json --ratio 0.5 --mode share
 """
 
 
@@ -44,25 +51,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"weights are about 1 apart. {', '.join(ON_ACTIVATIONS)} compare what layers compute, and need --text",
     )
     inspect.add_argument("--text", type=Path, help="lines of text that activations are compared on")
-    known = parser.parse_args(arguments)
+    plan = commands.add_parser(
+        "plan",
+        usage="hf-layerfuse plan MODEL [--text FILE] --keep_layers N [--field VALUE ...]",
+        help="which layers a fusion would make one, and how large the result would be",
+        description="Show what a fusion would do, and do nothing. Every field of FusionRecipe can be set: "
+        "--keep_layers, --ratio, --max_parameters, --max_bytes, --mode, --similarity ... What is chosen by measuring "
+        "(a latency budget, collapse, merge) is planned by fuse.py alone.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    plan.add_argument("model", help="as for inspect; of a config alone, runs of even length become one")
+    plan.add_argument("--text", type=Path, help="lines of text, for a similarity of activations")
+    known, rest = parser.parse_known_args(arguments)
     try:
-        model = _load(known.model)
-        similarity = known.similarity
-        if model.device.type != "meta":
-            similarity = similarity or "cosine"
-        elif similarity is not None:
-            raise CheckpointError(
-                f"{known.model!r} is a config without weights, of which nothing is alike: leave --similarity out, or "
-                "name a checkpoint."
-            )
-        if similarity in ON_ACTIVATIONS and known.text is None:
-            raise DataError(f"--similarity {similarity} compares what layers compute from a text: give --text FILE.")
-        tables = overview(model, similarity, None if known.text is None else _batches(known.model, known.text))
+        overrides = parse_overrides(rest)
+        if known.command == "plan":
+            tables = _plan(known, FusionRecipe(**overrides))
+        elif rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        else:
+            tables = _inspect(known)
     except LayerFuseError as error:
         print(f"hf-layerfuse: {error}", file=sys.stderr)
         return 1
     print("\n\n".join(map(text_table, tables)))
     return 0
+
+
+def _inspect(known: argparse.Namespace) -> list[Rows]:
+    model, similarity = _load(known.model), known.similarity
+    if model.device.type != "meta":
+        similarity = similarity or "cosine"
+    elif similarity is not None:
+        raise CheckpointError(
+            f"{known.model!r} is a config without weights, of which nothing is alike: leave --similarity out, or "
+            "name a checkpoint."
+        )
+    return overview(model, similarity, _batches(known, similarity))
+
+
+def _plan(known: argparse.Namespace, recipe: FusionRecipe) -> list[Rows]:
+    model = _load(known.model)
+    if model.device.type == "meta":
+        plan = plan_evenly(model, recipe)
+    else:
+        plan = plan_fusion(model, recipe, _batches(known, recipe.similarity))
+    sizes = [planned_size(model, replace(plan, edits=edits)) for edits in ((), plan.edits)]
+    rows = [["of the original", "in the result"], *(line.split(": ", 1) for line in describe(plan))]
+    if len({layer for edit in plan.edits for layer in edit.layers}) < plan.num_layers:
+        rows.append(["all other layers", "as they are"])
+    return [
+        rows,
+        [
+            ["", "before", "after"],
+            ["parameters", *(f"{size['parameters']:,}" for size in sizes)],
+            ["megabytes", *(f"{size['bytes'] / 1e6:,.1f}" for size in sizes)],
+        ],
+    ]
 
 
 def _load(name: str) -> PreTrainedModel:
@@ -79,11 +126,16 @@ def _load(name: str) -> PreTrainedModel:
     return load_checkpoint(name)
 
 
-def _batches(model: str, text: Path) -> Batches:
+def _batches(known: argparse.Namespace, similarity: str | None) -> Batches | None:
     """Lines of a file as batches of 16, cut after 128 tokens; 256 lines at most."""
+    text: Path | None = known.text
+    if text is None:
+        if similarity in ON_ACTIVATIONS:
+            raise DataError(f"--similarity {similarity} compares what layers compute from a text: give --text FILE.")
+        return None
     try:
         lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()][:256]
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(known.model)
     except (OSError, ValueError) as error:
         raise DataError(f"--text {text}: {error}") from error
     if not lines:

@@ -11,8 +11,9 @@ PACKAGE = Path(hf_layerfuse.__file__).parent
 
 # from top to bottom; a module may import those of lower rows, a folder counts as one module
 RANKS = (
+    ("console",),
     ("cli",),
-    ("job", "console"),
+    ("job",),
     ("rounds",),
     ("rundata",),
     ("__init__",),

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+import yaml
 from conftest import NETWORKS, TINY, network, tiny_model
 from test_cli import causal_lm
 
+from hf_layerfuse import AutoFusedModel, FusionRecipe, apply, plan_fusion
 from hf_layerfuse.adapters import ADAPTERS, ChainAdapter, adapter_for
 from hf_layerfuse.console import main
 from hf_layerfuse.distances import block_distances
 from hf_layerfuse.overview import overview
-from hf_layerfuse.report import text_table
+from hf_layerfuse.report import describe, text_table
 
 
 @pytest.mark.parametrize("model_type", TINY)
@@ -63,6 +65,28 @@ def test_a_checkpoint_and_a_config_alone(tmp_path, capsys) -> None:
     assert "a config without weights" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--keep_layers", "4"], ["--ratio", "0.4", "--mode", "share", "--rank", "auto"]])
+def test_a_plan_is_shown_and_nothing_done(tmp_path, capsys, words) -> None:
+    """What `plan_fusion` decides, with the sizes of what `apply` makes of it; of a config alone, runs of even length
+    and the same size."""
+    causal_lm(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert main(["plan", str(tmp_path / "model"), *words]) == 0
+    shown = capsys.readouterr().out
+    model = AutoFusedModel.from_pretrained(tmp_path / "model")
+    options = {
+        name.removeprefix("--"): yaml.safe_load(value) for name, value in zip(words[::2], words[1::2], strict=True)
+    }
+    plan = plan_fusion(model, FusionRecipe(**options))
+    sizes = [f"{count:,}" for count in (model.num_parameters(), apply(model, plan).num_parameters())]
+    assert all(line.split(": ", 1)[0] in shown for line in describe(plan))
+    assert ["parameters", *sizes] in [line.split() for line in shown.splitlines()]
+    assert main(["plan", str(tmp_path / "model" / "config.json"), *words]) == 0
+    assert ["parameters", *sizes] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_bad_input_is_refused(tmp_path, capsys) -> None:
     causal_lm(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
@@ -76,6 +100,16 @@ def test_bad_input_is_refused(tmp_path, capsys) -> None:
     ):
         assert main(["inspect", *words]) == 1
         assert reason in capsys.readouterr().err
+    for words, reason in (
+        (["--keep_layers", "40"], "fuses nothing"),
+        (["--keep_layer", "2"], "Did you mean 'keep_layers'?"),
+        (["--latency_budget", "0.5"], "is measured"),
+        ([], "exactly one target"),
+    ):
+        assert main(["plan", str(tmp_path / "model"), *words]) == 1
+        assert reason in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "model"), "--what", "1"])
 
 
 def test_what_cannot_be_done_is_said() -> None:

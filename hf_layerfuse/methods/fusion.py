@@ -18,6 +18,7 @@ from ..calibration import Batches, Sample
 from ..distances import block_distances
 from ..edits import check_model
 from ..errors import RecipeError
+from ..grouping import even
 from ..math import cluster
 from ..modes import eval_mode
 from ..plan import Align, Fuse, Kind, Plan
@@ -89,6 +90,22 @@ def plan_fusion(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches |
             "keep more, or use cluster='adjacent'."
         )
     return found
+
+
+def plan_evenly(model: PreTrainedModel, recipe: FusionRecipe) -> Plan:
+    """What a target comes to by shapes alone, in runs of as equal length as can be: for a model without weights.
+
+    Raises:
+        RecipeError: the target cannot be met, or needs a measurement.
+    """
+    adapter, recipe = adapter_for(model), settled(model, recipe)
+    depth = len(adapter.layer_list(model))
+    for keep in counts_of(model, recipe):
+        groups = {kind: even(depth, keep) for kind in kinds_of(model, recipe)}
+        found = Plan(adapter.model_type, depth, _edits(recipe, groups, None), kinds=adapter.kinds)
+        if fits(model, recipe, found):
+            return found
+    raise RecipeError("no runs of even length are that small: keep less, or choose for a model with weights.")
 
 
 def divider(model: PreTrainedModel, recipe: FusionRecipe) -> Callable[[np.ndarray, int], cluster.Groups]:
