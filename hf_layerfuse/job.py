@@ -20,11 +20,11 @@ from .errors import CheckpointError, PublishError
 from .loading import load_checkpoint
 from .output import MARK, check_output, new_directory, unfinished
 from .plan import Plan
-from .plots import plot_homotopy
+from .plots import draw
 from .processes import process_state
 from .publish import check_publish, publish
 from .recipe import Recipe
-from .report import HOMOTOPY, model_card, rows, text_table
+from .report import model_card, rows, text_table
 from .rounds import auto_class_of, fuse_and_heal, identity_of, round_to
 from .rundata import RunData, save_weights, say
 from .timing import device_name
@@ -149,8 +149,7 @@ def _save(
         save_weights(model, dtype, path)
         processor.save_pretrained(path)
         (path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-        if homotopy := results.get("heal", {}).get("homotopy"):
-            plot_homotopy(homotopy, path / HOMOTOPY)
+        pictures = draw(plan, results, path)
         (path / MARK).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        model_card(recipe, plan, results, command).save(path / "README.md")
+        model_card(recipe, plan, results, command, pictures).save(path / "README.md")
         verify(model, path)

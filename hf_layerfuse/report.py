@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,6 @@ _METRIC_NAMES = {
     "cross_entropy": "cross-entropy",
     "cosine": "cosine to the original",
 }
-
-
-HOMOTOPY = "homotopy.png"
-"""The picture of how activations became lines, beside the card."""
 
 
 def stages(results: dict[str, Any]) -> list[str]:
@@ -140,8 +137,18 @@ def _address(recipe: Recipe) -> str:
     return f'"{recipe.hub.push_to_hub}"{branch}'
 
 
-def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str) -> ModelCard:
-    """The card of a run: what became of which layers, the figures, the command and the limits."""
+def model_card(
+    recipe: Recipe, plan: Plan, results: dict[str, Any], command: str, pictures: Mapping[str, str] | None = None
+) -> ModelCard:
+    """The card of a run: what became of which layers, the figures, the command and the limits.
+
+    Args:
+        recipe: of the run.
+        plan: that was carried out.
+        results: what `results.json` holds.
+        command: what the user typed.
+        pictures: name of each file beside the card -> what it shows.
+    """
     last = stages(results)[-1]
     part = results["metrics_on"]
     source = getattr(recipe.data, part) or recipe.data.train  # rows held out of train, where there is no validation
@@ -184,7 +191,6 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
         if part == "test"
         else "The recipe names no test data: the figures are from those that healing was watched on.",
     ]
-    homotopy = bool(results.get("heal", {}).get("homotopy"))
     metrics = results["before"]["metrics"]
     if "stride" in metrics:
         limits.append(f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}.")
@@ -204,7 +210,7 @@ def model_card(recipe: Recipe, plan: Plan, results: dict[str, Any], command: str
             *(f"- {line}" for line in describe(plan)),
             "",
             *_timed(plan),
-            *([f"![How far each activation is on its way to a line]({HOMOTOPY})", ""] if homotopy else []),
+            *(line for file, shows in (pictures or {}).items() for line in (f"![{shows}]({file})", "")),
             "## Use",
             "",
             "```python",
