@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 
 from .errors import PublishError
 from .recipe import HubRecipe
@@ -20,10 +20,14 @@ def check_publish(recipe: HubRecipe) -> None:
     """Raise where it can be known before a long run that it cannot be published.
 
     Raises:
-        PublishError: the Hub cannot be reached, nobody is logged in, or the repository would be another's.
+        PublishError: the Hub cannot be reached, nobody is logged in, or the repository would be another's, or is public
+            where it is to be private.
     """
     with _explained(recipe, "find out who is logged in"):
         user = HfApi().whoami()
+        _check_private(
+            recipe, recipe.push_to_hub if "/" in recipe.push_to_hub else f"{user['name']}/{recipe.push_to_hub}"
+        )
     owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
     owner, slash, _ = recipe.push_to_hub.partition("/")
     if slash and owner not in owners:
@@ -47,12 +51,12 @@ def publish(folder: Path, recipe: HubRecipe, message: str) -> str:
         The address of the commit.
 
     Raises:
-        PublishError: the Hub refuses, or cannot be reached.
+        PublishError: the Hub refuses, or cannot be reached, or the repository is public where it is to be private.
     """
     api = HfApi()
     with _explained(recipe, "publish"):
-        # `private` would change nothing in a repository that is there
         name = api.create_repo(recipe.push_to_hub, private=recipe.private or None, exist_ok=True).repo_id
+        _check_private(recipe, name)  # one that was there before is as it was
         if recipe.revision is not None:
             api.create_branch(name, branch=recipe.revision, exist_ok=True)
         commit = api.upload_folder(
@@ -65,12 +69,24 @@ def publish(folder: Path, recipe: HubRecipe, message: str) -> str:
     return commit.commit_url
 
 
+def _check_private(recipe: HubRecipe, name: str) -> None:
+    """Raise where a repository is there that everybody sees, and the result is to be private."""
+    with suppress(RepositoryNotFoundError):
+        if recipe.private and not HfApi().repo_info(name).private:
+            raise PublishError(
+                f"hub.private=True, and {name!r} is there and public: make it private in its settings, or publish "
+                "under another name."
+            )
+
+
 @contextmanager
 def _explained(recipe: HubRecipe, what: str) -> Iterator[None]:
     """Whatever the Hub or the way to it raises, as a `PublishError`."""
     failed = f"hub.push_to_hub={recipe.push_to_hub!r}: cannot {what}"
     try:
         yield
+    except PublishError:
+        raise
     except LocalTokenNotFoundError as error:
         raise PublishError(
             f"hub.push_to_hub={recipe.push_to_hub!r}, and nobody is logged in: run `hf auth login`, or set HF_TOKEN."

@@ -74,9 +74,10 @@ from pathlib import Path
 from hf_layerfuse.errors import PublishError
 from hf_layerfuse.publish import check_publish, publish
 from hf_layerfuse.recipe import HubRecipe
-recipe = HubRecipe(push_to_hub=sys.argv[1])
+recipe = HubRecipe(push_to_hub=sys.argv[1], private="private" in sys.argv[3:])
 try:
-    check_publish(recipe)
+    if "unchecked" not in sys.argv[3:]:
+        check_publish(recipe)
     print("DONE", publish(Path(sys.argv[2]), recipe, "a model"))
 except PublishError as error:
     print("REFUSED", error)
@@ -126,6 +127,17 @@ def test_a_repository_that_is_there(tmp_path, site, folder) -> None:
     files = site.repositories["models", "someone/small"].files("main")[1]
     assert set(files) == {"model.safetensors", "config.json", "README.md", "notes.txt"}
     assert files["config.json"] == b"{}"
+
+
+@pytest.mark.slow
+def test_what_is_to_be_private_never_becomes_public(tmp_path, site, folder) -> None:
+    """Where a public repository is there already, nothing is published; whether that is found out before or after."""
+    for how in ("unchecked", "checked"):
+        assert "DONE" in python(site, tmp_path, "-c", PUBLISH, "someone/small", str(folder)).stdout
+        before = dict(site.repositories["models", "someone/small"].branches)
+        refused = python(site, tmp_path, "-c", PUBLISH, "someone/small", str(folder), "private", how)
+        assert "is there and public" in refused.stdout, refused.stdout + refused.stderr
+        assert site.repositories["models", "someone/small"].branches == before
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ class HubRecipe:
 
     Attributes:
         push_to_hub: repository, `user/name`, which is made if it is not there; None publishes nothing.
-        private: make it a private one. One that is there stays as it is.
+        private: make it a private one. One that is there and public is refused.
         revision: branch to publish on, which is made from `main` if it is not there; by default, `main`.
     """
 
