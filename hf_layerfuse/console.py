@@ -116,7 +116,8 @@ def _load(name: str) -> PreTrainedModel:
     """A checkpoint; or a model without weights, where there is a config alone."""
     path = Path(name)
     folder = path if path.is_dir() else path.parent
-    if path.exists() and (path.is_file() or not any(folder.glob("*.safetensors"))):
+    weights = any(any(folder.glob(f"*.{ending}")) for ending in ("safetensors", "bin", "h5", "msgpack"))
+    if path.exists() and (path.is_file() or not weights):
         try:
             config = AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,10 @@ def _publish(recipe: Recipe) -> str:
     try:
         return publish(Path(recipe.output_dir), recipe.hub, f"{Path(recipe.model).name}, made smaller")
     except PublishError as error:
-        command = f"hf upload {recipe.hub.push_to_hub} {recipe.output_dir} ."
+        words = ["hf", "upload", recipe.hub.push_to_hub, recipe.output_dir, "."]
+        words += ["--private"] * recipe.hub.private  # which makes one that is not there yet
+        words += [] if recipe.hub.revision is None else ["--revision", recipe.hub.revision]
+        command = shlex.join(words)
         raise PublishError(
             f"{error} The result is complete in {recipe.output_dir}; `{command}` publishes it."
         ) from error

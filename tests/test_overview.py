@@ -1,5 +1,7 @@
 """What `hf-layerfuse inspect` shows is what the model has, for every architecture, with weights or without."""
 
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -91,9 +93,13 @@ def test_bad_input_is_refused(tmp_path, capsys) -> None:
     causal_lm(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"pickle")
+    shutil.copy(tmp_path / "model" / "config.json", tmp_path / "pickled")
     for words, reason in (
         (["/nowhere/at/all"], "there is no directory"),
         ([str(tmp_path / "folder")], "neither a checkpoint nor a config"),
+        ([str(tmp_path / "pickled")], "cannot load a model"),
         ([str(tmp_path / "model"), "--similarity", "cka"], "give --text FILE"),
         ([str(tmp_path / "model"), "--text", str(tmp_path / "empty.txt")], "no lines of text"),
         ([str(tmp_path / "model"), "--text", str(tmp_path / "none.txt")], "none.txt"),

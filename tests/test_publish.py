@@ -1,6 +1,8 @@
 """What is published on a Hub comes back from it, and nothing is published by halves; with the real client."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +94,24 @@ def folder(tmp_path) -> Path:
     (found / "config.json").write_text("{}")
     (found / "README.md").write_text("---\ntags:\n- model-compression\n---\n\n# A model\n")
     return found
+
+
+@pytest.mark.slow
+def test_a_result_that_could_not_be_published_is_by_the_command_that_the_error_names(tmp_path, site) -> None:
+    """The result is complete, and goes where it was to go, as private as it was to be."""
+    words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--heal.steps", "0"]
+    site.drops["create"] = 1
+    failed = python(site, tmp_path, "fuse.py", *words, "--push_to_hub", "someone/late", "--private", "--revision", "v1")
+    assert failed.returncode == 1
+    assert not site.repositories
+    [command] = re.findall(r"`(hf upload .*?)` publishes it", failed.stderr)
+    program, *rest = shlex.split(command)
+    done = python(site, tmp_path, str(Path(sys.executable).with_name(program)), *rest)
+    assert done.returncode == 0, done.stdout + done.stderr
+    repository = site.repositories["models", "someone/late"]
+    assert repository.private
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= set(repository.files("v1")[1])
+    assert "model.safetensors" not in repository.files("main")[1]
 
 
 @pytest.mark.slow
