@@ -14,7 +14,7 @@ start afresh. Those of a GPU are beside them, in merge_cuda.json and merge_heal_
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -233,6 +233,13 @@ def rows(job: Compared, budgets: Sequence[float], methods: Sequence[str]) -> Ite
         )
 
 
+def asked_of(methods: Sequence[str] | None, known: Iterable[str]) -> list[str]:
+    """Those that were asked for, by default all; an unknown one ends the program."""
+    if unknown := sorted(set(methods or ()) - set(known)):
+        raise SystemExit(f"there is no method {', '.join(unknown)}: there are {', '.join(known)}.")
+    return list(methods or known)
+
+
 def run(name: str, device: str, budgets: Sequence[float], methods: Sequence[str]) -> None:
     """Measure all rows of a job that are not there yet, and save after each."""
     job = JOBS[name]()
@@ -244,7 +251,7 @@ def run(name: str, device: str, budgets: Sequence[float], methods: Sequence[str]
         if hasattr(model.config, "trained"):
             known["original"]["trained"] = model.config.trained
     for budget in (1.0, *budgets):
-        every = job.free if budget == 1 else methods or job.methods
+        every = job.free if budget == 1 else asked_of(methods, job.methods)
         todo = [method for method in every if method not in known.get(f"{budget:.0%}", {})]
         for share, method, row in rows(job, [budget], todo):
             known.setdefault(share, {})[method] = row
@@ -271,7 +278,7 @@ def train(name: str, device: str, budgets: Sequence[float], methods: Sequence[st
         torch.set_num_threads(1)
         return found.model, found.plan
 
-    methods = methods or ["original", *every]
+    methods = asked_of(methods, ["original", *every])
     models = [("original", {}, "original", 1, heal.untouched)] if "original" in methods else []
     models += [(t, asked, m, 1, partial(made, m)) for t, asked in targets.items() for m in methods if m in every]
     for model in models:
