@@ -22,13 +22,14 @@ import transformers
 from transformers import AutoTokenizer
 
 from hf_layerfuse import AutoFusedModel, Plan, evaluate
+from hf_layerfuse.card import model_card
 from hf_layerfuse.cli import parse_overrides
 from hf_layerfuse.data import loader, prepare, text_of
 from hf_layerfuse.heal import heal
 from hf_layerfuse.latency import latency_side_by_side
 from hf_layerfuse.loading import load_checkpoint
 from hf_layerfuse.recipe import Recipe, load_recipe
-from hf_layerfuse.report import model_card, rows, text_table
+from hf_layerfuse.report import rows, text_table
 from hf_layerfuse.splits import load_splits
 from hf_layerfuse.tasks import TASKS
 

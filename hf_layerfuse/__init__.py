@@ -13,6 +13,7 @@ from .adapters import (
     adapter_for,
 )
 from .align import align
+from .apply import apply
 from .auto import AutoFusedModel, collapse, fuse, merge
 from .collapse import search_collapse
 from .errors import (
@@ -30,7 +31,7 @@ from .heal import HealReport, heal
 from .layermap import fused_parameters, layer_map, mixed_weights
 from .merge import search_merge
 from .methods.fusion import plan_fusion
-from .modeling import apply, expand, register_adapter
+from .modeling import expand, register_adapter
 from .plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
 from .recipe import CollapseRecipe, FusionRecipe, HealRecipe, MergeRecipe
 from .refit import refit

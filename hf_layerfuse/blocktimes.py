@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .adapters import adapter_for
+from .apply import apply
 from .edits import can_be, shapes_of
-from .modeling import apply
 from .modes import eval_mode
 from .plan import Drop, Edit, Linearize, Plan
 from .table import Table

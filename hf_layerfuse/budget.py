@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .adapters import LayerAdapter, adapter_for
+from .apply import apply
 from .blocktimes import BlockTimes
 from .calibration import Sample
 from .edits import check_model
@@ -27,7 +28,6 @@ from .found import Found
 from .limits import NEAR, affordable, within
 from .math.knapsack import Option
 from .methods.fusion import group_edit, importance_of
-from .modeling import apply
 from .modes import eval_mode
 from .plan import Drop, Edit, Fuse, Linearize, Plan
 from .plan.edit import write_edit

@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .adapters import ChainAdapter, Place, Skip, adapter_for
+from .apply import apply
 from .calibration import Sample
 from .chainedits import merged_shape, windows_of
 from .chainfit import repair, see
 from .fingerprint import digest, fingerprint
 from .math.knapsack import Frontier, Option
-from .modeling import apply
 from .modes import eval_mode
 from .parts import PaddedConv2d, convolution, module_at
 from .plan import CHAIN, MergeConvs, Plan

@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="fuse.py",
-        usage="accelerate launch fuse.py RECIPE [--model M] [--output_dir DIR] [--overwrite] [--push_to_hub NAME "
-        "[--private] [--revision BRANCH]] [--section.field VALUE]",
+        usage="accelerate launch fuse.py RECIPE [--model M] [--output_dir DIR] [--overwrite] [--with_code] "
+        "[--push_to_hub NAME [--private] [--revision BRANCH]] [--section.field VALUE]",
         allow_abbrev=False,
         description="Make a pretrained model smaller by a recipe (fuse its layers, or make MLPs linear), heal it, "
         "evaluate it and save it.",
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="Hub name or path, in place of the recipe's")
     parser.add_argument("--output_dir", help="where to write, in place of the recipe's")
     parser.add_argument("--overwrite", action="store_true", help="replace output_dir if it is not empty")
+    parser.add_argument("--with_code", action="store_true", help="let the result be loaded without this library")
     parser.add_argument("--push_to_hub", metavar="NAME", help="publish the result as user/name on the Hub")
     parser.add_argument("--private", action="store_true", help="where only you, or your organisation, can see it")
     parser.add_argument("--revision", metavar="BRANCH", help="publish it on a branch")
@@ -46,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise RecipeError(f"the recipe comes first, before {arguments[0]}: fuse.py RECIPE.yaml {arguments[0]} ...")
         overrides = parse_overrides(rest)
         overrides |= {name: value for name in ("model", "output_dir") if (value := getattr(known, name)) is not None}
-        if known.overwrite:
-            overrides["overwrite"] = True
+        overrides |= {name: True for name in ("overwrite", "with_code") if getattr(known, name)}
         for name in ("push_to_hub", "private", "revision"):
             if value := getattr(known, name):
                 overrides[f"hub.{name}"] = value

@@ -11,12 +11,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .adapters import adapter_for
+from .apply import apply
 from .calibration import Batches, Sample
 from .edits import check_model, check_plan
 from .errors import RecipeError, UnsupportedModelError
 from .forms import needs_fit
 from .found import Found
-from .modeling import apply
 from .modes import eval_mode
 from .plan import Blend, Linearize, Plan
 from .recipe import COLLAPSE_TARGETS, CollapseRecipe

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from .accelerators import accelerator_of, finish_trackers, one_training
 from .errors import LayerFuseError, RecipeError
 from .fingerprint import fingerprint
-from .homotopy import Pull
 from .loop import Loop
 from .lora import low_rank
 from .mixture import Mixture
 from .modes import dropout_of
 from .objective import Batch, Match
+from .pull import Pull
 from .recipe import HealRecipe
 from .sharding import whole_again
 

@@ -17,15 +17,17 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, set
 
 from . import __version__
 from .adapters import ChainAdapter, LayerAdapter, adapter_for
+from .card import licence_of, model_card
 from .errors import CheckpointError, PublishError
 from .loading import load_checkpoint
+from .modeling import check_shipping
 from .output import MARK, check_output, new_directory, unfinished
 from .plan import Plan
 from .plots import draw
 from .processes import process_state
 from .publish import check_publish, publish
 from .recipe import Recipe
-from .report import model_card, rows, text_table
+from .report import rows, text_table
 from .rounds import auto_class_of, fuse_and_heal, identity_of, round_to
 from .rundata import RunData, save_weights, say
 from .timing import device_name
@@ -58,10 +60,12 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
     original.to(state.device)
     # an unknown architecture is refused before the data are read
     adapter_for(original, ChainAdapter if recipe.merge else LayerAdapter)
+    if recipe.with_code:
+        check_shipping(original.config)
     inputs = RunData(recipe, processor, original)
     files = [_stamp(path) for path in (recipe.model, data.train, data.validation, data.test)]
     # one fused model serves every way to heal it; what is fused further depends on how it was healed before
-    other = ("overwrite", "output_dir", "hub", *(("heal",) if recipe.heal.schedule == "one-shot" else ()))
+    other = ("overwrite", "output_dir", "with_code", "hub", *(("heal",) if recipe.heal.schedule == "one-shot" else ()))
     work = unfinished(recipe.output_dir, [files, identity_of(recipe, *other)])
     fused, plan, results = fuse_and_heal(recipe, original, inputs, work)
     if recipe.heal.steps > 0:
@@ -150,10 +154,11 @@ def _save(
     command: str,
 ) -> None:
     with new_directory(recipe.output_dir, overwrite=recipe.overwrite) as path:
-        save_weights(model, dtype, path)
+        save_weights(model, dtype, path, with_code=recipe.with_code)
         processor.save_pretrained(path)
         (path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         pictures = draw(plan, results, path)
         (path / MARK).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        model_card(recipe, plan, results, command, pictures).save(path / "README.md")
+        card = model_card(recipe, plan, results, command, pictures=pictures, licence=licence_of(recipe.model))
+        card.save(path / "README.md")
         verify(model, path)

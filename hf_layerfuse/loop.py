@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from .checkpoint import Checkpoints, Progress
 from .errors import DataError, TrainingError
-from .homotopy import Pull
 from .mixture import Mixture
 from .objective import Batch, Match, Objective
+from .pull import Pull
 from .recipe import HealRecipe
 from .sharding import one_unit_for_shared, whole
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from .adapters import ChainAdapter, adapter_for
+from .apply import apply
 from .calibration import Batches, Sample
 from .chainfit import refit_chain
 from .chaintables import Entry, Latencies, Losses, Magnitudes, entries_of, folded_plan, removals_of
@@ -18,7 +19,6 @@ from .errors import RecipeError, UnsupportedModelError
 from .found import Found
 from .limits import affordable, within
 from .math.knapsack import Frontier, Option
-from .modeling import apply
 from .plan import Plan
 from .recipe import MergeRecipe
 

@@ -24,21 +24,12 @@ from transformers.models.auto import auto_factory, configuration_auto, modeling_
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import ADAPTERS, BUILTIN, FUSED_PREFIX, ChainAdapter, ModelAdapter, adapter_for
-from .align import align
-from .calibration import Batches
-from .chainedits import check_merges, merged_weights, reshape_chain
-from .edits import (
-    check_plan,
-    expanded_weights,
-    fused_weights,
-    reshape,
-    target_config,
-    tied_weights,
-)
+from .chainedits import reshape_chain
+from .edits import expanded_weights, reshape, tied_weights
 from .errors import CheckpointError, PlanError, UnsupportedModelError
-from .lines import lines_of
-from .plan import CHAIN, Blend, Layout, Plan
+from .plan import CHAIN, Layout, Plan
 from .relaxed import Relaxed
+from .shipping import ship
 
 _AUTO_CLASSES = [
     value
@@ -84,14 +75,42 @@ class FusedMixin:
             if isinstance(module, Relaxed):
                 module.reset()
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, expanded: bool = False, **kwargs: Any):
-        """Save as transformers does; with `expanded`, as a stock checkpoint.
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *args: Any,
+        expanded: bool = False,
+        with_code: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Save as transformers does, and let the checkpoint be loaded without this library.
 
-        The stock checkpoint is bigger on disk, computes the same, and loads without this library.
+        Args:
+            save_directory: where to.
+            args: of transformers' own method.
+            expanded: save a stock checkpoint, which is bigger, computes the same, and loads everywhere.
+            with_code: put the code of the class beside the weights, and `auto_map` in the config, so that the Auto
+                classes load it with `trust_remote_code=True`. What was loaded in that way is always saved in it.
+            kwargs: of transformers' own method.
+
+        Raises:
+            UnsupportedModelError: a stock checkpoint has no place for what became of the model; or the architecture is
+                not one of this package, whose code is all that can be put there.
         """
         if expanded:
             return expand(self).save_pretrained(save_directory, *args, **kwargs)
+        vars(self.config).pop("auto_map", None)  # of a checkpoint that had the code
+        if with_code or self._ships_code:
+            self.config.auto_map = _ship(self, save_directory)
         return super().save_pretrained(save_directory, *args, **kwargs)
+
+    _ships_code = not __name__.startswith("hf_layerfuse.")  # what came with a checkpoint goes on with it
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Save the code of this class with every checkpoint, as `save_pretrained(..., with_code=True)` does."""
+        # what transformers would copy is one file and those in its folder
+        cls._ships_code = True
 
 
 def register_adapter(adapter: type[ModelAdapter]) -> type[ModelAdapter]:
@@ -120,6 +139,29 @@ def register_adapter(adapter: type[ModelAdapter]) -> type[ModelAdapter]:
     return adapter
 
 
+def check_shipping(config: PreTrainedConfig) -> None:
+    """Raise `UnsupportedModelError` where the code of the fused class of a model, or of its config, is not all here."""
+    model_type = config.model_type.removeprefix(FUSED_PREFIX)
+    if type(ADAPTERS.get(model_type)) not in BUILTIN:
+        known = ", ".join(adapter.model_type for adapter in BUILTIN)
+        raise UnsupportedModelError(
+            f"the code of {model_type!r} is not in this package, and cannot be put beside a checkpoint; that can be: "
+            f"{known}. Save without with_code, and publish your code as a package."
+        )
+
+
+def _ship(model: FusedMixin, directory: str | os.PathLike) -> dict[str, str]:
+    """Put the code of a model beside its weights. Returns `auto_map`: Auto class -> where its class is."""
+    check_shipping(model.config)
+    module, config_class = ship(__name__, directory), type(model.config)
+    classes = {"AutoConfig": config_class}
+    for auto_class in _AUTO_CLASSES:
+        heads = _heads(auto_class, config_class)
+        if heads:
+            classes[auto_class.__name__] = type(model) if type(model) in heads else heads[0]
+    return {name: f"{module}.{cls.__name__}" for name, cls in classes.items()}
+
+
 @functools.cache
 def _fused_config(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     fields = {
@@ -128,6 +170,8 @@ def _fused_config(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         "__annotations__": {"layerfuse_plan": dict[str, Any] | None},
         "model_type": FUSED_PREFIX + base.model_type,
         "layerfuse_plan": None,
+        # the model ships its code, see FusedMixin
+        "register_for_auto_class": classmethod(lambda cls, auto_class="AutoConfig": None),
     }
     return _publish(type(f"Fused{base.__name__}", (base,), fields))
 
@@ -180,54 +224,6 @@ def layout_of(config: PreTrainedConfig) -> Layout:
     return layout
 
 
-def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
-    """Carry out a plan: align blocks, combine their weights. It decides nothing, and the model is untouched.
-
-    Args:
-        model: a stock model of the plan's architecture, with any head.
-        plan: from `plan_fusion`, from a `plan.json`, or written by hand.
-        batches: calibration batches, for edits with align `activation`, and for the lines that `Blend` leads to.
-
-    Returns:
-        A new model on the same device and of the same dtype: of the stock class with fewer layers where the plan
-        leads to one, else of the fused class with the plan in its config.
-
-    Raises:
-        PlanError: the plan is for another architecture or number of layers, or asks for a rank that no matrix has.
-        UnsupportedModelError: no adapter, already fused, quantised, or with NaN weights.
-    """
-    if plan.kinds == CHAIN:
-        adapter = adapter_for(model, ChainAdapter)
-        check_merges(model, adapter, plan)
-        return copy.deepcopy(model) if not plan.edits else merged(model, plan)
-    adapter = adapter_for(model)
-    check_plan(model, adapter, plan)
-    layout = plan.layout()
-    bent = [edit.layer for edit in plan.edits if isinstance(edit, Blend) and not edit.faithful]
-    lines = lines_of(model, adapter, bent, batches) if bent and batches is not None else {}
-    weights = fused_weights(align(model, plan, batches), adapter, layout, lines)
-    config = target_config(model.config, adapter, layout)
-    cls = type(model)
-    if not layout.is_stock:
-        cls = fused_class(cls)
-        config = with_plan(cls, config, plan)
-    return build(cls, config, weights, model)
-
-
-def merged(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """The model that a plan of merges leads to, from a stock one, or from one in which they were left open.
-
-    Its weights are composed in float64.
-    """
-    like, adapter = skeleton(model), adapter_for(model, ChainAdapter)
-    cls = fused_class(type(like))
-    config = with_plan(cls, model.config, plan)
-    with torch.device("meta"):
-        names = cls(config).state_dict().keys()
-    weights = merged_weights(model, like, adapter, plan, names)
-    return build(cls, config, weights, model)
-
-
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the stock class and shape that another one had before it was merged, without weights."""
     stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
@@ -242,7 +238,7 @@ def with_plan(cls: type, config: PreTrainedConfig, plan: Plan) -> PreTrainedConf
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
     """What a config of the same model has, whatever its plan."""
-    return {k: v for k, v in config.to_dict().items() if k not in ("model_type", "layerfuse_plan")}
+    return {k: v for k, v in config.to_dict().items() if k not in ("model_type", "layerfuse_plan", "auto_map")}
 
 
 def expand(model: PreTrainedModel) -> PreTrainedModel:

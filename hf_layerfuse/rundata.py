@@ -16,6 +16,7 @@ from . import evaluate
 from .collate import CollateText
 from .data import calibration_batches, loader, prepare, text_of
 from .latency import latency_side_by_side
+from .modeling import FusedMixin
 from .processes import process_state
 from .recipe import Recipe
 from .splits import load_splits
@@ -125,11 +126,11 @@ def _file_dtype(recipe: Recipe) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def save_weights(model: PreTrainedModel, dtype: torch.dtype, path: Path) -> None:
-    """Save a model in a data type, which may be another than it is in."""
+def save_weights(model: PreTrainedModel, dtype: torch.dtype, path: Path, *, with_code: bool = False) -> None:
+    """Save a model in a data type, which may be another than it is in; one of a fused class `with_code`, if asked."""
     if model.dtype != dtype:
         model = copy.deepcopy(model).to(dtype)
-    model.save_pretrained(path)
+    model.save_pretrained(path, **({"with_code": True} if with_code and isinstance(model, FusedMixin) else {}))
 
 
 def say(message: str) -> None:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .adapters import adapter_for
+from .apply import apply
 from .budget import search_budget
 from .calibration import Batches, Sample
 from .edits import check_model
@@ -21,7 +22,6 @@ from .found import Found
 from .grouping import Groups, even, groups_of, longest, unexplained
 from .math import cluster
 from .methods.fusion import Importance, candidates, divider, group_edit, importance_of, plan_fusion
-from .modeling import apply
 from .modes import eval_mode
 from .plan import Fuse, Kind, Plan
 from .prediction import calibration_loss

@@ -7,12 +7,13 @@ import dataclasses
 from transformers import PreTrainedModel
 
 from .adapters import adapter_for
+from .apply import merged
 from .calibration import Batches
 from .edits import untied_state
 from .errors import LayerFuseError, PlanError
 from .forms import check_form, linear_weights
 from .lines import bends_of
-from .modeling import build, merged, with_plan
+from .modeling import build, with_plan
 from .plan import Blend, LinearForm, Linearize, Plan
 
 

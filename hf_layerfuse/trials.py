@@ -10,9 +10,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .adapters import adapter_for
+from .apply import apply
 from .calibration import Sample
 from .errors import PlanError, UnsupportedModelError
-from .modeling import apply
 from .modes import eval_mode
 from .plan import Edit, Plan
 from .refit import Method, repair_of

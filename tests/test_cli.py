@@ -216,7 +216,7 @@ def test_collapse_end_to_end(tmp_path, task):
     assert all("r2" in row for row in plan.notes["refit"]["blocks"] if row["map"] == "linear map")
     card = (out / "README.md").read_text()
     for edit in plan.edits:
-        assert f"the MLP of layer {edit.layer}: becomes one linear map" in card
+        assert f"| The MLP of layer {edit.layer} | becomes one linear map |" in card
     assert "layer-collapse" in card
     assert "import hf_layerfuse" in card
 

@@ -33,8 +33,9 @@ from hf_layerfuse import (
 )
 from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.errors import DataError
-from hf_layerfuse.homotopy import Homotopy, Pull
+from hf_layerfuse.homotopy import Homotopy
 from hf_layerfuse.lines import lines_of, watch
+from hf_layerfuse.pull import Pull
 
 PLAIN = sorted(set(TINY) - set(GATED))
 POINTWISE = ["relu", "gelu", "gelu_new", "silu", "tanh", "quick_gelu"]

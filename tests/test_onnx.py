@@ -9,7 +9,7 @@ import torch
 from conftest import network, tiny_model
 from test_chainedits import some_plan
 
-from hf_layerfuse import Drop, Fuse, Linearize, Plan, apply
+from hf_layerfuse import Blend, Drop, Fuse, Linearize, Plan, adapter_for, apply
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.prediction import prediction
 
@@ -44,16 +44,41 @@ def test_merged_convolutions(name, tmp_path):
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4 * ours.abs().max().item())
 
 
+OTHERS = (
+    ("bert", BERT, (Linearize(1, rank=2), Linearize(2, fold=True), Blend(4))),
+    ("roberta", "RobertaForTokenClassification", (Fuse("attention", (1, 2)), Drop("mlp", 4))),
+    ("distilbert", "DistilBertForMaskedLM", (Drop("layer", 0), Fuse("mlp", (2, 4), "share"))),
+    ("gpt2", "GPT2LMHeadModel", (Fuse("layer", (1, 3), "share"), Linearize(4))),
+    ("gpt2", "GPT2LMHeadModel", (Fuse("layer", (1, 3), "share", rank=2),)),
+    ("gpt2", "GPT2LMHeadModel", (Fuse("layer", (1, 2, 3), "basis", rank=4),)),
+    ("llama", "LlamaForCausalLM", (Fuse("mlp", (1, 2), "share", rank=2), Linearize(4))),
+    ("qwen3", "Qwen3ForCausalLM", (Drop("attention", 2), Fuse("layer", (3, 4)))),
+    ("vit", "ViTForImageClassification", (Fuse("layer", (1, 2), "basis", rank=4), Linearize(4))),
+    ("deit", "DeiTForImageClassification", (Fuse("layer", (1, 2)), Drop("mlp", 4))),
+)
+
+
 @pytest.mark.parametrize(
     ("model_type", "head", "edits"),
     [
         ("bert", BERT, (Drop("attention", 1), Linearize(2), Fuse("layer", (3, 4)))),
-        pytest.param("gpt2", "GPT2LMHeadModel", (Fuse("layer", (1, 3), "share"), Linearize(4)), marks=slow),
-        pytest.param("llama", "LlamaForCausalLM", (Fuse("mlp", (1, 2), "share", rank=2),), marks=slow),
-        pytest.param("vit", "ViTForImageClassification", (Fuse("layer", (1, 2), "basis", rank=4),), marks=slow),
+        *(pytest.param(*row, marks=slow) for row in OTHERS),
     ],
 )
 def test_fused_transformers(model_type, head, edits, tmp_path):
     model = tiny_model(model_type, head)
     theirs, ours = exported(apply(model, Plan(model_type, 6, edits)).eval(), tmp_path / "model.onnx")
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4 * ours.abs().max().item())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "edit", [Drop("conv", 1), Fuse("conv", (1, 2)), Fuse("conv", (1, 2), "share", rank=2)], ids=str
+)
+def test_fused_convolutional_layers(edit, tmp_path):
+    """Layers of two convolutions that are dropped, one, or share kernels."""
+    model = network("cifar")
+    adapter = adapter_for(model)
+    plan = Plan(adapter.model_type, len(adapter.layer_list(model)), (edit,), kinds=adapter.kinds)
+    theirs, ours = exported(apply(model, plan).float().eval(), tmp_path / "model.onnx")
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4 * ours.abs().max().item())

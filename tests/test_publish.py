@@ -3,12 +3,14 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hub import TOKEN, Hub, hub
+from huggingface_hub import ModelCard
 from test_cli import ROOT, causal_lm
 
 from hf_layerfuse import RecipeError
@@ -68,6 +70,39 @@ def test_a_run_is_published_and_comes_back(tmp_path, site) -> None:
     assert back.stdout == same.stdout
     hidden = python(site, tmp_path / "elsewhere", "-c", LOAD, "someone/small", "revision=v1", token=None)
     assert "CheckpointError: cannot load a model from 'someone/small'" in hidden.stderr
+
+
+ANYWHERE = """
+import sys
+sys.modules["hf_layerfuse"] = None  # which is what an import finds where it is not installed
+import torch, transformers
+generate = transformers.pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
+assert type(generate.model).__module__.startswith("transformers_modules.")
+assert generate("w3 w4", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("w3 w4")
+print("SUM", f"{generate.model(torch.arange(8)[None]).logits.double().sum().item():.9f}")
+"""
+
+
+@pytest.mark.slow
+def test_what_is_published_with_its_code_runs_anywhere(tmp_path, site) -> None:
+    """The original comes from the Hub with its licence, and the result runs in `pipeline` without this library."""
+    words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--heal.steps", "0", "--fusion.mode", "share"]
+    base = tmp_path / "hub" / "models" / "someone" / "base"
+    base.parent.mkdir(parents=True)
+    shutil.move(tmp_path / "model", base)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n\n# A model\n")
+    words += ["--model", "someone/base", "--with_code", "--push_to_hub", "someone/small"]
+    done = python(site, tmp_path, "fuse.py", *words)
+    assert done.returncode == 0, done.stderr
+    files = site.repositories["models", "someone/small"].files("main")[1]
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.license, card.data.base_model) == ("mit", "someone/base")
+    assert 'from_pretrained("someone/small", trust_remote_code=True)' in card.content
+    assert "layerfuse/layerfuse_modeling.py" in files
+    ours = python(site, tmp_path, "-c", LOAD, "someone/small")
+    theirs = python(site, tmp_path / "elsewhere", "-c", ANYWHERE, "someone/small")
+    assert "SUM" in theirs.stdout, theirs.stderr
+    assert theirs.stdout.splitlines()[-1] == ours.stdout.splitlines()[-1]
 
 
 PUBLISH = """

@@ -25,12 +25,12 @@ from hf_layerfuse import (
     verify,
 )
 from hf_layerfuse.adapters import adapter_for
+from hf_layerfuse.apply import apply
 from hf_layerfuse.calibration import Sample, read
 from hf_layerfuse.grouping import even, groups_of, unexplained
 from hf_layerfuse.inputs import example_inputs
 from hf_layerfuse.math.cluster import partition
 from hf_layerfuse.methods.fusion import _CLUSTERS, candidates, importances
-from hf_layerfuse.modeling import apply
 from hf_layerfuse.prediction import calibration_loss, prediction
 from hf_layerfuse.search import _Table
 from hf_layerfuse.sizes import planned_size

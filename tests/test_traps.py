@@ -316,7 +316,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from hf_layerfuse import AutoFusedModel, Blend, Fuse, Plan, apply, straighten
-from hf_layerfuse.homotopy import Pull
+from hf_layerfuse.pull import Pull
 from hf_layerfuse.sharding import one_unit_for_shared, shares_layers, whole_again
 
 NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")

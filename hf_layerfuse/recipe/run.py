@@ -52,6 +52,7 @@ class Recipe:
         output_dir: where the result is written; never an existing non-empty directory without `overwrite`.
         overwrite: replace `output_dir` once the new result is complete.
         trust_remote_code: let a Hub model run its own code. Off unless you say so.
+        with_code: put the code of a fused class beside its weights, for those who have not this library.
         seed: seed of shuffling, sampling and dropout.
     """
 
@@ -60,6 +61,7 @@ class Recipe:
     output_dir: str
     overwrite: bool = False
     trust_remote_code: bool = False
+    with_code: bool = False
     seed: int = 0
     data: DataRecipe
     fusion: FusionRecipe | None = None
