@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,7 +14,7 @@ import yaml
 from .errors import LayerFuseError, RecipeError
 from .job import run
 from .processes import process_state
-from .recipe import load_recipe
+from .recipe import SECTIONS, Recipe, add_fields, load_recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,36 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     goes to standard error, from whichever process has met it.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(
-        prog="fuse.py",
-        usage="accelerate launch fuse.py RECIPE [--model M] [--output_dir DIR] [--overwrite] [--with_code] "
-        "[--push_to_hub NAME [--private] [--revision BRANCH]] [--section.field VALUE]",
-        allow_abbrev=False,
-        description="Make a pretrained model smaller by a recipe (fuse its layers, or make MLPs linear), heal it, "
-        "evaluate it and save it.",
-        epilog="Every field of the recipe can be set: --section.field value, such as --fusion.keep_layers 8 or "
-        "--heal.steps 0. A field that is not in a section goes without one: --seed 1.",
-    )
-    parser.add_argument("recipe", help="YAML file, such as recipes/gpt2-wikitext2.yaml")
-    parser.add_argument("--model", help="Hub name or path, in place of the recipe's")
-    parser.add_argument("--output_dir", help="where to write, in place of the recipe's")
-    parser.add_argument("--overwrite", action="store_true", help="replace output_dir if it is not empty")
-    parser.add_argument("--with_code", action="store_true", help="let the result be loaded without this library")
-    parser.add_argument("--push_to_hub", metavar="NAME", help="publish the result as user/name on the Hub")
-    parser.add_argument("--private", action="store_true", help="where only you, or your organisation, can see it")
-    parser.add_argument("--revision", metavar="BRANCH", help="publish it on a branch")
+    parser = _parser()
     known, rest = parser.parse_known_args(arguments)
     try:
         if arguments[0].startswith("-"):
             raise RecipeError(f"the recipe comes first, before {arguments[0]}: fuse.py RECIPE.yaml {arguments[0]} ...")
-        overrides = parse_overrides(rest)
-        overrides |= {name: value for name in ("model", "output_dir") if (value := getattr(known, name)) is not None}
-        overrides |= {name: True for name in ("overwrite", "with_code") if getattr(known, name)}
-        for name in ("push_to_hub", "private", "revision"):
-            if value := getattr(known, name):
-                overrides[f"hub.{name}"] = value
+        given = {name: value for name, value in vars(known).items() if name != "recipe"}
+        plain = {name: value for name, value in given.items() if value is True or name in _TEXT}
+        overrides = plain | parse_overrides([*(f"--{name}={given[name]}" for name in given.keys() - plain), *rest])
         recipe = load_recipe(known.recipe, overrides)
-        run(recipe, command=shlex.join(["accelerate", "launch", "fuse.py", *arguments]))
+        program = ["-m", "hf_layerfuse"] if Path(sys.argv[0]).name == "__main__.py" else ["fuse.py"]
+        run(recipe, command=shlex.join(["accelerate", "launch", *program, *arguments]))
     except LayerFuseError as error:
         _complain(str(error))
         return 1
@@ -64,6 +46,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("fuse.py: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
     return 0
+
+
+_TEXT = ("model", "output_dir", "hub.push_to_hub", "hub.revision")
+"""Options whose value is text as it stands; that of others is YAML."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fuse.py",
+        usage="accelerate launch fuse.py RECIPE [--model M] [--output_dir DIR] [--overwrite] [--with_code] "
+        "[--push_to_hub NAME [--private] [--revision BRANCH]] [--section.field VALUE]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Make a pretrained model smaller by a recipe (fuse its layers, make MLPs linear, or merge "
+        "convolutions), heal it, evaluate it and save it.",
+        epilog="What is given here takes the place of what the file has: --fusion.keep_layers 8, --heal.steps 0, "
+        "--data.name null. In brackets is what holds where neither says anything.",
+    )
+    parser.add_argument("recipe", help="YAML file, such as recipes/gpt2-wikitext2.yaml")
+    parser.add_argument("--model", help="Hub name or path, in place of the recipe's")
+    parser.add_argument("--output_dir", help="where to write, in place of the recipe's")
+    parser.add_argument("--overwrite", action="store_true", help="replace output_dir if it is not empty")
+    parser.add_argument("--with_code", action="store_true", help="let the result be loaded without this library")
+    parser.add_argument("--push_to_hub", dest="hub.push_to_hub", metavar="NAME", help="publish it as user/name")
+    parser.add_argument("--private", dest="hub.private", action="store_true", help="where not everybody can see it")
+    parser.add_argument("--revision", dest="hub.revision", metavar="BRANCH", help="publish it on a branch")
+    add_fields(parser, "the run", Recipe, skip=("model", "output_dir", "overwrite", "with_code"))
+    for section, recipe in SECTIONS.items():
+        add_fields(parser, f"section {section}", recipe, f"{section}.")
+    return parser
 
 
 def _complain(what: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
+import shtab
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
@@ -19,7 +20,7 @@ from .math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
 from .methods.fusion import plan_evenly, plan_fusion
 from .modeling import head_class
 from .overview import Rows, overview
-from .recipe import FusionRecipe
+from .recipe import FusionRecipe, add_fields
 from .report import describe, text_table
 from .sizes import planned_size
 
@@ -43,32 +44,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    inspect.add_argument("model", help="checkpoint or Hub name; or a config alone: config.json, or its directory")
+    model = inspect.add_argument("model", help="checkpoint or Hub name; or a config: config.json, or its directory")
     inspect.add_argument(
         "--similarity",
         choices=[*ON_WEIGHTS, *ON_ACTIVATIONS],
         help="distance of each layer to the next; default: cosine, of weights. 0 is equal, and independent random "
         f"weights are about 1 apart. {', '.join(ON_ACTIVATIONS)} compare what layers compute, and need --text",
     )
-    inspect.add_argument("--text", type=Path, help="lines of text that activations are compared on")
+    text = inspect.add_argument("--text", type=Path, metavar="FILE", help="lines of text to compare activations on")
+    model.complete = text.complete = shtab.FILE
     plan = commands.add_parser(
         "plan",
         usage="hf-layerfuse plan MODEL [--text FILE] --keep_layers N [--field VALUE ...]",
         help="which layers a fusion would make one, and how large the result would be",
-        description="Show what a fusion would do, and do nothing. Every field of FusionRecipe can be set: "
-        "--keep_layers, --ratio, --max_parameters, --max_bytes, --mode, --similarity ... What is chosen by measuring "
-        "(a latency budget, collapse, merge) is planned by fuse.py alone.",
+        description="Show what a fusion would do, and do nothing. What is chosen by measuring (a latency budget, "
+        "collapse, merge) is planned by fuse.py alone.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    plan.add_argument("model", help="as for inspect; of a config alone, runs of even length become one")
-    plan.add_argument("--text", type=Path, help="lines of text, for a similarity of activations")
+    model = plan.add_argument("model", help="as for inspect; of a config alone, runs of even length become one")
+    text = plan.add_argument("--text", type=Path, metavar="FILE", help="lines of text, for a similarity of activations")
+    model.complete = text.complete = shtab.FILE
+    add_fields(plan, "what it is to be (fields of FusionRecipe)", FusionRecipe)
+    shtab.add_argument_to(parser, "--print-completion", help="print what completes this command in a shell")
     known, rest = parser.parse_known_args(arguments)
     try:
-        overrides = parse_overrides(rest)
         if known.command == "plan":
-            tables = _plan(known, FusionRecipe(**overrides))
+            names = vars(known).keys() & {field.name for field in fields(FusionRecipe)}
+            given = [f"--{name}={getattr(known, name)}" for name in names]
+            tables = _plan(known, FusionRecipe(**parse_overrides([*given, *rest])))
         elif rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         else:

@@ -370,7 +370,7 @@ def test_interrupted_while_saving(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     before = set(tmp_path.iterdir())
 
-    def interrupt(*arguments):
+    def interrupt(*arguments, **more):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -623,7 +623,7 @@ def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch, capsys):
     """The result cannot be written; nothing of it is left, and the same command goes on when there is room."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false"]
 
-    def fill(model, dtype, path):
+    def fill(model, dtype, path, **more):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:

@@ -11,7 +11,7 @@ PACKAGE = Path(hf_layerfuse.__file__).parent
 
 # from top to bottom; a module may import those of lower rows, a folder counts as one module
 RANKS = (
-    ("console",),
+    ("console", "__main__"),
     ("cli",),
     ("job",),
     ("rounds",),

@@ -1,6 +1,7 @@
 """What `hf-layerfuse inspect` shows is what the model has, for every architecture, with weights or without."""
 
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -8,11 +9,13 @@ import yaml
 from conftest import NETWORKS, TINY, network, tiny_model
 from test_cli import causal_lm
 
-from hf_layerfuse import AutoFusedModel, FusionRecipe, apply, plan_fusion
+from hf_layerfuse import AutoFusedModel, FusionRecipe, apply, cli, plan_fusion
 from hf_layerfuse.adapters import ADAPTERS, ChainAdapter, adapter_for
 from hf_layerfuse.console import main
 from hf_layerfuse.distances import block_distances
 from hf_layerfuse.overview import overview
+from hf_layerfuse.recipe import SECTIONS
+from hf_layerfuse.recipe.fields import fields_of
 from hf_layerfuse.report import describe, text_table
 
 
@@ -127,3 +130,38 @@ def test_what_cannot_be_done_is_said() -> None:
     with torch.device("meta"):
         assert "fuse()" not in text_table(overview(type(model)(model.config))[0])
     assert len(ADAPTERS) > len(TINY)
+
+
+def test_help_explains_every_field(capsys) -> None:
+    """`plan --help` has each field of `FusionRecipe` with the words that it may be; so has `fuse.py --help` all."""
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in fields_of(FusionRecipe):
+        assert f"--{field.name} {field.kind}" in shown
+        assert len(field.meaning) > 8
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for section, recipe in SECTIONS.items():
+        for field in fields_of(recipe):
+            assert f"--{section}.{field.name} {field.kind}" in shown
+    assert "--seed N seed of shuffling, sampling and dropout [0]" in shown
+
+
+def test_words_complete(tmp_path, capsys) -> None:
+    """The script that is printed completes subcommands, options and their values in bash."""
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "bash"])
+    (tmp_path / "complete").write_text(capsys.readouterr().out)
+    for words, found in (
+        ("hf-layerfuse pl", {"plan"}),
+        ("hf-layerfuse plan model --kee", {"--keep_layers"}),
+        ("hf-layerfuse plan model --mode ", {"depth", "share", "basis"}),
+    ):
+        *_, last = parts = words.split(" ")
+        script = f"""source {tmp_path / "complete"}
+COMP_WORDS=({" ".join(parts[:-1])} "{last}"); COMP_CWORD={len(parts) - 1}
+_shtab_hf_layerfuse; printf '%s\\n' "${{COMPREPLY[@]}}" """
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        assert set(done.stdout.split()) == found, done.stderr

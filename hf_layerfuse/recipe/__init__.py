@@ -2,15 +2,17 @@
 
 from .collapse import COLLAPSE_TARGETS, CollapseRecipe
 from .data import DataRecipe
+from .fields import add_fields
 from .fusion import TARGETS, FusionRecipe
 from .heal import HealRecipe
 from .hub import HubRecipe
 from .merge import MERGE_TARGETS, MergeRecipe
-from .run import EvaluateRecipe, Recipe, load_recipe
+from .run import SECTIONS, EvaluateRecipe, Recipe, load_recipe
 
 __all__ = [
     "COLLAPSE_TARGETS",
     "MERGE_TARGETS",
+    "SECTIONS",
     "TARGETS",
     "CollapseRecipe",
     "DataRecipe",
@@ -20,5 +22,6 @@ __all__ = [
     "HubRecipe",
     "MergeRecipe",
     "Recipe",
+    "add_fields",
     "load_recipe",
 ]

@@ -138,7 +138,7 @@ class Recipe:
         )
 
 
-_SECTIONS = {
+SECTIONS = {
     "data": DataRecipe,
     "fusion": FusionRecipe,
     "collapse": CollapseRecipe,
@@ -173,8 +173,8 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
 
     for name, value in (overrides or {}).items():
         section, _, field = name.rpartition(".")
-        if section and section not in _SECTIONS:
-            raise RecipeError(f"--{name}: no section {section!r}. The sections are: {', '.join(_SECTIONS)}.")
+        if section and section not in SECTIONS:
+            raise RecipeError(f"--{name}: no section {section!r}. The sections are: {', '.join(SECTIONS)}.")
         if section and tree.get(section) is None:
             tree[section] = {}
         target = tree[section] if section else tree
@@ -191,7 +191,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     if "data.name" in named and "data.config" not in named and isinstance(data, dict) and data.get("name") is None:
         data.pop("config", None)  # that of the Hub data set, which local files replace
 
-    for section, kind in _SECTIONS.items():
+    for section, kind in SECTIONS.items():
         if section in tree:
             values = tree[section] or {}
             if not isinstance(values, dict):

@@ -1,0 +1,8 @@
+"""`accelerate launch -m hf_layerfuse RECIPE ...`, where there is no `fuse.py`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
