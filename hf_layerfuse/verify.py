@@ -67,7 +67,7 @@ def _predict(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
         name: tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
-    return prediction(torch.func.functional_call(model, tensors, kwargs=dict(inputs)))
+    return prediction(torch.func.functional_call(model, tensors, (), dict(inputs)))
 
 
 def _inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
