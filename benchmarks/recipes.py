@@ -4,7 +4,8 @@
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Each job runs `fuse.py` as a user would, then
 retrains the untouched original on the same budget, because a retrained model compares with nothing else. Jobs whose
-result is there are skipped; delete benchmarks/results/JOB.json to run one again. The cards go to model_cards/.
+result is there are skipped; delete benchmarks/results/JOB.json to run one again. The cards go to model_cards/JOB, with
+their pictures.
 `--latency` times the checkpoints of finished jobs again, for when the machine was busy while they ran.
 """
 
@@ -12,7 +13,6 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +22,13 @@ import transformers
 from transformers import AutoTokenizer
 
 from hf_layerfuse import AutoFusedModel, Plan, evaluate
-from hf_layerfuse.card import model_card
+from hf_layerfuse.card import licence_of, model_card
 from hf_layerfuse.cli import parse_overrides
 from hf_layerfuse.data import loader, prepare, text_of
 from hf_layerfuse.heal import heal
 from hf_layerfuse.latency import latency_side_by_side
 from hf_layerfuse.loading import load_checkpoint
+from hf_layerfuse.plots import draw
 from hf_layerfuse.recipe import Recipe, load_recipe
 from hf_layerfuse.report import rows, text_table
 from hf_layerfuse.splits import load_splits
@@ -46,12 +47,13 @@ _WIKITEXT = [
     *("--heal.steps", "200", "--heal.batch_size", "8", "--heal.learning_rate", "3e-4"),
 ]
 _SST2 = [
-    *("recipes/bert-sst2.yaml", "--model", f"{DATA}/models/minilm-l6-sst2", *_LOCAL),
+    *("--model", f"{DATA}/models/minilm-l6-sst2", *_LOCAL),
     *("--data.train", f"{DATA}/data/sst2/train.tsv.xz", "--data.test", f"{DATA}/data/sst2/dev.tsv"),
     *("--heal.steps", "300"),
 ]
 JOBS = {
-    "bert-sst2": [*_SST2, "--fusion.keep_layers", "4"],
+    "bert-sst2": ["recipes/bert-sst2.yaml", *_SST2, "--fusion.keep_layers", "4"],
+    "bert-sst2-collapse": ["recipes/collapse-bert-sst2.yaml", *_SST2, "--collapse.count", "2"],
     "gpt2-depth": _WIKITEXT,
     "gpt2-share": [*_WIKITEXT, "--fusion.mode", "share", "--fusion.ratio", "0.33", "--fusion.rank", "auto"],
 }
@@ -116,7 +118,7 @@ def retrain_original(recipe: Recipe, threads: int) -> dict:
 
 
 def time_again(name: str, results: dict, threads: int) -> None:
-    """Replace the latencies in results, and the card, by those of the original and the result side by side."""
+    """Replace the latencies in results by those of the original and the result side by side."""
     torch.set_num_threads(threads)
     recipe, output = _recipe(name), ROOT / "outputs" / name
     original = load_checkpoint(
@@ -131,8 +133,16 @@ def time_again(name: str, results: dict, threads: int) -> None:
             str(batch): {**row, "speedup": timed["before"][batch]["median_ms"] / row["median_ms"]}
             for batch, row in batches.items()
         }
+
+
+def write_card(name: str, results: dict) -> None:
+    """The card of a finished job, with its pictures, as the run wrote it."""
+    recipe, plan, folder = _recipe(name), Plan.load(ROOT / "outputs" / name / "plan.json"), ROOT / "model_cards" / name
+    folder.mkdir(exist_ok=True)
     command = shlex.join(["accelerate", "launch", "fuse.py", *_arguments(name)])
-    model_card(recipe, Plan.load(output / "plan.json"), results, command).save(ROOT / "model_cards" / f"{name}.md")
+    pictures = draw(plan, results, folder)
+    card = model_card(recipe, plan, results, command, pictures=pictures, licence=licence_of(recipe.model))
+    card.save(folder / "README.md")
 
 
 def main() -> None:
@@ -147,11 +157,12 @@ def main() -> None:
         path = RESULTS / f"{name}.json"
         if not path.is_file():
             path.write_text(json.dumps(run(name, options.threads), indent=1) + "\n")
-            shutil.copy(ROOT / "outputs" / name / "README.md", ROOT / "model_cards" / f"{name}.md")
+            write_card(name, json.loads(path.read_text()))
         if options.latency:
             results = json.loads(path.read_text())
             time_again(name, results, options.threads)
             path.write_text(json.dumps(results, indent=1) + "\n")
+            write_card(name, results)
         print(f"\n{name}\n{text_table(rows(json.loads(path.read_text())))}")
 
 
