@@ -15,10 +15,10 @@ from typing import Any
 
 import fusion
 import heal
-import matplotlib
 import torch
 
 from hf_layerfuse.math.knee import knee
+from hf_layerfuse.plots import Quality, plot_quality
 from hf_layerfuse.report import text_table
 
 RESULT = fusion.ROOT / "benchmarks" / "results" / "sweep.json"
@@ -77,34 +77,26 @@ def table(results: dict[str, Any]) -> list[list[str]]:
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Two curves a model, and its knee."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4), squeeze=False)
-    for axis, (name, known) in zip(axes[0], results.items(), strict=True):
+    panels = []
+    for name, known in results.items():
         metric, _ = heal.HEADLINE[name]
         models, removed, best = curve(known)
-        for stage, label, style in (("before", "fused", "o:"), ("after", "healed", "o-")):
-            axis.plot([100 * share for share in removed], [row[stage][metric] for row in models], style, label=label)
-        axis.axvline(100 * removed[best], color="grey", linewidth=0.8, linestyle="--", label="knee")
-        axis.set(title=name, xlabel="block parameters removed (%)", ylabel=metric.replace("_", " "))
-        if "perplexity" in metric:
-            axis.set_yscale("log")
-            for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-                formatter("{x:.0f}")
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+        curves = {
+            label: [row[stage][metric] for row in models] for stage, label in (("before", "fused"), ("after", "healed"))
+        }
+        panels.append(Quality(name, metric.replace("_", " "), removed, curves, best, log="perplexity" in metric))
+    plot_quality(panels, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("jobs", nargs="*", choices=[*KEEPS, []], help=f"default: all of {', '.join(KEEPS)}")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--draw", action="store_true", help="train nothing: the table and picture of what is there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    for name in options.jobs or KEEPS:
+    for name in () if options.draw else options.jobs or KEEPS:
         run(name)
     results = heal.load(RESULT)
     print(text_table(table(results)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,26 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .plan import CHAIN, MergeConvs, Plan
+from .plan import CHAIN, Plan
 from .recipe import Recipe
-from .report import METRIC_NAMES, changes, markdown_table, rows, stages
+from .report import (
+    METRIC_NAMES,
+    change_table,
+    in_short,
+    limits_of,
+    markdown_table,
+    measured_on,
+    method_of,
+    name_of,
+    recipe_text,
+    rows,
+    stages,
+)
 from .tasks import TASKS
 
-_METHODS = {
-    "fusion": ("fused", "layer-fusion"),
-    "collapse": ("collapsed", "layer-collapse"),
-    "merge": ("merged", "layer-merge"),
-}
-"""Section of a recipe -> what its results are, and the tag of their cards."""
-
 _LICENCE = ("license", "license_name", "license_link")
+
+_NO_LICENCE = "The card of the original states no licence, or could not be read. Its terms hold for this too."
 
 
 def licence_of(model: str) -> dict[str, str]:
@@ -57,8 +63,8 @@ def model_card(
         pictures: name of each file beside the card -> what it shows.
         licence: of the original, as `licence_of` finds it, which is that of the result.
     """
-    made, _ = _method(recipe)
-    name = _name(recipe)
+    made, _ = method_of(recipe)
+    name = name_of(recipe)
     environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     data = _front(recipe, results, licence or {})
     body = "\n".join(
@@ -66,15 +72,15 @@ def model_card(
             f"# {name}, {made}",
             "",
             f"Made from `{name}` with [hf_layerfuse](https://pypi.org/project/hf-layerfuse/): "
-            f"{_in_short(results)}. {_size_of(plan)}",
+            f"{in_short(results)}. {_size_of(plan)}",
             "",
-            f"## Before and after, on {' ('.join(_measured_on(recipe, results))})",
+            f"## Before and after, on {' ('.join(measured_on(recipe, results))})",
             "",
             markdown_table(rows(results)),
             "",
             f"## What became of its {plan.num_layers} {'convolutions' if plan.kinds == CHAIN else 'layers'}",
             "",
-            markdown_table(_table(plan)),
+            markdown_table(change_table(plan)),
             "",
             *_timed(plan),
             *(line for file, shows in (pictures or {}).items() for line in (f"![{shows}]({file})", "")),
@@ -86,7 +92,7 @@ def model_card(
             "",
             "## Limits",
             "",
-            *(f"- {limit}" for limit in _limits(plan, results, licence)),
+            *(f"- {limit}" for limit in [*limits_of(plan, results), *([] if licence else [_NO_LICENCE])]),
             "",
             "## How it was made",
             "",
@@ -97,7 +103,7 @@ def model_card(
             "<details><summary>The recipe, all of it</summary>",
             "",
             "```yaml",
-            yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True).rstrip(),
+            recipe_text(recipe),
             "```",
             "",
             "</details>",
@@ -109,24 +115,9 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
-def _method(recipe: Recipe) -> tuple[str, str]:
-    return next(words for method, words in _METHODS.items() if getattr(recipe, method) is not None)
-
-
-def _name(recipe: Recipe) -> str:
-    return Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
-
-
-def _measured_on(recipe: Recipe, results: Mapping[str, Any]) -> tuple[str, str]:
-    """Data set and split of the figures."""
-    part = results["metrics_on"]
-    source = getattr(recipe.data, part) or recipe.data.train  # rows held out of train, where there is no validation
-    return (recipe.data.name, source) if recipe.data.name else (Path(source).name, part)
-
-
 def _front(recipe: Recipe, results: Mapping[str, Any], licence: Mapping[str, str]) -> ModelCardData:
-    made, tag = _method(recipe)
-    dataset, split = _measured_on(recipe, results)
+    made, tag = method_of(recipe)
+    dataset, split = measured_on(recipe, results)
     metrics = results[stages(results)[-1]]["metrics"]
     evaluations = [
         EvalResult(
@@ -147,38 +138,16 @@ def _front(recipe: Recipe, results: Mapping[str, Any], licence: Mapping[str, str
         library_name="transformers",
         pipeline_tag=TASKS[recipe.task].pipeline,
         tags=["hf-layerfuse", tag, "model-compression"],
-        model_name=f"{_name(recipe)}, {made}",
+        model_name=f"{name_of(recipe)}, {made}",
         eval_results=evaluations,
         **licence,
     )
-
-
-def _in_short(results: Mapping[str, Any]) -> str:
-    """The result in one sentence, by its share of parameters, its speed, and its first metric."""
-    before, after = results["before"], results[stages(results)[-1]]
-    said = [f"{after['parameters'] / before['parameters']:.0%} of the parameters"]
-    for batch, milliseconds in list((before["latency_ms"] or {}).items())[-1:]:
-        said.append(f"{milliseconds / after['latency_ms'][batch]:.2f} times as fast at batch {batch}")
-    for metric in [metric for metric in METRIC_NAMES if metric in before["metrics"]][:1]:
-        values = (f"{stage['metrics'][metric]:.4g}" for stage in (after, before))
-        said.append("{} {} (before: {})".format(METRIC_NAMES[metric], *values))
-    return ", ".join(said)
 
 
 def _size_of(plan: Plan) -> str:
     if plan.layout().is_stock:
         return "It is a stock checkpoint, which Transformers loads as any other."
     return "Its `config.json` holds the plan that shapes it."
-
-
-def _table(plan: Plan) -> list[list[str]]:
-    """Which blocks became which."""
-    pairs = [[blocks[0].upper() + blocks[1:], become] for blocks, become in changes(plan)]
-    if len({layer for edit in plan.edits for layer in edit.layers}) < plan.num_layers:
-        pairs.append(["All others", "as they are"])
-    elif any(edit.keep and len(edit.layers) == 1 for edit in plan.edits if isinstance(edit, MergeConvs)):
-        pairs.append(["All others", "as they are, with batch norms folded"])
-    return [["of the original", "in the result"], *pairs]
 
 
 def _timed(plan: Plan) -> list[str]:
@@ -208,30 +177,3 @@ def _use(recipe: Recipe, plan: Plan) -> list[str]:
     call = f"model = {auto_class}.from_pretrained({', '.join(arguments)})"
     code = "  # runs the code in layerfuse/: read it" if "trust_remote_code=True" in arguments else ""
     return [*first, f"from transformers import {auto_class}", "", call + code]
-
-
-def _limits(plan: Plan, results: Mapping[str, Any], licence: Mapping[str, str] | None) -> list[str]:
-    limits = []
-    if plan.layout().ties:
-        limits.append("Sharing weights makes the file and the memory smaller. It does not make the model faster.")
-    if results["before"]["latency_ms"]:
-        limits.append("Latency was measured on the machine named below; ratios carry over better than milliseconds.")
-    limits.append(
-        "Nothing was chosen on the data that are reported here."
-        if results["metrics_on"] == "test"
-        else "The recipe names no test data: the figures are from those that healing was watched on."
-    )
-    if "healed" not in results:
-        limits.append("It was not retrained after its layers were changed.")
-    metrics = results["before"]["metrics"]
-    if "stride" in metrics:
-        limits.append(f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}.")
-    limits.append("What the original gets wrong, and what it is biased in, is not mended, and may be worse.")
-    if not licence:
-        limits.append("The card of the original states no licence, or could not be read. Its terms hold for this too.")
-    return limits
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as it is in a file: without sections that it has not."""
-    return {name: value for name, value in dataclasses.asdict(recipe).items() if value is not None}

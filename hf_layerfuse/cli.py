@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         plain = {name: value for name, value in given.items() if value is True or name in _TEXT}
         overrides = plain | parse_overrides([*(f"--{name}={given[name]}" for name in given.keys() - plain), *rest])
         recipe = load_recipe(known.recipe, overrides)
-        program = ["-m", "hf_layerfuse"] if Path(sys.argv[0]).name == "__main__.py" else ["fuse.py"]
+        program = (
+            ["-m", "hf_layerfuse"] if Path(sys.argv[0]).parts[-2:] == ("hf_layerfuse", "__main__.py") else ["fuse.py"]
+        )
         run(recipe, command=shlex.join(["accelerate", "launch", *program, *arguments]))
     except LayerFuseError as error:
         _complain(str(error))

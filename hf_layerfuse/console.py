@@ -1,4 +1,4 @@
-"""The command `hf-layerfuse`: looks at models, and changes none."""
+"""The command `hf-layerfuse`: looks at models and runs, and changes none."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
 from .methods.fusion import plan_evenly, plan_fusion
 from .modeling import head_class
 from .overview import Rows, overview
+from .page import write_page
 from .recipe import FusionRecipe, add_fields
 from .report import describe, text_table
 from .sizes import planned_size
@@ -30,6 +31,7 @@ _EXAMPLES = """examples:
   hf-layerfuse inspect path/to/bert --similarity cka --text lines.txt
   hf-layerfuse plan openai-community/gpt2 --keep_layers 8
   hf-layerfuse plan path/to/config.json --ratio 0.5 --mode share
+  hf-layerfuse report outputs/demo                                  of what fuse.py wrote there
 """
 
 
@@ -66,16 +68,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = plan.add_argument("model", help="as for inspect; of a config alone, runs of even length become one")
     text = plan.add_argument("--text", type=Path, metavar="FILE", help="lines of text, for a similarity of activations")
     model.complete = text.complete = shtab.FILE
+    report = commands.add_parser(
+        "report",
+        help="a page about what fuse.py has done",
+        description="Write one HTML file with the figures, pictures, plan and recipe of a run, which needs nothing "
+        "beside it.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.add_argument("output_dir", help="what fuse.py wrote").complete = shtab.DIRECTORY
+    report.add_argument("--output", metavar="FILE", help="where to; default: report.html in output_dir")
     add_fields(plan, "what it is to be (fields of FusionRecipe)", FusionRecipe)
     shtab.add_argument_to(parser, "--print-completion", help="print what completes this command in a shell")
     known, rest = parser.parse_known_args(arguments)
     try:
+        if rest and known.command != "plan":  # whose recipe says what is wrong with them
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        if known.command == "report":
+            print(f"Written: {write_page(known.output_dir, known.output)}")
+            return 0
         if known.command == "plan":
             names = vars(known).keys() & {field.name for field in fields(FusionRecipe)}
             given = [f"--{name}={getattr(known, name)}" for name in names]
             tables = _plan(known, FusionRecipe(**parse_overrides([*given, *rest])))
-        elif rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         else:
             tables = _inspect(known)
     except LayerFuseError as error:

@@ -71,7 +71,8 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
     if recipe.heal.steps > 0:
         round_to(fused, inputs.dtype)
         results["healed"] = inputs.measure(fused, original, "the healed model")
-    results |= {"metrics_on": inputs.reported, "recipe": dataclasses.asdict(recipe), "environment": _environment()}
+    results |= {"metrics_on": inputs.reported, "recipe": dataclasses.asdict(recipe), "command": command}
+    results |= {"environment": _environment()}
 
     if state.is_main_process:
         _save(recipe, fused, processor, inputs.dtype, plan, results, command)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import permutations
+from itertools import cycle, permutations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,6 +64,48 @@ def draw(plan: Plan, results: Mapping[str, Any], folder: Path) -> dict[str, str]
     return drawn
 
 
+class Quality(NamedTuple):
+    """Curves of one model, of which `plot_quality` draws a panel.
+
+    Attributes:
+        title: of the panel.
+        metric: what the curves are of.
+        removed: share of the block parameters that each point lacks, from 0 on.
+        curves: name of each curve -> its values.
+        knee: index of the point that is marked; None marks none.
+        log: for perplexities, which grow by factors.
+    """
+
+    title: str
+    metric: str
+    removed: Sequence[float]
+    curves: Mapping[str, Sequence[float]]
+    knee: int | None = None
+    log: bool = False
+
+
+def plot_quality(panels: Sequence[Quality], path: str | Path) -> None:
+    """Write a picture of quality against size.
+
+    Args:
+        panels: one for each model.
+        path: of a PNG file.
+    """
+    with _picture(path, 4.3 * len(panels), 3.6, ncols=len(panels)) as [axes]:
+        for axis, panel in zip(axes, panels, strict=True):
+            shares = [100 * share for share in panel.removed]
+            for (label, values), marker in zip(panel.curves.items(), cycle("osD^")):
+                axis.plot(shares, values, marker=marker, markersize=5, label=label)
+            if panel.knee is not None:
+                axis.axvline(shares[panel.knee], color=_GREY, linewidth=1, linestyle="--", label="knee")
+            axis.set(title=panel.title, xlabel="block parameters removed (%)", ylabel=panel.metric)
+            if panel.log:
+                axis.set_yscale("log")
+                for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                    formatter("{x:.0f}")
+            axis.legend(framealpha=0)
+
+
 def plot_homotopy(rows: Sequence[tuple[int, Mapping[str, float]]], path: str | Path) -> None:
     """Write a picture of how activations became lines: the a of each, step by step.
 
@@ -73,9 +115,9 @@ def plot_homotopy(rows: Sequence[tuple[int, Mapping[str, float]]], path: str | P
     """
     with _picture(path, 6, 3.6) as [[axis]]:
         steps = [step for step, _ in rows]
-        markers = "osD^vP*X"
-        for place, name in enumerate(rows[-1][1]):
-            style = {"marker": markers[place % len(markers)], "markersize": 4}
+        looks = cycle(product(("-", "--", ":"), "osD^vP*X"))  # of the colours there are as many as of markers
+        for name, (line, marker) in zip(rows[-1][1], looks, strict=False):
+            style = {"linestyle": line, "marker": marker, "markersize": 4}
             axis.plot(steps, [values[name] for _, values in rows], label=name, **style)
         axis.set(xlabel="step", ylabel="a (0: activation, 1: line)", ylim=(-0.03, 1.03))
         axis.legend(fontsize=7, framealpha=0)
@@ -128,8 +170,8 @@ def plot_distances(distances: Mapping[Kind, Sequence[Sequence[float | None]]], p
                     axis.add_patch(Rectangle((first - 0.5, first - 0.5), size, size, **style))
                 else:  # with others in between
                     axis.plot(*zip(*permutations(group, 2), strict=True), ".", color=_COLOURS[4])
-            axis.set(title=f"how far apart: {kind}", xlabel="layer")
-            axis.figure.colorbar(image, ax=axis, shrink=0.8)
+            axis.set(title=kind, xlabel="layer", ylabel="layer")
+            axis.figure.colorbar(image, ax=axis, shrink=0.8, label="distance (dark: alike)")
 
 
 def plot_plan(plan: Plan, path: str | Path) -> None:
@@ -141,7 +183,8 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     """
     kinds = ("convolution",) if plan.kinds == CHAIN else plan.kinds
     width = max(6.0, min(12.0, 0.45 * plan.num_layers))
-    with _picture(path, width, 0.4 + 1.5 * len(kinds), nrows=len(kinds)) as axes:
+    height = 1.2 if plan.kinds == CHAIN or not plan.layout().ties else 1.6
+    with _picture(path, width, 0.3 + height * len(kinds), nrows=len(kinds)) as axes:
         for [axis], kind, colour in zip(axes, kinds, _COLOURS, strict=False):
             _draw_flow(axis, plan, kind, colour)
 
@@ -150,6 +193,7 @@ def _draw_flow(axis: Any, plan: Plan, kind: str, colour: str) -> None:
     every = range(plan.num_layers)
     made = _made_of(plan, kind)
     numbered = 1 if plan.num_layers <= 32 else 5
+    text = 8 * max(1, axis.figure.get_figwidth() / 7)  # a wide picture is made smaller to fit in a card
     for number, (layers, linear) in enumerate(made):
         place = sum(layers) / len(layers)
         changed = len(layers) > 1 or linear
@@ -159,23 +203,24 @@ def _draw_flow(axis: Any, plan: Plan, kind: str, colour: str) -> None:
         mark = {"marker": "_", "markersize": 13, "markeredgewidth": 3.5} if linear else {"marker": "o", "markersize": 8}
         axis.plot(place, 0, color=colour, zorder=2, **mark)
         if number % numbered == 0:
-            axis.text(place, -0.28, str(number), ha="center", va="top", fontsize=8)
+            axis.text(place, -0.28, str(number), ha="center", va="top", fontsize=text)
     used = {layer for layers, _ in made for layer in layers}
     gone = [layer for layer in every if layer not in used]
     axis.plot(sorted(used), [1] * len(used), "o", color=colour, markersize=8, zorder=2)
     axis.plot(gone, [1] * len(gone), "x", color=_GREY, markersize=7, markeredgewidth=1.8)
     for layer in every[::numbered]:
-        axis.text(layer, 1.28, str(layer), ha="center", va="bottom", fontsize=8)
-    for tie in () if kind == "convolution" else plan.layout().ties:
+        axis.text(layer, 1.28, str(layer), ha="center", va="bottom", fontsize=text)
+    ties = () if kind == "convolution" else plan.layout().ties
+    for tie in ties:
         if tie.kind == kind:
             axis.plot(tie.source.layers, [-0.85] * len(tie.source.layers), color=colour, linewidth=1.5, marker="|")
             middle = sum(tie.source.layers) / len(tie.source.layers)
             shared = "one basis" if tie.mode == "basis" else "one set of weights"
-            axis.text(middle, -1.0, shared, ha="center", va="top", fontsize=8)
+            axis.text(middle, -1.0, shared, ha="center", va="top", fontsize=text)
     linear = sum(linear for _, linear in made)
-    axis.set_title(f"{kind}: {len(every)} to {len(made)}" + (f", {linear} linear (bars)" if linear else ""), fontsize=9)
-    axis.set(ylim=(-1.5, 1.7), xlim=(-0.8, plan.num_layers - 0.2), yticks=(0, 1), xticks=[])
-    axis.set_yticklabels(("result", "original"))
+    axis.set_title(f"{kind}: {len(every)} to {len(made)}" + (f", {linear} linear (bars)" if linear else ""), fontsize=text + 1)
+    axis.set(ylim=(-1.6 if ties else -0.7, 1.7), xlim=(-0.8, plan.num_layers - 0.2), yticks=(0, 1), xticks=[])
+    axis.set_yticklabels(("result", "original"), fontsize=text + 1)
     axis.tick_params(length=0)
     for side in axis.spines.values():
         side.set_visible(False)

@@ -1,10 +1,16 @@
-"""What a run of `fuse.py` tells the user: tables of text, and the plan in words."""
+"""What a run of `fuse.py` tells the user, in words and tables: for the terminal, a model card and a page."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
+from .recipe import Recipe
 
 METRIC_NAMES = {
     "token_perplexity": "perplexity (token)",
@@ -108,3 +114,77 @@ def _how(edit: Fuse) -> str:
     """Operator and alignment of an edit in words."""
     how = edit.operator if edit.keep is None else f"{edit.operator}, layer {edit.keep}"
     return how if edit.align == "none" else f"{how}, aligned by {edit.align}"
+
+
+_METHODS = {
+    "fusion": ("fused", "layer-fusion"),
+    "collapse": ("collapsed", "layer-collapse"),
+    "merge": ("merged", "layer-merge"),
+}
+"""Section of a recipe -> what its results are, and the tag of their cards."""
+
+
+def method_of(recipe: Recipe) -> tuple[str, str]:
+    """What the result of a recipe is, such as `fused`, and the tag of its cards."""
+    return next(words for method, words in _METHODS.items() if getattr(recipe, method) is not None)
+
+
+def name_of(recipe: Recipe) -> str:
+    """Of the original: that on the Hub, or of its folder."""
+    return Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
+
+
+def measured_on(recipe: Recipe, results: Mapping[str, Any]) -> tuple[str, str]:
+    """Data set and split of the figures."""
+    part = results["metrics_on"]
+    source = getattr(recipe.data, part) or recipe.data.train  # rows held out of train, where there is no validation
+    return (recipe.data.name, source) if recipe.data.name else (Path(source).name, part)
+
+
+def in_short(results: Mapping[str, Any]) -> str:
+    """The result in one sentence, by its share of parameters, its speed, and its first metric."""
+    before, after = results["before"], results[stages(results)[-1]]
+    said = [f"{after['parameters'] / before['parameters']:.0%} of the parameters"]
+    for batch, milliseconds in list((before["latency_ms"] or {}).items())[-1:]:
+        said.append(f"{milliseconds / after['latency_ms'][batch]:.2f} times as fast at batch {batch}")
+    for metric in [metric for metric in METRIC_NAMES if metric in before["metrics"]][:1]:
+        values = (f"{stage['metrics'][metric]:.4g}" for stage in (after, before))
+        said.append("{} {} (before: {})".format(METRIC_NAMES[metric], *values))
+    return ", ".join(said)
+
+
+def change_table(plan: Plan) -> list[list[str]]:
+    """Which blocks became which, as rows of text, a header first."""
+    pairs = [[blocks[0].upper() + blocks[1:], become] for blocks, become in changes(plan)]
+    if len({layer for edit in plan.edits for layer in edit.layers}) < plan.num_layers:
+        pairs.append(["All others", "as they are"])
+    elif any(edit.keep and len(edit.layers) == 1 for edit in plan.edits if isinstance(edit, MergeConvs)):
+        pairs.append(["All others", "as they are, with batch norms folded"])
+    return [["of the original", "in the result"], *pairs]
+
+
+def limits_of(plan: Plan, results: Mapping[str, Any]) -> list[str]:
+    """What to know before the result is used."""
+    limits = []
+    if plan.layout().ties:
+        limits.append("Sharing weights makes the file and the memory smaller. It does not make the model faster.")
+    if results["before"]["latency_ms"]:
+        limits.append("Latency was measured on the machine named below; ratios carry over better than milliseconds.")
+    limits.append(
+        "Nothing was chosen on the data that are reported here."
+        if results["metrics_on"] == "test"
+        else "The recipe names no test data: the figures are from those that healing was watched on."
+    )
+    if "healed" not in results:
+        limits.append("It was not retrained after its layers were changed.")
+    metrics = results["before"]["metrics"]
+    if "stride" in metrics:
+        limits.append(f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}.")
+    limits.append("What the original gets wrong, and what it is biased in, is not mended, and may be worse.")
+    return limits
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as a YAML file, with every field."""
+    sections = {name: value for name, value in dataclasses.asdict(recipe).items() if value is not None}
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True).rstrip()

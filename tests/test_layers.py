@@ -17,7 +17,7 @@ RANKS = (
     ("rounds",),
     ("rundata",),
     ("__init__",),
-    ("card", "overview", "publish"),
+    ("card", "page", "overview", "publish"),
     ("report", "plots", "heal", "latency", "layermap", "data", "teacher"),
     ("loop", "splits"),
     ("labels",),

@@ -7,7 +7,7 @@ from PIL import Image
 
 from hf_layerfuse import Drop, Fuse, FusionRecipe, Linearize, MergeConvs, Plan, adapter_for, apply, plan_fusion
 from hf_layerfuse.plan import CHAIN, TRANSFORMER
-from hf_layerfuse.plots import _COLOURS, _GREY, _made_of, draw
+from hf_layerfuse.plots import _COLOURS, _GREY, Quality, _made_of, draw, plot_quality
 
 MIXED = Plan("gpt2", 6, (Linearize(1), Drop("attention", 2), Drop("layer", 3), Fuse("layer", (4, 5))))
 SHARED = Plan("gpt2", 6, (Fuse("mlp", (0, 3, 5), mode="share"), Fuse("attention", (1, 2), mode="basis", rank=2)))
@@ -58,6 +58,18 @@ def test_distances_are_drawn_with_what_was_grouped(tmp_path) -> None:
     plan = plan_fusion(model, FusionRecipe(keep_layers=4))
     assert any(None in row for row in plan.notes["distances"]["conv"])
     assert "distances.png" in draw(plan, {}, tmp_path)
+
+
+def test_quality_is_drawn_against_size(tmp_path) -> None:
+    """A panel for each model, with its knee, on any scale."""
+    curves = {"fused": [50, 60, 90], "healed": [50, 52, 60]}
+    panels = [Quality("one", "perplexity", [0, 0.25, 0.5], curves, 1, log=True)]
+    panels.append(Quality("two", "accuracy", [0, 0.5], {"healed": [0.9, 0.8]}))
+    for count in (1, 2):
+        plot_quality(panels[:count], tmp_path / "quality.png")
+        with Image.open(tmp_path / "quality.png") as picture:
+            assert picture.getpixel((0, 0))[3] == 0
+            assert 500 * count < picture.width < 700 * count
 
 
 def luminance(colour: str) -> float:

@@ -7,7 +7,7 @@ from .fusion import TARGETS, FusionRecipe
 from .heal import HealRecipe
 from .hub import HubRecipe
 from .merge import MERGE_TARGETS, MergeRecipe
-from .run import SECTIONS, EvaluateRecipe, Recipe, load_recipe
+from .run import SECTIONS, EvaluateRecipe, Recipe, load_recipe, recipe_of
 
 __all__ = [
     "COLLAPSE_TARGETS",
@@ -24,4 +24,5 @@ __all__ = [
     "Recipe",
     "add_fields",
     "load_recipe",
+    "recipe_of",
 ]

@@ -191,11 +191,21 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     if "data.name" in named and "data.config" not in named and isinstance(data, dict) and data.get("name") is None:
         data.pop("config", None)  # that of the Hub data set, which local files replace
 
+    return recipe_of(tree, path)
+
+
+def recipe_of(tree: dict[Any, Any], source: str | Path) -> Recipe:
+    """A recipe from what a file holds.
+
+    Raises:
+        RecipeError: a field is unknown or has a wrong value; `source` is what it is of.
+    """
+    tree = dict(tree)
     for section, kind in SECTIONS.items():
         if section in tree:
             values = tree[section] or {}
             if not isinstance(values, dict):
-                raise RecipeError(f"{path}: section {section!r} holds {values!r}, not fields and values.")
+                raise RecipeError(f"{source}: section {section!r} holds {values!r}, not fields and values.")
             tree[section] = kind(**_named(values))
     return Recipe(**_named(tree))
 

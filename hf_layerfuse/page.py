@@ -1,0 +1,158 @@
+"""A page about a run: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+from .errors import CheckpointError, PlanError
+from .output import MARK
+from .plan import CHAIN, Plan
+from .plan.edit import read_edit
+from .plots import draw
+from .recipe import Recipe, recipe_of
+from .report import change_table, changes, in_short, limits_of, measured_on, method_of, name_of, recipe_text, rows
+
+_MARK = b'<meta name="generator" content="hf_layerfuse report">'
+"""By which an earlier page is known."""
+
+
+def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Write the page of a run.
+
+    Args:
+        folder: what `fuse.py` wrote; of it, the plan and the results are read.
+        output: HTML file to write, by default `report.html` in the folder. An earlier page there is replaced, anything
+            else never.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        CheckpointError: the folder holds no results, or what it holds is damaged; or the file cannot be written.
+        RecipeError: the results are of a recipe that this version does not know.
+    """
+    target = Path(output) if output is not None else Path(folder) / "report.html"
+    if target.is_dir() or (target.exists() and _MARK not in target.read_bytes()):
+        raise CheckpointError(f"{str(target)!r} is there and no page of a run: name another file by --output.")
+    text = page(*_read(Path(folder)))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}-", delete=False
+        ) as fresh:
+            fresh.write(text)
+        os.replace(fresh.name, target)
+    except OSError as error:
+        raise CheckpointError(f"{str(target)!r} cannot be written: {error}. Name another file by --output.") from error
+    return target
+
+
+def page(plan: Plan, results: Mapping[str, Any], recipe: Recipe) -> str:
+    """The page of a run as HTML. Everything that comes from the run is escaped.
+
+    Args:
+        plan: that was carried out.
+        results: what `results.json` holds.
+        recipe: of the run.
+    """
+    dataset, split = measured_on(recipe, results)
+    environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = (files(__package__) / "page.html").read_text(encoding="utf-8")
+    return template.from_string(source).render(
+        title=f"{name_of(recipe)}, {method_of(recipe)[0]}",
+        summary=f"{in_short(results)}.",
+        measured_on=f"Measured on {dataset} ({split}).",
+        figures=_with_shares(rows(results)),
+        changes=change_table(plan),
+        pictures=_pictures(plan, results),
+        reasons=_reasons(plan),
+        limits=limits_of(plan, results),
+        command=results.get("command"),
+        environment=f"Seed {recipe.seed}; {environment}.",
+        recipe=recipe_text(recipe),
+    )
+
+
+def _read(folder: Path) -> tuple[Plan, dict[str, Any], Recipe]:
+    try:
+        plan, results = Plan.load(folder / "plan.json"), json.loads((folder / MARK).read_text(encoding="utf-8"))
+        tree = {name: value for name, value in results["recipe"].items() if value is not None}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, PlanError) as error:
+        raise CheckpointError(
+            f"{str(folder)!r} is no result of a run: {error!s}. Name a folder that fuse.py has written, with its "
+            f"plan.json and {MARK}."
+        ) from error
+    return plan, results, recipe_of(tree, folder / MARK)
+
+
+def _with_shares(table: list[list[str]]) -> list[list[str]]:
+    """Sizes and times with their share of the first column, the original's."""
+    header, *body = table
+    return [header, *([label, first, *(_share(first, cell, label) for cell in rest)] for label, first, *rest in body)]
+
+
+def _share(first: str, cell: str, label: str) -> str:
+    if not label.strip().startswith(("parameters", "outside", "bytes", "latency")):
+        return cell
+    before, after = (float(text.replace(",", "")) for text in (first, cell))
+    return f"{cell} ({after / before:.0%})" if before else cell
+
+
+def _pictures(plan: Plan, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    with tempfile.TemporaryDirectory(prefix="layerfuse-") as folder:
+        for name, shows in draw(plan, results, Path(folder)).items():
+            path = Path(folder, name)
+            with Image.open(path) as image:
+                width, height = image.size
+            data = base64.b64encode(path.read_bytes()).decode()
+            found.append({"data": data, "shows": shows, "width": width, "height": height})
+    return found
+
+
+def _reasons(plan: Plan) -> list[dict[str, Any]]:
+    """What the notes of a plan have on how it was chosen: words, and rows of text."""
+    notes, found = plan.notes, []
+
+    def add(words: str, *rows: list[str]) -> None:
+        found.append({"words": words, "rows": rows})
+
+    if competition := notes.get("competition"):
+        ranked = sorted(competition, key=lambda entry: entry["loss"])
+        rivals = [[_edits_of(plan, entry), f"{entry['loss']:.4g}"] for entry in ranked]
+        add("What competed on calibration data, the best first.", ["plan", "calibration loss"], *rivals)
+    if losses := notes.get("losses"):
+        if isinstance(losses, dict):  # an MLP by its layer, or a segment of convolutions
+            head = "layer" if plan.kinds != CHAIN else "segment: begin, end, kernel, depthwise"
+            single = [[name, f"{loss:.4g}"] for name, loss in losses.items()]
+        else:
+            head = "choice"
+            single = [[_edits_of(plan, {"edits": [row["edit"]]}), f"{row['loss']:.4g}"] for row in losses]
+        add("What each costs when nothing else is changed.", [head, "calibration loss"], *single)
+    if frontier := notes.get("frontier"):
+        points = [[share, f"{loss:.4g}"] for share, loss in frontier.items()]
+        add("What other budgets would cost, by the sum.", ["of the original's time", "calibration loss"], *points)
+    if refit := notes.get("refit"):
+        values = ["calibration loss", *(f"{refit[name]:.4g}" for name in ("before", "after"))]
+        kept = "It was kept." if refit["kept"] else "It did not help, and was undone."
+        add(f"Closed-form repair on calibration data. {kept}", ["", "before", "after"], values)
+    return found
+
+
+def _edits_of(plan: Plan, entry: Mapping[str, Any]) -> str:
+    """In words, what competed: edits, or layers whose MLPs become linear."""
+    if "layers" in entry:
+        return f"linear MLPs of layers {', '.join(map(str, entry['layers']))}"
+    edits = tuple(map(read_edit, entry["edits"]))
+    return "; ".join(f"{blocks} {become}" for blocks, become in changes(replace(plan, edits=edits)))
