@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# 2.13.0 is the release the project is tested with; any torch >= 2.5 that is already in $(VENV) is kept
+# 2.13.0 is the release the project is tested with; any torch >= 2.9 that is already in $(VENV) is kept
 TORCH ?= torch==2.13.0
 CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
 

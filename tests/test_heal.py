@@ -302,7 +302,7 @@ def test_bf16_leaves_the_class_forward_in_place() -> None:
 @pytest.mark.parametrize("bf16", [True, False])
 def test_auto_precision_is_what_the_device_does_natively(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
     """The capability of the CPU decides."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16}, raising=False)
     student = tiny_model("gpt2", "GPT2LMHeadModel")
     report = heal(student, _loader(_rows("causal-lm")), _recipe(steps=0, kl_weight=0.0, mixed_precision="auto"))
     assert report.mixed_precision == ("bf16" if bf16 else "no")
@@ -313,7 +313,7 @@ def test_auto_precision_is_what_the_device_does_natively(monkeypatch: pytest.Mon
 )
 def test_auto_precision_heeds_the_launcher(monkeypatch: pytest.MonkeyPatch, launcher, capable, expected) -> None:
     """What `accelerate launch` was told wins over the device; its "no" is also its silence: the device decides."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, raising=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     student = tiny_model("gpt2", "GPT2LMHeadModel")
     report = heal(student, _loader(_rows("causal-lm")), _recipe(steps=0, kl_weight=0.0, mixed_precision="auto"))
