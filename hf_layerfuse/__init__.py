@@ -27,6 +27,7 @@ from .errors import (
     UnsupportedModelError,
     VerificationError,
 )
+from .found import Found
 from .heal import HealReport, heal
 from .layermap import fused_parameters, layer_map, mixed_weights
 from .merge import search_merge
@@ -52,6 +53,7 @@ __all__ = [
     "Convolutions",
     "DataError",
     "Drop",
+    "Found",
     "Fuse",
     "FusionRecipe",
     "HealRecipe",
