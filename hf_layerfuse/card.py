@@ -80,10 +80,14 @@ def model_card(
             "",
             f"## What became of its {plan.num_layers} {'convolutions' if plan.kinds == CHAIN else 'layers'}",
             "",
-            markdown_table(change_table(plan)),
+            markdown_table(change_table(plan), numbers=False),
             "",
             *_timed(plan),
-            *(line for file, shows in (pictures or {}).items() for line in (f"![{shows}]({file})", "")),
+            *(
+                line
+                for file, shows in (pictures or {}).items()
+                for line in (f"![{shows}]({file})", "", f"*{shows}.*", "")
+            ),
             "## Use",
             "",
             "```python",

@@ -49,9 +49,9 @@ class HealReport:
 
     steps: int
     best_step: int
-    train_loss: list[tuple[int, float]] = field(repr=False)  # long
+    train_loss: list[tuple[int, float]] = dataclasses.field(repr=False)  # long
     validation_loss: list[tuple[int, float]]
-    homotopy: list[tuple[int, dict[str, float]]] = field(repr=False)
+    homotopy: list[tuple[int, dict[str, float]]] = dataclasses.field(repr=False)
     seconds: float
     mixed_precision: str
     num_processes: int

@@ -218,7 +218,8 @@ def _draw_flow(axis: Any, plan: Plan, kind: str, colour: str) -> None:
             shared = "one basis" if tie.mode == "basis" else "one set of weights"
             axis.text(middle, -1.0, shared, ha="center", va="top", fontsize=text)
     linear = sum(linear for _, linear in made)
-    axis.set_title(f"{kind}: {len(every)} to {len(made)}" + (f", {linear} linear (bars)" if linear else ""), fontsize=text + 1)
+    bars = f", {linear} linear (bars)" if linear else ""
+    axis.set_title(f"{kind}: {len(every)} to {len(made)}{bars}", fontsize=text + 1)
     axis.set(ylim=(-1.6 if ties else -0.7, 1.7), xlim=(-0.8, plan.num_layers - 0.2), yticks=(0, 1), xticks=[])
     axis.set_yticklabels(("result", "original"), fontsize=text + 1)
     axis.tick_params(length=0)

@@ -55,10 +55,10 @@ def text_table(table: list[list[str]]) -> str:
     )
 
 
-def markdown_table(table: list[list[str]]) -> str:
-    """Rows of text as a Markdown table."""
+def markdown_table(table: list[list[str]], *, numbers: bool = True) -> str:
+    """Rows of text as a Markdown table, in which all columns but the first are `numbers`, or text too."""
     header, *body = table
-    rule = ["---", *["---:"] * (len(header) - 1)]
+    rule = ["---", *["---:" if numbers else "---"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
 
 
