@@ -155,8 +155,12 @@ JOBS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["depth", "share"])
-@pytest.mark.parametrize("task", JOBS)
+# every task with one mode, and one task with both; together the others take long
+RUNS = [(task, "depth") for task in JOBS] + [("causal-lm", "share")]
+RUNS += [pytest.param(task, "share", marks=pytest.mark.slow) for task in JOBS if task != "causal-lm"]
+
+
+@pytest.mark.parametrize(("task", "mode"), RUNS)
 def test_end_to_end(tmp_path, capsys, task, mode):
     """Every task and mode leaves a checkpoint with its processor, plan, results and card, all of them consistent."""
     prepare, metrics = JOBS[task]
@@ -387,7 +391,7 @@ def test_interrupted_while_saving(tmp_path, monkeypatch, capsys):
     assert set(tmp_path.iterdir()) == {*before, out}
 
 
-@pytest.mark.parametrize("streaming", ["false", "true"])
+@pytest.mark.parametrize("streaming", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_interrupted_while_healing(tmp_path, monkeypatch, interrupt, streaming):
     """Stopped in its steps and started again, a run fuses nothing anew and ends with the same file, to the bit; with
     other data it starts afresh. The same where rows are streamed."""
@@ -413,7 +417,14 @@ def test_interrupted_while_healing(tmp_path, monkeypatch, interrupt, streaming):
     assert interruption.passes == 4 + 6
 
 
-@pytest.mark.parametrize("task", ["causal-lm", "text-classification", "token-classification"])
+@pytest.mark.parametrize(
+    "task",
+    [
+        "causal-lm",
+        pytest.param("text-classification", marks=pytest.mark.slow),
+        pytest.param("token-classification", marks=pytest.mark.slow),
+    ],
+)
 def test_the_teacher_is_asked_once(tmp_path, task):
     """With all classes kept, healing from the teacher's answers on disk is healing from the teacher."""
     words = [*JOBS[task][0](tmp_path), "--evaluate.latency", "false", "--heal.mixed_precision", "no"]
