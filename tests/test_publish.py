@@ -237,3 +237,33 @@ def test_a_model_is_pushed_by_its_own_method(tmp_path, site) -> None:
     causal_lm(tmp_path)
     done = python(site, tmp_path, "-c", DIRECT, str(tmp_path / "model"))
     assert "SAME True 2" in done.stdout, done.stdout + done.stderr
+
+
+SHARED = """
+import sys, torch
+import hf_layerfuse
+model = hf_layerfuse.AutoFusedModel.from_pretrained(sys.argv[1]).eval()
+small = hf_layerfuse.fuse(model, ratio=0.4, mode="share", check=False)
+type(small).register_for_auto_class("AutoModelForCausalLM")
+small.push_to_hub("someone/shared")
+print("SUM", f"{small(torch.arange(8)[None]).logits.double().sum().item():.9f}")
+"""
+
+LOADED = """
+import sys, torch
+sys.modules["hf_layerfuse"] = None
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print("SUM", f"{model(torch.arange(8)[None]).logits.double().sum().item():.9f}")
+"""
+
+
+@pytest.mark.slow
+def test_a_class_that_is_registered_is_pushed_with_its_code(tmp_path, site) -> None:
+    """As transformers does it for models that are not its own: `register_for_auto_class`, then `push_to_hub`."""
+    causal_lm(tmp_path)
+    ours = python(site, tmp_path, "-c", SHARED, str(tmp_path / "model"))
+    assert "SUM" in ours.stdout, ours.stdout + ours.stderr
+    theirs = python(site, tmp_path / "elsewhere", "-c", LOADED, "someone/shared")
+    assert "SUM" in theirs.stdout, theirs.stderr
+    assert theirs.stdout.splitlines()[-1] == ours.stdout.splitlines()[-1]
