@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from .errors import CheckpointError, PlanError
-from .output import MARK
+from .output import MARK, write_whole
 from .plan import CHAIN, Plan
 from .plan.edit import read_edit
 from .plots import draw
@@ -47,11 +46,7 @@ def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
         raise CheckpointError(f"{str(target)!r} is there and no page of a run: name another file by --output.")
     text = page(*_read(Path(folder)))
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}-", delete=False
-        ) as fresh:
-            fresh.write(text)
-        os.replace(fresh.name, target)
+        write_whole(target, text)
     except OSError as error:
         raise CheckpointError(f"{str(target)!r} cannot be written: {error}. Name another file by --output.") from error
     return target
