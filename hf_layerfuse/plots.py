@@ -53,7 +53,9 @@ def draw(plan: Plan, results: Mapping[str, Any], folder: Path) -> dict[str, str]
     drawn = {"plan.png": "Which blocks of the original became which"}
     if distances := plan.notes.get("distances"):
         plot_distances(distances, plan, folder / "distances.png")
-        drawn["distances.png"] = "How far the blocks of the original are from each other, and what was grouped"
+        drawn["distances.png"] = (
+            "How far the blocks of the original are from each other: dark pairs are alike, marked ones grouped"
+        )
     healed = results.get("heal") or {}
     if healed.get("train_loss"):
         plot_training(healed["train_loss"], healed["validation_loss"], folder / "training.png")
@@ -158,19 +160,26 @@ def plot_distances(distances: Mapping[Kind, Sequence[Sequence[float | None]]], p
     """
     from matplotlib.patches import Rectangle
 
+    dot = {"color": _COLOURS[4], "markersize": 7, "markeredgecolor": "white", "clip_on": False}
     with _picture(path, 3.6 * len(distances), 3.4, ncols=len(distances)) as [axes]:
         for axis, (kind, matrix) in zip(axes, distances.items(), strict=True):
             known = np.array(matrix, dtype=float)
             np.fill_diagonal(known, np.nan)  # of each from itself, which would take up half of the colours
             image = axis.imshow(known, cmap="viridis")
-            for group in (edit.layers for edit in plan.edits if edit.kind == kind and len(edit.layers) > 1):
+            groups = [edit.layers for edit in plan.edits if edit.kind == kind and len(edit.layers) > 1]
+            for group in groups:
                 first, size = min(group), len(group)
                 if max(group) - first == size - 1:
-                    style = {"fill": False, "edgecolor": _COLOURS[4], "linewidth": 2}
+                    # not clipped, or half of the line would be missing at the border
+                    style = {"fill": False, "edgecolor": _COLOURS[4], "linewidth": 2, "clip_on": False}
                     axis.add_patch(Rectangle((first - 0.5, first - 0.5), size, size, **style))
                 else:  # with others in between
-                    axis.plot(*zip(*permutations(group, 2), strict=True), ".", color=_COLOURS[4])
-            axis.set(title=kind, xlabel="layer", ylabel="layer")
+                    axis.plot(*zip(*permutations(group, 2), strict=True), "o", **dot)
+            axis.set(
+                title=f"{kind} (marked: grouped)" if groups else kind,
+                xlabel="layer of the original",
+                ylabel="layer of the original",
+            )
             axis.figure.colorbar(image, ax=axis, shrink=0.8, label="distance (dark: alike)")
 
 
@@ -219,7 +228,8 @@ def _draw_flow(axis: Any, plan: Plan, kind: str, colour: str) -> None:
             axis.text(middle, -1.0, shared, ha="center", va="top", fontsize=text)
     linear = sum(linear for _, linear in made)
     bars = f", {linear} linear (bars)" if linear else ""
-    axis.set_title(f"{kind}: {len(every)} to {len(made)}{bars}", fontsize=text + 1)
+    crosses = f", {len(gone)} dropped (crosses)" if gone else ""
+    axis.set_title(f"{kind}: {len(every)} to {len(made)}{crosses}{bars}", fontsize=text + 1)
     axis.set(ylim=(-1.6 if ties else -0.7, 1.7), xlim=(-0.8, plan.num_layers - 0.2), yticks=(0, 1), xticks=[])
     axis.set_yticklabels(("result", "original"), fontsize=text + 1)
     axis.tick_params(length=0)
