@@ -20,10 +20,23 @@ from .plan import CHAIN, Plan
 from .plan.edit import read_edit
 from .plots import draw
 from .recipe import Recipe, recipe_of
-from .report import change_table, changes, in_short, limits_of, measured_on, method_of, name_of, recipe_text, rows
+from .report import (
+    change_table,
+    changes,
+    in_short,
+    limits_of,
+    measured_on,
+    method_of,
+    name_of,
+    recipe_text,
+    rows,
+    stages,
+)
 
-_MARK = b'<meta name="generator" content="hf_layerfuse report">'
-"""By which an earlier page is known."""
+_TEMPLATE = (files(__package__) / "page.html").read_text(encoding="utf-8")
+
+_HEAD = _TEMPLATE.partition("<title>")[0]
+"""How a page begins, by which an earlier one is known: others may speak of one in their text."""
 
 
 def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
@@ -42,14 +55,25 @@ def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
         RecipeError: the results are of a recipe that this version does not know.
     """
     target = Path(output) if output is not None else Path(folder) / "report.html"
-    if target.is_dir() or (target.exists() and _MARK not in target.read_bytes()):
-        raise CheckpointError(f"{str(target)!r} is there and no page of a run: name another file by --output.")
-    text = page(*_read(Path(folder)))
     try:
+        if target.exists() and not _is_page(target):
+            raise CheckpointError(f"{str(target)!r} is there and no page of a run: name another file by --output.")
+        plan, results, recipe = _read(Path(folder))
+        try:
+            text = page(plan, results, recipe)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:  # what is there is not what a run writes
+            raise _no_result(Path(folder), error) from error
         write_whole(target, text)
     except OSError as error:
         raise CheckpointError(f"{str(target)!r} cannot be written: {error}. Name another file by --output.") from error
     return target
+
+
+def _is_page(path: Path) -> bool:
+    if not path.is_file():  # a folder, or a device, which may have no end
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_HEAD.encode())) == _HEAD.encode()
 
 
 def page(plan: Plan, results: Mapping[str, Any], recipe: Recipe) -> str:
@@ -63,15 +87,15 @@ def page(plan: Plan, results: Mapping[str, Any], recipe: Recipe) -> str:
     dataset, split = measured_on(recipe, results)
     environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = (files(__package__) / "page.html").read_text(encoding="utf-8")
-    return template.from_string(source).render(
+    return template.from_string(_TEMPLATE).render(
         title=f"{name_of(recipe)}, {method_of(recipe)[0]}",
-        summary=f"{in_short(results)}.",
-        measured_on=f"Measured on {dataset} ({split}).",
+        summary=f"Made from {recipe.model}: {in_short(results)}.",
+        measured_on=f"Measured on {dataset} ({split}){_how_many(results)}.",
         figures=_with_shares(rows(results)),
         changes=change_table(plan),
         pictures=_pictures(plan, results),
         reasons=_reasons(plan),
+        trained=_trained(results),
         limits=limits_of(plan, results),
         command=results.get("command"),
         environment=f"Seed {recipe.seed}; {environment}.",
@@ -83,12 +107,38 @@ def _read(folder: Path) -> tuple[Plan, dict[str, Any], Recipe]:
     try:
         plan, results = Plan.load(folder / "plan.json"), json.loads((folder / MARK).read_text(encoding="utf-8"))
         tree = {name: value for name, value in results["recipe"].items() if value is not None}
+        if len(stages(results)) < 2:
+            raise KeyError("fused")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, PlanError) as error:
-        raise CheckpointError(
-            f"{str(folder)!r} is no result of a run: {error!s}. Name a folder that fuse.py has written, with its "
-            f"plan.json and {MARK}."
-        ) from error
+        raise _no_result(folder, error) from error
     return plan, results, recipe_of(tree, folder / MARK)
+
+
+def _no_result(folder: Path, error: Exception) -> CheckpointError:
+    what = f"{error!s} is missing" if isinstance(error, KeyError) else str(error)
+    return CheckpointError(
+        f"{str(folder)!r} is no result of a run: {what}. Name a folder that fuse.py has written, with its plan.json "
+        f"and {MARK}."
+    )
+
+
+def _how_many(results: Mapping[str, Any]) -> str:
+    metrics = results["before"]["metrics"]
+    counts = [f"{metrics[name]:,} {name}" for name in ("examples", "tokens") if name in metrics]
+    return "".join(f", {count}" for count in counts)
+
+
+def _trained(results: Mapping[str, Any]) -> list[str]:
+    """What there is to say of the training, or of each where there were rounds."""
+    said = []
+    reports = results.get("rounds") or [results.get("heal")]
+    for report in filter(None, reports):
+        after = f"{report['steps']:,} steps in {report['seconds']:,.0f} s, mixed precision: {report['mixed_precision']}"
+        kept = f"the weights of step {report['best_step']:,} were kept"
+        if report["validation_loss"] and report["best_step"] == 0:
+            kept = "no later weights validated better than those before the first step, which were kept"
+        said.append(f"{after}; {kept}.")
+    return said
 
 
 def _with_shares(table: list[list[str]]) -> list[list[str]]:

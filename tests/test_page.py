@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -45,8 +46,12 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
+REPORT = {**HEALED["heal"], "steps": 2, "best_step": 2, "seconds": 71.6, "mixed_precision": "bf16"}
+
+
 def results(**changes) -> dict:
-    return {**RESULTS, **HEALED, "healed": SMALLER, "recipe": None, "command": "accelerate launch fuse.py x", **changes}
+    made = {"heal": REPORT, "healed": SMALLER, "recipe": None, "command": "accelerate launch fuse.py x"}
+    return {**RESULTS, **made, **changes}
 
 
 def written(folder: Path, plan: Plan = PLAN, made=None, **changes) -> Path:
@@ -79,6 +84,9 @@ def test_has_what_the_run_has(plan, made):
     images = [attributes for tag, attributes in tags if tag == "img"]
     assert len(images) == 2
     assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in images)
+    assert "Made from user/model: 75% of the parameters" in shown
+    assert "Measured on glue (validation)." in shown
+    assert "2 steps in 72 s, mixed precision: bf16; the weights of step 2 were kept." in shown
     assert "accelerate launch fuse.py x" in shown
     assert f"model: {made.model}" in shown
     assert all(attributes.get("scope") in ("col", "row") for tag, attributes in tags if tag == "th")
@@ -122,6 +130,18 @@ def test_says_why(tmp_path):
     )
 
 
+def test_says_what_training_did():
+    """Each round has its sentence, one that did not help says so, and a run without training has none; how much the
+    figures were measured on is said where it is known."""
+    rounds = [{**REPORT, "best_step": 0}, {**REPORT, "steps": 5000, "best_step": 5000}]
+    counted = {**RESULTS["before"], "metrics": {"accuracy": 0.9, "examples": 1234}}
+    shown = page(PLAN, results(rounds=rounds, heal=rounds[-1], before=counted), recipe())
+    assert "no later weights validated better than those before the first step" in shown
+    assert "5,000 steps in 72 s" in shown
+    assert "Measured on glue (validation), 1,234 examples." in shown
+    assert "Training</h2>" not in page(PLAN, results(heal=None), recipe())
+
+
 @pytest.mark.filterwarnings("ignore::hf_layerfuse.errors.LayerFuseWarning")
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_the_page_of_a_run(tmp_path, capsys):
@@ -145,6 +165,14 @@ def test_nothing_else_is_replaced(tmp_path, capsys):
     assert main(["report", str(folder), "--output", str(tmp_path / "notes.html")]) == 1
     assert "no page of a run: name another file by --output" in capsys.readouterr().err
     assert (tmp_path / "notes.html").read_text() == "mine"
+    speaks_of_it = f"<!doctype html>\n<p>How a page begins:</p>\n<!-- {write_page(folder).read_text()} -->"
+    (tmp_path / "notes.html").write_text(speaks_of_it)
+    with pytest.raises(CheckpointError, match="no page of a run"):
+        write_page(folder, tmp_path / "notes.html")
+    assert (tmp_path / "notes.html").read_text() == speaks_of_it
+    for taken in (tmp_path, os.devnull):  # neither of which is a file
+        with pytest.raises(CheckpointError, match="no page of a run"):
+            write_page(folder, taken)
     with pytest.raises(CheckpointError, match="cannot be written"):
         write_page(folder, tmp_path / "nowhere" / "page.html")
     for name, content in (("plan.json", "{}"), ("results.json", "[]"), ("results.json", "{"), ("results.json", "{}")):
@@ -153,6 +181,18 @@ def test_nothing_else_is_replaced(tmp_path, capsys):
         assert main(["report", str(damaged)]) == 1
         assert "is no result of a run" in capsys.readouterr().err
         assert not (damaged / "report.html").exists()
+    half = [{name: None} for name in ("before", "metrics_on", "environment")]
+    for changes in (*half, {"fused": None, "healed": None}, {"before": {}}, {"heal": {"train_loss": 5}}):
+        damaged = written(tmp_path / "half", **changes)
+        tree = json.loads((damaged / "results.json").read_text())
+        kept = {name: value for name, value in tree.items() if value is not None}
+        (damaged / "results.json").write_text(json.dumps(kept))
+        assert main(["report", str(damaged)]) == 1, changes
+        assert "is no result of a run" in capsys.readouterr().err
+        assert {path.name for path in damaged.iterdir()} == {"plan.json", "results.json"}
+    strange = written(tmp_path / "strange", dataclasses.replace(PLAN, notes={"competition": [{"plan": 1}]}))
+    assert main(["report", str(strange)]) == 1
+    assert "'loss' is missing" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "absent")]) == 1
     assert "Name a folder that fuse.py has written" in capsys.readouterr().err
 
@@ -161,7 +201,7 @@ def test_nothing_else_is_replaced(tmp_path, capsys):
 @pytest.mark.skipif(BROWSER is None, reason="no browser found: install chromium")
 def test_works_in_a_browser(tmp_path):
     """In Chromium, on light and dark pages and on a phone: no error, nothing asked of a network, nothing cut off; and
-    the filter shows the rows that have its words."""
+    the filter shows the rows that have its words. Without scripts all rows are there; what is folded is printed."""
     plan = Plan("gpt2", 12, tuple(Linearize(layer) for layer in range(1, 11)))
     path = write_page(written(tmp_path / "out", plan, recipe(fusion=None, collapse=CollapseRecipe(count=10))))
     with sync_playwright() as playwright:
@@ -178,6 +218,8 @@ def test_works_in_a_browser(tmp_path):
                 assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
                 assert tab.evaluate("document.documentElement.scrollWidth") <= width
                 assert all(tab.evaluate("[...document.images].map(image => image.naturalWidth > 100)"))
+                # on a phone, pictures are looked at in parts, since their text would be too small
+                assert all(tab.evaluate("[...document.images].map(image => image.width > 450)"))
                 picture = Image.open(BytesIO(tab.screenshot(full_page=True))).convert("L")
                 assert len(picture.getcolors(256)) > 16
                 ground = picture.getpixel((2, 2))
@@ -187,4 +229,14 @@ def test_works_in_a_browser(tmp_path):
                 assert visible.count() == 1
                 assert "The MLP of layer 7" in visible.inner_text()
                 tab.close()
+        tab = browser.new_page(java_script_enabled=False)
+        tab.goto(path.as_uri())
+        assert tab.locator("#changes tbody tr:visible").count() == 11
+        assert not tab.get_by_placeholder("layer 7").is_visible()
+        tab = browser.new_page()
+        tab.goto(path.as_uri())
+        seen = "document.querySelector('details pre').checkVisibility()"
+        assert not tab.evaluate(seen)
+        tab.emulate_media(media="print")
+        assert tab.evaluate(seen)
         browser.close()
