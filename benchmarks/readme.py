@@ -1,4 +1,4 @@
-"""Write the tables of the README from the JSON files of the benchmarks.
+"""Write the tables of the README and of the pages in docs/ from the JSON files of the benchmarks.
 
 python benchmarks/readme.py
 """
@@ -7,6 +7,8 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +16,7 @@ from hf_layerfuse.report import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 _RUNS = {
     "bert-sst2": "MiniLM-L6, SST-2, 6 -> 4 layers, depth",
@@ -52,8 +55,37 @@ def benchmark(name: str) -> tuple[ModuleType, dict]:
     return importlib.import_module(name), json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def filled(text: str) -> str:
-    """The README with its tables as the JSON files have them."""
+Table = list[list[str]]
+
+_HEADLINES = {
+    "layers fused: 12 -> 6": ("heal", "gpt2", "depth 50%", "ours"),
+    "layers fused: 6 -> 3": ("heal", "minilm-sst2", "3 layers", "ours"),
+    "weights shared by all layers, with residuals": ("heal", "gpt2", "share 70%", "ours"),
+    "6 of 12 MLPs linear": ("collapse", "gpt2", "6 MLPs", "fitted"),
+    "convolutions merged to 60% of the time": ("merge", "resnet56", "60% of the time", "ours, segments trained"),
+}
+"""What was done -> trained by which benchmark, checkpoint, row and method."""
+
+
+def headlines(trained: dict[str, list[Table]]) -> Table:
+    """One row for each kind of edit: what is left of the quality after retraining, beside the retrained original."""
+    rows = [["what was done", "model, metric", "block parameters", "fused", "retrained", "original, retrained"]]
+    for done, (name, model, label, method) in _HEADLINES.items():
+        table = next(table for table in trained[name] if table[0][0].startswith(f"{model}, "))
+        original = next(row for row in table if row[1] == "original")
+        row = next(row for row in table if row[:2] == [label, method])
+        rows.append([done, table[0][0], *row[2:5], original[4]])
+    return rows
+
+
+def of(methods: Sequence[str], tables: list[Table]) -> list[Table]:
+    """The rows of some methods, which stand in the second column."""
+    return [[table[0], *(row for row in table[1:] if row[1] in methods)] for table in tables]
+
+
+@cache
+def tables() -> dict[str, list[Table]]:
+    """All tables that a page may have, by the name in its marker."""
     fusion, fused = benchmark("fusion")
     cost, spent = benchmark("fusion_cost")
     latency, timed = benchmark("latency")
@@ -62,28 +94,44 @@ def filled(text: str) -> str:
     merge, merged = benchmark("merge")
     sweep, swept = benchmark("sweep")
     throughput, speeds = benchmark("throughput")
-    tables = {
+    trained = {
+        "heal": heal.tables(healed),
+        "collapse": heal.tables(heal.load(collapse.TRAINED)),
+        "merge": heal.tables(heal.load(merge.result("cpu", trained=True))),
+    }
+    budgets = of(("original", "batch norms folded", "ours"), merge.tables(merged))
+    images = [any(row[1] == "batch norms folded" for row in table) for table in budgets]
+    return {
+        "headlines": [headlines(trained)],
         "recipes": [recipes()],
         "fusion": fusion.tables(fused),
+        "fusion, in short": of(("original", "ours", "ours, 3 rounds"), trained["heal"]),
         "cost": cost.tables(spent),
         "latency": latency.tables(timed),
-        "heal": heal.tables(healed),
+        "latency budget, in short": [table for table, image in zip(budgets, images, strict=True) if not image],
+        "heal": trained["heal"],
         "collapse": collapse.tables(linear),
-        "collapse, retrained": heal.tables(heal.load(collapse.TRAINED)),
+        "collapse, retrained": trained["collapse"],
+        "collapse, in short": of(("original", "fitted", "homotopy"), trained["collapse"]),
         "merge": merge.tables(merged),
+        "merge, in short": [table for table, image in zip(budgets, images, strict=True) if image],
         "merge, on a GPU": merge.tables(heal.load(merge.result("cuda"))),
-        "merge, retrained": heal.tables(heal.load(merge.result("cpu", trained=True))),
+        "merge, retrained": trained["merge"],
         "sweep": [sweep.table(swept)],
         "throughput": [throughput.table(speeds)],
     }
-    for name, made in tables.items():
-        block = r"\g<1>" + "\n\n".join(map(markdown_table, made)) + r"\n\g<2>"
-        text, count = re.subn(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", block, text, flags=re.DOTALL)
-        if count != 1:
-            raise SystemExit(f"README.md has {count} places for the table {name!r}; it needs one.")
-    return text
+
+
+_PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """A page with its tables as the JSON files have them."""
+    return _PLACE.sub(
+        lambda place: place[1] + "\n\n".join(map(markdown_table, tables()[place[2]])) + "\n" + place[3], text
+    )
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -725,14 +725,14 @@ def test_shipped_recipes(path, request, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_accelerate_configs(path):
-    """Accelerate reads every shipped configuration, which is for several GPUs, and the README names it."""
+    """Accelerate reads every shipped configuration, which is for several GPUs, and the page about running names it."""
     config = load_config_from_file(str(path))
     assert config.num_processes == 4
     assert config.distributed_type.lower().replace("_", "-") in path.stem
     if path.stem == "fsdp2":
         assert config.fsdp_config["fsdp_version"] == 2
     assert f"recipes/accelerate/{path.name}" in path.read_text()
-    assert f"recipes/accelerate/{path.name}" in (ROOT / "README.md").read_text()
+    assert f"recipes/accelerate/{path.name}" in (ROOT / "docs" / "running.md").read_text()
 
 
 @pytest.mark.slow
