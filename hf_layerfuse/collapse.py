@@ -39,6 +39,9 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
         recipe: what is asked for.
         batches: calibration batches, read once.
 
+    Returns:
+        The new `model`, its `plan`, and as `report` what the refit did, which is None where nothing was fitted.
+
     Raises:
         RecipeError: the target cannot be met, or what is asked for needs batches and there are none.
         PlanError: the rank saves nothing.

@@ -109,6 +109,9 @@ def heal(
         checkpoints: folder for the state of this run, kept at the end; by default a temporary one, which keeps the best
             weights.
 
+    Returns:
+        Losses by step, the step whose weights were kept, and how it was trained.
+
     Raises:
         RecipeError: the recipe asks for distillation without a teacher, or of layers without `matches`, for a tracker
             that is not installed, for gradient checkpointing of a model that has none, or for straightening of one

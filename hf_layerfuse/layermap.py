@@ -27,6 +27,9 @@ def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) ->
         teacher: the original.
         plan: that led from one to the other.
 
+    Returns:
+        For each pair, its kind, `hidden` or `attention`, and the live path of the module in either model.
+
     Raises:
         PlanError: the plan does not lead from this teacher to this student.
         UnsupportedModelError: no adapter for one of them.
@@ -62,6 +65,12 @@ def fused_parameters(student: PreTrainedModel, plan: Plan) -> frozenset[str]:
     Args:
         student: what `apply(teacher, plan)` gave, or a checkpoint of it.
         plan: of it.
+
+    Returns:
+        Live names, as `named_parameters` has them.
+
+    Raises:
+        UnsupportedModelError: no adapter for the architecture.
     """
     if plan.kinds == CHAIN:
         units = adapter_for(student, ChainAdapter).convolutions(skeleton(student)).units
@@ -89,6 +98,12 @@ def mixed_weights(
         teacher: the original.
         plan: that led from one to the other.
         batches: those that `apply` was given.
+
+    Returns:
+        Name of a parameter of the student -> a tensor of its shape from each layer of its group.
+
+    Raises:
+        UnsupportedModelError: no adapter for the architecture.
     """
     adapter, slots = adapter_for(teacher), plan.layout().slots
     ties = {(slot, tie.kind): tie.source for tie in plan.layout().ties for slot in tie.slots}

@@ -36,6 +36,9 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
         recipe: what is asked for.
         batches: calibration batches, read once.
 
+    Returns:
+        The new `model`, its `plan`, and as `report` what the refit did, which is None where nothing was fitted.
+
     Raises:
         RecipeError: the budget cannot be met, or there are no batches.
         UnsupportedModelError: no adapter for the architecture, a model that cannot be merged, or one in which no two

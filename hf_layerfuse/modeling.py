@@ -119,6 +119,12 @@ def register_adapter(adapter: type[ModelAdapter]) -> type[ModelAdapter]:
     Its config and model classes must be registered with `AutoConfig` and `AutoModel...` first, unless transformers
     ships them. Usable as a class decorator.
 
+    Args:
+        adapter: a class with the table of the architecture.
+
+    Returns:
+        The same class.
+
     Raises:
         UnsupportedModelError: no config class is registered for `adapter.model_type`.
     """
@@ -245,6 +251,12 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     """A stock model that computes the same: shared weights are copied, removed blocks contribute zero.
 
     A stock model is returned as a copy.
+
+    Args:
+        model: a fused model, which stays as it is.
+
+    Returns:
+        A model of the stock class, on the same device and of the same dtype, with as many layers as were left.
 
     Raises:
         UnsupportedModelError: MLPs have another form, for which a stock model has no place.

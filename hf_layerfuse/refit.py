@@ -48,6 +48,8 @@ def refit(
     Shared matrices stay as they are. Refitted per depth are norms that follow a sum, gains of those in front of MLPs,
     biases, and residuals and coefficients of relaxed sharing: the fit is projected on the rank that they have.
 
+    The one convolution of a merged segment is fitted, with any `method` but `none`, to end where the segment did.
+
     It takes one pass of the original over the batches, and about three of the student, or with `select` five.
 
     Args:
@@ -59,8 +61,8 @@ def refit(
             outputs of the last block before removed ones, and folds it into that block's output projection (ReplaceMe,
             Shopkhoev et al. 2025); `none` leaves the model as it is.
 
-    The one convolution of a merged segment is fitted, with what `method` but for `none`, to end where the segment did;
-    see `chainfit.repair`.
+    Returns:
+        The calibration loss before and after, and the errors of each map.
 
     Raises:
         DataError: there are no calibration batches.

@@ -61,6 +61,9 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
         recipe: what is asked for.
         batches: calibration batches, read once.
 
+    Returns:
+        The new `model`, its `plan`, and as `report` what the refit did, which is None where nothing was fitted.
+
     Raises:
         RecipeError: the target cannot be met, or what is asked for needs batches and there are none.
         UnsupportedModelError: no adapter for the architecture, or a model that cannot be fused.

@@ -41,7 +41,11 @@ class Place(NamedTuple):
 
 
 class ModelAdapter:
-    """What the engine needs to know of an architecture."""
+    """What the engine needs to know of an architecture.
+
+    Attributes:
+        model_type: that of its configs.
+    """
 
     model_type: ClassVar[str]
 
@@ -209,6 +213,9 @@ def adapter_for(model: Any, kind: type[_Adapter] = LayerAdapter) -> _Adapter:
     Args:
         model: or its config.
         kind: what is needed: layers to fuse, or a chain of convolutions to merge.
+
+    Returns:
+        The adapter that was registered for its `model_type`.
 
     Raises:
         UnsupportedModelError: no adapter of that kind is registered for its `model_type`.

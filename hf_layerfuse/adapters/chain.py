@@ -46,7 +46,8 @@ class Skip:
     """A residual block: what is at boundary `start` is added at boundary `end`.
 
     Attributes:
-        start: a boundary of the chain, and so is `end`.
+        start: the boundary whose state is added.
+        end: the boundary where it is added.
         path: live path of the block.
         branch: names of its children between the two, in the order in which they run.
         shortcut: name of the child that what is added goes through; None where it is added as it is.

@@ -39,6 +39,19 @@ class Fuse:
     the layer that `freeze` keeps, by default the one nearest the middle; `weights` are the shares that `weighted`
     gives to the layers, which sum to one. `align` is the symmetry of the blocks that is undone before their weights
     are combined.
+
+    Attributes:
+        kind: of the blocks: `attention`, `mlp` or `conv`; or whole `layer`s.
+        layers: of the original, counted from 0, in ascending order: two or more.
+        mode: what runs: one block (`depth`), or all with weights in common (`share`, `basis`).
+        operator: how the weights become one.
+        keep: one of `layers`, for the operators `freeze` and `select`.
+        weights: a share for each of `layers`, for the operator `weighted`.
+        align: symmetry that is undone first.
+        rank: of the residual of each depth, or size of the basis.
+
+    Raises:
+        PlanError: values that contradict each other.
     """
 
     kind: Kind
@@ -107,6 +120,10 @@ class Drop:
 
     The norm in front of the block goes with it; a norm that follows the residual sum (BERT) stays, unless the whole
     layer goes.
+
+    Attributes:
+        kind: of the block: `attention`, `mlp` or `conv`; or a whole `layer`.
+        layer: of the original, counted from 0.
     """
 
     kind: Kind
@@ -131,6 +148,14 @@ class Linearize:
 
     With `fold`, the map becomes I + A and takes the residual sum in, which is exact where a norm follows the sum
     (BERT, RoBERTa). A dropout in front of the sum has no place in it, so that such a model is to be trained before.
+
+    Attributes:
+        layer: of the original, counted from 0.
+        rank: of the map; None is one full map.
+        fold: the map takes in the residual sum behind it.
+
+    Raises:
+        PlanError: a rank that is no rank, or beside `fold`.
     """
 
     layer: int
@@ -169,6 +194,10 @@ class Blend:
     its place. That is the homotopy of LayerCollapse (Shabgahi et al. 2023). Slope and offset of each unit come from
     calibration batches, or are 1 and 0. A `faithful` one is PReLU, as published: of a ReLU in the place of whatever
     was there, with slope 1, offset 0 and a = 0.01 at first.
+
+    Attributes:
+        layer: of the original, counted from 0.
+        faithful: PReLU, as published.
     """
 
     layer: int
@@ -203,6 +232,15 @@ class MergeConvs:
 
     With `merged=False`, the convolutions in `keep` remain for now, to be trained; `merge_convs` makes them one then,
     exactly.
+
+    Attributes:
+        start: boundary in front of the segment; boundary i is behind convolution i, and -1 is the input.
+        end: boundary behind it.
+        keep: convolutions that it is made of, in ascending order.
+        merged: whether they are one already.
+
+    Raises:
+        PlanError: no segment, or convolutions outside of it.
     """
 
     start: int

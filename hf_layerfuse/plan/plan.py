@@ -28,6 +28,13 @@ class Plan:
     `kinds` are the blocks of a layer, in the order in which they run. `notes` holds what the edits were decided from
     (recipe, distances, scores); nothing reads it to apply the plan.
 
+    Attributes:
+        model_type: `config.model_type` of the original.
+        num_layers: of the original; for a chain, its convolutions.
+        edits: what becomes of which blocks.
+        notes: JSON types.
+        kinds: `("attention", "mlp")`, `("conv",)`, or of a chain `("convolution",)`.
+
     Raises:
         PlanError: an edit names a layer or a kind of block that is not there, two edits claim the same block, or
             nothing is left.
