@@ -20,6 +20,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 _RUNS = {
     "bert-sst2": "MiniLM-L6, SST-2, 6 -> 4 layers, depth",
+    "bert-sst2-collapse": "the same, 2 of 6 MLPs linear",
     "gpt2-depth": "GPT-2 (12 x 256), WikiText-2, 12 -> 8 layers, depth",
     "gpt2-share": "the same, share, a third less in the blocks",
 }

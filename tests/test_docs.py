@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 from test_cli import image_classification, save_text_model, sentences, text_classification
 from test_contributing import blocks_of
+from test_page import written
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
 import hf_layerfuse
@@ -213,6 +214,21 @@ def looked_at(words: list[str], here: Path) -> None:
     assert "parameters" in shown
 
 
+def reported(words: list[str], here: Path) -> None:
+    """`hf-layerfuse report OUTPUT_DIR`, for real, on what a run would have left there."""
+    written(here / words[2])
+    run([str(BIN / words[0]), *words[1:]], here)
+    assert (here / words[2] / "report.html").is_file()
+
+
+def completed(words: list[str], here: Path) -> None:
+    """`hf-layerfuse --print-completion SHELL > FILE`: the shell can read the script."""
+    *command, redirection, _ = words
+    assert redirection == ">"
+    script = run([str(BIN / command[0]), *command[1:]], here).stdout
+    subprocess.run([words[2], "-n"], input=script, text=True, check=True)
+
+
 def split_launch(words: list[str]) -> tuple[dict[str, str], list[str], list[str], list[str]]:
     """Environment, launcher, program and arguments of a command that runs a recipe."""
     variables = {}
@@ -292,6 +308,8 @@ def handler(command: str) -> Callable[[list[str], Path], None]:
         (r"pip install ", requirement),
         (r"python benchmarks/", benchmark),
         (r"hf-layerfuse (inspect|plan) ", looked_at),
+        (r"hf-layerfuse report ", reported),
+        (r"hf-layerfuse --print-completion ", completed),
         (r"accelerate launch fuse\.py recipes/(latency|merge)-", timed),
         (r"accelerate launch --config_file ", on_several_gpus),
         (r"([A-Z_]+=\S+ )*(accelerate launch|torchrun --nproc_per_node 2) (fuse\.py|-m hf_layerfuse) ", launched),
