@@ -50,7 +50,7 @@ def fuse(
         UnsupportedModelError: no adapter for the architecture, or a model that cannot be fused.
         VerificationError: the result does not survive saving and loading, or caching.
 
-    Example:
+    Examples:
         >>> small = fuse(model, keep_layers=8, batches=batches)  # doctest: +SKIP
     """
     recipe = _asked(FusionRecipe, TARGETS, recipe, overrides)
@@ -87,7 +87,7 @@ def collapse(
         UnsupportedModelError: no adapter for the architecture, or a model whose MLPs cannot become linear.
         VerificationError: the result does not survive saving and loading, or caching.
 
-    Example:
+    Examples:
         >>> small = collapse(model, count=4, batches=batches)  # doctest: +SKIP
     """
     recipe = _asked(CollapseRecipe, COLLAPSE_TARGETS, recipe, overrides)
@@ -128,7 +128,7 @@ def merge(
         UnsupportedModelError: no adapter for the architecture, or nothing in it that can be merged.
         VerificationError: the result does not survive saving and loading.
 
-    Example:
+    Examples:
         >>> fast = merge(model, budget=0.6, batches=batches)  # doctest: +SKIP
     """
     recipe = _asked(MergeRecipe, MERGE_TARGETS, recipe, overrides)

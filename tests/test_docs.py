@@ -2,7 +2,9 @@
 
 import argparse
 import ast
+import importlib
 import importlib.metadata
+import json
 import os
 import random
 import re
@@ -256,6 +258,8 @@ def launched(words: list[str], here: Path) -> None:
         run(["env", *environment, *launcher, *program, *given], here, site.url)
         recipe = load_recipe(given[0], parse_overrides(private_to_hub(given[1:])))
         assert (here / recipe.output_dir / "model.safetensors").is_file()
+        results = json.loads((here / recipe.output_dir / "results.json").read_text())
+        assert results["heal"]["num_processes"] == (2 if "torchrun" in launcher else 1)
         if recipe.hub.push_to_hub:
             repository = site.repositories["models", recipe.hub.push_to_hub]
             assert repository.private == recipe.hub.private
@@ -399,9 +403,14 @@ def test_messages_are_those_of_the_package():
 
 
 def test_everything_public_is_in_the_reference():
-    """The API page has each name of `__all__`, once, and nothing that is not public."""
-    shown = re.findall(r"^::: hf_layerfuse\.(\w+)$", PAGES["docs/api.md"], flags=re.MULTILINE)
-    assert sorted(shown) == sorted(hf_layerfuse.__all__)
+    """The API page has each name of `__all__`, once and no other, and no module in the place of its function."""
+    shown = re.findall(r"^::: (\S+)$", PAGES["docs/api.md"], flags=re.MULTILINE)
+    assert sorted(path.rpartition(".")[2] for path in shown) == sorted(hf_layerfuse.__all__)
+    for path in shown:
+        module, _, name = path.rpartition(".")
+        assert getattr(importlib.import_module(module), name) is getattr(hf_layerfuse, name)
+        # what reads the source takes a module where there is one
+        assert not (ROOT / f"{path.replace('.', '/')}.py").exists(), f"{path} is a module"
 
 
 def test_recipe_fields_are_documented():
@@ -429,8 +438,10 @@ def test_pages_build(tmp_path):
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     reference = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
-    for name in hf_layerfuse.__all__:
-        assert f'id="hf_layerfuse.{name}"' in reference
+    for path in re.findall(r"^::: (\S+)$", PAGES["docs/api.md"], flags=re.MULTILINE):
+        assert f'id="{path}"' in reference
+    for recipe in ("FusionRecipe", "CollapseRecipe", "MergeRecipe", "HealRecipe", "Plan", "Fuse"):
+        assert f"{recipe}(" in re.sub("<[^>]+>", "", reference), f"{recipe} is shown without its fields"
     for page in (tmp_path / "site").glob("*.html"):
         text = page.read_text(encoding="utf-8")
         assert "fonts.googleapis" not in text
