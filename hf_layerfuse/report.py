@@ -177,6 +177,8 @@ def limits_of(plan: Plan, results: Mapping[str, Any]) -> list[str]:
     )
     if "healed" not in results:
         limits.append("It was not retrained after its layers were changed.")
+    elif (results.get("heal") or {}).get("best_step") == 0 and "rounds" not in results:
+        limits.append("Retraining found no weights that validated better than those before it, which are the result.")
     metrics = results["before"]["metrics"]
     if "stride" in metrics:
         limits.append(f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}.")

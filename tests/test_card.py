@@ -50,6 +50,9 @@ def test_says_what_became_of_what():
     healed = model_card(recipe(), PLAN, {**RESULTS, "healed": {**SMALLER, "metrics": {"accuracy": 0.89}}}, "x").content
     assert "accuracy 0.89 (before: 0.9)" in healed
     assert "It was not retrained" not in healed
+    kept = model_card(recipe(), PLAN, {**RESULTS, "healed": SMALLER, "heal": {"best_step": 0}}, "x").content
+    assert "no weights that validated better" in kept
+    assert "no weights that validated better" not in healed
 
 
 def test_merged_convolutions_have_a_row_each():
