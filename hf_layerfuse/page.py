@@ -14,24 +14,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from . import report
 from .errors import CheckpointError, PlanError
 from .output import MARK, write_whole
 from .plan import CHAIN, Plan
 from .plan.edit import read_edit
 from .plots import draw
 from .recipe import Recipe, recipe_of
-from .report import (
-    change_table,
-    changes,
-    in_short,
-    limits_of,
-    measured_on,
-    method_of,
-    name_of,
-    recipe_text,
-    rows,
-    stages,
-)
 
 _TEMPLATE = (files(__package__) / "page.html").read_text(encoding="utf-8")
 
@@ -84,22 +73,22 @@ def page(plan: Plan, results: Mapping[str, Any], recipe: Recipe) -> str:
         results: what `results.json` holds.
         recipe: of the run.
     """
-    dataset, split = measured_on(recipe, results)
+    dataset, split = report.measured_on(recipe, results)
     environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(_TEMPLATE).render(
-        title=f"{name_of(recipe)}, {method_of(recipe)[0]}",
-        summary=f"Made from {recipe.model}: {in_short(results)}.",
+        title=f"{report.name_of(recipe)}, {report.method_of(recipe)[0]}",
+        summary=f"Made from {recipe.model}: {report.in_short(results)}.",
         measured_on=f"Measured on {dataset} ({split}){_how_many(results)}.",
-        figures=_with_shares(rows(results)),
-        changes=change_table(plan),
+        figures=_with_shares(report.rows(results)),
+        changes=report.change_table(plan),
         pictures=_pictures(plan, results),
         reasons=_reasons(plan),
         trained=_trained(results),
-        limits=limits_of(plan, results),
+        limits=report.limits_of(plan, results),
         command=results.get("command"),
         environment=f"Seed {recipe.seed}; {environment}.",
-        recipe=recipe_text(recipe),
+        recipe=report.recipe_text(recipe),
     )
 
 
@@ -107,7 +96,7 @@ def _read(folder: Path) -> tuple[Plan, dict[str, Any], Recipe]:
     try:
         plan, results = Plan.load(folder / "plan.json"), json.loads((folder / MARK).read_text(encoding="utf-8"))
         tree = {name: value for name, value in results["recipe"].items() if value is not None}
-        if len(stages(results)) < 2:
+        if len(report.stages(results)) < 2:
             raise KeyError("fused")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, PlanError) as error:
         raise _no_result(folder, error) from error
@@ -132,10 +121,10 @@ def _trained(results: Mapping[str, Any]) -> list[str]:
     """What there is to say of the training, or of each where there were rounds."""
     said = []
     reports = results.get("rounds") or [results.get("heal")]
-    for report in filter(None, reports):
-        after = f"{report['steps']:,} steps in {report['seconds']:,.0f} s, mixed precision: {report['mixed_precision']}"
-        kept = f"the weights of step {report['best_step']:,} were kept"
-        if report["validation_loss"] and report["best_step"] == 0:
+    for healed in filter(None, reports):
+        after = f"{healed['steps']:,} steps in {healed['seconds']:,.0f} s, mixed precision: {healed['mixed_precision']}"
+        kept = f"the weights of step {healed['best_step']:,} were kept"
+        if healed["validation_loss"] and healed["best_step"] == 0:
             kept = "no later weights validated better than those before the first step, which were kept"
         said.append(f"{after}; {kept}.")
     return said
@@ -200,4 +189,4 @@ def _edits_of(plan: Plan, entry: Mapping[str, Any]) -> str:
     if "layers" in entry:
         return f"linear MLPs of layers {', '.join(map(str, entry['layers']))}"
     edits = tuple(map(read_edit, entry["edits"]))
-    return "; ".join(f"{blocks} {become}" for blocks, become in changes(replace(plan, edits=edits)))
+    return "; ".join(f"{blocks} {become}" for blocks, become in report.changes(replace(plan, edits=edits)))
