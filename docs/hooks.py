@@ -6,7 +6,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-LINKED = ("CONTRIBUTING.md", "recipes/**/*.yaml", "benchmarks/*.py", "benchmarks/results/*.png")
+LINKED = ("CONTRIBUTING.md", "notebooks/*.ipynb", "recipes/**/*.yaml", "benchmarks/*.py", "benchmarks/results/*.png")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
