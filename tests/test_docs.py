@@ -432,6 +432,19 @@ def test_recipe_fields_are_documented():
             assert sections or re.search(rf"^ +{name}: ", recipe.__doc__, flags=re.MULTILINE), f"{recipe}: {name}"
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page):
+    """Those of the files that mkdocs does not check: to files that are there, and headings that they have."""
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", PAGES[page])
+    assert links
+    for target, anchor in links:
+        path = ROOT / (target or page)
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.slow
 def test_pages_build(tmp_path):
     """mkdocs builds the site without a warning, with every link inside of it; and it asks no other site for a font."""
