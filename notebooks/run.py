@@ -5,6 +5,7 @@
 All of them, if none is named; each in a kernel of its own and in an empty directory.
 """
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +18,8 @@ def executed(path: Path, folder: str | Path) -> nbformat.NotebookNode:
     """The notebook with what it shows now; what it writes goes to the folder."""
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, resources=resources).execute()
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, resources=resources)
+    client.execute(env={**os.environ, "DS_ACCELERATOR": "cpu"})  # or DeepSpeed, where it is, prints what it has found
     notebook.metadata.language_info = {"name": "python"}  # and not the version that it was run with
     return notebook
 
