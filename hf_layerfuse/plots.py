@@ -161,12 +161,14 @@ def plot_distances(distances: Mapping[Kind, Sequence[Sequence[float | None]]], p
     from matplotlib.patches import Rectangle
 
     dot = {"color": _COLOURS[4], "markersize": 7, "markeredgecolor": "white", "clip_on": False}
-    with _picture(path, 3.6 * len(distances), 3.4, ncols=len(distances)) as [axes]:
+    with _picture(path, 4.2 * len(distances), 3.4, ncols=len(distances)) as [axes]:
         for axis, (kind, matrix) in zip(axes, distances.items(), strict=True):
             known = np.array(matrix, dtype=float)
             np.fill_diagonal(known, np.nan)  # of each from itself, which would take up half of the colours
             image = axis.imshow(known, cmap="viridis")
-            groups = [edit.layers for edit in plan.edits if edit.kind == kind and len(edit.layers) > 1]
+            # after several rounds, distances are between the layers that the last one began with
+            whole = len(known) == plan.num_layers
+            groups = [edit.layers for edit in plan.edits if whole and edit.kind == kind and len(edit.layers) > 1]
             for group in groups:
                 first, size = min(group), len(group)
                 if max(group) - first == size - 1:
@@ -177,10 +179,10 @@ def plot_distances(distances: Mapping[Kind, Sequence[Sequence[float | None]]], p
                     axis.plot(*zip(*permutations(group, 2), strict=True), "o", **dot)
             axis.set(
                 title=f"{kind} (marked: grouped)" if groups else kind,
-                xlabel="layer of the original",
-                ylabel="layer of the original",
+                xlabel="layer of the original" if whole else "layer before the last round",
+                ylabel="layer of the original" if whole else "layer before the last round",
             )
-            axis.figure.colorbar(image, ax=axis, shrink=0.8, label="distance (dark: alike)")
+            axis.figure.colorbar(image, ax=axis, shrink=0.8, label="distance (dark: alike)", format="%.3g")
 
 
 def plot_plan(plan: Plan, path: str | Path) -> None:

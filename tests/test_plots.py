@@ -60,6 +60,22 @@ def test_distances_are_drawn_with_what_was_grouped(tmp_path) -> None:
     assert "distances.png" in draw(plan, {}, tmp_path)
 
 
+@pytest.mark.parametrize("spread", [0, 1e-9, 1e-3, 1e9])
+def test_distances_of_any_size_are_drawn(tmp_path, spread) -> None:
+    """Also where all are nearly the same, or there is only one: nothing is squeezed out of the picture."""
+    for count in (2, 6):
+        apart = [[0.0 if i == j else 0.985 + spread * (i + j) for i in range(count)] for j in range(count)]
+        plan = Plan("gpt2", count, (Fuse("layer", (0, 1)),), notes={"distances": {"layer": apart}})
+        assert "distances.png" in draw(plan, {}, tmp_path)
+
+
+def test_groups_of_the_original_are_not_marked_among_fewer_layers(tmp_path) -> None:
+    """After several rounds, distances are between layers that were fused before: the picture has those alone."""
+    apart = [[0.0, 0.9, 0.8], [0.9, 0.0, 0.7], [0.8, 0.7, 0.0]]
+    for edit in (Fuse("layer", (1, 2, 3, 4, 5)), Fuse("layer", (0, 5), mode="share")):
+        assert "distances.png" in draw(Plan("gpt2", 6, (edit,), notes={"distances": {"layer": apart}}), {}, tmp_path)
+
+
 def test_quality_is_drawn_against_size(tmp_path) -> None:
     """A panel for each model, with its knee, on any scale."""
     curves = {"fused": [50, 60, 90], "healed": [50, 52, 60]}
