@@ -71,7 +71,7 @@ def test_distances_of_any_size_are_drawn(tmp_path, spread) -> None:
 
 def test_groups_of_the_original_are_not_marked_among_fewer_layers(tmp_path) -> None:
     """After several rounds, distances are between layers that were fused before: the picture has those alone."""
-    apart = [[0.0, 0.9, 0.8], [0.9, 0.0, 0.7], [0.8, 0.7, 0.0]]
+    apart = [[0.0, 0.989371, 0.992524], [0.989371, 0.0, 0.993531], [0.992524, 0.993531, 0.0]]
     for edit in (Fuse("layer", (1, 2, 3, 4, 5)), Fuse("layer", (0, 5), mode="share")):
         assert "distances.png" in draw(Plan("gpt2", 6, (edit,), notes={"distances": {"layer": apart}}), {}, tmp_path)
 
