@@ -133,6 +133,7 @@ def time_again(name: str, results: dict, threads: int) -> None:
             str(batch): {**row, "speedup": timed["before"][batch]["median_ms"] / row["median_ms"]}
             for batch, row in batches.items()
         }
+    results["environment"]["threads"] = str(threads)  # that of the times; what was trained had its own
 
 
 def write_card(name: str, results: dict) -> None:
