@@ -36,6 +36,9 @@ def licence_of(model: str) -> dict[str, str]:
 
     Args:
         model: Hub name, or path of a checkpoint with a `README.md`.
+
+    Returns:
+        Those of `license`, `license_name` and `license_link` that are there.
     """
     try:
         data = ModelCard.load(Path(model) / "README.md" if Path(model).exists() else model).data.to_dict()
@@ -62,6 +65,9 @@ def model_card(
         command: what the user typed.
         pictures: name of each file beside the card -> what it shows.
         licence: of the original, as `licence_of` finds it, which is that of the result.
+
+    Returns:
+        The card, with the metrics of the last stage as `model-index`.
     """
     made, _ = method_of(recipe)
     name = name_of(recipe)
@@ -173,11 +179,11 @@ def _use(recipe: Recipe, plan: Plan) -> list[str]:
     arguments = ['"path/to/this/model"' if recipe.hub.push_to_hub is None else f'"{recipe.hub.push_to_hub}"']
     if recipe.hub.revision is not None:
         arguments.append(f'revision="{recipe.hub.revision}"')
-    first = []
+    first, note = [], ""
     if not plan.layout().is_stock and recipe.with_code:
-        arguments.append("trust_remote_code=True")  # runs the code in this repository
+        arguments.append("trust_remote_code=True")
+        note = "  # runs the code in layerfuse/: read it"
     elif not plan.layout().is_stock:
         first = ["import hf_layerfuse  # teaches transformers this kind of checkpoint"]
-    call = f"model = {auto_class}.from_pretrained({', '.join(arguments)})"
-    code = "  # runs the code in layerfuse/: read it" if "trust_remote_code=True" in arguments else ""
-    return [*first, f"from transformers import {auto_class}", "", call + code]
+    call = f"model = {auto_class}.from_pretrained({', '.join(arguments)}){note}"
+    return [*first, f"from transformers import {auto_class}", "", call]
