@@ -22,7 +22,7 @@ from .modeling import head_class
 from .overview import Rows, overview
 from .page import write_page
 from .recipe import FusionRecipe, add_fields
-from .report import describe, text_table
+from .report import change_table, text_table
 from .sizes import planned_size
 
 _EXAMPLES = """examples:
@@ -119,11 +119,8 @@ def _plan(known: argparse.Namespace, recipe: FusionRecipe) -> list[Rows]:
     else:
         plan = plan_fusion(model, recipe, _batches(known, recipe.similarity))
     sizes = [planned_size(model, replace(plan, edits=edits)) for edits in ((), plan.edits)]
-    rows = [["of the original", "in the result"], *(line.split(": ", 1) for line in describe(plan))]
-    if len({layer for edit in plan.edits for layer in edit.layers}) < plan.num_layers:
-        rows.append(["all other layers", "as they are"])
     return [
-        rows,
+        change_table(plan),
         [
             ["", "before", "after"],
             ["parameters", *(f"{size['parameters']:,}" for size in sizes)],

@@ -156,7 +156,8 @@ def in_short(results: Mapping[str, Any]) -> str:
 def change_table(plan: Plan) -> list[list[str]]:
     """Which blocks became which, as rows of text, a header first."""
     pairs = [[blocks[0].upper() + blocks[1:], become] for blocks, become in changes(plan)]
-    if len({layer for edit in plan.edits for layer in edit.layers}) < plan.num_layers:
+    edited = sum(len(edit.layers) * (len(plan.kinds) if edit.kind == "layer" else 1) for edit in plan.edits)
+    if edited < plan.num_layers * len(plan.kinds):
         pairs.append(["All others", "as they are"])
     elif any(edit.keep and len(edit.layers) == 1 for edit in plan.edits if isinstance(edit, MergeConvs)):
         pairs.append(["All others", "as they are, with batch norms folded"])

@@ -12,6 +12,7 @@ from hf_layerfuse import Drop, Fuse, FusionRecipe, Linearize, MergeConvs, MergeR
 from hf_layerfuse.card import licence_of, model_card
 from hf_layerfuse.plan import CHAIN
 from hf_layerfuse.recipe import DataRecipe, Recipe, load_recipe
+from hf_layerfuse.report import change_table
 
 STAGE = {
     "parameters": 1000,
@@ -53,6 +54,14 @@ def test_says_what_became_of_what():
     kept = model_card(recipe(), PLAN, {**RESULTS, "healed": SMALLER, "heal": {"best_step": 0}}, "x").content
     assert "no weights that validated better" in kept
     assert "no weights that validated better" not in healed
+
+
+def test_blocks_that_stay_have_a_row():
+    """Also where each layer has an edit, of its attention alone."""
+    halves = Plan("bert", 4, (*(Drop("attention", layer) for layer in range(3)), Fuse("mlp", (0, 1, 2, 3))))
+    assert change_table(halves)[-1] == ["All others", "as they are"]
+    whole = Plan("bert", 4, (Fuse("layer", (0, 1)), Fuse("layer", (2, 3))))
+    assert change_table(whole)[-1][0] == "Layers 2, 3"
 
 
 def test_merged_convolutions_have_a_row_each():
