@@ -23,23 +23,13 @@ import heal
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_layerfuse import (
-    Blend,
-    CollapseRecipe,
-    Drop,
-    HealRecipe,
-    Linearize,
-    Plan,
-    apply,
-    refit,
-    search_collapse,
-)
-from hf_layerfuse.adapters import adapter_for
-from hf_layerfuse.calibration import Sample
-from hf_layerfuse.evaluate import parameter_counts
-from hf_layerfuse.found import Found
-from hf_layerfuse.prediction import calibration_loss
-from hf_layerfuse.report import text_table
+from hf_layerfuse import Blend, CollapseRecipe, Drop, HealRecipe, Linearize, Plan, apply, refit, search_collapse
+from hf_layerfuse.calibration.samples import Sample
+from hf_layerfuse.evaluation.divergence import calibration_loss
+from hf_layerfuse.evaluation.metrics import parameter_counts
+from hf_layerfuse.methods.base import Found
+from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.pipeline.report.tables import text_table
 
 RESULT, TRAINED = (fusion.RESULT.with_name(name) for name in ("collapse.json", "collapse_heal.json"))
 CHECKPOINTS = heal.CHECKPOINTS.with_name("collapse")

@@ -25,16 +25,16 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_layerfuse import AutoFusedModel, Drop, Fuse, FusionRecipe, Plan, apply
-from hf_layerfuse.adapters import adapter_for
-from hf_layerfuse.calibration import Sample, observe
-from hf_layerfuse.evaluate import classification, embedding_fidelity, parameter_counts
-from hf_layerfuse.grouping import even
+from hf_layerfuse.calibration.refit.transformer import refit
+from hf_layerfuse.calibration.samples import Sample, observe
+from hf_layerfuse.evaluation.divergence import calibration_loss
+from hf_layerfuse.evaluation.metrics import classification, embedding_fidelity, parameter_counts
 from hf_layerfuse.math.similarity import Angular
-from hf_layerfuse.methods.fusion import importances
-from hf_layerfuse.prediction import calibration_loss
-from hf_layerfuse.refit import refit
-from hf_layerfuse.report import text_table
-from hf_layerfuse.search import search
+from hf_layerfuse.methods.fusion.grouping import even
+from hf_layerfuse.methods.fusion.planner import importances
+from hf_layerfuse.methods.fusion.search import search
+from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.pipeline.report.tables import text_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "fusion.json"

@@ -27,8 +27,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_layerfuse import FusionRecipe
-from hf_layerfuse.report import text_table
-from hf_layerfuse.search import search
+from hf_layerfuse.methods.fusion.search import search
+from hf_layerfuse.pipeline.report.tables import text_table
 
 RESULT = Path(__file__).resolve().parent / "results" / "fusion_cost.json"
 TIMED = [(8, 256, 64), (8, 256, 128), (8, 256, 256), (4, 256, 128), (12, 256, 128)]

@@ -52,17 +52,17 @@ from hf_layerfuse import (
     merge_convs,
     straighten,
 )
-from hf_layerfuse.adapters import adapter_for
-from hf_layerfuse.collate import ROW, TEACHER_IDS, TEACHER_LOGPROBS, CollateImages, CollateText
-from hf_layerfuse.evaluate import classification, parameter_counts
-from hf_layerfuse.fingerprint import fingerprint
-from hf_layerfuse.report import text_table
-from hf_layerfuse.rounds import target_of
-from hf_layerfuse.sampling import ByLength
-from hf_layerfuse.schedule import compose, shares_of, steps_of
-from hf_layerfuse.search import search
-from hf_layerfuse.teacher import with_teacher
-from hf_layerfuse.timing import device_name
+from hf_layerfuse.data.collate import ROW, TEACHER_IDS, TEACHER_LOGPROBS, CollateImages, CollateText
+from hf_layerfuse.data.sampler import ByLength
+from hf_layerfuse.evaluation.fingerprint import fingerprint
+from hf_layerfuse.evaluation.metrics import classification, parameter_counts
+from hf_layerfuse.evaluation.timing import device_name
+from hf_layerfuse.methods.fusion.search import search
+from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.pipeline.report.tables import text_table
+from hf_layerfuse.pipeline.rounds import target_of
+from hf_layerfuse.training.schedule import compose, shares_of, steps_of
+from hf_layerfuse.training.teacher_cache import with_teacher
 
 RESULT = fusion.ROOT / "benchmarks" / "results" / "heal.json"
 CHECKPOINTS = fusion.ROOT / "outputs" / "heal"

@@ -40,8 +40,8 @@ from transformers import (
 )
 
 from hf_layerfuse import AutoFusedModel, Linearize, Plan, adapter_for, apply, fuse
-from hf_layerfuse.latency import latency_side_by_side
-from hf_layerfuse.report import text_table
+from hf_layerfuse.evaluation.latency import latency_side_by_side
+from hf_layerfuse.pipeline.report.tables import text_table
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 

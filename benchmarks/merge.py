@@ -33,14 +33,14 @@ from transformers import (
 )
 
 from hf_layerfuse import FusionRecipe, HealRecipe, MergeRecipe, Plan, RecipeError, apply, search, search_merge
-from hf_layerfuse.blocktimes import BlockTimes
-from hf_layerfuse.budget import batch_of
-from hf_layerfuse.calibration import Sample
-from hf_layerfuse.chaintables import folded_plan
-from hf_layerfuse.evaluate import parameter_counts
-from hf_layerfuse.found import Found
-from hf_layerfuse.report import describe, text_table
-from hf_layerfuse.timing import device_name, interleaved
+from hf_layerfuse.calibration.samples import Sample
+from hf_layerfuse.evaluation.metrics import parameter_counts
+from hf_layerfuse.evaluation.timing import device_name, interleaved
+from hf_layerfuse.methods.base import Found
+from hf_layerfuse.methods.fusion.block_latency import BlockTimes
+from hf_layerfuse.methods.fusion.latency_search import batch_of
+from hf_layerfuse.methods.merge.segments import folded_plan
+from hf_layerfuse.pipeline.report.tables import describe, text_table
 
 FOLDER = fusion.ROOT / "outputs" / "merge"
 BUDGETS = (0.75, 0.6, 0.5, 0.4)

@@ -21,18 +21,19 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from hf_layerfuse import AutoFusedModel, Plan, evaluate
-from hf_layerfuse.card import licence_of, model_card
+from hf_layerfuse import AutoFusedModel, Plan
 from hf_layerfuse.cli import parse_overrides
-from hf_layerfuse.data import loader, prepare, text_of
-from hf_layerfuse.heal import heal
-from hf_layerfuse.latency import latency_side_by_side
-from hf_layerfuse.loading import load_checkpoint
-from hf_layerfuse.plots import draw
+from hf_layerfuse.data.prepare import loader, prepare, text_of
+from hf_layerfuse.data.splits import load_splits
+from hf_layerfuse.evaluation import metrics as evaluate
+from hf_layerfuse.evaluation.latency import latency_side_by_side
+from hf_layerfuse.models.loading import load_checkpoint
+from hf_layerfuse.pipeline.report.card import licence_of, model_card
+from hf_layerfuse.pipeline.report.plots import draw
+from hf_layerfuse.pipeline.report.tables import rows, text_table
 from hf_layerfuse.recipe import Recipe, load_recipe
-from hf_layerfuse.report import rows, text_table
-from hf_layerfuse.splits import load_splits
-from hf_layerfuse.tasks import TASKS
+from hf_layerfuse.recipe.tasks import TASKS
+from hf_layerfuse.training.heal import heal
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -18,8 +18,8 @@ import heal
 import torch
 
 from hf_layerfuse.math.knee import knee
-from hf_layerfuse.plots import Quality, plot_quality
-from hf_layerfuse.report import text_table
+from hf_layerfuse.pipeline.report.plots import Quality, plot_quality
+from hf_layerfuse.pipeline.report.tables import text_table
 
 RESULT = fusion.ROOT / "benchmarks" / "results" / "sweep.json"
 PLOT = fusion.ROOT / "benchmarks" / "results" / "sweep.png"

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_layerfuse import HealRecipe, heal
-from hf_layerfuse.report import text_table
+from hf_layerfuse.pipeline.report.tables import text_table
 
 RESULT = Path(__file__).resolve().parent / "results" / "throughput.json"
 LEAST = 0.95

@@ -2,20 +2,9 @@
 
 from importlib.metadata import version
 
-from .adapters import (
-    ChainAdapter,
-    ConvAdapter,
-    Convolutions,
-    ModelAdapter,
-    Skip,
-    TransformerAdapter,
-    Unit,
-    adapter_for,
-)
-from .align import align
-from .apply import apply
-from .auto import AutoFusedModel, collapse, fuse, merge
-from .collapse import search_collapse
+from .api import AutoFusedModel, collapse, fuse, merge
+from .calibration.refit.base import RefitReport
+from .calibration.refit.transformer import refit
 from .errors import (
     CheckpointError,
     DataError,
@@ -27,19 +16,30 @@ from .errors import (
     UnsupportedModelError,
     VerificationError,
 )
-from .found import Found
-from .heal import HealReport, heal
-from .layermap import fused_parameters, layer_map, mixed_weights
-from .merge import search_merge
-from .methods.fusion import plan_fusion
-from .modeling import expand, register_adapter
+from .methods.base import Found
+from .methods.collapse.search import search_collapse
+from .methods.fusion.planner import plan_fusion
+from .methods.fusion.search import search
+from .methods.merge.search import search_merge
+from .models.align import align
+from .models.apply import apply
+from .models.architectures import (
+    ChainAdapter,
+    ConvAdapter,
+    Convolutions,
+    ModelAdapter,
+    Skip,
+    TransformerAdapter,
+    Unit,
+    adapter_for,
+)
+from .models.finalize import merge_convs, straighten
+from .models.layer_map import fused_parameters, layer_map, mixed_weights
+from .models.modeling import expand, register_adapter
+from .models.verify import verify
 from .plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
 from .recipe import CollapseRecipe, FusionRecipe, HealRecipe, MergeRecipe
-from .refit import refit
-from .repair import RefitReport
-from .search import search
-from .straighten import merge_convs, straighten
-from .verify import verify
+from .training.heal import HealReport, heal
 
 __version__ = version("hf-layerfuse")
 

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from .errors import LayerFuseError, RecipeError
-from .job import run
-from .processes import process_state
+from .pipeline.run import run
 from .recipe import SECTIONS, Recipe, add_fields, load_recipe
+from .training.distributed import process_state
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

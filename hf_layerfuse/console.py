@@ -12,18 +12,18 @@ import shtab
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from .calibration import Batches
 from .cli import parse_overrides
 from .errors import CheckpointError, DataError, LayerFuseError
-from .loading import load_checkpoint
+from .evaluation.batches import Batches
 from .math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
-from .methods.fusion import plan_evenly, plan_fusion
-from .modeling import head_class
-from .overview import Rows, overview
-from .page import write_page
+from .methods.fusion.planner import plan_evenly, plan_fusion
+from .models.loading import load_checkpoint
+from .models.modeling import head_class
+from .models.surgery.size import planned_size
+from .pipeline.inspect import Rows, overview
+from .pipeline.report.page import write_page
+from .pipeline.report.tables import change_table, text_table
 from .recipe import FusionRecipe, add_fields
-from .report import change_table, text_table
-from .sizes import planned_size
 
 _EXAMPLES = """examples:
   hf-layerfuse inspect openai-community/gpt2

@@ -13,11 +13,11 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
-from hf_layerfuse.data import loader, prepare
-from hf_layerfuse.heal import heal
-from hf_layerfuse.output import new_directory
+from hf_layerfuse.data.prepare import loader, prepare
+from hf_layerfuse.data.splits import load_splits
+from hf_layerfuse.pipeline.output import new_directory
 from hf_layerfuse.recipe import DataRecipe, HealRecipe
-from hf_layerfuse.splits import load_splits
+from hf_layerfuse.training.heal import heal
 
 LAYERS, WIDTH, HEADS, VOCABULARY, WINDOW = 6, 128, 4, 2048, 128
 TRAIN_BYTES, TEST_BYTES = 3_000_000, 200_000

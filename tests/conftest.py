@@ -35,10 +35,10 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from hf_layerfuse.adapters import ADAPTERS
-from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.prediction import prediction
-from hf_layerfuse.timing import Timed
+from hf_layerfuse.evaluation.divergence import prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.timing import Timed
+from hf_layerfuse.models.architectures import ADAPTERS
 
 torch.set_num_threads(1)
 
@@ -211,7 +211,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     def timed(runs, device, **_):
         return {name: Timed(milliseconds(name, run), 0.0) for name, run in runs.items()}
 
-    monkeypatch.setattr("hf_layerfuse.timing.interleaved", timed)
+    monkeypatch.setattr("hf_layerfuse.evaluation.timing.interleaved", timed)
 
 
 @pytest.fixture

@@ -8,11 +8,8 @@ import torch
 from conftest import LAYERS, TINY, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Plan, apply
-from hf_layerfuse.adapters import adapter_for
-from hf_layerfuse.adapters.maps import heads_of, linear_maps
-from hf_layerfuse.align import align
 from hf_layerfuse.errors import DataError, RecipeError, UnsupportedModelError
-from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.math.align import (
     CrossCorrelation,
     assignment,
@@ -24,7 +21,10 @@ from hf_layerfuse.math.align import (
     scores,
     transport,
 )
-from hf_layerfuse.verify import prediction
+from hf_layerfuse.models.align import align
+from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures.block_weights import heads_of, linear_maps
+from hf_layerfuse.models.verify import prediction
 
 ALIGNS = ["permutation", "activation", "transport", "rotation"]
 MODELS = [*((kind, None) for kind in TINY), ("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaModel")]

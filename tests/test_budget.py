@@ -25,19 +25,19 @@ from hf_layerfuse import (
     search,
     verify,
 )
-from hf_layerfuse.adapters import adapter_for
-from hf_layerfuse.blocktimes import BlockTimes
-from hf_layerfuse.budget import _Budget, batch_of
-from hf_layerfuse.calibration import Sample
-from hf_layerfuse.limits import within
-from hf_layerfuse.prediction import calibration_loss
-from hf_layerfuse.refit import refit
-from hf_layerfuse.repair import RefitReport
-from hf_layerfuse.table import Table
-from hf_layerfuse.timing import Timed
-from hf_layerfuse.trials import Trials
-from hf_layerfuse.walk import Trace, Walk
-from hf_layerfuse.worth import Choice, Worth, choices_of
+from hf_layerfuse.calibration.layerwise import Trace, Walk
+from hf_layerfuse.calibration.refit.base import RefitReport
+from hf_layerfuse.calibration.refit.transformer import refit
+from hf_layerfuse.calibration.samples import Sample
+from hf_layerfuse.evaluation.cache import Table
+from hf_layerfuse.evaluation.divergence import calibration_loss
+from hf_layerfuse.evaluation.timing import Timed
+from hf_layerfuse.methods.fusion.block_latency import BlockTimes
+from hf_layerfuse.methods.fusion.choices import Choice, Worth, choices_of
+from hf_layerfuse.methods.fusion.latency_search import _Budget, batch_of
+from hf_layerfuse.methods.latency_budget import within
+from hf_layerfuse.methods.trials import Trials
+from hf_layerfuse.models.architectures import adapter_for
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -229,7 +229,7 @@ def test_tables_are_kept(monkeypatch, tmp_path):
     assert len(json.loads((tmp_path / "losses.json").read_text())["values"]) == 5
     found = search(model, recipe, batches)
     monkeypatch.setattr(Trials, "_measure", lambda self, edits: pytest.fail("measured twice"))
-    monkeypatch.setattr("hf_layerfuse.timing.interleaved", lambda *_, **__: pytest.fail("timed twice"))
+    monkeypatch.setattr("hf_layerfuse.evaluation.timing.interleaved", lambda *_, **__: pytest.fail("timed twice"))
     again = search(model, recipe, batches)
     assert again.plan.edits == found.plan.edits
     assert all(torch.equal(tensor, state_of(again.model)[name]) for name, tensor in state_of(found.model).items())
@@ -263,7 +263,7 @@ def test_blocks_take_shares_of_the_whole():
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_layerfuse.timing.interleaved", by_type)
+        patch.setattr("hf_layerfuse.evaluation.timing.interleaved", by_type)
         times = BlockTimes(model, batch_of(Sample.of(batches), 2))
     kinds = model.config.layer_types
     assert len(set(kinds)) == 2
@@ -286,12 +286,12 @@ def test_what_takes_longer_together(monkeypatch, caplog):
         sizes = {name: sum(p.numel() for p in run.func.parameters()) for name, run in runs.items()}
         return {name: Timed(size * (1.0 if name == "original" else slower), 0.0) for name, size in sizes.items()}
 
-    monkeypatch.setattr("hf_layerfuse.timing.interleaved", together)
+    monkeypatch.setattr("hf_layerfuse.evaluation.timing.interleaved", together)
     times = search(model, FusionRecipe(latency_budget=0.7, effort="low"), batches).plan.notes["latency_ms"]
     assert times["measured"] == pytest.approx(1.2 * times["predicted"], rel=0.01)
     assert times["measured"] <= 1.02 * 0.7 * times["original"]
     assert not caplog.text
-    monkeypatch.setattr("hf_layerfuse.limits.TRIES", 0)
+    monkeypatch.setattr("hf_layerfuse.methods.latency_budget.TRIES", 0)
     times = search(model, FusionRecipe(latency_budget=0.7, effort="low"), batches).plan.notes["latency_ms"]
     assert times["measured"] > 1.02 * 0.7 * times["original"]
     assert "parts together take longer than each alone" in caplog.text

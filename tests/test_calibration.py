@@ -8,10 +8,11 @@ from conftest import HEADS, tiny_model
 from datasets import Dataset
 from transformers import BatchEncoding
 
-from hf_layerfuse.calibration import ROWS, Sample, read, take
+from hf_layerfuse.calibration.samples import ROWS, Sample, read
 from hf_layerfuse.errors import DataError
-from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.prediction import calibration_loss, divergence, prediction
+from hf_layerfuse.evaluation.batches import take
+from hf_layerfuse.evaluation.divergence import calibration_loss, divergence, prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 
 every_head = pytest.mark.parametrize(("model_type", "head"), HEADS, ids=[head.__name__ for _, head in HEADS])
 

@@ -9,10 +9,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from hf_layerfuse import Drop, Fuse, FusionRecipe, Linearize, MergeConvs, MergeRecipe, Plan
-from hf_layerfuse.card import licence_of, model_card
+from hf_layerfuse.pipeline.report.card import licence_of, model_card
+from hf_layerfuse.pipeline.report.tables import change_table
 from hf_layerfuse.plan import CHAIN
 from hf_layerfuse.recipe import DataRecipe, Recipe, load_recipe
-from hf_layerfuse.report import change_table
 
 STAGE = {
     "parameters": 1000,

@@ -35,11 +35,11 @@ from hf_layerfuse import (
     merge_convs,
     verify,
 )
-from hf_layerfuse.adapters import ChainAdapter
-from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.parts import PaddedConv2d, Parts
+from hf_layerfuse.evaluation.divergence import prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.models.architectures import ChainAdapter
+from hf_layerfuse.models.modules.conv import PaddedConv2d, Parts
 from hf_layerfuse.plan import CHAIN
-from hf_layerfuse.prediction import prediction
 
 RESNET34 = ResNetConfig(layer_type="basic", depths=[3, 4, 6, 3], hidden_sizes=[64, 128, 256, 512])
 

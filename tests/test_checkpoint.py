@@ -30,7 +30,7 @@ from hf_layerfuse import (
     heal,
     layer_map,
 )
-from hf_layerfuse.sampling import ByLength
+from hf_layerfuse.data.sampler import ByLength
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -353,7 +353,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
 def test_an_explosion_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, value):
     """A loss that is not finite, or many times the first one, ends the training; what was good is still there."""
-    from hf_layerfuse.objective import Objective
+    from hf_layerfuse.training.objective import Objective
 
     train, calls = Objective.train, 0
 
@@ -392,7 +392,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     """No checkpoint is written of such weights, and the one before is gone on from."""
-    from hf_layerfuse.objective import Objective
+    from hf_layerfuse.training.objective import Objective
 
     validate, calls = Objective.validate, 0
 

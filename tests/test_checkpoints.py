@@ -37,9 +37,9 @@ from hf_layerfuse import (
     adapter_for,
     apply,
 )
-from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.models.verify import prediction
 from hf_layerfuse.plan import CHAIN
-from hf_layerfuse.verify import prediction
 
 SHARE = (Fuse("layer", (1, 3), "share", "mean"), Fuse("mlp", (4, 5), "share"))
 PARTS = (Drop("attention", 0), Fuse("mlp", (3, 4)))
@@ -78,8 +78,8 @@ def test_fresh_process_gives_the_same_logits(tmp_path):
         "import sys, torch\n"
         "torch.set_num_threads(1)\n"
         "from hf_layerfuse import AutoFusedModel\n"
-        "from hf_layerfuse.inputs import example_inputs\n"
-        "from hf_layerfuse.verify import prediction\n"
+        "from hf_layerfuse.evaluation.dummy_inputs import example_inputs\n"
+        "from hf_layerfuse.evaluation.divergence import prediction\n"
         "for path in sys.argv[1:]:\n"
         "    model = AutoFusedModel.from_pretrained(path)\n"
         "    with torch.inference_mode(): got = prediction(model(**example_inputs(model)))\n"

@@ -30,23 +30,13 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_layerfuse import (
-    AutoFusedModel,
-    Plan,
-    RecipeError,
-    apply,
-    collapse,
-    fuse,
-    fused_parameters,
-    job,
-    merge,
-    rounds,
-    verify,
-)
+from hf_layerfuse import AutoFusedModel, Plan, RecipeError, apply, collapse, fuse, fused_parameters, merge, verify
 from hf_layerfuse.cli import main, parse_overrides
-from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.pipeline import rounds
+from hf_layerfuse.pipeline import run as job
 from hf_layerfuse.recipe import load_recipe
-from hf_layerfuse.teacher import with_teacher
+from hf_layerfuse.training.teacher_cache import with_teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 # random models are worse than chance, and say so

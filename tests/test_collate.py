@@ -8,11 +8,11 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hf_layerfuse.collate import ROW, CollateImages, CollateText
-from hf_layerfuse.data import loader, prepare
+from hf_layerfuse.data.collate import ROW, CollateImages, CollateText
+from hf_layerfuse.data.prepare import loader, prepare
+from hf_layerfuse.data.splits import load_splits
 from hf_layerfuse.errors import DataError
 from hf_layerfuse.recipe import DataRecipe
-from hf_layerfuse.splits import load_splits
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *(f"w{i}" for i in range(200)), "##y"]
 

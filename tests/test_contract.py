@@ -8,11 +8,11 @@ import torch
 from conftest import HEADS, LAYERS, TINY, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Linearize, Plan, apply, expand, verify
-from hf_layerfuse.adapters import adapter_for
-from hf_layerfuse.forms import Collapsed
-from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.modeling import FusedMixin
-from hf_layerfuse.verify import prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.modeling import FusedMixin
+from hf_layerfuse.models.surgery.linear_mlp import Collapsed
+from hf_layerfuse.models.verify import prediction
 
 EDITS = {
     "depth": (Fuse("layer", (1, 2), operator="mean"), Fuse("layer", (3, 4), operator="telescope")),

@@ -11,7 +11,7 @@ from conftest import NETWORKS, TINY
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_layerfuse import UnsupportedModelError, fuse, register_adapter
-from hf_layerfuse.adapters import ADAPTERS, BUILTIN, LayerAdapter, TransformerAdapter
+from hf_layerfuse.models.architectures import ADAPTERS, BUILTIN, LayerAdapter, TransformerAdapter
 
 GUIDE = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
 
@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification
 from hf_layerfuse import (
     AutoFusedModel, Drop, Fuse, FusionRecipe, Plan, apply, collapse, expand, fuse, plan_fusion, verify
 )
-from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 
 torch.manual_seed(0)
 model = toy.ToyForSequenceClassification(toy.ToyConfig(num_labels=3)).eval()

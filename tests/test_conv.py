@@ -31,14 +31,14 @@ from hf_layerfuse import (
     refit,
     search,
 )
+from hf_layerfuse.evaluation.divergence import calibration_loss
 from hf_layerfuse.math.cluster import partition_within
 from hf_layerfuse.math.ridge import Moments
-from hf_layerfuse.prediction import calibration_loss
+from hf_layerfuse.pipeline.rounds import rounds_of, target_of
 from hf_layerfuse.recipe import DataRecipe, Recipe
-from hf_layerfuse.rounds import rounds_of, target_of
-from hf_layerfuse.schedule import compose
+from hf_layerfuse.training.schedule import compose
 
-CONVFIT = importlib.import_module("hf_layerfuse.convfit")
+CONVFIT = importlib.import_module("hf_layerfuse.calibration.refit.conv")
 MODULE = cifar_resnet()
 
 WIDTHS = [4, 4, 4, 8, 8, 8, 8, 8]

@@ -26,12 +26,12 @@ from hf_layerfuse import (
     search_merge,
     verify,
 )
-from hf_layerfuse.blocktimes import BlockTimes
-from hf_layerfuse.calibration import Sample
-from hf_layerfuse.chaintables import Latencies, Losses, entries_of
-from hf_layerfuse.evaluate import classification, embedding_fidelity
-from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.prediction import prediction
+from hf_layerfuse.calibration.samples import Sample
+from hf_layerfuse.evaluation.divergence import prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.metrics import classification, embedding_fidelity
+from hf_layerfuse.methods.fusion.block_latency import BlockTimes
+from hf_layerfuse.methods.merge.segments import Latencies, Losses, entries_of
 
 pytestmark = [
     pytest.mark.slow,

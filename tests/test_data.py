@@ -17,10 +17,10 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoImageProcessor, PreTrainedTokenizerFast, ViTImageProcessor
 
-from hf_layerfuse.data import calibration_batches, loader, prepare, text_of
+from hf_layerfuse.data.prepare import calibration_batches, loader, prepare, text_of
+from hf_layerfuse.data.splits import load_splits
 from hf_layerfuse.errors import DataError, RecipeError
 from hf_layerfuse.recipe import DataRecipe
-from hf_layerfuse.splits import load_splits
 
 ROWS = [
     ("it 's \"good , really", "pos"),
@@ -313,8 +313,8 @@ def test_another_process_prepares_the_same_rows(tmp_path: Path, tokenizer: PreTr
     program = """
 import sys
 from transformers import AutoTokenizer
-from hf_layerfuse.data import prepare
-from hf_layerfuse.splits import load_splits
+from hf_layerfuse.data.prepare import prepare
+from hf_layerfuse.data.splits import load_splits
 from hf_layerfuse.recipe import DataRecipe
 
 def fingerprint(folder):

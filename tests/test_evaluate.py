@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_layerfuse.errors import CheckpointError, DataError
-from hf_layerfuse.evaluate import (
+from hf_layerfuse.evaluation.latency import latency, latency_side_by_side
+from hf_layerfuse.evaluation.metrics import (
     Accuracy,
     bytes_on_disk,
     classification,
@@ -21,7 +22,6 @@ from hf_layerfuse.evaluate import (
     parameter_counts,
     perplexity,
 )
-from hf_layerfuse.latency import latency, latency_side_by_side
 
 
 class LetterTokenizer:

@@ -10,24 +10,13 @@ import pytest
 import torch
 from conftest import LAYERS, TINY, heads_of, tiny_model
 
-from hf_layerfuse import (
-    DataError,
-    Drop,
-    Fuse,
-    FusionRecipe,
-    Plan,
-    RecipeError,
-    adapter_for,
-    apply,
-    fuse,
-    plan_fusion,
-)
-from hf_layerfuse.adapters import linear_maps
-from hf_layerfuse.calibration import observe
-from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse import DataError, Drop, Fuse, FusionRecipe, Plan, RecipeError, adapter_for, apply, fuse, plan_fusion
+from hf_layerfuse.calibration.samples import observe
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
-from hf_layerfuse.sizes import planned_size
-from hf_layerfuse.targets import settled
+from hf_layerfuse.methods.fusion.targets import settled
+from hf_layerfuse.models.architectures import linear_maps
+from hf_layerfuse.models.surgery.size import planned_size
 
 TEXT = sorted(TINY.keys() - {"vit", "deit"})
 MEASURES = (*ON_WEIGHTS, *ON_ACTIVATIONS)

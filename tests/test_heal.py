@@ -16,15 +16,16 @@ from conftest import TINY, tiny_config, tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import Fuse, Plan, apply, fused_parameters, layer_map
-from hf_layerfuse.accelerators import accelerator_of
 from hf_layerfuse.errors import DataError, LayerFuseError, RecipeError, TrainingError
-from hf_layerfuse.heal import heal
-from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse.evaluation.divergence import prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.eval_mode import dropout_of
 from hf_layerfuse.math.losses import distillation_loss
-from hf_layerfuse.modes import dropout_of
-from hf_layerfuse.objective import Match, Objective
-from hf_layerfuse.prediction import prediction
+from hf_layerfuse.plan.match import Match
 from hf_layerfuse.recipe import HealRecipe
+from hf_layerfuse.training.accelerator import accelerator_of
+from hf_layerfuse.training.heal import heal
+from hf_layerfuse.training.objective import Objective
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -402,10 +403,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
 from hf_layerfuse.heal import heal
-from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.modes import dropout_of
-from hf_layerfuse.objective import Match, Objective
-from hf_layerfuse.prediction import prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.eval_mode import dropout_of
+from hf_layerfuse.training.objective import Objective
+from hf_layerfuse.plan.match import Match
+from hf_layerfuse.evaluation.divergence import prediction
 from hf_layerfuse.recipe import HealRecipe
 
 def run(kind, config, batch_size):

@@ -31,11 +31,11 @@ from hf_layerfuse import (
     straighten,
     verify,
 )
-from hf_layerfuse.adapters import adapter_for
 from hf_layerfuse.errors import DataError
-from hf_layerfuse.homotopy import Homotopy
-from hf_layerfuse.lines import lines_of, watch
-from hf_layerfuse.pull import Pull
+from hf_layerfuse.models.activation_fit import lines_of, watch
+from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.modules.homotopy import Homotopy
+from hf_layerfuse.training.homotopy import Pull
 
 PLAIN = sorted(set(TINY) - set(GATED))
 POINTWISE = ["relu", "gelu", "gelu_new", "silu", "tanh", "quick_gelu"]

@@ -1,4 +1,4 @@
-"""Imports point down only, so that each part can be read, tested and replaced without those above it."""
+"""Rooms of the package import those below them only, so that each can be read, tested and replaced on its own."""
 
 import ast
 from pathlib import Path
@@ -9,59 +9,19 @@ import hf_layerfuse
 
 PACKAGE = Path(hf_layerfuse.__file__).parent
 
-# from top to bottom; a module may import those of lower rows, a folder counts as one module
-RANKS = (
-    ("console", "__main__"),
+# from top to bottom; a room may import those of lower rows, and nothing of its own row
+ROOMS = (
+    ("__main__", "__init__"),
+    ("console",),
     ("cli",),
-    ("job",),
-    ("rounds",),
-    ("rundata",),
-    ("__init__",),
-    ("card", "page", "overview", "publish"),
-    ("report", "plots", "heal", "latency", "layermap", "data", "teacher"),
-    ("loop", "splits"),
-    ("labels",),
-    ("evaluate", "objective", "checkpoint", "output"),
-    ("auto",),
-    ("collapse", "merge"),
-    ("verify", "search", "chaintables"),
-    ("budget", "loading", "straighten"),
-    ("worth",),
-    ("blocktimes", "trials"),
-    ("tune", "limits"),
-    ("apply", "refit"),
-    ("chainfit",),
-    ("methods", "align", "modeling"),
-    ("chainedits",),
-    ("targets",),
-    ("convfit", "distances", "grouping", "select", "sizes"),
-    ("found",),
-    ("repair",),
-    ("walk",),
-    ("taps", "lines"),
-    ("edits", "calibration", "mapfit"),
-    ("forms",),
-    ("inputs", "operators", "parts", "relaxed"),
-    ("accelerators", "schedule"),
-    ("adapters", "recipe"),
-    ("math", "plan", "prediction", "collate"),
-    ("pull", "lora", "timing"),
-    ("table", "homotopy"),
-    (
-        "errors",
-        "fingerprint",
-        "mixture",
-        "modes",
-        "processes",
-        "sampling",
-        "segments",
-        "sharding",
-        "shipping",
-        "states",
-        "tasks",
-    ),
+    ("api", "pipeline"),
+    ("methods",),
+    ("calibration", "training"),
+    ("models", "data"),
+    ("math", "plan", "recipe", "evaluation"),
+    ("errors",),
 )
-RANK = {name: rank for rank, row in enumerate(RANKS) for name in row}
+RANK = {name: rank for rank, row in enumerate(ROOMS) for name in row}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -77,53 +37,43 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def module_of(name: str) -> str:
-    """The module of this package that an absolute name belongs to: `hf_layerfuse.math.cluster` is `math`."""
+def room_of(name: str) -> str:
+    """The room that an absolute name belongs to: `hf_layerfuse.math.cluster` is in `math`."""
     first = [*name.split("."), "__init__"][1]
-    return first if (PACKAGE / first).is_dir() or (PACKAGE / f"{first}.py").is_file() else "__init__"
+    return first if first in RANK else "__init__"
 
 
-def graph() -> dict[str, set[str]]:
-    """Module -> all absolute names that it imports."""
-    found: dict[str, set[str]] = {}
-    for path in PACKAGE.rglob("*.py"):
-        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        found.setdefault(name, set()).update(imports_of(path))
-    return found
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
-def inside(names: set[str]) -> set[str]:
-    return {module_of(name) for name in names if name.split(".")[0] == "hf_layerfuse"}
+def test_every_file_is_in_a_room():
+    """A new folder or file at the top of the package says where it belongs: ROOMS names it."""
+    assert {file.split("/")[0].removesuffix(".py") for file in FILES} == RANK.keys()
 
 
-GRAPH = graph()
+@pytest.mark.parametrize("file", FILES)
+def test_imports_point_down(file):
+    """No file imports from a room of its own row or above; `training` takes of `models` its modules alone."""
+    room = file.split("/")[0].removesuffix(".py")
+    names = {name for name in imports_of(PACKAGE / file) if name.split(".")[0] == "hf_layerfuse"}
+    wrong = {name for name in names if room_of(name) != room and RANK[room_of(name)] <= RANK[room]}
+    if room == "training":
+        wrong |= {name for name in names if room_of(name) == "models" and ".modules." not in name}
+    assert not wrong, f"{file} imports {sorted(wrong)}, which are not below it"
 
 
-def test_every_module_has_a_rank():
-    """A new module has to say where it belongs: add it to RANKS."""
-    assert GRAPH.keys() == RANK.keys()
-
-
-@pytest.mark.parametrize("module", sorted(GRAPH))
-def test_imports_point_down(module):
-    """No module imports one of its own row or above."""
-    wrong = {other for other in inside(GRAPH[module]) - {module} if RANK[other] <= RANK[module]}
-    assert not wrong, f"{module} imports {wrong}, which are not below it"
-
-
-@pytest.mark.parametrize("module", ["heal", "evaluate"])
-def test_training_and_measuring_take_any_module(module):
-    """`heal` and `evaluate` know nothing of blocks, not even through what they import."""
-    reached, todo = set(), {module}
-    while todo:
-        reached |= todo
-        todo = set().union(*(inside(GRAPH[name]) for name in todo)) - reached
-    assert not reached & {"methods", "adapters", "edits", "calibration", "modeling", "auto"}
-
-
-def test_what_the_light_modules_do_without():
+def test_light_rooms_do_without_heavy_libraries():
     """`math` needs no transformers, `plan` and `errors` need no torch either."""
-    top = {module: {name.split(".")[0] for name in names} for module, names in GRAPH.items()}
+    top: dict[str, set[str]] = {}
+    for file in FILES:
+        room = file.split("/")[0].removesuffix(".py")
+        top.setdefault(room, set()).update(name.split(".")[0] for name in imports_of(PACKAGE / file))
     assert not top["math"] & {"transformers", "accelerate", "datasets", "huggingface_hub"}
-    assert not (top["plan"] | top["errors"]) & {"torch", "transformers", "numpy", "scipy"}
+    assert not (top["plan"] | top["errors"] | top["recipe"]) & {"torch", "transformers", "numpy", "scipy"}
     assert "torch" in top["math"], "nothing found where something is: this test is blind"
+
+
+def test_no_public_name_is_a_module():
+    """`import hf_layerfuse.x as x` gives a module, and never the function of that name."""
+    modules = {path.stem for path in PACKAGE.iterdir()}
+    assert not modules & set(hf_layerfuse.__all__)

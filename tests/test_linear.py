@@ -23,17 +23,17 @@ from hf_layerfuse import (
     search_collapse,
     verify,
 )
-from hf_layerfuse.adapters import ADAPTERS, One, adapter_for
-from hf_layerfuse.calibration import Sample
-from hf_layerfuse.forms import Collapsed
-from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.mapfit import fit_linear
+from hf_layerfuse.calibration.refit.linear import fit_linear
+from hf_layerfuse.calibration.samples import Sample
+from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.math.lowrank import low_rank
 from hf_layerfuse.math.ridge import Moments
-from hf_layerfuse.parts import Parts
-from hf_layerfuse.prediction import calibration_loss, prediction
-from hf_layerfuse.relaxed import out_in, theta_of
-from hf_layerfuse.sizes import planned_size
+from hf_layerfuse.models.architectures import ADAPTERS, One, adapter_for
+from hf_layerfuse.models.modules.conv import Parts
+from hf_layerfuse.models.modules.shared_linear import out_in, theta_of
+from hf_layerfuse.models.surgery.linear_mlp import Collapsed
+from hf_layerfuse.models.surgery.size import planned_size
 
 PLAIN = sorted(set(TINY) - set(GATED))
 WIDTH = 32

@@ -9,8 +9,8 @@ from conftest import LAYERS, tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import Fuse, HealRecipe, Plan, RecipeError, apply, heal, layer_map
-from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.lora import low_rank
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.training.lora import low_rank
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -26,13 +26,13 @@ from hf_layerfuse import (
     search_merge,
     verify,
 )
-from hf_layerfuse.calibration import Sample
-from hf_layerfuse.chaintables import Entry, Latencies, Losses, cheapest, entries_of, folded_plan
-from hf_layerfuse.merge import choose, frontier
-from hf_layerfuse.prediction import calibration_loss
-from hf_layerfuse.segments import Chain, Link
-from hf_layerfuse.timing import Timed
-from hf_layerfuse.tune import tune
+from hf_layerfuse.calibration.samples import Sample
+from hf_layerfuse.evaluation.divergence import calibration_loss
+from hf_layerfuse.evaluation.timing import Timed
+from hf_layerfuse.methods.merge.finetune import tune
+from hf_layerfuse.methods.merge.search import choose, frontier
+from hf_layerfuse.methods.merge.segments import Entry, Latencies, Losses, cheapest, entries_of, folded_plan
+from hf_layerfuse.models.architectures.segments import Chain, Link
 
 CIFAR = cifar_resnet()
 
@@ -171,7 +171,7 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return 0.5
 
-    monkeypatch.setattr("hf_layerfuse.chaintables.calibration_loss", stop)
+    monkeypatch.setattr("hf_layerfuse.methods.merge.segments.calibration_loss", stop)
     with pytest.raises(KeyboardInterrupt):
         losses.measure(entries)
     assert len(json.loads((tmp_path / "losses.json").read_text())["values"]) == 2
@@ -194,7 +194,7 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
     assert again.table.values == latencies.table.values
     with pytest.raises(LayerFuseError, match="inputs was"):
         Latencies(cifar, torch.randn(4, 3, 32, 32), path)
-    monkeypatch.setattr("hf_layerfuse.timing.device_name", lambda device: "another one")
+    monkeypatch.setattr("hf_layerfuse.evaluation.timing.device_name", lambda device: "another one")
     with pytest.raises(LayerFuseError, match="device was"):
         Latencies(cifar, torch.randn(2, 3, 32, 32), path)
     path.write_text("{")
@@ -204,7 +204,9 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
 
 def test_activations_alone_are_removed(cifar, tmp_path, monkeypatch):
     """All convolutions stay, and kernels grow, where a convolution takes as long whatever its kernel."""
-    monkeypatch.setattr("hf_layerfuse.timing.interleaved", lambda runs, device, **_: dict.fromkeys(runs, Timed(9, 0)))
+    monkeypatch.setattr(
+        "hf_layerfuse.evaluation.timing.interleaved", lambda runs, device, **_: dict.fromkeys(runs, Timed(9, 0))
+    )
     recipe = MergeRecipe(budget=0.8, choose="activations", batch_size=4, repeats=2, tables=str(tmp_path))
     found = search_merge(cifar, recipe, images(cifar))
     merged = [edit for edit in found.plan.edits if len(edit.layers) > 1]

@@ -8,10 +8,10 @@ from conftest import LAYERS, tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import Fuse, HealRecipe, Plan, RecipeError, align, apply, heal, mixed_weights
-from hf_layerfuse.adapters import adapter_for
-from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.mixture import Mixture
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.models.architectures import adapter_for
 from hf_layerfuse.recipe import DataRecipe, FusionRecipe, Recipe
+from hf_layerfuse.training.mixture import Mixture
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

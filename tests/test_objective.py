@@ -9,13 +9,14 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from hf_layerfuse import Drop, Fuse, HealRecipe, Plan, PlanError, apply, fused_parameters, layer_map
-from hf_layerfuse.adapters import adapter_for
-from hf_layerfuse.collate import TEACHER_IDS, TEACHER_LOGPROBS, CollateText
-from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse.data.collate import TEACHER_IDS, TEACHER_LOGPROBS, CollateText
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.math import losses
 from hf_layerfuse.math.losses import distillation_loss, relative_mse, top_k_loss
-from hf_layerfuse.objective import Match, Objective
-from hf_layerfuse.teacher import with_teacher
+from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.plan.match import Match
+from hf_layerfuse.training.objective import Objective
+from hf_layerfuse.training.teacher_cache import with_teacher
 
 PLANS = {
     # edits, and for each layer of the result, the layers that its states and its attention answer to

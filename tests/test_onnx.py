@@ -10,8 +10,8 @@ from conftest import network, tiny_model
 from test_chainedits import some_plan
 
 from hf_layerfuse import Blend, Drop, Fuse, Linearize, Plan, adapter_for, apply
-from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.prediction import prediction
+from hf_layerfuse.evaluation.divergence import prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 
 slow = pytest.mark.slow
 BERT = "BertForSequenceClassification"

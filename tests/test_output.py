@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_layerfuse import CheckpointError
-from hf_layerfuse.output import check_output, new_directory, write_whole
+from hf_layerfuse.pipeline.output import check_output, new_directory, write_whole
 
 
 def test_appears_at_the_end(tmp_path):

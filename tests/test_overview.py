@@ -10,13 +10,13 @@ from conftest import NETWORKS, TINY, network, tiny_model
 from test_cli import causal_lm
 
 from hf_layerfuse import AutoFusedModel, FusionRecipe, apply, cli, plan_fusion
-from hf_layerfuse.adapters import ADAPTERS, ChainAdapter, adapter_for
 from hf_layerfuse.console import main
-from hf_layerfuse.distances import block_distances
-from hf_layerfuse.overview import overview
+from hf_layerfuse.methods.fusion.distances import block_distances
+from hf_layerfuse.models.architectures import ADAPTERS, ChainAdapter, adapter_for
+from hf_layerfuse.pipeline.inspect import overview
+from hf_layerfuse.pipeline.report.tables import change_table, text_table
 from hf_layerfuse.recipe import SECTIONS
 from hf_layerfuse.recipe.fields import fields_of
-from hf_layerfuse.report import change_table, text_table
 
 
 @pytest.mark.parametrize("model_type", TINY)

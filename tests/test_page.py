@@ -19,8 +19,8 @@ from test_plots import HEALED
 
 from hf_layerfuse import CheckpointError, CollapseRecipe, Linearize, MergeRecipe, Plan, cli
 from hf_layerfuse.console import main
-from hf_layerfuse.page import page, write_page
-from hf_layerfuse.report import change_table
+from hf_layerfuse.pipeline.report.page import page, write_page
+from hf_layerfuse.pipeline.report.tables import change_table
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -6,8 +6,8 @@ from conftest import TINY, network, tiny_model
 from PIL import Image
 
 from hf_layerfuse import Drop, Fuse, FusionRecipe, Linearize, MergeConvs, Plan, adapter_for, apply, plan_fusion
+from hf_layerfuse.pipeline.report.plots import _COLOURS, _GREY, Quality, _made_of, draw, plot_quality
 from hf_layerfuse.plan import CHAIN, TRANSFORMER
-from hf_layerfuse.plots import _COLOURS, _GREY, Quality, _made_of, draw, plot_quality
 
 MIXED = Plan("gpt2", 6, (Linearize(1), Drop("attention", 2), Drop("layer", 3), Fuse("layer", (4, 5))))
 SHARED = Plan("gpt2", 6, (Fuse("mlp", (0, 3, 5), mode="share"), Fuse("attention", (1, 2), mode="basis", rank=2)))

@@ -109,7 +109,7 @@ PUBLISH = """
 import sys
 from pathlib import Path
 from hf_layerfuse.errors import PublishError
-from hf_layerfuse.publish import check_publish, publish
+from hf_layerfuse.pipeline.report.hub import check_publish, publish
 from hf_layerfuse.recipe import HubRecipe
 recipe = HubRecipe(push_to_hub=sys.argv[1], private="private" in sys.argv[3:])
 try:

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_layerfuse import AutoFusedModel, Drop, FusionRecipe, Plan, apply, fuse
-from hf_layerfuse.data import loader, prepare
-from hf_layerfuse.evaluate import bytes_on_disk, classification, perplexity
+from hf_layerfuse.data.prepare import loader, prepare
+from hf_layerfuse.data.splits import load_splits
+from hf_layerfuse.evaluation.metrics import bytes_on_disk, classification, perplexity
 from hf_layerfuse.recipe import DataRecipe
-from hf_layerfuse.splits import load_splits
 
 pytestmark = pytest.mark.slow
 

@@ -11,20 +11,20 @@ import torch
 from conftest import TINY, tiny_model
 
 from hf_layerfuse import AutoFusedModel, Drop, Fuse, Plan, apply, expand, verify
-from hf_layerfuse.adapters import adapter_for
-from hf_layerfuse.calibration import Sample
+from hf_layerfuse.calibration.layer_hooks import Tap
+from hf_layerfuse.calibration.layerwise import Trace, Walk
+from hf_layerfuse.calibration.refit.linear import store
+from hf_layerfuse.calibration.refit.transformer import SELECTING, refit
+from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.errors import DataError
-from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.mapfit import store
+from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.math.ridge import fit
-from hf_layerfuse.prediction import calibration_loss, prediction
-from hf_layerfuse.refit import SELECTING, refit
-from hf_layerfuse.relaxed import theta_of
-from hf_layerfuse.taps import Tap
-from hf_layerfuse.walk import Trace, Walk
+from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.modules.shared_linear import theta_of
 
 LAYERS = 4
-MODULE = sys.modules["hf_layerfuse.refit"]  # the package has a function of that name
+MODULE = sys.modules["hf_layerfuse.calibration.refit.transformer"]
 
 PLANS = {
     "depth": (Fuse("layer", (1, 2), operator="mean"),),

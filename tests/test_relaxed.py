@@ -25,11 +25,19 @@ from hf_layerfuse import (
     expand,
     verify,
 )
-from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.math.lowrank import low_rank, shared_basis
-from hf_layerfuse.modeling import fused_class
-from hf_layerfuse.relaxed import PER_DEPTH, BasisLinear, Relaxed, ResidualConv1D, ResidualLinear, out_in, relax
-from hf_layerfuse.verify import prediction
+from hf_layerfuse.models.modeling import fused_class
+from hf_layerfuse.models.modules.shared_linear import (
+    PER_DEPTH,
+    BasisLinear,
+    Relaxed,
+    ResidualConv1D,
+    ResidualLinear,
+    out_in,
+    relax,
+)
+from hf_layerfuse.models.verify import prediction
 
 RESIDUAL = Fuse("layer", (1, 3), "share", "mean", rank=3)
 BASIS = Fuse("layer", (0, 2, 4), "basis", rank=8)
@@ -352,8 +360,8 @@ def test_fresh_process_gives_the_same_logits(tmp_path):
         "import sys, torch, pathlib\n"
         "torch.set_num_threads(1)\n"
         "from hf_layerfuse import AutoFusedModel\n"
-        "from hf_layerfuse.inputs import example_inputs\n"
-        "from hf_layerfuse.verify import prediction\n"
+        "from hf_layerfuse.evaluation.dummy_inputs import example_inputs\n"
+        "from hf_layerfuse.evaluation.divergence import prediction\n"
         "for path in pathlib.Path(sys.argv[1]).iterdir():\n"
         "    model = AutoFusedModel.from_pretrained(path)\n"
         "    with torch.inference_mode(): got = prediction(model(**example_inputs(model)))\n"

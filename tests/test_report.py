@@ -5,9 +5,9 @@ from typing import get_args
 import pytest
 
 from hf_layerfuse import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
+from hf_layerfuse.pipeline.report.tables import describe, rows
 from hf_layerfuse.plan import CHAIN
 from hf_layerfuse.plan.edit import Kind, Mode
-from hf_layerfuse.report import describe, rows
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))

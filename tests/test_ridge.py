@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_layerfuse.mapfit import fit_gain, fit_map, fold, store
+from hf_layerfuse.calibration.refit.linear import fit_gain, fit_map, fold, store
 from hf_layerfuse.math.ridge import STRENGTHS, Moments, chain, eliminate, fit
-from hf_layerfuse.relaxed import Relaxed, out_in, relax, theta_of
+from hf_layerfuse.models.modules.shared_linear import Relaxed, out_in, relax, theta_of
 
 IN, OUT, ROWS = 6, 4, 60
 

@@ -7,7 +7,7 @@ import pytest
 
 from hf_layerfuse import Drop, Fuse, HealRecipe, Plan, PlanError, RecipeError
 from hf_layerfuse.recipe import DataRecipe, FusionRecipe, Recipe
-from hf_layerfuse.schedule import compose, keeps_of, steps_of
+from hf_layerfuse.training.schedule import compose, keeps_of, steps_of
 
 
 def recipe_of(schedule: str, rounds: int = 3, rate: float = 2.0) -> HealRecipe:

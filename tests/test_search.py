@@ -24,18 +24,18 @@ from hf_layerfuse import (
     search,
     verify,
 )
-from hf_layerfuse.adapters import adapter_for
-from hf_layerfuse.apply import apply
-from hf_layerfuse.calibration import Sample, read
-from hf_layerfuse.grouping import even, groups_of, unexplained
-from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse.calibration.layerwise import Trace, Walk
+from hf_layerfuse.calibration.samples import Sample, read
+from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.math.cluster import partition
-from hf_layerfuse.methods.fusion import _CLUSTERS, candidates, importances
-from hf_layerfuse.prediction import calibration_loss, prediction
-from hf_layerfuse.search import _Table
-from hf_layerfuse.sizes import planned_size
-from hf_layerfuse.trials import Trials
-from hf_layerfuse.walk import Trace, Walk
+from hf_layerfuse.methods.fusion.grouping import even, groups_of, unexplained
+from hf_layerfuse.methods.fusion.planner import _CLUSTERS, candidates, importances
+from hf_layerfuse.methods.fusion.search import _Table
+from hf_layerfuse.methods.trials import Trials
+from hf_layerfuse.models.apply import apply
+from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.surgery.size import planned_size
 
 LAYERS = 4
 WHOLE = {"gpt2": "GPT2LMHeadModel", "vit": "ViTModel", "deit": "DeiTModel"}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_layerfuse.segments import Chain, Link, Merged
+from hf_layerfuse.models.architectures.segments import Chain, Link, Merged
 
 
 def resnet34() -> Chain:

@@ -8,15 +8,15 @@ import torch
 from conftest import TINY, tiny_model
 
 from hf_layerfuse import Fuse, Plan, apply
-from hf_layerfuse.adapters import adapter_for, linear_maps
-from hf_layerfuse.adapters.maps import heads_of, rows_of, write_rows
-from hf_layerfuse.calibration import Sample
-from hf_layerfuse.inputs import example_inputs
+from hf_layerfuse.calibration.layer_hooks import Tap
+from hf_layerfuse.calibration.layerwise import Trace, Walk
+from hf_layerfuse.calibration.refit.selection import Selection, alike
+from hf_layerfuse.calibration.refit.transformer import refit
+from hf_layerfuse.calibration.samples import Sample
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.models.architectures import adapter_for, linear_maps
+from hf_layerfuse.models.architectures.block_weights import heads_of, rows_of, write_rows
 from hf_layerfuse.plan import Source
-from hf_layerfuse.refit import refit
-from hf_layerfuse.select import Selection, alike
-from hf_layerfuse.taps import Tap
-from hf_layerfuse.walk import Trace, Walk
 
 LAYERS = 4
 PRE_NORM = [kind for kind in TINY if kind not in ("bert", "roberta", "distilbert")]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from test_chainedits import some_plan
 
 from hf_layerfuse import AutoFusedModel, Blend, Drop, Fuse, Linearize, Plan, UnsupportedModelError, apply
-from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.prediction import prediction
-from hf_layerfuse.shipping import FOLDER
+from hf_layerfuse.evaluation.divergence import prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.models.remote_code import FOLDER
 
 MODELS = {
     "gpt2": ("AutoModelForCausalLM", "GPT2LMHeadModel", (Fuse("layer", (1, 3), "share", rank=2), Linearize(4))),
@@ -84,7 +84,7 @@ def test_loads_where_the_library_is_not(tmp_path):
         for path in (tmp_path / name / FOLDER).iterdir():  # to the byte, however often it is saved
             assert (again / FOLDER / path.name).read_text() == path.read_text()
         ours = AutoFusedModel.from_pretrained(again)
-        assert type(ours).__module__ == "hf_layerfuse.modeling"
+        assert type(ours).__module__ == "hf_layerfuse.models.modeling"
         assert ours.config.auto_map == json.loads((tmp_path / name / "config.json").read_text())["auto_map"]
 
 

@@ -22,8 +22,8 @@ from hf_layerfuse import (
     expand,
     fuse,
 )
-from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.prediction import decode, prediction
+from hf_layerfuse.evaluation.divergence import decode, prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 
 SHARE = (Fuse("layer", (1, 3), "share"), Fuse("mlp", (2, 4), "share"), Fuse("attention", (0, 5), "share"))
 DECODERS = ["gpt2", "llama", "mistral", "qwen2", "qwen3"]
@@ -316,8 +316,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from hf_layerfuse import AutoFusedModel, Blend, Fuse, Plan, apply, straighten
-from hf_layerfuse.pull import Pull
-from hf_layerfuse.sharding import one_unit_for_shared, shares_layers, whole_again
+from hf_layerfuse.training.homotopy import Pull
+from hf_layerfuse.training.sharding import one_unit_for_shared, shares_layers, whole_again
 
 NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 

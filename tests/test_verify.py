@@ -27,8 +27,8 @@ from hf_layerfuse import (
     plan_fusion,
     verify,
 )
-from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.verify import prediction, warn_if_useless
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.models.verify import prediction, warn_if_useless
 
 DEPTH = (Fuse("layer", (1, 2)),)
 SHARE = (Fuse("layer", (1, 3), "share"),)
@@ -165,7 +165,7 @@ def test_fuse_verifies_unless_told_not_to(monkeypatch):
     def failing(model):
         raise VerificationError("seen")
 
-    monkeypatch.setattr("hf_layerfuse.auto.verify", failing)
+    monkeypatch.setattr("hf_layerfuse.api.verify", failing)
     model = tiny_model("gpt2")
     with pytest.raises(VerificationError, match="seen"):
         fuse(model, keep_layers=3)

@@ -9,13 +9,13 @@ import torch
 from conftest import HEADS, LAYERS, TINY, heads_of, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Plan, UnsupportedModelError, apply
-from hf_layerfuse.adapters import adapter_for
-from hf_layerfuse.calibration import Sample
-from hf_layerfuse.inputs import example_inputs
-from hf_layerfuse.prediction import prediction
-from hf_layerfuse.states import States
-from hf_layerfuse.taps import Tap
-from hf_layerfuse.walk import Walk
+from hf_layerfuse.calibration.layer_hooks import Tap
+from hf_layerfuse.calibration.layerwise import Walk
+from hf_layerfuse.calibration.mmap import States
+from hf_layerfuse.calibration.samples import Sample
+from hf_layerfuse.evaluation.divergence import prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.models.architectures import adapter_for
 
 PLACES = ("read", "features", "residual", "sum")
 TAPS = [Tap(kind, place) for kind in ("attention", "mlp") for place in PLACES]

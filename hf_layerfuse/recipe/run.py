@@ -7,7 +7,6 @@ from typing import Any
 import yaml
 
 from ..errors import RecipeError
-from ..tasks import Task
 from .collapse import COLLAPSE_TARGETS, CollapseRecipe
 from .data import DataRecipe
 from .fusion import TARGETS, FusionRecipe
@@ -15,6 +14,7 @@ from .heal import HealRecipe
 from .hub import HubRecipe
 from .merge import MERGE_TARGETS, MergeRecipe
 from .strict import require, strict_recipe
+from .tasks import Task
 
 
 @strict_recipe

@@ -1,0 +1,1 @@
+"""Calibration data, and hidden states of a model one layer at a time."""

@@ -1,0 +1,202 @@
+"""Closed-form repair of convolutions that became one: front to back, the original as teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ...evaluation.batches import model_inputs
+from ...evaluation.divergence import calibration_loss
+from ...evaluation.eval_mode import eval_mode
+from ...math.ridge import Moments, fit
+from ...models.architectures import ChainAdapter, Convolutions, Place, adapter_for
+from ...models.modules.conv import PaddedConv2d, module_at
+from ...plan import MergeConvs, Plan
+from ..samples import Sample
+from .base import RefitReport, unless_worse
+
+ROWS = 24
+"""About so many patches are read for each number that a fit looks for in an output."""
+
+PIXELS = 2**24
+"""Numbers that the patches of a few images have, at most."""
+
+
+class _Done(Exception):
+    """All that was asked for was seen."""
+
+
+def before_activation(model: PreTrainedModel, convs: Convolutions, boundary: int) -> Place:
+    """Where a boundary of a chain is seen, before its activation if it has one."""
+    unit = convs.units[boundary]
+    if module_at(model, unit.act) is not None:
+        return Place("before", unit.act)
+    for skip in convs.skips:
+        if skip.end == boundary:
+            return Place("after", skip.path)
+    return Place("after", unit.norm or unit.conv)
+
+
+@torch.no_grad()
+def see(model: PreTrainedModel, batch: Mapping[str, Tensor], places: Sequence[Place]) -> list[Tensor]:
+    """What a model has at some places for a batch, without running what comes behind them.
+
+    Args:
+        model: in eval mode.
+        batch: its inputs.
+        places: before or after modules, by their live paths.
+    """
+    found: dict[Place, Tensor] = {}
+
+    def keep(place: Place, tensor: Tensor) -> None:
+        found[place] = tensor.clone()  # transformers adds to it in place
+        if len(found) == len(set(places)):
+            raise _Done
+
+    with ExitStack() as stack:
+        for place in set(places):
+            module = model.get_submodule(place.module)
+            if place.when == "before":
+                hook = module.register_forward_pre_hook(lambda _, args, place=place: keep(place, args[0]))
+            else:
+                hook = module.register_forward_hook(lambda _, args, output, place=place: keep(place, output))
+            stack.callback(hook.remove)
+        with suppress(_Done):
+            model(**model_inputs(batch, model))
+    return [found[place] for place in places]
+
+
+def refit_chain(
+    student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, sample: Sample, *, fitted: bool = True
+) -> RefitReport:
+    """Fit all merged convolutions of a student, in place, unless that leaves it further from its teacher.
+
+    Args:
+        student: what `apply(teacher, plan)` gave.
+        teacher: the original.
+        plan: of merges.
+        sample: calibration images.
+        fitted: False only measures.
+    """
+    edits = [edit for edit in plan.edits if edit.merged and len(edit.layers) > 1]
+
+    def carry_out() -> tuple[list[dict[str, Any]], float]:
+        return repair(student, teacher, edits, sample), calibration_loss(student, teacher, sample.judging)
+
+    with eval_mode(student, teacher):
+        before = calibration_loss(student, teacher, sample.judging)
+        if not (fitted and edits):
+            return RefitReport(before, before, kept=False)
+        return unless_worse(student, before, carry_out)
+
+
+def repair(
+    student: PreTrainedModel, teacher: PreTrainedModel, edits: Sequence[MergeConvs], sample: Sample
+) -> list[dict[str, Any]]:
+    """Fit the one convolution of each segment, in place, so that the segment ends where it did.
+
+    A ridge fit of the original's state behind the segment, before its activation, less what a skip adds there, by the
+    patches that the convolution reads now; it is held towards the kernel as it is. One channel group is fitted after
+    the other.
+
+    Args:
+        student: in eval mode, in which the segments are one convolution each.
+        teacher: the original.
+        edits: segments, front to back.
+        sample: calibration images.
+
+    Returns:
+        For each convolution that was fitted, `segment` and its mean squared error on held-out images `before`, `after`.
+    """
+    convs = adapter_for(teacher, ChainAdapter).convolutions(teacher)
+    rows = []
+    for edit in tqdm(edits, "Fitting convolutions", disable=None, leave=False):
+        conv = student.get_submodule(convs.units[edit.start + 1].conv)
+        train, held_out = _moments(student, teacher, convs, edit, sample)
+        before = after = 0.0
+        for group, parts in enumerate(zip(train, held_out, strict=True)):
+            found = fit(*parts, _theta(conv, group))
+            before, after = before + found.before, after + found.after
+            if found.strength is not None:
+                _store(conv, group, found.theta)
+        rows.append({"segment": [edit.start, edit.end], "before": before, "after": after})
+    return rows
+
+
+def _moments(
+    student: PreTrainedModel, teacher: PreTrainedModel, convs: Convolutions, edit: MergeConvs, sample: Sample
+) -> tuple[list[Moments], list[Moments]]:
+    """Moments of patches and of what is wanted of them, for each group: of images that are fitted, and that choose."""
+    path = convs.units[edit.start + 1].conv
+    conv = student.get_submodule(path)
+    places = [Place("before", path), Place("after", path), Place("before", convs.units[edit.end].act)]
+    target = [before_activation(teacher, convs, edit.end)]
+    sums = [_Sums(conv), _Sums(conv)]
+    each = -(-ROWS * (conv.weight[0].numel() + 1) // sum(len(mask) for mask in sample.judges))
+    none_chooses = not any(mask.any() for mask in sample.choosers)
+    for batch, judges, choosers in zip(sample.batches, sample.judges, sample.choosers, strict=True):
+        if none_chooses:
+            choosers = torch.arange(len(judges)) % 2 == 1
+        read, given, total = see(student, batch, places)
+        [wanted] = see(teacher, batch, target)
+        for part, mask in enumerate((~judges & ~choosers, choosers & ~judges)):
+            chosen = mask.to(read.device)
+            sums[part].add(read[chosen], (wanted - (total - given))[chosen], each)
+    return sums[0].moments(), sums[1].moments()
+
+
+class _Sums:
+    """Sums over the patches that a convolution reads, for each of its groups of channels."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self.conv = conv
+        inputs, outs = conv.weight[0].numel() + 1, conv.out_channels // conv.groups
+        make = {"dtype": torch.float64, "device": conv.weight.device}
+        sizes = (inputs, inputs), (inputs, outs), (outs, outs)
+        self.parts = [torch.zeros(conv.groups, *size, **make) for size in sizes]
+
+    def add(self, images: Tensor, wanted: Tensor, each: int) -> None:
+        """Add about so many patches of each image, evenly spread; a few images at a time, of which all are made."""
+        conv = self.conv
+        pixels = wanted.shape[2] * wanted.shape[3] * conv.weight[0].numel() * conv.groups
+        if not len(images):
+            return
+        for some, aims in zip(*(tensor.split(max(1, PIXELS // pixels)) for tensor in (images, wanted)), strict=True):
+            padded = conv.pad(some) if isinstance(conv, PaddedConv2d) else some
+            padding = 0 if isinstance(conv, PaddedConv2d) else conv.padding
+            x = F.unfold(padded, conv.kernel_size, conv.dilation, padding, conv.stride)
+            y = aims.flatten(2)
+            step = max(1, x.shape[2] // each)
+            x, y = (
+                rows[..., ::step].unflatten(1, (conv.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2) for rows in (x, y)
+            )
+            x = torch.cat([x, torch.ones_like(x[..., :1])], dim=2)
+            for total, product in zip(self.parts, (x.mT @ x, x.mT @ y, y.mT @ y), strict=True):
+                total += product
+
+    def moments(self) -> list[Moments]:
+        return [Moments(*parts) for parts in zip(*self.parts, strict=True)]
+
+
+def _channels(conv: nn.Conv2d, group: int) -> slice:
+    width = conv.out_channels // conv.groups
+    return slice(group * width, (group + 1) * width)
+
+
+def _theta(conv: nn.Conv2d, group: int) -> Tensor:
+    part = _channels(conv, group)
+    return torch.cat([conv.weight[part].detach().double().flatten(1).T, conv.bias[part].detach().double()[None]])
+
+
+@torch.no_grad()
+def _store(conv: nn.Conv2d, group: int, theta: Tensor) -> None:
+    part = _channels(conv, group)
+    conv.weight[part] = theta[:-1].T.reshape_as(conv.weight[part]).to(conv.weight)
+    conv.bias[part] = theta[-1].to(conv.bias)

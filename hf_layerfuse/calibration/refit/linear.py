@@ -1,0 +1,192 @@
+"""Linear maps of a model, fitted to moments within what their weights are free to be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ...math.lowrank import low_rank
+from ...math.ridge import STRENGTHS, Fit, Moments, chain, fit, identity
+from ...models.modules.shared_linear import BasisLinear, Relaxed, out_in, theta_of
+
+
+@torch.no_grad()
+def fit_map(module: nn.Module, train: Moments, held_out: Moments, *, tied: bool) -> Fit:
+    """Fit a map to moments and store it, where that is better on the held-out ones than the map as it is.
+
+    A weight that is `tied` to other depths stays as it is: the bias is free, and beside it the residual, (the fit
+    projected on its rank, which is reduced-rank regression), or the coefficients of a shared basis.
+    """
+    if isinstance(module, BasisLinear):
+        return _fit_coefficients(module, train, held_out)
+    start = theta_of(module)
+    if not tied:
+        if module.bias is None:
+            train, held_out = train.linear(), held_out.linear()
+        found = fit(train, held_out, start)
+        if found.strength is not None:
+            store(module, found.theta)
+        return found
+    every = train + held_out
+    before = held_out.error(start)
+    weight, factors, strength = start[:-1].T, None, 0.0
+    if isinstance(module, Relaxed):
+        free = fit(train, held_out, start)
+        shared = out_in(module, module.weight.detach().double())
+        factors = low_rank(free.theta[:-1].T - shared, len(module.residual_in), every.centred()[0])
+        weight, strength = shared + factors[0] @ factors[1], free.strength
+    mean = every.xx[-1:] / every.rows
+    bias = every.xy[-1:] / every.rows - mean[:, :-1] @ weight.T
+    theta = torch.cat([weight.T, start[-1:] if module.bias is None else bias])
+    after = held_out.error(theta)
+    if not after < before:
+        return Fit(start, before, before, None)
+    if factors is not None:
+        module.residual_out.copy_(factors[0])
+        module.residual_in.copy_(factors[1])
+    if module.bias is not None:
+        module.bias.copy_(theta[-1])
+    return Fit(theta, before, after, strength)
+
+
+@torch.no_grad()
+def fit_linear(maps: Sequence[nn.Module], train: Moments, held_out: Moments) -> Fit:
+    """Fit the one map, or the product of two, that an MLP has become, and store it where that is better.
+
+    Of two, the product is the nearest one of their rank to the free fit, in what comes out (`low_rank` with the
+    covariance of the inputs).
+
+    Args:
+        maps: one with a bias; or one without and one with.
+        train: moments of what the first reads and of what the last ought to give.
+        held_out: those of other rows, which choose the strength of the penalty.
+    """
+    *first, last = maps
+    start = theta_of(last)
+    if first:
+        start = chain(theta_of(first[0]), start)
+    found = fit(train, held_out, start)
+    if found.strength is None:
+        return found
+    if not first:
+        store(last, found.theta)
+        return found
+    every = train + held_out
+    left, right = low_rank(found.theta[:-1].T, first[0].out_features, every.centred()[0])
+    weight, mean = (left @ right).T, every.xx[-1:] / every.rows
+    theta = torch.cat([weight, every.xy[-1:] / every.rows - mean[:, :-1] @ weight])
+    after = held_out.error(theta)
+    if not after < found.before:
+        return Fit(start, found.before, found.before, None)
+    first[0].weight.copy_(right)
+    store(last, torch.cat([left.T, theta[-1:]]))
+    return Fit(theta, found.before, after, found.strength)
+
+
+def _fit_coefficients(module: BasisLinear, train: Moments, held_out: Moments) -> Fit:
+    basis = torch.cat([module.basis.T.double(), module.basis.new_zeros(1, len(module.basis), dtype=torch.float64)])
+    bias = theta_of(module)[-1:]
+    found = fit(train.through(basis), held_out.through(basis), torch.cat([module.coefficients.T.double(), bias]))
+    if found.strength is not None:
+        module.coefficients.copy_(found.theta[:-1].T)
+        if module.bias is not None:
+            module.bias.copy_(found.theta[-1])
+    return found
+
+
+@torch.no_grad()
+def fit_gain(norm: nn.Module, readers: Sequence[tuple[nn.Module, Tensor]], train: Moments, held_out: Moments) -> Fit:
+    """Scale each output of a norm so that the maps that read it come nearer to what they should give.
+
+    min_s sum_maps ||W diag(s) x + b - [y, 1] aim||^2: (W^T W o x x^T) s = diag(W^T aim^T y x^T), with the bias b free
+    where a map has one. The scale is folded into the norm's weight and bias, where that is better on the held-out rows.
+
+    Args:
+        norm: what gives x.
+        readers: each map and its aim (in + 1, out) float64.
+        train: moments of x (in) in the student and y (in) in the original.
+        held_out: those of other rows, which choose the strength of a penalty on s - 1.
+
+    Returns:
+        The fit, whose theta is [s, 0], (in + 1, 1).
+    """
+    parts = [_gain_moments(readers, part) for part in (train, held_out)]
+    start = torch.ones_like(parts[0].xy)
+    start[-1] = 0
+    found = fit(*parts, start)
+    if found.strength is None:
+        return found
+    scale, old = found.theta[:-1, 0], copy.deepcopy(norm.state_dict())
+    probe = torch.linspace(-1, 1, len(scale), dtype=norm.weight.dtype, device=norm.weight.device)
+    aim = scale.to(probe) * norm(probe)
+    for tensor in norm.parameters():
+        tensor.copy_(scale * tensor)
+    if not torch.allclose(norm(probe), aim, rtol=1e-2, atol=1e-2 * aim.abs().max().item()):
+        norm.load_state_dict(old)  # its weight is no gain: Gemma's norms multiply by 1 + weight
+        return Fit(start, found.before, found.before, None)
+    return found
+
+
+@torch.no_grad()
+def fit_norm(norm: nn.Module, train: Moments, held_out: Moments) -> Fit:
+    """Scale and shift each output of a norm towards a target: min_{s, c} ||diag(s) x + c - y||^2, for each by itself.
+
+    The scale and the shift are folded into the norm's weight and bias, where that is better on the held-out rows.
+
+    Args:
+        norm: what gives x; with a weight that multiplies and a bias.
+        train: moments of x (in) in the student and y (in) in the original.
+        held_out: those of other rows, which choose the strength of a penalty on s - 1.
+
+    Returns:
+        The fit, whose theta is diag(s) over c, (in + 1, in).
+    """
+
+    def at(part: Moments, strength: float) -> Tensor:
+        xx, xy, _ = part.centred()
+        held = strength * xx.diagonal().mean()
+        scale = (xy.diagonal() + held) / (xx.diagonal() + held)
+        shift = (part.xy[-1] - scale * part.xx[-1, :-1]) / part.rows
+        return torch.cat([scale.diag(), shift.unsqueeze(0)])
+
+    start = identity(train)
+    before = held_out.error(start)
+    after, strength = min((held_out.error(at(train, strength)), strength) for strength in STRENGTHS)
+    if not after < before * (1 - 1e-6):
+        return Fit(start, before, before, None)
+    theta = at(train + held_out, strength)
+    scale, shift = theta[:-1].diagonal(), theta[-1]
+    norm.weight.copy_(scale * norm.weight)
+    norm.bias.copy_(scale * norm.bias + shift)
+    return Fit(theta, before, after, strength)
+
+
+def _gain_moments(readers: Sequence[tuple[nn.Module, Tensor]], part: Moments) -> Moments:
+    """The normal equations of `fit_gain`, as the moments of a fit of one output."""
+    system, right, total = torch.zeros_like(part.xx), part.xx.new_zeros(len(part.xx), 1), part.yy.new_zeros(1, 1)
+    system[-1, -1] = part.xx[-1, -1]
+    for module, aim in readers:
+        weight, aim = theta_of(module)[:-1], aim[:-1]
+        free = module.bias is not None and part.rows > 0
+        xx, xy, yy = part.centred() if free else (part.xx[:-1, :-1], part.xy[:-1], part.yy)
+        system[:-1, :-1] += weight @ weight.T * xx
+        right[:-1, 0] += (weight @ aim.T * xy).sum(1)
+        total += (aim @ aim.T * yy).sum()
+    return Moments(system, right, total)
+
+
+@torch.no_grad()
+def fold(module: nn.Module, before: Tensor) -> None:
+    """Let a stock map read [x, 1] @ before, (in + 1, in), instead of x. Without a bias, the constant is lost."""
+    store(module, chain(before, theta_of(module)))
+
+
+@torch.no_grad()
+def store(module: nn.Module, theta: Tensor) -> None:
+    """Write theta (in + 1, out) to a stock map. Without a bias, the constant is lost."""
+    out_in(module, module.weight).copy_(theta[:-1].T)
+    if module.bias is not None:
+        module.bias.copy_(theta[-1])

@@ -1,0 +1,1 @@
+"""Metrics, latency, divergence, and what measuring needs."""

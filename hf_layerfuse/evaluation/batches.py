@@ -1,0 +1,29 @@
+"""Batches of model inputs: what they are, and what is done to them before a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+Batches = Iterable[Mapping[str, Any]]
+"""Any iterable of dicts of model inputs; read more than once, so not a generator."""
+
+
+def model_inputs(batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Tensors of a batch on the device of a model, without labels."""
+    return {
+        name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"
+    }
+
+
+def take(batch: Mapping[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
+    """Some sequences of a batch; tensors that are not per sequence stay whole."""
+    return {k: v[chosen.to(v.device)] if len(v) == len(chosen) else v for k, v in batch.items()}
+
+
+def tokens_of(states: Tensor) -> Tensor:
+    """States as (batch, tokens, width); the pixels of (batch, width, height, width of the image) are tokens."""
+    return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states

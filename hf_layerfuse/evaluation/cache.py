@@ -1,0 +1,53 @@
+"""Measured numbers in a file that says what they were measured on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import LayerFuseError
+
+FORMAT = 1
+
+
+class Table:
+    """Numbers by key, in a JSON file that says what they were measured on; each is there whole as soon as it is known.
+
+    Args:
+        path: of the file; None keeps it in memory.
+        about: what they are measured on, as JSON types.
+
+    Raises:
+        LayerFuseError: the file is of something else, or is no table.
+    """
+
+    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
+        self.path, self.about = path, {"format": FORMAT, **json.loads(json.dumps(about))}
+        self.values: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            try:
+                tree = json.loads(path.read_text(encoding="utf-8"))
+                known, self.values = dict(tree["about"]), dict(tree["values"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise LayerFuseError(f"{path} is no table: {error!r}. Delete it, or give another folder.") from error
+            changed = [name for name in {**known, **self.about} if known.get(name) != self.about.get(name)]
+            if changed:
+                what = ", ".join(
+                    f"{name} was {known.get(name)!r} and is {self.about.get(name)!r}" for name in sorted(changed)
+                )
+                raise LayerFuseError(
+                    f"{path} was measured on something else: {what[:600]}. Delete it to measure anew, or give another "
+                    "folder."
+                )
+
+    def put(self, values: Mapping[str, Any]) -> None:
+        """Lay numbers to those that are known, on disk too."""
+        self.values |= values
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+            temporary.write_text(json.dumps({"about": self.about, "values": self.values}, indent=1) + "\n")
+            temporary.replace(self.path)

@@ -1,0 +1,82 @@
+"""What a model predicts, and how far that of one model is from that of another."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import DataError
+from .batches import model_inputs
+from .eval_mode import eval_mode
+
+_ROWS = 256
+"""Distributions that are compared at a time: in float64, those of a large vocabulary take much memory."""
+
+
+def prediction(output: Mapping[str, Any]) -> Tensor:
+    """The main output of any head: the logits, or the hidden states of a model without a head."""
+    return next(value for value in output.values() if isinstance(value, Tensor) and value.ndim > 0)
+
+
+def divergence(ours: Mapping[str, Any], theirs: Mapping[str, Any], mask: Tensor | None = None) -> tuple[float, float]:
+    """How far one output of a model is from another, as a sum and what to divide it by.
+
+    Logits of classes or tokens: the sum of KL(theirs || ours) in nats, and the number of distributions. Anything else,
+    such as hidden states: the sum of squared differences, and that of the squares of `theirs`.
+
+    Args:
+        ours: output of the model that is judged.
+        theirs: output of the reference for the same inputs.
+        mask: (batch, tokens), False on padding; ignored where the output has no such dimensions. Tokens that are
+            classes themselves, as starts and ends of answers are, are not chosen from padding.
+    """
+    name = next(key for key, value in theirs.items() if isinstance(value, Tensor) and value.ndim > 0)
+    p, q = prediction(theirs), prediction(ours)
+    mask = None if mask is None else mask.to(p.device).bool()
+    if mask is not None and p.ndim > mask.ndim and p.shape[: mask.ndim] == mask.shape:
+        p, q = p[mask], q[mask]
+    elif mask is not None and name == "start_logits" and p.shape == mask.shape:
+        p, q = (logits.masked_fill(~mask, -1e9) for logits in (p, q))
+    if "logits" in name and p.shape[-1] > 1:
+        p, q = p.flatten(0, -2), q.flatten(0, -2)
+        return sum(_kl(*rows) for rows in zip(p.split(_ROWS), q.split(_ROWS), strict=True)), len(p)
+    p, q = p.double(), q.double()
+    return (p - q).square().sum().item(), p.square().sum().item()
+
+
+def _kl(p: Tensor, q: Tensor) -> float:
+    """Sum over the rows of KL(p || q) of logits in nats."""
+    p, q = p.double(), q.double()
+    return F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True).item()
+
+
+@torch.inference_mode()
+def calibration_loss(model: nn.Module, reference: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:
+    """Mean divergence of a model from its reference over batches of inputs: see `divergence`.
+
+    Raises:
+        DataError: there are no batches.
+    """
+    total = count = 0.0
+    with eval_mode(model, reference):
+        for batch in batches:
+            inputs = model_inputs(batch, reference)
+            found = divergence(model(**inputs), reference(**inputs), inputs.get("attention_mask"))
+            total, count = total + found[0], count + found[1]
+    if not count:
+        raise DataError("the calibration batches hold nothing to compare: give `batches` with at least one batch.")
+    return total / count
+
+
+def decode(model: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    """Logits of tokens (batch, tokens) that follow those in a key-value cache, and the cache with them in it."""
+    # transformers 5.24 renames it, in what a model is given and in what it gives
+    renamed = "cache" in inspect.signature(model.forward).parameters
+    name = "cache" if renamed else "past_key_values"
+    output = model(input_ids=ids, use_cache=True, **{name: cache})
+    return output.logits, output[name]

@@ -1,0 +1,102 @@
+"""Random inputs that any supported model accepts, to time it and to compare it with itself."""
+
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES,
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+)
+
+from ..errors import UnsupportedModelError
+
+_CHOICES = 2
+
+
+def example_inputs(
+    model: PreTrainedModel, batch_size: int = 2, sequence_length: int = 16, seed: int = 0
+) -> dict[str, Tensor]:
+    """Make a seeded random batch for `model(**batch)`, on the device of the model.
+
+    The same seed gives the same values on every device. No token is the padding token, so no mask is needed.
+
+    Args:
+        model: a text model (`input_ids`) or an image model (`pixel_values`) with any head. A decoder with a
+            sequence classification head takes more than one row only where `model.config.pad_token_id` is set.
+        batch_size: rows or images.
+        sequence_length: tokens per row, at most as many as the model has positions for; images ignore it.
+        seed: of the values.
+
+    Returns:
+        `input_ids` of shape (batch, tokens), or (batch, choices, tokens) for multiple choice heads; or `pixel_values`
+        of shape (batch, channels, height, width), with `bool_masked_pos` (batch, patches) for masked image modelling.
+
+    Raises:
+        UnsupportedModelError: the main input of the model is neither tokens nor pixels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    main_input = getattr(model, "main_input_name", None)
+    if main_input == "input_ids":
+        inputs = _token_inputs(model, batch_size, sequence_length, generator)
+    elif main_input == "pixel_values":
+        inputs = _image_inputs(model, batch_size, generator)
+    else:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes {main_input!r} as its main input; example inputs exist for 'input_ids' and "
+            "'pixel_values'. Pass a transformers text or image model."
+        )
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def predicts_next_token(model: PreTrainedModel) -> bool:
+    """Whether the logits at a position are about the token after it, as those of a causal language model are."""
+    return model.can_generate()
+
+
+def _has_head(model: PreTrainedModel, class_names: dict[str, str]) -> bool:
+    """Whether the class of the model, or one that it extends, is in an Auto mapping of transformers."""
+    return not {base.__name__ for base in type(model).__mro__}.isdisjoint(class_names.values())
+
+
+def _token_inputs(
+    model: PreTrainedModel, batch_size: int, sequence_length: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None:
+        # RoBERTa counts positions from after its padding id, so the first rows of that table are never read.
+        skipped = [
+            table.padding_idx + 1
+            for name, table in model.named_modules()
+            if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None
+        ]
+        sequence_length = min(sequence_length, positions - max(skipped, default=0))
+
+    shape = (batch_size, sequence_length)
+    takes_choices = "mc_token_ids" in inspect.signature(model.forward).parameters  # GPT2DoubleHeadsModel
+    if takes_choices or _has_head(model, MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES):
+        shape = (batch_size, _CHOICES, sequence_length)
+    vocabulary = model.config.vocab_size
+    input_ids = torch.randint(vocabulary, shape, generator=generator)
+    pad = getattr(model.config, "pad_token_id", None)
+    if pad is not None:
+        input_ids[input_ids == pad] = (pad + 1) % vocabulary
+    return {"input_ids": input_ids}
+
+
+def _image_inputs(model: PreTrainedModel, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    config = model.config
+    height, width = _pair(getattr(config, "image_size", 224))  # convolutional networks take any size and state none
+    channels = getattr(config, "num_channels", 3)
+    pixels = torch.randn(batch_size, channels, height, width, generator=generator)
+    inputs = {"pixel_values": pixels.to(model.dtype)}
+    if _has_head(model, MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES):
+        patch_height, patch_width = _pair(config.patch_size)
+        patches = (height // patch_height) * (width // patch_width)
+        inputs["bool_masked_pos"] = torch.rand(batch_size, patches, generator=generator) < 0.5
+    return inputs
+
+
+def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,76 @@
+"""How long a forward pass takes, alone and side by side with other models."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .dummy_inputs import example_inputs
+from .metrics import evaluating
+from .timing import interleaved
+
+_DEFAULT_SEQUENCE_LENGTH = 128  # of the sentences that encoders usually see
+
+
+def latency(
+    model: PreTrainedModel,
+    batch_sizes: Iterable[int] = (1, 8),
+    *,
+    sequence_length: int | None = None,
+    repeats: int = 10,
+    warmup: int = 3,
+) -> dict[int, dict[str, Any]]:
+    """Time the forward pass of one model: `latency_side_by_side` without anything to compare it with."""
+    timed = latency_side_by_side(
+        {"model": model}, batch_sizes, sequence_length=sequence_length, repeats=repeats, warmup=warmup
+    )
+    return timed["model"]
+
+
+def latency_side_by_side(
+    models: Mapping[str, PreTrainedModel],
+    batch_sizes: Iterable[int] = (1, 8),
+    *,
+    sequence_length: int | None = None,
+    repeats: int = 10,
+    warmup: int = 3,
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Time the forward passes of several models in turn, so that what else the machine does slows all of them alike.
+
+    Args:
+        models: names to models.
+        batch_sizes: rows or images per pass.
+        sequence_length: tokens per row; 128 when None, at most as many as the model has positions for.
+        repeats: timed passes of each model and batch size.
+        warmup: passes before those, not timed.
+
+    Returns:
+        For each model and batch size: `median_ms`; `spread_ms`, the distance between the quartiles; `repeats`,
+        `warmup`, `threads`, `device`, `dtype` and `input_shape`.
+    """
+    results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in models}
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(model))
+        for batch_size in tqdm(list(batch_sizes), desc="latency", disable=None):
+            length = sequence_length or _DEFAULT_SEQUENCE_LENGTH
+            inputs = {name: example_inputs(model, batch_size, length) for name, model in models.items()}
+            runs = {name: partial(model, **inputs[name]) for name, model in models.items()}
+            [device] = {model.device for model in models.values()}
+            timed = interleaved(runs, device, repeats=repeats, warmup=warmup)
+            for name, model in models.items():
+                results[name][batch_size] = {
+                    "median_ms": timed[name].median,
+                    "spread_ms": timed[name].spread,
+                    "repeats": repeats,
+                    "warmup": warmup,
+                    "threads": torch.get_num_threads(),
+                    "device": str(model.device),
+                    "dtype": str(model.dtype).removeprefix("torch."),
+                    "input_shape": list(inputs[name][model.main_input_name].shape),
+                }
+    return results

@@ -1,0 +1,1 @@
+"""LayerCollapse: which MLPs become linear."""

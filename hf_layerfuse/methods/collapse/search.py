@@ -1,0 +1,165 @@
+"""MLPs compete on calibration loss to become linear: which of them, in which order, how many."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ...calibration.layerwise import Trace, Walk
+from ...calibration.refit.base import RefitReport
+from ...calibration.refit.transformer import refit_by
+from ...calibration.samples import Sample
+from ...errors import RecipeError, UnsupportedModelError
+from ...evaluation.batches import Batches
+from ...evaluation.eval_mode import eval_mode
+from ...models.apply import apply
+from ...models.architectures import adapter_for
+from ...models.surgery.layers import check_model, check_plan
+from ...models.surgery.linear_mlp import needs_fit
+from ...models.surgery.size import planned_size
+from ...plan import Blend, Linearize, Plan
+from ...recipe import COLLAPSE_TARGETS, CollapseRecipe
+from ..base import Found
+from ..trials import Trials
+
+
+def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Batches | None = None) -> Found:
+    """Make MLPs of a model linear by a recipe: choose them, apply, fit.
+
+    An MLP is judged by the calibration loss of the model in which it alone has become linear, and was fitted, for each
+    parameter that this saves. They are taken in that order, and fitted front to back, each on what those before it
+    have led to. With method `homotopy`, they get activations that `heal` leads to lines, and `straighten` merges.
+
+    Args:
+        model: a stock model with a registered adapter; never changed.
+        recipe: what is asked for.
+        batches: calibration batches, read once.
+
+    Returns:
+        The new `model`, its `plan`, and as `report` what the refit did, which is None where nothing was fitted.
+
+    Raises:
+        RecipeError: the target cannot be met, or what is asked for needs batches and there are none.
+        PlanError: the rank saves nothing.
+        UnsupportedModelError: no adapter for the architecture, or one without an activation; a model that cannot be
+            fused; or gated MLPs, which are not linear without a fit, and nothing to fit them to.
+    """
+    adapter = adapter_for(model)
+    check_model(model, adapter)
+    batches = None if batches is None else list(batches)
+    nothing = Plan(adapter.model_type, len(adapter.layer_list(model)), kinds=adapter.kinds)
+    edits = [Linearize(layer, recipe.rank, recipe.fold) for layer in range(nothing.num_layers)]
+    homotopy = recipe.method == "homotopy"
+    for plan in (replace(nothing, edits=edits), *([_bent(replace(nothing, edits=edits), recipe)] if homotopy else [])):
+        check_plan(model, adapter, plan)
+    if needs_fit(adapter) and (batches is None or recipe.refit == "none"):
+        raise UnsupportedModelError(
+            f"the MLPs of {adapter.model_type!r} are gated, and bilinear without their activation: what makes them "
+            "linear is a fit. Pass batches=, and use refit='full' or 'maps'."
+        )
+    if batches is None and (recipe.order == "measured" or recipe.max_loss is not None):
+        raise RecipeError(
+            f"order={recipe.order!r} with {_asked(recipe)} measures on calibration batches: pass batches=, or use "
+            "order='deepest' and another target."
+        )
+    if batches is None and not homotopy:
+        logging.getLogger(__name__).warning(
+            "no calibration batches: the linear maps are MLPs without their activation, and nothing is fitted. Pass "
+            "batches=, or heal the result before use."
+        )
+    if batches is None:
+        plan = _plans(model, recipe, nothing, edits[::-1])[0]
+        notes = {"recipe": asdict(recipe), "calibration": "none: from the weights alone"}
+        plan = replace(_bent(plan, recipe) if homotopy else plan, notes=notes)
+        return Found(apply(model, plan), plan, None)
+    with eval_mode(model):
+        found = _searched(model, recipe, batches, nothing, edits)
+    found.model.train(model.training)
+    return found
+
+
+def _searched(
+    model: PreTrainedModel, recipe: CollapseRecipe, batches: list[Any], nothing: Plan, edits: list[Linearize]
+) -> Found:
+    sample = Sample.of(batches)
+    trace = Trace(Walk(model, sample))
+    losses = {}
+    order = edits[::-1]
+    if recipe.order == "measured":
+        trials = Trials(model, "none" if recipe.refit == "none" else "maps", batches, trace)
+        losses = {edit: trials.loss(edit) for edit in tqdm(edits, "Measuring MLPs", disable=None, leave=False)}
+        whole = planned_size(model, nothing)["parameters"]
+        saved = {edit: whole - planned_size(model, replace(nothing, edits=(edit,)))["parameters"] for edit in edits}
+        order = sorted(edits, key=lambda edit: losses[edit] / saved[edit])
+    notes = {
+        "recipe": asdict(recipe),
+        "calibration": f"{sum(map(len, sample.judges))} sequences",
+        "losses": {str(edit.layer): loss for edit, loss in losses.items()},
+    }
+    if recipe.method == "homotopy":
+        plan = replace(_bent(_plans(model, recipe, nothing, order)[0], recipe), notes=notes)
+        return Found(apply(model, plan, batches), plan, None)
+    found, tried = None, []
+    for plan in _plans(model, recipe, nothing, order):
+        student = apply(model, plan)
+        with eval_mode(student):
+            before = trace.loss_of(student)
+            report = RefitReport(before, before, kept=False)
+            if recipe.refit != "none":
+                report = refit_by(student, trace, plan, before, recipe.refit)
+        tried.append({"layers": [edit.layer for edit in plan.edits], "loss": report.after})
+        if recipe.max_loss is not None and report.after > recipe.max_loss:
+            break
+        found = Found(student, plan, report)
+    if found is None:
+        raise RecipeError(
+            f"{_asked(recipe)} allows no linear MLP: the one that costs least, in layer {order[0].layer}, costs "
+            f"{tried[0]['loss']:.3g}. Use that or more."
+        )
+    notes |= {"competition": tried, "refit": asdict(found.report)}
+    return replace(found, plan=replace(found.plan, notes=notes))
+
+
+def _bent(plan: Plan, recipe: CollapseRecipe) -> Plan:
+    """The plan that leads to one of linear MLPs by training."""
+    return replace(plan, edits=[Blend(edit.layer, recipe.faithful) for edit in plan.edits])
+
+
+def _plans(model: PreTrainedModel, recipe: CollapseRecipe, nothing: Plan, order: Sequence[Linearize]) -> Sequence[Plan]:
+    """The plans to carry out, of the first few MLPs of an order: one, or with `max_loss` one after the other."""
+    most = len(order)
+    plans = [replace(nothing, edits=sorted(order[:count], key=lambda edit: edit.layer)) for count in range(most + 1)]
+    if recipe.max_loss is not None:
+        return plans[1:]
+    if recipe.count is not None:
+        if recipe.count > most:
+            raise RecipeError(f"count={recipe.count} of the model's {most} MLPs: use 1 to {most}.")
+        return [plans[recipe.count]]
+    unit = "bytes" if recipe.max_bytes is not None else "parameters"
+    sizes = [planned_size(model, plan)[unit] for plan in plans]
+    limit = recipe.max_bytes or recipe.max_parameters
+    if recipe.ratio is not None:
+        adapter = adapter_for(model)
+        limit = sizes[0] - recipe.ratio * sum(
+            parameter.numel()
+            for layer in adapter.layer_list(model)
+            for name, parameter in layer.named_parameters()
+            if adapter.owner(name)
+        )
+    met = next((plan for plan, size in zip(plans, sizes, strict=True) if size <= limit), None)
+    if met is None or not met.edits:
+        what = "changes nothing" if met else "is out of reach"
+        raise RecipeError(
+            f"{_asked(recipe)} {what}: the model has {sizes[0]} {unit}, {sizes[-1]} with all {most} MLPs linear. Ask "
+            "for something between."
+        )
+    return [met]
+
+
+def _asked(recipe: CollapseRecipe) -> str:
+    return next(f"{name}={value:.12g}" for name in COLLAPSE_TARGETS if (value := getattr(recipe, name)) is not None)

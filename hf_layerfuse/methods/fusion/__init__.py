@@ -1,0 +1,1 @@
+"""Layer Fusion: which layers become one."""

@@ -1,0 +1,160 @@
+"""What can become of each block of a transformer, and what that costs in quality."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel
+
+from ...evaluation.cache import Table
+from ...models.architectures import LayerAdapter
+from ...models.surgery.layers import can_be
+from ...plan import Drop, Edit, Fuse, Linearize, Plan
+from ...plan.edit import write_edit
+from ...recipe import FusionRecipe
+from ..trials import Trials
+from .planner import candidates
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of blocks start + 1 to end, counted through all layers; without an edit, they stay as they are."""
+
+    start: int
+    end: int
+    edit: Edit | None = None
+
+    def touches(self, other: Choice) -> bool:
+        """Whether there is a block that both are of."""
+        return self.start < other.end and other.start < self.end
+
+    def exceeds(self, other: Choice) -> bool:
+        """Whether this does what the other does, and more, so that it is taken to lose no less."""
+        if self == other or other.edit is None or not (self.start <= other.start and other.end <= self.end):
+            return False
+        if isinstance(self.edit, Drop):
+            return isinstance(other.edit, Linearize | Drop)
+        return isinstance(self.edit, Fuse) and isinstance(other.edit, Fuse)
+
+
+def choices_of(
+    model: PreTrainedModel, adapter: LayerAdapter, edits_of_runs: Callable[[tuple[int, ...]], Edit], *, runs_only: bool
+) -> list[Choice]:
+    """All that there is to choose from.
+
+    A block stays, an MLP becomes linear, a block or a layer is dropped, a run of layers becomes one. The first layer
+    is never dropped, so that something is left.
+
+    Args:
+        model: a stock transformer.
+        adapter: of its architecture.
+        edits_of_runs: what a run of layers becomes.
+        runs_only: nothing but runs, and blocks as they are.
+    """
+    depth, kinds = len(adapter.layer_list(model)), adapter.kinds
+    found = [Choice(block, block + 1) for block in range(depth * len(kinds))]
+    changes: list[tuple[int, int, Edit]] = []
+    for layer in range(depth) if not runs_only else ():
+        first = layer * len(kinds)
+        places = {kind: (first + place, first + place + 1) for place, kind in enumerate(kinds)}
+        changes.append((*places["mlp"], Linearize(layer)))
+        if layer:
+            changes += [(*places[kind], Drop(kind, layer)) for kind in kinds]
+            changes.append((first, first + len(kinds), Drop("layer", layer)))
+    for start in range(depth):
+        for end in range(start + 2, depth + 1):
+            changes.append((start * len(kinds), end * len(kinds), edits_of_runs(tuple(range(start, end)))))
+    nothing = Plan(adapter.model_type, depth, kinds=kinds)
+    able = [change for change in changes if can_be(model, adapter, replace(nothing, edits=(change[2],)))]
+    return [*found, *(Choice(*change) for change in able)]
+
+
+def edits_of(choices: Iterable[Choice]) -> tuple[Edit, ...]:
+    """The edits of some choices, front to back."""
+    chosen = sorted((choice for choice in choices if choice.edit is not None), key=lambda choice: choice.start)
+    return tuple(choice.edit for choice in chosen)
+
+
+class Worth:
+    """What each choice adds to the calibration loss of a model in which some others are made already.
+
+    The others that it takes the place of, because they are of the same blocks, are not made then.
+
+    Args:
+        choices: all that there is.
+        trials: which differ from the model in which `base` is made.
+        table: of losses, which keeps them.
+        recipe: of the operators that compete.
+        base: what is made already.
+        prior: the same where nothing is made, which knows all that competes here. Until a choice was measured here, it
+            is taken to add as much as there, or less, in the proportion in which what is made already does: repairs of
+            what comes later make up for much.
+    """
+
+    def __init__(
+        self,
+        choices: Sequence[Choice],
+        trials: Trials,
+        table: Table,
+        recipe: FusionRecipe,
+        base: Sequence[Choice] = (),
+        prior: Worth | None = None,
+    ) -> None:
+        self.trials, self.table, self.recipe, self.prior = trials, table, recipe, prior
+        self.base = [choice for choice in base if choice.edit is not None]
+        # what was not worth measuring alone is not worth it here
+        able = [choice for choice in choices if prior is None or prior.knows(choice)]
+        self.choices = [*able, *(choice for choice in self.base if choice not in able)]
+        self.known: dict[Choice, float] = {}
+        for choice in self.base:
+            self.measure(choice)
+        self.share = 1.0
+        if prior is not None and (alone := sum(map(prior.of, self.base))) > 0:
+            self.share = min(max(sum(self.known.values()) / alone, 0.0), 1.0)
+
+    def knows(self, choice: Choice) -> bool:
+        return choice.edit is None or choice in self.known
+
+    def of(self, choice: Choice) -> float:
+        """What was measured, else what `prior` leads to expect, else the most of all that the choice includes."""
+        if self.knows(choice):
+            return self.known.get(choice, 0.0)
+        if self.prior is not None:
+            return self.share * self.prior.of(choice)
+        return max((loss for other, loss in self.known.items() if choice.exceeds(other)), default=0.0)
+
+    def first(self, choice: Choice) -> list[Choice]:
+        """What to measure where a choice is wanted: the least of what it includes, which may rule it out."""
+        inside = [other for other in self.choices if choice.exceeds(other) and not self.knows(other)]
+        if not inside:
+            return [choice]
+        least = min(other.end - other.start for other in inside)
+        return [other for other in inside if other.end - other.start == least]
+
+    def measure(self, choice: Choice) -> None:
+        """Carry it out, and see what that adds."""
+        if choice not in self.known:
+            others = [other for other in self.base if not other.touches(choice)]
+            self.known[choice] = self._loss([*others, choice]) - self._loss(others)
+
+    def best(self, choice: Choice) -> Choice:
+        """The same with the operator of least loss, where several layers become one."""
+        if not isinstance(choice.edit, Fuse):
+            return choice
+        options = [replace(choice, edit=edit) for edit in candidates(choice.edit, self.recipe)]
+        for option in options:
+            self.measure(option)
+        return min(options, key=self.of)
+
+    def total(self, chosen: Iterable[Choice]) -> float:
+        """The calibration loss that is expected of a combination."""
+        return self._loss(self.base) + sum(map(self.of, chosen)) - sum(map(self.of, self.base))
+
+    def _loss(self, choices: Sequence[Choice]) -> float:
+        edits = edits_of(choices)
+        key = json.dumps([[write_edit(edit) for edit in part] for part in (edits_of(self.base), edits)])
+        if key not in self.table.values:
+            self.table.put({key: self.trials.loss(*edits)})
+        return self.table.values[key]

@@ -1,0 +1,248 @@
+"""What becomes of each block of a transformer within a latency budget: one exact multiple-choice program."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ...calibration.layerwise import Trace, Walk
+from ...calibration.mmap import Saved
+from ...calibration.refit.base import RefitReport
+from ...calibration.refit.transformer import refit_by
+from ...calibration.samples import Sample
+from ...errors import RecipeError, UnsupportedModelError
+from ...evaluation.cache import Table
+from ...evaluation.eval_mode import eval_mode
+from ...evaluation.fingerprint import digest, fingerprint
+from ...math.knapsack import Option
+from ...models.apply import apply
+from ...models.architectures import LayerAdapter, adapter_for
+from ...models.surgery.layers import check_model
+from ...models.surgery.linear_mlp import needs_fit
+from ...plan import Drop, Edit, Fuse, Linearize, Plan
+from ...plan.edit import write_edit
+from ...recipe import FusionRecipe
+from ..base import Found
+from ..latency_budget import NEAR, affordable, within
+from ..trials import Trials, share_of
+from .block_latency import BlockTimes
+from .choices import Choice, Worth, choices_of, edits_of
+from .planner import group_edit, importance_of
+
+ROUNDS = {"low": 0, "medium": 2, "high": 6}
+"""By effort, how often choices are judged anew, on top of the best combination so far."""
+
+COST = 10
+"""Forward passes of the original, over all of the calibration data, that judging choices may take at first."""
+
+
+def search_budget(model: PreTrainedModel, recipe: FusionRecipe, batches: Sequence[Any] | None) -> Found:
+    """Make a transformer faster by a recipe with a latency budget: measure choices, choose, apply, refit.
+
+    A choice costs milliseconds, and what it adds to the calibration loss when it is all that is done to the model and
+    its layer was refitted. The program takes the choices of the least sum that keep the budget: a multiple-choice
+    knapsack over blocks and runs of layers. A choice is measured when the program wants it; until then it is taken to
+    lose as much as the most that was measured of what it includes.
+
+    Such sums mislead: of two choices, one can be harmless and both not. So with effort `medium` and `high`, choices are
+    judged anew by what they add to the best combination that was refitted so far, without what they take the place of,
+    and the program runs again. Combinations compete on the calibration loss, refitted as a whole. What is chosen is
+    timed; where it takes longer than the budget, the program gets a smaller one.
+
+    Args:
+        model: a stock transformer with a registered adapter; never changed.
+        recipe: with `latency_budget` or `latency_ms`.
+        batches: calibration batches.
+
+    Raises:
+        RecipeError: the budget cannot be met, or there are no batches.
+        UnsupportedModelError: no adapter for the architecture, one of convolutions, or a model that cannot be fused.
+        LayerFuseError: the tables are of another device, other weights or other data.
+    """
+    adapter = adapter_for(model)
+    check_model(model, adapter)
+    if "attention" not in adapter.kinds:
+        raise UnsupportedModelError(
+            f"layers of {adapter.model_type!r} have no attention and MLPs to choose from: use merge(model, budget=...) "
+            "for convolutions, or a target other than latency."
+        )
+    if batches is None:
+        raise RecipeError("what a choice is worth is measured on calibration batches: pass batches=.")
+    with eval_mode(model):
+        found = _Budget(model, adapter, recipe, list(batches)).run()
+    found.model.train(model.training)
+    return found
+
+
+class _Budget:
+    """One search; the best combination so far is kept, its weights on disk."""
+
+    def __init__(self, model: PreTrainedModel, adapter: LayerAdapter, recipe: FusionRecipe, batches: list[Any]) -> None:
+        self.model, self.adapter, self.recipe, self.batches = model, adapter, recipe, batches
+        self.sample = Sample.of(batches)
+        self.trace = Trace(Walk(model, self.sample))
+        self.depth = len(adapter.layer_list(model))
+        few = Sample.of(batches, share_of(self.sample, self.depth, 5 * self.depth, COST))
+        self.few = Trace(Walk(model, few))
+        folder = None if recipe.tables is None else Path(recipe.tables)
+        self.times = BlockTimes(
+            model,
+            batch_of(self.sample, recipe.latency_batch_size),
+            folder and folder / "latency.json",
+            repeats=recipe.latency_repeats,
+        )
+        about = {
+            "weights": fingerprint(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "batches": digest(self.sample.batches),
+            "refit": recipe.refit,
+            "transformers": transformers.__version__,
+        }
+        self.losses = Table(folder and folder / "losses.json", about)
+        self.allowed = recipe.latency_ms or recipe.latency_budget * self.times.original
+        if self.allowed >= self.times.original:
+            raise RecipeError(
+                f"latency_ms={self.allowed:.6g} is met as it is: the model takes {self.times.original:.3g} ms. Ask for "
+                "less."
+            )
+        self.limit = self.allowed - self.times.rest
+        importance = importance_of(model, batches)
+        self.choices = choices_of(
+            model,
+            adapter,
+            lambda run: group_edit("layer", run, recipe, importance),
+            runs_only=recipe.choose == "runs",
+        )
+        if needs_fit(adapter) and recipe.refit == "none":
+            self.choices = [choice for choice in self.choices if not isinstance(choice.edit, Linearize)]
+        self.tried: dict[tuple[Edit, ...], dict[str, Any]] = {}
+        self.best: tuple[list[Choice], Plan, RefitReport, Saved] | None = None
+
+    def run(self) -> Found:
+        alone = self._worth()
+        self._try(alone, self._program(alone))
+        for _ in range(ROUNDS[self.recipe.effort]):
+            chosen, plan, _, weights = self.best
+            student = apply(self.model, plan, self.batches)
+            weights.restore(student)
+            worth = self._worth(chosen, student.eval(), alone)
+            again = self._program(worth)
+            if self.plan(again).edits in self.tried:
+                break
+            self._try(worth, again)
+        chosen, plan, report, weights = self.best
+        student = apply(self.model, plan, self.batches)
+        weights.restore(student)
+        notes = {
+            "recipe": asdict(self.recipe),
+            "calibration": f"{sum(map(len, self.sample.judges))} sequences",
+            "latency_ms": {
+                "original": self.times.original,
+                "predicted": self.times.rest + sum(map(self.cost, chosen)),
+                "measured": self.times.model_of(plan),
+                "rest": self.times.rest,
+                "inputs": self.times.table.about["inputs"],
+            },
+            "losses": [{"edit": write_edit(choice.edit), "loss": loss} for choice, loss in alone.known.items()],
+            "competition": list(self.tried.values()),
+            "refit": asdict(report),
+        }
+        return Found(student, replace(plan, notes=notes), report)
+
+    def cost(self, choice: Choice) -> float:
+        """Milliseconds of what a choice leads to."""
+        layer, place = divmod(choice.start, len(self.adapter.kinds))
+        if isinstance(choice.edit, Drop):
+            return 0.0
+        if isinstance(choice.edit, Linearize):
+            return self.times.linear(layer)
+        if isinstance(choice.edit, Fuse):
+            return self.times.layer(layer)
+        return self.times.block(layer, self.adapter.kinds[place])
+
+    def plan(self, chosen: Iterable[Choice]) -> Plan:
+        return Plan(self.adapter.model_type, self.depth, edits_of(chosen), kinds=self.adapter.kinds)
+
+    def _worth(
+        self, base: Sequence[Choice] = (), student: PreTrainedModel | None = None, prior: Worth | None = None
+    ) -> Worth:
+        pair = None if student is None else (student, self.plan(base))
+        trials = Trials(self.model, self.recipe.refit, self.batches, self.few, pair)
+        return Worth(self.choices, trials, self.losses, self.recipe, base, prior)
+
+    def _program(self, worth: Worth) -> list[Choice]:
+        """The choices of the least sum of losses that keep the budget when they are timed together."""
+        chosen, self.limit = within(partial(self._settled, worth), self._milliseconds, self.limit, self.allowed)
+        return chosen
+
+    def _milliseconds(self, chosen: Iterable[Choice]) -> float:
+        plan = self.plan(chosen)
+        self.times.measure(plan)
+        return self.times.model_of(plan)
+
+    def _settled(self, worth: Worth, limit: float) -> list[Choice]:
+        """The program, until all that it chooses has been measured."""
+        with tqdm(desc="Comparing choices", unit="choice", disable=None, leave=False) as progress:
+            while True:
+                options: dict[tuple[int, int], list[Option]] = {}
+                for choice in worth.choices:
+                    if math.isfinite(loss := worth.of(choice)):
+                        option = Option(self.cost(choice), -loss, choice)
+                        options.setdefault((choice.start, choice.end), []).append(option)
+                length = self.depth * len(self.adapter.kinds)
+                chosen = affordable(length, options, limit, self.times)
+                wanted = [choice for choice in chosen if not worth.knows(choice)]
+                if not wanted:
+                    return chosen
+                for first in dict.fromkeys(itertools.chain.from_iterable(map(worth.first, wanted))):
+                    worth.measure(first)
+                    progress.update()
+
+    def _try(self, worth: Worth, chosen: list[Choice]) -> None:
+        """Apply and refit what was chosen, and that with the best operator for each run, on all calibration data."""
+        every = [chosen] if self.recipe.effort == "low" else [chosen, [*map(worth.best, chosen)]]
+        for choices in every:
+            plan = self.plan(choices)
+            if plan.edits in self.tried:
+                continue
+            student, report = self._carried_out(plan)
+            self.tried[plan.edits] = {
+                "edits": [write_edit(edit) for edit in plan.edits],
+                "loss": report.after,
+                "loss_before_refit": report.before,
+                "expected": worth.total(choices),
+                "ms": self.times.model_of(plan),
+            }
+            if self.best is None or self._rank(plan, report) < self._rank(*self.best[1:3]):
+                self.best = choices, plan, report, Saved(student)
+
+    def _rank(self, plan: Plan, report: RefitReport) -> tuple[float, float]:
+        """The least is the best: a model within the budget before any that is not, and then the nearer one."""
+        return max(self.times.model_of(plan), NEAR * self.allowed), report.after
+
+    def _carried_out(self, plan: Plan) -> tuple[PreTrainedModel, RefitReport]:
+        student = apply(self.model, plan, self.batches)
+        with eval_mode(student):
+            before = self.trace.loss_of(student)
+            if self.recipe.refit == "none":
+                return student, RefitReport(before, before, kept=False)
+            return student, refit_by(student, self.trace, plan, before, self.recipe.refit)
+
+
+def batch_of(sample: Sample, size: int) -> dict[str, Tensor]:
+    """So many sequences of middle length, as a model is given them; they repeat where there are too few."""
+    batches = sorted(sample.batches, key=lambda batch: next(iter(batch.values())).shape[-1])
+    batch = batches[len(batches) // 2]
+    rows = torch.arange(size) % len(next(iter(batch.values())))
+    return {name: tensor[rows.to(tensor.device)] for name, tensor in batch.items()}

@@ -1,0 +1,265 @@
+"""Candidates compete on calibration loss: which blocks are fused, and how the weights of each group become one."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ...calibration.layerwise import Trace, Walk
+from ...calibration.mmap import Saved
+from ...calibration.refit.base import RefitReport
+from ...calibration.refit.transformer import SELECTING, refit_by
+from ...calibration.samples import Sample
+from ...evaluation.batches import Batches
+from ...evaluation.divergence import calibration_loss
+from ...evaluation.eval_mode import eval_mode
+from ...math import cluster
+from ...models.apply import apply
+from ...models.architectures import adapter_for
+from ...models.surgery.layers import check_model
+from ...plan import Fuse, Kind, Plan
+from ...recipe import FusionRecipe
+from ..base import Found
+from ..trials import Trials, share_of
+from .grouping import Groups, even, groups_of, longest, unexplained
+from .latency_search import search_budget
+from .planner import Importance, candidates, divider, group_edit, importance_of, plan_fusion
+from .targets import fits, kinds_of, settled
+
+TABLE_COST = 5
+"""Forward passes of the original, over all of the calibration data, that a table of costs may take."""
+
+MOVES = 12
+"""Plans next to the best one that are tried with effort `high`."""
+
+
+def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None = None) -> Found:
+    """Make a model smaller by a recipe: choose the groups and the operators, apply, refit.
+
+    With calibration data, `effort` says how much is tried:
+
+    - `low`: groups by similarity (with cluster `auto`, by how far runs of layers are from linear), one refit;
+    - `medium`: also groups by an exact dynamic program over the calibration loss that each run of layers costs when it
+      alone is fused and refitted. For each group, the operators compete on that loss, and the two results compete,
+      refitted as a whole;
+    - `high`: plans next to the best one compete too, refitted as a whole.
+
+    With a latency budget, each block of a transformer is chosen for: see `search_budget`.
+
+    Without calibration data, groups and operators come from the weights alone and nothing is repaired; the plan's
+    notes say so.
+
+    Args:
+        model: a stock model with a registered adapter; never changed.
+        recipe: what is asked for.
+        batches: calibration batches, read once.
+
+    Returns:
+        The new `model`, its `plan`, and as `report` what the refit did, which is None where nothing was fitted.
+
+    Raises:
+        RecipeError: the target cannot be met, or what is asked for needs batches and there are none.
+        UnsupportedModelError: no adapter for the architecture, or a model that cannot be fused.
+    """
+    batches = None if batches is None else list(batches)
+    if recipe.is_timed:
+        return search_budget(model, recipe, batches)
+    check_model(model, adapter_for(model))
+    recipe = settled(model, recipe)
+    first = plan_fusion(model, recipe, batches)
+    if batches is None:
+        logging.getLogger(__name__).warning(
+            "no calibration batches: decided from the weights alone, nothing is repaired. Pass batches=, or heal the "
+            "result before use."
+        )
+        notes = {**first.notes, "recipe": asdict(recipe), "calibration": "none: from the weights alone"}
+        return Found(apply(model, first), replace(first, notes=notes), None)
+    with eval_mode(model):
+        found = _Search(model, recipe, batches, first).run()
+    found.model.train(model.training)
+    return found
+
+
+class _Search:
+    """One search; `scores` keeps what was tried, for the notes of the plan."""
+
+    def __init__(self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], first: Plan) -> None:
+        self.model, self.recipe, self.batches, self.first = model, recipe, batches, first
+        self.sample = Sample.of(batches)
+        self.trace = Trace(Walk(model, self.sample))
+        self.importance = importance_of(model, batches)
+        self.tried: dict[tuple, tuple[Plan, RefitReport]] = {}
+        self.best: tuple[Plan, RefitReport, Saved] | None = None
+
+    def run(self) -> Found:
+        recipe = self.recipe
+        start = self._with_groups({kind: self._start(kind) for kind in self._kinds()})
+        scores: list[dict[str, Any]] = []
+        if recipe.effort == "low":
+            self._try(start)
+        else:
+            table = _Table(self.model, recipe, self.batches, self.importance)
+            plans = [start]
+            if recipe.cluster == "auto":
+                plans.append(self._with_groups({k: table.groups(k, self._count(k)) for k in self._kinds()}))
+            for plan in (start, *map(table.operators, plans)):  # never worse than with effort `low`
+                self._try(plan)
+            if recipe.effort == "high" and recipe.cluster == "auto":
+                self._climb(table)
+            scores = table.scores()
+        plan, report, weights = self.best
+        student = apply(self.model, plan, self.batches)
+        weights.restore(student)
+        competition = [
+            {"edits": plan.to_dict()["edits"], "loss": report.after, "loss_before_refit": report.before}
+            for plan, report in self.tried.values()
+        ]
+        notes = {
+            **self.first.notes,
+            "recipe": asdict(recipe),
+            "calibration": f"{sum(map(len, self.sample.judges))} sequences",
+            "operators": scores,
+            "competition": competition,
+            "refit": asdict(report),
+        }
+        return Found(student, replace(plan, notes=notes), report)
+
+    def _kinds(self) -> tuple[Kind, ...]:
+        return kinds_of(self.model, self.recipe)
+
+    def _count(self, kind: Kind) -> int:
+        return len(groups_of(self.first, kind))
+
+    def _start(self, kind: Kind) -> Groups:
+        if self.recipe.cluster != "auto" or self.recipe.mode != "depth" or adapter_for(self.model).resizes:
+            return groups_of(self.first, kind)
+        if self.recipe.refit == "none":
+            return even(self.first.num_layers, self._count(kind))
+        if self.recipe.refit == "full" and self.recipe.operator in ("auto", "select") and kind != "attention":
+            self.trace.ahead(SELECTING)  # for whichever groups there will be
+        count = self._count(kind)
+        return cluster.partition(unexplained(self.trace, longest(self.first.num_layers, count)), count)
+
+    def _with_groups(self, groups: dict[Kind, Groups]) -> Plan:
+        edits = [
+            group_edit(kind, group, self.recipe, self.importance)
+            for kind, found in groups.items()
+            for group in found
+            if len(group) > 1
+        ]
+        return replace(self.first, edits=tuple(edits))
+
+    def _try(self, plan: Plan) -> RefitReport | None:
+        """Apply and refit a plan on all calibration data; the best so far is kept, its weights on disk. None: it is
+        not tried."""
+        if plan.edits in self.tried or not fits(self.model, self.recipe, plan):
+            return None
+        student = apply(self.model, plan, self.batches)
+        with eval_mode(student):
+            if self.trace.whole:
+                before = self.trace.loss_of(student)
+            else:
+                before = calibration_loss(student, self.model, self.sample.judging)
+            report = RefitReport(before, before, kept=False)
+            if self.recipe.refit != "none":
+                report = refit_by(student, self.trace, plan, before, self.recipe.refit)
+        self.tried[plan.edits] = plan, report
+        if self.best is None or report.after < self.best[1].after:
+            self.best = plan, report, Saved(student)
+        return report
+
+    def _climb(self, table: _Table) -> None:
+        """Move the borders of groups by one, as long as that helps."""
+        left = MOVES
+        improved = True
+        while improved and left:
+            improved = False
+            for plan in map(table.operators, self._neighbours(self.best[0])):
+                if left and plan.edits not in self.tried:
+                    left -= 1
+                    improved = self._try(plan) is self.best[1]
+                if improved:
+                    break
+
+    def _neighbours(self, plan: Plan) -> Iterator[Plan]:
+        """Plans in which one border between two groups has moved by one layer; other groups keep their edits."""
+        edits = {(edit.kind, edit.layers): edit for edit in plan.edits}
+        for kind in self._kinds():
+            groups = groups_of(plan, kind)
+            for i, (left, right) in enumerate(pairwise(groups)):
+                for moved in (((*left, right[0]), right[1:]), (left[:-1], (left[-1], *right))):
+                    made = [(kind, group) for group in (*groups[:i], *moved, *groups[i + 2 :]) if len(group) > 1]
+                    rest = [edit for edit in plan.edits if edit.kind != kind]
+                    fresh = [edits.get(key) or group_edit(*key, self.recipe, self.importance) for key in made]
+                    if all(moved):
+                        yield replace(plan, edits=(*rest, *fresh))
+
+
+class _Table:
+    """Calibration losses of models in which one group alone is fused and refitted, on a part of the data.
+
+    Such losses add up well enough to be minimised over partitions: what one group breaks, the next one's refit
+    repairs only in part.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], importance: Importance
+    ) -> None:
+        self.recipe, self.importance = recipe, importance
+        adapter = adapter_for(model)
+        self.resizes, self.depth = adapter.resizes, len(adapter.layer_list(model))
+        self.divide = divider(model, recipe)
+        share = share_of(Sample.of(batches), self.depth, 3 * self.depth, TABLE_COST)
+        sample = Sample.of(batches, share)
+        self.trials = Trials(model, recipe.refit, batches, Trace(Walk(model, sample)))
+
+    def groups(self, kind: Kind, count: int) -> Groups:
+        """The partition into so many runs with the least sum of losses, by dynamic programming.
+
+        A run is taken to lose no less than the runs inside it. Those of two layers are measured; of longer ones only
+        what is in the best partition that there could be, until all of that is measured.
+        """
+        cost = np.full((self.depth + 1, self.depth + 1), np.inf)
+        cost[range(self.depth), range(1, self.depth + 1)] = 0
+        most = self.depth if self.resizes else longest(self.depth, count)
+        lengths = range(2, most + 1)
+        left = {(start, start + size) for size in lengths for start in range(self.depth - size + 1)}
+        todo = [run for run in sorted(left) if run[1] - run[0] == 2]
+        with tqdm(desc="Comparing groups", unit="group", disable=None, leave=False) as progress:
+            while todo:
+                for start, end in todo:
+                    left.remove((start, end))
+                    edit = group_edit(kind, tuple(range(start, end)), self.recipe, self.importance)
+                    cost[start, end] = self.trials.loss(edit)
+                    progress.update()
+                for start, end in sorted(left, key=lambda run: run[1] - run[0]):
+                    cost[start, end] = max(cost[start + 1, end], cost[start, end - 1])
+                found = self.divide(cost, count)
+                todo = [run for run in ((group[0], group[-1] + 1) for group in found) if run in left]
+        return found
+
+    def operators(self, plan: Plan) -> Plan:
+        """For each group, the operator and alignment of least loss."""
+        loss = self.trials.loss
+        return replace(plan, edits=tuple(min(candidates(edit, self.recipe), key=loss) for edit in plan.edits))
+
+    def scores(self) -> list[dict[str, Any]]:
+        """All losses that were taken, group by group."""
+        found: dict[tuple, dict[str, float]] = {}
+        for (edit,), loss in self.trials.losses.items():
+            if math.isfinite(loss):
+                found.setdefault((edit.kind, edit.layers), {})[_name(edit)] = loss
+        return [{"kind": kind, "layers": list(layers), "losses": losses} for (kind, layers), losses in found.items()]
+
+
+def _name(edit: Fuse) -> str:
+    name = edit.operator if edit.keep is None else f"{edit.operator} {edit.keep}"
+    return name if edit.align == "none" else f"{name}, {edit.align}"

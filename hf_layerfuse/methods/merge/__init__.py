@@ -1,0 +1,1 @@
+"""LayerMerge: which convolutions become one."""

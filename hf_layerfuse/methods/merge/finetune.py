@@ -1,0 +1,41 @@
+"""A short training, so that candidates are judged by what they can become."""
+
+from __future__ import annotations
+
+from itertools import cycle, islice
+
+import torch
+from transformers import PreTrainedModel
+
+from ...calibration.samples import Sample
+from ...evaluation.batches import model_inputs
+from ...evaluation.divergence import prediction
+from ...evaluation.eval_mode import eval_mode
+from ...math.losses import distillation_loss
+
+RATE = 1e-3
+"""The learning rate at first, of Adam; it falls to zero on a line."""
+
+
+def tune(student: PreTrainedModel, teacher: PreTrainedModel, sample: Sample, steps: int) -> None:
+    """Train a student on what its teacher says of the calibration data that judge nobody, in place.
+
+    Both stay in eval mode, so that batch norms keep their statistics.
+
+    Args:
+        student: any whose main output are logits.
+        teacher: the original.
+        sample: calibration data; each batch is a step, and they come round in order.
+        steps: 0 changes nothing.
+    """
+    optimizer = torch.optim.Adam(student.parameters(), lr=RATE)
+    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(steps, 1))
+    with eval_mode(student, teacher):
+        for batch in islice(cycle(sample.fitting), steps):
+            inputs = model_inputs(batch, student)
+            with torch.no_grad():
+                theirs = prediction(teacher(**inputs))
+            optimizer.zero_grad()
+            distillation_loss(prediction(student(**inputs)), theirs, 1.0).backward()
+            optimizer.step()
+            rates.step()

@@ -1,0 +1,305 @@
+"""What each segment of a chain costs and what it is worth, measured, and kept in files (LayerMerge, section 3.3)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ...calibration.refit.conv_graph import repair, see
+from ...calibration.samples import Sample
+from ...evaluation.cache import Table
+from ...evaluation.divergence import calibration_loss
+from ...evaluation.eval_mode import eval_mode
+from ...evaluation.fingerprint import digest, fingerprint
+from ...evaluation.timing import time_missing, timed_on
+from ...math.knapsack import Frontier, Option
+from ...models.apply import apply
+from ...models.architectures import ChainAdapter, Place, Skip, adapter_for
+from ...models.architectures.segments import Kept, Merged
+from ...models.modules.conv import PaddedConv2d, convolution, module_at
+from ...models.surgery.conv_graph import merged_shape, windows_of
+from ...plan import CHAIN, MergeConvs, Plan
+from .finetune import tune
+
+ROW = 10
+"""Calls in a row when a GPU is timed, on which a part alone takes some microseconds."""
+
+
+class Entry(NamedTuple):
+    """One segment with one kernel.
+
+    Attributes:
+        start: the boundary in front of it.
+        end: the boundary behind it.
+        merged: the kernel.
+        keep: the convolutions that stay for it.
+    """
+
+    start: int
+    end: int
+    merged: Merged
+    keep: Kept
+
+    @property
+    def key(self) -> str:
+        """Segment, size of the kernel, and whether it is depthwise."""
+        return f"{self.start},{self.end},{self.merged.kernel},{int(self.merged.depthwise)}"
+
+    @property
+    def changes(self) -> bool:
+        """Whether it is more than a convolution as it is."""
+        return self.end - self.start > 1 or not self.keep
+
+    @property
+    def edit(self) -> MergeConvs:
+        return MergeConvs(self.start, self.end, self.keep)
+
+
+def removals_of(model: PreTrainedModel) -> list[Entry]:
+    """All convolutions as they are, and all that may go taken out, with their activations as they are."""
+    chain = adapter_for(model, ChainAdapter).convolutions(model).chain(model)
+    found = []
+    for place, link in enumerate(chain.links[1:], 1):
+        found.append(Entry(place - 1, place, Merged(link.kernel, link.depthwise), (place,)))
+        if not link.fixed:
+            found.append(Entry(place - 1, place, Merged(0, False), ()))
+    return found
+
+
+def entries_of(model: PreTrainedModel, max_kernel: int) -> list[Entry]:
+    """All segments with all kernels of at most some size; those of one convolution are as they are."""
+    chain = adapter_for(model, ChainAdapter).convolutions(model).chain(model)
+    return [Entry(*entry) for entry in chain.table() if entry[1] - entry[0] == 1 or entry[2].kernel <= max_kernel]
+
+
+class Latencies:
+    """How long each entry takes: one convolution of its shape, the sum that it ends with, and the activation.
+
+    Each shape is measured once, on the device of the model, in turn with the others. Parts that are timed alone leave
+    out what is between them, and wait for nothing. So two whole models are timed too, the original with its batch norms
+    folded and the one that is fastest by its parts, and on the line through both lies what others are thought to take.
+
+    Args:
+        model: a stock one.
+        images: a batch as it will be used.
+        path: of a file.
+        repeats: timed rounds.
+        warmup: rounds before those, not timed.
+
+    Attributes:
+        original: milliseconds of the whole model.
+        rest: milliseconds of all that is no entry: the first convolution, poolings, the head, and what lies between.
+        pace: what a part takes in a whole model, as a share of what it takes alone.
+
+    Raises:
+        LayerFuseError: the file was measured on another device or network.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, images: Tensor, path: Path | None = None, *, repeats: int = 30, warmup: int = 5
+    ) -> None:
+        self.model, self.adapter = model, adapter_for(model, ChainAdapter)
+        self.convs = self.adapter.convolutions(model)
+        self.windows = windows_of(model, self.adapter, self.convs)
+        self.images, self.repeats, self.warmup = images.to(model.device, model.dtype), repeats, warmup
+        with eval_mode(model):
+            # a layer may put padding around what its convolution reads
+            reads = [Place("before", unit.layer or unit.conv) for unit in self.convs.units]
+            self.shapes = [tensor.shape for tensor in see(model, {model.main_input_name: self.images}, reads)]
+        self.table = Table(path, timed_on(model, {model.main_input_name: images}))
+        self._names: dict[Entry, str] = {}
+        self.rest, self.pace = 0.0, 1.0
+
+    @property
+    def original(self) -> float:
+        return self.table.values["original"]["ms"]
+
+    def of(self, entry: Entry) -> float:
+        """Milliseconds of an entry among others."""
+        return self.pace * self._alone(entry)
+
+    def _alone(self, entry: Entry) -> float:
+        if entry not in self._names:
+            self._names[entry] = self._part(entry).name
+        return self.table.values[self._names[entry]]["ms"]
+
+    @torch.inference_mode()
+    def model_of(self, plan: Plan) -> float:
+        """Milliseconds of the model that a plan leads to, timed in turn with the original."""
+        name = f"model {hashlib.sha256(json.dumps(plan.to_dict(notes=False)).encode()).hexdigest()[:16]}"
+        if name not in self.table.values:
+            self._time({name: partial(apply(self.model, plan).eval(), self.images)})
+        return self.table.values[name]["ms"]
+
+    @torch.inference_mode()
+    def measure(self, entries: Sequence[Entry]) -> None:
+        """Measure what is not known yet: the shapes of entries that lead through the chain, and whole models."""
+        runs: dict[str, Callable[[], object]] = {part.name: part for part in map(self._part, entries)}
+        if "folded" not in self.table.values:
+            runs["folded"] = partial(apply(self.model, folded_plan(self.model)).eval(), self.images)
+        self._time(runs)
+        self._settle(entries)
+
+    def _settle(self, entries: Sequence[Entry]) -> None:
+        """Find how long parts take in a whole model, and what it takes beside them."""
+        length, folded = len(self.convs.units) - 1, self.table.values["folded"]["ms"]
+        fastest = cheapest(length, entries, self._alone)
+        parts = sum(map(self._alone, fastest))
+        ones = sum(self._alone(Entry(place - 1, place, Merged(0, False), (place,))) for place in range(1, length + 1))
+        self.pace = min(1.0, folded / ones)
+        if parts < ones:
+            gained = folded - self.model_of(folded_plan(self.model, [entry.edit for entry in fastest if entry.changes]))
+            # a line below nothing at no parts is none that could be measured
+            if 0 < gained / (ones - parts) <= folded / ones:
+                self.pace = gained / (ones - parts)
+        self.rest = folded - self.pace * ones
+
+    def _time(self, runs: Mapping[str, Callable[[], object]]) -> None:
+        device, runs = self.model.device, {"original": partial(self.model, self.images), **runs}
+        row = ROW if device.type == "cuda" else 1
+        with eval_mode(self.model):
+            time_missing(self.table, runs, device, repeats=self.repeats, warmup=self.warmup, row=row)
+
+    def _part(self, entry: Entry) -> _Part:
+        stock = self.model.get_submodule(self.convs.units[entry.start + 1].conv)
+        conv = None
+        if entry.keep:
+            shape = merged_shape(self.model, self.convs, entry.edit)
+            conv = convolution(stock, [self.windows[place] for place in entry.keep], **shape)
+        act = module_at(self.model, self.convs.units[entry.end].act)
+        if act is None and entry.end - entry.start > 1:
+            act = self.adapter.activation(self.model.config)
+        skip = next((skip for skip in self.convs.skips if skip.end == entry.end and skip.start < entry.start), None)
+        return _Part(self.model, conv, act, skip, self.shapes[entry.start + 1], self.shapes)
+
+
+class _Part:
+    """What runs in the place of a segment: a convolution, unless it is taken out; a sum; an activation."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        conv: nn.Conv2d | None,
+        act: nn.Module | None,
+        skip: Skip | None,
+        shape: torch.Size,
+        shapes: Sequence[torch.Size],
+    ) -> None:
+        self.conv, self.act = conv, act
+        self.shortcut = None
+        if skip is not None and skip.shortcut is not None:
+            self.shortcut = module_at(model, f"{skip.path}.{skip.shortcut}")
+        self.shapes = (shape, None if skip is None else shapes[skip.start + 1])
+        self.like = {"device": model.device, "dtype": model.dtype}
+        what = "nothing"
+        if conv is not None:
+            around = conv.pad.windows if isinstance(conv, PaddedConv2d) else conv.padding
+            what = (
+                f"{conv.out_channels} by {conv.kernel_size[0]}, stride {conv.stride[0]}, groups {conv.groups}, {around}"
+            )
+        behind = ", ".join(type(part).__name__ for part in (self.shortcut, act) if part is not None)
+        self.name = f"{tuple(shape)} to {what}, plus {self.shapes[1] and tuple(self.shapes[1])}, {behind}"
+        self.inputs: tuple[Tensor, Tensor | None] | None = None
+
+    def __call__(self) -> Tensor:
+        if self.inputs is None:
+            self.inputs = tuple(None if shape is None else torch.randn(shape, **self.like) for shape in self.shapes)
+        found, added = self.inputs
+        if self.conv is not None:
+            found = self.conv(found)
+        if added is not None:
+            found = found + (added if self.shortcut is None else self.shortcut(added))
+        return found if self.act is None else self.act(found)
+
+
+def cheapest(length: int, entries: Sequence[Entry], cost: Callable[[Entry], float]) -> list[Entry]:
+    """Those entries that lead from the first boundary to the last and cost the least in sum."""
+    options: dict[tuple[int, int], list[Option]] = {}
+    for entry in entries:
+        options.setdefault((entry.start, entry.end), []).append(Option(0.0, -cost(entry), entry))
+    return [option.label for _, _, option in Frontier(length, options, 1.0, units=1).best()]
+
+
+def folded_plan(model: PreTrainedModel, edits: Sequence[MergeConvs] = ()) -> Plan:
+    """Some merges, and all other batch norms of the chain folded."""
+    adapter = adapter_for(model, ChainAdapter)
+    units = adapter.convolutions(model).units
+    taken = {place for edit in edits for place in edit.layers}
+    others = [MergeConvs(place - 1, place, (place,)) for place in range(len(units)) if place not in taken]
+    every = sorted([*edits, *others], key=lambda edit: edit.start)
+    return Plan(adapter.model_type, len(units), tuple(every), kinds=CHAIN)
+
+
+class Magnitudes:
+    """How large the weights are that an entry takes away, per weight: what pruning goes by that measures nothing."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        links = adapter_for(model, ChainAdapter).convolutions(model).chain(model).links
+        self.means = [link.norm / (link.outs * (1 if link.depthwise else link.ins) * link.kernel**2) for link in links]
+
+    def of(self, entry: Entry) -> float:
+        """The mean of the absolute weights of the convolutions that go."""
+        return sum(self.means[place] for place in entry.edit.layers if place not in entry.keep)
+
+
+class Losses:
+    """What each entry costs in quality: the calibration loss when it is all that is done to the model, and fitted.
+
+    Args:
+        model: a stock one.
+        sample: calibration images.
+        path: of a file.
+        fitted: fit the convolution of the entry first.
+        tuned: steps of training that follow.
+
+    Raises:
+        LayerFuseError: the file was measured on other weights or images.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sample: Sample,
+        path: Path | None = None,
+        *,
+        fitted: bool = True,
+        tuned: int = 0,
+    ) -> None:
+        self.model, self.sample, self.fitted, self.tuned = model, sample, fitted, tuned
+        about = {
+            "weights": fingerprint(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "images": digest(sample.batches),
+            "fitted": fitted,
+            "tuned": tuned,
+            "transformers": transformers.__version__,
+        }
+        self.table = Table(path, about)
+
+    def of(self, entry: Entry) -> float:
+        """The mean divergence from the original, in nats; 0 for a convolution that stays as it is."""
+        return self.table.values[entry.key] if entry.changes else 0.0
+
+    def measure(self, entries: Sequence[Entry]) -> None:
+        """Measure what is not known yet; each is written as soon as it is."""
+        units = adapter_for(self.model, ChainAdapter).convolutions(self.model).units
+        todo = [entry for entry in entries if entry.changes and entry.key not in self.table.values]
+        for entry in tqdm(todo, "Measuring segments", disable=None):
+            plan = Plan(self.model.config.model_type, len(units), (entry.edit,), kinds=CHAIN)
+            student = apply(self.model, plan)
+            with eval_mode(self.model, student):
+                if self.fitted and entry.keep:
+                    repair(student, self.model, plan.edits, self.sample)
+                tune(student, self.model, self.sample, self.tuned)
+                loss = calibration_loss(student, self.model, self.sample.judging)
+            self.table.put({entry.key: loss})

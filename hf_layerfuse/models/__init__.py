@@ -1,0 +1,1 @@
+"""Fused models: built, loaded, saved, verified."""

@@ -1,0 +1,65 @@
+"""A plan carried out: from a stock model to the one that the plan leads to."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import PreTrainedModel
+
+from ..evaluation.batches import Batches
+from ..plan import CHAIN, Blend, Plan
+from .activation_fit import lines_of
+from .align import align
+from .architectures import ChainAdapter, adapter_for
+from .modeling import build, fused_class, skeleton, with_plan
+from .surgery.conv_graph import check_merges, merged_weights
+from .surgery.layers import check_plan, fused_weights, target_config
+
+
+def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
+    """Carry out a plan: align blocks, combine their weights. It decides nothing, and the model is untouched.
+
+    Args:
+        model: a stock model of the plan's architecture, with any head.
+        plan: from `plan_fusion`, from a `plan.json`, or written by hand.
+        batches: calibration batches, for edits with align `activation`, and for the lines that `Blend` leads to.
+
+    Returns:
+        A new model on the same device and of the same dtype: of the stock class with fewer layers where the plan
+        leads to one, else of the fused class with the plan in its config.
+
+    Raises:
+        PlanError: the plan is for another architecture or number of layers, or asks for a rank that no matrix has.
+        UnsupportedModelError: no adapter, already fused, quantised, or with NaN weights.
+    """
+    if plan.kinds == CHAIN:
+        adapter = adapter_for(model, ChainAdapter)
+        check_merges(model, adapter, plan)
+        return copy.deepcopy(model) if not plan.edits else merged(model, plan)
+    adapter = adapter_for(model)
+    check_plan(model, adapter, plan)
+    layout = plan.layout()
+    bent = [edit.layer for edit in plan.edits if isinstance(edit, Blend) and not edit.faithful]
+    lines = lines_of(model, adapter, bent, batches) if bent and batches is not None else {}
+    weights = fused_weights(align(model, plan, batches), adapter, layout, lines)
+    config = target_config(model.config, adapter, layout)
+    cls = type(model)
+    if not layout.is_stock:
+        cls = fused_class(cls)
+        config = with_plan(cls, config, plan)
+    return build(cls, config, weights, model)
+
+
+def merged(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """The model that a plan of merges leads to, from a stock one, or from one in which they were left open.
+
+    Its weights are composed in float64.
+    """
+    like, adapter = skeleton(model), adapter_for(model, ChainAdapter)
+    cls = fused_class(type(like))
+    config = with_plan(cls, model.config, plan)
+    with torch.device("meta"):
+        names = cls(config).state_dict().keys()
+    weights = merged_weights(model, like, adapter, plan, names)
+    return build(cls, config, weights, model)

@@ -1,0 +1,102 @@
+"""What ends a training: MLPs whose activation has become a line become one linear map, convolutions one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from transformers import PreTrainedModel
+
+from ..errors import LayerFuseError, PlanError
+from ..evaluation.batches import Batches
+from ..plan import Blend, LinearForm, Linearize, Plan
+from .activation_fit import bends_of
+from .apply import merged
+from .architectures import adapter_for
+from .modeling import build, with_plan
+from .surgery.layers import untied_state
+from .surgery.linear_mlp import check_form, linear_weights
+
+
+def straighten(
+    model: PreTrainedModel, *, threshold: float = 0.05, fold: bool = False, batches: Batches | None = None
+) -> tuple[PreTrainedModel, Plan]:
+    """Put one linear map in the place of each MLP whose activation has become a line: what ends `Blend`.
+
+    W = W2 diag(slope) W1 and b = W2 (slope b1 + offset) + b2, in float64.
+
+    Args:
+        model: that `Blend` edits led to, trained since; it stays as it is.
+        threshold: how far from 1 an a may be.
+        fold: as in `Linearize`.
+        batches: calibration batches, on which it is measured what the step from a to 1 loses.
+
+    Returns:
+        The model, and its plan, with `Linearize` in the place of `Blend`. Its notes have for each layer its `a`, and
+        with batches `lost`: the root mean square of the difference, relative to what the MLP gives.
+
+    Raises:
+        PlanError: no activation of the model is on its way to a line.
+        UnsupportedModelError: there is no sum to `fold`.
+        LayerFuseError: one of them is not there yet.
+    """
+    adapter = adapter_for(model)
+    tree = getattr(model.config, "layerfuse_plan", None)
+    plan = Plan.from_dict(tree) if tree else None
+    blends = {edit.layer: edit for edit in (plan.edits if plan else ()) if isinstance(edit, Blend)}
+    if not blends:
+        raise PlanError(
+            f"no activation of this {type(model).__name__} is on its way to a line: apply Blend edits first."
+        )
+    slots = {slot.layers[0]: index for index, slot in enumerate(plan.layout().slots)}
+    places = {layer: slots[layer] for layer in blends}
+    inside = {layer: adapter.layer_list(model)[place] for layer, place in places.items()}
+    found = {layer: module.get_submodule(adapter.activation).a.item() for layer, module in inside.items()}
+    if bent := {layer: a for layer, a in found.items() if not a >= 1 - threshold}:
+        raise LayerFuseError(
+            f"no lines yet: {', '.join(f'the activation of layer {layer}, a = {a:.3f}' for layer, a in bent.items())}; "
+            f"a must be {1 - threshold:.3f} or more: train them further, with a stronger pull, or raise threshold."
+        )
+    for module in inside.values():
+        check_form(module, adapter, LinearForm(fold=fold))
+    lost = {} if batches is None else bends_of(model, adapter, list(places.values()), batches)
+    notes = [{"layer": layer, "a": a, **({"lost": lost[places[layer]]} if lost else {})} for layer, a in found.items()]
+    edits = [Linearize(edit.layer, fold=fold) if isinstance(edit, Blend) else edit for edit in plan.edits]
+    plan = dataclasses.replace(plan, edits=tuple(edits), notes={"homotopy": notes})
+    gone = [
+        f"{adapter.layers_path(model)}.{places[layer]}.{at}."
+        for layer in blends
+        for at in (adapter.activation, adapter.mlp["in"], adapter.mlp["out"])
+    ]
+    weights = {
+        name: tensor.detach().clone()
+        for name, tensor in untied_state(model).items()
+        if not name.startswith(tuple(gone))
+    }
+    for layer, module in inside.items():
+        prefix = f"{adapter.layers_path(model)}.{places[layer]}"
+        weights |= {f"{prefix}.{k}": v for k, v in linear_weights(module, adapter, LinearForm(fold=fold)).items()}
+    return build(type(model), with_plan(type(model), model.config, plan), weights, model), plan
+
+
+def merge_convs(model: PreTrainedModel) -> tuple[PreTrainedModel, Plan]:
+    """Make one convolution of each segment that was left open: what ends `MergeConvs(..., merged=False)`.
+
+    Batch norms are folded, kernels composed and skips added in float64; in eval mode, the result computes the same.
+
+    Args:
+        model: that such edits led to, trained since; it stays as it is.
+
+    Returns:
+        The model, and its plan.
+
+    Raises:
+        PlanError: no segment of the model is open.
+    """
+    tree = getattr(model.config, "layerfuse_plan", None)
+    plan = Plan.from_dict(tree) if tree else None
+    if plan is None or all(getattr(edit, "merged", True) for edit in plan.edits):
+        raise PlanError(
+            f"no segment of this {type(model).__name__} is open: apply MergeConvs(..., merged=False) first."
+        )
+    plan = dataclasses.replace(plan, edits=tuple(dataclasses.replace(edit, merged=True) for edit in plan.edits))
+    return merged(model, plan), plan

@@ -1,0 +1,125 @@
+"""What a plan says of a fused model: which layer of the original each layer answers to, and which weights were made."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import PlanError
+from ..evaluation.batches import Batches
+from ..plan import CHAIN, Plan
+from ..plan.match import Match
+from .align import align
+from .architectures import ChainAdapter, adapter_for
+from .modeling import skeleton
+from .modules.conv import module_at
+
+
+def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) -> tuple[Match, ...]:
+    """The modules of a fused model and of its original whose outputs ought to be alike.
+
+    The student's layer i answers to the last original layer of its group, removed layers that follow it included. Its
+    attention answers to that of the last layer whose attention it was made from. An activation behind merged
+    convolutions answers to that of the original, where it has one.
+
+    Args:
+        student: what `apply(teacher, plan)` gave, or a checkpoint of it.
+        teacher: the original.
+        plan: that led from one to the other.
+
+    Returns:
+        For each pair, its kind, `hidden` or `attention`, and the live path of the module in either model.
+
+    Raises:
+        PlanError: the plan does not lead from this teacher to this student.
+        UnsupportedModelError: no adapter for one of them.
+    """
+    if plan.kinds == CHAIN:
+        units = adapter_for(teacher, ChainAdapter).convolutions(teacher).units
+        ends = [units[edit.end].act for edit in plan.edits if len(edit.layers) > 1]
+        return tuple(Match("hidden", act, act) for act in ends if module_at(teacher, act) is not None)
+    adapter = adapter_for(teacher)
+    slots = plan.layout().slots
+    ours, theirs = ((adapter_for(model).layers_path(model), model) for model in (student, teacher))
+    for (path, model), count in ((ours, len(slots)), (theirs, plan.num_layers)):
+        found = len(model.get_submodule(path))
+        if found != count:
+            raise PlanError(
+                f"the plan leads from {plan.num_layers} layers to {len(slots)}, and {type(model).__name__} has {found} "
+                f"where {count} are expected: pass the plan that made this student of this teacher."
+            )
+    matches = []
+    for index, slot in enumerate(slots):
+        matches.append(Match("hidden", f"{ours[0]}.{index}", f"{theirs[0]}.{slot.layers[-1]}"))
+        attention = slot.source("attention")
+        if attention is not None:
+            out = adapter.table("attention")["out"]
+            pair = ((ours[0], index), (theirs[0], attention.layers[-1]))
+            matches.append(Match("attention", *(f"{path}.{layer}.{out}" for path, layer in pair)))
+    return tuple(matches)
+
+
+def fused_parameters(student: PreTrainedModel, plan: Plan) -> frozenset[str]:
+    """Names of the parameters of blocks that were made of several.
+
+    Args:
+        student: what `apply(teacher, plan)` gave, or a checkpoint of it.
+        plan: of it.
+
+    Returns:
+        Live names, as `named_parameters` has them.
+
+    Raises:
+        UnsupportedModelError: no adapter for the architecture.
+    """
+    if plan.kinds == CHAIN:
+        units = adapter_for(student, ChainAdapter).convolutions(skeleton(student)).units
+        made = [(edit.start + 1,) if edit.merged else edit.keep for edit in plan.edits if len(edit.layers) > 1]
+        paths = [units[place].conv for places in made for place in places]
+        return frozenset(f"{at}.{name}" for at in paths for name, _ in student.get_submodule(at).named_parameters())
+    layout = plan.layout()
+    tied = {(slot, tie.kind) for tie in layout.ties for slot in tie.slots}
+    names = set()
+    for block in adapter_for(student).blocks(student):
+        source = layout.slots[block.layer].source(block.kind)
+        if len(source.layers) > 1 or (block.layer, block.kind) in tied:
+            for path in block.modules.values():
+                names |= {f"{path}.{name}" for name, _ in student.get_submodule(path).named_parameters()}
+    return frozenset(names)
+
+
+def mixed_weights(
+    student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, batches: Batches | None = None
+) -> dict[str, list[Tensor]]:
+    """For each parameter that operator `mix` made, by its name, the original's that it was made from, aligned.
+
+    Args:
+        student: what `apply(teacher, plan, batches)` gave.
+        teacher: the original.
+        plan: that led from one to the other.
+        batches: those that `apply` was given.
+
+    Returns:
+        Name of a parameter of the student -> a tensor of its shape from each layer of its group.
+
+    Raises:
+        UnsupportedModelError: no adapter for the architecture.
+    """
+    adapter, slots = adapter_for(teacher), plan.layout().slots
+    ties = {(slot, tie.kind): tie.source for tie in plan.layout().ties for slot in tie.slots}
+    prefix, originals = adapter.layers_path(student), adapter.layer_list(align(teacher, plan, batches))
+    known = dict(student.named_parameters(remove_duplicate=False))
+    found = {}
+    for block in adapter.blocks(student):
+        tied = ties.get((block.layer, block.kind))
+        source = tied or slots[block.layer].source(block.kind)
+        if source.operator != "mix" or len(source.layers) < 2:
+            continue
+        inside = f"{prefix}.{block.layer}."
+        for path in block.modules.values():
+            for name, _ in student.get_submodule(path).named_parameters():
+                full, own = f"{path}.{name}", f"{path}.{name}".removeprefix(inside)
+                # what each depth has for itself was not mixed
+                if tied is None or sum(known[full] is other for other in known.values()) > 1:
+                    found[full] = [originals[layer].get_parameter(own) for layer in source.layers]
+    return found

@@ -1,0 +1,191 @@
+"""Refuse to hand over what cannot be reloaded; say loudly what would do harm."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import CheckpointError, LayerFuseWarning, VerificationError
+from ..evaluation.batches import Batches, model_inputs
+from ..evaluation.divergence import decode, prediction
+from ..evaluation.dummy_inputs import example_inputs, predicts_next_token
+from ..evaluation.eval_mode import eval_mode
+from ..plan import CHAIN
+from .loading import load_checkpoint
+
+
+def verify(
+    model: PreTrainedModel, path: str | Path | None = None, inputs: Mapping[str, Tensor] | None = None
+) -> dict[str, float]:
+    """Save a model, reload it from disk, and compare.
+
+    Args:
+        model: any model that `apply` returned, healed or not.
+        path: a checkpoint of it that is already on disk; by default one is written to a temporary directory.
+        inputs: a batch to compare on; by default random inputs of the right shape.
+
+    Returns:
+        `reload`, the largest absolute difference of the outputs after reloading (0: nothing else is accepted), and
+        for models that generate `cache`, the largest difference between decoding with a key-value cache and without,
+        relative to the largest logit.
+
+    Raises:
+        VerificationError: weights are missing or left over, outputs differ after reloading, are not finite, or differ
+            between cached and uncached decoding.
+    """
+    inputs = _inputs(model, inputs)
+    with eval_mode(model):
+        with torch.inference_mode():
+            expected = _predict(model, inputs)
+        if not torch.isfinite(expected).all():
+            raise VerificationError("the fused model returns NaN or infinite values: check the data type and the plan.")
+        if path is not None:
+            report = {"reload": _compare_reloaded(model, Path(path), inputs, expected)}
+        else:
+            with tempfile.TemporaryDirectory(prefix="layerfuse-") as directory:
+                model.save_pretrained(directory)
+                report = {"reload": _compare_reloaded(model, Path(directory), inputs, expected)}
+        if _decodes(model):
+            report["cache"] = _compare_cached(model, inputs)
+    return report
+
+
+def _predict(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The prediction, with every weight where torch would allocate it.
+
+    Weights that are mapped from a file lie at any address, and some kernels round otherwise where that is unaligned.
+    """
+    tensors = {
+        name: tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    return prediction(torch.func.functional_call(model, tensors, (), dict(inputs)))
+
+
+def _inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    if inputs is None:
+        # decoders that classify a sequence find its end by the padding token, and take one row where there is none
+        return example_inputs(model, 1 if getattr(model.config, "pad_token_id", None) is None else 2)
+    return model_inputs(inputs, model)
+
+
+def _decodes(model: PreTrainedModel) -> bool:
+    # BERT with a language-model head can generate, but caches only when it is configured as a decoder
+    return model.can_generate() and getattr(model.config, "is_decoder", None) is not False
+
+
+@torch.inference_mode()
+def _compare_reloaded(model: PreTrainedModel, path: Path, inputs: dict[str, Tensor], expected: Tensor) -> float:
+    try:
+        reloaded, info = load_checkpoint(path, dtype=model.dtype, output_loading_info=True)
+    except CheckpointError as error:
+        raise VerificationError(f"the saved checkpoint cannot be loaded: {error}") from error
+    wrong = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        raise VerificationError(f"the saved checkpoint does not match its config: {wrong}.")
+    reloaded.set_attn_implementation(model.config._attn_implementation)
+    difference = (_predict(reloaded.to(model.device), inputs) - expected).abs().max().item()
+    if difference != 0:
+        raise VerificationError(
+            f"outputs differ by up to {difference:.3g} after saving and loading; they must be equal. Please report "
+            "this with the plan."
+        )
+    return difference
+
+
+@torch.inference_mode()
+def _compare_cached(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
+    ids = inputs["input_ids"]
+    ids = ids.reshape(-1, ids.shape[-1])[:1, :16]  # double heads have a dimension for choices
+    prefix = max(1, ids.shape[1] // 2)
+    whole = model(input_ids=ids, use_cache=False).logits
+    logits, cache = decode(model, ids[:, :prefix])
+    parts = [logits]
+    for position in range(prefix, ids.shape[1]):
+        logits, cache = decode(model, ids[:, position : position + 1], cache)
+        parts.append(logits)
+    difference = (torch.cat(parts, dim=1) - whole).abs().max() / whole.abs().max()
+    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    if not difference <= tolerance:
+        raise VerificationError(
+            f"decoding with a cache differs from decoding without by {difference:.3g} of the largest logit (allowed "
+            f"{tolerance}): the layer indices are wrong. Please report this with the plan."
+        )
+    return difference.item()
+
+
+@torch.inference_mode()
+def warn_if_useless(original: PreTrainedModel, fused: PreTrainedModel, batches: Batches | None) -> None:
+    """Warn where fusing changed nothing, or left a model that is worse than chance on the calibration batches.
+
+    With class labels, chance is the loss of a uniform guess, ln(classes). Without, it is the mean cosine with the
+    original's outputs for other inputs: a fused model no nearer to those for its own inputs has lost its content.
+    """
+    # merged convolutions may have larger kernels: it is time that they save
+    merged = (getattr(fused.config, "layerfuse_plan", None) or {}).get("kinds") == list(CHAIN)
+    if not merged and fused.num_parameters() >= original.num_parameters():
+        _warn("fusing removed no parameters: the plan is empty. Lower the target.")
+        return
+    losses, matches, chances, classes = [], [], [], 0
+    with eval_mode(original, fused):
+        for batch in batches or ():
+            inputs = _inputs(fused, batch)
+            student = prediction(fused(**inputs))
+            loss = _cross_entropy(fused, student, batch.get("labels"))
+            if loss is not None:
+                losses.append(loss)
+                classes = student.shape[-1]
+                continue
+            ours, theirs = _vectors(student, inputs), _vectors(prediction(original(**inputs)), inputs)
+            if ours.shape[0] > 1 and ours.shape[1] > 1:  # a single number has no direction
+                matches.append(torch.nn.functional.cosine_similarity(theirs, ours, dim=-1).mean().item())
+                chances.append(torch.nn.functional.cosine_similarity(theirs.roll(1, 0), ours, dim=-1).mean().item())
+    if losses and not (loss := math.fsum(losses) / len(losses)) < math.log(classes):
+        _warn(
+            f"the fused model is worse than chance on the calibration batches: loss {loss:.2f}, a uniform guess over "
+            f"{classes} classes has {math.log(classes):.2f}. Fuse less, or heal it before use."
+        )
+    if matches and not math.fsum(matches) > math.fsum(chances):
+        match, chance = math.fsum(matches) / len(matches), math.fsum(chances) / len(chances)
+        _warn(
+            f"the fused model is worse than chance on the calibration batches: cosine {match:.2f} with the original's "
+            f"outputs for its inputs, {chance:.2f} with those for others. Fuse less, or heal it."
+        )
+
+
+def _cross_entropy(model: PreTrainedModel, logits: Tensor, labels: Tensor | None) -> float | None:
+    """Loss of class labels under logits, in nats; None where the labels are not classes for these logits."""
+    if labels is None or labels.is_floating_point() or logits.ndim != labels.ndim + 1 or logits.shape[-1] < 2:
+        return None
+    labels = labels.to(logits.device)
+    if predicts_next_token(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    if logits.shape[:-1] != labels.shape:
+        return None
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten()).item()
+
+
+def _vectors(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(batch, features), averaged over the tokens that are not padding."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and output.shape[: mask.ndim] == mask.shape and output.ndim == mask.ndim + 1:
+        weights = mask[..., None].to(output.dtype)
+        output = (output * weights).sum(-2) / weights.sum(-2).clamp_min(1)
+    elif output.ndim == 3:
+        output = output.mean(1)
+    return output.float().flatten(1)
+
+
+def _warn(message: str) -> None:
+    logging.getLogger(__name__).warning(message)
+    warnings.warn(
+        message, LayerFuseWarning, stacklevel=6
+    )  # the caller of fuse or collapse; inference_mode adds a frame of its own

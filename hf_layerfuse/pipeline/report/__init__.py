@@ -1,0 +1,1 @@
+"""Tables, card, page and pictures of a run."""

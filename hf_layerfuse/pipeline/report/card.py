@@ -1,0 +1,189 @@
+"""The model card of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ...plan import CHAIN, Plan
+from ...recipe import Recipe
+from ...recipe.tasks import TASKS
+from .tables import (
+    METRIC_NAMES,
+    change_table,
+    in_short,
+    limits_of,
+    markdown_table,
+    measured_on,
+    method_of,
+    name_of,
+    recipe_text,
+    rows,
+    stages,
+)
+
+_LICENCE = ("license", "license_name", "license_link")
+
+_NO_LICENCE = "The card of the original states no licence, or could not be read. Its terms hold for this too."
+
+
+def licence_of(model: str) -> dict[str, str]:
+    """What the card of a model says of its licence; nothing where it has no card, or none that can be read.
+
+    Args:
+        model: Hub name, or path of a checkpoint with a `README.md`.
+
+    Returns:
+        Those of `license`, `license_name` and `license_link` that are there.
+    """
+    try:
+        data = ModelCard.load(Path(model) / "README.md" if Path(model).exists() else model).data.to_dict()
+    except (OSError, ValueError, yaml.YAMLError):  # errors of the Hub are of the operating system to its client
+        return {}
+    return {name: data[name] for name in _LICENCE if data.get(name)}
+
+
+def model_card(
+    recipe: Recipe,
+    plan: Plan,
+    results: Mapping[str, Any],
+    command: str,
+    *,
+    pictures: Mapping[str, str] | None = None,
+    licence: Mapping[str, str] | None = None,
+) -> ModelCard:
+    """The card of a run: what became of which layers, the figures, the limits, and how it was made.
+
+    Args:
+        recipe: of the run.
+        plan: that was carried out.
+        results: what `results.json` holds.
+        command: what the user typed.
+        pictures: name of each file beside the card -> what it shows.
+        licence: of the original, as `licence_of` finds it, which is that of the result.
+
+    Returns:
+        The card, with the metrics of the last stage as `model-index`.
+    """
+    made, _ = method_of(recipe)
+    name = name_of(recipe)
+    environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    data = _front(recipe, results, licence or {})
+    body = "\n".join(
+        [
+            f"# {name}, {made}",
+            "",
+            f"Made from `{name}` with [hf_layerfuse](https://pypi.org/project/hf-layerfuse/): "
+            f"{in_short(results)}. {_size_of(plan)}",
+            "",
+            f"## Before and after, on {' ('.join(measured_on(recipe, results))})",
+            "",
+            markdown_table(rows(results)),
+            "",
+            f"## What became of its {plan.num_layers} {'convolutions' if plan.kinds == CHAIN else 'layers'}",
+            "",
+            markdown_table(change_table(plan), numbers=False),
+            "",
+            *_timed(plan),
+            *(
+                line
+                for file, shows in (pictures or {}).items()
+                for line in (f"![{shows}]({file})", "", f"*{shows}.*", "")
+            ),
+            "## Use",
+            "",
+            "```python",
+            *_use(recipe, plan),
+            "```",
+            "",
+            "## Limits",
+            "",
+            *(f"- {limit}" for limit in [*limits_of(plan, results), *([] if licence else [_NO_LICENCE])]),
+            "",
+            "## How it was made",
+            "",
+            "```bash",
+            command,
+            "```",
+            "",
+            "<details><summary>The recipe, all of it</summary>",
+            "",
+            "```yaml",
+            recipe_text(recipe),
+            "```",
+            "",
+            "</details>",
+            "",
+            f"Seed {recipe.seed}; {environment}. `plan.json` and `results.json` beside this card hold every decision "
+            "and figure.",
+        ]
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def _front(recipe: Recipe, results: Mapping[str, Any], licence: Mapping[str, str]) -> ModelCardData:
+    made, tag = method_of(recipe)
+    dataset, split = measured_on(recipe, results)
+    metrics = results[stages(results)[-1]]["metrics"]
+    evaluations = [
+        EvalResult(
+            task_type=TASKS[recipe.task].pipeline,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_config=recipe.data.config,
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=metrics[metric],
+        )
+        for metric in METRIC_NAMES
+        if metric in metrics
+    ]
+    return ModelCardData(
+        base_model=None if Path(recipe.model).exists() else recipe.model,  # the Hub takes repositories only
+        datasets=[recipe.data.name] if recipe.data.name else None,
+        library_name="transformers",
+        pipeline_tag=TASKS[recipe.task].pipeline,
+        tags=["hf-layerfuse", tag, "model-compression"],
+        model_name=f"{name_of(recipe)}, {made}",
+        eval_results=evaluations,
+        **licence,
+    )
+
+
+def _size_of(plan: Plan) -> str:
+    if plan.layout().is_stock:
+        return "It is a stock checkpoint, which Transformers loads as any other."
+    return "Its `config.json` holds the plan that shapes it."
+
+
+def _timed(plan: Plan) -> list[str]:
+    """What a plan was chosen to take, if it was chosen for that."""
+    if "latency_ms" not in plan.notes:
+        return []
+    times = plan.notes["latency_ms"]
+    shares = [f"{times[name] / times['original']:.0%}" for name in ("predicted", "measured")]
+    return [
+        f"Chosen by what it takes on the machine named below: {shares[0]} of the original's time by the times of its "
+        f"parts, and {shares[1]} when it was timed as a whole, before healing.",
+        "",
+    ]
+
+
+def _use(recipe: Recipe, plan: Plan) -> list[str]:
+    """What loads the result, as Python."""
+    auto_class = TASKS[recipe.task].auto_class
+    arguments = ['"path/to/this/model"' if recipe.hub.push_to_hub is None else f'"{recipe.hub.push_to_hub}"']
+    if recipe.hub.revision is not None:
+        arguments.append(f'revision="{recipe.hub.revision}"')
+    first, note = [], ""
+    if not plan.layout().is_stock and recipe.with_code:
+        arguments.append("trust_remote_code=True")
+        note = "  # runs the code in layerfuse/: read it"
+    elif not plan.layout().is_stock:
+        first = ["import hf_layerfuse  # teaches transformers this kind of checkpoint"]
+    call = f"model = {auto_class}.from_pretrained({', '.join(arguments)}){note}"
+    return [*first, f"from transformers import {auto_class}", "", call]

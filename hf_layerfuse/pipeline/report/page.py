@@ -1,0 +1,192 @@
+"""A page about a run: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+
+from ...errors import CheckpointError, PlanError
+from ...plan import CHAIN, Plan
+from ...plan.edit import read_edit
+from ...recipe import Recipe, recipe_of
+from ..output import MARK, write_whole
+from . import tables as report
+from .plots import draw
+
+_TEMPLATE = (files(__package__) / "page.html").read_text(encoding="utf-8")
+
+_HEAD = _TEMPLATE.partition("<title>")[0]
+"""How a page begins, by which an earlier one is known: others may speak of one in their text."""
+
+
+def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Write the page of a run.
+
+    Args:
+        folder: what `fuse.py` wrote; of it, the plan and the results are read.
+        output: HTML file to write, by default `report.html` in the folder. An earlier page there is replaced, anything
+            else never.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        CheckpointError: the folder holds no results, or what it holds is damaged; or the file cannot be written.
+        RecipeError: the results are of a recipe that this version does not know.
+    """
+    target = Path(output) if output is not None else Path(folder) / "report.html"
+    try:
+        if target.exists() and not _is_page(target):
+            raise CheckpointError(f"{str(target)!r} is there and no page of a run: name another file by --output.")
+        plan, results, recipe = _read(Path(folder))
+        try:
+            text = page(plan, results, recipe)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:  # what is there is not what a run writes
+            raise _no_result(Path(folder), error) from error
+        write_whole(target, text)
+    except OSError as error:
+        raise CheckpointError(f"{str(target)!r} cannot be written: {error}. Name another file by --output.") from error
+    return target
+
+
+def _is_page(path: Path) -> bool:
+    if not path.is_file():  # a folder, or a device, which may have no end
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_HEAD.encode())) == _HEAD.encode()
+
+
+def page(plan: Plan, results: Mapping[str, Any], recipe: Recipe) -> str:
+    """The page of a run as HTML. Everything that comes from the run is escaped.
+
+    Args:
+        plan: that was carried out.
+        results: what `results.json` holds.
+        recipe: of the run.
+    """
+    dataset, split = report.measured_on(recipe, results)
+    environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return template.from_string(_TEMPLATE).render(
+        title=f"{report.name_of(recipe)}, {report.method_of(recipe)[0]}",
+        summary=f"Made from {recipe.model}: {report.in_short(results)}.",
+        measured_on=f"Measured on {dataset} ({split}){_how_many(results)}.",
+        figures=_with_shares(report.rows(results)),
+        changes=report.change_table(plan),
+        pictures=_pictures(plan, results),
+        reasons=_reasons(plan),
+        trained=_trained(results),
+        limits=report.limits_of(plan, results),
+        command=results.get("command"),
+        environment=f"Seed {recipe.seed}; {environment}.",
+        recipe=report.recipe_text(recipe),
+    )
+
+
+def _read(folder: Path) -> tuple[Plan, dict[str, Any], Recipe]:
+    try:
+        plan, results = Plan.load(folder / "plan.json"), json.loads((folder / MARK).read_text(encoding="utf-8"))
+        tree = {name: value for name, value in results["recipe"].items() if value is not None}
+        if len(report.stages(results)) < 2:
+            raise KeyError("fused")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, PlanError) as error:
+        raise _no_result(folder, error) from error
+    return plan, results, recipe_of(tree, folder / MARK)
+
+
+def _no_result(folder: Path, error: Exception) -> CheckpointError:
+    what = f"{error!s} is missing" if isinstance(error, KeyError) else str(error)
+    return CheckpointError(
+        f"{str(folder)!r} is no result of a run: {what}. Name a folder that fuse.py has written, with its plan.json "
+        f"and {MARK}."
+    )
+
+
+def _how_many(results: Mapping[str, Any]) -> str:
+    metrics = results["before"]["metrics"]
+    counts = [f"{metrics[name]:,} {name}" for name in ("examples", "tokens") if name in metrics]
+    return "".join(f", {count}" for count in counts)
+
+
+def _trained(results: Mapping[str, Any]) -> list[str]:
+    """What there is to say of the training, or of each where there were rounds."""
+    said = []
+    reports = results.get("rounds") or [results.get("heal")]
+    for healed in filter(None, reports):
+        after = f"{healed['steps']:,} steps in {healed['seconds']:,.0f} s, mixed precision: {healed['mixed_precision']}"
+        kept = f"the weights of step {healed['best_step']:,} were kept"
+        if healed["validation_loss"] and healed["best_step"] == 0:
+            kept = "no later weights validated better than those before the first step, which were kept"
+        said.append(f"{after}; {kept}.")
+    return said
+
+
+def _with_shares(table: list[list[str]]) -> list[list[str]]:
+    """Sizes and times with their share of the first column, the original's."""
+    header, *body = table
+    return [header, *([label, first, *(_share(first, cell, label) for cell in rest)] for label, first, *rest in body)]
+
+
+def _share(first: str, cell: str, label: str) -> str:
+    if not label.strip().startswith(("parameters", "outside", "bytes", "latency")):
+        return cell
+    before, after = (float(text.replace(",", "")) for text in (first, cell))
+    return f"{cell} ({after / before:.0%})" if before else cell
+
+
+def _pictures(plan: Plan, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    with tempfile.TemporaryDirectory(prefix="layerfuse-") as folder:
+        for name, shows in draw(plan, results, Path(folder)).items():
+            path = Path(folder, name)
+            with Image.open(path) as image:
+                width, height = image.size
+            data = base64.b64encode(path.read_bytes()).decode()
+            found.append({"data": data, "shows": shows, "width": width, "height": height})
+    return found
+
+
+def _reasons(plan: Plan) -> list[dict[str, Any]]:
+    """What the notes of a plan have on how it was chosen: words, and rows of text."""
+    notes, found = plan.notes, []
+
+    def add(words: str, *rows: list[str]) -> None:
+        found.append({"words": words, "rows": rows})
+
+    if competition := notes.get("competition"):
+        ranked = sorted(competition, key=lambda entry: entry["loss"])
+        rivals = [[_edits_of(plan, entry), f"{entry['loss']:.4g}"] for entry in ranked]
+        add("What competed on calibration data, the best first.", ["plan", "calibration loss"], *rivals)
+    if losses := notes.get("losses"):
+        if isinstance(losses, dict):  # an MLP by its layer, or a segment of convolutions
+            head = "layer" if plan.kinds != CHAIN else "segment: begin, end, kernel, depthwise"
+            single = [[name, f"{loss:.4g}"] for name, loss in losses.items()]
+        else:
+            head = "choice"
+            single = [[_edits_of(plan, {"edits": [row["edit"]]}), f"{row['loss']:.4g}"] for row in losses]
+        add("What each costs when nothing else is changed.", [head, "calibration loss"], *single)
+    if frontier := notes.get("frontier"):
+        points = [[share, f"{loss:.4g}"] for share, loss in frontier.items()]
+        add("What other budgets would cost, by the sum.", ["of the original's time", "calibration loss"], *points)
+    if refit := notes.get("refit"):
+        values = ["calibration loss", *(f"{refit[name]:.4g}" for name in ("before", "after"))]
+        kept = "It was kept." if refit["kept"] else "It did not help, and was undone."
+        add(f"Closed-form repair on calibration data. {kept}", ["", "before", "after"], values)
+    return found
+
+
+def _edits_of(plan: Plan, entry: Mapping[str, Any]) -> str:
+    """In words, what competed: edits, or layers whose MLPs become linear."""
+    if "layers" in entry:
+        return f"linear MLPs of layers {', '.join(map(str, entry['layers']))}"
+    edits = tuple(map(read_edit, entry["edits"]))
+    return "; ".join(f"{blocks} {become}" for blocks, become in report.changes(replace(plan, edits=edits)))

@@ -1,0 +1,250 @@
+"""Pictures of a run, which can be read on light and dark pages, and by those who see few colours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle, permutations, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...plan import CHAIN, Kind, LinearForm, Plan
+
+_GREY = "#7d7d7d"
+"""Seen on white as well as on black."""
+
+_COLOURS = ("#2f87c8", "#cf7a00", "#009e73", "#b86ba8", "#d4552f", "#5b6fd6", "#8a8a00", "#00a3a3")
+"""After Okabe and Ito, for pages of both kinds."""
+
+
+@contextmanager
+def _picture(path: str | Path, width: float, height: float, **grid: Any) -> Iterator[Any]:
+    """Axes of a figure, in inches, that is written as a PNG file when the block ends."""
+    # here, because a picture needs no window, and most runs need no picture
+    from matplotlib import cycler, rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "text.color", "xtick.color", "ytick.color")
+    style = dict.fromkeys(names, _GREY) | {"axes.prop_cycle": cycler(color=_COLOURS), "font.size": 9}
+    with rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure.subplots(squeeze=False, **grid)
+        for axis in figure.axes:
+            axis.set_facecolor("none")
+        figure.savefig(path, dpi=130, transparent=True)
+
+
+def draw(plan: Plan, results: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Write the pictures that there are of a run.
+
+    Args:
+        plan: that was carried out.
+        results: what `results.json` holds.
+        folder: to write to.
+
+    Returns:
+        Name of each file -> what it shows.
+    """
+    plot_plan(plan, folder / "plan.png")
+    drawn = {"plan.png": "Which blocks of the original became which"}
+    if distances := plan.notes.get("distances"):
+        plot_distances(distances, plan, folder / "distances.png")
+        drawn["distances.png"] = (
+            "How far the blocks of the original are from each other: dark pairs are alike, marked ones grouped"
+        )
+    healed = results.get("heal") or {}
+    if healed.get("train_loss"):
+        plot_training(healed["train_loss"], healed["validation_loss"], folder / "training.png")
+        drawn["training.png"] = "Losses of healing"
+    if healed.get("homotopy"):
+        plot_homotopy(healed["homotopy"], folder / "homotopy.png")
+        drawn["homotopy.png"] = "How far each activation is on its way to a line"
+    return drawn
+
+
+class Quality(NamedTuple):
+    """Curves of one model, of which `plot_quality` draws a panel.
+
+    Attributes:
+        title: of the panel.
+        metric: what the curves are of.
+        removed: share of the block parameters that each point lacks, from 0 on.
+        curves: name of each curve -> its values.
+        knee: index of the point that is marked; None marks none.
+        log: for perplexities, which grow by factors.
+    """
+
+    title: str
+    metric: str
+    removed: Sequence[float]
+    curves: Mapping[str, Sequence[float]]
+    knee: int | None = None
+    log: bool = False
+
+
+def plot_quality(panels: Sequence[Quality], path: str | Path) -> None:
+    """Write a picture of quality against size.
+
+    Args:
+        panels: one for each model.
+        path: of a PNG file.
+    """
+    with _picture(path, 4.3 * len(panels), 3.6, ncols=len(panels)) as [axes]:
+        for axis, panel in zip(axes, panels, strict=True):
+            shares = [100 * share for share in panel.removed]
+            for (label, values), marker in zip(panel.curves.items(), cycle("osD^")):
+                axis.plot(shares, values, marker=marker, markersize=5, label=label)
+            if panel.knee is not None:
+                axis.axvline(shares[panel.knee], color=_GREY, linewidth=1, linestyle="--", label="knee")
+            axis.set(title=panel.title, xlabel="block parameters removed (%)", ylabel=panel.metric)
+            if panel.log:
+                axis.set_yscale("log")
+                for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                    formatter("{x:.0f}")
+            axis.legend(framealpha=0)
+
+
+def plot_homotopy(rows: Sequence[tuple[int, Mapping[str, float]]], path: str | Path) -> None:
+    """Write a picture of how activations became lines: the a of each, step by step.
+
+    Args:
+        rows: `HealReport.homotopy`.
+        path: of a PNG file.
+    """
+    with _picture(path, 6, 3.6) as [[axis]]:
+        steps = [step for step, _ in rows]
+        looks = cycle(product(("-", "--", ":"), "osD^vP*X"))  # of the colours there are as many as of markers
+        for name, (line, marker) in zip(rows[-1][1], looks, strict=False):
+            style = {"linestyle": line, "marker": marker, "markersize": 4}
+            axis.plot(steps, [values[name] for _, values in rows], label=name, **style)
+        axis.set(xlabel="step", ylabel="a (0: activation, 1: line)", ylim=(-0.03, 1.03))
+        axis.legend(fontsize=7, framealpha=0)
+
+
+def plot_training(
+    train: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]], path: str | Path
+) -> None:
+    """Write a picture of a training: the loss of each step, its running mean, and the validations.
+
+    Args:
+        train: `HealReport.train_loss`.
+        validation: `HealReport.validation_loss`.
+        path: of a PNG file.
+    """
+    with _picture(path, 6, 3.2, ncols=2 if validation else 1) as [axes]:
+        steps, losses = zip(*train, strict=True)
+        window = max(1, len(losses) // 40)
+        means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+        axes[0].plot(steps, losses, linewidth=0.6, alpha=0.45)
+        axes[0].plot(steps, means, color=_COLOURS[0], linewidth=1.8)
+        axes[0].set(xlabel="step", title="training loss")
+        if validation:
+            steps, losses = zip(*validation, strict=True)
+            axes[1].plot(steps, losses, marker="o", markersize=4, color=_COLOURS[1])
+            best = min(range(len(losses)), key=losses.__getitem__)
+            axes[1].plot(steps[best], losses[best], marker="o", markersize=10, color=_COLOURS[1], fillstyle="none")
+            axes[1].set(xlabel="step", title="validation loss (ring: kept)")
+
+
+def plot_distances(distances: Mapping[Kind, Sequence[Sequence[float | None]]], plan: Plan, path: str | Path) -> None:
+    """Write a picture of how far the blocks of each kind are from each other, with the groups of a plan marked.
+
+    Args:
+        distances: `plan.notes["distances"]`; None between blocks that can never be one.
+        plan: whose groups are marked.
+        path: of a PNG file.
+    """
+    from matplotlib.patches import Rectangle
+
+    dot = {"color": _COLOURS[4], "markersize": 7, "markeredgecolor": "white", "clip_on": False}
+    with _picture(path, 4.2 * len(distances), 3.4, ncols=len(distances)) as [axes]:
+        for axis, (kind, matrix) in zip(axes, distances.items(), strict=True):
+            known = np.array(matrix, dtype=float)
+            np.fill_diagonal(known, np.nan)  # of each from itself, which would take up half of the colours
+            image = axis.imshow(known, cmap="viridis")
+            # after several rounds, distances are between the layers that the last one began with
+            whole = len(known) == plan.num_layers
+            groups = [edit.layers for edit in plan.edits if whole and edit.kind == kind and len(edit.layers) > 1]
+            for group in groups:
+                first, size = min(group), len(group)
+                if max(group) - first == size - 1:
+                    # not clipped, or half of the line would be missing at the border
+                    style = {"fill": False, "edgecolor": _COLOURS[4], "linewidth": 2, "clip_on": False}
+                    axis.add_patch(Rectangle((first - 0.5, first - 0.5), size, size, **style))
+                else:  # with others in between
+                    axis.plot(*zip(*permutations(group, 2), strict=True), "o", **dot)
+            axis.set(
+                title=f"{kind} (marked: grouped)" if groups else kind,
+                xlabel="layer of the original" if whole else "layer before the last round",
+                ylabel="layer of the original" if whole else "layer before the last round",
+            )
+            axis.figure.colorbar(image, ax=axis, shrink=0.8, label="distance (dark: alike)", format="%.3g")
+
+
+def plot_plan(plan: Plan, path: str | Path) -> None:
+    """Write a picture of a plan: the blocks of the original above, those of the result below, and what became of which.
+
+    Args:
+        plan: of any method.
+        path: of a PNG file.
+    """
+    kinds = ("convolution",) if plan.kinds == CHAIN else plan.kinds
+    width = max(6.0, min(12.0, 0.45 * plan.num_layers))
+    height = 1.2 if plan.kinds == CHAIN or not plan.layout().ties else 1.6
+    with _picture(path, width, 0.3 + height * len(kinds), nrows=len(kinds)) as axes:
+        for [axis], kind, colour in zip(axes, kinds, _COLOURS, strict=False):
+            _draw_flow(axis, plan, kind, colour)
+
+
+def _draw_flow(axis: Any, plan: Plan, kind: str, colour: str) -> None:
+    every = range(plan.num_layers)
+    made = _made_of(plan, kind)
+    numbered = 1 if plan.num_layers <= 32 else 5
+    text = 8 * max(1, axis.figure.get_figwidth() / 7)  # a wide picture is made smaller to fit in a card
+    for number, (layers, linear) in enumerate(made):
+        place = sum(layers) / len(layers)
+        changed = len(layers) > 1 or linear
+        line = {"color": colour, "linewidth": 2.2} if changed else {"color": _GREY, "linewidth": 1.0}
+        for layer in layers:
+            axis.plot([layer, place], [1, 0], zorder=1, **line)
+        mark = {"marker": "_", "markersize": 13, "markeredgewidth": 3.5} if linear else {"marker": "o", "markersize": 8}
+        axis.plot(place, 0, color=colour, zorder=2, **mark)
+        if number % numbered == 0:
+            axis.text(place, -0.28, str(number), ha="center", va="top", fontsize=text)
+    used = {layer for layers, _ in made for layer in layers}
+    gone = [layer for layer in every if layer not in used]
+    axis.plot(sorted(used), [1] * len(used), "o", color=colour, markersize=8, zorder=2)
+    axis.plot(gone, [1] * len(gone), "x", color=_GREY, markersize=7, markeredgewidth=1.8)
+    for layer in every[::numbered]:
+        axis.text(layer, 1.28, str(layer), ha="center", va="bottom", fontsize=text)
+    ties = () if kind == "convolution" else plan.layout().ties
+    for tie in ties:
+        if tie.kind == kind:
+            axis.plot(tie.source.layers, [-0.85] * len(tie.source.layers), color=colour, linewidth=1.5, marker="|")
+            middle = sum(tie.source.layers) / len(tie.source.layers)
+            shared = "one basis" if tie.mode == "basis" else "one set of weights"
+            axis.text(middle, -1.0, shared, ha="center", va="top", fontsize=text)
+    linear = sum(linear for _, linear in made)
+    bars = f", {linear} linear (bars)" if linear else ""
+    crosses = f", {len(gone)} dropped (crosses)" if gone else ""
+    axis.set_title(f"{kind}: {len(every)} to {len(made)}{crosses}{bars}", fontsize=text + 1)
+    axis.set(ylim=(-1.6 if ties else -0.7, 1.7), xlim=(-0.8, plan.num_layers - 0.2), yticks=(0, 1), xticks=[])
+    axis.set_yticklabels(("result", "original"), fontsize=text + 1)
+    axis.tick_params(length=0)
+    for side in axis.spines.values():
+        side.set_visible(False)
+
+
+def _made_of(plan: Plan, kind: str) -> list[tuple[tuple[int, ...], bool]]:
+    """For each block of the result, the original ones that it was made of, and whether it is linear."""
+    if plan.kinds == CHAIN:
+        edits = {edit.layers: edit for edit in plan.edits}
+        taken = {layer for layers in edits for layer in layers}
+        alone = [(layer,) for layer in range(plan.num_layers) if layer not in taken]
+        return [(layers, False) for layers in sorted([*edits, *alone]) if layers not in edits or edits[layers].keep]
+    sources = [slot.blocks[kind] for slot in plan.layout().slots]
+    return [(source.layers, isinstance(source.form, LinearForm)) for source in sources if source is not None]

@@ -1,0 +1,193 @@
+"""What a run of `fuse.py` tells the user, in words and tables: for the terminal, a model card and a page."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
+from ...recipe import Recipe
+
+METRIC_NAMES = {
+    "token_perplexity": "perplexity (token)",
+    "word_perplexity": "perplexity (word)",
+    "accuracy": "accuracy",
+    "cross_entropy": "cross-entropy",
+    "cosine": "cosine to the original",
+}
+
+
+def stages(results: dict[str, Any]) -> list[str]:
+    """The stages that a run went through, in order."""
+    return [stage for stage in ("before", "fused", "healed") if results.get(stage)]
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """The figures of a run as rows of text, a header first: one row a figure, one column a stage."""
+    names = stages(results)
+    # with rounds, what was fused last had been healed before
+    table = [["", *("fused in the last round" if name == "fused" and "rounds" in results else name for name in names)]]
+
+    def add(label: str, values: list[Any], form: str) -> None:
+        table.append([label, *(form.format(value) for value in values)])
+
+    add("parameters", [results[s]["parameters"] for s in names], "{:,}")
+    add("  outside embeddings", [results[s]["non_embedding_parameters"] for s in names], "{:,}")
+    add("bytes on disk", [results[s]["bytes"] for s in names], "{:,}")
+    for batch in results["before"]["latency_ms"] or {}:
+        add(f"latency, batch {batch} (ms)", [results[s]["latency_ms"][batch] for s in names], "{:.1f}")
+    for metric, label in METRIC_NAMES.items():
+        if metric in results["before"]["metrics"]:
+            add(label, [results[s]["metrics"][metric] for s in names], "{:.4g}")
+    return table
+
+
+def text_table(table: list[list[str]]) -> str:
+    """Rows of text in columns, for the terminal."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in table
+    )
+
+
+def markdown_table(table: list[list[str]], *, numbers: bool = True) -> str:
+    """Rows of text as a Markdown table, in which all columns but the first are `numbers`, or text too."""
+    header, *body = table
+    rule = ["---", *["---:" if numbers else "---"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
+
+
+def changes(plan: Plan) -> list[tuple[str, str]]:
+    """Blocks of the original, and what becomes of them, in words: a pair for each edit."""
+    pairs = []
+    for edit in plan.edits:
+        where = f"{_BLOCKS[edit.kind][len(edit.layers) > 1]} {', '.join(map(str, edit.layers))}"
+        if isinstance(edit, Drop):
+            pairs.append((where, "dropped"))
+        elif isinstance(edit, Linearize):
+            maps = "one linear map" if edit.rank is None else f"two linear maps of rank {edit.rank}"
+            sum_too = ", which takes in the residual sum behind it" if edit.fold else ""
+            pairs.append((where, f"becomes {maps}{sum_too}"))
+        elif isinstance(edit, Blend):
+            pairs.append((where, "its activation is on the way to a line"))
+        elif isinstance(edit, MergeConvs):
+            if not edit.keep:
+                pairs.append((where, "taken out"))
+            elif len(edit.layers) > 1:  # of all others, batch norms are folded
+                kept = ", ".join(map(str, edit.keep))
+                how = f"become one, made of {kept}{'' if edit.merged else ', open yet'}"
+                pairs.append((where, how))
+        elif isinstance(edit, Fuse):
+            residuals = f", with residuals of rank {edit.rank}" if edit.mode == "share" and edit.rank else ""
+            become = _BECOME[edit.mode].format(rank=edit.rank)
+            pairs.append((where, f"{become}{residuals} ({_how(edit)})"))
+    return pairs
+
+
+def describe(plan: Plan) -> list[str]:
+    """The plan in words, one line an edit."""
+    return [f"{blocks}: {become}" for blocks, become in changes(plan)]
+
+
+_BLOCKS = {
+    "layer": ("layer", "layers"),
+    "attention": ("the attention of layer", "the attention of layers"),
+    "mlp": ("the MLP of layer", "the MLPs of layers"),
+    "conv": ("the convolutions of layer", "the convolutions of layers"),
+    "convolution": ("convolution", "convolutions"),
+}
+"""Kind of block -> what one is called, and several."""
+
+_BECOME = {
+    "depth": "become one, which runs once",
+    "share": "share one set of weight matrices",
+    "basis": "combine one shared basis of {rank} vectors",
+}
+
+
+def _how(edit: Fuse) -> str:
+    """Operator and alignment of an edit in words."""
+    how = edit.operator if edit.keep is None else f"{edit.operator}, layer {edit.keep}"
+    return how if edit.align == "none" else f"{how}, aligned by {edit.align}"
+
+
+_METHODS = {
+    "fusion": ("fused", "layer-fusion"),
+    "collapse": ("collapsed", "layer-collapse"),
+    "merge": ("merged", "layer-merge"),
+}
+"""Section of a recipe -> what its results are, and the tag of their cards."""
+
+
+def method_of(recipe: Recipe) -> tuple[str, str]:
+    """What the result of a recipe is, such as `fused`, and the tag of its cards."""
+    return next(words for method, words in _METHODS.items() if getattr(recipe, method) is not None)
+
+
+def name_of(recipe: Recipe) -> str:
+    """Of the original: that on the Hub, or of its folder."""
+    return Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
+
+
+def measured_on(recipe: Recipe, results: Mapping[str, Any]) -> tuple[str, str]:
+    """Data set and split of the figures."""
+    part = results["metrics_on"]
+    source = getattr(recipe.data, part) or recipe.data.train  # rows held out of train, where there is no validation
+    return (recipe.data.name, source) if recipe.data.name else (Path(source).name, part)
+
+
+def in_short(results: Mapping[str, Any]) -> str:
+    """The result in one sentence, by its share of parameters, its speed, and its first metric."""
+    before, after = results["before"], results[stages(results)[-1]]
+    said = [f"{after['parameters'] / before['parameters']:.0%} of the parameters"]
+    for batch, milliseconds in list((before["latency_ms"] or {}).items())[-1:]:
+        said.append(f"{milliseconds / after['latency_ms'][batch]:.2f} times as fast at batch {batch}")
+    for metric in [metric for metric in METRIC_NAMES if metric in before["metrics"]][:1]:
+        values = (f"{stage['metrics'][metric]:.4g}" for stage in (after, before))
+        said.append("{} {} (before: {})".format(METRIC_NAMES[metric], *values))
+    return ", ".join(said)
+
+
+def change_table(plan: Plan) -> list[list[str]]:
+    """Which blocks became which, as rows of text, a header first."""
+    pairs = [[blocks[0].upper() + blocks[1:], become] for blocks, become in changes(plan)]
+    edited = sum(len(edit.layers) * (len(plan.kinds) if edit.kind == "layer" else 1) for edit in plan.edits)
+    if edited < plan.num_layers * len(plan.kinds):
+        pairs.append(["All others", "as they are"])
+    elif any(edit.keep and len(edit.layers) == 1 for edit in plan.edits if isinstance(edit, MergeConvs)):
+        pairs.append(["All others", "as they are, with batch norms folded"])
+    return [["of the original", "in the result"], *pairs]
+
+
+def limits_of(plan: Plan, results: Mapping[str, Any]) -> list[str]:
+    """What to know before the result is used."""
+    limits = []
+    if plan.layout().ties:
+        limits.append("Sharing weights makes the file and the memory smaller. It does not make the model faster.")
+    if results["before"]["latency_ms"]:
+        limits.append("Latency was measured on the machine named below; ratios carry over better than milliseconds.")
+    limits.append(
+        "Nothing was chosen on the data that are reported here."
+        if results["metrics_on"] == "test"
+        else "The recipe names no test data: the figures are from those that healing was watched on."
+    )
+    if "healed" not in results:
+        limits.append("It was not retrained after its layers were changed.")
+    elif (results.get("heal") or {}).get("best_step") == 0 and "rounds" not in results:
+        limits.append("Retraining found no weights that validated better than those before it, which are the result.")
+    metrics = results["before"]["metrics"]
+    if "stride" in metrics:
+        limits.append(f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}.")
+    limits.append("What the original gets wrong, and what it is biased in, is not mended, and may be worse.")
+    return limits
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as a YAML file, with every field."""
+    sections = {name: value for name, value in dataclasses.asdict(recipe).items() if value is not None}
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True).rstrip()

@@ -1,0 +1,165 @@
+"""A recipe carried out: load, calibrate, plan, apply, verify, heal, evaluate, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import datasets
+import torch
+import transformers
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, set_seed
+
+from ..errors import CheckpointError, PublishError
+from ..evaluation.timing import device_name
+from ..models.architectures import ChainAdapter, LayerAdapter, adapter_for
+from ..models.loading import load_checkpoint
+from ..models.modeling import check_shipping
+from ..models.verify import verify
+from ..plan import Plan
+from ..recipe import Recipe
+from ..training.distributed import process_state
+from .output import MARK, check_output, new_directory, unfinished
+from .report.card import licence_of, model_card
+from .report.hub import check_publish, publish
+from .report.plots import draw
+from .report.tables import rows, text_table
+from .rounds import auto_class_of, fuse_and_heal, identity_of, round_to
+from .run_data import RunData, save_weights, say
+
+
+def run(recipe: Recipe, command: str) -> dict[str, Any]:
+    """Carry out a recipe and write its output directory: checkpoint, processor, plan, results and card.
+
+    Args:
+        recipe: the whole run.
+        command: what the user typed, for the card.
+
+    Returns:
+        What `results.json` holds: `before`, `fused` and, with `heal.steps` above 0, `healed`.
+
+    Raises:
+        LayerFuseError: one of its children, for each thing that the user can mend. Where a finished result cannot be
+            published, it stays in its directory.
+    """
+    state = process_state()
+    data = recipe.data
+    inputs = (recipe.model, *(() if data.name else (data.train, data.validation, data.test)))
+    check_output(recipe.output_dir, recipe.overwrite, keep=inputs)
+    if recipe.hub.push_to_hub is not None:
+        check_publish(recipe.hub)  # before hours of work
+    set_seed(recipe.seed)
+
+    original, processor = _load(recipe)
+    original.to(state.device)
+    # an unknown architecture is refused before the data are read
+    adapter_for(original, ChainAdapter if recipe.merge else LayerAdapter)
+    if recipe.with_code:
+        check_shipping(original.config)
+    inputs = RunData(recipe, processor, original)
+    files = [_stamp(path) for path in (recipe.model, data.train, data.validation, data.test)]
+    # one fused model serves every way to heal it; what is fused further depends on how it was healed before
+    other = ("overwrite", "output_dir", "with_code", "hub", *(("heal",) if recipe.heal.schedule == "one-shot" else ()))
+    work = unfinished(recipe.output_dir, [files, identity_of(recipe, *other)])
+    fused, plan, results = fuse_and_heal(recipe, original, inputs, work)
+    if recipe.heal.steps > 0:
+        round_to(fused, inputs.dtype)
+        results["healed"] = inputs.measure(fused, original, "the healed model")
+    results |= {"metrics_on": inputs.reported, "recipe": dataclasses.asdict(recipe), "command": command}
+    results |= {"environment": _environment()}
+
+    if state.is_main_process:
+        _save(recipe, fused, processor, inputs.dtype, plan, results, command)
+        shutil.rmtree(work, ignore_errors=True)
+        print(text_table(rows(results)))
+        print(f"\nWritten to {recipe.output_dir}")
+        if recipe.hub.push_to_hub is not None:
+            print(f"Published: {_publish(recipe)}")
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return results
+
+
+def _publish(recipe: Recipe) -> str:
+    try:
+        return publish(Path(recipe.output_dir), recipe.hub, f"{Path(recipe.model).name}, made smaller")
+    except PublishError as error:
+        words = ["hf", "upload", recipe.hub.push_to_hub, recipe.output_dir, "."]
+        words += ["--private"] * recipe.hub.private  # which makes one that is not there yet
+        words += [] if recipe.hub.revision is None else ["--revision", recipe.hub.revision]
+        command = shlex.join(words)
+        raise PublishError(
+            f"{error} The result is complete in {recipe.output_dir}; `{command}` publishes it."
+        ) from error
+
+
+def _stamp(path: str | None) -> list[int] | None:
+    """Number, size and date of the files that a path names, which change when they do; None is no path."""
+    if path is None or not Path(path).exists():
+        return None
+    stats = [file.stat() for file in (Path(path), *Path(path).rglob("*")) if file.is_file()]
+    return [len(stats), sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
+
+
+def _load(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
+    say(f"loading {recipe.model}")
+    trust = {"trust_remote_code": True} if recipe.trust_remote_code else {}
+    auto_class = AutoImageProcessor if recipe.task == "image-classification" else AutoTokenizer
+    model = load_checkpoint(recipe.model, auto_class=auto_class_of(recipe), dtype=torch.float32, **trust)
+    try:
+        processor = auto_class.from_pretrained(recipe.model, **trust)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{recipe.model!r} has no tokenizer or image processor: save the one it was trained with beside it."
+        ) from error
+    if auto_class is AutoTokenizer:
+        if len(processor) < model.config.vocab_size // 2:  # from a config alone, transformers makes up an empty one
+            raise CheckpointError(
+                f"{recipe.model!r} has no tokenizer: {len(processor)} tokens for a vocabulary of "
+                f"{model.config.vocab_size}. Save the one it was trained with beside it."
+            )
+        if processor.pad_token is None:
+            processor.pad_token = processor.eos_token  # GPT-2 has none; the attention mask hides it
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = processor.pad_token_id
+    return model, processor
+
+
+def _environment() -> dict[str, str]:
+    state = process_state()
+    return {
+        "hf_layerfuse": version("hf-layerfuse"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "datasets": datasets.__version__,
+        "device": device_name(state.device),
+        "threads": str(torch.get_num_threads()),
+        "processes": str(state.num_processes),
+    }
+
+
+def _save(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    processor: Any,
+    dtype: torch.dtype,
+    plan: Plan,
+    results: dict[str, Any],
+    command: str,
+) -> None:
+    with new_directory(recipe.output_dir, overwrite=recipe.overwrite) as path:
+        save_weights(model, dtype, path, with_code=recipe.with_code)
+        processor.save_pretrained(path)
+        (path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+        pictures = draw(plan, results, path)
+        (path / MARK).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        card = model_card(recipe, plan, results, command, pictures=pictures, licence=licence_of(recipe.model))
+        card.save(path / "README.md")
+        verify(model, path)

@@ -1,0 +1,139 @@
+"""The data of a run, prepared once, and the measurements that are taken on them."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from ..data.collate import CollateText
+from ..data.prepare import calibration_batches, loader, prepare, text_of
+from ..data.splits import load_splits
+from ..evaluation import metrics as evaluate
+from ..evaluation.latency import latency_side_by_side
+from ..models.modeling import FusedMixin
+from ..models.verify import verify
+from ..recipe import Recipe
+from ..recipe.tasks import TASKS
+from ..training.distributed import process_state
+from ..training.teacher_cache import with_teacher
+
+
+class RunData:
+    """The data of a run, prepared once, and the measurements that are taken on them."""
+
+    def __init__(self, recipe: Recipe, processor: Any, model: PreTrainedModel) -> None:
+        say("reading the data")
+        self.recipe, self.processor = recipe, processor
+        # the result is saved in the data type of the original's file, whatever it was computed in
+        self.dtype = _file_dtype(recipe)
+        label2id = model.config.label2id if TASKS[recipe.task].labels else None
+        self.splits = load_splits(recipe.data, recipe.task, recipe.seed, label2id=label2id)
+        self.reported = "test" if "test" in self.splits else "validation"
+        self.train = self._prepare("train", training=True)
+        self._report_batches: Any = None
+
+    def _prepare(self, split: str, *, training: bool = False) -> Any:
+        return prepare(self.splits[split], self.processor, self.recipe.data, self.recipe.task, training=training)
+
+    def _batches(self, split: str) -> Any:
+        size, task = self.recipe.evaluate.batch_size, self.recipe.task
+        return loader(self._prepare(split), self.processor, size, shuffle=False, seed=0, task=task)
+
+    def calibration(self) -> list[Any]:
+        recipe = self.recipe
+        size = recipe.evaluate.batch_size
+        return calibration_batches(
+            self.train, self.processor, recipe.data, recipe.task, batch_size=size, seed=recipe.seed
+        )
+
+    def train_loader(self, teacher: PreTrainedModel, seed: int) -> Any:
+        """Batches to train on, in an order that depends on the seed; with the teacher's answers, if they are kept."""
+        recipe, rows, top_k = self.recipe, self.train, self.recipe.heal.teacher_top_k
+        if top_k is not None:
+            top_k = min(top_k, teacher.config.vocab_size if recipe.task == "causal-lm" else teacher.config.num_labels)
+            collate = CollateText(self.processor)
+            settings = {"temperature": recipe.heal.temperature, "batch_size": recipe.evaluate.batch_size}
+            with process_state().main_process_first():
+                rows = with_teacher(rows, teacher, collate, top_k=top_k, **settings)
+        options = {"seed": seed, "task": recipe.task, "augment": recipe.data.augment, "top_k": top_k}
+        return loader(rows, self.processor, recipe.heal.batch_size, shuffle=True, **options)
+
+    def validation_batches(self) -> Any:
+        return self._batches("validation")
+
+    def measure(self, model: PreTrainedModel, original: PreTrainedModel, name: str) -> dict[str, Any] | None:
+        """Size, speed and quality of a model whose weights are rounded already; on the main process alone."""
+        state = process_state()
+        figures = None
+        if state.is_main_process:
+            say(f"measuring {name}")
+            with tempfile.TemporaryDirectory(prefix="layerfuse-") as directory:
+                save_weights(model, self.dtype, Path(directory))
+                if model is not original:
+                    verify(model, Path(directory))
+                figures = {**evaluate.parameter_counts(model), "bytes": evaluate.bytes_on_disk(directory)}
+            figures |= self._latency(model, original) | {"metrics": self._metrics(model, original)}
+        state.wait_for_everyone()
+        return figures
+
+    def _latency(self, model: PreTrainedModel, original: PreTrainedModel) -> dict[str, Any]:
+        settings = self.recipe.evaluate
+        if not settings.latency:
+            return {"latency_ms": None}
+        # side by side with the original, so that a busy machine does not look like a slower model
+        timed = latency_side_by_side(
+            {"original": original, "model": model},
+            sequence_length=self.recipe.data.max_length,
+            repeats=settings.latency_repeats,
+        )
+        return {
+            "latency_ms": {str(batch): figures["median_ms"] for batch, figures in timed["model"].items()},
+            "latency": {
+                str(batch): {**figures, "speedup": timed["original"][batch]["median_ms"] / figures["median_ms"]}
+                for batch, figures in timed["model"].items()
+            },
+        }
+
+    def _metrics(self, model: PreTrainedModel, original: PreTrainedModel) -> dict[str, Any]:
+        data, settings = self.recipe.data, self.recipe.evaluate
+        if self.recipe.task == "causal-lm":
+            return evaluate.perplexity(
+                model,
+                self.processor,
+                text_of(self.splits[self.reported], data),
+                max_length=data.max_length,
+                stride=settings.stride,
+                batch_size=settings.batch_size,
+                max_windows=data.max_test_samples,
+            )
+        if self._report_batches is None:
+            self._report_batches = self._batches(self.reported)
+        if self.recipe.task == "feature-extraction":
+            return evaluate.embedding_fidelity(model, original, self._report_batches)
+        return evaluate.classification(model, self._report_batches)
+
+
+def _file_dtype(recipe: Recipe) -> torch.dtype:
+    trust = {"trust_remote_code": True} if recipe.trust_remote_code else {}
+    dtype = transformers.AutoConfig.from_pretrained(recipe.model, **trust).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def save_weights(model: PreTrainedModel, dtype: torch.dtype, path: Path, *, with_code: bool = False) -> None:
+    """Save a model in a data type, which may be another than it is in; one of a fused class `with_code`, if asked."""
+    if model.dtype != dtype:
+        model = copy.deepcopy(model).to(dtype)
+    model.save_pretrained(path, **({"with_code": True} if with_code and isinstance(model, FusedMixin) else {}))
+
+
+def say(message: str) -> None:
+    """One line on standard error, from the main process."""
+    if process_state().is_main_process:
+        print(f"[layerfuse] {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,186 @@
+"""The state of a training in files: each checkpoint is there whole or not at all, and names the run that it is of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..errors import CheckpointError, LayerFuseError
+
+
+@dataclass
+class Progress:
+    """How far a training has come.
+
+    Attributes:
+        step: optimiser steps taken.
+        epoch: of the training batches.
+        batch: batches of that epoch that were used.
+        train_loss: (step, loss) of every step.
+        validation_loss: (step, loss) of every validation.
+        seconds: of all sittings.
+        homotopy: (step, a of each activation that is on its way to a line, by its path) of every validation.
+        counts_from: the step from which on the weights may be the result.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    train_loss: list[tuple[int, float]] = field(default_factory=list)
+    validation_loss: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    homotopy: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    counts_from: int = 0
+
+    @property
+    def best_step(self) -> int:
+        """Where the validation loss was least, the first of equal ones; without one that counts, the last step."""
+        rows = [row for row in self.validation_loss if row[0] >= self.counts_from]
+        return min(rows, key=lambda row: row[1])[0] if rows else self.step
+
+
+class Checkpoints:
+    """The checkpoints of one run in a folder: the latest one, and that of the least validation loss.
+
+    Weights, optimiser, scheduler and random states are written as Accelerate does (sharded where the run is), beside
+    them a `Progress` as JSON. A checkpoint is written under another name and then renamed, so that a process that dies
+    meanwhile leaves the one before it.
+
+    Args:
+        directory: of this run; made if it is missing.
+        accelerator: what the model, the optimiser and the scheduler were prepared with.
+        run: what makes a run what it is, by dotted name, as JSON types. Checkpoints of another one are refused.
+
+    Raises:
+        CheckpointError: the folder has checkpoints of another run, or things that are none.
+    """
+
+    def __init__(self, directory: Path, accelerator: Accelerator, run: Mapping[str, Any]) -> None:
+        self.directory, self.accelerator = Path(directory), accelerator
+        run = json.loads(json.dumps(run))
+        if accelerator.is_main_process:
+            try:
+                self._claim(run)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.directory} cannot hold checkpoints: {error}. Make room, or give another folder."
+                ) from error
+        accelerator.wait_for_everyone()
+        self._hook = accelerator.register_save_state_pre_hook(_without_copies)
+
+    def close(self) -> None:
+        """Leave the accelerator as it was."""
+        self._hook.remove()
+
+    def _claim(self, run: dict[str, Any]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / "run.json"
+        if path.is_file():
+            known = _read(path)
+            changed = [name for name in {**known, **run} if known.get(name) != run.get(name)]
+            if changed:
+                what = ", ".join(f"{name} was {known.get(name)!r} and is {run.get(name)!r}" for name in sorted(changed))
+                raise CheckpointError(
+                    f"{self.directory} has checkpoints of another run: {what[:600]}. Give the same settings to go on "
+                    "with it, or another folder, or delete this one, to start afresh."
+                )
+        elif any(file.suffix != ".tmp" for file in self.directory.iterdir()):  # that of a write that was cut short
+            raise CheckpointError(f"{self.directory} is not empty and holds no checkpoints: give another folder.")
+        else:
+            _write(path, run)
+        for stale in self.directory.glob("*.partial"):
+            shutil.rmtree(stale)
+
+    def _steps(self) -> list[int]:
+        return sorted(int(path.name.removeprefix("step-")) for path in self.directory.glob("step-*[0-9]"))
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}"
+
+    def resume(self) -> Progress:
+        """Load the latest checkpoint, if there is one."""
+        steps = self._steps()
+        return self.load(steps[-1]) if steps else Progress()
+
+    def load(self, step: int) -> Progress:
+        """Load the checkpoint of a step.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        path = self._path(step)
+        try:
+            tree = _read(path / "progress.json")
+            self.accelerator.load_state(str(path))
+            progress = Progress(**tree)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # what damaged files raise is of a dozen kinds
+            others = [self._path(other).name for other in self._steps() if other != step]
+            instead = f"it to go on from {others[-1]}, or " if others else ""
+            what = f"{type(error).__name__}: {str(error)[:300]}"
+            raise CheckpointError(
+                f"the checkpoint {path} cannot be read: {what}. Delete {instead}the whole folder to start afresh."
+            ) from error
+        for name in ("train_loss", "validation_loss", "homotopy"):
+            setattr(progress, name, [tuple(row) for row in getattr(progress, name)])
+        return progress
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint, then remove those that are neither the latest nor the best.
+
+        Raises:
+            LayerFuseError: it cannot be written; the one before it is kept.
+        """
+        path = self._path(progress.step)
+        partial = path.with_suffix(".partial")
+        accelerator = self.accelerator
+        try:
+            accelerator.save_state(str(partial))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                _write(partial / "progress.json", asdict(progress))
+                if path.is_dir():  # of a run that went on from an earlier checkpoint
+                    shutil.rmtree(path)
+                partial.rename(path)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's file errors are RuntimeErrors
+            shutil.rmtree(partial, ignore_errors=True)
+            raise LayerFuseError(
+                f"cannot write a checkpoint to {path}: {str(error)[:300]}. Make room, or give another folder; the "
+                "checkpoint before it is whole, and the same command goes on from there."
+            ) from error
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            for step in self._steps():
+                if step not in (progress.step, progress.best_step):
+                    shutil.rmtree(self._path(step))
+
+
+def _without_copies(models: list[Any], weights: list[dict[str, Tensor]], folder: str) -> None:
+    """Write a shared tensor once. Accelerate does so too, but warns of it every time."""
+    for state in weights:
+        seen: set[tuple[Any, ...]] = set()
+        for name, tensor in list(state.items()):
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if tensor.numel() and place in seen:
+                del state[name]
+            seen.add(place)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, tree: Mapping[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(tree) + "\n", encoding="utf-8")
+    temporary.replace(path)

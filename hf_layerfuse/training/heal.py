@@ -1,0 +1,273 @@
+"""Retrain a fused model on Accelerate, with the original model as teacher."""
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from ..errors import LayerFuseError, RecipeError
+from ..evaluation.eval_mode import dropout_of
+from ..evaluation.fingerprint import fingerprint
+from ..plan.match import Match
+from ..recipe import HealRecipe
+from .accelerator import accelerator_of, finish_trackers, one_training
+from .homotopy import Pull
+from .loop import Loop
+from .lora import low_rank
+from .mixture import Mixture
+from .objective import Batch
+from .sharding import whole_again
+
+_OWN_PARAMETERS = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+"""Where the launcher splits the student's parameters, or takes the optimiser's steps, by itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HealReport:
+    """What happened while healing; `dataclasses.asdict` of it is JSON.
+
+    Attributes:
+        steps: optimiser steps taken, fewer than asked for where `patience` ended the training.
+        best_step: the step whose weights the student has now: that of the least validation loss, else the last.
+        train_loss: (step, loss) of every step, before its update, averaged over the targets of all processes and
+            accumulated batches.
+        validation_loss: (step, loss) before the first step, every `eval_every` steps and at the end.
+        homotopy: (step, a of each activation that is on its way to a line, by its path) of every validation.
+        seconds: wall-clock time, validation included; of all sittings, where it was interrupted.
+        mixed_precision: `no`, `bf16` or `fp16`, as resolved.
+        num_processes: how many trained together.
+        distributed_type: as Accelerate names it, such as `NO` or `MULTI_GPU`.
+    """
+
+    steps: int
+    best_step: int
+    train_loss: list[tuple[int, float]] = dataclasses.field(repr=False)  # long
+    validation_loss: list[tuple[int, float]]
+    homotopy: list[tuple[int, dict[str, float]]] = dataclasses.field(repr=False)
+    seconds: float
+    mixed_precision: str
+    num_processes: int
+    distributed_type: str
+
+
+def heal(
+    student: PreTrainedModel,
+    train_batches: DataLoader,
+    recipe: HealRecipe,
+    *,
+    teacher: PreTrainedModel | None = None,
+    matches: Sequence[Match] = (),
+    frozen: Collection[str] = (),
+    mixed: Mapping[str, Sequence[Tensor]] | None = None,
+    validation_batches: Iterable[Batch] | None = None,
+    threshold: float | None = None,
+    seed: int = 0,
+    accelerator: Accelerator | None = None,
+    checkpoints: Path | str | None = None,
+) -> HealReport:
+    """Train `student` in place for `recipe.steps` optimiser steps, and leave it with the weights that validated best.
+
+    The loss is `ce_weight` x cross-entropy, the model's own loss from `labels`, + `kl_weight` x distillation. Batches
+    without labels have no cross-entropy. Distillation is T^2 x KL(teacher || student) on `logits` (Hinton et al. 2015,
+    https://arxiv.org/abs/1503.02531): per row, or per position that predicts a next token. Models without logits
+    learn the teacher's last hidden states instead, by the mean squared error over unmasked tokens. `hidden_weight` and
+    `attention_weight` add the relative squared errors of inner states, over unmasked tokens.
+
+    Under `accelerate launch` each process reads its share of the batches, so a step sees batch x processes x
+    accumulation rows. Each target counts alike in a step, whichever of these batches it is in: for texts of different
+    lengths, too, several processes or accumulated batches are one large batch.
+
+    With `checkpoints`, the state is written at every validation, and a call with the same arguments goes on from
+    there: on one CPU process, a run that was killed at any moment and started again ends with the same weights, to the
+    bit, as one that was not.
+
+    Args:
+        student: the model to train, in float32 or bfloat16; it ends in eval mode, on the device of the accelerator.
+        train_batches: read again and again; the order of an epoch depends on `seed` and the epoch alone, or on what
+            its sampler makes of `set_epoch`, such as `ByLength`. `heal` keeps its batch size.
+        recipe: all settings of the training.
+        teacher: model with the same outputs; moved to the device, otherwise left as it is.
+        matches: whose outputs `hidden_weight` and `attention_weight` compare: `layer_map(student, teacher, plan)`.
+        frozen: names of parameters that stay as they are, such as `fused_parameters(student, plan)`.
+        mixed: weights that parameters are mixed from while training, `mixed_weights(student, teacher, plan)`; see
+            `Mixture`.
+        validation_batches: batches (the same ones every time) whose loss is reported, and decides which weights are
+            kept: cross-entropy, or distillation where there are no labels.
+        threshold: of `Blend` edits that `straighten` is to end with this threshold: weights with an a below 1 -
+            threshold are none that may be kept as the best.
+        seed: of the order of batches, and of dropout, different in each process and step.
+        accelerator: one that is set up already; its mixed precision, compilation and trackers hold then. Its
+            accumulation and the seed of its samplers are set here.
+        checkpoints: folder for the state of this run, kept at the end; by default a temporary one, which keeps the best
+            weights.
+
+    Returns:
+        Losses by step, the step whose weights were kept, and how it was trained.
+
+    Raises:
+        RecipeError: the recipe asks for distillation without a teacher, or of layers without `matches`, for a tracker
+            that is not installed, for gradient checkpointing of a model that has none, or for straightening of one
+            without `Blend`; or `mixed` weights are trained under FSDP or DeepSpeed.
+        DataError: there are no batches, or no loss can be taken from them.
+        CheckpointError: `checkpoints` are those of another run, or damaged.
+        TrainingError: a loss or a gradient is not finite, or the loss explodes; the checkpoint before that is kept.
+        LayerFuseError: the student is in float16, its outputs do not fit the teacher's, or a checkpoint cannot be
+            written; the one before it is kept.
+    """
+    _check(student, recipe, teacher, matches)
+    if not any(p.requires_grad for name, p in student.named_parameters() if name not in frozen):
+        raise RecipeError("every parameter is frozen, so there is nothing to train: freeze fewer of them.")
+    own = accelerator is None
+    accelerator = accelerator or accelerator_of(student, recipe)
+    if mixed and accelerator.distributed_type in _OWN_PARAMETERS:
+        raise RecipeError(
+            f"heal.mix trains the weights that the student's are drawn from, and {accelerator.distributed_type.value} "
+            "trains the student's alone: launch with recipes/accelerate/multi-gpu.yaml, or set heal.mix to false."
+        )
+    run = {}
+    if checkpoints is not None and accelerator.is_main_process:  # which alone compares
+        run = _identity(student, train_batches, recipe, teacher, frozen, seed, accelerator.num_processes)
+        run["threshold"] = threshold
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(one_training(accelerator, recipe, seed))
+        stack.enter_context(dropout_of(student, recipe.dropout))
+        stack.enter_context(low_rank(student, recipe.lora_rank))
+        stack.enter_context(_training(student, recipe, teacher, frozen))
+        stack.enter_context(whole_again(student, accelerator.distributed_type == DistributedType.FSDP))
+        folder = checkpoints
+        if folder is None and validation_batches is not None:
+            folder = stack.enter_context(_temporary_folder(accelerator))
+        mixture = Mixture(student, mixed) if mixed else None
+        if mixture is not None:
+            stack.callback(mixture.settle)  # also where an error ends the training in the middle of a step
+        rest = validation_batches, threshold, seed, accelerator
+        loop = Loop(student, train_batches, recipe, teacher, matches, mixture, *rest)
+        if folder is not None:
+            loop.resume(Path(folder), run)
+            stack.callback(loop.checkpoints.close)
+        if own and recipe.log_with:
+            accelerator.init_trackers("hf_layerfuse", config=dataclasses.asdict(recipe))
+            stack.callback(finish_trackers, accelerator)
+        progress = loop.run()
+    return HealReport(
+        steps=progress.step,
+        best_step=progress.best_step,
+        train_loss=progress.train_loss,
+        validation_loss=progress.validation_loss,
+        homotopy=progress.homotopy,
+        seconds=progress.seconds,
+        mixed_precision=accelerator.mixed_precision,
+        num_processes=accelerator.num_processes,
+        distributed_type=accelerator.distributed_type.value,
+    )
+
+
+def _identity(
+    student: PreTrainedModel,
+    train_batches: DataLoader,
+    recipe: HealRecipe,
+    teacher: PreTrainedModel | None,
+    frozen: Collection[str],
+    seed: int,
+    processes: int,
+) -> dict[str, Any]:
+    """What makes a training what it is: checkpoints of another one are not gone on with."""
+    run = {f"heal.{name}": value for name, value in dataclasses.asdict(recipe).items()}
+    run |= {f"config.{name}": value for name, value in student.config.to_dict().items()}
+    size = len(train_batches) if hasattr(train_batches.dataset, "__len__") else None
+    return run | {
+        "seed": seed,
+        "number of processes": processes,
+        "weights at the start": fingerprint(student),
+        "weights of the teacher": fingerprint(teacher) if teacher is not None and recipe.needs_teacher else None,
+        "frozen parameters": sorted(frozen),
+        "batches of an epoch": size,
+        "batch size": train_batches.batch_size,
+    }
+
+
+@contextlib.contextmanager
+def _training(
+    student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedModel | None, frozen: Collection[str]
+) -> Iterator[None]:
+    """What training changes in the models, and is put back at its end."""
+    trained = [name for name in frozen if student.get_parameter(name).requires_grad]
+    forward, caches = vars(student).get("forward"), getattr(student.config, "use_cache", None)
+    recomputes = any(getattr(module, "gradient_checkpointing", False) for module in student.modules())
+    teacher_modes = [] if teacher is None else [(module, module.training) for module in teacher.modules()]
+    try:
+        for name in frozen:
+            student.get_parameter(name).requires_grad_(False)
+        if caches:
+            student.config.use_cache = False  # nothing is generated here
+        if recipe.gradient_checkpointing:
+            _recompute(student, True)
+        yield
+    finally:
+        if recipe.gradient_checkpointing and not recomputes:
+            _recompute(student, False)
+        if caches:
+            student.config.use_cache = caches
+        # Accelerate wraps `forward` for mixed precision; its `unwrap_model` would strip the decorators of transformers
+        # as well, so the class's own `forward` is brought back here.
+        for name in ("forward", "_original_forward"):
+            vars(student).pop(name, None)
+        if forward is not None:
+            student.forward = forward
+        student.eval()
+        for name in trained:
+            student.get_parameter(name).requires_grad_(True)
+        for module, training in teacher_modes:
+            module.training = training
+
+
+def _recompute(model: PreTrainedModel, on: bool) -> None:
+    """Gradient checkpointing, which transformers 5.2x renames."""
+    word = "enable" if on else "disable"
+    method = getattr(model, f"activation_checkpointing_{word}", None) or getattr(
+        model, f"gradient_checkpointing_{word}"
+    )
+    method(*([{"use_reentrant": False}] if on else []))
+
+
+@contextlib.contextmanager
+def _temporary_folder(accelerator: Accelerator) -> Iterator[str]:
+    """One empty folder for all processes, on the disk of the main one."""
+    with tempfile.TemporaryDirectory(prefix="layerfuse-") as own:
+        yield broadcast_object_list([own])[0]
+        accelerator.wait_for_everyone()
+
+
+def _check(
+    student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedModel | None, matches: Sequence[Match]
+) -> None:
+    for field, needed in (("kl_weight", None), ("hidden_weight", "hidden"), ("attention_weight", "attention")):
+        weight = getattr(recipe, field)
+        if weight > 0 and teacher is None:
+            raise RecipeError(f"heal.{field}={weight} needs a teacher: pass teacher=, or set heal.{field} to 0.")
+        if weight > 0 and needed and not any(match.kind == needed for match in matches):
+            raise RecipeError(
+                f"heal.{field}={weight} needs to know which layers answer to each other: pass "
+                f"matches=layer_map(student, teacher, plan), or set heal.{field} to 0."
+            )
+    if recipe.straighten and not Pull(student, 0.0).activations:
+        raise RecipeError(
+            f"heal.straighten={recipe.straighten} pulls activations to lines, and {type(student).__name__} has none on "
+            "the way: apply Blend edits first, or leave it out."
+        )
+    if recipe.gradient_checkpointing and not student.supports_gradient_checkpointing:
+        raise RecipeError(f"{type(student).__name__} has no gradient checkpointing: set it to false.")
+    if any(parameter.dtype == torch.float16 for parameter in student.parameters()):
+        raise LayerFuseError(
+            "the student is in float16, whose small updates round to zero: load it with dtype=torch.float32; "
+            "heal.mixed_precision decides what it computes in."
+        )

@@ -1,0 +1,170 @@
+"""What healing minimises: cross-entropy with the labels, and distance from the teacher."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..data.collate import TEACHER_IDS, TEACHER_LOGPROBS
+from ..errors import DataError, LayerFuseError
+from ..evaluation.divergence import prediction
+from ..evaluation.dummy_inputs import predicts_next_token
+from ..math.losses import distillation_loss, relative_mse, top_k_loss
+from ..plan.match import Match
+from ..recipe import HealRecipe
+
+Batch = Mapping[str, Tensor]
+
+
+class Objective:
+    """The loss of a batch, for training and for validation.
+
+    Args:
+        recipe: the weights of its parts.
+        student: the model, not wrapped by anything.
+        teacher: None where no part asks for one.
+        matches: what `hidden_weight` and `attention_weight` compare.
+
+    Attributes:
+        reads_outputs: a part of the loss depends on the outputs; otherwise nothing depends on the head.
+    """
+
+    def __init__(
+        self,
+        recipe: HealRecipe,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        matches: Sequence[Match] = (),
+    ) -> None:
+        self.recipe = recipe
+        self.causal = predicts_next_token(student)
+        self.teacher = teacher if recipe.needs_teacher else None
+        self.reads_outputs = recipe.ce_weight > 0 or recipe.kl_weight > 0
+        weights = {"hidden": recipe.hidden_weight, "attention": recipe.attention_weight}
+        self.matches = [match for match in matches if weights[match.kind] > 0]
+        self._weight = {
+            kind: weight / max(1, sum(match.kind == kind for match in matches)) for kind, weight in weights.items()
+        }
+        self._ours = [student.get_submodule(match.student) for match in self.matches]
+        self._theirs = [teacher.get_submodule(match.teacher) for match in self.matches]
+
+    def train(self, model: nn.Module, batch: Batch) -> Tensor:
+        answers, batch = _stored(batch)
+        if not self.count(batch):  # no loss can be taken, and all parameters need a gradient all the same
+            return 0.0 * prediction(model(**_without_labels(batch))).float().sum()
+        labelled = self.recipe.ce_weight > 0 and "labels" in batch
+        if not labelled and self.teacher is None:
+            raise DataError(
+                f"nothing to learn from batches of {', '.join(batch)} with ce_weight={self.recipe.ce_weight} and no "
+                "teacher: give labels, or a teacher and heal.kl_weight, heal.hidden_weight or heal.attention_weight."
+            )
+        with _outputs_of(self._ours) as ours:
+            outputs = model(**(batch if labelled else _without_labels(batch)))
+        losses = []
+        if not self.reads_outputs:  # data parallelism wants a gradient of all that a model gives
+            losses.append(0.0 * prediction(outputs).float().sum())
+        if labelled:
+            losses.append(self.recipe.ce_weight * outputs.loss)
+        if self.teacher is not None and answers and self.recipe.kl_weight > 0:
+            losses.append(self.recipe.kl_weight * self._recall(outputs, answers, batch))
+        if self.teacher is not None and (self.matches or not answers):
+            targets, theirs = self._taught(batch)
+            if self.recipe.kl_weight > 0 and not answers:
+                losses.append(self.recipe.kl_weight * self._distil(outputs, targets, batch))
+            mask = self._tokens(batch)
+            for match, *pair in zip(self.matches, ours, theirs, strict=True):
+                rows = [states[mask] if mask is not None else states for states in pair]
+                losses.append(self._weight[match.kind] * relative_mse(*rows))
+        return sum(losses)
+
+    def validate(self, model: nn.Module, batch: Batch) -> Tensor:
+        if "labels" in batch:
+            return model(**batch).loss
+        if self.teacher is None:
+            raise DataError("the validation batches have no labels and there is no teacher: give labels, or a teacher.")
+        targets, _ = self._taught(batch)
+        return self._distil(model(**batch), targets, batch)
+
+    def _taught(self, batch: Batch) -> tuple[ModelOutput, list[Tensor]]:
+        """The teacher's outputs, and those of its modules that are compared."""
+        with torch.inference_mode(), _outputs_of(self._theirs) as seen:
+            return self.teacher(**_without_labels(batch)), seen
+
+    def _distil(self, outputs: ModelOutput, targets: ModelOutput, batch: Batch) -> Tensor:
+        name = "logits" if "logits" in outputs else "last_hidden_state"
+        ours, theirs = outputs[name], targets[name]
+        if ours.shape != theirs.shape:
+            raise LayerFuseError(
+                f"{name} has shape {tuple(ours.shape)} in the student and {tuple(theirs.shape)} in the teacher: "
+                "take the model that the student was made from as teacher."
+            )
+        if name == "last_hidden_state":
+            mask = batch["attention_mask"].bool() if "attention_mask" in batch else ...
+            return (ours[mask].float() - theirs[mask].float()).square().mean()
+        rows = self._rows(batch) if ours.dim() == 3 else None
+        return distillation_loss(ours, theirs, self.recipe.temperature, rows)
+
+    def _recall(self, outputs: ModelOutput, answers: Batch, batch: Batch) -> Tensor:
+        """Distillation from what the teacher said before."""
+        parts = [outputs["logits"], answers[TEACHER_IDS], answers[TEACHER_LOGPROBS]]
+        rows = self._rows(batch) if parts[0].dim() == 3 else slice(None)
+        ours, ids, logprobs = (part.reshape(-1, part.shape[-1])[rows] for part in parts)
+        return top_k_loss(ours, ids, logprobs, self.recipe.temperature)
+
+    def count(self, batch: Batch) -> int:
+        """How many targets a batch holds, which weigh its loss among those of other batches."""
+        if "labels" in batch and batch["labels"].dim() != 2:
+            return len(batch["labels"])
+        return int(self._positions(batch).sum()) if "input_ids" in batch else len(next(iter(batch.values())))
+
+    def _positions(self, batch: Batch) -> Tensor:
+        """Which positions predict something that counts: (batch, tokens), one less for causal models."""
+        if "labels" in batch:
+            counts = batch["labels"] != -100
+        elif "attention_mask" in batch:
+            counts = batch["attention_mask"].bool()
+        else:
+            counts = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+        return counts[:, 1:] if self.causal else counts
+
+    def _rows(self, batch: Batch) -> Tensor:
+        """Numbers of these positions among all tokens of a batch; the last one predicts nothing in causal models."""
+        return pad(self._positions(batch), (0, int(self.causal))).flatten().nonzero().squeeze(1)
+
+    def _tokens(self, batch: Batch) -> Tensor | None:
+        """Which tokens are no padding, (rows, tokens); None is all of them."""
+        mask = batch.get("attention_mask")
+        return None if mask is None else mask.reshape(-1, mask.shape[-1]).bool()
+
+
+@contextmanager
+def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """What modules return inside the `with` block, in their order; a tuple's first element."""
+    found: list[Tensor] = [torch.empty(0)] * len(modules)
+
+    def keep(place: int, output: Tensor | tuple) -> None:
+        found[place] = output[0] if isinstance(output, tuple) else output
+
+    handles = [
+        module.register_forward_hook(lambda module, args, output, place=place: keep(place, output))
+        for place, module in enumerate(modules)
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stored(batch: Batch) -> tuple[Batch, Batch]:
+    """A batch in two: the teacher's answers, if they are in it, and the rest."""
+    answers = {name: batch[name] for name in (TEACHER_IDS, TEACHER_LOGPROBS) if name in batch}
+    return answers, {name: value for name, value in batch.items() if name not in answers}
+
+
+def _without_labels(batch: Batch) -> Batch:
+    return {name: value for name, value in batch.items() if name != "labels"}

@@ -1,0 +1,94 @@
+"""Fuse a step, heal, fuse further: how far each round goes, and one plan for what all rounds did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from ..errors import PlanError
+from ..plan import Drop, Edit, Plan, Slot
+from ..recipe import HealRecipe
+
+
+def shares_of(recipe: HealRecipe) -> list[float]:
+    """The share of all that is to be lost that is gone after each round.
+
+    That is t / T after round t of T with schedule `uniform`, and (1 - e^(-r t / T)) / (1 - e^-r) with `exponential`,
+    which loses more early.
+
+    Args:
+        recipe: its `schedule`, `rounds` and `curriculum_rate`.
+    """
+    if recipe.schedule == "one-shot":
+        return [1.0]
+    rate = recipe.curriculum_rate
+    times = [t / recipe.rounds for t in range(1, recipe.rounds + 1)]
+    return times if recipe.schedule == "uniform" else [math.expm1(-rate * t) / math.expm1(-rate) for t in times]
+
+
+def keeps_of(blocks: int, keep: int, recipe: HealRecipe) -> list[int]:
+    """How many blocks stay distinct after each round, from many to `keep`, by `shares_of`; rounds that would lose
+    nothing are left out.
+
+    Args:
+        blocks: of the original.
+        keep: of the result.
+        recipe: its schedule.
+    """
+    found = [blocks - round((blocks - keep) * share) for share in shares_of(recipe)]
+    return [count for before, count in zip([blocks, *found], found, strict=False) if count < before]
+
+
+def steps_of(recipe: HealRecipe, rounds: int) -> list[int]:
+    """Optimiser steps of each round, which add up to `recipe.steps`; the last one has `recipe.last_round` of them.
+
+    Args:
+        recipe: how much it heals.
+        rounds: that there are: no more than it has steps, unless it has none.
+    """
+    early = rounds - 1
+    before = min(max(round((1 - recipe.last_round) * recipe.steps), early), recipe.steps) if early else 0
+    return [*((i + 1) * before // early - i * before // early for i in range(early)), recipe.steps - before]
+
+
+def compose(first: Plan, second: Plan) -> Plan:
+    """One plan for what two did in turn: its groups are those of the result, counted in layers of the original.
+
+    The second one is of the stock model that the first led to, or, where the first led to a fused model, of its
+    expansion, which has all layers again; then nothing but the second one matters. How the weights of a group became
+    one in each round is in `rounds` of the notes.
+
+    Raises:
+        PlanError: one cannot follow the other.
+    """
+    before, after = first.layout(), second.layout()
+    notes = {**second.notes, "rounds": [*first.notes.get("rounds", [first.to_dict()]), second.to_dict()]}
+    if not before.is_stock and second.num_layers == first.num_layers:
+        return replace(second, notes=notes)
+    if not (before.is_stock and after.is_stock and second.num_layers == len(before.slots)):
+        raise PlanError(
+            f"the first plan leads to {len(before.slots)} layers, the second is for {second.num_layers}: plans follow "
+            "each other where whole layers are fused in depth or dropped, or where the second is of the expanded model."
+        )
+    # what the second plan touches is told by it, what it leaves alone by the first
+    touched = {i: edit for edit in second.edits for i in edit.layers}
+    gone = {layer for i in touched for layer in before.slots[i].layers}
+    kept = [edit for edit in first.edits if not gone.intersection(edit.layers)]
+    new = [edit for i, edit in touched.items() if i == edit.layers[0]]
+    edits = (*kept, *(inner for edit in new for inner in _in_original(edit, before.slots)))
+    return replace(first, edits=edits, notes=notes)
+
+
+def _in_original(edit: Edit, slots: Sequence[Slot]) -> Iterator[Edit]:
+    """An edit of layers of the result as one of layers of the original."""
+    layers = tuple(layer for i in edit.layers for layer in slots[i].layers)
+    if isinstance(edit, Drop):
+        yield from (Drop("layer", layer) for layer in layers)
+    else:
+        grown = len(layers) > len(edit.layers)
+        # shares are of layers that are groups now
+        operator = "mean" if grown and edit.operator == "weighted" else edit.operator
+        weights = edit.weights if operator == "weighted" else None
+        keep = None if edit.keep is None else slots[edit.keep].source(None).kept
+        yield replace(edit, layers=layers, operator=operator, weights=weights, keep=keep)
