@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
@@ -11,12 +10,13 @@ from transformers import PreTrainedModel
 from .calibration.samples import read
 from .errors import RecipeError
 from .evaluation.batches import Batches
-from .methods.collapse.search import search_collapse
-from .methods.fusion.search import search
-from .methods.merge.search import search_merge
+from .methods.base import Method
+from .methods.collapse.method import COLLAPSE
+from .methods.fusion.method import FUSION
+from .methods.merge.method import MERGE
 from .models.loading import load_checkpoint
 from .models.verify import verify, warn_if_useless
-from .recipe import COLLAPSE_TARGETS, MERGE_TARGETS, TARGETS, CollapseRecipe, FusionRecipe, MergeRecipe
+from .recipe import CollapseRecipe, FusionRecipe, MergeRecipe
 
 _Recipe = TypeVar("_Recipe", FusionRecipe, CollapseRecipe, MergeRecipe)
 
@@ -54,9 +54,7 @@ def fuse(
     Examples:
         >>> small = fuse(model, keep_layers=8, batches=batches)  # doctest: +SKIP
     """
-    recipe = _asked(FusionRecipe, TARGETS, recipe, overrides)
-    sequences = None if batches is None else read(batches, model)
-    return _checked(model, search(model, recipe, sequences).model, sequences, check)
+    return _compress(FUSION, model, recipe, batches, check, overrides)
 
 
 def collapse(
@@ -91,14 +89,7 @@ def collapse(
     Examples:
         >>> small = collapse(model, count=4, batches=batches)  # doctest: +SKIP
     """
-    recipe = _asked(CollapseRecipe, COLLAPSE_TARGETS, recipe, overrides)
-    sequences = None if batches is None else read(batches, model)
-    result = search_collapse(model, recipe, sequences).model
-    if recipe.method == "homotopy":  # the original still, of which nothing is gone
-        if check:
-            verify(result)
-        return result
-    return _checked(model, result, sequences, check)
+    return _compress(COLLAPSE, model, recipe, batches, check, overrides)
 
 
 def merge(
@@ -132,35 +123,39 @@ def merge(
     Examples:
         >>> fast = merge(model, budget=0.6, batches=batches)  # doctest: +SKIP
     """
-    recipe = _asked(MergeRecipe, MERGE_TARGETS, recipe, overrides)
+    return _compress(MERGE, model, recipe, batches, check, overrides)
+
+
+def _compress(
+    method: Method[_Recipe],
+    model: PreTrainedModel,
+    recipe: _Recipe | None,
+    batches: Batches | None,
+    check: bool,
+    overrides: dict[str, Any],
+) -> PreTrainedModel:
+    """What `fuse`, `collapse` and `merge` do, each with its method."""
+    recipe = _asked(method, recipe, overrides)
     sequences = None if batches is None else read(batches, model)
-    result = search_merge(model, recipe, sequences).model
-    if recipe.method == "open":  # to be trained first
-        if check:
-            verify(result)
-        return result
-    return _checked(model, result, sequences, check)
+    result = method.search(model, recipe, sequences).model
+    if check:
+        verify(result)
+    if not method.needs_training(recipe):  # otherwise how good it is shows after the training
+        warn_if_useless(model, result, sequences)
+    return result
 
 
-def _asked(kind: type[_Recipe], targets: Sequence[str], recipe: _Recipe | None, overrides: dict[str, Any]) -> _Recipe:
+def _asked(method: Method[_Recipe], recipe: _Recipe | None, overrides: dict[str, Any]) -> _Recipe:
     """The recipe, with overrides; one of its targets replaces the one that the recipe has."""
+    kind = method.recipe_type
     if recipe is None:
         return kind(**overrides)
     if not isinstance(recipe, kind):
         raise RecipeError(f"recipe is {type(recipe).__name__}: pass a {kind.__name__}, or its fields as keywords.")
     if not overrides:
         return recipe
-    target = dict.fromkeys(targets) if overrides.keys() & set(targets) else {}
+    target = dict.fromkeys(method.targets) if overrides.keys() & set(method.targets) else {}
     return kind(**{**vars(recipe), **target, **overrides})
-
-
-def _checked(
-    model: PreTrainedModel, result: PreTrainedModel, sequences: list[Any] | None, check: bool
-) -> PreTrainedModel:
-    if check:
-        verify(result)
-    warn_if_useless(model, result, sequences)
-    return result
 
 
 class AutoFusedModel:

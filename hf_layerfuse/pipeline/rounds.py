@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,24 +12,21 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from ..methods.base import Found
-from ..methods.collapse.search import search_collapse
+from ..methods import method_of
+from ..methods.base import Method
 from ..methods.fusion.grouping import groups_of
 from ..methods.fusion.planner import plan_fusion
-from ..methods.fusion.search import search
-from ..methods.merge.search import search_merge
 from ..models.architectures import adapter_for
-from ..models.finalize import merge_convs, straighten
 from ..models.layer_map import fused_parameters, layer_map, mixed_weights
 from ..models.loading import load_checkpoint
 from ..models.modeling import expand
 from ..models.surgery.size import are_unlike
 from ..models.verify import warn_if_useless
 from ..plan import Plan
-from ..recipe import TARGETS, CollapseRecipe, FusionRecipe, HealRecipe, MergeRecipe, Recipe
+from ..recipe import TARGETS, Recipe
 from ..recipe.tasks import TASKS
 from ..training.distributed import process_state
-from ..training.heal import HealReport, heal
+from ..training.heal import heal
 from ..training.schedule import compose, keeps_of, shares_of, steps_of
 from .output import MARK, new_directory, unfinished
 from .run_data import RunData, say
@@ -40,79 +36,48 @@ def fuse_and_heal(
     recipe: Recipe, original: PreTrainedModel, inputs: RunData, work: Path
 ) -> tuple[PreTrainedModel, Plan, dict[str, Any]]:
     """All rounds of fusing and healing: the model, one plan for all of them, and what was measured."""
+    method = method_of(recipe)
+    finish = method.finish(recipe.method)
     rounds = rounds_of(recipe, original, inputs)
     fused, plan, results, reports = original, None, {}, []
     for number, (goal, steps) in enumerate(rounds, 1):
         source = expand(fused) if plan else original
-        target = target_of(goal, source, original)
         stage = work / f"fused-{number}"
         if not (stage / MARK).is_file():
-            method = recipe.collapse or recipe.merge or dataclasses.replace(recipe.fusion, **target)
-            _compress(method, source, original, inputs, stage)
+            asked = dataclasses.replace(recipe.method, **target_of(goal, source, original))
+            _compress(method, asked, source, original, inputs, stage)
         fused = load_checkpoint(stage, auto_class=auto_class_of(recipe), dtype=torch.float32).to(original.device)
         fused.config.name_or_path = fused.name_or_path = original.name_or_path
         step = Plan.load(stage / "plan.json")
         plan = compose(plan, step) if plan else step
         results |= json.loads((stage / MARK).read_text(encoding="utf-8"))
         if steps > 0:
-            healing = dataclasses.replace(_healing(recipe), steps=steps)
+            healing = dataclasses.replace(method.healing(recipe.method, recipe.heal), steps=steps)
             seed = recipe.seed + number - 1  # no round reads what the one before it has read, as long as there is more
             mixed = mixed_weights(fused, source, step, inputs.calibration()) if healing.mix else None
-            report = _heal(recipe, healing, fused, original, plan, mixed, inputs, seed, work / f"heal-{number}")
+            say(f"healing for {steps} steps; where it is interrupted, the same command goes on")
+            report = heal(
+                fused,
+                inputs.train_loader(original, seed),
+                healing,
+                teacher=original,
+                matches=layer_map(fused, original, plan),
+                frozen=fused_parameters(fused, plan) if healing.freeze_fused else (),
+                mixed=mixed,
+                validation_batches=inputs.validation_batches(),
+                threshold=finish.threshold if finish else None,
+                seed=seed,
+                checkpoints=unfinished(work / f"heal-{number}", identity_of(healing)),
+            )
             reports.append({**goal, **dataclasses.asdict(report)})
-            if _straightens(recipe):
-                say("merging the maps whose activation has become a line")
-                asked = {name: getattr(recipe.collapse, name) for name in ("threshold", "fold")}
-                fused, straight = straighten(fused, **asked, batches=inputs.calibration())
-                plan = dataclasses.replace(straight, notes={**plan.notes, **straight.notes})
-            if recipe.merge is not None and recipe.merge.method == "open":
-                say("merging convolutions")
-                fused, closed = merge_convs(fused)
-                plan = dataclasses.replace(closed, notes=plan.notes)
+            if finish:
+                say(finish.doing)
+                fused, plan = finish.apply(fused, plan, inputs.calibration())
     if reports:
         results["heal"] = reports[-1]
     if len(reports) > 1:
         results["rounds"] = reports
     return fused, plan, results
-
-
-def _healing(recipe: Recipe) -> HealRecipe:
-    """How it heals; activations that are to become lines are pulled there, however the recipe leaves it open."""
-    homotopy = recipe.collapse is not None and recipe.collapse.method == "homotopy"
-    return dataclasses.replace(recipe.heal, straighten=recipe.heal.straighten or "auto") if homotopy else recipe.heal
-
-
-def _straightens(recipe: Recipe) -> bool:
-    """Whether maps are merged when healing has made lines of the activations between them."""
-    return recipe.collapse is not None and recipe.collapse.method == "homotopy" and recipe.collapse.merge
-
-
-def _heal(
-    recipe: Recipe,
-    healing: HealRecipe,
-    fused: PreTrainedModel,
-    original: PreTrainedModel,
-    plan: Plan,
-    mixed: dict[str, list[torch.Tensor]] | None,
-    inputs: RunData,
-    seed: int,
-    checkpoints: Path,
-) -> HealReport:
-    """Heal the model of a round, in place."""
-    say(f"healing for {healing.steps} steps; where it is interrupted, the same command goes on")
-    return heal(
-        fused,
-        inputs.train_loader(original, seed),
-        healing,
-        teacher=original,
-        matches=layer_map(fused, original, plan),
-        frozen=fused_parameters(fused, plan) if healing.freeze_fused else (),
-        mixed=mixed,
-        validation_batches=inputs.validation_batches(),
-        threshold=recipe.collapse.threshold if _straightens(recipe) else None,
-        seed=seed,
-        checkpoints=unfinished(checkpoints, identity_of(healing)),
-    )
 
 
 Goal = dict[str, Any]
@@ -122,9 +87,10 @@ are gone; nothing is what the recipe asks for."""
 
 def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> list[tuple[Goal, int]]:
     """The goal of each round, and its steps of healing."""
-    fusion, healing = recipe.fusion, recipe.heal
+    healing = recipe.heal
     if healing.schedule == "one-shot":
         return [({}, healing.steps)]
+    fusion = recipe.fusion  # no other method has rounds
     by_size = fusion.rank == "auto" or are_unlike(original)  # a number of blocks says little about it
     if fusion.ratio is not None and by_size:
         goals: list[Goal] = [{"ratio": fusion.ratio * share} for share in shares_of(healing)]
@@ -147,7 +113,8 @@ def target_of(goal: Goal, source: PreTrainedModel, original: PreTrainedModel) ->
 
 
 def _compress(
-    method: FusionRecipe | CollapseRecipe | MergeRecipe,
+    method: Method,
+    recipe: Any,
     source: PreTrainedModel,
     original: PreTrainedModel,
     inputs: RunData,
@@ -156,11 +123,10 @@ def _compress(
     """Make a model smaller, measure it, and leave it, its plan and its figures in a folder, whole or not at all."""
     state = process_state()
     batches = inputs.calibration()
-    doing, searching = _SEARCHES[type(method)]
-    say(doing)
-    found = searching(source, method, batches)
+    say(method.doing)
+    found = method.search(source, recipe, batches)
     fused = round_to(found.model, inputs.dtype)
-    if getattr(method, "method", "fitted") == "fitted":  # otherwise the result is trained first
+    if not method.needs_training(recipe):  # otherwise how good it is shows after the training
         warn_if_useless(original, fused, batches)
     results = {} if source is not original else {"before": inputs.measure(original, original, "the original")}
     results["fused"] = inputs.measure(fused, original, "the fused model")
@@ -170,13 +136,6 @@ def _compress(
             (path / "plan.json").write_text(found.plan.to_json(), encoding="utf-8")
             (path / MARK).write_text(json.dumps(results) + "\n", encoding="utf-8")
     state.wait_for_everyone()
-
-
-_SEARCHES: Mapping[type, tuple[str, Callable[[PreTrainedModel, Any, Any], Found]]] = {
-    FusionRecipe: ("fusing", search),
-    CollapseRecipe: ("collapsing", search_collapse),
-    MergeRecipe: ("merging", search_merge),
-}
 
 
 def auto_class_of(recipe: Recipe) -> Any:

@@ -72,7 +72,7 @@ class Recipe:
     hub: HubRecipe = dataclasses.field(default_factory=HubRecipe)
 
     def __post_init__(self) -> None:
-        given = [name for name in ("fusion", "collapse", "merge") if getattr(self, name) is not None]
+        given = [name for name in METHOD_TARGETS if getattr(self, name) is not None]
         require(
             len(given) == 1,
             f"a recipe has one method, and this one has {' and '.join(given) or 'none'}: give it one of the sections "
@@ -112,6 +112,11 @@ class Recipe:
             f"as in {', '.join(same)} without data.streaming, and the task is {self.task!r}: leave it out.",
         )
 
+    @property
+    def method(self) -> FusionRecipe | CollapseRecipe | MergeRecipe:
+        """The section of the method that the run has."""
+        return self.fusion or self.collapse or self.merge
+
     def _check_fusion(self) -> None:
         require(
             self.heal.schedule == "one-shot" or not self.fusion.is_timed,
@@ -147,7 +152,8 @@ SECTIONS = {
     "evaluate": EvaluateRecipe,
     "hub": HubRecipe,
 }
-_TARGETS = {"fusion": TARGETS, "collapse": COLLAPSE_TARGETS, "merge": MERGE_TARGETS}
+METHOD_TARGETS = {"fusion": TARGETS, "collapse": COLLAPSE_TARGETS, "merge": MERGE_TARGETS}
+"""Section of each method -> its fields that say how far to go, of which a recipe has one."""
 
 
 def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -180,8 +186,8 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         target = tree[section] if section else tree
         if not isinstance(target, dict):
             raise RecipeError(f"{path}: section {section!r} holds {target!r}, not fields and values.")
-        if field in _TARGETS.get(section, ()):
-            for other in _TARGETS[section]:
+        if field in METHOD_TARGETS.get(section, ()):
+            for other in METHOD_TARGETS[section]:
                 if f"{section}.{other}" not in overrides:
                     target.pop(other, None)
         target[field] = value

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ...methods import method_of
 from ...plan import CHAIN, Plan
 from ...recipe import Recipe
 from ...recipe.tasks import TASKS
@@ -19,7 +20,6 @@ from .tables import (
     limits_of,
     markdown_table,
     measured_on,
-    method_of,
     name_of,
     recipe_text,
     rows,
@@ -69,13 +69,12 @@ def model_card(
     Returns:
         The card, with the metrics of the last stage as `model-index`.
     """
-    made, _ = method_of(recipe)
     name = name_of(recipe)
     environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     data = _front(recipe, results, licence or {})
     body = "\n".join(
         [
-            f"# {name}, {made}",
+            f"# {name}, {method_of(recipe).done}",
             "",
             f"Made from `{name}` with [hf_layerfuse](https://pypi.org/project/hf-layerfuse/): "
             f"{in_short(results)}. {_size_of(plan)}",
@@ -126,7 +125,7 @@ def model_card(
 
 
 def _front(recipe: Recipe, results: Mapping[str, Any], licence: Mapping[str, str]) -> ModelCardData:
-    made, tag = method_of(recipe)
+    method = method_of(recipe)
     dataset, split = measured_on(recipe, results)
     metrics = results[stages(results)[-1]]["metrics"]
     evaluations = [
@@ -147,8 +146,8 @@ def _front(recipe: Recipe, results: Mapping[str, Any], licence: Mapping[str, str
         datasets=[recipe.data.name] if recipe.data.name else None,
         library_name="transformers",
         pipeline_tag=TASKS[recipe.task].pipeline,
-        tags=["hf-layerfuse", tag, "model-compression"],
-        model_name=f"{name_of(recipe)}, {made}",
+        tags=["hf-layerfuse", method.tag, "model-compression"],
+        model_name=f"{name_of(recipe)}, {method.done}",
         eval_results=evaluations,
         **licence,
     )

@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from ...errors import CheckpointError, PlanError
+from ...methods import method_of
 from ...plan import CHAIN, Plan
 from ...plan.edit import read_edit
 from ...recipe import Recipe, recipe_of
@@ -77,7 +78,7 @@ def page(plan: Plan, results: Mapping[str, Any], recipe: Recipe) -> str:
     environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(_TEMPLATE).render(
-        title=f"{report.name_of(recipe)}, {report.method_of(recipe)[0]}",
+        title=f"{report.name_of(recipe)}, {method_of(recipe).done}",
         summary=f"Made from {recipe.model}: {report.in_short(results)}.",
         measured_on=f"Measured on {dataset} ({split}){_how_many(results)}.",
         figures=_with_shares(report.rows(results)),

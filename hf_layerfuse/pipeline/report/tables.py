@@ -116,19 +116,6 @@ def _how(edit: Fuse) -> str:
     return how if edit.align == "none" else f"{how}, aligned by {edit.align}"
 
 
-_METHODS = {
-    "fusion": ("fused", "layer-fusion"),
-    "collapse": ("collapsed", "layer-collapse"),
-    "merge": ("merged", "layer-merge"),
-}
-"""Section of a recipe -> what its results are, and the tag of their cards."""
-
-
-def method_of(recipe: Recipe) -> tuple[str, str]:
-    """What the result of a recipe is, such as `fused`, and the tag of its cards."""
-    return next(words for method, words in _METHODS.items() if getattr(recipe, method) is not None)
-
-
 def name_of(recipe: Recipe) -> str:
     """Of the original: that on the Hub, or of its folder."""
     return Path(recipe.model).name if Path(recipe.model).exists() else recipe.model

@@ -1,0 +1,15 @@
+"""Layer Fusion, as the rest of the package sees it."""
+
+from ...recipe import TARGETS, FusionRecipe
+from ..base import Method
+from .search import search
+
+FUSION = Method(
+    name="fusion",
+    recipe_type=FusionRecipe,
+    targets=TARGETS,
+    doing="fusing",
+    done="fused",
+    tag="layer-fusion",
+    search=search,
+)

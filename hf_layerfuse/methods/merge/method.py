@@ -1,0 +1,45 @@
+"""LayerMerge, as the rest of the package sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ...models.architectures import ChainAdapter
+from ...models.finalize import merge_convs
+from ...plan import Plan
+from ...recipe import MERGE_TARGETS, MergeRecipe
+from ..base import Finish, Method
+from .search import search_merge
+
+
+def _needs_training(recipe: MergeRecipe) -> bool:
+    """Whether segments stay open, so that they are trained before they are merged."""
+    return recipe.method == "open"
+
+
+def _finish(recipe: MergeRecipe) -> Finish | None:
+    """Make one convolution of each open segment."""
+    return Finish("merging convolutions", _merge_segments) if _needs_training(recipe) else None
+
+
+def _merge_segments(model: PreTrainedModel, plan: Plan, batches: Sequence[Any]) -> tuple[PreTrainedModel, Plan]:
+    model, closed = merge_convs(model)
+    return model, replace(closed, notes=plan.notes)
+
+
+MERGE = Method(
+    name="merge",
+    recipe_type=MergeRecipe,
+    targets=MERGE_TARGETS,
+    adapter_type=ChainAdapter,
+    doing="merging",
+    done="merged",
+    tag="layer-merge",
+    search=search_merge,
+    needs_training=_needs_training,
+    finish=_finish,
+)
