@@ -12,14 +12,13 @@ A row that is in benchmarks/results/collapse.json, or collapse_heal.json, alread
 files to start afresh.
 """
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
 
-import fusion
-import heal
+import common
+import retraining
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -31,17 +30,17 @@ from hf_layerfuse.methods.base import Found
 from hf_layerfuse.models.architectures import adapter_for
 from hf_layerfuse.pipeline.report.tables import text_table
 
-RESULT, TRAINED = (fusion.RESULT.with_name(name) for name in ("collapse.json", "collapse_heal.json"))
-CHECKPOINTS = heal.CHECKPOINTS.with_name("collapse")
+RESULT, TRAINED = (common.RESULTS.joinpath(name) for name in ("collapse.json", "collapse_heal.json"))
+CHECKPOINTS = retraining.CHECKPOINTS.with_name("collapse")
 COUNTS = {"minilm-sst2": (1, 2, 3, 4), "gpt2": (1, 2, 3, 4, 6), "vit-cifar10": (1, 2, 3, 4)}
 TRAINED_COUNTS = {"minilm-sst2": (4, 3, 2, 1), "gpt2": (4, 6, 2, 1), "vit-cifar10": (2, 4)}
 """MLPs of the models that are retrained; rates are chosen at the first number."""
 
-Make = Callable[[int], heal.Made]
+Make = Callable[[int], retraining.Made]
 """From a number of MLPs that are changed to a model and its plan."""
 
 
-def vit_cifar10() -> heal.Job:
+def vit_cifar10() -> retraining.Job:
     """A ViT of 6 layers of 128 on 64 patches."""
     config = ViTConfig(
         hidden_size=128,
@@ -53,29 +52,29 @@ def vit_cifar10() -> heal.Job:
         num_labels=10,
     )
     torch.manual_seed(0)
-    model = heal.grown("vit", ViTForImageClassification(config), 5000)
+    model = retraining.grown("vit", ViTForImageClassification(config), 5000)
     recipe = HealRecipe(steps=400, batch_size=64, eval_every=100, teacher_top_k=10)
-    return heal.images("vit-cifar10", model, recipe, heal.rates(1e-4, 3e-4, 1e-3), pilot=100)
+    return retraining.images("vit-cifar10", model, recipe, retraining.rates(1e-4, 3e-4, 1e-3), pilot=100)
 
 
-def minilm_sst2() -> heal.Job:
+def minilm_sst2() -> retraining.Job:
     """With losses that hardly learn labels by heart, which the original knows: it was trained on the same sentences.
 
     They led the fitted model with four linear MLPs to a lower validation loss than the options of benchmarks/heal.py.
     """
     option = {"learning_rate": 5e-5, "dropout": 0.0, "hidden_weight": 5.0, "ce_weight": 0.3}
-    return replace(heal.minilm_sst2(), options=[option])
+    return replace(retraining.minilm_sst2(), options=[option])
 
 
-JOBS = {"minilm-sst2": minilm_sst2, "gpt2": heal.gpt2, "vit-cifar10": vit_cifar10}
+JOBS = {"minilm-sst2": minilm_sst2, "gpt2": retraining.gpt2, "vit-cifar10": vit_cifar10}
 
 
-def dropping(job: fusion.Job) -> Make:
+def dropping(job: common.Job) -> Make:
     """Leaves out MLPs."""
     depth, kind = job.model.config.num_hidden_layers, adapter_for(job.model).model_type
     judging = Sample.of(job.calibration).judging
 
-    def without(layers: list[int]) -> heal.Made:
+    def without(layers: list[int]) -> retraining.Made:
         plan = Plan(kind, depth, tuple(Drop("mlp", layer) for layer in sorted(layers)))
         return apply(job.model, plan), plan
 
@@ -94,7 +93,7 @@ class Collapsing:
         refit: as in `CollapseRecipe`.
     """
 
-    def __init__(self, job: fusion.Job, refit: str = "full") -> None:
+    def __init__(self, job: common.Job, refit: str = "full") -> None:
         self.job, self.refit = job, refit
 
     @cached_property
@@ -107,26 +106,26 @@ class Collapsing:
         recipe = CollapseRecipe(count=count, refit=self.refit, **options)
         return search_collapse(self.job.model, recipe, self.job.calibration)
 
-    def deepest(self, count: int) -> heal.Made:
+    def deepest(self, count: int) -> retraining.Made:
         found = self.searched(count, order="deepest")
         return found.model, found.plan
 
-    def fitted(self, count: int) -> heal.Made:
+    def fitted(self, count: int) -> retraining.Made:
         model, plan = self._made(Linearize, count)
         refit(model, self.job.model, plan, self.job.calibration, self.refit)
         return model, plan
 
-    def homotopy(self, count: int) -> heal.Made:
+    def homotopy(self, count: int) -> retraining.Made:
         return self._made(Blend, count)
 
-    def _made(self, edit: type[Linearize | Blend], count: int) -> heal.Made:
+    def _made(self, edit: type[Linearize | Blend], count: int) -> retraining.Made:
         model = self.job.model
         depth, kind = model.config.num_hidden_layers, adapter_for(model).model_type
         plan = Plan(kind, depth, tuple(map(edit, sorted(self.order[:count]))))
         return apply(model, plan, self.job.calibration), plan
 
 
-def methods(job: fusion.Job) -> Iterator[tuple[str, Make]]:
+def methods(job: common.Job) -> Iterator[tuple[str, Make]]:
     """Name of each method, and what it makes of a number of MLPs; baselines first."""
     ours = Collapsing(job)
     yield "dropped", dropping(job)
@@ -137,11 +136,11 @@ def methods(job: fusion.Job) -> Iterator[tuple[str, Make]]:
 
 def run(name: str) -> None:
     """Measure all rows of a job that are not there yet, and save after each."""
-    job = fusion.JOBS[name]() if name in fusion.JOBS else JOBS[name]().base
-    rows = heal.load(RESULT).get(name, {})
+    job = common.JOBS[name]() if name in common.JOBS else JOBS[name]().base
+    rows = common.load(RESULT).get(name, {})
 
     def save() -> None:
-        with heal.updated(RESULT) as results:
+        with retraining.updated(RESULT) as results:
             results[name] = rows
 
     if "original" not in rows:
@@ -162,33 +161,33 @@ def run(name: str) -> None:
 def train(name: str, counts: Sequence[int], methods: Sequence[str] | None) -> None:
     """Retrain what is not there yet, or some methods of it, and save after each model."""
     job = JOBS[name]()
-    before = heal.current(job, heal.load(heal.RESULT).get(name, {}))
+    before = retraining.current(job, common.load(common.RESULTS / "heal.json").get(name, {}))
     if any(choice["options"] != job.options for choice in before["chosen"].values()):  # another way to train
-        before = heal.current(job, {})
+        before = retraining.current(job, {})
     targets = {f"{count} MLPs": {"count": count} for count in TRAINED_COUNTS[name]}
     job = replace(job, targets=targets, pilots=tuple(targets)[:1])
     original = before["models"].get("original", {})
     chosen = {row: choice for row, choice in before["chosen"].items() if row.startswith("original")}
-    known = heal.save(job, TRAINED, {"chosen": chosen, "models": {"original": original}})
+    known = retraining.save(job, TRAINED, {"chosen": chosen, "models": {"original": original}})
     drop, ours = dropping(job.base), Collapsing(job.base)
     todo = {
         "dropped": lambda model, asked: drop(asked["count"]),
         "fitted": lambda model, asked: ours.fitted(asked["count"]),
         "homotopy": lambda model, asked: ours.homotopy(asked["count"]),
     }
-    models = [("original", {}, "original", 1, heal.untouched)]
+    models = [("original", {}, "original", 1, retraining.untouched)]
     models += [(target, asked, method, 1, step) for target, asked in targets.items() for method, step in todo.items()]
     for model in models:
         _, asked, method, *_ = model
         if asked and (asked["count"] not in counts or (methods and method not in methods)):
             continue
-        for news in heal.measure(job, known, *model):
-            heal.save(job, TRAINED, news)
+        for news in retraining.measure(job, known, *model):
+            retraining.save(job, TRAINED, news)
 
 
 def table(results: dict[str, Any], name: str) -> list[list[str]]:
     """One row a method, one column a number of MLPs; beside accuracy stands the cross-entropy."""
-    rows, (metric, form) = results[name], heal.HEADLINE[name]
+    rows, (metric, form) = results[name], retraining.HEADLINE[name]
     original = rows["original"]
 
     def cell(row: dict[str, Any]) -> str:
@@ -217,21 +216,17 @@ def tables(results: dict[str, Any]) -> list[list[list[str]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("jobs", nargs="*", choices=[*COUNTS, []], help=f"default: all of {', '.join(COUNTS)}")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = common.command_line(__doc__, COUNTS)
     parser.add_argument("--train", action="store_true", help="retrain models, and measure nothing without training")
     parser.add_argument("--counts", nargs="*", type=int, help="of MLPs, to retrain only these models")
     parser.add_argument("--methods", nargs="*", help="to retrain only these: dropped, fitted, homotopy")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    options = common.parsed(parser)
     for name in options.jobs or COUNTS:
         if options.train:
             train(name, options.counts or TRAINED_COUNTS[name], options.methods)
         else:
             run(name)
-    for rows in [*tables(heal.load(RESULT)), *heal.tables(heal.load(TRAINED))]:
+    for rows in [*tables(common.load(RESULT)), *retraining.tables(common.load(TRAINED))]:
         print("\n" + text_table(rows))
 
 

@@ -8,27 +8,19 @@ split that everybody reports; what has to be chosen is chosen on rows of train).
 benchmarks/results/fusion.json already is not measured again; delete the file to start afresh.
 """
 
-import argparse
-import itertools
-import json
-import lzma
-import math
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import common
 import matplotlib
-import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from common import HEADLINE, JOBS, Job, best_drop, drops
+from transformers import PreTrainedModel
 
-from hf_layerfuse import AutoFusedModel, Drop, Fuse, FusionRecipe, Plan, apply
+from hf_layerfuse import Fuse, FusionRecipe, Plan, apply
 from hf_layerfuse.calibration.refit.transformer import refit
 from hf_layerfuse.calibration.samples import Sample, observe
-from hf_layerfuse.evaluation.divergence import calibration_loss
-from hf_layerfuse.evaluation.metrics import classification, embedding_fidelity, parameter_counts
+from hf_layerfuse.evaluation.metrics import parameter_counts
 from hf_layerfuse.math.similarity import Angular
 from hf_layerfuse.methods.fusion.grouping import even
 from hf_layerfuse.methods.fusion.planner import importances
@@ -36,125 +28,8 @@ from hf_layerfuse.methods.fusion.search import search
 from hf_layerfuse.models.architectures import adapter_for
 from hf_layerfuse.pipeline.report.tables import text_table
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "fusion.json"
-PLOT = ROOT / "benchmarks" / "results" / "fusion.png"
-DATA = Path(os.environ.get("LAYERFUSE_DATA", ROOT.parent / "shared"))
-
-Batches = list[dict[str, torch.Tensor]]
-
-
-@dataclass
-class Job:
-    """A checkpoint, its data, and the depths it is brought to.
-
-    Attributes:
-        score: the figures of a model on test data; the first one is the headline.
-        removed: layers in the order in which greedy removal takes them.
-    """
-
-    model: PreTrainedModel
-    calibration: Batches
-    validation: Batches
-    score: Callable[[PreTrainedModel], dict[str, float]]
-    keeps: tuple[int, ...]
-    shares: tuple[tuple[int, int], ...] = ()
-    removed: tuple[int, ...] = ()
-
-    def choose(self, model: PreTrainedModel) -> float:
-        """What baselines are chosen by, on validation data; less is better."""
-        return calibration_loss(model, self.model, self.validation)
-
-
-def lines(split: str, count: int) -> list[str]:
-    """The first lines of more than 30 words of a WikiText-2 split."""
-    text = lzma.decompress((DATA / "data" / "wikitext2" / f"{split}.txt.xz").read_bytes()).decode()
-    return [line.strip() for line in text.split("\n") if len(line.split()) > 30][:count]
-
-
-def encoded(path: Path, texts: list[str], length: int, size: int = 32) -> Batches:
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    parts = [texts[i : i + size] for i in range(0, len(texts), size)]
-    return [dict(tokenizer(p, truncation=True, max_length=length, padding=True, return_tensors="pt")) for p in parts]
-
-
-def minilm() -> Job:
-    path = DATA / "models" / "minilm-l6"
-    model = AutoFusedModel.from_pretrained(path, dtype=torch.float32).eval()
-    test = encoded(path, lines("test", 256), 96)
-    return Job(
-        model,
-        encoded(path, lines("train", 1280), 96),
-        encoded(path, lines("valid", 128), 96),
-        lambda student: _fidelity(student, model, test),
-        keeps=(3, 4, 5, 2),
-    )
-
-
-def _fidelity(student: PreTrainedModel, model: PreTrainedModel, test: Batches) -> dict[str, float]:
-    return embedding_fidelity(student, model, test)
-
-
-def minilm_sst2() -> Job:
-    path = DATA / "models" / "minilm-l6-sst2"
-    model = AutoFusedModel.from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    train = lzma.decompress((DATA / "data" / "sst2" / "train.tsv.xz").read_bytes()).decode().splitlines()[1:]
-    # half of the rows are phrases of a few words, which the sentences that are tested are not like
-    sentences = [text for text in (row.split("\t")[0] for row in train) if len(text.split()) >= 10]
-    dev = [row.split("\t") for row in (DATA / "data" / "sst2" / "dev.tsv").read_text().splitlines()[1:]]
-    test = []
-    for i in range(0, len(dev), 64):
-        texts, labels = zip(*dev[i : i + 64], strict=True)
-        batch = tokenizer(list(texts), truncation=True, max_length=128, padding=True, return_tensors="pt")
-        test.append({**batch, "labels": torch.tensor([int(label) for label in labels])})
-    return Job(
-        model,
-        encoded(path, sorted(sentences[:2400], key=len), 96),
-        encoded(path, sorted(sentences[-640:], key=len), 96),
-        lambda student: classification(student, test),
-        keeps=(4, 3),
-    )
-
-
-def gpt2() -> Job:
-    path = DATA / "models" / "gpt2-wikitext2"
-    model = AutoFusedModel.from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    test = _windows(tokenizer, "test", 64)
-    return Job(
-        model,
-        _windows(tokenizer, "train", 192),
-        _windows(tokenizer, "valid", 16),
-        lambda student: _perplexity(student, test),
-        keeps=(8, 6, 4, 10),
-        shares=tuple((blocks, rank) for blocks in (8, 6, 4) for rank in (0, 8, 32)),
-    )
-
-
-def _windows(tokenizer: Any, split: str, count: int, length: int = 256) -> Batches:
-    text = lzma.decompress((DATA / "data" / "wikitext2" / f"{split}.txt.xz").read_bytes()).decode()
-    ids = tokenizer(text[: count * length * 8], verbose=False)["input_ids"][: count * length]
-    return [{"input_ids": part} for part in torch.tensor(ids).view(-1, length).split(16)]
-
-
-@torch.inference_mode()
-def _perplexity(model: PreTrainedModel, batches: Batches) -> dict[str, float]:
-    total = count = 0
-    for batch in batches:
-        logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-        targets = batch["input_ids"][:, 1:].flatten()
-        total += torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
-        count += len(targets)
-    return {"token_perplexity": math.exp(total / count)}
-
-
-JOBS: dict[str, Callable[[], Job]] = {"minilm": minilm, "minilm-sst2": minilm_sst2, "gpt2": gpt2}
-
-
-def drops(job: Job, layers: Any) -> Plan:
-    depth = job.model.config.num_hidden_layers
-    return Plan(adapter_for(job.model).model_type, depth, tuple(Drop("layer", layer) for layer in sorted(layers)))
+RESULT = common.RESULTS / "fusion.json"
+PLOT = common.RESULTS / "fusion.png"
 
 
 def groups(job: Job, keep: int, operator: str, align: str = "none") -> Plan:
@@ -171,18 +46,6 @@ def angular_run(job: Job, count: int) -> range:
     turned = measure.distance()
     start = min(range(len(turned) - count), key=lambda i: turned[i, i + count].item())
     return range(start + 1, start + 1 + count)
-
-
-def best_drop(job: Job, keep: int) -> Plan:
-    """The best of all subsets on validation data, or where there are too many, greedy removal."""
-    depth = job.model.config.num_hidden_layers
-    if math.comb(depth, keep) <= 20:
-        plans = [drops(job, gone) for gone in itertools.combinations(range(depth), depth - keep)]
-        return min(plans, key=lambda plan: job.choose(apply(job.model, plan)))
-    while len(job.removed) < depth - keep:
-        options = [(*job.removed, layer) for layer in range(depth) if layer not in job.removed]
-        job.removed = min(options, key=lambda layers: job.choose(apply(job.model, drops(job, layers))))
-    return drops(job, job.removed[: depth - keep])
 
 
 def depth_methods(job: Job, keep: int) -> Iterator[tuple[str, Callable[[], PreTrainedModel]]]:
@@ -243,21 +106,7 @@ def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
         if method not in rows.setdefault(target, {}):
             rows[target][method] = measure(job, make)
             print(f"{name}, {target}, {method}: {rows[target][method]}", flush=True)
-            save(results)
-
-
-def save(results: dict[str, Any], path: Path = RESULT) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(path)
-
-
-HEADLINE = {
-    "minilm": ("cosine", "{:.3f}"),
-    "minilm-sst2": ("accuracy", "{:.2%}"),
-    "gpt2": ("token_perplexity", "{:.1f}"),
-}
+            common.save(results, RESULT)
 
 
 def table(results: dict[str, Any], name: str, targets: str) -> list[list[str]]:
@@ -320,14 +169,10 @@ def plot(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("jobs", nargs="*", choices=[*JOBS, []], help=f"default: all of {', '.join(JOBS)}")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = common.command_line(__doc__, JOBS)
     parser.add_argument("--targets", nargs="*", help="only these, such as '8 layers' or 'share, 6 blocks'")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    results = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    options = common.parsed(parser)
+    results = common.load(RESULT)
     for name in options.jobs or JOBS:
         run(name, results, options.targets)
     for rows in tables(results):

@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fusion
-import heal
+import common
+import retraining
 import torch
 from cifar_resnet import published
 from transformers import (
@@ -42,7 +42,7 @@ from hf_layerfuse.methods.fusion.latency_search import batch_of
 from hf_layerfuse.methods.merge.segments import folded_plan
 from hf_layerfuse.pipeline.report.tables import describe, text_table
 
-FOLDER = fusion.ROOT / "outputs" / "merge"
+FOLDER = common.ROOT / "outputs" / "merge"
 BUDGETS = (0.75, 0.6, 0.5, 0.4)
 BATCH = {"cpu": 8, "cuda": 128}
 """Images or texts of a forward pass that is timed."""
@@ -50,7 +50,7 @@ BATCH = {"cpu": 8, "cuda": 128}
 
 def result(device: str, trained: bool = False) -> Path:
     """Where rows are kept, and those of retrained models."""
-    return fusion.RESULT.with_name(f"merge{'_heal' * trained}{'' if device == 'cpu' else f'_{device}'}.json")
+    return common.RESULTS.joinpath(f"merge{'_heal' * trained}{'' if device == 'cpu' else f'_{device}'}.json")
 
 
 Search = Callable[[PreTrainedModel, float], Found]
@@ -71,11 +71,11 @@ class Compared:
     """
 
     name: str
-    base: fusion.Job
+    base: common.Job
     inputs: Callable[[int], dict[str, torch.Tensor]]
     methods: dict[str, Search]
     free: Mapping[str, Search] = field(default_factory=dict)
-    trained: Callable[[str], heal.Job] | None = None
+    trained: Callable[[str], retraining.Job] | None = None
     later: Mapping[str, Search] = field(default_factory=dict)
 
 
@@ -83,7 +83,7 @@ def tables_of(name: str, device: str) -> str:
     return str(FOLDER / f"{name}-{torch.get_num_threads() if device == 'cpu' else device}")
 
 
-def convolutions(name: str, base: fusion.Job, trained: Callable[[str], heal.Job] | None = None) -> Compared:
+def convolutions(name: str, base: common.Job, trained: Callable[[str], retraining.Job] | None = None) -> Compared:
     """A classifier of images, whose convolutions are merged."""
 
     def search(model: PreTrainedModel, budget: float, **options: Any) -> Found:
@@ -117,7 +117,7 @@ def convolutions(name: str, base: fusion.Job, trained: Callable[[str], heal.Job]
     return Compared(name, base, inputs, searches, {"batch norms folded": folded}, trained, later)
 
 
-def blocks(name: str, base: fusion.Job) -> Compared:
+def blocks(name: str, base: common.Job) -> Compared:
     """A transformer, of whose blocks each is chosen for."""
     sample = Sample.of(base.calibration)
 
@@ -145,17 +145,17 @@ def blocks(name: str, base: fusion.Job) -> Compared:
     return Compared(name, base, partial(batch_of, sample), methods)
 
 
-def resnet56_trained(device: str) -> heal.Job:
+def resnet56_trained(device: str) -> retraining.Job:
     """With 1,000 batches of training, or many more on a GPU, and the answers of the original beside the labels."""
     if device == "cpu":
         recipe = HealRecipe(steps=1000, batch_size=64, eval_every=250, temperature=4.0, teacher_top_k=10)
-        return heal.images("resnet56", resnet56_model(), recipe, heal.rates(1e-4, 3e-4, 1e-3), pilot=100)
+        return retraining.images("resnet56", resnet56_model(), recipe, retraining.rates(1e-4, 3e-4, 1e-3), pilot=100)
     recipe = HealRecipe(steps=2500, batch_size=256, eval_every=250, temperature=4.0, mixed_precision="no")
-    return heal.images("resnet56", resnet56_model(), recipe, heal.rates(1e-3), pilot=0)
+    return retraining.images("resnet56", resnet56_model(), recipe, retraining.rates(1e-3), pilot=0)
 
 
 def resnet56_model() -> PreTrainedModel:
-    return published(fusion.DATA / "models" / "resnet-cifar10" / "resnet56.safetensors")
+    return published(common.DATA / "models" / "resnet-cifar10" / "resnet56.safetensors")
 
 
 def resnet34() -> Compared:
@@ -165,8 +165,8 @@ def resnet34() -> Compared:
     )
     config.image_size = 32
     torch.manual_seed(0)
-    model = heal.grown("resnet34", ResNetForImageClassification(config), 3000)
-    return convolutions("resnet34", heal.images_base(model))
+    model = retraining.grown("resnet34", ResNetForImageClassification(config), 3000)
+    return convolutions("resnet34", retraining.images_base(model))
 
 
 def mobilenet_v2() -> Compared:
@@ -180,15 +180,15 @@ def mobilenet_v2() -> Compared:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.1  # transformers has TensorFlow's 0.997, which is 0.003 here
     steps = 3500 if torch.cuda.is_available() else 2000
-    return convolutions("mobilenet-v2", heal.images_base(heal.grown("mobilenet-v2", model, steps)))
+    return convolutions("mobilenet-v2", retraining.images_base(retraining.grown("mobilenet-v2", model, steps)))
 
 
 JOBS: dict[str, Callable[[], Compared]] = {
-    "resnet56": lambda: convolutions("resnet56", heal.images_base(resnet56_model()), resnet56_trained),
+    "resnet56": lambda: convolutions("resnet56", retraining.images_base(resnet56_model()), resnet56_trained),
     "resnet34": resnet34,
     "mobilenet-v2": mobilenet_v2,
-    "minilm-sst2": lambda: blocks("minilm-sst2", fusion.minilm_sst2()),
-    "gpt2": lambda: blocks("gpt2", fusion.gpt2()),
+    "minilm-sst2": lambda: blocks("minilm-sst2", common.minilm_sst2()),
+    "gpt2": lambda: blocks("gpt2", common.gpt2()),
 }
 
 
@@ -244,7 +244,7 @@ def run(name: str, device: str, budgets: Sequence[float], methods: Sequence[str]
     """Measure all rows of a job that are not there yet, and save after each."""
     job = JOBS[name]()
     job.base.model.to(device)
-    known = heal.load(result(device)).get(name, {})
+    known = common.load(result(device)).get(name, {})
     if "original" not in known:
         model = job.base.model
         known["original"] = {**job.base.score(model), **parameter_counts(model)}
@@ -256,7 +256,7 @@ def run(name: str, device: str, budgets: Sequence[float], methods: Sequence[str]
         for share, method, row in rows(job, [budget], todo):
             known.setdefault(share, {})[method] = row
             print(f"{name}, {share}, {method}: {row}", flush=True)
-            with heal.updated(result(device)) as results:
+            with retraining.updated(result(device)) as results:
                 results[name] = known
 
 
@@ -267,7 +267,7 @@ def train(name: str, device: str, budgets: Sequence[float], methods: Sequence[st
     targets = {f"{budget:.0%} of the time": {"budget": budget} for budget in budgets}
     job = replace(compared.trained(device), targets=targets, pilots=tuple(targets)[:1])
     job.base.model.to(device)
-    known = heal.save(job, path, {})
+    known = retraining.save(job, path, {})
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two are not faster at training small convolutions
@@ -279,11 +279,11 @@ def train(name: str, device: str, budgets: Sequence[float], methods: Sequence[st
         return found.model, found.plan
 
     methods = asked_of(methods, ["original", *every])
-    models = [("original", {}, "original", 1, heal.untouched)] if "original" in methods else []
+    models = [("original", {}, "original", 1, retraining.untouched)] if "original" in methods else []
     models += [(t, asked, m, 1, partial(made, m)) for t, asked in targets.items() for m in methods if m in every]
     for model in models:
-        for news in heal.measure(job, known, *model):
-            heal.save(job, path, news)
+        for news in retraining.measure(job, known, *model):
+            retraining.save(job, path, news)
 
 
 QUALITY = {
@@ -326,14 +326,12 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="retrain models, and measure nothing without training")
     parser.add_argument("--budgets", nargs="*", type=float, default=BUDGETS)
     parser.add_argument("--methods", nargs="*", help="only these")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    options = common.parsed(parser)
     for name in options.jobs or JOBS:
         measure = train if options.train else run
         measure(name, options.device, options.budgets, options.methods)
-    measured, trained = (heal.load(result(options.device, trained)) for trained in (False, True))
-    for made in [*tables(measured), *heal.tables(trained)]:
+    measured, trained = (common.load(result(options.device, trained)) for trained in (False, True))
+    for made in [*tables(measured), *retraining.tables(trained)]:
         print("\n" + text_table(made))
 
 

@@ -48,12 +48,22 @@ def recipes() -> list[list[str]]:
     return table
 
 
-def benchmark(name: str) -> tuple[ModuleType, dict]:
-    """Another benchmark, and its results."""
+def script(name: str) -> ModuleType:
+    """Another file of this folder."""
     folder = str(ROOT / "benchmarks")
     if folder not in sys.path:  # they import each other
         sys.path.insert(0, folder)
-    return importlib.import_module(name), json.loads((RESULTS / f"{name}.json").read_text())
+    return importlib.import_module(name)
+
+
+def benchmark(name: str) -> tuple[ModuleType, dict]:
+    """Another benchmark, and its results."""
+    return script(name), results(name)
+
+
+def results(name: str) -> dict:
+    """The results in a file of `benchmarks/results`; none where there is no file."""
+    return script("common").load(RESULTS / f"{name}.json")
 
 
 Table = list[list[str]]
@@ -90,15 +100,15 @@ def tables() -> dict[str, list[Table]]:
     fusion, fused = benchmark("fusion")
     cost, spent = benchmark("fusion_cost")
     latency, timed = benchmark("latency")
-    heal, healed = benchmark("heal")
+    retraining, healed = script("retraining"), results("heal")
     collapse, linear = benchmark("collapse")
     merge, merged = benchmark("merge")
     sweep, swept = benchmark("sweep")
     throughput, speeds = benchmark("throughput")
     trained = {
-        "heal": heal.tables(healed),
-        "collapse": heal.tables(heal.load(collapse.TRAINED)),
-        "merge": heal.tables(heal.load(merge.result("cpu", trained=True))),
+        "heal": retraining.tables(healed),
+        "collapse": retraining.tables(script("common").load(collapse.TRAINED)),
+        "merge": retraining.tables(script("common").load(merge.result("cpu", trained=True))),
     }
     budgets = of(("original", "batch norms folded", "ours"), merge.tables(merged))
     images = [any(row[1] == "batch norms folded" for row in table) for table in budgets]
@@ -116,7 +126,7 @@ def tables() -> dict[str, list[Table]]:
         "collapse, in short": of(("original", "fitted", "homotopy"), trained["collapse"]),
         "merge": merge.tables(merged),
         "merge, in short": [table for table, image in zip(budgets, images, strict=True) if image],
-        "merge, on a GPU": merge.tables(heal.load(merge.result("cuda"))),
+        "merge, on a GPU": merge.tables(script("common").load(merge.result("cuda"))),
         "merge, retrained": trained["merge"],
         "sweep": [sweep.table(swept)],
         "throughput": [throughput.table(speeds)],

@@ -8,48 +8,46 @@ less removed, quality is left on the table, with more, it falls faster than size
 curves show test data. Writes benchmarks/results/sweep.json and sweep.png.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fusion
-import heal
-import torch
+import common
+import retraining
 
 from hf_layerfuse.math.knee import knee
 from hf_layerfuse.pipeline.report.plots import Quality, plot_quality
 from hf_layerfuse.pipeline.report.tables import text_table
 
-RESULT = fusion.ROOT / "benchmarks" / "results" / "sweep.json"
-PLOT = fusion.ROOT / "benchmarks" / "results" / "sweep.png"
+RESULT = common.RESULTS / "sweep.json"
+PLOT = common.RESULTS / "sweep.png"
 KEEPS = {"minilm-sst2": (5, 4, 3, 2, 1), "gpt2": (9, 6, 4, 2)}
 """Layers that are kept."""
 
 
 def run(name: str) -> None:
     """Train what is not there yet, and save after each model."""
-    job = heal.JOBS[name]()
-    before = heal.current(job, heal.load(heal.RESULT).get(name, {}))
-    known = heal.save(job, RESULT, {"chosen": before["chosen"]})
+    job = retraining.JOBS[name]()
+    before = retraining.current(job, common.load(common.RESULTS / "heal.json").get(name, {}))
+    known = retraining.save(job, RESULT, {"chosen": before["chosen"]})
     names = {asked["keep_layers"]: target for target, asked in job.targets.items() if "keep_layers" in asked}
-    todo = [("original", {}, "original", 1, heal.untouched)]
+    todo = [("original", {}, "original", 1, retraining.untouched)]
     todo += [
         (
             names.get(keep, f"{keep} layers"),
             {"keep_layers": keep},
             "ours",
             1,
-            partial(heal.searched, job.base, effort=job.effort),
+            partial(retraining.searched, job.base, effort=job.effort),
         )
         for keep in KEEPS[name]
     ]
     for target, asked, method, *rest in todo:
         trained = before["models"].get(target, {})
         if method in trained:
-            known = heal.save(job, RESULT, {"models": {target: {method: trained[method]}}})
-        for news in heal.measure(job, known, target, asked, method, *rest):
-            heal.save(job, RESULT, news)
+            known = retraining.save(job, RESULT, {"models": {target: {method: trained[method]}}})
+        for news in retraining.measure(job, known, target, asked, method, *rest):
+            retraining.save(job, RESULT, news)
 
 
 def curve(known: dict[str, Any]) -> tuple[list[dict[str, Any]], list[float], int]:
@@ -66,7 +64,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     """One row a model."""
     found = [["model", "block parameters removed", "metric", "fused", "healed", ""]]
     for name, known in results.items():
-        metric, form = heal.HEADLINE[name]
+        metric, form = retraining.HEADLINE[name]
         models, removed, best = curve(known)
         for place, row in enumerate(models):
             figures = [form.format(row[stage][metric]) for stage in ("before", "after")]
@@ -79,7 +77,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """Two curves a model, and its knee."""
     panels = []
     for name, known in results.items():
-        metric, _ = heal.HEADLINE[name]
+        metric, _ = retraining.HEADLINE[name]
         models, removed, best = curve(known)
         curves = {
             label: [row[stage][metric] for row in models] for stage, label in (("before", "fused"), ("after", "healed"))
@@ -89,16 +87,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("jobs", nargs="*", choices=[*KEEPS, []], help=f"default: all of {', '.join(KEEPS)}")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = common.command_line(__doc__, KEEPS)
     parser.add_argument("--draw", action="store_true", help="train nothing: the table and picture of what is there")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+    options = common.parsed(parser)
     for name in () if options.draw else options.jobs or KEEPS:
         run(name)
-    results = heal.load(RESULT)
+    results = common.load(RESULT)
     print(text_table(table(results)))
     plot(results, PLOT)
 

@@ -1,0 +1,195 @@
+"""The jobs, data, result files and command line that all benchmarks share."""
+
+import argparse
+import itertools
+import json
+import lzma
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from hf_layerfuse import AutoFusedModel, Drop, Plan, apply
+from hf_layerfuse.evaluation.divergence import calibration_loss
+from hf_layerfuse.evaluation.metrics import classification, embedding_fidelity
+from hf_layerfuse.models.architectures import adapter_for
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+RESULTS = ROOT / "benchmarks" / "results"
+DATA = Path(os.environ.get("LAYERFUSE_DATA", ROOT.parent / "shared"))
+
+
+Batches = list[dict[str, torch.Tensor]]
+
+
+@dataclass
+class Job:
+    """A checkpoint, its data, and the depths it is brought to.
+
+    Attributes:
+        score: the figures of a model on test data; the first one is the headline.
+        removed: layers in the order in which greedy removal takes them.
+    """
+
+    model: PreTrainedModel
+    calibration: Batches
+    validation: Batches
+    score: Callable[[PreTrainedModel], dict[str, float]]
+    keeps: tuple[int, ...]
+    shares: tuple[tuple[int, int], ...] = ()
+    removed: tuple[int, ...] = ()
+
+    def choose(self, model: PreTrainedModel) -> float:
+        """What baselines are chosen by, on validation data; less is better."""
+        return calibration_loss(model, self.model, self.validation)
+
+
+def lines(split: str, count: int) -> list[str]:
+    """The first lines of more than 30 words of a WikiText-2 split."""
+    text = lzma.decompress((DATA / "data" / "wikitext2" / f"{split}.txt.xz").read_bytes()).decode()
+    return [line.strip() for line in text.split("\n") if len(line.split()) > 30][:count]
+
+
+def encoded(path: Path, texts: list[str], length: int, size: int = 32) -> Batches:
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    parts = [texts[i : i + size] for i in range(0, len(texts), size)]
+    return [dict(tokenizer(p, truncation=True, max_length=length, padding=True, return_tensors="pt")) for p in parts]
+
+
+def minilm() -> Job:
+    path = DATA / "models" / "minilm-l6"
+    model = AutoFusedModel.from_pretrained(path, dtype=torch.float32).eval()
+    test = encoded(path, lines("test", 256), 96)
+    return Job(
+        model,
+        encoded(path, lines("train", 1280), 96),
+        encoded(path, lines("valid", 128), 96),
+        lambda student: _fidelity(student, model, test),
+        keeps=(3, 4, 5, 2),
+    )
+
+
+def _fidelity(student: PreTrainedModel, model: PreTrainedModel, test: Batches) -> dict[str, float]:
+    return embedding_fidelity(student, model, test)
+
+
+def sst2_train() -> list[list[str]]:
+    """Rows of the SST-2 training file, as (text, label)."""
+    table = lzma.decompress((DATA / "data" / "sst2" / "train.tsv.xz").read_bytes()).decode()
+    return [row.split("\t") for row in table.splitlines()[1:]]
+
+
+def minilm_sst2() -> Job:
+    path = DATA / "models" / "minilm-l6-sst2"
+    model = AutoFusedModel.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    # half of the rows are phrases of a few words, which the sentences that are tested are not like
+    sentences = [text for text in (row[0] for row in sst2_train()) if len(text.split()) >= 10]
+    dev = [row.split("\t") for row in (DATA / "data" / "sst2" / "dev.tsv").read_text().splitlines()[1:]]
+    test = []
+    for i in range(0, len(dev), 64):
+        texts, labels = zip(*dev[i : i + 64], strict=True)
+        batch = tokenizer(list(texts), truncation=True, max_length=128, padding=True, return_tensors="pt")
+        test.append({**batch, "labels": torch.tensor([int(label) for label in labels])})
+    return Job(
+        model,
+        encoded(path, sorted(sentences[:2400], key=len), 96),
+        encoded(path, sorted(sentences[-640:], key=len), 96),
+        lambda student: classification(student, test),
+        keeps=(4, 3),
+    )
+
+
+def gpt2() -> Job:
+    path = DATA / "models" / "gpt2-wikitext2"
+    model = AutoFusedModel.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    test = windows(tokenizer, "test", 64)
+    return Job(
+        model,
+        windows(tokenizer, "train", 192),
+        windows(tokenizer, "valid", 16),
+        lambda student: _perplexity(student, test),
+        keeps=(8, 6, 4, 10),
+        shares=tuple((blocks, rank) for blocks in (8, 6, 4) for rank in (0, 8, 32)),
+    )
+
+
+def windows(tokenizer: Any, split: str, count: int, length: int = 256) -> Batches:
+    text = lzma.decompress((DATA / "data" / "wikitext2" / f"{split}.txt.xz").read_bytes()).decode()
+    ids = tokenizer(text[: count * length * 8], verbose=False)["input_ids"][: count * length]
+    return [{"input_ids": part} for part in torch.tensor(ids).view(-1, length).split(16)]
+
+
+@torch.inference_mode()
+def _perplexity(model: PreTrainedModel, batches: Batches) -> dict[str, float]:
+    total = count = 0
+    for batch in batches:
+        logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+        targets = batch["input_ids"][:, 1:].flatten()
+        total += torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
+        count += len(targets)
+    return {"token_perplexity": math.exp(total / count)}
+
+
+JOBS: dict[str, Callable[[], Job]] = {"minilm": minilm, "minilm-sst2": minilm_sst2, "gpt2": gpt2}
+
+
+def drops(job: Job, layers: Any) -> Plan:
+    depth = job.model.config.num_hidden_layers
+    return Plan(adapter_for(job.model).model_type, depth, tuple(Drop("layer", layer) for layer in sorted(layers)))
+
+
+def best_drop(job: Job, keep: int) -> Plan:
+    """The best of all subsets on validation data, or where there are too many, greedy removal."""
+    depth = job.model.config.num_hidden_layers
+    if math.comb(depth, keep) <= 20:
+        plans = [drops(job, gone) for gone in itertools.combinations(range(depth), depth - keep)]
+        return min(plans, key=lambda plan: job.choose(apply(job.model, plan)))
+    while len(job.removed) < depth - keep:
+        options = [(*job.removed, layer) for layer in range(depth) if layer not in job.removed]
+        job.removed = min(options, key=lambda layers: job.choose(apply(job.model, drops(job, layers))))
+    return drops(job, job.removed[: depth - keep])
+
+
+def save(results: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.replace(path)
+
+
+HEADLINE = {
+    "minilm": ("cosine", "{:.3f}"),
+    "minilm-sst2": ("accuracy", "{:.2%}"),
+    "gpt2": ("token_perplexity", "{:.1f}"),
+}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The results in a file; none where there is no file."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def command_line(doc: str, jobs: Iterable[str]) -> argparse.ArgumentParser:
+    """A parser of the options that all benchmarks have: which jobs, and how many threads."""
+    names = list(jobs)
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("jobs", nargs="*", choices=[*names, []], help=f"default: all of {', '.join(names)}")
+    parser.add_argument("--threads", type=int, default=2)
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, once threads and seed are set."""
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    return options

@@ -1,0 +1,462 @@
+"""Fused models retrained on the budget of the original: jobs, training, result files and tables."""
+
+import contextlib
+import copy
+import fcntl
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from cifar_resnet import cifar10, published
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedModel
+
+from hf_layerfuse import (
+    AutoFusedModel,
+    Blend,
+    FusionRecipe,
+    HealRecipe,
+    Plan,
+    TrainingError,
+    apply,
+    expand,
+    heal,
+    layer_map,
+    merge_convs,
+    straighten,
+)
+from hf_layerfuse.data.collate import ROW, TEACHER_IDS, TEACHER_LOGPROBS, CollateImages, CollateText
+from hf_layerfuse.data.sampler import ByLength
+from hf_layerfuse.evaluation.fingerprint import fingerprint
+from hf_layerfuse.evaluation.metrics import classification, parameter_counts
+from hf_layerfuse.evaluation.timing import device_name
+from hf_layerfuse.methods.fusion.search import search
+from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.pipeline.rounds import target_of
+from hf_layerfuse.training.schedule import compose, shares_of, steps_of
+from hf_layerfuse.training.teacher_cache import with_teacher
+
+CHECKPOINTS = common.ROOT / "outputs" / "heal"
+
+
+THRESHOLD = 0.05
+"""How far from a line an activation may end that is to be one."""
+
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+
+
+@dataclass
+class Job:
+    """A checkpoint with what it is trained on.
+
+    Attributes:
+        name: in JOBS.
+        base: the model, calibration, validation and test data of the fusion benchmark.
+        rows: training rows.
+        collate: makes batches of them.
+        validation: batches with labels.
+        recipe: the budget, of all rounds together.
+        options: what each method chooses from, in place of the recipe's.
+        targets: name -> what is asked for of the fusion.
+        pilots: targets at which it chooses; another one of the job has the choice of the first of its mode.
+        pilot: steps of the trainings that are compared to choose.
+        rounds: of those that are fused and retrained in turn.
+        effort: of our search.
+        ragged: rows are texts of all lengths, which are read with others of about their length.
+        workers: processes that make batches while others are trained on, where a GPU would wait for them.
+    """
+
+    name: str
+    base: common.Job
+    rows: Sequence[dict[str, Any]]
+    collate: Collate
+    validation: list[dict[str, torch.Tensor]]
+    recipe: HealRecipe
+    options: list[dict[str, float]]
+    targets: dict[str, dict[str, Any]]
+    pilots: tuple[str, ...]
+    pilot: int
+    rounds: int = 1
+    effort: str = "medium"
+    ragged: bool = False
+    workers: int = 0
+
+    def loader(self, seed: int) -> DataLoader:
+        """Training batches."""
+        size, options = self.recipe.batch_size, {"shuffle": True}
+        if self.ragged:
+            lengths = [len(row["input_ids"]) for row in self.rows]
+            options = {"sampler": ByLength(lengths, size, seed)}
+        options |= {"drop_last": True, "collate_fn": self.collate, "num_workers": self.workers}
+        return DataLoader(self.rows, size, **options)
+
+    def pilot_of(self, target: str) -> str:
+        """Where the rate of a target is chosen: at itself, or, if the job leaves it out, at one of the same mode."""
+        if target in self.pilots or target not in self.targets:
+            return target
+        mode = self.targets[target].get("mode")
+        return next(name for name in self.pilots if self.targets[name].get("mode") == mode)
+
+
+def rates(*values: float) -> list[dict[str, float]]:
+    return [{"learning_rate": value} for value in values]
+
+
+def gpt2() -> Job:
+    base = common.gpt2()
+    path = common.DATA / "models" / "gpt2-wikitext2"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    labelled = [{**batch, "labels": batch["input_ids"]} for batch in common.windows(tokenizer, "valid", 64)]
+    targets = {f"depth {share}%": {"keep_layers": keep} for share, keep in ((25, 9), (50, 6), (70, 4), (80, 2))}
+    targets |= {
+        f"share {share}%": {"ratio": share / 100, "mode": "share", "rank": "auto"} for share in (25, 50, 70, 80)
+    }
+    # less than an epoch is read, in which nothing can be learnt by heart
+    recipe = HealRecipe(steps=400, batch_size=8, eval_every=100, teacher_top_k=64, dropout=0.0)
+    windows = common.windows(tokenizer, "train", recipe.steps * recipe.batch_size)
+    ids = torch.cat([batch["input_ids"] for batch in windows]).tolist()
+    rows = {"input_ids": ids, "labels": ids}
+    return Job(
+        "gpt2",
+        base,
+        answered("windows", rows, base.model, recipe, stacked, batch_size=16),
+        stacked,
+        labelled,
+        recipe,
+        rates(3e-4, 1e-3),
+        targets,
+        pilots=("depth 50%", "share 50%"),
+        pilot=100,
+        effort="low",
+    )
+
+
+def answered(
+    name: str, columns: dict[str, list], teacher: PreTrainedModel, recipe: HealRecipe, collate: Collate, batch_size: int
+) -> Dataset:
+    """Rows with the answers of the teacher, which is asked once for all models, and not in each step."""
+    folder = CHECKPOINTS / f"{name}-{len(columns['labels'])}"
+    if not folder.is_dir():
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        Dataset.from_dict(columns).save_to_disk(temporary)
+        with contextlib.suppress(OSError):  # another process was faster, with the same rows
+            temporary.rename(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+    # read from disk, rows know themselves again, and so are the answers found again
+    settings = {"top_k": recipe.teacher_top_k, "temperature": recipe.temperature, "batch_size": batch_size}
+    with torch.autocast("cpu", torch.bfloat16):
+        return with_teacher(Dataset.load_from_disk(folder), teacher, collate, **settings)
+
+
+def stacked(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of rows of one length, with the teacher's answers as (rows, tokens, k)."""
+    batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+    shape = (*batch["input_ids"].shape, -1)
+    return {name: value.view(shape) if name.startswith("teacher") else value for name, value in batch.items()}
+
+
+def minilm_sst2() -> Job:
+    base = common.minilm_sst2()
+    path = common.DATA / "models" / "minilm-l6-sst2"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    pairs = common.sst2_train()
+    random.Random(0).shuffle(pairs)
+
+    def rows(part: list[list[str]]) -> list[dict[str, Any]]:
+        ids = tokenizer([text for text, _ in part], truncation=True, max_length=96)["input_ids"]
+        return [{"input_ids": row, "labels": int(label)} for row, (_, label) in zip(ids, part, strict=True)]
+
+    collate = CollateText(tokenizer)
+    held_out = rows(pairs[-1280:])
+    validation = [collate(held_out[i : i + 64]) for i in range(0, len(held_out), 64)]
+    recipe = HealRecipe(steps=1600, batch_size=32, eval_every=200)
+    options = [*rates(3e-5, 1e-4, 3e-4), {"learning_rate": 1e-4, "hidden_weight": 1.0}]
+    targets = {f"{keep} layers": {"keep_layers": keep} for keep in (4, 3, 2)}
+    train = rows(pairs[:-1280])
+    return Job(
+        "minilm-sst2", base, train, collate, validation, recipe, options, targets, tuple(targets), 400, ragged=True
+    )
+
+
+def resnet56() -> Job:
+    model = published(common.DATA / "models" / "resnet-cifar10" / "resnet56.safetensors")
+    recipe = HealRecipe(steps=3000, batch_size=64, eval_every=300, patience=4, temperature=4.0, teacher_top_k=10)
+    job = images("resnet56", model, recipe, rates(1e-3, 2e-3), pilot=200)
+    targets = {"70% shared": {"ratio": 0.7, "mode": "share", "rank": 4}}
+    return replace(job, targets=targets, pilots=tuple(targets), rounds=3, effort="low")
+
+
+def images(name: str, model: PreTrainedModel, recipe: HealRecipe, options: list[dict[str, float]], pilot: int) -> Job:
+    """A classifier with the images of CIFAR-10, and no targets yet; 40,000 of the training images are trained on."""
+    base = images_base(model)
+    train, labels = cifar10(common.DATA / "data" / "cifar10", "train")
+    collate, views = Views(train[:40_000]), range(recipe.steps * recipe.batch_size)
+    rows = {ROW: [*views], "labels": [int(labels[view % 40_000]) for view in views]}
+    data = Dataset.from_dict(rows)
+    if recipe.needs_teacher and recipe.teacher_top_k is not None:
+        data = answered("views", rows, model, recipe, collate, batch_size=64)
+    workers = int(torch.cuda.is_available())
+    return Job(name, base, data, collate, base.validation, recipe, options, {}, (), pilot, workers=workers)
+
+
+def grown(name: str, model: PreTrainedModel, steps: int) -> PreTrainedModel:
+    """A classifier trained on the images of CIFAR-10 from scratch; it is kept in outputs/grown, and trained once.
+
+    Where there is a GPU, with twice as many images in each of its steps; how it was trained is in its config.
+    """
+    folder = CHECKPOINTS.with_name("grown") / name
+    if not (folder / "config.json").is_file():
+        size = 128 if torch.cuda.is_available() else 64
+        recipe = HealRecipe(steps=steps, batch_size=size, learning_rate=1e-3, eval_every=500, kl_weight=0.0)
+        job = images(name, model, recipe, [], 0)
+        heal(
+            model,
+            job.loader(0),
+            recipe,
+            validation_batches=job.validation,
+            checkpoints=folder.with_name(f"{name}-training"),
+        )
+        model.config.trained = f"{steps} batches of {size} images, on {device_name(model.device)}"
+        temporary = folder.with_name(f"{name}.{os.getpid()}.tmp")
+        model.save_pretrained(temporary)
+        temporary.rename(folder)
+    return AutoFusedModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def images_base(model: PreTrainedModel) -> common.Job:
+    """A classifier of the images of CIFAR-10, as it is measured without any training."""
+    (train, labels), (test, answers) = (cifar10(common.DATA / "data" / "cifar10", split) for split in ("train", "test"))
+    held_out = [
+        {"pixel_values": x, "labels": y}
+        for x, y in zip(train[40_000:42_500].split(250), labels[40_000:42_500].split(250), strict=True)
+    ]
+    tested = [{"pixel_values": x, "labels": y} for x, y in zip(test.split(499), answers.split(499), strict=True)]
+    calibration = [{"pixel_values": x} for x in train[:40_000:78].split(64)]
+    return common.Job(model, calibration, held_out, lambda student: classification(student, tested), keeps=())
+
+
+class Views:
+    """Batches of images, which are moved and mirrored in another way each time that one of them is read."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images, self.move = images, CollateImages(moves=True)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        views = [{"labels": 0, **row, "pixel_values": self.images[row[ROW] % len(self.images)]} for row in rows]
+        answers = [name for name in rows[0] if name in (TEACHER_IDS, TEACHER_LOGPROBS)]
+        return self.move(views) | {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in answers}
+
+
+JOBS: dict[str, Callable[[], Job]] = {"minilm-sst2": minilm_sst2, "gpt2": gpt2, "resnet56": resnet56}
+
+
+Made = tuple[PreTrainedModel, Plan]
+
+
+Step = Callable[[PreTrainedModel, dict[str, Any]], Made]
+"""From a model, and what is asked for of it, to one that is smaller."""
+
+
+def searched(base: common.Job, model: PreTrainedModel, asked: dict[str, Any], **options: Any) -> Made:
+    result = search(model, FusionRecipe(**asked, **options), base.calibration)
+    return result.model, result.plan
+
+
+def untouched(model: PreTrainedModel, asked: dict[str, Any]) -> Made:
+    adapter = adapter_for(model)
+    nothing = Plan(adapter.model_type, model.config.num_hidden_layers, kinds=adapter.kinds)
+    return apply(model, nothing), nothing
+
+
+def chosen(job: Job, name: str, asked: dict[str, Any], step: Step, choices: list[dict]) -> dict[str, Any]:
+    """The validation loss after a short training with each of the options, and the best of them; None: it exploded.
+
+    There is nothing to choose of one.
+
+    Where another method came to the same weights, that is known: it is one of the `choices`.
+    """
+    fused, plan = step(job.base.model, asked)
+    weights, losses = fingerprint(fused), []
+    for known in choices:
+        if known["weights"] == weights:
+            return known
+    if len(job.options) == 1:
+        return {"options": job.options, "steps": job.pilot, "losses": [], "best": job.options[0], "weights": weights}
+    for option in job.options:
+        student = copy.deepcopy(fused)
+        recipe = recipe_of(job, plan, steps=job.pilot, eval_every=job.pilot, **option)
+        matches = layer_map(student, job.base.model, plan)
+        try:
+            report = heal(
+                student,
+                job.loader(0),
+                recipe,
+                teacher=job.base.model,
+                matches=matches,
+                validation_batches=job.validation,
+            )
+        except TrainingError:
+            losses.append(None)
+        else:
+            losses.append(report.validation_loss[-1][1])
+    print(f"{name}: {losses}", flush=True)
+    if all(loss is None for loss in losses):
+        raise SystemExit(f"{name}: training explodes with each of {job.options}: give the job lower rates.")
+    best = job.options[losses.index(min(loss for loss in losses if loss is not None))]
+    return {"options": job.options, "steps": job.pilot, "losses": losses, "best": best, "weights": weights}
+
+
+def bends(plan: Plan) -> bool:
+    """Whether activations become lines while the model is trained, so that maps are merged in the end."""
+    return any(isinstance(edit, Blend) for edit in plan.edits)
+
+
+def recipe_of(job: Job, plan: Plan, **options: Any) -> HealRecipe:
+    """The budget of a job with other options; activations that are to become lines are pulled there."""
+    return replace(job.recipe, **options, straighten="auto" if bends(plan) else 0.0)
+
+
+def retrained(
+    job: Job, name: str, asked: dict[str, Any], rounds: int, step: Step, option: dict[str, float], rows: list[dict]
+) -> dict[str, Any]:
+    """Scores on test data of a model before and after retraining, its size, and how it went.
+
+    Of several rounds, each removes its part of the ratio, as the exponential curriculum has it, and gets as many steps.
+    Where another method came to the same weights and option, that is known: it is one of the `rows`.
+    """
+    model, source, plan, parts = job.base.model, job.base.model, None, []
+    shares = shares_of(replace(job.recipe, schedule="exponential", rounds=rounds))
+    for number, (share, steps) in enumerate(zip(shares, steps_of(job.recipe, rounds), strict=True)):
+        goal = target_of({"ratio": share * asked["ratio"]}, source, model) if "ratio" in asked else {}
+        student, made = step(source, asked | goal)
+        plan = made if plan is None else compose(plan, made)
+        start = {"weights": fingerprint(student), "option": option}
+        known = [row for row in rows if rounds == 1 and row.get("start") == start]
+        if known:
+            return known[0]
+        before = job.base.score(student.eval())
+        report = heal(
+            student,
+            job.loader(number),
+            recipe_of(job, plan, steps=steps, **option),
+            teacher=model,
+            matches=layer_map(student, model, plan),
+            validation_batches=job.validation,
+            threshold=THRESHOLD if bends(plan) else None,
+            seed=number,
+            checkpoints=CHECKPOINTS / f"{name}-{number}",
+        )
+        parts.append({"before": before, "budget": steps, **asdict(report)})
+        if bends(plan):
+            student, _ = straighten(student, threshold=THRESHOLD)
+        if any(not getattr(edit, "merged", True) for edit in plan.edits):
+            student, _ = merge_convs(student)
+        if rounds > 1:
+            source = expand(student)
+    for number, part in enumerate(parts):
+        shutil.rmtree(CHECKPOINTS / f"{name}-{number}")
+        del part["train_loss"]
+    after = job.base.score(student)
+    sizes = parameter_counts(student)
+    return {"before": parts[-1]["before"], "after": after, **sizes, "start": start, "rounds": parts}
+
+
+def row_of(method: str, rounds: int) -> str:
+    return f"{method}, {rounds} rounds" if rounds > 1 else method
+
+
+def measure(
+    job: Job, known: dict[str, Any], target: str, asked: dict[str, Any], method: str, rounds: int, step: Step
+) -> Iterator[dict[str, Any]]:
+    """Train one model of a target, after its rate was chosen, as far as that is not known.
+
+    Yields what is new, for `save`, after it was laid to what is known.
+    """
+    row = row_of(method, rounds)
+    models = known["models"].setdefault(target, {})
+    if row in models:
+        return
+    pilot = job.pilot_of(target)
+    choice, choices = f"{pilot}, {method}", known["chosen"]
+    if choice not in choices:
+        choices[choice] = chosen(job, choice, job.targets.get(pilot, asked), step, list(choices.values()))
+        yield {"chosen": {choice: choices[choice]}}
+    folder = re.sub(r"\W+", "-", f"{job.name} {target} {row}")
+    models[row] = retrained(job, folder, asked, rounds, step, known["chosen"][choice]["best"], list(models.values()))
+    print(f"{target}, {row}: {models[row]}", flush=True)
+    yield {"models": {target: {row: models[row]}}}
+
+
+def current(job: Job, known: dict[str, Any]) -> dict[str, Any]:
+    """Of results, those of today's budget: what had other steps is measured again."""
+    models = {
+        target: {
+            method: row
+            for method, row in rows.items()
+            if [part.get("budget", part["steps"]) for part in row["rounds"]] == steps_of(job.recipe, len(row["rounds"]))
+        }
+        for target, rows in known.get("models", {}).items()
+    }
+    choices = known.get("chosen", {}).items()
+    return {"chosen": {name: row for name, row in choices if row.get("steps") == job.pilot}, "models": models}
+
+
+@contextlib.contextmanager
+def updated(path: Path) -> Iterator[dict[str, Any]]:
+    """The results of all jobs, which are written back when the block ends; other processes wait until then."""
+    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+    with (CHECKPOINTS / f"{path.stem}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = common.load(path)
+        yield results
+        common.save({name: results[name] for name in sorted(results, key=_place)}, path)
+
+
+def save(job: Job, path: Path, news: dict[str, Any]) -> dict[str, Any]:
+    """Lay new rows and choices of a job over its results in a file, and return them; what is not current goes.
+
+    Nothing else is touched: other jobs, or other targets of this one, may be running beside it.
+    """
+    with updated(path) as results:
+        known = results[job.name] = current(job, results.get(job.name, {}))
+        for target, rows in news.get("models", {}).items():
+            known["models"].setdefault(target, {}).update(rows)
+        known["chosen"].update(news.get("chosen", {}))
+    return known
+
+
+def _place(name: str) -> int:
+    """Of a job among others: those of other benchmarks come last."""
+    return [*JOBS, name].index(name)
+
+
+HEADLINE = common.HEADLINE | dict.fromkeys(("resnet56", "vit-cifar10"), ("accuracy", "{:.2%}"))
+
+
+def table(results: dict[str, Any], name: str) -> list[list[str]]:
+    """One row a model: its size, quality before and after retraining, and the difference from the original's."""
+    rows, (metric, form) = results[name]["models"], HEADLINE[name]
+    original = rows["original"]["original"]
+    found = [[f"{name}, {metric.replace('_', ' ')}", "method", "block parameters", "fused", "retrained", "difference"]]
+    for target, models in rows.items():
+        for method, row in sorted(models.items(), key=lambda item: item[0].startswith("ours")):  # baselines first
+            after, best = row["after"][metric], original["after"][metric]
+            difference = f"{100 * (after - best):+.2f} points" if metric == "accuracy" else f"{after / best - 1:+.1%}"
+            size = f"{row['non_embedding_parameters'] / original['non_embedding_parameters']:.0%}"
+            found.append([target, method, size, form.format(row["before"][metric]), form.format(after), difference])
+    return found
+
+
+def tables(results: dict[str, Any]) -> list[list[list[str]]]:
+    """A table for each checkpoint whose original was trained, which others are compared with."""
+    return [table(results, name) for name in results if results[name]["models"].get("original")]

@@ -1,0 +1,51 @@
+# From hf_layerfuse 0.1.0; SPDX-License-Identifier: Apache-2.0
+"""BERT, RoBERTa and DistilBERT: post-norm, each block followed by the norm of its residual sum."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .layerfuse_adapters_base import TransformerAdapter, ZeroAttention, ZeroBlock
+
+
+class BertAdapter(TransformerAdapter):
+    model_type = "bert"
+    layers = "encoder.layer"
+    attention = {
+        "q": "attention.self.query",
+        "k": "attention.self.key",
+        "v": "attention.self.value",
+        "out": "attention.output.dense",
+        "norm": "attention.output.LayerNorm",
+    }
+    mlp = {"in": "intermediate.dense", "out": "output.dense", "norm": "output.LayerNorm"}
+    activation = "intermediate.intermediate_act_fn"
+    adds = "output"
+    skip = {
+        "attention": {"attention.self": ZeroAttention, "attention.output.dense": nn.Identity},
+        "mlp": {"intermediate": ZeroBlock, "output.dense": nn.Identity},
+    }
+    post_norm = True
+
+
+class RobertaAdapter(BertAdapter):
+    model_type = "roberta"
+
+
+class DistilBertAdapter(TransformerAdapter):
+    model_type = "distilbert"
+    layers = "transformer.layer"
+    attention = {
+        "q": "attention.q_lin",
+        "k": "attention.k_lin",
+        "v": "attention.v_lin",
+        "out": "attention.out_lin",
+        "norm": "sa_layer_norm",
+    }
+    mlp = {"in": "ffn.lin1", "out": "ffn.lin2", "norm": "output_layer_norm"}
+    activation = "ffn.activation"
+    skip = {
+        "attention": {"attention": ZeroAttention},
+        "mlp": {"ffn": ZeroBlock},
+    }
+    post_norm = True

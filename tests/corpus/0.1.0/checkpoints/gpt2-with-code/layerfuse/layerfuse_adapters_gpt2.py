@@ -1,0 +1,29 @@
+# From hf_layerfuse 0.1.0; SPDX-License-Identifier: Apache-2.0
+"""GPT-2: pre-norm, Conv1D weights of shape (in, out), query, key and value in one map."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .layerfuse_errors import UnsupportedModelError
+from .layerfuse_adapters_base import TransformerAdapter, ZeroAttention, ZeroBlock
+
+
+class GPT2Adapter(TransformerAdapter):
+    model_type = "gpt2"
+    layers = "h"
+    attention = {"norm": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj"}
+    mlp = {"norm": "ln_2", "in": "mlp.c_fc", "out": "mlp.c_proj"}
+    activation = "mlp.act"
+    skip = {
+        "attention": {"ln_1": nn.Identity, "attn": ZeroAttention},
+        "mlp": {"ln_2": nn.Identity, "mlp": ZeroBlock},
+    }
+
+    def check(self, model: PreTrainedModel) -> None:
+        if model.config.scale_attn_by_inverse_layer_idx:
+            raise UnsupportedModelError(
+                "scale_attn_by_inverse_layer_idx=True makes the attention of a layer depend on its depth, so that it "
+                "cannot move to another: multiply the query weights of layer i by 1/(i + 1), set it to False, and fuse."
+            )

@@ -1,0 +1,29 @@
+# From hf_layerfuse 0.1.0; SPDX-License-Identifier: Apache-2.0
+"""ResNet of basic and of bottleneck layers."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+
+from .layerfuse_adapters_base import root_of
+from .layerfuse_adapters_chain import ChainAdapter, Convolutions, Skip, Unit
+
+
+class ResNetAdapter(ChainAdapter):
+    model_type = "resnet"
+
+    def convolutions(self, model: PreTrainedModel) -> Convolutions:
+        root = root_of(model)
+        units, skips = [Unit.of(f"{root}embedder.embedder")], []  # a pooling follows
+        for i, stage in enumerate(model.base_model.encoder.stages):
+            for j, block in enumerate(stage.layers):
+                path, start = f"{root}encoder.stages.{i}.layers.{j}", len(units) - 1
+                *inner, last = (f"{path}.layer.{k}" for k in range(len(block.layer)))
+                units += [*map(Unit.of, inner), Unit.of(last, f"{path}.activation")]
+                skips.append(Skip(start, len(units) - 1, path, ("layer",), "shortcut", "activation"))
+        return Convolutions(units, skips, frozenset({0}))
+
+    def activation(self, config: PreTrainedConfig) -> nn.Module:
+        return ACT2FN[config.hidden_act]

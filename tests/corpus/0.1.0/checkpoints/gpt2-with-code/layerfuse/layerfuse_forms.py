@@ -1,0 +1,184 @@
+# From hf_layerfuse 0.1.0; SPDX-License-Identifier: Apache-2.0
+"""What an MLP may become (LayerCollapse, Shabgahi et al. 2023): a linear map of the stream, the product of two, or an
+MLP whose activation is on its way to a line."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .layerfuse_adapters import One, TransformerAdapter
+from .layerfuse_errors import PlanError, UnsupportedModelError
+from .layerfuse_homotopy import Homotopy
+from .layerfuse_math_lowrank import low_rank
+from .layerfuse_math_ridge import chain
+from .layerfuse_parts import Parts
+from .layerfuse_plan import BlendedForm, LinearForm
+from .layerfuse_relaxed import out_in, theta_of
+
+START = 0.01
+"""The slope of the published PReLU, and so its a, before it is trained."""
+
+_MAPS = ("in", "gate", "out")
+
+
+Form = LinearForm | BlendedForm
+Line = tuple[Tensor, Tensor]
+"""Slope and offset of the line that the activation of each unit goes to, (units,) each."""
+
+
+class Collapsed(nn.Linear):
+    """The linear map that an MLP has become, or the second of the two."""
+
+
+def needs_fit(adapter: TransformerAdapter) -> bool:
+    """Whether an MLP without its activation is still a product of two maps, and is linear only when it is fitted."""
+    return "gate" in adapter.mlp
+
+
+def check_form(layer: nn.Module, adapter: TransformerAdapter, form: Form) -> None:
+    """Raise unless the MLP of a stock layer can take a form.
+
+    Raises:
+        PlanError: the rank saves nothing.
+        UnsupportedModelError: the adapter does not say where the activation is, or what the MLP is made of; or the
+            activation is to become a line, and the MLP is gated.
+    """
+    names = adapter.mlp.keys()
+    if adapter.activation is None or not {"in", "out"} <= names or names - {"norm", *_MAPS}:
+        raise UnsupportedModelError(
+            f"the adapter of {adapter.model_type!r} has an MLP of {', '.join(names)} with the activation at "
+            f"{adapter.activation!r}: to make it linear, name its maps 'in', 'out' and 'gate', and its activation."
+        )
+    if isinstance(form, BlendedForm):
+        if needs_fit(adapter):
+            raise UnsupportedModelError(
+                f"the MLPs of {adapter.model_type!r} are gated: with a linear activation they are still products of "
+                "two maps of what they read. What makes them linear is a fit: Linearize(layer) with refit, or "
+                "collapse(...)."
+            )
+        return
+    if form.fold and adapter.adds is None:
+        raise UnsupportedModelError(
+            f"the residual sum behind the MLPs of {adapter.model_type!r} cannot be folded: "
+            + ("it is in no module of its own." if adapter.post_norm else "later blocks read it, and no norm follows.")
+            + " Use fold=False."
+        )
+    ins, outs = _widths(layer, adapter)
+    if form.fold and _rank(layer, adapter, form) is not None:
+        raise PlanError(
+            f"MLPs of {_units(layer, adapter)} units become the product of two maps, with which no sum of {outs} "
+            "channels can be folded: use fold=False."
+        )
+    if form.rank is not None and form.rank * (ins + outs) >= ins * outs:
+        raise PlanError(
+            f"Linearize.rank is {form.rank}, and two maps of that rank are no smaller than one of {ins} x {outs}: "
+            f"use {(ins * outs - 1) // (ins + outs)} or less, or None for the full map."
+        )
+
+
+def take_form(layer: nn.Module, adapter: TransformerAdapter, form: Form) -> None:
+    """Give the MLP of a stock layer another form, in place. The weights of new modules mean nothing yet."""
+    (_linearize if isinstance(form, LinearForm) else _blend)(layer, adapter, form)
+
+
+def form_weights(layer: nn.Module, adapter: TransformerAdapter, form: Form, line: Line | None) -> dict[str, Tensor]:
+    """Weights of the modules that `take_form` puts in, by name from the layer on.
+
+    Args:
+        layer: a stock one.
+        adapter: of it.
+        form: that its MLP takes.
+        line: of an activation that is to become one, see `lines.lines_of`; None is z itself.
+    """
+    if isinstance(form, LinearForm):
+        return linear_weights(layer, adapter, form)
+    at, like = adapter.activation, layer.get_submodule(adapter.mlp["out"]).weight
+    units = _units(layer, adapter)
+    slope, offset = line or (torch.ones(units), torch.zeros(units))
+    found = {"a": torch.full((1,), START if form.faithful else 0.0), "slope": slope, "offset": offset}
+    return {f"{at}.{name}": tensor.detach().to(like, copy=True) for name, tensor in found.items()}
+
+
+def gives_way(parameter: str, adapter: TransformerAdapter, form: Form | None) -> bool:
+    """Whether a parameter, named from its layer on, is of a module that another one stands in the place of."""
+    maps = [adapter.mlp[role] for role in _MAPS if role in adapter.mlp] if isinstance(form, LinearForm) else []
+    return parameter.rpartition(".")[0] in maps
+
+
+def _linearize(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> None:
+    table, last = adapter.mlp, layer.get_submodule(adapter.mlp["out"])
+    if isinstance(last, Collapsed):  # a head that builds its body by AutoModel gets one that is reshaped already
+        return
+    ins, outs = _widths(layer, adapter)
+    rank, like = _rank(layer, adapter, linear), {"device": last.weight.device, "dtype": last.weight.dtype}
+    layer.set_submodule(adapter.activation, nn.Identity())
+    if "gate" in table:
+        layer.set_submodule(table["gate"], One())
+    first = nn.Identity() if rank is None else nn.Linear(ins, rank, bias=False, **like)
+    layer.set_submodule(table["in"], first)
+    layer.set_submodule(table["out"], Collapsed(rank or ins, outs, **like))
+    if linear.fold:
+        names = (table[role].removeprefix(f"{adapter.adds}.") for role in ("out", "norm"))
+        layer.set_submodule(adapter.adds, Parts(layer.get_submodule(adapter.adds), tuple(names)))
+
+
+def linear_weights(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> dict[str, Tensor]:
+    """Weights of the maps that stand for the MLP of a layer, by name from the layer on.
+
+    What they compute is the MLP without its activation, W2 (W1 x + b1) + b2 in float64, or with the line that its
+    activation has come to, W2 (slope (W1 x + b1) + offset) + b2. A gated MLP without its activation is no linear map,
+    so that nothing but its constant is left of it, until it is fitted.
+    """
+    table = adapter.mlp
+    first, last = (theta_of(layer.get_submodule(table[role])) for role in ("in", "out"))
+    act = layer.get_submodule(adapter.activation)
+    if isinstance(act, Homotopy):
+        first = first * act.slope.double()
+        first[-1] += act.offset.double()
+    theta = chain(first, last)
+    if "gate" in table:
+        theta = torch.cat([torch.zeros_like(theta[:-1]), last[-1:]])
+    if linear.fold:
+        theta[:-1] += torch.eye(len(theta) - 1).to(theta)
+    weights = {f"{table['out']}.bias": theta[-1]}
+    rank = _rank(layer, adapter, linear)
+    if rank is None:
+        weights[f"{table['out']}.weight"] = theta[:-1].T
+    else:
+        weights[f"{table['out']}.weight"], weights[f"{table['in']}.weight"] = low_rank(theta[:-1].T, rank)
+    dtype = layer.get_submodule(table["out"]).weight.dtype
+    return {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+
+
+def _widths(layer: nn.Module, adapter: TransformerAdapter) -> tuple[int, int]:
+    """What the MLP of a stock layer reads and writes."""
+    first, last = (layer.get_submodule(adapter.mlp[role]) for role in ("in", "out"))
+    return out_in(first, first.weight).shape[1], out_in(last, last.weight).shape[0]
+
+
+def _rank(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> int | None:
+    """The rank that the linear MLP of a stock layer has; None is one full map.
+
+    An MLP of few units has no more rank than those: two maps are smaller then.
+    """
+    ins, outs = _widths(layer, adapter)
+    units = _units(layer, adapter)
+    rank = min(units, linear.rank or units)
+    return rank if rank * (ins + outs) < ins * outs else None
+
+
+def _units(layer: nn.Module, adapter: TransformerAdapter) -> int:
+    """Hidden units of the MLP of a layer."""
+    last = layer.get_submodule(adapter.mlp["out"])
+    return out_in(last, last.weight).shape[1]
+
+
+def _blend(layer: nn.Module, adapter: TransformerAdapter, blended: BlendedForm) -> None:
+    act = layer.get_submodule(adapter.activation)
+    if isinstance(act, Homotopy):  # a head that builds its body by AutoModel gets one that is reshaped already
+        return
+    weight = layer.get_submodule(adapter.mlp["out"]).weight
+    act, start = (nn.ReLU(), START) if blended.faithful else (act, 0.0)
+    homotopy = Homotopy(act, _units(layer, adapter), start, device=weight.device, dtype=weight.dtype)
+    layer.set_submodule(adapter.activation, homotopy)

@@ -1,0 +1,236 @@
+# From hf_layerfuse 0.1.0; SPDX-License-Identifier: Apache-2.0
+"""Linear least squares from streaming moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROUNDS = 4
+
+_BLOCK = 256
+"""Columns of a block of the moments: of those of many inputs, only blocks on and above the diagonal are computed."""
+
+STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+
+
+class Moments:
+    """Sums over rows x, y of inputs and targets: sufficient for every linear fit of y by x, and for its error.
+
+    Inputs get a last column of ones, so that every fit has a free constant. Memory does not grow with the rows.
+
+    Attributes:
+        xx: sum of [x, 1]^T [x, 1], (in + 1, in + 1) float64.
+        xy: sum of [x, 1]^T y, (in + 1, out) float64.
+        yy: sum of y^T y, (out, out) float64.
+    """
+
+    def __init__(self, xx: Tensor, xy: Tensor, yy: Tensor) -> None:
+        self.xx, self.xy, self.yy = xx, xy, yy
+
+    @classmethod
+    def empty(
+        cls, inputs: int, outputs: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
+    ) -> Moments:
+        """No rows yet, of `inputs` and `outputs` columns; single precision is enough to rank inputs."""
+        shapes = ((inputs + 1, inputs + 1), (inputs + 1, outputs), (outputs, outputs))
+        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
+
+    @property
+    def rows(self) -> float:
+        """How many, or the sum of the squares of their scales."""
+        return self.xx[-1, -1].item()
+
+    def add(self, x: Tensor, y: Tensor, scale: Tensor | None = None) -> None:
+        """Add rows x (rows, in) and y (rows, out): products in their data type, sums in float64.
+
+        With `scale`, (rows, 1), the error of a row is counted so many times: sums are weighted by its square.
+        """
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        if scale is not None:
+            x, y = scale * x, scale * y
+        parts = [slice(start, start + _BLOCK) for start in range(0, x.shape[1], _BLOCK)]
+        for place, rows in enumerate(parts):
+            for columns in parts[place:]:
+                product = x[:, rows].T @ x[:, columns]
+                self.xx[rows, columns] += product
+                if rows != columns:  # the other half is the same
+                    self.xx[columns, rows] += product.T
+        self.xy += x.T @ y
+        self.yy += y.T @ y
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.xx + other.xx, self.xy + other.xy, self.yy + other.yy)
+
+    def error(self, theta: Tensor) -> float:
+        """Mean over the rows of ||[x, 1] theta - y||^2; 0 where there are none, so that no map looks better there.
+
+        Args:
+            theta: (in + 1, out) float64, the constant in its last row.
+        """
+        total = self.yy.trace()
+        left = (theta * (self.xx @ theta - 2 * self.xy)).sum() + total
+        return torch.where(left < 1e-12 * total, 0, left).item() / max(self.rows, 1.0)  # less is rounding
+
+    def ridge(self, start: Tensor, strength: float) -> Tensor:
+        """The theta that minimises sum ||[x, 1] theta - y||^2 + strength tr(x^T x)/in ||theta - start||^2.
+
+        The constant is not held back. Where not even the penalty makes the system regular, that is `start`.
+
+        Args:
+            start: (in + 1, out) float64.
+            strength: relative to the mean square of the inputs.
+        """
+        factor, failed = torch.linalg.cholesky_ex(self._penalised(strength))
+        return start if failed else start + torch.cholesky_solve(self.xy - self.xx @ start, factor)
+
+    def inverse(self, strength: float) -> Tensor:
+        """The inverse of the system that `ridge` solves, (in + 1, in + 1), or where it has none its pseudoinverse."""
+        system = self._penalised(strength)
+        torch.linalg.cholesky_ex(
+            system, out=(system, failed := torch.zeros((), dtype=torch.int32, device=system.device))
+        )
+        if failed:
+            return torch.linalg.pinv(self._penalised(strength), hermitian=True)
+        return torch.cholesky_inverse(system, out=system)
+
+    def _penalised(self, strength: float) -> Tensor:
+        system = self.xx.clone()
+        diagonal = system.diagonal()
+        diagonal[:-1] += strength * diagonal[:-1].mean()
+        return system
+
+    def only(self, inputs: Tensor) -> Moments:
+        """The moments of the same rows with some of the inputs, given by their indices."""
+        chosen = torch.cat([inputs, inputs.new_tensor([len(self.xx) - 1])])
+        return Moments(self.xx[chosen][:, chosen], self.xy[chosen], self.yy)
+
+    def single(self) -> Moments:
+        """The same in float32; the moments themselves where they are that."""
+        return Moments(self.xx.float(), self.xy.float(), self.yy.float())
+
+    def centred(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of squares and products about the means: inputs (in, in), both (in, out), targets (out, out)."""
+        mean, x, y = self.xx[-1:, :-1] / self.rows, self.xx[-1:, :-1], self.xy[-1:]
+        return self.xx[:-1, :-1] - mean.T @ x, self.xy[:-1] - mean.T @ y, self.yy - y.T @ y / self.rows
+
+    def linear(self) -> Moments:
+        """As if the inputs and targets were uncorrelated with the constant, so that fits from 0 leave that at 0."""
+        xx, xy = self.xx.clone(), self.xy.clone()
+        xx[-1, :-1] = xx[:-1, -1] = xy[-1] = 0
+        return Moments(xx, xy, self.yy)
+
+    def through(self, theta: Tensor) -> Moments:
+        """The moments of the same rows with [x, 1] @ theta, theta (in + 1, width), in place of x."""
+        full = _with_one(theta)
+        return Moments(full.T @ self.xx @ full, full.T @ self.xy, self.yy)
+
+    def towards(self, theta: Tensor) -> Moments:
+        """The moments of the same rows with the targets [y, 1] @ theta, (out + 1, width), in place of y."""
+        total = self.xy[-1:]
+        yy = torch.cat([torch.cat([self.yy, total.T], dim=1), torch.cat([total, self.xx[-1:, -1:]], dim=1)])
+        return Moments(self.xx, torch.cat([self.xy, self.xx[:, -1:]], dim=1) @ theta, theta.T @ yy @ theta)
+
+
+def eliminate(moments: Moments, start: Tensor, keep: int, strength: float = 0.1, size: int = 1) -> Tensor:
+    """The units, each of `size` neighbouring inputs, that a ridge fit of the targets can least do without.
+
+    Backward elimination in four rounds: each drops those whose removal, made up for by the others, costs least,
+    tr(theta_u^T [(xx + penalty)^-1]_uu^-1 theta_u) (Optimal Brain Surgeon, Hassibi and Stork 1993, eq. 5, for a block
+    of weights). To rank units, single precision is enough, and halves what these inverses need.
+
+    Args:
+        moments: of all inputs.
+        start: (in + 1, out) float64, towards which the fits are held.
+        keep: how many units stay.
+        strength: of the ridge, see `Moments.ridge`.
+        size: inputs of a unit.
+
+    Returns:
+        The numbers of the kept units, ascending.
+    """
+    total = (len(start) - 1) // size
+    left = torch.arange(total, device=start.device)
+    moments = moments.single()
+    for step in range(1, ROUNDS + 1):
+        inputs = (left[:, None] * size + torch.arange(size, device=left.device)).flatten()
+        part = moments if step == 1 else moments.only(inputs)
+        begin = torch.cat([start[inputs], start[-1:]]).float()
+        right = part.xy - part.xx @ begin
+        inverse = part.inverse(strength)
+        theta = (begin + inverse @ right)[:-1].unflatten(0, (len(left), size))
+        within = inverse[:-1, :-1].unflatten(0, (len(left), size)).unflatten(2, (len(left), size))
+        own = within.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        cost = (theta * torch.linalg.solve_ex(own, theta).result).sum((1, 2)).nan_to_num(0)  # dead units: 0 / 0
+        left = left[cost.topk(round(total * (keep / total) ** (step / ROUNDS))).indices].sort().values
+        del part, inverse, within, own  # the largest things of a repair, of which there should not be two
+    return left
+
+
+def chain(first: Tensor, then: Tensor) -> Tensor:
+    """The one theta, (in + 1, out), that does [[x, 1] @ first, 1] @ then."""
+    return _with_one(first) @ then
+
+
+def identity(moments: Moments) -> Tensor:
+    """The map that gives x for [x, 1], (in + 1, in)."""
+    width = len(moments.xx) - 1
+    return torch.eye(width + 1, width, dtype=torch.float64, device=moments.xx.device)
+
+
+def _with_one(theta: Tensor) -> Tensor:
+    """(in + 1, width + 1): the same map, which passes the constant on."""
+    one = torch.zeros(len(theta), 1, dtype=theta.dtype, device=theta.device)
+    one[-1] = 1
+    return torch.cat([theta, one], dim=1)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A linear map fitted to moments.
+
+    Attributes:
+        theta: (in + 1, out) float64, the constant in its last row.
+        before: mean squared error on held-out rows of the map as it was.
+        after: that of the map that the other rows gave, at the chosen strength.
+        strength: the penalty that was chosen; None where leaving the map as it was is best.
+    """
+
+    theta: Tensor
+    before: float
+    after: float
+    strength: float | None
+
+
+def fit(train: Moments, held_out: Moments, start: Tensor, strengths: Sequence[float] = STRENGTHS) -> Fit:
+    """The ridge fit whose strength does best on held-out rows; `start` itself is among the candidates.
+
+    Once the strength is chosen, all rows are fitted.
+
+    Args:
+        train: what the map is fitted to.
+        held_out: moments of other rows, which choose the strength.
+        start: (in + 1, out) float64, the map as it is.
+        strengths: candidates, relative to the mean square of the inputs.
+    """
+    before = held_out.error(start)
+    strengths = sorted(strengths)
+    found: dict[int, float] = {}
+
+    def error(place: int) -> float:
+        if place not in found:
+            found[place] = held_out.error(train.ridge(start, strengths[place]))
+        return found[place]
+
+    # the error falls and then rises with the penalty, so the least one is down the hill from wherever one starts
+    best = len(strengths) // 2
+    for step in (1, -1):
+        while 0 <= best + step < len(strengths) and error(best + step) < error(best):
+            best += step
+    after = error(best)
+    if not after < before * (1 - 1e-6):  # rounding is no reason to change a map
+        return Fit(start, before, before, None)
+    return Fit((train + held_out).ridge(start, strengths[best]), before, after, strengths[best])

@@ -1,0 +1,338 @@
+# From hf_layerfuse 0.1.0; SPDX-License-Identifier: Apache-2.0
+"""Fused model classes. Every touch of a semi-private hook of transformers is in this file.
+
+A fused model is its stock class, reshaped by the plan in its config: `FusedGPT2LMHeadModel` builds
+`GPT2LMHeadModel`, takes the removed blocks out and declares the shared weights, so that saving, loading, moving and
+casting all work as transformers does them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import sys
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
+from transformers.pytorch_utils import Conv1D
+
+from .layerfuse_adapters import ADAPTERS, BUILTIN, FUSED_PREFIX, ChainAdapter, ModelAdapter, adapter_for
+from .layerfuse_chainedits import reshape_chain
+from .layerfuse_edits import expanded_weights, reshape, tied_weights
+from .layerfuse_errors import CheckpointError, PlanError, UnsupportedModelError
+from .layerfuse_plan import CHAIN, Layout, Plan
+from .layerfuse_relaxed import Relaxed
+from .layerfuse_shipping import ship
+
+_AUTO_CLASSES = [
+    value
+    for value in vars(modeling_auto).values()
+    if isinstance(value, type)
+    and issubclass(value, auto_factory._BaseAutoModelClass)
+    and value._model_mapping is not None
+]
+
+
+class FusedMixin:
+    """What a stock class needs to be a fused one; mixed in before it by `fused_class`."""
+
+    _fused_ties: dict[str, str] = {}  # replaced per instance, and read before __init__ has run
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        plan = plan_of(config)
+        if plan.kinds == CHAIN:
+            reshape_chain(self, adapter_for(config, ChainAdapter), plan)
+        else:
+            adapter, layout = adapter_for(config), layout_of(config)
+            reshape(self, adapter, layout)
+            self._fused_ties = tied_weights(self, adapter, layout)
+        # Saving reads the patterns in `_tied_weights_keys`, loading reads `all_tied_weights_keys`.
+        self._tied_weights_keys = {**(self._tied_weights_keys or {}), **self._fused_ties}
+        self.all_tied_weights_keys.update(self._fused_ties)
+        self.tie_weights()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        # The stock method returns nothing where the config does not tie word embeddings.
+        return {**super().get_expanded_tied_weights_keys(all_submodels=all_submodels), **self._fused_ties}
+
+    def _adjust_bias(self, output_embeddings: Any, input_embeddings: Any) -> None:
+        # The stock method takes weight.shape[0] for the size of the bias, which cuts that of a Conv1D.
+        if not isinstance(output_embeddings, Conv1D | Relaxed):
+            super()._adjust_bias(output_embeddings, input_embeddings)
+
+    def initialize_weights(self) -> None:
+        # Not in `_init_weights`: a head leaves the modules of its body to the body, which is of the stock class.
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, Relaxed):
+                module.reset()
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *args: Any,
+        expanded: bool = False,
+        with_code: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Save as transformers does, and let the checkpoint be loaded without this library.
+
+        Args:
+            save_directory: where to.
+            args: of transformers' own method.
+            expanded: save a stock checkpoint, which is bigger, computes the same, and loads everywhere.
+            with_code: put the code of the class beside the weights, and `auto_map` in the config, so that the Auto
+                classes load it with `trust_remote_code=True`. What was loaded in that way is always saved in it.
+            kwargs: of transformers' own method.
+
+        Raises:
+            UnsupportedModelError: a stock checkpoint has no place for what became of the model; or the architecture is
+                not one of this package, whose code is all that can be put there.
+        """
+        if expanded:
+            return expand(self).save_pretrained(save_directory, *args, **kwargs)
+        vars(self.config).pop("auto_map", None)  # of a checkpoint that had the code
+        if with_code or self._ships_code:
+            self.config.auto_map = _ship(self, save_directory)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    _ships_code = not __name__.startswith("hf_layerfuse.")  # what came with a checkpoint goes on with it
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Save the code of this class with every checkpoint, as `save_pretrained(..., with_code=True)` does."""
+        # what transformers would copy is one file and those in its folder
+        cls._ships_code = True
+
+
+def register_adapter(adapter: type[ModelAdapter]) -> type[ModelAdapter]:
+    """Make an architecture known, so that its models can be fused, saved, and loaded by the Auto classes.
+
+    Its config and model classes must be registered with `AutoConfig` and `AutoModel...` first, unless transformers
+    ships them. Usable as a class decorator.
+
+    Args:
+        adapter: a class with the table of the architecture.
+
+    Returns:
+        The same class.
+
+    Raises:
+        UnsupportedModelError: no config class is registered for `adapter.model_type`.
+    """
+    model_type = adapter.model_type
+    if model_type not in configuration_auto.CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"no config class for {model_type!r}: call AutoConfig.register({model_type!r}, YourConfig) and "
+            "AutoModel.register(YourConfig, YourModel) before register_adapter."
+        )
+    ADAPTERS[model_type] = adapter()
+    base = configuration_auto.CONFIG_MAPPING[model_type]
+    config_class = _fused_config(base)
+    configuration_auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto_class in _AUTO_CLASSES:
+        heads = tuple(fused_class(head) for head in _heads(auto_class, base))
+        if heads:
+            auto_class._model_mapping.register(config_class, heads if len(heads) > 1 else heads[0], exist_ok=True)
+    return adapter
+
+
+def check_shipping(config: PreTrainedConfig) -> None:
+    """Raise `UnsupportedModelError` where the code of the fused class of a model, or of its config, is not all here."""
+    model_type = config.model_type.removeprefix(FUSED_PREFIX)
+    if type(ADAPTERS.get(model_type)) not in BUILTIN:
+        known = ", ".join(adapter.model_type for adapter in BUILTIN)
+        raise UnsupportedModelError(
+            f"the code of {model_type!r} is not in this package, and cannot be put beside a checkpoint; that can be: "
+            f"{known}. Save without with_code, and publish your code as a package."
+        )
+
+
+def _ship(model: FusedMixin, directory: str | os.PathLike) -> dict[str, str]:
+    """Put the code of a model beside its weights. Returns `auto_map`: Auto class -> where its class is."""
+    check_shipping(model.config)
+    module, config_class = ship(__name__, directory), type(model.config)
+    classes = {"AutoConfig": config_class}
+    for auto_class in _AUTO_CLASSES:
+        heads = _heads(auto_class, config_class)
+        if heads:
+            classes[auto_class.__name__] = type(model) if type(model) in heads else heads[0]
+    return {name: f"{module}.{cls.__name__}" for name, cls in classes.items()}
+
+
+@functools.cache
+def _fused_config(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    fields = {
+        "__module__": __name__,
+        "__doc__": f"{base.__name__} with the plan that shapes the model.",
+        "__annotations__": {"layerfuse_plan": dict[str, Any] | None},
+        "model_type": FUSED_PREFIX + base.model_type,
+        "layerfuse_plan": None,
+        # the model ships its code, see FusedMixin
+        "register_for_auto_class": classmethod(lambda cls, auto_class="AutoConfig": None),
+    }
+    return _publish(type(f"Fused{base.__name__}", (base,), fields))
+
+
+@functools.cache
+def fused_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The fused counterpart of a stock model class, `FusedGPT2LMHeadModel` for `GPT2LMHeadModel`."""
+    fields = {
+        "__module__": __name__,
+        "__doc__": f"{base.__name__}, reshaped by the plan in its config.",
+        "config_class": _fused_config(base.config_class),
+    }
+    fused = _publish(type(f"Fused{base.__name__}", (FusedMixin, base), fields))
+    renamings = get_checkpoint_conversion_mapping(base.__name__)
+    if renamings is not None:  # ViT has other names on disk than in memory; a fused ViT keeps the same ones on disk
+        register_checkpoint_conversion_mapping(fused.__name__, renamings, overwrite=True)
+    return fused
+
+
+def _publish(cls: type) -> type:
+    """Let other processes find a class that was made here, by its name."""
+    setattr(sys.modules[__name__], cls.__name__, cls)
+    return cls
+
+
+def plan_of(config: PreTrainedConfig) -> Plan:
+    """The plan in a fused config.
+
+    Raises:
+        PlanError: no plan, or one of another architecture or newer format.
+    """
+    plan = Plan.from_dict(config.layerfuse_plan)
+    if FUSED_PREFIX + plan.model_type != config.model_type:
+        raise PlanError(f"config.json is {config.model_type!r} and holds a plan for {plan.model_type!r}.")
+    return plan
+
+
+def layout_of(config: PreTrainedConfig) -> Layout:
+    """The shape that the plan in a fused config asks for.
+
+    Raises:
+        PlanError: no plan, a plan of another architecture or newer format, or one that does not fit the config.
+    """
+    layout = plan_of(config).layout()
+    if len(layout.slots) != config.num_hidden_layers:
+        raise PlanError(
+            f"the plan in config.json leads to {len(layout.slots)} layers, and num_hidden_layers is "
+            f"{config.num_hidden_layers}: the file was changed by hand; restore the original."
+        )
+    return layout
+
+
+def skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the stock class and shape that another one had before it was merged, without weights."""
+    stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
+    with torch.device("meta"):
+        return stock(stock.config_class(**_fields(model.config)))
+
+
+def with_plan(cls: type, config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
+    """The config of a fused class, as another one is, and with a plan."""
+    return cls.config_class(**_fields(config), layerfuse_plan=plan.to_dict(notes=False))
+
+
+def _fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config of the same model has, whatever its plan."""
+    return {k: v for k, v in config.to_dict().items() if k not in ("model_type", "layerfuse_plan", "auto_map")}
+
+
+def expand(model: PreTrainedModel) -> PreTrainedModel:
+    """A stock model that computes the same: shared weights are copied, removed blocks contribute zero.
+
+    A stock model is returned as a copy.
+
+    Args:
+        model: a fused model, which stays as it is.
+
+    Returns:
+        A model of the stock class, on the same device and of the same dtype, with as many layers as were left.
+
+    Raises:
+        UnsupportedModelError: MLPs have another form, for which a stock model has no place.
+    """
+    if not isinstance(model, FusedMixin):
+        return copy.deepcopy(model)
+    if plan_of(model.config).kinds == CHAIN:
+        raise UnsupportedModelError(
+            f"convolutions of {type(model).__name__} were merged, for which the stock class has no place: save the "
+            "model as it is, without expanded=True."
+        )
+    layout = layout_of(model.config)
+    others = [i for i, slot in enumerate(layout.slots) for source in slot.blocks.values() if source and source.form]
+    if others:
+        raise UnsupportedModelError(
+            f"the MLPs of layers {', '.join(map(str, others))} are linear, or on the way to it, for which "
+            f"{type(model).__name__} has no place without this library: save the model as it is, without expanded=True."
+        )
+    stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
+    weights = expanded_weights(model, adapter_for(model), layout)
+    return build(stock, stock.config_class(**_fields(model.config)), weights, model)
+
+
+def build(cls: type, config: PreTrainedConfig, weights: dict[str, Any], like: PreTrainedModel) -> PreTrainedModel:
+    """A `cls` with these weights, through the same loading code that reads a checkpoint."""
+    config._attn_implementation = like.config._attn_implementation
+    generation = {"generation_config": copy.deepcopy(like.generation_config)} if like.can_generate() else {}
+    model, report = cls.from_pretrained(
+        None, config=config, state_dict=weights, dtype=like.dtype, output_loading_info=True, **generation
+    )
+    wrong = {key: sorted(report[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
+    if wrong:
+        raise UnsupportedModelError(
+            f"{type(like).__name__} does not hold the weights that its config asks for: {wrong}. Load the model with "
+            "from_pretrained, without arguments that add or remove modules."
+        )
+    # names on disk follow the file that the original came from, as they do when that is saved again
+    model._weight_conversions = getattr(like, "_weight_conversions", None)
+    model.config.name_or_path = model.name_or_path = like.config.name_or_path
+    return model.to(like.device).train(like.training)
+
+
+def head_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The model class that a checkpoint was saved from, by `architectures` in its config.
+
+    Raises:
+        CheckpointError: the class is not one of those that transformers or the user registered for this config.
+    """
+    names = config.architectures or []
+    heads = [head for auto_class in _AUTO_CLASSES for head in _heads(auto_class, type(config))]
+    for name in names:
+        plain = name.removeprefix("Fused") if config.model_type.startswith(FUSED_PREFIX) else name
+        for head in heads:
+            if head.__name__ == name:
+                return head
+        # heads that transformers ships without an Auto class, such as DeiTForImageClassificationWithTeacher
+        head = getattr(transformers, plain, None)
+        if isinstance(head, type) and issubclass(head, PreTrainedModel):
+            return fused_class(head) if plain != name else head
+    if not names and heads:
+        return heads[0]
+    raise CheckpointError(
+        f"config.json names the class {names}, which is not known for {config.model_type!r}: register it with an Auto "
+        "class, or import the package that defines it, before loading."
+    )
+
+
+def _heads(auto_class: type, config_class: type[PreTrainedConfig]) -> tuple[type[PreTrainedModel], ...]:
+    mapping = auto_class._model_mapping
+    if config_class not in mapping:
+        return ()
+    heads = mapping[config_class]
+    # a few Auto classes also list heads that are built from another config, which they make themselves
+    return tuple(h for h in (heads if isinstance(heads, tuple) else (heads,)) if h.config_class is config_class)
+
+
+for _adapter in BUILTIN:
+    register_adapter(_adapter)
