@@ -26,7 +26,7 @@ from hf_layerfuse import Blend, CollapseRecipe, Drop, HealRecipe, Linearize, Pla
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.divergence import calibration_loss
 from hf_layerfuse.evaluation.metrics import parameter_counts
-from hf_layerfuse.methods.base import Found
+from hf_layerfuse.methods.base import SearchResult
 from hf_layerfuse.models.architectures import adapter_for
 from hf_layerfuse.pipeline.report.tables import text_table
 
@@ -102,7 +102,7 @@ class Collapsing:
         losses = self.searched(1).plan.notes["losses"]
         return sorted(map(int, losses), key=lambda layer: losses[str(layer)])
 
-    def searched(self, count: int, **options: Any) -> Found:
+    def searched(self, count: int, **options: Any) -> SearchResult:
         recipe = CollapseRecipe(count=count, refit=self.refit, **options)
         return search_collapse(self.job.model, recipe, self.job.calibration)
 

@@ -36,7 +36,7 @@ from hf_layerfuse import FusionRecipe, HealRecipe, MergeRecipe, Plan, RecipeErro
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.metrics import parameter_counts
 from hf_layerfuse.evaluation.timing import device_name, interleaved
-from hf_layerfuse.methods.base import Found
+from hf_layerfuse.methods.base import SearchResult
 from hf_layerfuse.methods.fusion.block_latency import BlockTimes
 from hf_layerfuse.methods.fusion.latency_search import batch_of
 from hf_layerfuse.methods.merge.segments import folded_plan
@@ -53,7 +53,7 @@ def result(device: str, trained: bool = False) -> Path:
     return common.RESULTS.joinpath(f"merge{'_heal' * trained}{'' if device == 'cpu' else f'_{device}'}.json")
 
 
-Search = Callable[[PreTrainedModel, float], Found]
+Search = Callable[[PreTrainedModel, float], SearchResult]
 """From a model and a share of its latency to one that is faster."""
 
 
@@ -86,15 +86,15 @@ def tables_of(name: str, device: str) -> str:
 def convolutions(name: str, base: common.Job, trained: Callable[[str], retraining.Job] | None = None) -> Compared:
     """A classifier of images, whose convolutions are merged."""
 
-    def search(model: PreTrainedModel, budget: float, **options: Any) -> Found:
+    def search(model: PreTrainedModel, budget: float, **options: Any) -> SearchResult:
         device = model.device.type
         measured = {"batch_size": BATCH[device], "max_kernel": 5, "tables": tables_of(name, device)}
         return search_merge(model, MergeRecipe(budget=budget, **measured, **options), base.calibration)
 
-    def folded(model: PreTrainedModel, budget: float) -> Found:
+    def folded(model: PreTrainedModel, budget: float) -> SearchResult:
         """What every runtime does to a network that is not trained any more, and loses nothing."""
         plan = folded_plan(model)
-        return Found(apply(model, plan), plan, None)
+        return SearchResult(apply(model, plan), plan, None)
 
     def inputs(count: int) -> dict[str, torch.Tensor]:
         size = base.model.config.image_size
@@ -121,12 +121,12 @@ def blocks(name: str, base: common.Job) -> Compared:
     """A transformer, of whose blocks each is chosen for."""
     sample = Sample.of(base.calibration)
 
-    def chosen(model: PreTrainedModel, budget: float, **more: Any) -> Found:
+    def chosen(model: PreTrainedModel, budget: float, **more: Any) -> SearchResult:
         device = model.device.type
         options = {"latency_batch_size": BATCH[device], "latency_repeats": 20, "tables": tables_of(name, device)}
         return search(model, FusionRecipe(latency_budget=budget, **options, **more), base.calibration)
 
-    def fused(model: PreTrainedModel, budget: float) -> Found:
+    def fused(model: PreTrainedModel, budget: float) -> SearchResult:
         """As many layers as the budget allows, whatever else there is."""
         device = model.device.type
         inputs = batch_of(sample, BATCH[device])

@@ -16,7 +16,7 @@ from .errors import (
     UnsupportedModelError,
     VerificationError,
 )
-from .methods.base import Found
+from .methods.base import SearchResult
 from .methods.collapse.search import search_collapse
 from .methods.fusion.planner import plan_fusion
 from .methods.fusion.search import search
@@ -43,6 +43,8 @@ from .training.heal import HealReport, heal
 
 __version__ = version("hf-layerfuse")
 
+Found = SearchResult  # its name in 0.1, for those who imported it; the release after the next one does without
+
 __all__ = [
     "AutoFusedModel",
     "Blend",
@@ -53,7 +55,6 @@ __all__ = [
     "Convolutions",
     "DataError",
     "Drop",
-    "Found",
     "Fuse",
     "FusionRecipe",
     "HealRecipe",
@@ -68,6 +69,7 @@ __all__ = [
     "PlanError",
     "RecipeError",
     "RefitReport",
+    "SearchResult",
     "Skip",
     "TrainingError",
     "TransformerAdapter",

@@ -18,7 +18,7 @@ _Recipe = TypeVar("_Recipe")
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """A fused model and how it came about. `report` is None where there was no calibration data."""
 
     model: PreTrainedModel
@@ -79,7 +79,7 @@ class Method(Generic[_Recipe]):
     doing: str
     done: str
     tag: str
-    search: Callable[[PreTrainedModel, _Recipe, Batches | None], Found]
+    search: Callable[[PreTrainedModel, _Recipe, Batches | None], SearchResult]
     needs_training: Callable[[_Recipe], bool] = _never
     healing: Callable[[_Recipe, HealRecipe], HealRecipe] = _as_it_is
     finish: Callable[[_Recipe], Finish | None] = _nothing

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from hf_layerfuse import Drop, HealRecipe, Plan, RecipeError, apply, methods
 from hf_layerfuse.api import _compress
 from hf_layerfuse.methods import METHODS, method_of
-from hf_layerfuse.methods.base import Finish, Found, Method
+from hf_layerfuse.methods.base import Finish, Method, SearchResult
 from hf_layerfuse.pipeline.rounds import fuse_and_heal
 from hf_layerfuse.recipe import SECTIONS, DataRecipe, Recipe
 from hf_layerfuse.recipe.run import METHOD_TARGETS
@@ -76,7 +76,7 @@ class ToyRecipe:
 def drop_last(model, recipe, batches=None):
     depth = model.config.num_hidden_layers
     plan = Plan("gpt2", depth, tuple(Drop("mlp", layer) for layer in range(depth - (recipe.last or 1), depth)))
-    return Found(apply(model, plan), plan, None)
+    return SearchResult(apply(model, plan), plan, None)
 
 
 def finish(recipe):

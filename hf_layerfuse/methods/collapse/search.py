@@ -24,11 +24,11 @@ from ...models.surgery.linear_mlp import needs_fit
 from ...models.surgery.size import planned_size
 from ...plan import Blend, Linearize, Plan
 from ...recipe import COLLAPSE_TARGETS, CollapseRecipe
-from ..base import Found
+from ..base import SearchResult
 from ..trials import Trials
 
 
-def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Batches | None = None) -> Found:
+def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Batches | None = None) -> SearchResult:
     """Make MLPs of a model linear by a recipe: choose them, apply, fit.
 
     An MLP is judged by the calibration loss of the model in which it alone has become linear, and was fitted, for each
@@ -76,7 +76,7 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
         plan = _plans(model, recipe, nothing, edits[::-1])[0]
         notes = {"recipe": asdict(recipe), "calibration": "none: from the weights alone"}
         plan = replace(_bent(plan, recipe) if homotopy else plan, notes=notes)
-        return Found(apply(model, plan), plan, None)
+        return SearchResult(apply(model, plan), plan, None)
     with eval_mode(model):
         found = _searched(model, recipe, batches, nothing, edits)
     found.model.train(model.training)
@@ -85,7 +85,7 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
 
 def _searched(
     model: PreTrainedModel, recipe: CollapseRecipe, batches: list[Any], nothing: Plan, edits: list[Linearize]
-) -> Found:
+) -> SearchResult:
     sample = Sample.of(batches)
     trace = Trace(Walk(model, sample))
     losses = {}
@@ -103,7 +103,7 @@ def _searched(
     }
     if recipe.method == "homotopy":
         plan = replace(_bent(_plans(model, recipe, nothing, order)[0], recipe), notes=notes)
-        return Found(apply(model, plan, batches), plan, None)
+        return SearchResult(apply(model, plan, batches), plan, None)
     found, tried = None, []
     for plan in _plans(model, recipe, nothing, order):
         student = apply(model, plan)
@@ -115,7 +115,7 @@ def _searched(
         tried.append({"layers": [edit.layer for edit in plan.edits], "loss": report.after})
         if recipe.max_loss is not None and report.after > recipe.max_loss:
             break
-        found = Found(student, plan, report)
+        found = SearchResult(student, plan, report)
     if found is None:
         raise RecipeError(
             f"{_asked(recipe)} allows no linear MLP: the one that costs least, in layer {order[0].layer}, costs "

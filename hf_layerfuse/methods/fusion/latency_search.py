@@ -33,7 +33,7 @@ from ...models.surgery.linear_mlp import needs_fit
 from ...plan import Drop, Edit, Fuse, Linearize, Plan
 from ...plan.edit import write_edit
 from ...recipe import FusionRecipe
-from ..base import Found
+from ..base import SearchResult
 from ..latency_budget import NEAR, affordable, within
 from ..trials import Trials, share_of
 from .block_latency import BlockTimes
@@ -47,7 +47,7 @@ COST = 10
 """Forward passes of the original, over all of the calibration data, that judging choices may take at first."""
 
 
-def search_budget(model: PreTrainedModel, recipe: FusionRecipe, batches: Sequence[Any] | None) -> Found:
+def search_budget(model: PreTrainedModel, recipe: FusionRecipe, batches: Sequence[Any] | None) -> SearchResult:
     """Make a transformer faster by a recipe with a latency budget: measure choices, choose, apply, refit.
 
     A choice costs milliseconds, and what it adds to the calibration loss when it is all that is done to the model and
@@ -129,7 +129,7 @@ class _Budget:
         self.tried: dict[tuple[Edit, ...], dict[str, Any]] = {}
         self.best: tuple[list[Choice], Plan, RefitReport, Saved] | None = None
 
-    def run(self) -> Found:
+    def run(self) -> SearchResult:
         alone = self._worth()
         self._try(alone, self._program(alone))
         for _ in range(ROUNDS[self.recipe.effort]):
@@ -158,7 +158,7 @@ class _Budget:
             "competition": list(self.tried.values()),
             "refit": asdict(report),
         }
-        return Found(student, replace(plan, notes=notes), report)
+        return SearchResult(student, replace(plan, notes=notes), report)
 
     def cost(self, choice: Choice) -> float:
         """Milliseconds of what a choice leads to."""

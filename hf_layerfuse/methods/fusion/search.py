@@ -27,7 +27,7 @@ from ...models.architectures import adapter_for
 from ...models.surgery.layers import check_model
 from ...plan import Fuse, Kind, Plan
 from ...recipe import FusionRecipe
-from ..base import Found
+from ..base import SearchResult
 from ..trials import Trials, share_of
 from .grouping import Groups, even, groups_of, longest, unexplained
 from .latency_search import search_budget
@@ -41,7 +41,7 @@ MOVES = 12
 """Plans next to the best one that are tried with effort `high`."""
 
 
-def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None = None) -> Found:
+def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None = None) -> SearchResult:
     """Make a model smaller by a recipe: choose the groups and the operators, apply, refit.
 
     With calibration data, `effort` says how much is tried:
@@ -81,7 +81,7 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
             "result before use."
         )
         notes = {**first.notes, "recipe": asdict(recipe), "calibration": "none: from the weights alone"}
-        return Found(apply(model, first), replace(first, notes=notes), None)
+        return SearchResult(apply(model, first), replace(first, notes=notes), None)
     with eval_mode(model):
         found = _Search(model, recipe, batches, first).run()
     found.model.train(model.training)
@@ -99,7 +99,7 @@ class _Search:
         self.tried: dict[tuple, tuple[Plan, RefitReport]] = {}
         self.best: tuple[Plan, RefitReport, Saved] | None = None
 
-    def run(self) -> Found:
+    def run(self) -> SearchResult:
         recipe = self.recipe
         start = self._with_groups({kind: self._start(kind) for kind in self._kinds()})
         scores: list[dict[str, Any]] = []
@@ -130,7 +130,7 @@ class _Search:
             "competition": competition,
             "refit": asdict(report),
         }
-        return Found(student, replace(plan, notes=notes), report)
+        return SearchResult(student, replace(plan, notes=notes), report)
 
     def _kinds(self) -> tuple[Kind, ...]:
         return kinds_of(self.model, self.recipe)

@@ -19,12 +19,12 @@ from ...models.architectures import ChainAdapter, adapter_for
 from ...models.surgery.layers import check_model
 from ...plan import Plan
 from ...recipe import MergeRecipe
-from ..base import Found
+from ..base import SearchResult
 from ..latency_budget import affordable, within
 from .segments import Entry, Latencies, Losses, Magnitudes, entries_of, folded_plan, removals_of
 
 
-def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches | None) -> Found:
+def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches | None) -> SearchResult:
     """Merge convolutions of a model by a recipe: measure segments, choose them by the exact program, apply, fit.
 
     An entry, a segment with a kernel, costs the milliseconds of its one convolution, and the calibration loss of the
@@ -99,10 +99,10 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     }
     if recipe.method == "open":
         plan = replace(plan, edits=tuple(replace(edit, merged=False) for edit in plan.edits), notes=notes)
-        return Found(apply(model, plan), plan, None)
+        return SearchResult(apply(model, plan), plan, None)
     student = apply(model, plan)
     report = refit_chain(student, model, plan, sample, fitted=fitted)
-    return Found(student, replace(plan, notes=notes | {"refit": asdict(report)}), report)
+    return SearchResult(student, replace(plan, notes=notes | {"refit": asdict(report)}), report)
 
 
 def choose(
