@@ -43,7 +43,7 @@ from .training.heal import HealReport, heal
 
 __version__ = version("hf-layerfuse")
 
-Found = SearchResult  # its name in 0.1, for those who imported it; the release after the next one does without
+Found = SearchResult  # the name that 0.1 has for it, kept for one release
 
 __all__ = [
     "AutoFusedModel",

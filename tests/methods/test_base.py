@@ -8,6 +8,7 @@ import torch
 from conftest import some_batches, tiny_model
 from torch.utils.data import DataLoader
 
+import hf_layerfuse
 from hf_layerfuse import Drop, HealRecipe, Plan, RecipeError, apply, methods
 from hf_layerfuse.api import _compress
 from hf_layerfuse.methods import METHODS, method_of
@@ -143,3 +144,8 @@ def test_a_new_method_runs_in_the_pipeline(model, monkeypatch, tmp_path, capsys,
     assert bool((fused.lm_head.weight == 0.5).all()) is late
     assert results["fused"]["parameters"] < results["before"]["parameters"]
     assert [step for step, _ in results["heal"]["validation_loss"]] == ([0, 1, 2] if late else [0, 2])
+
+
+def test_the_name_of_a_result_in_0_1():
+    """What 0.1 calls `Found` is importable under that name still, and is the same class."""
+    assert hf_layerfuse.Found is hf_layerfuse.SearchResult
