@@ -32,7 +32,7 @@ from .architectures.block_weights import (
     rows_of,
     write_rows,
 )
-from .surgery.layers import check_plan
+from .surgery.checks import check_plan
 
 _OFF = 1e-3  # a gain this much smaller than the largest of its norm is one that no quotient is taken by
 

@@ -13,8 +13,10 @@ from .activation_fit import lines_of
 from .align import align
 from .architectures import ChainAdapter, adapter_for
 from .modeling import build, fused_class, skeleton, with_plan
+from .surgery.checks import check_plan
 from .surgery.conv_graph import check_merges, merged_weights
-from .surgery.layers import check_plan, fused_weights, target_config
+from .surgery.layers import target_config
+from .surgery.weights import fused_weights
 
 
 def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:

@@ -12,8 +12,8 @@ from ..evaluation.batches import Batches
 from ..evaluation.metrics import parameter_counts
 from ..methods.fusion.distances import block_distances
 from ..models.architectures import ChainAdapter, LayerAdapter, TransformerAdapter, adapter_for
+from ..models.surgery.checks import check_plan
 from ..models.surgery.conv_graph import check_merges
-from ..models.surgery.layers import check_plan
 from ..plan import CHAIN, Kind, Linearize, Plan
 
 Rows = list[list[str]]

@@ -19,7 +19,7 @@ from ...evaluation.batches import Batches
 from ...evaluation.eval_mode import eval_mode
 from ...models.apply import apply
 from ...models.architectures import adapter_for
-from ...models.surgery.layers import check_model, check_plan
+from ...models.surgery.checks import check_model, check_plan
 from ...models.surgery.linear_mlp import needs_fit
 from ...models.surgery.size import planned_size
 from ...plan import Blend, Linearize, Plan

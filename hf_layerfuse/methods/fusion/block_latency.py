@@ -16,7 +16,7 @@ from ...evaluation.eval_mode import eval_mode
 from ...evaluation.timing import time_missing, timed_on
 from ...models.apply import apply
 from ...models.architectures import adapter_for
-from ...models.surgery.layers import can_be, shapes_of
+from ...models.surgery.checks import can_be, shapes_of
 from ...plan import Drop, Edit, Linearize, Plan
 
 

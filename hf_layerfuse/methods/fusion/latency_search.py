@@ -28,7 +28,7 @@ from ...evaluation.fingerprint import digest, fingerprint
 from ...math.knapsack import Option
 from ...models.apply import apply
 from ...models.architectures import LayerAdapter, adapter_for
-from ...models.surgery.layers import check_model
+from ...models.surgery.checks import check_model
 from ...models.surgery.linear_mlp import needs_fit
 from ...plan import Drop, Edit, Fuse, Linearize, Plan
 from ...plan.edit import write_edit

@@ -20,7 +20,7 @@ from ...evaluation.batches import Batches
 from ...evaluation.eval_mode import eval_mode
 from ...math import cluster
 from ...models.architectures import adapter_for
-from ...models.surgery.layers import check_model
+from ...models.surgery.checks import check_model
 from ...models.surgery.size import are_unlike, sizes_of_runs
 from ...plan import Align, Fuse, Kind, Plan
 from ...recipe import FusionRecipe

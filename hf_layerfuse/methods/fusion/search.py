@@ -24,7 +24,7 @@ from ...evaluation.eval_mode import eval_mode
 from ...math import cluster
 from ...models.apply import apply
 from ...models.architectures import adapter_for
-from ...models.surgery.layers import check_model
+from ...models.surgery.checks import check_model
 from ...plan import Fuse, Kind, Plan
 from ...recipe import FusionRecipe
 from ..base import Found

@@ -16,7 +16,7 @@ from ...evaluation.batches import Batches
 from ...math.knapsack import Frontier, Option
 from ...models.apply import apply
 from ...models.architectures import ChainAdapter, adapter_for
-from ...models.surgery.layers import check_model
+from ...models.surgery.checks import check_model
 from ...plan import Plan
 from ...recipe import MergeRecipe
 from ..base import Found

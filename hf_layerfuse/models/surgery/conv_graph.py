@@ -18,7 +18,8 @@ from ...math.conv import Kernel, Sides, Window
 from ...plan import MergeConvs, Plan
 from ..architectures import ChainAdapter, Convolutions, Skip
 from ..modules.conv import Pad, Parts, convolution, module_at
-from .layers import check_model, untied_state
+from .checks import check_model
+from .weights import untied_state
 
 
 def check_merges(model: PreTrainedModel, adapter: ChainAdapter, plan: Plan) -> None:
