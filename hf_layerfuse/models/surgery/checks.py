@@ -1,4 +1,8 @@
-"""Checks that come before a model is fused: whether the model can be, and whether a plan fits it."""
+"""Checks that come before a model is fused: whether the model can be, and whether a plan fits it.
+
+`check_model` reads every weight, so that what users call checks a model once. `check_plan` reads shapes alone, and may
+run for every candidate of a search.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,11 @@ def check_model(model: PreTrainedModel, adapter: LayerAdapter) -> None:
     if getattr(model.config, "is_heterogeneous", False):
         raise UnsupportedModelError("config.per_layer_config makes layers differ: such models cannot be fused yet.")
     adapter.check(model)
+    check_weights(model)
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Raise `UnsupportedModelError` where a weight is on the meta device, NaN or infinite; every weight is read."""
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise UnsupportedModelError(f"{name} is on the meta device: load the model without offloading to fuse it.")
@@ -44,14 +53,12 @@ def check_model(model: PreTrainedModel, adapter: LayerAdapter) -> None:
 
 
 def check_plan(model: PreTrainedModel, adapter: LayerAdapter, plan: Plan) -> None:
-    """Raise unless `plan` was made for this architecture and depth, and the model can be fused at all.
+    """Raise unless a plan fits the architecture and the shapes of a model that `check_model` accepts.
 
     Raises:
         PlanError: the plan is for another architecture or number of layers, or asks for a rank that no matrix has.
-        UnsupportedModelError: the model is already fused, quantised, carries PEFT adapters, or differs from layer to
-            layer.
+        UnsupportedModelError: an edit needs a module or a table of the adapter that this architecture does not have.
     """
-    check_model(model, adapter)
     if plan.model_type != adapter.model_type:
         raise PlanError(f"the plan is for {plan.model_type!r}, the model is {adapter.model_type!r}: make a new plan.")
     depth = len(adapter.layer_list(model))
