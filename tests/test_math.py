@@ -9,7 +9,7 @@ from scipy.spatial.distance import squareform
 
 from hf_layerfuse.math import cluster
 from hf_layerfuse.math.knee import knee
-from hf_layerfuse.models.surgery.operators import combine
+from hf_layerfuse.models.surgery.weights import combine
 from hf_layerfuse.plan import Source
 
 

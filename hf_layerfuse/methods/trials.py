@@ -14,7 +14,7 @@ from ..calibration.refit.transformer import Method, repair_of
 from ..calibration.samples import Sample
 from ..errors import PlanError, UnsupportedModelError
 from ..evaluation.eval_mode import eval_mode
-from ..models.apply import apply
+from ..models.apply import applied
 from ..models.architectures import adapter_for
 from ..plan import Edit, Plan
 
@@ -80,7 +80,7 @@ class Trials:
     def _measure(self, edits: Sequence[Edit]) -> float:
         try:
             plan = self._plan(edits)
-            student = apply(self.model, plan, self.batches)
+            student = applied(self.model, plan, self.batches)
         except (PlanError, UnsupportedModelError):  # the average of layers of different types; heads of unknown number
             return math.inf
         parts = _parts(plan)

@@ -32,7 +32,7 @@ from .architectures.block_weights import (
     rows_of,
     write_rows,
 )
-from .surgery.layers import check_plan
+from .surgery.checks import check_model, check_plan
 
 _OFF = 1e-3  # a gain this much smaller than the largest of its norm is one that no quotient is taken by
 
@@ -51,7 +51,6 @@ class _Pair(NamedTuple):
         return self.block.kind, self.block.layer
 
 
-@torch.no_grad()
 def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
     """Rewrite the blocks of each group to lie as close as possible to one of them; what each computes stays the same.
 
@@ -88,15 +87,23 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
         UnsupportedModelError: the model cannot be fused, or its blocks have parts that alignment does not know.
     """
     adapter = adapter_for(model)
+    check_model(model, adapter)
     check_plan(model, adapter, plan)
+    return aligned(model, plan, batches)
+
+
+@torch.no_grad()
+def aligned(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
+    """`align` for a model and a plan that `check_model` and `check_plan` accepted."""
+    adapter = adapter_for(model)
     edits = [edit for edit in plan.edits if isinstance(edit, Fuse) and edit.align != "none"]
     if not edits:
         return model
     layers = adapter.layer_list(model)
     rewritten = {id(p) for edit in edits for layer in edit.layers for p in layers[layer].parameters()}
     memo = {id(p): p for p in model.parameters() if id(p) not in rewritten}  # what deepcopy takes as copied already
-    aligned = copy.deepcopy(model, memo)
-    blocks = {(block.kind, block.layer): block for block in adapter.blocks(aligned)}
+    result = copy.deepcopy(model, memo)
+    blocks = {(block.kind, block.layer): block for block in adapter.blocks(result)}
     pairs = [
         _Pair(edit, blocks[kind, target], blocks[kind, layer])
         for edit in edits
@@ -105,13 +112,13 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
         for layer in edit.layers
         if layer != target
     ]
-    correlations = _correlations(aligned, [pair for pair in pairs if pair.edit.align == "activation"], batches)
+    correlations = _correlations(result, [pair for pair in pairs if pair.edit.align == "activation"], batches)
     for pair in pairs:
-        reference, rows = (rows_of(aligned, block, _heads(aligned, block)) for block in (pair.reference, pair.block))
+        reference, rows = (rows_of(result, block, _heads(result, block)) for block in (pair.reference, pair.block))
         if pair.edit.mode == "depth" and not adapter.post_norm and pair.block.kind != "conv":
-            _share_norm(aligned, pair, rows)
-        write_rows(aligned, pair.block, _fit(aligned, pair, reference, rows, correlations))
-    return aligned
+            _share_norm(result, pair, rows)
+        write_rows(result, pair.block, _fit(result, pair, reference, rows, correlations))
+    return result
 
 
 def _fit(model: PreTrainedModel, pair: _Pair, reference: Rows, rows: Rows, correlations: Correlations) -> Rows:

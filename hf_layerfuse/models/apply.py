@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 from ..evaluation.batches import Batches
 from ..plan import CHAIN, Blend, Plan
 from .activation_fit import lines_of
-from .align import align
+from .align import aligned
 from .architectures import ChainAdapter, adapter_for
 from .modeling import build, fused_class, skeleton, with_plan
+from .surgery.checks import check_model, check_plan
 from .surgery.conv_graph import check_merges, merged_weights
-from .surgery.layers import check_plan, fused_weights, target_config
+from .surgery.layers import target_config
+from .surgery.weights import fused_weights
 
 
 def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
@@ -33,6 +35,12 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
         PlanError: the plan is for another architecture or number of layers, or asks for a rank that no matrix has.
         UnsupportedModelError: no adapter, already fused, quantised, or with NaN weights.
     """
+    check_model(model, adapter_for(model, ChainAdapter) if plan.kinds == CHAIN else adapter_for(model))
+    return applied(model, plan, batches)
+
+
+def applied(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
+    """`apply` for a model that `check_model` accepted: a search checks its model once, and each plan by shape."""
     if plan.kinds == CHAIN:
         adapter = adapter_for(model, ChainAdapter)
         check_merges(model, adapter, plan)
@@ -42,7 +50,7 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
     layout = plan.layout()
     bent = [edit.layer for edit in plan.edits if isinstance(edit, Blend) and not edit.faithful]
     lines = lines_of(model, adapter, bent, batches) if bent and batches is not None else {}
-    weights = fused_weights(align(model, plan, batches), adapter, layout, lines)
+    weights = fused_weights(aligned(model, plan, batches), adapter, layout, lines)
     config = target_config(model.config, adapter, layout)
     cls = type(model)
     if not layout.is_stock:

@@ -13,8 +13,8 @@ from .activation_fit import bends_of
 from .apply import merged
 from .architectures import adapter_for
 from .modeling import build, with_plan
-from .surgery.layers import untied_state
 from .surgery.linear_mlp import check_form, linear_weights
+from .surgery.weights import untied_state
 
 
 def straighten(

@@ -29,7 +29,8 @@ from .architectures import ADAPTERS, BUILTIN, FUSED_PREFIX, ChainAdapter, ModelA
 from .modules.shared_linear import Relaxed
 from .remote_code import ship
 from .surgery.conv_graph import reshape_chain
-from .surgery.layers import expanded_weights, reshape, tied_weights
+from .surgery.layers import reshape, tied_weights
+from .surgery.weights import expanded_weights
 
 _AUTO_CLASSES = [
     value

@@ -12,8 +12,8 @@ from ..evaluation.batches import Batches
 from ..evaluation.metrics import parameter_counts
 from ..methods.fusion.distances import block_distances
 from ..models.architectures import ChainAdapter, LayerAdapter, TransformerAdapter, adapter_for
+from ..models.surgery.checks import check_model, check_plan
 from ..models.surgery.conv_graph import check_merges
-from ..models.surgery.layers import check_plan
 from ..plan import CHAIN, Kind, Linearize, Plan
 
 Rows = list[list[str]]
@@ -63,17 +63,23 @@ def _summary(model: PreTrainedModel, layers: LayerAdapter | None, chain: ChainAd
     if model.device.type == "meta":  # what can be done depends on the weights too
         return rows
 
-    def nothing(adapter: LayerAdapter, *edits: Linearize) -> Plan:
-        return Plan(adapter.model_type, len(adapter.layer_list(model)), edits, kinds=adapter.kinds)
+    def collapses() -> None:
+        check_model(model, layers)
+        check_plan(model, layers, Plan(layers.model_type, depth, (Linearize(0),), kinds=layers.kinds))
+
+    def merges() -> None:
+        check_model(model, chain)
+        check_merges(model, chain, Plan(chain.model_type, units, kinds=CHAIN))
 
     checks: dict[str, Callable[[], None]] = {}
     if layers is not None:
-        checks["fuse"] = lambda: check_plan(model, layers, nothing(layers))
+        depth = len(layers.layer_list(model))
+        checks["fuse"] = lambda: check_model(model, layers)
     if isinstance(layers, TransformerAdapter):
-        checks["collapse"] = lambda: check_plan(model, layers, nothing(layers, Linearize(0)))
+        checks["collapse"] = collapses
     if chain is not None:
         units = len(chain.convolutions(model).units)
-        checks["merge"] = lambda: check_merges(model, chain, Plan(chain.model_type, units, kinds=CHAIN))
+        checks["merge"] = merges
     return rows + [[f"{name}()", _can(check)] for name, check in checks.items()]
 
 

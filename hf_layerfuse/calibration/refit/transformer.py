@@ -13,9 +13,10 @@ from ...evaluation.batches import Batches
 from ...evaluation.divergence import calibration_loss
 from ...evaluation.eval_mode import eval_mode
 from ...math.ridge import Moments, chain, fit, identity
-from ...models.align import align
-from ...models.architectures import READERS, Block, ConvAdapter
+from ...models.align import aligned
+from ...models.architectures import READERS, Block, ConvAdapter, adapter_for
 from ...models.modules.shared_linear import theta_of
+from ...models.surgery.checks import check_model, check_plan
 from ...plan import CHAIN, Kind, LinearForm, Plan, Slot
 from ..layer_hooks import Tap
 from ..layerwise import Trace, Walk
@@ -67,7 +68,8 @@ def refit(
 
     Raises:
         DataError: there are no calibration batches.
-        UnsupportedModelError: the model does not run each of its layers once, in order.
+        PlanError: the plan is for another architecture or number of layers.
+        UnsupportedModelError: the teacher cannot be fused, or the model does not run each of its layers once, in order.
     """
     sample = Sample.of(batches)
     if plan.kinds == CHAIN:
@@ -75,12 +77,15 @@ def refit(
     before = calibration_loss(student, teacher, sample.judging)
     if method == "none":
         return RefitReport(before, before, kept=False)
+    adapter = adapter_for(teacher)
+    check_model(teacher, adapter)
+    check_plan(teacher, adapter, plan)
     with eval_mode(student, teacher):
         return refit_by(student, Trace(Walk(teacher, sample)), plan, before, method)
 
 
 def refit_by(student: PreTrainedModel, trace: Trace, plan: Plan, before: float, method: Method) -> RefitReport:
-    """`refit` with a trace of the teacher, which several students may share, and the loss before it."""
+    """`refit` with a trace of a teacher that was checked, which several students may share, and the loss before it."""
 
     def carry_out() -> tuple[list[dict[str, Any]], float]:
         walk = Walk(student, trace.walk.sample)
@@ -108,7 +113,7 @@ class TransformerRepair(Repair):
     def __init__(self, student: Walk, teacher: Trace, plan: Plan, method: Method) -> None:
         super().__init__(student, teacher, plan, method)
         # units, heads and turns of shared weights are those of the aligned original
-        original = align(teacher.walk.model, plan, student.sample.batches) if self.tied else teacher.walk.model
+        original = aligned(teacher.walk.model, plan, student.sample.batches) if self.tied else teacher.walk.model
         self._aligned = student.adapter.layer_list(original)
 
     def _wanted(self, slot: Slot) -> set[tuple[int, Tap]]:

@@ -17,9 +17,9 @@ from ...calibration.samples import Sample
 from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.batches import Batches
 from ...evaluation.eval_mode import eval_mode
-from ...models.apply import apply
+from ...models.apply import applied
 from ...models.architectures import adapter_for
-from ...models.surgery.layers import check_model, check_plan
+from ...models.surgery.checks import check_model, check_plan
 from ...models.surgery.linear_mlp import needs_fit
 from ...models.surgery.size import planned_size
 from ...plan import Blend, Linearize, Plan
@@ -76,7 +76,7 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
         plan = _plans(model, recipe, nothing, edits[::-1])[0]
         notes = {"recipe": asdict(recipe), "calibration": "none: from the weights alone"}
         plan = replace(_bent(plan, recipe) if homotopy else plan, notes=notes)
-        return SearchResult(apply(model, plan), plan, None)
+        return SearchResult(applied(model, plan), plan, None)
     with eval_mode(model):
         found = _searched(model, recipe, batches, nothing, edits)
     found.model.train(model.training)
@@ -103,10 +103,10 @@ def _searched(
     }
     if recipe.method == "homotopy":
         plan = replace(_bent(_plans(model, recipe, nothing, order)[0], recipe), notes=notes)
-        return SearchResult(apply(model, plan, batches), plan, None)
+        return SearchResult(applied(model, plan, batches), plan, None)
     found, tried = None, []
     for plan in _plans(model, recipe, nothing, order):
-        student = apply(model, plan)
+        student = applied(model, plan)
         with eval_mode(student):
             before = trace.loss_of(student)
             report = RefitReport(before, before, kept=False)

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from ...evaluation.cache import Table
 from ...evaluation.eval_mode import eval_mode
 from ...evaluation.timing import time_missing, timed_on
-from ...models.apply import apply
+from ...models.apply import applied
 from ...models.architectures import adapter_for
-from ...models.surgery.layers import can_be, shapes_of
+from ...models.surgery.checks import can_be, shapes_of
 from ...plan import Drop, Edit, Linearize, Plan
 
 
@@ -70,7 +70,7 @@ class BlockTimes:
         todo = {key: plan for key, plan in todo.items() if key not in self.table.values}
         if not todo:
             return
-        runs = {"original": self.model} | {key: apply(self.model, plan).eval() for key, plan in todo.items()}
+        runs = {"original": self.model} | {key: applied(self.model, plan).eval() for key, plan in todo.items()}
         with eval_mode(self.model), torch.inference_mode():
             calls = {key: partial(model, **self.inputs) for key, model in runs.items()}
             time_missing(self.table, calls, self.model.device, repeats=self.repeats, warmup=self.warmup)

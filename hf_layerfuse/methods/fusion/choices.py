@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ...evaluation.cache import Table
 from ...models.architectures import LayerAdapter
-from ...models.surgery.layers import can_be
+from ...models.surgery.checks import can_be
 from ...plan import Drop, Edit, Fuse, Linearize, Plan
 from ...plan.edit import write_edit
 from ...recipe import FusionRecipe

@@ -15,7 +15,8 @@ from ...evaluation.batches import Batches
 from ...math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
 from ...models.architectures import READERS, Block, LayerAdapter, adapter_for, linear_maps
 from ...models.architectures.block_weights import batch_norm_gain
-from ...models.surgery.layers import is_shared, shapes_of
+from ...models.surgery.checks import shapes_of
+from ...models.surgery.layers import is_shared
 from ...plan import Kind
 
 

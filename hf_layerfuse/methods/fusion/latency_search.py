@@ -26,9 +26,9 @@ from ...evaluation.cache import Table
 from ...evaluation.eval_mode import eval_mode
 from ...evaluation.fingerprint import digest, fingerprint
 from ...math.knapsack import Option
-from ...models.apply import apply
+from ...models.apply import applied
 from ...models.architectures import LayerAdapter, adapter_for
-from ...models.surgery.layers import check_model
+from ...models.surgery.checks import check_model
 from ...models.surgery.linear_mlp import needs_fit
 from ...plan import Drop, Edit, Fuse, Linearize, Plan
 from ...plan.edit import write_edit
@@ -134,7 +134,7 @@ class _Budget:
         self._try(alone, self._program(alone))
         for _ in range(ROUNDS[self.recipe.effort]):
             chosen, plan, _, weights = self.best
-            student = apply(self.model, plan, self.batches)
+            student = applied(self.model, plan, self.batches)
             weights.restore(student)
             worth = self._worth(chosen, student.eval(), alone)
             again = self._program(worth)
@@ -142,7 +142,7 @@ class _Budget:
                 break
             self._try(worth, again)
         chosen, plan, report, weights = self.best
-        student = apply(self.model, plan, self.batches)
+        student = applied(self.model, plan, self.batches)
         weights.restore(student)
         notes = {
             "recipe": asdict(self.recipe),
@@ -232,7 +232,7 @@ class _Budget:
         return max(self.times.model_of(plan), NEAR * self.allowed), report.after
 
     def _carried_out(self, plan: Plan) -> tuple[PreTrainedModel, RefitReport]:
-        student = apply(self.model, plan, self.batches)
+        student = applied(self.model, plan, self.batches)
         with eval_mode(student):
             before = self.trace.loss_of(student)
             if self.recipe.refit == "none":

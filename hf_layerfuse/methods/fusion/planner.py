@@ -20,7 +20,7 @@ from ...evaluation.batches import Batches
 from ...evaluation.eval_mode import eval_mode
 from ...math import cluster
 from ...models.architectures import adapter_for
-from ...models.surgery.layers import check_model
+from ...models.surgery.checks import check_model
 from ...models.surgery.size import are_unlike, sizes_of_runs
 from ...plan import Align, Fuse, Kind, Plan
 from ...recipe import FusionRecipe
@@ -60,9 +60,13 @@ def plan_fusion(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches |
         DataError: the batches hold no tokens, or too few for the similarity.
         UnsupportedModelError: no adapter for the architecture, or a model that cannot be fused.
     """
+    check_model(model, adapter_for(model))
+    return planned(model, settled(model, recipe), batches)
+
+
+def planned(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None = None) -> Plan:
+    """`plan_fusion` for a model that `check_model` accepted, and a recipe from `settled`."""
     adapter = adapter_for(model)
-    check_model(model, adapter)
-    recipe = settled(model, recipe)
     depth = len(adapter.layer_list(model))
     keeps = counts_of(model, recipe)
     distances = block_distances(model, kinds_of(model, recipe), recipe.similarity, batches)

@@ -22,16 +22,16 @@ from ...evaluation.batches import Batches
 from ...evaluation.divergence import calibration_loss
 from ...evaluation.eval_mode import eval_mode
 from ...math import cluster
-from ...models.apply import apply
+from ...models.apply import applied
 from ...models.architectures import adapter_for
-from ...models.surgery.layers import check_model
+from ...models.surgery.checks import check_model
 from ...plan import Fuse, Kind, Plan
 from ...recipe import FusionRecipe
 from ..base import SearchResult
 from ..trials import Trials, share_of
 from .grouping import Groups, even, groups_of, longest, unexplained
 from .latency_search import search_budget
-from .planner import Importance, candidates, divider, group_edit, importance_of, plan_fusion
+from .planner import Importance, candidates, divider, group_edit, importance_of, planned
 from .targets import fits, kinds_of, settled
 
 TABLE_COST = 5
@@ -74,14 +74,14 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
         return search_budget(model, recipe, batches)
     check_model(model, adapter_for(model))
     recipe = settled(model, recipe)
-    first = plan_fusion(model, recipe, batches)
+    first = planned(model, recipe, batches)
     if batches is None:
         logging.getLogger(__name__).warning(
             "no calibration batches: decided from the weights alone, nothing is repaired. Pass batches=, or heal the "
             "result before use."
         )
         notes = {**first.notes, "recipe": asdict(recipe), "calibration": "none: from the weights alone"}
-        return SearchResult(apply(model, first), replace(first, notes=notes), None)
+        return SearchResult(applied(model, first), replace(first, notes=notes), None)
     with eval_mode(model):
         found = _Search(model, recipe, batches, first).run()
     found.model.train(model.training)
@@ -116,7 +116,7 @@ class _Search:
                 self._climb(table)
             scores = table.scores()
         plan, report, weights = self.best
-        student = apply(self.model, plan, self.batches)
+        student = applied(self.model, plan, self.batches)
         weights.restore(student)
         competition = [
             {"edits": plan.to_dict()["edits"], "loss": report.after, "loss_before_refit": report.before}
@@ -162,7 +162,7 @@ class _Search:
         not tried."""
         if plan.edits in self.tried or not fits(self.model, self.recipe, plan):
             return None
-        student = apply(self.model, plan, self.batches)
+        student = applied(self.model, plan, self.batches)
         with eval_mode(student):
             if self.trace.whole:
                 before = self.trace.loss_of(student)

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from ...errors import RecipeError
 from ...models.architectures import adapter_for
-from ...models.surgery.layers import relaxed_maps, shapes_of
+from ...models.surgery.checks import shapes_of
+from ...models.surgery.layers import relaxed_maps
 from ...models.surgery.size import are_unlike, planned_size, removed_by_even_runs, size_of_blocks
 from ...plan import Fuse, Kind, Plan
 from ...recipe import TARGETS, FusionRecipe

@@ -14,9 +14,9 @@ from ...calibration.samples import Sample
 from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.batches import Batches
 from ...math.knapsack import Frontier, Option
-from ...models.apply import apply
+from ...models.apply import applied
 from ...models.architectures import ChainAdapter, adapter_for
-from ...models.surgery.layers import check_model
+from ...models.surgery.checks import check_model
 from ...plan import Plan
 from ...recipe import MergeRecipe
 from ..base import SearchResult
@@ -99,8 +99,8 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     }
     if recipe.method == "open":
         plan = replace(plan, edits=tuple(replace(edit, merged=False) for edit in plan.edits), notes=notes)
-        return SearchResult(apply(model, plan), plan, None)
-    student = apply(model, plan)
+        return SearchResult(applied(model, plan), plan, None)
+    student = applied(model, plan)
     report = refit_chain(student, model, plan, sample, fitted=fitted)
     return SearchResult(student, replace(plan, notes=notes | {"refit": asdict(report)}), report)
 

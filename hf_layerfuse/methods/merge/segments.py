@@ -23,7 +23,7 @@ from ...evaluation.eval_mode import eval_mode
 from ...evaluation.fingerprint import digest, fingerprint
 from ...evaluation.timing import time_missing, timed_on
 from ...math.knapsack import Frontier, Option
-from ...models.apply import apply
+from ...models.apply import applied
 from ...models.architectures import ChainAdapter, Place, Skip, adapter_for
 from ...models.architectures.segments import Kept, Merged
 from ...models.modules.conv import PaddedConv2d, convolution, module_at
@@ -138,7 +138,7 @@ class Latencies:
         """Milliseconds of the model that a plan leads to, timed in turn with the original."""
         name = f"model {hashlib.sha256(json.dumps(plan.to_dict(notes=False)).encode()).hexdigest()[:16]}"
         if name not in self.table.values:
-            self._time({name: partial(apply(self.model, plan).eval(), self.images)})
+            self._time({name: partial(applied(self.model, plan).eval(), self.images)})
         return self.table.values[name]["ms"]
 
     @torch.inference_mode()
@@ -146,7 +146,7 @@ class Latencies:
         """Measure what is not known yet: the shapes of entries that lead through the chain, and whole models."""
         runs: dict[str, Callable[[], object]] = {part.name: part for part in map(self._part, entries)}
         if "folded" not in self.table.values:
-            runs["folded"] = partial(apply(self.model, folded_plan(self.model)).eval(), self.images)
+            runs["folded"] = partial(applied(self.model, folded_plan(self.model)).eval(), self.images)
         self._time(runs)
         self._settle(entries)
 
@@ -296,7 +296,7 @@ class Losses:
         todo = [entry for entry in entries if entry.changes and entry.key not in self.table.values]
         for entry in tqdm(todo, "Measuring segments", disable=None):
             plan = Plan(self.model.config.model_type, len(units), (entry.edit,), kinds=CHAIN)
-            student = apply(self.model, plan)
+            student = applied(self.model, plan)
             with eval_mode(self.model, student):
                 if self.fitted and entry.keep:
                     repair(student, self.model, plan.edits, self.sample)

@@ -18,18 +18,17 @@ from ...math.conv import Kernel, Sides, Window
 from ...plan import MergeConvs, Plan
 from ..architectures import ChainAdapter, Convolutions, Skip
 from ..modules.conv import Pad, Parts, convolution, module_at
-from .layers import check_model, untied_state
+from .weights import untied_state
 
 
 def check_merges(model: PreTrainedModel, adapter: ChainAdapter, plan: Plan) -> None:
-    """Raise unless a plan of merges was made for this model.
+    """Raise unless a plan of merges fits the shapes of a model that `check_model` accepts.
 
     Raises:
         PlanError: the plan is for another architecture or number of convolutions, or names what is no segment, or keeps
             too few of one.
         UnsupportedModelError: the model cannot be merged.
     """
-    check_model(model, adapter)
     adapter.check_chain(model)
     if plan.model_type != adapter.model_type:
         raise PlanError(f"the plan is for {plan.model_type!r}, the model is {adapter.model_type!r}: make a new plan.")

@@ -1,111 +1,20 @@
-"""How the edits of a plan reshape a model, and where the weights of the result come from.
-
-The same functions serve compressing and loading: `reshape` gives a freshly built model of the right depth its shape,
-`fused_weights` fills it while compressing, the checkpoint fills it while loading.
-"""
+"""How the edits of a plan reshape a model, the same way while compressing and while loading."""
 
 from __future__ import annotations
 
 import copy
-import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from ...errors import PlanError, UnsupportedModelError
-from ...math.lowrank import low_rank, shared_basis
-from ...plan import Blend, Layout, Linearize, Plan, Slot, Source, Tie
-from ..architectures import FUSED_PREFIX, LayerAdapter
+from ...plan import Layout, Slot, Source, Tie
+from ..architectures import LayerAdapter
 from ..modules.shared_linear import PER_DEPTH, Linear, Relaxed, can_relax, out_in, relax
-from .linear_mlp import Line, check_form, form_weights, gives_way, take_form
-from .operators import combine
-
-
-def check_plan(model: PreTrainedModel, adapter: LayerAdapter, plan: Plan) -> None:
-    """Raise unless `plan` was made for this architecture and depth, and the model can be fused at all.
-
-    Raises:
-        PlanError: the plan is for another architecture or number of layers, or asks for a rank that no matrix has.
-        UnsupportedModelError: the model is already fused, quantised, carries PEFT adapters, or differs from layer to
-            layer.
-    """
-    check_model(model, adapter)
-    if plan.model_type != adapter.model_type:
-        raise PlanError(f"the plan is for {plan.model_type!r}, the model is {adapter.model_type!r}: make a new plan.")
-    depth = len(adapter.layer_list(model))
-    if plan.num_layers != depth:
-        raise PlanError(f"the plan is for {plan.num_layers} layers, the model has {depth}: make a new plan.")
-    if plan.kinds != adapter.kinds:
-        raise PlanError(
-            f"the plan is for layers of {' and '.join(plan.kinds)} blocks, those of {adapter.model_type!r} have "
-            f"{' and '.join(adapter.kinds)}: make a new plan."
-        )
-    shapes = [shapes_of(layer) for layer in adapter.layer_list(model)]
-    for edit in plan.edits:
-        unlike = [layer for layer in edit.layers if shapes[layer] != shapes[edit.layers[0]]]
-        if unlike:
-            raise PlanError(
-                f"{edit} makes one of layers whose weights have different shapes, such as {edit.layers[0]} and "
-                f"{unlike[0]}: group layers of one shape."
-            )
-        layer = adapter.layer_list(model)[edit.layers[0]]
-        if isinstance(edit, Linearize | Blend):
-            check_form(layer, adapter, edit.source.form)
-        ties = replace(plan, edits=(edit,)).layout().ties  # a whole layer may be two
-        ranks = [rank for tie in ties for _, rank in relaxed_maps(layer, adapter, tie).values()]
-        if ranks and max(ranks) < edit.rank:
-            raise PlanError(
-                f"Fuse.rank is {edit.rank}, and no matrix of these {edit.kind} blocks can use more than {max(ranks)} "
-                f"with mode={edit.mode!r}: lower it, to much less than that to save anything."
-            )
-
-
-def can_be(model: PreTrainedModel, adapter: LayerAdapter, plan: Plan) -> bool:
-    """Whether `check_plan` accepts a plan."""
-    try:
-        check_plan(model, adapter, plan)
-    except (PlanError, UnsupportedModelError):
-        return False
-    return True
-
-
-def shapes_of(layer: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
-    """Name and shape of each weight of a layer: those of layers that can become one are equal."""
-    return tuple((name, tensor.shape) for name, tensor in layer.state_dict().items())
-
-
-def check_model(model: PreTrainedModel, adapter: LayerAdapter) -> None:
-    """Raise `UnsupportedModelError` unless the model is one that can be fused."""
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers model: pass the model itself, without torch.compile or "
-            "other wrappers; merge PEFT adapters first (merge_and_unload)."
-        )
-    if model.config.model_type.startswith(FUSED_PREFIX):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is already fused: apply a new plan to the original, or to expand(model)."
-        )
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedModelError("the model is quantised: fuse the full-precision model, then quantise the result.")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModelError("the model carries PEFT adapters: merge them (merge_and_unload), then fuse.")
-    if getattr(model.config, "is_heterogeneous", False):
-        raise UnsupportedModelError("config.per_layer_config makes layers differ: such models cannot be fused yet.")
-    adapter.check(model)
-    for name, tensor in model.named_parameters():
-        if tensor.is_meta:
-            raise UnsupportedModelError(f"{name} is on the meta device: load the model without offloading to fuse it.")
-        if not torch.isfinite(tensor).all():
-            raise UnsupportedModelError(
-                f"{name} holds NaN or infinite values: the checkpoint is damaged or was trained past divergence; "
-                "use an earlier one."
-            )
+from .linear_mlp import take_form
 
 
 def target_config(config: PreTrainedConfig, adapter: LayerAdapter, layout: Layout) -> PreTrainedConfig:
@@ -210,97 +119,3 @@ def tied_weights(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) 
 def is_shared(tensor: Tensor) -> bool:
     """Weight matrices are shared; norms and biases stay per depth, where they cost little and repair a lot."""
     return tensor.ndim >= 2
-
-
-def fused_weights(
-    model: PreTrainedModel,
-    adapter: LayerAdapter,
-    layout: Layout,
-    lines: Mapping[int, Line] = MappingProxyType({}),
-) -> dict[str, Tensor]:
-    """Weights of the result by live name, made from those of `model`; none aliases the original.
-
-    Tied copies are left out, as they are on disk. `lines` are slope and offset of the lines that activations go to, by
-    layer; those that are not in it are 1 and 0.
-    """
-    path, layers = adapter.layers_path(model), adapter.layer_list(model)
-    weights = {
-        name: tensor.detach().clone() for name, tensor in untied_state(model).items() if not name.startswith(f"{path}.")
-    }
-    states = [layer.state_dict() for layer in layers]
-    ties = {(slot, tie.kind): tie for tie in layout.ties for slot in tie.slots}
-    for index, slot in enumerate(layout.slots):
-        for name, tensor in states[slot.layers[0]].items():
-            kind = adapter.owner(name)
-            source = slot.source(kind)
-            tie = ties.get((index, kind))
-            if tie is not None and is_shared(tensor):
-                if index != tie.slots[0]:
-                    continue
-                source = tie.source
-            if source is None and adapter.stays(name):
-                source = Source(slot.layers[:1])
-            if source is not None and not gives_way(name, adapter, source.form):
-                group = [states[layer][name] for layer in source.layers]
-                seed = zlib.crc32(name.encode())  # the same parameter of another group draws anew, whatever the process
-                weights[f"{path}.{index}.{name}"] = combine(group, source, seed=seed + source.layers[0])
-        for source in filter(None, slot.blocks.values()):
-            if source.form is not None:
-                layer = source.layers[0]
-                made = form_weights(layers[layer], adapter, source.form, lines.get(layer))
-                weights |= {f"{path}.{index}.{name}": tensor for name, tensor in made.items()}
-    for tie in layout.ties:
-        for at, (module, rank) in relaxed_maps(layers[tie.source.layers[0]], adapter, tie).items():
-            shared = weights[f"{path}.{tie.slots[0]}.{at}.weight"]
-            originals = [out_in(module, states[layer][f"{at}.weight"]) for layer in tie.source.layers]
-            if tie.mode == "basis":
-                del weights[f"{path}.{tie.slots[0]}.{at}.weight"]
-            made = _relaxed_weights(originals, out_in(module, shared), tie.mode, rank)
-            weights |= {
-                f"{path}.{slot}.{at}.{name}": tensor.to(shared.dtype, copy=True).contiguous()
-                for slot, tensors in zip(tie.slots, made, strict=True)
-                for name, tensor in tensors.items()
-            }
-    return weights
-
-
-def _relaxed_weights(originals: list[Tensor], shared: Tensor, mode: str, rank: int) -> list[dict[str, Tensor]]:
-    """Per depth, what a relaxed map has beside the shared weight, or instead of it; all weights are (out, in)."""
-    if mode == "basis":
-        basis, coefficients = shared_basis(originals, rank)
-        return [{"coefficients": part} | ({} if i else {"basis": basis}) for i, part in enumerate(coefficients)]
-    pairs = [low_rank(original.double() - shared.double(), rank) for original in originals]
-    return [{"residual_out": left, "residual_in": right} for left, right in pairs]
-
-
-def expanded_weights(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) -> dict[str, Tensor]:
-    """Weights for a stock model that computes what a fused one does: shared matrices are copied, residuals and bases
-    multiplied out, and a removed block becomes one whose output projection is zero.
-    """
-    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    for at, module in model.named_modules():
-        if isinstance(module, Relaxed):
-            matrices = {name: tensor for name, tensor in module.named_parameters() if is_shared(tensor)}
-            for name in matrices:
-                del weights[f"{at}.{name}"]
-            dtype = next(iter(matrices.values())).dtype
-            weights[f"{at}.weight"] = module.merged_weight().to(dtype).contiguous()
-    path = adapter.layers_path(model)
-    for kind in adapter.kinds:
-        donor = f"{path}.{next(i for i, slot in enumerate(layout.slots) if slot.source(kind))}."
-        state = {name.removeprefix(donor): tensor for name, tensor in weights.items() if name.startswith(donor)}
-        out = adapter.table(kind)["out"]
-        for index, slot in enumerate(layout.slots):
-            for name, tensor in state.items():
-                if slot.source(kind) is None and adapter.owner(name) == kind and not adapter.stays(name):
-                    # Not all zeros: a block of zeros has no gradient, and could never be trained again.
-                    is_out = name.startswith(f"{out}.")
-                    weights[f"{path}.{index}.{name}"] = torch.zeros_like(tensor) if is_out else tensor.clone()
-    return weights
-
-
-def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """`state_dict` without the copies that the model declares as tied and that really are."""
-    state = model.state_dict(keep_vars=True)
-    ties = model.all_tied_weights_keys
-    return {name: tensor for name, tensor in state.items() if state.get(ties.get(name, "")) is not tensor}

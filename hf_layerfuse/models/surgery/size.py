@@ -14,7 +14,9 @@ from ...plan import Fuse, Plan, Source, Tie
 from ...recipe import FusionRecipe
 from ..architectures import LayerAdapter, adapter_for
 from ..modules.shared_linear import out_in
-from .layers import is_shared, relaxed_maps, reshape, shapes_of, target_config, tied_weights, untied_state
+from .checks import shapes_of
+from .layers import is_shared, relaxed_maps, reshape, target_config, tied_weights
+from .weights import untied_state
 
 
 def are_unlike(model: PreTrainedModel) -> bool:

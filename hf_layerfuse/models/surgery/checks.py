@@ -1,0 +1,103 @@
+"""Checks that come before a model is fused: whether the model can be, and whether a plan fits it.
+
+`check_model` reads every weight, so that what users call checks a model once. `check_plan` reads shapes alone, and may
+run for every candidate of a search.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...errors import PlanError, UnsupportedModelError
+from ...plan import Blend, Linearize, Plan
+from ..architectures import FUSED_PREFIX, LayerAdapter
+from .layers import relaxed_maps
+from .linear_mlp import check_form
+
+
+def check_model(model: PreTrainedModel, adapter: LayerAdapter) -> None:
+    """Raise `UnsupportedModelError` unless the model is one that can be fused."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers model: pass the model itself, without torch.compile or "
+            "other wrappers; merge PEFT adapters first (merge_and_unload)."
+        )
+    if model.config.model_type.startswith(FUSED_PREFIX):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is already fused: apply a new plan to the original, or to expand(model)."
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModelError("the model is quantised: fuse the full-precision model, then quantise the result.")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError("the model carries PEFT adapters: merge them (merge_and_unload), then fuse.")
+    if getattr(model.config, "is_heterogeneous", False):
+        raise UnsupportedModelError("config.per_layer_config makes layers differ: such models cannot be fused yet.")
+    adapter.check(model)
+    check_weights(model)
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Raise `UnsupportedModelError` where a weight is on the meta device, NaN or infinite; every weight is read."""
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise UnsupportedModelError(f"{name} is on the meta device: load the model without offloading to fuse it.")
+        if not torch.isfinite(tensor).all():
+            raise UnsupportedModelError(
+                f"{name} holds NaN or infinite values: the checkpoint is damaged or was trained past divergence; "
+                "use an earlier one."
+            )
+
+
+def check_plan(model: PreTrainedModel, adapter: LayerAdapter, plan: Plan) -> None:
+    """Raise unless a plan fits the architecture and the shapes of a model that `check_model` accepts.
+
+    Raises:
+        PlanError: the plan is for another architecture or number of layers, or asks for a rank that no matrix has.
+        UnsupportedModelError: an edit needs a module or a table of the adapter that this architecture does not have.
+    """
+    if plan.model_type != adapter.model_type:
+        raise PlanError(f"the plan is for {plan.model_type!r}, the model is {adapter.model_type!r}: make a new plan.")
+    depth = len(adapter.layer_list(model))
+    if plan.num_layers != depth:
+        raise PlanError(f"the plan is for {plan.num_layers} layers, the model has {depth}: make a new plan.")
+    if plan.kinds != adapter.kinds:
+        raise PlanError(
+            f"the plan is for layers of {' and '.join(plan.kinds)} blocks, those of {adapter.model_type!r} have "
+            f"{' and '.join(adapter.kinds)}: make a new plan."
+        )
+    shapes = [shapes_of(layer) for layer in adapter.layer_list(model)]
+    for edit in plan.edits:
+        unlike = [layer for layer in edit.layers if shapes[layer] != shapes[edit.layers[0]]]
+        if unlike:
+            raise PlanError(
+                f"{edit} makes one of layers whose weights have different shapes, such as {edit.layers[0]} and "
+                f"{unlike[0]}: group layers of one shape."
+            )
+        layer = adapter.layer_list(model)[edit.layers[0]]
+        if isinstance(edit, Linearize | Blend):
+            check_form(layer, adapter, edit.source.form)
+        ties = replace(plan, edits=(edit,)).layout().ties  # a whole layer may be two
+        ranks = [rank for tie in ties for _, rank in relaxed_maps(layer, adapter, tie).values()]
+        if ranks and max(ranks) < edit.rank:
+            raise PlanError(
+                f"Fuse.rank is {edit.rank}, and no matrix of these {edit.kind} blocks can use more than {max(ranks)} "
+                f"with mode={edit.mode!r}: lower it, to much less than that to save anything."
+            )
+
+
+def can_be(model: PreTrainedModel, adapter: LayerAdapter, plan: Plan) -> bool:
+    """Whether `check_plan` accepts a plan."""
+    try:
+        check_plan(model, adapter, plan)
+    except (PlanError, UnsupportedModelError):
+        return False
+    return True
+
+
+def shapes_of(layer: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
+    """Name and shape of each weight of a layer: those of layers that can become one are equal."""
+    return tuple((name, tensor.shape) for name, tensor in layer.state_dict().items())

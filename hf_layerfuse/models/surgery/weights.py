@@ -1,0 +1,145 @@
+"""Where the weights of a fused model come from, and those of the stock model that computes the same.
+
+`fused_weights` fills a reshaped model while compressing; the checkpoint fills it while loading.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...math.lowrank import low_rank, shared_basis
+from ...plan import Layout, Source
+from ..architectures import LayerAdapter
+from ..modules.shared_linear import Relaxed, out_in
+from .layers import is_shared, relaxed_maps
+from .linear_mlp import Line, form_weights, gives_way
+
+
+def fused_weights(
+    model: PreTrainedModel,
+    adapter: LayerAdapter,
+    layout: Layout,
+    lines: Mapping[int, Line] = MappingProxyType({}),
+) -> dict[str, Tensor]:
+    """Weights of the result by live name, made from those of `model`; none aliases the original.
+
+    Tied copies are left out, as they are on disk. `lines` are slope and offset of the lines that activations go to, by
+    layer; those that are not in it are 1 and 0.
+    """
+    path, layers = adapter.layers_path(model), adapter.layer_list(model)
+    weights = {
+        name: tensor.detach().clone() for name, tensor in untied_state(model).items() if not name.startswith(f"{path}.")
+    }
+    states = [layer.state_dict() for layer in layers]
+    ties = {(slot, tie.kind): tie for tie in layout.ties for slot in tie.slots}
+    for index, slot in enumerate(layout.slots):
+        for name, tensor in states[slot.layers[0]].items():
+            kind = adapter.owner(name)
+            source = slot.source(kind)
+            tie = ties.get((index, kind))
+            if tie is not None and is_shared(tensor):
+                if index != tie.slots[0]:
+                    continue
+                source = tie.source
+            if source is None and adapter.stays(name):
+                source = Source(slot.layers[:1])
+            if source is not None and not gives_way(name, adapter, source.form):
+                group = [states[layer][name] for layer in source.layers]
+                seed = zlib.crc32(name.encode())  # the same parameter of another group draws anew, whatever the process
+                weights[f"{path}.{index}.{name}"] = combine(group, source, seed=seed + source.layers[0])
+        for source in filter(None, slot.blocks.values()):
+            if source.form is not None:
+                layer = source.layers[0]
+                made = form_weights(layers[layer], adapter, source.form, lines.get(layer))
+                weights |= {f"{path}.{index}.{name}": tensor for name, tensor in made.items()}
+    for tie in layout.ties:
+        for at, (module, rank) in relaxed_maps(layers[tie.source.layers[0]], adapter, tie).items():
+            shared = weights[f"{path}.{tie.slots[0]}.{at}.weight"]
+            originals = [out_in(module, states[layer][f"{at}.weight"]) for layer in tie.source.layers]
+            if tie.mode == "basis":
+                del weights[f"{path}.{tie.slots[0]}.{at}.weight"]
+            made = _relaxed_weights(originals, out_in(module, shared), tie.mode, rank)
+            weights |= {
+                f"{path}.{slot}.{at}.{name}": tensor.to(shared.dtype, copy=True).contiguous()
+                for slot, tensors in zip(tie.slots, made, strict=True)
+                for name, tensor in tensors.items()
+            }
+    return weights
+
+
+def _relaxed_weights(originals: list[Tensor], shared: Tensor, mode: str, rank: int) -> list[dict[str, Tensor]]:
+    """Per depth, what a relaxed map has beside the shared weight, or instead of it; all weights are (out, in)."""
+    if mode == "basis":
+        basis, coefficients = shared_basis(originals, rank)
+        return [{"coefficients": part} | ({} if i else {"basis": basis}) for i, part in enumerate(coefficients)]
+    pairs = [low_rank(original.double() - shared.double(), rank) for original in originals]
+    return [{"residual_out": left, "residual_in": right} for left, right in pairs]
+
+
+def combine(tensors: Sequence[Tensor], source: Source, *, seed: int = 0) -> Tensor:
+    """One tensor from those of a group, all of one shape; computed in float64, cast once.
+
+    `freeze` takes the kept layer's, and so does `select`, until the refit chooses; `mean` averages, `weighted` by the
+    shares of the source; `mix` takes each element from one of the layers, drawn with equal chances (O'Neill et al.
+    2021); `telescope` is theta_0 + sum_k (theta_k - theta_0) (LaCo, Yang et al. 2024, eq. 1).
+
+    Args:
+        tensors: one per layer of the source, in its order.
+        source: the layers and the operator.
+        seed: of the draws of `mix`.
+    """
+    first = tensors[0].detach()
+    if source.operator in ("freeze", "select"):
+        return tensors[source.layers.index(source.kept)].detach().clone()
+    if len(tensors) == 1 or not first.is_floating_point():
+        return first.clone()
+    stack = torch.stack([tensor.detach().double() for tensor in tensors])
+    if source.operator == "mix":
+        generator = torch.Generator().manual_seed(seed)
+        pick = torch.randint(len(tensors), first.shape, generator=generator).to(first.device)
+        return stack.gather(0, pick.unsqueeze(0)).squeeze(0).to(first.dtype)
+    if source.operator == "telescope":
+        return (stack.sum(0) - (len(tensors) - 1) * stack[0]).to(first.dtype)
+    if source.operator == "mean":
+        return stack.mean(0).to(first.dtype)
+    shares = torch.tensor(source.weights, dtype=torch.float64, device=first.device)
+    return torch.tensordot(shares, stack, 1).to(first.dtype)
+
+
+def expanded_weights(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) -> dict[str, Tensor]:
+    """Weights for a stock model that computes what a fused one does: shared matrices are copied, residuals and bases
+    multiplied out, and a removed block becomes one whose output projection is zero.
+    """
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    for at, module in model.named_modules():
+        if isinstance(module, Relaxed):
+            matrices = {name: tensor for name, tensor in module.named_parameters() if is_shared(tensor)}
+            for name in matrices:
+                del weights[f"{at}.{name}"]
+            dtype = next(iter(matrices.values())).dtype
+            weights[f"{at}.weight"] = module.merged_weight().to(dtype).contiguous()
+    path = adapter.layers_path(model)
+    for kind in adapter.kinds:
+        donor = f"{path}.{next(i for i, slot in enumerate(layout.slots) if slot.source(kind))}."
+        state = {name.removeprefix(donor): tensor for name, tensor in weights.items() if name.startswith(donor)}
+        out = adapter.table(kind)["out"]
+        for index, slot in enumerate(layout.slots):
+            for name, tensor in state.items():
+                if slot.source(kind) is None and adapter.owner(name) == kind and not adapter.stays(name):
+                    # Not all zeros: a block of zeros has no gradient, and could never be trained again.
+                    is_out = name.startswith(f"{out}.")
+                    weights[f"{path}.{index}.{name}"] = torch.zeros_like(tensor) if is_out else tensor.clone()
+    return weights
+
+
+def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """`state_dict` without the copies that the model declares as tied and that really are."""
+    state = model.state_dict(keep_vars=True)
+    ties = model.all_tied_weights_keys
+    return {name: tensor for name, tensor in state.items() if state.get(ties.get(name, "")) is not tensor}
