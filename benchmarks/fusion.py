@@ -25,8 +25,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_layerfuse import AutoFusedModel, Drop, Fuse, FusionRecipe, Plan, apply
+from hf_layerfuse.calibration.recorder import observe
 from hf_layerfuse.calibration.refit.transformer import refit
-from hf_layerfuse.calibration.samples import Sample, observe
+from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.divergence import calibration_loss
 from hf_layerfuse.evaluation.metrics import classification, embedding_fidelity, parameter_counts
 from hf_layerfuse.math.similarity import Angular

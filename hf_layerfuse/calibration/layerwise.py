@@ -14,9 +14,10 @@ from transformers import Cache, PreTrainedModel
 from ..errors import UnsupportedModelError
 from ..evaluation.batches import model_inputs, take, tokens_of
 from ..evaluation.divergence import divergence
+from ..evaluation.hooks import StopForward
 from ..math.ridge import Moments
 from ..models.architectures import adapter_for
-from .layer_hooks import Seen, Tap, Taps
+from .layer_hooks import Tap, layer_hooks
 from .mmap import States
 from .samples import CHOOSERS, Sample
 
@@ -59,12 +60,12 @@ class Walk:
             first.append(states)
             calls.append((tuple(map(_uncached, args[1:])), {name: _uncached(arg) for name, arg in kwargs.items()}))
             if len(calls) == len(self.layers):
-                raise Seen
+                raise StopForward
             return states
 
         # layers that only record: the arguments of a layer do not depend on what the layers before it compute
         inputs = model_inputs(batch, self.model)
-        with self._layers_replaced(record), contextlib.suppress(Seen):
+        with self._layers_replaced(record), contextlib.suppress(StopForward):
             self.model(**inputs)
         if len(calls) != len(self.layers):
             raise UnsupportedModelError(
@@ -134,13 +135,9 @@ class Walk:
             args, kwargs = self._calls[index][self.depth]
             states = self.states[index].to(self.model.device, self.model.dtype)
             output = None
-            with Taps(layer, self.adapter, taps) as found:
-                try:
-                    output = layer(states, *args, **kwargs)
-                except Seen:
-                    pass
-                else:
-                    found[None] = (output[0] if isinstance(output, tuple) else output).float()
+            with layer_hooks(layer, self.adapter, taps) as found:
+                output = layer(states, *args, **kwargs)
+                found[None] = (output[0] if isinstance(output, tuple) else output).float()
             del states, output
             yield index, found
 

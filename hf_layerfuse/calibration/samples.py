@@ -1,25 +1,20 @@
-"""Unlabelled batches: which of them judge, and a pass that shows what goes through a model."""
+"""Unlabelled batches, and which of them judge."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import DataError
-from ..evaluation.batches import Batches, model_inputs, take
-from ..evaluation.eval_mode import eval_mode
-from ..models.architectures import LayerAdapter
-from ..plan import Kind
+from ..evaluation.batches import Batches, take, without_labels
 
 JUDGES = 8
 """One calibration sequence in so many judges."""
@@ -143,92 +138,11 @@ class Sample:
 
 def _tensors(batch: Any) -> dict[str, Tensor]:
     """The inputs of a batch, without labels and what belongs to no sequence."""
-    items = batch.items() if isinstance(batch, Mapping) else ()
-    found = {name: value for name, value in items if isinstance(value, Tensor) and value.ndim and name != "labels"}
+    inputs = without_labels(batch) if isinstance(batch, Mapping) else {}
+    found = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
     if not found:
         raise DataError(
             f"a calibration batch is a {type(batch).__name__} without tensors: give dicts of model inputs, as "
             "`tokenizer(texts, padding=True, return_tensors='pt')` makes them, or a tokenised `datasets.Dataset`."
         )
     return found
-
-
-@torch.no_grad()
-def observe(
-    model: PreTrainedModel,
-    adapter: LayerAdapter,
-    batches: Batches,
-    observers: Mapping[Kind, Callable[[Tensor], None]],
-) -> None:
-    """Run batches once, and show each observer the residual stream after every block of its kind.
-
-    Nothing is kept here: memory grows with the largest batch only.
-
-    Args:
-        batches: dicts of model inputs, such as `{"input_ids", "attention_mask"}`; padding is left out.
-        observers: called once a batch with (blocks, tokens, stream) float32 on the model's device, the same tokens for
-            every block.
-
-    Raises:
-        DataError: there are no batches, or they hold no token that is not padding.
-    """
-    tokens = 0
-    with eval_mode(model), ExitStack() as hooks:
-        recorders = {kind: hooks.enter_context(_Recorder(model, adapter, kind)) for kind in observers}
-        for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=None, leave=False):
-            inputs = model_inputs(batch, model)
-            model(**inputs)
-            for kind, recorder in recorders.items():
-                states = recorder.take(inputs.get("attention_mask"))
-                if states.shape[1]:
-                    observers[kind](states)
-                tokens += states.shape[1]
-    if not tokens:
-        raise DataError("the calibration batches hold no tokens: give `batches` with at least one batch of inputs.")
-
-
-class _Recorder:
-    """Hooks that record the residual stream after every block of one kind during a forward pass."""
-
-    def __init__(self, model: PreTrainedModel, adapter: LayerAdapter, kind: Kind) -> None:
-        self.states, self.handles = [], []
-        if kind == "layer":
-            for layer in adapter.layer_list(model):
-                self._hook(layer, self._output)
-            return
-        for block in adapter.blocks(model):
-            if block.kind == kind:
-                norm = model.get_submodule(block.modules["norm"])
-                if adapter.post_norm:
-                    self._hook(norm, self._output)
-                else:
-                    # before the block the stream is what its norm reads; after it, that plus what the block adds
-                    self._hook(norm, self._input)
-                    self._hook(model.get_submodule(block.modules["out"]), self._addition)
-
-    def _hook(self, module: torch.nn.Module, record: Any) -> None:
-        self.handles.append(module.register_forward_hook(record))
-
-    def _output(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
-        self.states.append(output[0] if isinstance(output, tuple) else output)
-
-    def _input(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
-        self.states.append(args[0])
-
-    def _addition(self, module: torch.nn.Module, args: tuple, output: Tensor) -> None:
-        self.states[-1] = self.states[-1] + output
-
-    def take(self, mask: Tensor | None) -> Tensor:
-        """What the last forward pass left: (blocks, tokens, stream), without the tokens that the mask leaves out."""
-        states = torch.stack([state.float() for state in self.states]).flatten(1, -2)
-        self.states.clear()
-        if mask is not None and mask.numel() == states.shape[1]:
-            states = states[:, mask.flatten().bool()]
-        return states
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from ...evaluation.batches import model_inputs
 from ...evaluation.divergence import calibration_loss
 from ...evaluation.eval_mode import eval_mode
+from ...evaluation.hooks import StopForward, watch
 from ...math.ridge import Moments, fit
 from ...models.architectures import ChainAdapter, Convolutions, Place, adapter_for
 from ...models.modules.conv import PaddedConv2d, module_at
@@ -27,10 +27,6 @@ ROWS = 24
 
 PIXELS = 2**24
 """Numbers that the patches of a few images have, at most."""
-
-
-class _Done(Exception):
-    """All that was asked for was seen."""
 
 
 def before_activation(model: PreTrainedModel, convs: Convolutions, boundary: int) -> Place:
@@ -58,18 +54,10 @@ def see(model: PreTrainedModel, batch: Mapping[str, Tensor], places: Sequence[Pl
     def keep(place: Place, tensor: Tensor) -> None:
         found[place] = tensor.clone()  # transformers adds to it in place
         if len(found) == len(set(places)):
-            raise _Done
+            raise StopForward
 
-    with ExitStack() as stack:
-        for place in set(places):
-            module = model.get_submodule(place.module)
-            if place.when == "before":
-                hook = module.register_forward_pre_hook(lambda _, args, place=place: keep(place, args[0]))
-            else:
-                hook = module.register_forward_hook(lambda _, args, output, place=place: keep(place, output))
-            stack.callback(hook.remove)
-        with suppress(_Done):
-            model(**model_inputs(batch, model))
+    with watch({place: (model.get_submodule(place.module), place.when) for place in places}, keep):
+        model(**model_inputs(batch, model))
     return [found[place] for place in places]
 
 
