@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, tiny_model
 
 from hf_layerfuse import AutoFusedModel, Drop, Fuse, Plan, apply, expand, verify
-from hf_layerfuse.calibration.layer_hooks import Tap
+from hf_layerfuse.calibration.layer_hooks import HookPoint
 from hf_layerfuse.calibration.layerwise import Trace, Walk
 from hf_layerfuse.calibration.refit.linear import store
 from hf_layerfuse.calibration.refit.transformer import SELECTING, refit
@@ -562,8 +562,8 @@ def test_a_trace_can_be_asked_in_any_order():
     """What was seen of the teacher is the same whichever layer was looked at before, and however often."""
     teacher = whole("qwen2")
     sample = Sample.of(batches_of(teacher))
-    taps = [Tap(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum")]
-    places = [(layer, tap) for layer in range(LAYERS) for tap in taps]
+    points = [HookPoint(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum")]
+    places = [(layer, point) for layer in range(LAYERS) for point in points]
     expected = Trace(Walk(teacher, sample)).see(places)  # from front to back
     trace = Trace(Walk(teacher, sample))
     for some in ([places[9], places[1]], [places[2]], [places[14], places[1], places[3]], places):
@@ -578,14 +578,14 @@ def test_a_trace_that_went_ahead_runs_no_layer_again(model_type, monkeypatch):
     """What was kept on the way, and what states show anyway, is what hooks see when they are asked one by one."""
     teacher = whole(model_type)
     sample = Sample.of(batches_of(teacher))
-    taps = [Tap(kind, place) for kind in ("attention", "mlp") for place in ("read", "residual", "sum")]
-    inner = [tap for tap in taps if tap != Tap("mlp", "residual")]
+    points = [HookPoint(kind, place) for kind in ("attention", "mlp") for place in ("read", "residual", "sum")]
+    inner = [point for point in points if point != HookPoint("mlp", "residual")]
     walk = Walk(teacher, sample)
-    hooked = {(layer, tap): [] for layer in range(LAYERS) for tap in inner}
+    hooked = {(layer, point): [] for layer in range(LAYERS) for point in inner}
     for layer in range(LAYERS):
         for _, seen in walk.look(*inner):
-            for tap in inner:
-                hooked[layer, tap].append(seen[tap].float())
+            for point in inner:
+                hooked[layer, point].append(seen[point].float())
         walk.advance()
     trace = Trace(Walk(teacher, sample))
     trace.ahead(SELECTING)

@@ -9,7 +9,7 @@ import torch
 from conftest import HEADS, LAYERS, TINY, heads_of, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Plan, UnsupportedModelError, apply
-from hf_layerfuse.calibration.layer_hooks import Tap
+from hf_layerfuse.calibration.layer_hooks import HookPoint
 from hf_layerfuse.calibration.layerwise import Walk
 from hf_layerfuse.calibration.mmap import States
 from hf_layerfuse.calibration.samples import Sample
@@ -18,7 +18,7 @@ from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.models.architectures import adapter_for
 
 PLACES = ("read", "features", "residual", "sum")
-TAPS = [Tap(kind, place) for kind in ("attention", "mlp") for place in PLACES]
+POINTS = [HookPoint(kind, place) for kind in ("attention", "mlp") for place in PLACES]
 # among them grouped heads, layers with a sliding window of 6 for 12 tokens, and such layers mixed with others
 MIXED = [(kind, {}) for kind in TINY] + [("llama", {"num_key_value_heads": 1}), ("bert", {"is_decoder": True})]
 
@@ -70,8 +70,8 @@ def test_states_are_the_hidden_states(model_type, changes):
         assert walk.depth == depth
         for index, states in enumerate(expected):
             assert torch.equal(walk.states[index], states[depth])
-        list(walk.look(*TAPS))
-        list(walk.look(Tap("mlp", "features")))
+        list(walk.look(*POINTS))
+        list(walk.look(HookPoint("mlp", "features")))
         walk.advance()
 
 
@@ -124,7 +124,7 @@ def test_few_sequences_hold_out_their_ends():
 
 
 @every_kind
-def test_taps_fit_together(model_type, changes):
+def test_points_fit_together(model_type, changes):
     """In every block the sum is the residual plus what the output projection makes of the features; the norm of the
     block stands between the residual and what the maps read, or after the sum."""
     model = body(model_type, **changes)
@@ -132,44 +132,44 @@ def test_taps_fit_together(model_type, changes):
     expected = hidden_states(model, batches[0])
     walk = Walk(model, Sample.of(batches))
     for depth, layer in enumerate(walk.layers):
-        ((_, seen),) = walk.look(*TAPS)
+        ((_, seen),) = walk.look(*POINTS)
         with torch.inference_mode():
             for kind in ("attention", "mlp"):
                 table = getattr(adapter, kind)
-                read, features, residual, total = (seen[Tap(kind, place)] for place in PLACES)
+                read, features, residual, total = (seen[HookPoint(kind, place)] for place in PLACES)
                 out, norm = layer.get_submodule(table["out"]), layer.get_submodule(table["norm"])
                 torch.testing.assert_close(residual + out(features), total)
                 assert torch.equal(read, residual if adapter.post_norm else norm(residual))
-            attention = seen[Tap("attention", "sum")]
+            attention = seen[HookPoint("attention", "sum")]
             if adapter.post_norm:
                 attention = layer.get_submodule(adapter.attention["norm"])(attention)
                 total = layer.get_submodule(adapter.mlp["norm"])(total)
-            assert torch.equal(seen[Tap("mlp", "residual")], attention)
-            assert torch.equal(seen[Tap("attention", "residual")], expected[depth])
+            assert torch.equal(seen[HookPoint("mlp", "residual")], attention)
+            assert torch.equal(seen[HookPoint("attention", "residual")], expected[depth])
             if depth + 1 < LAYERS:
                 assert torch.equal(total, expected[depth + 1])
         walk.advance()
 
 
-def test_taps_alone_are_what_they_are_together(model_type):
-    """A single tap shows the same as all at once."""
+def test_points_alone_are_what_they_are_together(model_type):
+    """A single point shows the same as all at once."""
     model = body(model_type)
     walk = Walk(model, Sample.of(batches_of(model, 2)))
-    ((_, together),) = walk.look(*TAPS)
-    for tap in TAPS:
-        ((_, alone),) = walk.look(tap)
-        assert torch.equal(alone[tap], together[tap])
+    ((_, together),) = walk.look(*POINTS)
+    for point in POINTS:
+        ((_, alone),) = walk.look(point)
+        assert torch.equal(alone[point], together[point])
 
 
 def test_layers_run_no_further_than_asked(model_type):
-    """What is tapped in the attention block never runs the MLP; without taps the output is there."""
+    """Points in the attention block never run the MLP; without points the output is there."""
     model = body(model_type)
     walk = Walk(model, Sample.of(batches_of(model, 2)))
     ran = []
     out = walk.layers[0].get_submodule(walk.adapter.mlp["out"])
     handle = out.register_forward_pre_hook(lambda module, args: ran.append(module))
-    list(walk.look(Tap("attention", "sum"), Tap("attention", "read")))
-    list(walk.look(Tap("mlp", "residual")))
+    list(walk.look(HookPoint("attention", "sum"), HookPoint("attention", "read")))
+    list(walk.look(HookPoint("mlp", "residual")))
     assert not ran
     ((_, found),) = walk.look()
     assert ran
@@ -259,9 +259,9 @@ def test_the_model_is_left_as_it_was(model_type):
     model = tiny_model(model_type)
     before = snapshot(model)
     walk = Walk(model, Sample.of(batches_of(model, 9, 8)))
-    for _ in walk.look(*TAPS):
+    for _ in walk.look(*POINTS):
         pass
-    next(walk.look(Tap("mlp", "sum")))
+    next(walk.look(HookPoint("mlp", "sum")))
     finish(walk)
     for _ in walk.outputs():
         assert same(snapshot(model), before)
@@ -289,7 +289,7 @@ def test_the_model_is_left_as_it_was_by_exceptions(model_type):
     walk = Walk(model, Sample.of(batches))
     handle = walk.layers[0].get_submodule(walk.adapter.mlp["out"]).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
-        list(walk.look(Tap("mlp", "sum")))
+        list(walk.look(HookPoint("mlp", "sum")))
     handle.remove()
     assert same(snapshot(model), before)
 

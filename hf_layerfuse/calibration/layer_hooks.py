@@ -14,10 +14,15 @@ from ..plan import Kind
 
 
 @dataclass(frozen=True)
-class Tap:
-    """A place inside a layer: of the block `kind`, what its maps `read`, the `features` that enter its output
-    projection, the `residual` that its output is added to, or their `sum` (before a norm or an activation that
-    follows). Of convolutions also what each gives: what enters `in_norm`, and `norm`."""
+class HookPoint:
+    """A place inside a layer where a hook sees the hidden states.
+
+    Attributes:
+        kind: Kind of block that the place belongs to.
+        place: `read`, the input of the block's first maps; `features`, the input of its output projection; `residual`,
+            the stream that its output is added to; `sum`, the result, before a norm or an activation that follows. The
+            blocks of a convolutional network also have `in_norm` and `norm`, the inputs of their batch norms.
+    """
 
     kind: Kind
     place: str
@@ -25,31 +30,31 @@ class Tap:
 
 @contextmanager
 def layer_hooks(
-    layer: nn.Module, adapter: LayerAdapter, taps: Sequence[Tap | None]
-) -> Iterator[dict[Tap | None, Tensor]]:
+    layer: nn.Module, adapter: LayerAdapter, points: Sequence[HookPoint | None]
+) -> Iterator[dict[HookPoint | None, Tensor]]:
     """Hooks on one layer; `with` gives the dict that they fill, and ends the pass once it is full.
 
     Args:
         layer: Layer that runs inside the `with` block.
         adapter: Architecture table of its model.
-        taps: Places to see. None stands for the output of the layer, which the hooks leave to the caller: with it, the
+        points: Places to see. None stands for the output of the layer, which the caller adds to the dict: with None, the
             layer runs to its end.
     """
-    places = {tap: adapter.place(tap.kind, tap.place) for tap in taps if tap is not None}
-    residuals = {Tap(tap.kind, "residual") for tap, place in places.items() if place.when == "added"}
-    places |= {tap: adapter.place(tap.kind, tap.place) for tap in residuals}
-    wanted = {*taps, *residuals}
-    found: dict[Tap | None, Tensor] = {}
+    places = {point: adapter.place(point.kind, point.place) for point in points if point is not None}
+    residuals = {HookPoint(point.kind, "residual") for point, place in places.items() if place.when == "added"}
+    places |= {point: adapter.place(point.kind, point.place) for point in residuals}
+    wanted = {*points, *residuals}
+    found: dict[HookPoint | None, Tensor] = {}
 
-    def record(tap: Tap, tensor: Tensor) -> None:
-        added = places[tap].when == "added"
-        found[tap] = found[Tap(tap.kind, "residual")] + tensor if added else tensor
+    def record(point: HookPoint, tensor: Tensor) -> None:
+        added = places[point].when == "added"
+        found[point] = found[HookPoint(point.kind, "residual")] + tensor if added else tensor
         if wanted <= found.keys():
             raise StopForward
 
     modules = {
-        tap: (layer.get_submodule(place.module), "before" if place.when == "before" else "after")
-        for tap, place in places.items()
+        point: (layer.get_submodule(place.module), "before" if place.when == "before" else "after")
+        for point, place in places.items()
     }
     with watch(modules, record):
         yield found

@@ -17,7 +17,7 @@ from ..evaluation.divergence import divergence
 from ..evaluation.hooks import StopForward
 from ..math.ridge import Moments
 from ..models.architectures import adapter_for
-from .layer_hooks import Tap, layer_hooks
+from .layer_hooks import HookPoint, layer_hooks
 from .mmap import States
 from .samples import CHOOSERS, Sample
 
@@ -123,11 +123,11 @@ class Walk:
 
     @torch.inference_mode()
     def look(
-        self, *taps: Tap | None, layer: nn.Module | None = None, tokens: float = math.inf
-    ) -> Iterator[tuple[int, dict[Tap | None, Tensor]]]:
-        """Run the layer at `depth`, or another in its place, on every batch; yield (batch index, what was tapped).
+        self, *points: HookPoint | None, layer: nn.Module | None = None, tokens: float = math.inf
+    ) -> Iterator[tuple[int, dict[HookPoint | None, Tensor]]]:
+        """Run the layer at `depth`, or another in its place, on every batch; yield (batch index, what was seen).
 
-        The tap None is the output of the layer; the layer runs no further than the taps need. Where fewer `tokens` are
+        The point None is the output of the layer, which runs no further than the points need. Where fewer `tokens` are
         enough, the batches are evenly spread ones.
         """
         layer = layer or self.layers[self.depth]
@@ -135,7 +135,7 @@ class Walk:
             args, kwargs = self._calls[index][self.depth]
             states = self.states[index].to(self.model.device, self.model.dtype)
             output = None
-            with layer_hooks(layer, self.adapter, taps) as found:
+            with layer_hooks(layer, self.adapter, points) as found:
                 output = layer(states, *args, **kwargs)
                 found[None] = (output[0] if isinstance(output, tuple) else output).float()
             del states, output
@@ -160,12 +160,12 @@ class Walk:
         chooses, rows = choosing[fitted], self.rows(index, states)
         return rows[~chooses], rows[chooses]
 
-    def moments(self, rows: Callable[..., tuple[Tensor, ...]], *taps: Tap | None) -> list[Moments]:
+    def moments(self, rows: Callable[..., tuple[Tensor, ...]], *points: HookPoint | None) -> list[Moments]:
         """Moments of the rows (inputs, targets), or (inputs, targets, scale), that `rows` makes of a batch's index and
-        what is tapped: those to fit at first, and those that choose the strength of a penalty."""
+        what is seen: those to fit at first, and those that choose the strength of a penalty."""
         found: list[Moments] = []
-        for index, seen in self.look(*taps):
-            x, y, *scale = rows(index, *(seen[tap].float() for tap in taps))
+        for index, seen in self.look(*points):
+            x, y, *scale = rows(index, *(seen[point].float() for point in points))
             found = found or [Moments.empty(x.shape[-1], y.shape[-1], x.device) for _ in range(2)]
             del seen
             for part, *split in zip(found, *(self.split(index, of) for of in (x, y, *scale)), strict=True):
@@ -185,7 +185,7 @@ class Trace:
     def __init__(self, walk: Walk) -> None:
         self.walk, self.layers, self.adapter = walk, walk.layers, walk.adapter
         self._at = [walk.states]
-        self._seen: dict[tuple[int, Tap], States] = {}
+        self._seen: dict[tuple[int, HookPoint], States] = {}
 
     def states(self, depth: int) -> States:
         """What enters a layer."""
@@ -193,29 +193,29 @@ class Trace:
             self._look(len(self._at) - 1, ())
         return self._at[depth]
 
-    def see(self, places: Collection[tuple[int, Tap]]) -> dict[tuple[int, Tap], States]:
-        """What was tapped at each (layer, tap)."""
+    def see(self, places: Collection[tuple[int, HookPoint]]) -> dict[tuple[int, HookPoint], States]:
+        """The states at each (layer, point)."""
         known = {place: self._depth(*place) for place in places}
         for layer in sorted({layer for layer, _ in places}):
-            fresh = {tap for depth, tap in places if depth == layer and known[depth, tap] is None}
-            fresh = {tap for tap in fresh if (layer, tap) not in self._seen}
+            fresh = {point for depth, point in places if depth == layer and known[depth, point] is None}
+            fresh = {point for point in fresh if (layer, point) not in self._seen}
             if fresh:
                 self.states(layer)
                 self._look(layer, sorted(fresh, key=str))
         return {place: self._seen[place] if depth is None else self.states(depth) for place, depth in known.items()}
 
-    def ahead(self, taps: Collection[Tap]) -> None:
-        """Go on to the end, and keep what is tapped in every layer on the way, so that no layer need run again."""
+    def ahead(self, points: Collection[HookPoint]) -> None:
+        """Go on to the end, and keep what is seen in every layer on the way, so that no layer need run again."""
         while len(self._at) <= len(self.layers):
             layer = len(self._at) - 1
-            self._look(layer, sorted((tap for tap in taps if self._depth(layer, tap) is None), key=str))
+            self._look(layer, sorted((point for point in points if self._depth(layer, point) is None), key=str))
 
-    def _depth(self, layer: int, tap: Tap) -> int | None:
-        """The depth whose states a tap would show; None is something inside of the layer."""
+    def _depth(self, layer: int, point: HookPoint) -> int | None:
+        """The depth whose states a point shows; None is something inside of the layer."""
         post = self.adapter.post_norm
-        if tap in (Tap("attention", "residual"), *([Tap("attention", "read")] if post else [])):
+        if point in (HookPoint("attention", "residual"), *([HookPoint("attention", "read")] if post else [])):
             return layer
-        return layer + 1 if tap == Tap("mlp", "sum") and not post else None
+        return layer + 1 if point == HookPoint("mlp", "sum") and not post else None
 
     @property
     def whole(self) -> bool:
@@ -238,17 +238,17 @@ class Trace:
             total, count = total + found[0], count + found[1]
         return total / count
 
-    def _look(self, layer: int, taps: Sequence[Tap]) -> None:
-        """Run a layer and keep what was tapped, and what comes out where that is not known yet."""
+    def _look(self, layer: int, points: Sequence[HookPoint]) -> None:
+        """Run a layer and keep what was seen, and what comes out where that is not known yet."""
         walk, after = self.walk, States()
         walk.depth, walk.states = layer, self._at[layer]
         whole = len(self._at) == layer + 1
-        found = {(layer, tap): States() for tap in taps}
-        for _, tapped in walk.look(*taps, *([None] if whole else [])):
-            for tap in taps:
-                found[layer, tap].append(tapped[tap].float())
+        found = {(layer, point): States() for point in points}
+        for _, seen in walk.look(*points, *([None] if whole else [])):
+            for point in points:
+                found[layer, point].append(seen[point].float())
             if whole:
-                after.append(tapped[None])
+                after.append(seen[None])
         self._seen |= found
         if whole:
             self._at.append(after)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ...plan import Plan, Slot
-from ..layer_hooks import Tap
+from ..layer_hooks import HookPoint
 from ..layerwise import Trace, Walk
 from ..mmap import Saved, States
 
@@ -88,11 +88,11 @@ class Repair(ABC):
         return len(slot.layers) > 1 or fused or tied or slot.layers[0] > index
 
     @abstractmethod
-    def _wanted(self, slot: Slot) -> set[tuple[int, Tap]]:
-        """What the repair of a slot has to know of the teacher: (layer, tap)."""
+    def _wanted(self, slot: Slot) -> set[tuple[int, HookPoint]]:
+        """What the repair of a slot has to know of the teacher: (layer, point)."""
 
     @abstractmethod
-    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, Tap], States]) -> None:
+    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], States]) -> None:
         """Repair the layer at `index`, which the student has not run yet."""
 
     def _note(self, layer: int, kind: str, role: str, before: float, after: float, **more: float) -> None:

@@ -17,7 +17,7 @@ from ...models.align import align
 from ...models.architectures import READERS, Block, ConvAdapter
 from ...models.modules.shared_linear import theta_of
 from ...plan import CHAIN, Kind, LinearForm, Plan, Slot
-from ..layer_hooks import Tap
+from ..layer_hooks import HookPoint
 from ..layerwise import Trace, Walk
 from ..mmap import PerBatch, Saved, States
 from ..samples import Sample
@@ -98,7 +98,7 @@ def repair_of(student: Walk, teacher: Trace, plan: Plan, method: Method) -> Repa
     return kind(student, teacher, plan, method)
 
 
-SELECTING = tuple(Tap(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum"))
+SELECTING = tuple(HookPoint(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum"))
 """What `select` has to know of every layer of a group, beside the states."""
 
 
@@ -111,7 +111,7 @@ class TransformerRepair(Repair):
         original = align(teacher.walk.model, plan, student.sample.batches) if self.tied else teacher.walk.model
         self._aligned = student.adapter.layer_list(original)
 
-    def _wanted(self, slot: Slot) -> set[tuple[int, Tap]]:
+    def _wanted(self, slot: Slot) -> set[tuple[int, HookPoint]]:
         wanted = {_target(slot, kind) for kind, source in slot.blocks.items() if source}
         if self.method == "maps":
             return {place for place in wanted if place == _target(slot, "mlp")}
@@ -119,21 +119,21 @@ class TransformerRepair(Repair):
             for kind, source in slot.blocks.items():
                 if source and not source.linear:
                     reads = source.layers if _selects(slot) and source == slot.source("mlp") else (source.kept,)
-                    wanted |= {(layer, Tap(kind, "read")) for layer in reads}
+                    wanted |= {(layer, HookPoint(kind, "read")) for layer in reads}
             if _selects(slot) and slot.whole:
-                places = [Tap("attention", place) for place in ("residual", "sum")]
-                wanted |= {(layer, tap) for layer in slot.whole.layers for tap in places}
+                places = [HookPoint("attention", place) for place in ("residual", "sum")]
+                wanted |= {(layer, point) for layer in slot.whole.layers for point in places}
         return wanted
 
-    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, Tap], States]) -> None:
+    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], States]) -> None:
         adapter, model = self.student.adapter, self.student.model
         layer = self.student.layers[index]
         blocks = [block for block in adapter.blocks(model) if block.layer == index]
         for block in blocks:
-            depth, tap = _target(slot, block.kind)
+            depth, point = _target(slot, block.kind)
             if adapter.post_norm and len(slot.layers) > 1:
                 # the sum is led to one that this norm of the original follows
-                path = adapter.table(tap.kind)["norm"]
+                path = adapter.table(point.kind)["norm"]
                 own = adapter.table(block.kind)["norm"]
                 layer.get_submodule(own).load_state_dict(self.teacher.layers[depth].get_submodule(path).state_dict())
         if self.method == "linear":
@@ -150,7 +150,7 @@ class TransformerRepair(Repair):
                 self._select(slot, attention, block, seen)
             else:
                 kept = slot.source(block.kind).kept
-                self._fit_inputs(block, kept, seen[kept, Tap(block.kind, "read")])
+                self._fit_inputs(block, kept, seen[kept, HookPoint(block.kind, "read")])
                 self._fit_projection(block, seen[_target(slot, block.kind)])
             if adapter.post_norm and (index, block.kind) in self.tied:
                 self._fit_norm(block, slot)
@@ -165,7 +165,7 @@ class TransformerRepair(Repair):
         def rows(index: int, read: Tensor) -> tuple[Tensor, Tensor]:
             return read, original[index].to(read.device)
 
-        return self.student.moments(rows, Tap(block.kind, "read"))
+        return self.student.moments(rows, HookPoint(block.kind, "read"))
 
     def _fit_inputs(self, block: Block, source: int, original: States) -> None:
         """Refit the maps that read the stream, so that they give what they gave for the original's."""
@@ -200,9 +200,9 @@ class TransformerRepair(Repair):
 
     def _fit_norm(self, block: Block, slot: Slot) -> None:
         """Refit the norm that follows a block, so that it gives what that of the original gave."""
-        depth, tap = _target(slot, block.kind)
-        if tap.kind == "attention":
-            after = Tap("mlp", "residual")
+        depth, point = _target(slot, block.kind)
+        if point.kind == "attention":
+            after = HookPoint("mlp", "residual")
             target = self.teacher.see([(depth, after)])[depth, after]
         else:
             target = self.teacher.states(depth + 1)
@@ -210,7 +210,7 @@ class TransformerRepair(Repair):
         def rows(index: int, states: Tensor) -> tuple[Tensor, Tensor]:
             return states, target[index].to(states.device)
 
-        own = Tap("mlp", "residual") if block.kind == "attention" else None
+        own = HookPoint("mlp", "residual") if block.kind == "attention" else None
         moments = self.student.moments(rows, own)
         found = fit_norm(self.student.model.get_submodule(block.modules["norm"]), *moments)
         self._note(block.layer, block.kind, "norm", found.before, found.after)
@@ -221,7 +221,7 @@ class TransformerRepair(Repair):
         def rows(index: int, features: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
             return features, target[index].to(residual.device) - residual
 
-        moments = self.student.moments(rows, Tap(block.kind, "features"), Tap(block.kind, "residual"))
+        moments = self.student.moments(rows, HookPoint(block.kind, "features"), HookPoint(block.kind, "residual"))
         self._fit(block, "out", block.modules["out"], moments)
 
     def _fit_linear(self, block: Block, form: LinearForm, target: PerBatch) -> None:
@@ -235,13 +235,15 @@ class TransformerRepair(Repair):
             deviation = aim.std(-1, keepdim=True)
             return read, aim if form.fold else aim - residual, 1 / (deviation + 1e-3 * deviation.mean() + 1e-12)
 
-        moments = self.student.moments(rows, Tap(block.kind, "read"), Tap(block.kind, "residual"))
+        moments = self.student.moments(rows, HookPoint(block.kind, "read"), HookPoint(block.kind, "residual"))
         maps = [self.student.model.get_submodule(path) for role, path in block.modules.items() if role in ("in", "out")]
         found = fit_linear(maps, *moments)
         variance = moments[1].centred()[2].trace().item() / max(moments[1].rows, 1)
         self._note(block.layer, block.kind, "linear map", found.before, found.after, r2=1 - found.after / variance)
 
-    def _select(self, slot: Slot, attention: Block | None, mlp: Block, seen: Mapping[tuple[int, Tap], States]) -> None:
+    def _select(
+        self, slot: Slot, attention: Block | None, mlp: Block, seen: Mapping[tuple[int, HookPoint], States]
+    ) -> None:
         """Make a layer of the heads and hidden units of its whole group.
 
         Where attention is led to decides what the MLP can make of it. With all that the attention of the group adds,
@@ -268,8 +270,10 @@ class TransformerRepair(Repair):
         units.choose(target)
         self._fit_projection(mlp, target)
 
-    def _selection(self, block: Block, layers: Sequence[int], seen: Mapping[tuple[int, Tap], States]) -> Selection:
-        reads = {layer: seen[layer, Tap(block.kind, "read")] for layer in layers}
+    def _selection(
+        self, block: Block, layers: Sequence[int], seen: Mapping[tuple[int, HookPoint], States]
+    ) -> Selection:
+        reads = {layer: seen[layer, HookPoint(block.kind, "read")] for layer in layers}
         return Selection(self.student, block, self.teacher.layers, reads)
 
     def _fit_outputs(self, block: Block, target: States) -> None:
@@ -278,7 +282,7 @@ class TransformerRepair(Repair):
         def rows(index: int, total: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
             return total - residual, target[index].to(residual.device) - residual
 
-        moments = self.student.moments(rows, Tap(block.kind, "sum"), Tap(block.kind, "residual"))
+        moments = self.student.moments(rows, HookPoint(block.kind, "sum"), HookPoint(block.kind, "residual"))
         module = self.student.model.get_submodule(block.modules["out"])
         if module.bias is None:
             moments = [part.linear() for part in moments]
@@ -299,12 +303,12 @@ def _selects(slot: Slot) -> bool:
     return mlp is not None and mlp.operator == "select"
 
 
-def _target(slot: Slot, kind: Kind) -> tuple[int, Tap]:
-    """Where a block is to lead the stream: (layer of the original, tap).
+def _target(slot: Slot, kind: Kind) -> tuple[int, HookPoint]:
+    """Where a block is to lead the stream: (layer of the original, point).
 
     Attention leads to where its MLP stood, the MLP, or a block that is alone, to the end of the slot.
     """
     mlp = slot.source("mlp")
     if kind == "attention" and mlp is not None:
-        return min(mlp.kept, slot.layers[-1]), Tap("attention", "sum")
-    return slot.layers[-1], Tap("mlp", "sum")
+        return min(mlp.kept, slot.layers[-1]), HookPoint("attention", "sum")
+    return slot.layers[-1], HookPoint("mlp", "sum")
