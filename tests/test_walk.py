@@ -10,7 +10,7 @@ from conftest import HEADS, LAYERS, TINY, heads_of, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Plan, UnsupportedModelError, apply
 from hf_layerfuse.calibration.layer_hooks import HookPoint
-from hf_layerfuse.calibration.layerwise import Walk
+from hf_layerfuse.calibration.layerwise import LayerwiseForward
 from hf_layerfuse.calibration.mmap import States
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.divergence import prediction
@@ -64,7 +64,7 @@ def test_states_are_the_hidden_states(model_type, changes):
     """At every depth the states are the hidden states of the model, to the bit, however often one looks before."""
     model = body(model_type, **changes)
     batches = batches_of(model, 3, 2)
-    walk = Walk(model, Sample.of(batches))
+    walk = LayerwiseForward(model, Sample.of(batches))
     expected = [hidden_states(model, batch) for batch in batches]
     for depth in range(LAYERS):
         assert walk.depth == depth
@@ -81,7 +81,7 @@ def test_outputs_at_the_end_are_those_of_the_model(model_type, head):
     model = tiny_model(model_type, head)
     batches = batches_of(model, 5, 4, 3)
     sample = Sample.of(batches)
-    found = list(finish(Walk(model, sample)).outputs())
+    found = list(finish(LayerwiseForward(model, sample)).outputs())
     assert len(found) == 1
     (output, mask), judging = found[0], sample.judging[0]
     with torch.inference_mode():
@@ -96,7 +96,7 @@ def test_rows_are_the_tokens_that_are_fitted(model_type, head):
     model = tiny_model(model_type, head)
     batches = batches_of(model, 9, 8)
     sample = Sample.of(batches)
-    walk = Walk(model, sample)
+    walk = LayerwiseForward(model, sample)
     for index, batch in enumerate(batches):
         states = walk.states[index]
         choices = len(states) // len(sample.judges[index])
@@ -116,7 +116,7 @@ def test_few_sequences_hold_out_their_ends():
     padding behind them."""
     model = body("llama")
     batches = batches_of(model, 4)
-    walk = Walk(model, Sample.of(batches))
+    walk = LayerwiseForward(model, Sample.of(batches))
     states = walk.states[0]
     fitted, chosen = walk.split(0, states)
     assert torch.equal(fitted, torch.cat([states[0, :8], states[1, :10], states[2, :10]]))
@@ -130,7 +130,7 @@ def test_points_fit_together(model_type, changes):
     model = body(model_type, **changes)
     adapter, batches = adapter_for(model), batches_of(model, 3)
     expected = hidden_states(model, batches[0])
-    walk = Walk(model, Sample.of(batches))
+    walk = LayerwiseForward(model, Sample.of(batches))
     for depth, layer in enumerate(walk.layers):
         ((_, seen),) = walk.look(*POINTS)
         with torch.inference_mode():
@@ -154,7 +154,7 @@ def test_points_fit_together(model_type, changes):
 def test_points_alone_are_what_they_are_together(model_type):
     """A single point shows the same as all at once."""
     model = body(model_type)
-    walk = Walk(model, Sample.of(batches_of(model, 2)))
+    walk = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
     ((_, together),) = walk.look(*POINTS)
     for point in POINTS:
         ((_, alone),) = walk.look(point)
@@ -164,7 +164,7 @@ def test_points_alone_are_what_they_are_together(model_type):
 def test_layers_run_no_further_than_asked(model_type):
     """Points in the attention block never run the MLP; without points the output is there."""
     model = body(model_type)
-    walk = Walk(model, Sample.of(batches_of(model, 2)))
+    walk = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
     ran = []
     out = walk.layers[0].get_submodule(walk.adapter.mlp["out"])
     handle = out.register_forward_pre_hook(lambda module, args: ran.append(module))
@@ -180,7 +180,7 @@ def test_layers_run_no_further_than_asked(model_type):
 def test_another_layer_in_its_place(model_type):
     """What another layer would make of the states is that layer's output for them."""
     model = body(model_type)
-    walk = Walk(model, Sample.of(batches_of(model, 2)))
+    walk = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
     ((_, found),) = walk.look(layer=copy.deepcopy(walk.layers[4]))
     model_with = copy.deepcopy(model)
     layers_of(model_with)[0].load_state_dict(walk.layers[4].state_dict())
@@ -192,7 +192,7 @@ def test_layers_that_change_are_walked_as_they_are(model_type):
     and values."""
     model = body(model_type)
     batches = [*batches_of(model, 2), example_inputs(model, 2)]
-    walk = Walk(model, Sample.of(batches))
+    walk = LayerwiseForward(model, Sample.of(batches))
     list(walk.look())
     for parameter in walk.layers[0].parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -213,7 +213,7 @@ def test_edited_models_are_walked(model_type, name):
     """Models with removed blocks or shared weights walk as stock models do."""
     model = apply(body(model_type), Plan(model_type, LAYERS, REMOVED[name]))
     batches = batches_of(model, 3)
-    walk = Walk(model, Sample.of(batches))
+    walk = LayerwiseForward(model, Sample.of(batches))
     expected = hidden_states(model, batches[0])
     for states in expected[:-1]:
         assert torch.equal(walk.states[0], states)
@@ -229,7 +229,7 @@ def test_other_precisions(model_type, dtype):
     """A model computes in its own data type along the walk, and the states are float32."""
     model = body(model_type).to(dtype)
     batches = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in b.items()} for b in batches_of(model, 3)]
-    walk = Walk(model, Sample.of(batches))
+    walk = LayerwiseForward(model, Sample.of(batches))
     for states in hidden_states(model, batches[0])[:-1]:
         assert walk.states[0].dtype == torch.float32
         torch.testing.assert_close(walk.states[0], states.float(), rtol=0, atol=0 if dtype != torch.float64 else 1e-4)
@@ -258,7 +258,7 @@ def test_the_model_is_left_as_it_was(model_type):
     """No hook, attribute or weight of the model is different after a walk, nor while outputs are consumed."""
     model = tiny_model(model_type)
     before = snapshot(model)
-    walk = Walk(model, Sample.of(batches_of(model, 9, 8)))
+    walk = LayerwiseForward(model, Sample.of(batches_of(model, 9, 8)))
     for _ in walk.look(*POINTS):
         pass
     next(walk.look(HookPoint("mlp", "sum")))
@@ -282,11 +282,11 @@ def test_the_model_is_left_as_it_was_by_exceptions(model_type):
     embeddings = next(module for name, module in model.named_modules() if name.endswith(names))
     handle = embeddings.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
-        Walk(model, Sample.of(batches))
+        LayerwiseForward(model, Sample.of(batches))
     handle.remove()
     assert same(snapshot(model), before)
 
-    walk = Walk(model, Sample.of(batches))
+    walk = LayerwiseForward(model, Sample.of(batches))
     handle = walk.layers[0].get_submodule(walk.adapter.mlp["out"]).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         list(walk.look(HookPoint("mlp", "sum")))
@@ -312,7 +312,7 @@ def test_wrapped_layers_are_given_back():
         return stock(*args, **kwargs)
 
     layer.forward = wrapped
-    walk = finish(Walk(model, Sample.of(batches_of(model, 2))))
+    walk = finish(LayerwiseForward(model, Sample.of(batches_of(model, 2))))
     assert layer.forward is wrapped
     assert used == [True]
     torch.testing.assert_close(walk.states[0], states_before_norm(model, batches_of(model, 2)[0]))
@@ -332,7 +332,7 @@ def test_models_that_skip_layers_are_refused():
     model = body("llama")
     model.config.num_hidden_layers = LAYERS - 2  # what the loop over the layers stops at
     with pytest.raises(UnsupportedModelError, match=f"called 4 of its {LAYERS} layers"):
-        Walk(model, Sample.of(batches_of(model, 2)))
+        LayerwiseForward(model, Sample.of(batches_of(model, 2)))
 
 
 def test_states_leave_no_files(tmp_path, monkeypatch):

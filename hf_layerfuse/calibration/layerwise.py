@@ -22,7 +22,7 @@ from .mmap import States
 from .samples import CHOOSERS, Sample
 
 
-class Walk:
+class LayerwiseForward:
     """The calibration tokens at one depth of a model.
 
     Args:
@@ -182,7 +182,7 @@ class Trace:
         walk: at the first layer.
     """
 
-    def __init__(self, walk: Walk) -> None:
+    def __init__(self, walk: LayerwiseForward) -> None:
         self.walk, self.layers, self.adapter = walk, walk.layers, walk.adapter
         self._at = [walk.states]
         self._seen: dict[tuple[int, HookPoint], States] = {}
@@ -222,7 +222,7 @@ class Trace:
         """Whether the end of the teacher has been reached, so that a loss costs the student alone."""
         return len(self._at) > len(self.layers)
 
-    def loss(self, student: Walk) -> float:
+    def loss(self, student: LayerwiseForward) -> float:
         """Mean divergence of a student that has been walked through, see `prediction.divergence`."""
         return self._divergence(student.outputs())
 
@@ -256,7 +256,7 @@ class Trace:
 
 @torch.inference_mode()
 def _answers(model: PreTrainedModel, sample: Sample) -> Iterator[tuple[Any, Tensor | None]]:
-    """What a model makes of the judges: (output, mask) per batch, as `Walk.outputs`."""
+    """What a model makes of the judges: (output, mask) per batch, as `LayerwiseForward.outputs`."""
     for batch in sample.judging:
         inputs = model_inputs(batch, model)
         yield model(**inputs), inputs.get("attention_mask")

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..calibration.layerwise import Trace, Walk
+from ..calibration.layerwise import LayerwiseForward, Trace
 from ..calibration.refit.transformer import Method, repair_of
 from ..calibration.samples import Sample
 from ..errors import PlanError, UnsupportedModelError
@@ -64,7 +64,7 @@ class Trials:
         self.base, plan = trace, self._plan()
         if base is not None:
             student, plan = base
-            self.base = Trace(Walk(student, trace.walk.sample))
+            self.base = Trace(LayerwiseForward(student, trace.walk.sample))
         self.parts = _parts(plan)
         self.losses: dict[tuple[Edit, ...], float] = {}
 
@@ -88,7 +88,7 @@ class Trials:
         # without its first layer, a model has no layer that is another
         last = min(max(len(parts) - behind, first + 1), len(parts))
         with eval_mode(student):
-            walk = Walk(student, self.trace.walk.sample)
+            walk = LayerwiseForward(student, self.trace.walk.sample)
             walk.depth, walk.states = first, self.base.states(first)
             if self.base is not self.trace:
                 for index in range(last, len(parts)):

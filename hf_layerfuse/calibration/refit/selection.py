@@ -15,7 +15,7 @@ from ...models.architectures.block_weights import HEAD_NORMS, rows_of, write_row
 from ...models.modules.shared_linear import theta_of
 from ...plan import Source
 from ..layer_hooks import HookPoint
-from ..layerwise import Walk
+from ..layerwise import LayerwiseForward
 from ..mmap import PerBatch, States
 from .linear import store
 
@@ -42,7 +42,7 @@ class Selection:
     """
 
     def __init__(
-        self, walk: Walk, block: Block, stocks: Mapping[int, nn.Module], originals: Mapping[int, PerBatch]
+        self, walk: LayerwiseForward, block: Block, stocks: Mapping[int, nn.Module], originals: Mapping[int, PerBatch]
     ) -> None:
         self.walk, self.block = walk, block
         self.table = walk.adapter.table(block.kind)
