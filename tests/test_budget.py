@@ -25,7 +25,7 @@ from hf_layerfuse import (
     search,
     verify,
 )
-from hf_layerfuse.calibration.layerwise import LayerwiseForward, Trace
+from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
 from hf_layerfuse.calibration.refit.base import RefitReport
 from hf_layerfuse.calibration.refit.transformer import refit
 from hf_layerfuse.calibration.samples import Sample
@@ -197,7 +197,7 @@ def test_choices_on_top_of_others(model_type):
     base = plan(Drop("attention", 1), Linearize(2))
     student = apply(model, base)
     refit(student, model, base, batches)
-    trials = Trials(model, "none", batches, Trace(LayerwiseForward(model, sample)), (student, base))
+    trials = Trials(model, "none", batches, TeacherStates(LayerwiseForward(model, sample)), (student, base))
     assert trials.loss(*base.edits) == pytest.approx(calibration_loss(student, model, sample.judging), rel=1e-4)
     for edits in ((Drop("attention", 1),), (*base.edits, Drop("mlp", 3)), (Drop("layer", 1), Linearize(2))):
         made = apply(model, plan(*edits))
@@ -207,7 +207,7 @@ def test_choices_on_top_of_others(model_type):
                 layer.load_state_dict(adapter.layer_list(student)[same[0]].state_dict())
         loss = calibration_loss(made, model, sample.judging)
         assert trials.loss(*edits) == pytest.approx(loss, rel=1e-4)
-    fitted = Trials(model, "full", batches, Trace(LayerwiseForward(model, sample)), (student, base))
+    fitted = Trials(model, "full", batches, TeacherStates(LayerwiseForward(model, sample)), (student, base))
     assert fitted.loss(*base.edits, Drop("mlp", 3)) < trials.loss(*base.edits, Drop("mlp", 3))
 
 

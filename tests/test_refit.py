@@ -12,7 +12,7 @@ from conftest import TINY, tiny_model
 
 from hf_layerfuse import AutoFusedModel, Drop, Fuse, Plan, apply, expand, verify
 from hf_layerfuse.calibration.layer_hooks import HookPoint
-from hf_layerfuse.calibration.layerwise import LayerwiseForward, Trace
+from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
 from hf_layerfuse.calibration.refit.linear import store
 from hf_layerfuse.calibration.refit.transformer import SELECTING, refit
 from hf_layerfuse.calibration.samples import Sample
@@ -400,7 +400,7 @@ def test_what_makes_it_worse_is_undone(monkeypatch, name, value):
         return value
 
     monkeypatch.setattr(MODULE, "calibration_loss", lambda model, reference, batches: 1.0)
-    monkeypatch.setattr(MODULE.Trace, "loss", fake)
+    monkeypatch.setattr(MODULE.TeacherStates, "loss", fake)
     report = refit(student, teacher, plan, batches_of(teacher))
     assert (report.before, report.after, report.kept) == (1.0, 1.0, False)
     assert report.blocks
@@ -564,8 +564,8 @@ def test_a_trace_can_be_asked_in_any_order():
     sample = Sample.of(batches_of(teacher))
     points = [HookPoint(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum")]
     places = [(layer, point) for layer in range(LAYERS) for point in points]
-    expected = Trace(LayerwiseForward(teacher, sample)).see(places)  # from front to back
-    trace = Trace(LayerwiseForward(teacher, sample))
+    expected = TeacherStates(LayerwiseForward(teacher, sample)).see(places)  # from front to back
+    trace = TeacherStates(LayerwiseForward(teacher, sample))
     for some in ([places[9], places[1]], [places[2]], [places[14], places[1], places[3]], places):
         found = trace.see(some)
         assert found.keys() == set(some)
@@ -587,7 +587,7 @@ def test_a_trace_that_went_ahead_runs_no_layer_again(model_type, monkeypatch):
             for point in inner:
                 hooked[layer, point].append(seen[point].float())
         walk.advance()
-    trace = Trace(LayerwiseForward(teacher, sample))
+    trace = TeacherStates(LayerwiseForward(teacher, sample))
     trace.ahead(SELECTING)
     monkeypatch.setattr(LayerwiseForward, "look", lambda *args, **options: pytest.fail("a layer ran again"))
     for key, states in trace.see(hooked).items():
@@ -603,7 +603,7 @@ def test_the_teacher_is_seen_where_it_should_be(name):
     teacher = whole("llama")
     plan, batches = plan_for(teacher, *PLANS[name]), batches_of(teacher)
     _, report, _, before = refitted(teacher, plan, batches)
-    trace = Trace(LayerwiseForward(teacher, Sample.of(batches)))
+    trace = TeacherStates(LayerwiseForward(teacher, Sample.of(batches)))
     trace.states(LAYERS)
     assert MODULE.refit_by(apply(teacher, plan), trace, plan, before, "full") == report
 

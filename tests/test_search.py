@@ -24,7 +24,7 @@ from hf_layerfuse import (
     search,
     verify,
 )
-from hf_layerfuse.calibration.layerwise import LayerwiseForward, Trace
+from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
 from hf_layerfuse.calibration.samples import Sample, read
 from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
@@ -377,7 +377,7 @@ def test_runs_that_are_linear_come_first(model_type):
         for kind in (adapter.attention, adapter.mlp):
             for parameter in layer.get_submodule(kind["out"]).parameters():
                 parameter.data.zero_()
-    trace = Trace(LayerwiseForward(model, Sample.of(batches_of(model, 32))))
+    trace = TeacherStates(LayerwiseForward(model, Sample.of(batches_of(model, 32))))
     cost = unexplained(trace, LAYERS)
     assert cost.shape == (LAYERS + 1, LAYERS + 1)
     assert all(cost[i, i + 1] == 0 for i in range(LAYERS))

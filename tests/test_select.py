@@ -9,7 +9,7 @@ from conftest import TINY, tiny_model
 
 from hf_layerfuse import Fuse, Plan, apply
 from hf_layerfuse.calibration.layer_hooks import HookPoint
-from hf_layerfuse.calibration.layerwise import LayerwiseForward, Trace
+from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
 from hf_layerfuse.calibration.refit.selection import Selection, alike
 from hf_layerfuse.calibration.refit.transformer import refit
 from hf_layerfuse.calibration.samples import Sample
@@ -41,7 +41,7 @@ def block_of(model, layer, kind):
 def at(model, layer, kind, *depths):
     """A selection for a block of a model that is its own original, and where that block leads the stream."""
     sample = Sample.of(batches_of(model))
-    trace, walk = Trace(LayerwiseForward(model, sample)), LayerwiseForward(model, sample)
+    trace, walk = TeacherStates(LayerwiseForward(model, sample)), LayerwiseForward(model, sample)
     while walk.depth < layer:
         walk.advance()
     seen = trace.see([(depth, HookPoint(kind, place)) for depth in (layer, *depths) for place in ("read", "sum")])

@@ -174,7 +174,7 @@ class LayerwiseForward:
         return found
 
 
-class Trace:
+class TeacherStates:
     """A teacher walked through once, for several students: its states at every depth are kept, on disk, and so is what
     was seen of it.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..calibration.layerwise import LayerwiseForward, Trace
+from ..calibration.layerwise import LayerwiseForward, TeacherStates
 from ..calibration.refit.transformer import Method, repair_of
 from ..calibration.samples import Sample
 from ..errors import PlanError, UnsupportedModelError
@@ -53,7 +53,7 @@ class Trials:
         model: PreTrainedModel,
         method: Method,
         batches: Sequence[Any],
-        trace: Trace,
+        trace: TeacherStates,
         base: tuple[PreTrainedModel, Plan] | None = None,
     ) -> None:
         self.model, self.method, self.batches = model, method, batches
@@ -64,7 +64,7 @@ class Trials:
         self.base, plan = trace, self._plan()
         if base is not None:
             student, plan = base
-            self.base = Trace(LayerwiseForward(student, trace.walk.sample))
+            self.base = TeacherStates(LayerwiseForward(student, trace.walk.sample))
         self.parts = _parts(plan)
         self.losses: dict[tuple[Edit, ...], float] = {}
 

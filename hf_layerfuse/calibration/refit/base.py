@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ...plan import Plan, Slot
 from ..layer_hooks import HookPoint
-from ..layerwise import LayerwiseForward, Trace
+from ..layerwise import LayerwiseForward, TeacherStates
 from ..mmap import Saved, States
 
 
@@ -63,7 +63,7 @@ class Repair(ABC):
         blocks: a row for each map that was refitted so far.
     """
 
-    def __init__(self, student: LayerwiseForward, teacher: Trace, plan: Plan, method: str) -> None:
+    def __init__(self, student: LayerwiseForward, teacher: TeacherStates, plan: Plan, method: str) -> None:
         self.student, self.teacher, self.method = student, teacher, method
         layout = plan.layout()
         self.slots = layout.slots

@@ -18,7 +18,7 @@ from ...models.architectures import READERS, Block, ConvAdapter
 from ...models.modules.shared_linear import theta_of
 from ...plan import CHAIN, Kind, LinearForm, Plan, Slot
 from ..layer_hooks import HookPoint
-from ..layerwise import LayerwiseForward, Trace
+from ..layerwise import LayerwiseForward, TeacherStates
 from ..mmap import PerBatch, Saved, States
 from ..samples import Sample
 from .base import RefitReport, Repair, unless_worse
@@ -76,10 +76,10 @@ def refit(
     if method == "none":
         return RefitReport(before, before, kept=False)
     with eval_mode(student, teacher):
-        return refit_by(student, Trace(LayerwiseForward(teacher, sample)), plan, before, method)
+        return refit_by(student, TeacherStates(LayerwiseForward(teacher, sample)), plan, before, method)
 
 
-def refit_by(student: PreTrainedModel, trace: Trace, plan: Plan, before: float, method: Method) -> RefitReport:
+def refit_by(student: PreTrainedModel, trace: TeacherStates, plan: Plan, before: float, method: Method) -> RefitReport:
     """`refit` with a trace of the teacher, which several students may share, and the loss before it."""
 
     def carry_out() -> tuple[list[dict[str, Any]], float]:
@@ -92,7 +92,7 @@ def refit_by(student: PreTrainedModel, trace: Trace, plan: Plan, before: float, 
     return unless_worse(student, before, carry_out)
 
 
-def repair_of(student: LayerwiseForward, teacher: Trace, plan: Plan, method: Method) -> Repair:
+def repair_of(student: LayerwiseForward, teacher: TeacherStates, plan: Plan, method: Method) -> Repair:
     """What repairs the blocks of a student's architecture."""
     kind = ConvRepair if student.adapter.kinds == ConvAdapter.kinds else TransformerRepair
     return kind(student, teacher, plan, method)
@@ -105,7 +105,7 @@ SELECTING = tuple(HookPoint(kind, place) for kind in ("attention", "mlp") for pl
 class TransformerRepair(Repair):
     """Repairs attention and MLP blocks."""
 
-    def __init__(self, student: LayerwiseForward, teacher: Trace, plan: Plan, method: Method) -> None:
+    def __init__(self, student: LayerwiseForward, teacher: TeacherStates, plan: Plan, method: Method) -> None:
         super().__init__(student, teacher, plan, method)
         # units, heads and turns of shared weights are those of the aligned original
         original = align(teacher.walk.model, plan, student.sample.batches) if self.tied else teacher.walk.model

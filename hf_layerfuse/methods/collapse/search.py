@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...calibration.layerwise import LayerwiseForward, Trace
+from ...calibration.layerwise import LayerwiseForward, TeacherStates
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.transformer import refit_by
 from ...calibration.samples import Sample
@@ -87,7 +87,7 @@ def _searched(
     model: PreTrainedModel, recipe: CollapseRecipe, batches: list[Any], nothing: Plan, edits: list[Linearize]
 ) -> Found:
     sample = Sample.of(batches)
-    trace = Trace(LayerwiseForward(model, sample))
+    trace = TeacherStates(LayerwiseForward(model, sample))
     losses = {}
     order = edits[::-1]
     if recipe.order == "measured":

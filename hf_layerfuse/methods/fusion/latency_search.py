@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...calibration.layerwise import LayerwiseForward, Trace
+from ...calibration.layerwise import LayerwiseForward, TeacherStates
 from ...calibration.mmap import Saved
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.transformer import refit_by
@@ -91,10 +91,10 @@ class _Budget:
     def __init__(self, model: PreTrainedModel, adapter: LayerAdapter, recipe: FusionRecipe, batches: list[Any]) -> None:
         self.model, self.adapter, self.recipe, self.batches = model, adapter, recipe, batches
         self.sample = Sample.of(batches)
-        self.trace = Trace(LayerwiseForward(model, self.sample))
+        self.trace = TeacherStates(LayerwiseForward(model, self.sample))
         self.depth = len(adapter.layer_list(model))
         few = Sample.of(batches, share_of(self.sample, self.depth, 5 * self.depth, COST))
-        self.few = Trace(LayerwiseForward(model, few))
+        self.few = TeacherStates(LayerwiseForward(model, few))
         folder = None if recipe.tables is None else Path(recipe.tables)
         self.times = BlockTimes(
             model,

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...calibration.layerwise import LayerwiseForward, Trace
+from ...calibration.layerwise import LayerwiseForward, TeacherStates
 from ...calibration.mmap import Saved
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.transformer import SELECTING, refit_by
@@ -94,7 +94,7 @@ class _Search:
     def __init__(self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], first: Plan) -> None:
         self.model, self.recipe, self.batches, self.first = model, recipe, batches, first
         self.sample = Sample.of(batches)
-        self.trace = Trace(LayerwiseForward(model, self.sample))
+        self.trace = TeacherStates(LayerwiseForward(model, self.sample))
         self.importance = importance_of(model, batches)
         self.tried: dict[tuple, tuple[Plan, RefitReport]] = {}
         self.best: tuple[Plan, RefitReport, Saved] | None = None
@@ -219,7 +219,7 @@ class _Table:
         self.divide = divider(model, recipe)
         share = share_of(Sample.of(batches), self.depth, 3 * self.depth, TABLE_COST)
         sample = Sample.of(batches, share)
-        self.trials = Trials(model, recipe.refit, batches, Trace(LayerwiseForward(model, sample)))
+        self.trials = Trials(model, recipe.refit, batches, TeacherStates(LayerwiseForward(model, sample)))
 
     def groups(self, kind: Kind, count: int) -> Groups:
         """The partition into so many runs with the least sum of losses, by dynamic programming.
