@@ -11,7 +11,7 @@ from conftest import HEADS, LAYERS, TINY, heads_of, tiny_model
 from hf_layerfuse import Drop, Fuse, Plan, UnsupportedModelError, apply
 from hf_layerfuse.calibration.layer_hooks import HookPoint
 from hf_layerfuse.calibration.layerwise import LayerwiseForward
-from hf_layerfuse.calibration.mmap import States
+from hf_layerfuse.calibration.mmap import MappedActivations
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.divergence import prediction
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
@@ -338,7 +338,7 @@ def test_models_that_skip_layers_are_refused():
 def test_states_leave_no_files(tmp_path, monkeypatch):
     """States lie in files, of any shape and data type, whose names are gone at once; they outlive what holds them."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    states = States()
+    states = MappedActivations()
     tensors = [torch.randn(3, 4), torch.randn(2, 1, 5).half(), torch.arange(3)]
     for tensor in tensors:
         states.append(tensor)

@@ -18,7 +18,7 @@ from ..evaluation.hooks import StopForward
 from ..math.ridge import Moments
 from ..models.architectures import adapter_for
 from .layer_hooks import HookPoint, layer_hooks
-from .mmap import States
+from .mmap import MappedActivations
 from .samples import CHOOSERS, Sample
 
 
@@ -42,7 +42,7 @@ class LayerwiseForward:
         self.model, self.adapter, self.sample = model, adapter_for(model), sample
         self.layers = self.adapter.layer_list(model)
         self.depth = 0
-        self.states = States()
+        self.states = MappedActivations()
         self._fitted: list[Tensor] = []
         self._choosing: list[Tensor] = []
         self._calls: list[list[tuple[tuple, dict[str, Any]]]] = []
@@ -115,7 +115,7 @@ class LayerwiseForward:
 
     def advance(self) -> None:
         """Go through the layer at `depth`."""
-        after = States()
+        after = MappedActivations()
         for _, tensors in self.look(None):
             after.append(tensors[None])
         self.states = after
@@ -185,15 +185,15 @@ class TeacherStates:
     def __init__(self, walk: LayerwiseForward) -> None:
         self.walk, self.layers, self.adapter = walk, walk.layers, walk.adapter
         self._at = [walk.states]
-        self._seen: dict[tuple[int, HookPoint], States] = {}
+        self._seen: dict[tuple[int, HookPoint], MappedActivations] = {}
 
-    def states(self, depth: int) -> States:
+    def states(self, depth: int) -> MappedActivations:
         """What enters a layer."""
         while len(self._at) <= depth:
             self._look(len(self._at) - 1, ())
         return self._at[depth]
 
-    def see(self, places: Collection[tuple[int, HookPoint]]) -> dict[tuple[int, HookPoint], States]:
+    def see(self, places: Collection[tuple[int, HookPoint]]) -> dict[tuple[int, HookPoint], MappedActivations]:
         """The states at each (layer, point)."""
         known = {place: self._depth(*place) for place in places}
         for layer in sorted({layer for layer, _ in places}):
@@ -240,10 +240,10 @@ class TeacherStates:
 
     def _look(self, layer: int, points: Sequence[HookPoint]) -> None:
         """Run a layer and keep what was seen, and what comes out where that is not known yet."""
-        walk, after = self.walk, States()
+        walk, after = self.walk, MappedActivations()
         walk.depth, walk.states = layer, self._at[layer]
         whole = len(self._at) == layer + 1
-        found = {(layer, point): States() for point in points}
+        found = {(layer, point): MappedActivations() for point in points}
         for _, seen in walk.look(*points, *([None] if whole else [])):
             for point in points:
                 found[layer, point].append(seen[point].float())

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ...plan import Plan, Slot
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward, TeacherStates
-from ..mmap import Saved, States
+from ..mmap import MappedActivations, Saved
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Repair(ABC):
         """What the repair of a slot has to know of the teacher: (layer, point)."""
 
     @abstractmethod
-    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], States]) -> None:
+    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], MappedActivations]) -> None:
         """Repair the layer at `index`, which the student has not run yet."""
 
     def _note(self, layer: int, kind: str, role: str, before: float, after: float, **more: float) -> None:

@@ -14,7 +14,7 @@ from ...math.ridge import Moments, chain, fit, identity
 from ...models.modules.shared_linear import Relaxed, ResidualConv2d, as_stored, out_in, theta_of
 from ...plan import Slot
 from ..layer_hooks import HookPoint
-from ..mmap import States
+from ..mmap import MappedActivations
 from .base import Repair
 from .linear import fit_norm
 
@@ -34,7 +34,7 @@ class ConvRepair(Repair):
         return {(slot.layers[-1], SUM)}
 
     @torch.no_grad()
-    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], States]) -> None:
+    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], MappedActivations]) -> None:
         table, layer = self.student.adapter.table("conv"), self.student.layers[index]
         target = seen[slot.layers[-1], SUM]
         conv, norm = layer.get_submodule(table["out"]), layer.get_submodule(table["norm"])
@@ -58,7 +58,7 @@ class ConvRepair(Repair):
             every = moments[0] + moments[1]
             _store(conv, norm, found.theta, every)
 
-    def _fit_residual(self, index: int, conv: ResidualConv2d, norm: nn.BatchNorm2d, target: States) -> None:
+    def _fit_residual(self, index: int, conv: ResidualConv2d, norm: nn.BatchNorm2d, target: MappedActivations) -> None:
         """Refit what this depth adds to the shared convolution: the fit of all weights, projected on its rank."""
         train, held_out = self._moments(norm, HookPoint("conv", "features"), target, lambda x: _patches(conv, x))
         start, every = _theta(conv, norm), train + held_out
@@ -78,7 +78,7 @@ class ConvRepair(Repair):
             conv.residual_in.copy_(right)
             _set_norm(conv, norm, theta, gain.squeeze(1), every)
 
-    def _fit_outputs(self, index: int, conv: nn.Conv2d, norm: nn.BatchNorm2d, target: States) -> None:
+    def _fit_outputs(self, index: int, conv: nn.Conv2d, norm: nn.BatchNorm2d, target: MappedActivations) -> None:
         """Refit what the layer adds to the stream by one map of it, folded into the convolution (ReplaceMe)."""
         moments = self._moments(norm, HookPoint("conv", "norm"), target, norm)
         found = fit(*moments, identity(moments[0]))
@@ -88,7 +88,7 @@ class ConvRepair(Repair):
             patches = self._moments(norm, HookPoint("conv", "features"), target, lambda x: _patches(conv, x))
             _store(conv, norm, chain(theta, found.theta), patches[0] + patches[1])
 
-    def _moments(self, norm: nn.BatchNorm2d, point: HookPoint, target: States, inputs) -> list[Moments]:
+    def _moments(self, norm: nn.BatchNorm2d, point: HookPoint, target: MappedActivations, inputs) -> list[Moments]:
         """Moments of `inputs` of what is seen at a point, and of what the layer has to add to the stream."""
 
         def rows(index: int, total: Tensor, given: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

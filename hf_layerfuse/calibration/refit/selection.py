@@ -16,7 +16,7 @@ from ...models.modules.shared_linear import theta_of
 from ...plan import Source
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward
-from ..mmap import PerBatch, States
+from ..mmap import MappedActivations, PerBatch
 from .linear import store
 
 TOKENS_PER_INPUT = 4
@@ -173,7 +173,7 @@ def _columns(units: Tensor, size: int) -> Tensor:
 class Total:
     """The original's states with all that the attention of some layers adds, as if they ran at once; by batch."""
 
-    def __init__(self, seen: Mapping[tuple[int, HookPoint], States], layers: Sequence[int]) -> None:
+    def __init__(self, seen: Mapping[tuple[int, HookPoint], MappedActivations], layers: Sequence[int]) -> None:
         self._before, self._after = (
             [seen[n, HookPoint("attention", at)] for n in layers] for at in ("residual", "sum")
         )

@@ -19,7 +19,7 @@ from ...models.modules.shared_linear import theta_of
 from ...plan import CHAIN, Kind, LinearForm, Plan, Slot
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward, TeacherStates
-from ..mmap import PerBatch, Saved, States
+from ..mmap import MappedActivations, PerBatch, Saved
 from ..samples import Sample
 from .base import RefitReport, Repair, unless_worse
 from .conv import ConvRepair
@@ -125,7 +125,7 @@ class TransformerRepair(Repair):
                 wanted |= {(layer, point) for layer in slot.whole.layers for point in places}
         return wanted
 
-    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], States]) -> None:
+    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], MappedActivations]) -> None:
         adapter, model = self.student.adapter, self.student.model
         layer = self.student.layers[index]
         blocks = [block for block in adapter.blocks(model) if block.layer == index]
@@ -159,7 +159,7 @@ class TransformerRepair(Repair):
         """Role -> path of the maps that read what enters a block."""
         return {role: path for role, path in block.modules.items() if role in READERS}
 
-    def _reading(self, block: Block, original: States) -> list[Moments]:
+    def _reading(self, block: Block, original: MappedActivations) -> list[Moments]:
         """Moments of what a block reads in the student, and what one read in the original."""
 
         def rows(index: int, read: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ class TransformerRepair(Repair):
 
         return self.student.moments(rows, HookPoint(block.kind, "read"))
 
-    def _fit_inputs(self, block: Block, source: int, original: States) -> None:
+    def _fit_inputs(self, block: Block, source: int, original: MappedActivations) -> None:
         """Refit the maps that read the stream, so that they give what they gave for the original's."""
         moments = self._reading(block, original)
         if (block.layer, block.kind) in self.tied:
@@ -242,7 +242,7 @@ class TransformerRepair(Repair):
         self._note(block.layer, block.kind, "linear map", found.before, found.after, r2=1 - found.after / variance)
 
     def _select(
-        self, slot: Slot, attention: Block | None, mlp: Block, seen: Mapping[tuple[int, HookPoint], States]
+        self, slot: Slot, attention: Block | None, mlp: Block, seen: Mapping[tuple[int, HookPoint], MappedActivations]
     ) -> None:
         """Make a layer of the heads and hidden units of its whole group.
 
@@ -271,12 +271,12 @@ class TransformerRepair(Repair):
         self._fit_projection(mlp, target)
 
     def _selection(
-        self, block: Block, layers: Sequence[int], seen: Mapping[tuple[int, HookPoint], States]
+        self, block: Block, layers: Sequence[int], seen: Mapping[tuple[int, HookPoint], MappedActivations]
     ) -> Selection:
         reads = {layer: seen[layer, HookPoint(block.kind, "read")] for layer in layers}
         return Selection(self.student, block, self.teacher.layers, reads)
 
-    def _fit_outputs(self, block: Block, target: States) -> None:
+    def _fit_outputs(self, block: Block, target: MappedActivations) -> None:
         """Refit what the block adds to the stream by one map of it, folded into the output projection."""
 
         def rows(index: int, total: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
