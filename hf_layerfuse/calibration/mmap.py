@@ -33,7 +33,7 @@ class MappedActivations:
         return len(self._tensors)
 
 
-class Saved:
+class WeightSnapshot:
     """The weights of a model in mapped files, which need no memory of the process."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ...plan import Plan, Slot
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward, TeacherStates
-from ..mmap import MappedActivations, Saved
+from ..mmap import MappedActivations, WeightSnapshot
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def unless_worse(
         before: its calibration loss.
         carry_out: repairs it; gives a row for each map, and the calibration loss then.
     """
-    kept = Saved(student)
+    kept = WeightSnapshot(student)
     blocks, after = carry_out()
     if after <= before:
         return RefitReport(before, after, kept=True, blocks=tuple(blocks))

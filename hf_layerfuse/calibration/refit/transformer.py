@@ -19,7 +19,7 @@ from ...models.modules.shared_linear import theta_of
 from ...plan import CHAIN, Kind, LinearForm, Plan, Slot
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward, TeacherStates
-from ..mmap import MappedActivations, PerBatch, Saved
+from ..mmap import MappedActivations, PerBatch, WeightSnapshot
 from ..samples import Sample
 from .base import RefitReport, Repair, unless_worse
 from .conv import ConvRepair
@@ -252,7 +252,7 @@ class TransformerRepair(Repair):
         """
         target = seen[_target(slot, "mlp")]
         if attention is not None:
-            own, rows = Saved(self.student.layers[attention.layer]), len(self.blocks)
+            own, rows = WeightSnapshot(self.student.layers[attention.layer]), len(self.blocks)
         units = self._selection(mlp, slot.source("mlp").layers, seen)
         if attention is not None:
             before = units.missed(target)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...calibration.layerwise import LayerwiseForward, TeacherStates
-from ...calibration.mmap import Saved
+from ...calibration.mmap import WeightSnapshot
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.transformer import refit_by
 from ...calibration.samples import Sample
@@ -127,7 +127,7 @@ class _Budget:
         if needs_fit(adapter) and recipe.refit == "none":
             self.choices = [choice for choice in self.choices if not isinstance(choice.edit, Linearize)]
         self.tried: dict[tuple[Edit, ...], dict[str, Any]] = {}
-        self.best: tuple[list[Choice], Plan, RefitReport, Saved] | None = None
+        self.best: tuple[list[Choice], Plan, RefitReport, WeightSnapshot] | None = None
 
     def run(self) -> Found:
         alone = self._worth()
@@ -225,7 +225,7 @@ class _Budget:
                 "ms": self.times.model_of(plan),
             }
             if self.best is None or self._rank(plan, report) < self._rank(*self.best[1:3]):
-                self.best = choices, plan, report, Saved(student)
+                self.best = choices, plan, report, WeightSnapshot(student)
 
     def _rank(self, plan: Plan, report: RefitReport) -> tuple[float, float]:
         """The least is the best: a model within the budget before any that is not, and then the nearer one."""

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...calibration.layerwise import LayerwiseForward, TeacherStates
-from ...calibration.mmap import Saved
+from ...calibration.mmap import WeightSnapshot
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.transformer import SELECTING, refit_by
 from ...calibration.samples import Sample
@@ -97,7 +97,7 @@ class _Search:
         self.trace = TeacherStates(LayerwiseForward(model, self.sample))
         self.importance = importance_of(model, batches)
         self.tried: dict[tuple, tuple[Plan, RefitReport]] = {}
-        self.best: tuple[Plan, RefitReport, Saved] | None = None
+        self.best: tuple[Plan, RefitReport, WeightSnapshot] | None = None
 
     def run(self) -> Found:
         recipe = self.recipe
@@ -173,7 +173,7 @@ class _Search:
                 report = refit_by(student, self.trace, plan, before, self.recipe.refit)
         self.tried[plan.edits] = plan, report
         if self.best is None or report.after < self.best[1].after:
-            self.best = plan, report, Saved(student)
+            self.best = plan, report, WeightSnapshot(student)
         return report
 
     def _climb(self, table: _Table) -> None:
