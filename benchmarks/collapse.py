@@ -73,7 +73,7 @@ JOBS = {"minilm-sst2": minilm_sst2, "gpt2": heal.gpt2, "vit-cifar10": vit_cifar1
 def dropping(job: fusion.Job) -> Make:
     """Leaves out MLPs."""
     depth, kind = job.model.config.num_hidden_layers, adapter_for(job.model).model_type
-    judging = Sample.of(job.calibration).judging
+    held_out = Sample.of(job.calibration).held_out_batches
 
     def without(layers: list[int]) -> heal.Made:
         plan = Plan(kind, depth, tuple(Drop("mlp", layer) for layer in sorted(layers)))
@@ -81,7 +81,7 @@ def dropping(job: fusion.Job) -> Make:
 
     @cache
     def order() -> list[int]:
-        return sorted(range(depth), key=lambda layer: calibration_loss(without([layer])[0], job.model, judging))
+        return sorted(range(depth), key=lambda layer: calibration_loss(without([layer])[0], job.model, held_out))
 
     return lambda count: without(order()[:count])
 

@@ -117,7 +117,7 @@ def ties_of(model):
 
 
 def loss(student, teacher, batches):
-    return calibration_loss(student, teacher, Sample.of(batches).judging)
+    return calibration_loss(student, teacher, Sample.of(batches).held_out_batches)
 
 
 def refitted(teacher, plan, batches, method="full"):
@@ -297,9 +297,9 @@ def one_strength(monkeypatch, strength):
 def rows_of(batches, states):
     """The tokens that are fitted, float64."""
     found = []
-    for batch, part, judges in zip(batches, states, Sample.of(batches).judges, strict=True):
+    for batch, part, held_out in zip(batches, states, Sample.of(batches).held_out, strict=True):
         mask = batch.get("attention_mask", torch.ones(part.shape[:2])).bool()
-        found.append(part[mask & ~judges[:, None]].double())
+        found.append(part[mask & ~held_out[:, None]].double())
     return torch.cat(found)
 
 

@@ -59,7 +59,7 @@ def batches_of(model, *sizes, tokens=12):
 
 
 def loss(fused, model, batches):
-    return calibration_loss(fused, model, Sample.of(batches).judging)
+    return calibration_loss(fused, model, Sample.of(batches).held_out_batches)
 
 
 def depth_of(model):
@@ -359,7 +359,7 @@ def test_the_table_measures_the_model_with_one_group_fused():
     for edit in (Fuse("layer", (1, 2)), Fuse("mlp", (0, 1, 2)), Fuse("layer", (0, 1), "share", "mean")):
         fused = apply(model, Plan("qwen2", LAYERS, (edit,)))
         assert table.trials.loss(edit) == pytest.approx(
-            calibration_loss(fused, model, table.trials.trace.walk.sample.judging), rel=1e-4
+            calibration_loss(fused, model, table.trials.trace.walk.sample.held_out_batches), rel=1e-4
         )
     repaired = _Table(model, FusionRecipe(keep_layers=3), batches, None)
     assert repaired.trials.loss(Fuse("layer", (1, 2))) < table.trials.loss(Fuse("layer", (1, 2)))

@@ -77,37 +77,37 @@ def test_states_are_the_hidden_states(model_type, changes):
 
 @every_head
 def test_outputs_at_the_end_are_those_of_the_model(model_type, head):
-    """At the end of a walk the head gives what the model gives, for the sequences that judge."""
+    """At the end of a walk the head gives what the model gives, for the held-out sequences."""
     model = tiny_model(model_type, head)
     batches = batches_of(model, 5, 4, 3)
     sample = Sample.of(batches)
     found = list(finish(LayerwiseForward(model, sample)).outputs())
     assert len(found) == 1
-    (output, mask), judging = found[0], sample.judging[0]
+    (output, mask), held_out = found[0], sample.held_out_batches[0]
     with torch.inference_mode():
-        torch.testing.assert_close(prediction(output), prediction(model(**judging)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prediction(output), prediction(model(**held_out)), rtol=1e-5, atol=1e-5)
     assert len(prediction(output)) == 1
-    assert mask is judging.get("attention_mask") or torch.equal(mask, judging["attention_mask"])
+    assert mask is held_out.get("attention_mask") or torch.equal(mask, held_out["attention_mask"])
 
 
 @every_head
 def test_rows_are_the_tokens_that_are_fitted(model_type, head):
-    """Neither padding nor sequences that judge are among the rows; those that choose a penalty are set apart."""
+    """Neither padding nor held-out sequences are among the rows; the selection split is set apart."""
     model = tiny_model(model_type, head)
     batches = batches_of(model, 9, 8)
     sample = Sample.of(batches)
     walk = LayerwiseForward(model, sample)
     for index, batch in enumerate(batches):
         states = walk.states[index]
-        choices = len(states) // len(sample.judges[index])
-        kept = ~sample.judges[index].repeat_interleave(choices)[:, None].expand(states.shape[:-1])
+        choices = len(states) // len(sample.held_out[index])
+        kept = ~sample.held_out[index].repeat_interleave(choices)[:, None].expand(states.shape[:-1])
         if "attention_mask" in batch:
             kept = kept & batch["attention_mask"].view(kept.shape).bool()
-        choosing = sample.choosers[index].repeat_interleave(choices)[:, None].expand(states.shape[:-1])
+        selection = sample.selection[index].repeat_interleave(choices)[:, None].expand(states.shape[:-1])
         assert torch.equal(walk.rows(index, states), states[kept])
         fitted, chosen = walk.split(index, states)
-        assert torch.equal(fitted, states[kept & ~choosing])
-        assert torch.equal(chosen, states[kept & choosing])
+        assert torch.equal(fitted, states[kept & ~selection])
+        assert torch.equal(chosen, states[kept & selection])
         assert len(chosen)
 
 
@@ -220,7 +220,7 @@ def test_edited_models_are_walked(model_type, name):
         walk.advance()
     ((output, _),) = walk.outputs()
     with torch.inference_mode():
-        expected = prediction(model(**walk.sample.judging[0]))
+        expected = prediction(model(**walk.sample.held_out_batches[0]))
     torch.testing.assert_close(prediction(output), expected, rtol=1e-5, atol=1e-5)
 
 

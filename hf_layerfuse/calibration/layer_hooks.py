@@ -37,8 +37,8 @@ def layer_hooks(
     Args:
         layer: Layer that runs inside the `with` block.
         adapter: Architecture table of its model.
-        points: Places to see. None stands for the output of the layer, which the caller adds to the dict: with None, the
-            layer runs to its end.
+        points: Places to see. None stands for the output of the layer, which the caller adds to the dict: with None,
+            the layer runs to its end.
     """
     places = {point: adapter.place(point.kind, point.place) for point in points if point is not None}
     residuals = {HookPoint(point.kind, "residual") for point, place in places.items() if place.when == "added"}

@@ -19,7 +19,7 @@ from ..math.ridge import Moments
 from ..models.architectures import adapter_for
 from .layer_hooks import HookPoint, layer_hooks
 from .mmap import MappedActivations
-from .samples import CHOOSERS, Sample
+from .samples import SELECTION_EVERY, Sample
 
 
 class LayerwiseForward:
@@ -27,7 +27,7 @@ class LayerwiseForward:
 
     Args:
         model: in eval mode; its layers may change between calls, but not in number.
-        sample: what to walk with.
+        sample: Calibration sequences to run.
 
     Attributes:
         depth: the layer that comes next.
@@ -44,13 +44,13 @@ class LayerwiseForward:
         self.depth = 0
         self.states = MappedActivations()
         self._fitted: list[Tensor] = []
-        self._choosing: list[Tensor] = []
+        self._selection: list[Tensor] = []
         self._calls: list[list[tuple[tuple, dict[str, Any]]]] = []
-        for batch, judges, choosers in zip(sample.batches, sample.judges, sample.choosers, strict=True):
-            self._enter(batch, judges, choosers)
+        for batch, held_out, selection in zip(sample.batches, sample.held_out, sample.selection, strict=True):
+            self._enter(batch, held_out, selection)
 
     @torch.inference_mode()
-    def _enter(self, batch: Mapping[str, Tensor], judges: Tensor, choosers: Tensor) -> None:
+    def _enter(self, batch: Mapping[str, Tensor], held_out: Tensor, selection: Tensor) -> None:
         """Record what enters the first layer, and with which masks and positions each layer is called."""
         calls: list[tuple[tuple, dict[str, Any]]] = []
         first: list[Tensor] = []
@@ -78,12 +78,14 @@ class LayerwiseForward:
         if mask is None or mask.numel() != math.prod(shape):
             mask = torch.ones(shape, device=first[0].device)
         mask = mask.reshape(shape).bool()  # the choices of a multiple choice input are rows here
-        judges, choosers = (_per_sequence(chosen.to(mask.device), mask).unsqueeze(1) for chosen in (judges, choosers))
-        if not any(chosen.any() for chosen in self.sample.choosers):
+        held_out, selection = (
+            _per_sequence(chosen.to(mask.device), mask).unsqueeze(1) for chosen in (held_out, selection)
+        )
+        if not any(chosen.any() for chosen in self.sample.selection):
             # of n tokens, the last n // 5
-            choosers = CHOOSERS * (mask.sum(1, keepdim=True) - mask.cumsum(1) + 1) <= mask.sum(1, keepdim=True)
-        self._fitted.append(mask & ~judges)
-        self._choosing.append(choosers & mask)
+            selection = SELECTION_EVERY * (mask.sum(1, keepdim=True) - mask.cumsum(1) + 1) <= mask.sum(1, keepdim=True)
+        self._fitted.append(mask & ~held_out)
+        self._selection.append(selection & mask)
         self._calls.append(calls)
 
     @contextlib.contextmanager
@@ -101,9 +103,9 @@ class LayerwiseForward:
 
     @torch.inference_mode()
     def outputs(self) -> Iterator[tuple[Any, Tensor | None]]:
-        """What the model makes of the states of the judges, at the end of the walk: (output, mask) per batch."""
+        """The outputs of the model for the held-out sequences, after the last layer: (output, mask) per batch."""
         for index, batch in enumerate(self.sample.batches):
-            chosen = self.sample.judged[index]
+            chosen = self.sample.evaluated[index]
             if not chosen.any():
                 continue
             inputs = model_inputs(take(batch, chosen), self.model)
@@ -149,20 +151,20 @@ class LayerwiseForward:
         return [place * every // count for place in range(count)]
 
     def rows(self, index: int, states: Tensor) -> Tensor:
-        """The tokens of a batch that are fitted, (tokens, width) float32: no padding, no judges."""
+        """The tokens of a batch that are fitted, (tokens, width) float32: no padding, nothing held out."""
         states = tokens_of(states)
         return states[self._fitted[index].to(states.device).expand(states.shape[:2])].float()
 
     def split(self, index: int, states: Tensor) -> tuple[Tensor, Tensor]:
-        """`rows` in two: those to fit at first, and those that choose the strength of a penalty."""
+        """`rows` in two: those to fit at first, and the selection split, which sets the strength of a penalty."""
         shape = tokens_of(states).shape[:2]
-        fitted, choosing = (masks[index].to(states.device).expand(shape) for masks in (self._fitted, self._choosing))
-        chooses, rows = choosing[fitted], self.rows(index, states)
-        return rows[~chooses], rows[chooses]
+        fitted, selection = (masks[index].to(states.device).expand(shape) for masks in (self._fitted, self._selection))
+        selected, rows = selection[fitted], self.rows(index, states)
+        return rows[~selected], rows[selected]
 
     def moments(self, rows: Callable[..., tuple[Tensor, ...]], *points: HookPoint | None) -> list[Moments]:
         """Moments of the rows (inputs, targets), or (inputs, targets, scale), that `rows` makes of a batch's index and
-        what is seen: those to fit at first, and those that choose the strength of a penalty."""
+        what is seen: those to fit at first, and those of the selection split."""
         found: list[Moments] = []
         for index, seen in self.look(*points):
             x, y, *scale = rows(index, *(seen[point].float() for point in points))
@@ -256,8 +258,8 @@ class TeacherStates:
 
 @torch.inference_mode()
 def _answers(model: PreTrainedModel, sample: Sample) -> Iterator[tuple[Any, Tensor | None]]:
-    """What a model makes of the judges: (output, mask) per batch, as `LayerwiseForward.outputs`."""
-    for batch in sample.judging:
+    """The outputs of a model for the held-out sequences: (output, mask) per batch, as `LayerwiseForward.outputs`."""
+    for batch in sample.held_out_batches:
         inputs = model_inputs(batch, model)
         yield model(**inputs), inputs.get("attention_mask")
 

@@ -1,4 +1,4 @@
-"""Unlabelled batches, and which of them judge."""
+"""Calibration batches without labels, and their splits: fitted, selection and held out."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 from ..errors import DataError
 from ..evaluation.batches import Batches, take, without_labels
 
-JUDGES = 8
-"""One calibration sequence in so many judges."""
+HELD_OUT_EVERY = 8
+"""One calibration sequence in so many is held out."""
 
-CHOOSERS = 5
-"""Of those that do not, one in so many chooses the strength of a penalty."""
-
+SELECTION_EVERY = 5
+"""Of the fitted sequences, one in so many is in the selection split, which sets the strength of a penalty."""
 
 ROWS = 16
 """Rows of a data set that make one batch."""
@@ -74,31 +73,32 @@ def _filled(rows: Tensor | Sequence[Any], value: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Sample:
-    """Calibration sequences, some of which judge what the others have led to.
+    """Calibration sequences, of which some are held out to evaluate a fit.
 
     Attributes:
-        batches: dicts of model inputs, tensors only, without labels.
-        judges: (batch,) per batch, True for a sequence that nothing is fitted to.
-        choosers: (batch,) per batch, True for a sequence that chooses the strength of the penalty of a fit, and is
-            fitted afterwards. None are where fewer than five sequences are fitted: the end of each takes their place.
+        batches: Dicts of model inputs, tensors only, without labels.
+        held_out: Masks of the held-out split, (batch,) per batch. Nothing is fitted to its sequences.
+        selection: Masks of the selection split, (batch,) per batch. It sets the strength of the penalty of a fit, and
+            is fitted afterwards. It is empty where fewer than five sequences are fitted: the end of each sequence then
+            takes its place.
     """
 
     batches: Sequence[Mapping[str, Tensor]]
-    judges: Sequence[Tensor]
-    choosers: Sequence[Tensor]
+    held_out: Sequence[Tensor]
+    selection: Sequence[Tensor]
 
     @classmethod
     def of(cls, batches: Batches, share: float = 1.0) -> Sample:
-        """Every eighth sequence judges; with fewer, the last one; a single one is fitted and judges.
+        """Hold out every eighth sequence; of fewer than eight, the last one. A single one is fitted and evaluated.
 
-        Who does what depends on the order of the sequences, and not on the batches that they come in.
+        The splits depend on the order of the sequences, and not on the batches that they come in.
 
         Args:
-            batches: calibration batches.
-            share: of the sequences to use, evenly spread.
+            batches: Calibration batches.
+            share: Share of the sequences to use, evenly spread.
 
         Raises:
-            DataError: there are no sequences, or a batch is no dict of tensors.
+            DataError: There are no sequences, or a batch is not a dict of tensors.
         """
         every = [batch for batch in map(_tensors, batches) if len(next(iter(batch.values())))]
         if not every:
@@ -114,26 +114,28 @@ class Sample:
         sizes = [len(next(iter(batch.values()))) for batch in every]
         total = sum(sizes)
         numbers = torch.arange(total)
-        judges = numbers % JUDGES == JUDGES - 1 if total >= JUDGES else numbers == max(total - 1, 1)
-        order = (~judges).cumsum(0)
-        choosers = ~judges & (order % CHOOSERS == 0)
-        return cls(every, judges.split(sizes), choosers.split(sizes))
+        held_out = (
+            numbers % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 if total >= HELD_OUT_EVERY else numbers == max(total - 1, 1)
+        )
+        order = (~held_out).cumsum(0)
+        selection = ~held_out & (order % SELECTION_EVERY == 0)
+        return cls(every, held_out.split(sizes), selection.split(sizes))
 
     @property
-    def judged(self) -> list[Tensor]:
-        """(batch,) per batch: the judges, or all where there is a single sequence."""
-        alone = not any(mask.any() for mask in self.judges)
-        return [torch.ones_like(mask) if alone else mask for mask in self.judges]
+    def evaluated(self) -> list[Tensor]:
+        """Masks of the sequences that evaluate, (batch,) per batch: the held-out split, or a single sequence."""
+        alone = not any(mask.any() for mask in self.held_out)
+        return [torch.ones_like(mask) if alone else mask for mask in self.held_out]
 
     @property
-    def fitting(self) -> list[dict[str, Tensor]]:
-        """The batches of all others, on which models are fitted."""
-        return [take(batch, ~mask) for batch, mask in zip(self.batches, self.judges, strict=True) if not mask.all()]
+    def fitted_batches(self) -> list[dict[str, Tensor]]:
+        """The batches without the held-out split, on which models are fitted."""
+        return [take(batch, ~mask) for batch, mask in zip(self.batches, self.held_out, strict=True) if not mask.all()]
 
     @property
-    def judging(self) -> list[dict[str, Tensor]]:
-        """The batches of the judges alone."""
-        return [take(batch, mask) for batch, mask in zip(self.batches, self.judged, strict=True) if mask.any()]
+    def held_out_batches(self) -> list[dict[str, Tensor]]:
+        """The batches of the sequences that evaluate, and of no others."""
+        return [take(batch, mask) for batch, mask in zip(self.batches, self.evaluated, strict=True) if mask.any()]
 
 
 def _tensors(batch: Any) -> dict[str, Tensor]:

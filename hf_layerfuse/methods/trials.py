@@ -31,7 +31,7 @@ def share_of(sample: Sample, depth: int, trials: int, cost: float) -> float:
         trials: each costs about six layers to refit and what is left of the model to judge, two thirds with its head.
         cost: forward passes of the model over all sequences.
     """
-    sequences = sum(map(len, sample.judges))
+    sequences = sum(map(len, sample.held_out))
     share = min(0.5, cost / trials / (6 / depth + 0.67))
     return min(1.0, max(share, TRIAL_SEQUENCES / sequences))
 

@@ -76,10 +76,10 @@ def refit_chain(
     edits = [edit for edit in plan.edits if edit.merged and len(edit.layers) > 1]
 
     def carry_out() -> tuple[list[dict[str, Any]], float]:
-        return repair(student, teacher, edits, sample), calibration_loss(student, teacher, sample.judging)
+        return repair(student, teacher, edits, sample), calibration_loss(student, teacher, sample.held_out_batches)
 
     with eval_mode(student, teacher):
-        before = calibration_loss(student, teacher, sample.judging)
+        before = calibration_loss(student, teacher, sample.held_out_batches)
         if not (fitted and edits):
             return RefitReport(before, before, kept=False)
         return unless_worse(student, before, carry_out)
@@ -107,9 +107,9 @@ def repair(
     rows = []
     for edit in tqdm(edits, "Fitting convolutions", disable=None, leave=False):
         conv = student.get_submodule(convs.units[edit.start + 1].conv)
-        train, held_out = _moments(student, teacher, convs, edit, sample)
+        train, selection = _moments(student, teacher, convs, edit, sample)
         before = after = 0.0
-        for group, parts in enumerate(zip(train, held_out, strict=True)):
+        for group, parts in enumerate(zip(train, selection, strict=True)):
             found = fit(*parts, _theta(conv, group))
             before, after = before + found.before, after + found.after
             if found.strength is not None:
@@ -121,20 +121,20 @@ def repair(
 def _moments(
     student: PreTrainedModel, teacher: PreTrainedModel, convs: Convolutions, edit: MergeConvs, sample: Sample
 ) -> tuple[list[Moments], list[Moments]]:
-    """Moments of patches and of what is wanted of them, for each group: of images that are fitted, and that choose."""
+    """Moments of patches and their targets, for each group: of fitted images, and of the selection split."""
     path = convs.units[edit.start + 1].conv
     conv = student.get_submodule(path)
     places = [Place("before", path), Place("after", path), Place("before", convs.units[edit.end].act)]
     target = [before_activation(teacher, convs, edit.end)]
     sums = [_Sums(conv), _Sums(conv)]
-    each = -(-ROWS * (conv.weight[0].numel() + 1) // sum(len(mask) for mask in sample.judges))
-    none_chooses = not any(mask.any() for mask in sample.choosers)
-    for batch, judges, choosers in zip(sample.batches, sample.judges, sample.choosers, strict=True):
-        if none_chooses:
-            choosers = torch.arange(len(judges)) % 2 == 1
+    each = -(-ROWS * (conv.weight[0].numel() + 1) // sum(len(mask) for mask in sample.held_out))
+    no_selection = not any(mask.any() for mask in sample.selection)
+    for batch, held_out, selection in zip(sample.batches, sample.held_out, sample.selection, strict=True):
+        if no_selection:
+            selection = torch.arange(len(held_out)) % 2 == 1
         read, given, total = see(student, batch, places)
         [wanted] = see(teacher, batch, target)
-        for part, mask in enumerate((~judges & ~choosers, choosers & ~judges)):
+        for part, mask in enumerate((~held_out & ~selection, selection & ~held_out)):
             chosen = mask.to(read.device)
             sums[part].add(read[chosen], (wanted - (total - given))[chosen], each)
     return sums[0].moments(), sums[1].moments()

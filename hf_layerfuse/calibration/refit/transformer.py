@@ -57,7 +57,7 @@ def refit(
         student: what `apply(teacher, plan)` gave.
         teacher: the original.
         plan: the plan that led from one to the other.
-        batches: calibration batches, dicts of model inputs. One sequence in eight judges the result.
+        batches: calibration batches, dicts of model inputs. One sequence in eight is held out to evaluate the result.
         method: `full`; `maps` fits nothing but what MLPs have become that are linear; `linear` fits one map on the
             outputs of the last block before removed ones, and folds it into that block's output projection (ReplaceMe,
             Shopkhoev et al. 2025); `none` leaves the model as it is.
@@ -72,7 +72,7 @@ def refit(
     sample = Sample.of(batches)
     if plan.kinds == CHAIN:
         return refit_chain(student, teacher, plan, sample, fitted=method != "none")
-    before = calibration_loss(student, teacher, sample.judging)
+    before = calibration_loss(student, teacher, sample.held_out_batches)
     if method == "none":
         return RefitReport(before, before, kept=False)
     with eval_mode(student, teacher):

@@ -98,7 +98,7 @@ def _searched(
         order = sorted(edits, key=lambda edit: losses[edit] / saved[edit])
     notes = {
         "recipe": asdict(recipe),
-        "calibration": f"{sum(map(len, sample.judges))} sequences",
+        "calibration": f"{sum(map(len, sample.held_out))} sequences",
         "losses": {str(edit.layer): loss for edit, loss in losses.items()},
     }
     if recipe.method == "homotopy":

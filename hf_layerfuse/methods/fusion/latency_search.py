@@ -146,7 +146,7 @@ class _Budget:
         weights.restore(student)
         notes = {
             "recipe": asdict(self.recipe),
-            "calibration": f"{sum(map(len, self.sample.judges))} sequences",
+            "calibration": f"{sum(map(len, self.sample.held_out))} sequences",
             "latency_ms": {
                 "original": self.times.original,
                 "predicted": self.times.rest + sum(map(self.cost, chosen)),

@@ -125,7 +125,7 @@ class _Search:
         notes = {
             **self.first.notes,
             "recipe": asdict(recipe),
-            "calibration": f"{sum(map(len, self.sample.judges))} sequences",
+            "calibration": f"{sum(map(len, self.sample.held_out))} sequences",
             "operators": scores,
             "competition": competition,
             "refit": asdict(report),
@@ -167,7 +167,7 @@ class _Search:
             if self.trace.whole:
                 before = self.trace.loss_of(student)
             else:
-                before = calibration_loss(student, self.model, self.sample.judging)
+                before = calibration_loss(student, self.model, self.sample.held_out_batches)
             report = RefitReport(before, before, kept=False)
             if self.recipe.refit != "none":
                 report = refit_by(student, self.trace, plan, before, self.recipe.refit)
