@@ -72,7 +72,7 @@ JOBS = {"minilm-sst2": minilm_sst2, "gpt2": retraining.gpt2, "vit-cifar10": vit_
 def dropping(job: common.Job) -> Make:
     """Leaves out MLPs."""
     depth, kind = job.model.config.num_hidden_layers, adapter_for(job.model).model_type
-    judging = Sample.of(job.calibration).judging
+    held_out = Sample.of(job.calibration).held_out_batches
 
     def without(layers: list[int]) -> retraining.Made:
         plan = Plan(kind, depth, tuple(Drop("mlp", layer) for layer in sorted(layers)))
@@ -80,7 +80,7 @@ def dropping(job: common.Job) -> Make:
 
     @cache
     def order() -> list[int]:
-        return sorted(range(depth), key=lambda layer: calibration_loss(without([layer])[0], job.model, judging))
+        return sorted(range(depth), key=lambda layer: calibration_loss(without([layer])[0], job.model, held_out))
 
     return lambda count: without(order()[:count])
 

@@ -25,7 +25,7 @@ from hf_layerfuse import (
     search,
     verify,
 )
-from hf_layerfuse.calibration.layerwise import Trace, Walk
+from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
 from hf_layerfuse.calibration.refit.base import RefitReport
 from hf_layerfuse.calibration.refit.transformer import refit
 from hf_layerfuse.calibration.samples import Sample
@@ -69,7 +69,9 @@ def test_a_budget_is_kept(model_type):
     assert times["original"] == pytest.approx(1e-3 * sum(p.numel() for p in model.parameters()))
     assert times["measured"] == pytest.approx(1e-3 * sum(p.numel() for p in found.model.parameters()), rel=0.05)
     assert found.report.after == min(row["loss"] for row in notes["competition"])
-    assert found.report.after == pytest.approx(calibration_loss(found.model, model, Sample.of(batches).judging))
+    assert found.report.after == pytest.approx(
+        calibration_loss(found.model, model, Sample.of(batches).held_out_batches)
+    )
     assert verify(found.model)["reload"] == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(model).items())
 
@@ -197,17 +199,19 @@ def test_choices_on_top_of_others(model_type):
     base = plan(Drop("attention", 1), Linearize(2))
     student = apply(model, base)
     refit(student, model, base, batches)
-    trials = Trials(model, "none", batches, Trace(Walk(model, sample)), (student, base))
-    assert trials.loss(*base.edits) == pytest.approx(calibration_loss(student, model, sample.judging), rel=1e-4)
+    trials = Trials(model, "none", batches, TeacherStates(LayerwiseForward(model, sample)), (student, base))
+    assert trials.loss(*base.edits) == pytest.approx(
+        calibration_loss(student, model, sample.held_out_batches), rel=1e-4
+    )
     for edits in ((Drop("attention", 1),), (*base.edits, Drop("mlp", 3)), (Drop("layer", 1), Linearize(2))):
         made = apply(model, plan(*edits))
         for slot, layer in zip(plan(*edits).layout().slots, adapter.layer_list(made), strict=True):
             same = [index for index, other in enumerate(base.layout().slots) if other == slot]
             if same:
                 layer.load_state_dict(adapter.layer_list(student)[same[0]].state_dict())
-        loss = calibration_loss(made, model, sample.judging)
+        loss = calibration_loss(made, model, sample.held_out_batches)
         assert trials.loss(*edits) == pytest.approx(loss, rel=1e-4)
-    fitted = Trials(model, "full", batches, Trace(Walk(model, sample)), (student, base))
+    fitted = Trials(model, "full", batches, TeacherStates(LayerwiseForward(model, sample)), (student, base))
     assert fitted.loss(*base.edits, Drop("mlp", 3)) < trials.loss(*base.edits, Drop("mlp", 3))
 
 

@@ -1,4 +1,4 @@
-"""What calibration data become: batches, those that are fitted and those that judge, and how far outputs are apart."""
+"""Calibration data become batches and splits, and the loss on them says how far outputs are apart."""
 
 import math
 
@@ -28,7 +28,7 @@ def who(sample, roles):
 
 
 @pytest.mark.parametrize(
-    ("count", "judges", "choosers"),
+    ("count", "held_out", "selection"),
     [
         (1, [], []),
         (2, [1], []),
@@ -39,17 +39,17 @@ def who(sample, roles):
     ],
 )
 @pytest.mark.parametrize("size", [1, 3, 24])
-def test_who_judges_is_decided_by_sequence(count, judges, choosers, size):
-    """Every eighth sequence judges, every fifth of the others chooses penalties, however they are batched; with fewer
-    the last one judges, and a single one is fitted and judges."""
+def test_splits_are_decided_by_sequence(count, held_out, selection, size):
+    """Every eighth sequence is held out, every fifth of the others is for selection, however they are batched; of
+    fewer than eight the last one is held out, and a single one is fitted and evaluated."""
     sequences = numbered(count)
     batches = [{k: v[i : i + size] for k, v in sequences.items()} for i in range(0, count, size)]
     sample = Sample.of(iter(batches))
-    assert who(sample, sample.judges) == judges
-    assert who(sample, sample.choosers) == choosers
-    assert who(sample, sample.judged) == (judges or [0])
-    assert torch.cat([batch["input_ids"][:, 0] for batch in sample.judging]).tolist() == (judges or [0])
-    assert all(len(batch["input_ids"]) for batch in sample.judging)
+    assert who(sample, sample.held_out) == held_out
+    assert who(sample, sample.selection) == selection
+    assert who(sample, sample.evaluated) == (held_out or [0])
+    assert torch.cat([batch["input_ids"][:, 0] for batch in sample.held_out_batches]).tolist() == (held_out or [0])
+    assert all(len(batch["input_ids"]) for batch in sample.held_out_batches)
 
 
 @pytest.mark.parametrize(("share", "kept"), [(1.0, 48), (0.5, 24), (0.4, 20), (0.05, 3), (0.001, 1)])
@@ -59,7 +59,7 @@ def test_a_share_is_spread_evenly(share, kept, size):
     sample = Sample.of([{"input_ids": part} for part in torch.arange(48).unsqueeze(1).split(size)], share)
     numbers = torch.cat([batch["input_ids"][:, 0] for batch in sample.batches])
     assert numbers.tolist() == [i * 48 // kept for i in range(kept)]
-    assert sum(judges.sum() for judges in sample.judges) == (max(1, kept // 8) if kept > 1 else 0)
+    assert sum(held_out.sum() for held_out in sample.held_out) == (max(1, kept // 8) if kept > 1 else 0)
 
 
 def test_labels_and_what_is_no_tensor_are_left_out():
@@ -67,7 +67,7 @@ def test_labels_and_what_is_no_tensor_are_left_out():
     batch = BatchEncoding({**numbered(3), "texts": ["a", "b", "c"], "scale": torch.tensor(2.0), "flag": True})
     sample = Sample.of([{"input_ids": torch.empty(0, 4)}, batch])
     assert [set(batch) for batch in sample.batches] == [{"input_ids"}]
-    assert len(sample.judges) == len(sample.judged) == 1
+    assert len(sample.held_out) == len(sample.evaluated) == 1
 
 
 @pytest.mark.parametrize("batches", [[], [{"input_ids": torch.empty(0, 4)}], iter(())])

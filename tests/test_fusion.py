@@ -11,7 +11,7 @@ import torch
 from conftest import LAYERS, TINY, heads_of, tiny_model
 
 from hf_layerfuse import DataError, Drop, Fuse, FusionRecipe, Plan, RecipeError, adapter_for, apply, fuse, plan_fusion
-from hf_layerfuse.calibration.samples import observe
+from hf_layerfuse.calibration.recorder import observe
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
 from hf_layerfuse.methods.fusion.targets import settled

@@ -32,7 +32,7 @@ from hf_layerfuse import (
     verify,
 )
 from hf_layerfuse.errors import DataError
-from hf_layerfuse.models.activation_fit import lines_of, watch
+from hf_layerfuse.models.activation_fit import lines_of, watch_activations
 from hf_layerfuse.models.architectures import adapter_for
 from hf_layerfuse.models.modules.homotopy import Homotopy
 from hf_layerfuse.training.homotopy import Pull
@@ -51,7 +51,7 @@ def blended(model_type, *edits, **changes):
 def seen_by(model, layer: int, batches) -> list[torch.Tensor]:
     """What enters and leaves the activation of a layer, (tokens, units) each."""
     seen = []
-    watch(model, adapter_for(model), [layer], batches, lambda _, z, y: seen.append((z, y)))
+    watch_activations(model, adapter_for(model), [layer], batches, lambda _, z, y: seen.append((z, y)))
     return [torch.cat(parts) for parts in zip(*seen, strict=True)]
 
 

@@ -248,13 +248,13 @@ def test_mlps_are_taken_in_the_order_of_what_they_cost(model_type):
     found = search_collapse(model, CollapseRecipe(count=3), batches)
     losses = {int(layer): loss for layer, loss in found.plan.notes["losses"].items()}
     assert [edit.layer for edit in found.plan.edits] == sorted(sorted(losses, key=losses.get)[:3])
-    judging = Sample.of(batches).judging
+    held_out = Sample.of(batches).held_out_batches
     for layer in (0, 4):
         plan = plan_of(model, Linearize(layer))
         alone = apply(model, plan)
         refit(alone, model, plan, batches, "maps")
-        assert losses[layer] == pytest.approx(calibration_loss(alone, model, judging), rel=1e-3)
-    assert found.report.after == pytest.approx(calibration_loss(found.model, model, judging), rel=1e-3)
+        assert losses[layer] == pytest.approx(calibration_loss(alone, model, held_out), rel=1e-3)
+    assert found.report.after == pytest.approx(calibration_loss(found.model, model, held_out), rel=1e-3)
     deepest = search_collapse(model, CollapseRecipe(count=2, order="deepest"), batches)
     assert [edit.layer for edit in deepest.plan.edits] == [4, 5]
 

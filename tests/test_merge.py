@@ -105,7 +105,7 @@ def test_a_merged_model_is_fitted(name):
     batches = images(model)
     report = refit(small, model, plan, batches)
     assert report.after <= report.before
-    assert report.after == pytest.approx(calibration_loss(small, model, Sample.of(batches).judging))
+    assert report.after == pytest.approx(calibration_loss(small, model, Sample.of(batches).held_out_batches))
     assert all(row["after"] <= row["before"] for row in report.blocks)
     assert [row["segment"] for row in report.blocks] == [[edit.start, edit.end] for edit in edits]
     assert verify(small)["reload"] == 0

@@ -11,8 +11,8 @@ import torch
 from conftest import TINY, tiny_model
 
 from hf_layerfuse import AutoFusedModel, Drop, Fuse, Plan, apply, expand, verify
-from hf_layerfuse.calibration.layer_hooks import Tap
-from hf_layerfuse.calibration.layerwise import Trace, Walk
+from hf_layerfuse.calibration.layer_hooks import HookPoint
+from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
 from hf_layerfuse.calibration.refit.linear import store
 from hf_layerfuse.calibration.refit.transformer import SELECTING, refit
 from hf_layerfuse.calibration.samples import Sample
@@ -117,7 +117,7 @@ def ties_of(model):
 
 
 def loss(student, teacher, batches):
-    return calibration_loss(student, teacher, Sample.of(batches).judging)
+    return calibration_loss(student, teacher, Sample.of(batches).held_out_batches)
 
 
 def refitted(teacher, plan, batches, method="full"):
@@ -297,9 +297,9 @@ def one_strength(monkeypatch, strength):
 def rows_of(batches, states):
     """The tokens that are fitted, float64."""
     found = []
-    for batch, part, judges in zip(batches, states, Sample.of(batches).judges, strict=True):
+    for batch, part, held_out in zip(batches, states, Sample.of(batches).held_out, strict=True):
         mask = batch.get("attention_mask", torch.ones(part.shape[:2])).bool()
-        found.append(part[mask & ~judges[:, None]].double())
+        found.append(part[mask & ~held_out[:, None]].double())
     return torch.cat(found)
 
 
@@ -400,7 +400,7 @@ def test_what_makes_it_worse_is_undone(monkeypatch, name, value):
         return value
 
     monkeypatch.setattr(MODULE, "calibration_loss", lambda model, reference, batches: 1.0)
-    monkeypatch.setattr(MODULE.Trace, "loss", fake)
+    monkeypatch.setattr(MODULE.TeacherStates, "loss", fake)
     report = refit(student, teacher, plan, batches_of(teacher))
     assert (report.before, report.after, report.kept) == (1.0, 1.0, False)
     assert report.blocks
@@ -562,10 +562,10 @@ def test_a_trace_can_be_asked_in_any_order():
     """What was seen of the teacher is the same whichever layer was looked at before, and however often."""
     teacher = whole("qwen2")
     sample = Sample.of(batches_of(teacher))
-    taps = [Tap(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum")]
-    places = [(layer, tap) for layer in range(LAYERS) for tap in taps]
-    expected = Trace(Walk(teacher, sample)).see(places)  # from front to back
-    trace = Trace(Walk(teacher, sample))
+    points = [HookPoint(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum")]
+    places = [(layer, point) for layer in range(LAYERS) for point in points]
+    expected = TeacherStates(LayerwiseForward(teacher, sample)).see(places)  # from front to back
+    trace = TeacherStates(LayerwiseForward(teacher, sample))
     for some in ([places[9], places[1]], [places[2]], [places[14], places[1], places[3]], places):
         found = trace.see(some)
         assert found.keys() == set(some)
@@ -578,18 +578,18 @@ def test_a_trace_that_went_ahead_runs_no_layer_again(model_type, monkeypatch):
     """What was kept on the way, and what states show anyway, is what hooks see when they are asked one by one."""
     teacher = whole(model_type)
     sample = Sample.of(batches_of(teacher))
-    taps = [Tap(kind, place) for kind in ("attention", "mlp") for place in ("read", "residual", "sum")]
-    inner = [tap for tap in taps if tap != Tap("mlp", "residual")]
-    walk = Walk(teacher, sample)
-    hooked = {(layer, tap): [] for layer in range(LAYERS) for tap in inner}
+    points = [HookPoint(kind, place) for kind in ("attention", "mlp") for place in ("read", "residual", "sum")]
+    inner = [point for point in points if point != HookPoint("mlp", "residual")]
+    walk = LayerwiseForward(teacher, sample)
+    hooked = {(layer, point): [] for layer in range(LAYERS) for point in inner}
     for layer in range(LAYERS):
         for _, seen in walk.look(*inner):
-            for tap in inner:
-                hooked[layer, tap].append(seen[tap].float())
+            for point in inner:
+                hooked[layer, point].append(seen[point].float())
         walk.advance()
-    trace = Trace(Walk(teacher, sample))
+    trace = TeacherStates(LayerwiseForward(teacher, sample))
     trace.ahead(SELECTING)
-    monkeypatch.setattr(Walk, "look", lambda *args, **options: pytest.fail("a layer ran again"))
+    monkeypatch.setattr(LayerwiseForward, "look", lambda *args, **options: pytest.fail("a layer ran again"))
     for key, states in trace.see(hooked).items():
         for one, other in zip(states, hooked[key], strict=True):
             assert torch.equal(one, other)
@@ -603,7 +603,7 @@ def test_the_teacher_is_seen_where_it_should_be(name):
     teacher = whole("llama")
     plan, batches = plan_for(teacher, *PLANS[name]), batches_of(teacher)
     _, report, _, before = refitted(teacher, plan, batches)
-    trace = Trace(Walk(teacher, Sample.of(batches)))
+    trace = TeacherStates(LayerwiseForward(teacher, Sample.of(batches)))
     trace.states(LAYERS)
     assert MODULE.refit_by(apply(teacher, plan), trace, plan, before, "full") == report
 

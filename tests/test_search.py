@@ -24,7 +24,7 @@ from hf_layerfuse import (
     search,
     verify,
 )
-from hf_layerfuse.calibration.layerwise import Trace, Walk
+from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
 from hf_layerfuse.calibration.samples import Sample, read
 from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
@@ -59,7 +59,7 @@ def batches_of(model, *sizes, tokens=12):
 
 
 def loss(fused, model, batches):
-    return calibration_loss(fused, model, Sample.of(batches).judging)
+    return calibration_loss(fused, model, Sample.of(batches).held_out_batches)
 
 
 def depth_of(model):
@@ -359,7 +359,7 @@ def test_the_table_measures_the_model_with_one_group_fused():
     for edit in (Fuse("layer", (1, 2)), Fuse("mlp", (0, 1, 2)), Fuse("layer", (0, 1), "share", "mean")):
         fused = apply(model, Plan("qwen2", LAYERS, (edit,)))
         assert table.trials.loss(edit) == pytest.approx(
-            calibration_loss(fused, model, table.trials.trace.walk.sample.judging), rel=1e-4
+            calibration_loss(fused, model, table.trials.trace.walk.sample.held_out_batches), rel=1e-4
         )
     repaired = _Table(model, FusionRecipe(keep_layers=3), batches, None)
     assert repaired.trials.loss(Fuse("layer", (1, 2))) < table.trials.loss(Fuse("layer", (1, 2)))
@@ -377,7 +377,7 @@ def test_runs_that_are_linear_come_first(model_type):
         for kind in (adapter.attention, adapter.mlp):
             for parameter in layer.get_submodule(kind["out"]).parameters():
                 parameter.data.zero_()
-    trace = Trace(Walk(model, Sample.of(batches_of(model, 32))))
+    trace = TeacherStates(LayerwiseForward(model, Sample.of(batches_of(model, 32))))
     cost = unexplained(trace, LAYERS)
     assert cost.shape == (LAYERS + 1, LAYERS + 1)
     assert all(cost[i, i + 1] == 0 for i in range(LAYERS))

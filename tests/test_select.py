@@ -8,8 +8,8 @@ import torch
 from conftest import TINY, tiny_model
 
 from hf_layerfuse import Fuse, Plan, apply
-from hf_layerfuse.calibration.layer_hooks import Tap
-from hf_layerfuse.calibration.layerwise import Trace, Walk
+from hf_layerfuse.calibration.layer_hooks import HookPoint
+from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
 from hf_layerfuse.calibration.refit.selection import Selection, alike
 from hf_layerfuse.calibration.refit.transformer import refit
 from hf_layerfuse.calibration.samples import Sample
@@ -41,12 +41,12 @@ def block_of(model, layer, kind):
 def at(model, layer, kind, *depths):
     """A selection for a block of a model that is its own original, and where that block leads the stream."""
     sample = Sample.of(batches_of(model))
-    trace, walk = Trace(Walk(model, sample)), Walk(model, sample)
+    trace, walk = TeacherStates(LayerwiseForward(model, sample)), LayerwiseForward(model, sample)
     while walk.depth < layer:
         walk.advance()
-    seen = trace.see([(depth, Tap(kind, place)) for depth in (layer, *depths) for place in ("read", "sum")])
-    originals = {depth: seen[depth, Tap(kind, "read")] for depth in depths}
-    return Selection(walk, block_of(model, layer, kind), trace.layers, originals), seen[layer, Tap(kind, "sum")]
+    seen = trace.see([(depth, HookPoint(kind, place)) for depth in (layer, *depths) for place in ("read", "sum")])
+    originals = {depth: seen[depth, HookPoint(kind, "read")] for depth in depths}
+    return Selection(walk, block_of(model, layer, kind), trace.layers, originals), seen[layer, HookPoint(kind, "sum")]
 
 
 def state_of(model):
@@ -178,8 +178,8 @@ def test_heads_that_can_stand_side_by_side():
 def test_few_tokens_are_evenly_spread(tokens):
     """As many batches as hold the tokens asked for, from all over the data."""
     model = body("gpt2")
-    walk = Walk(model, Sample.of([example_inputs(model, 1, 12, seed=seed) for seed in range(32)]))
-    found = [index for index, _ in walk.look(Tap("mlp", "read"), tokens=tokens)]
+    walk = LayerwiseForward(model, Sample.of([example_inputs(model, 1, 12, seed=seed) for seed in range(32)]))
+    found = [index for index, _ in walk.look(HookPoint("mlp", "read"), tokens=tokens)]
     held = sum(len(walk.rows(index, walk.states[index])) for index in range(32))
     assert len(found) == max(1, math.ceil(32 * min(1.0, tokens / held)))
     assert max(later - one for one, later in itertools.pairwise([*found, 32])) <= math.ceil(32 / len(found))

@@ -9,16 +9,16 @@ import torch
 from conftest import HEADS, LAYERS, TINY, heads_of, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Plan, UnsupportedModelError, apply
-from hf_layerfuse.calibration.layer_hooks import Tap
-from hf_layerfuse.calibration.layerwise import Walk
-from hf_layerfuse.calibration.mmap import States
+from hf_layerfuse.calibration.layer_hooks import HookPoint
+from hf_layerfuse.calibration.layerwise import LayerwiseForward
+from hf_layerfuse.calibration.mmap import MappedActivations
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.divergence import prediction
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.models.architectures import adapter_for
 
 PLACES = ("read", "features", "residual", "sum")
-TAPS = [Tap(kind, place) for kind in ("attention", "mlp") for place in PLACES]
+POINTS = [HookPoint(kind, place) for kind in ("attention", "mlp") for place in PLACES]
 # among them grouped heads, layers with a sliding window of 6 for 12 tokens, and such layers mixed with others
 MIXED = [(kind, {}) for kind in TINY] + [("llama", {"num_key_value_heads": 1}), ("bert", {"is_decoder": True})]
 
@@ -64,50 +64,50 @@ def test_states_are_the_hidden_states(model_type, changes):
     """At every depth the states are the hidden states of the model, to the bit, however often one looks before."""
     model = body(model_type, **changes)
     batches = batches_of(model, 3, 2)
-    walk = Walk(model, Sample.of(batches))
+    walk = LayerwiseForward(model, Sample.of(batches))
     expected = [hidden_states(model, batch) for batch in batches]
     for depth in range(LAYERS):
         assert walk.depth == depth
         for index, states in enumerate(expected):
             assert torch.equal(walk.states[index], states[depth])
-        list(walk.look(*TAPS))
-        list(walk.look(Tap("mlp", "features")))
+        list(walk.look(*POINTS))
+        list(walk.look(HookPoint("mlp", "features")))
         walk.advance()
 
 
 @every_head
 def test_outputs_at_the_end_are_those_of_the_model(model_type, head):
-    """At the end of a walk the head gives what the model gives, for the sequences that judge."""
+    """At the end of a walk the head gives what the model gives, for the held-out sequences."""
     model = tiny_model(model_type, head)
     batches = batches_of(model, 5, 4, 3)
     sample = Sample.of(batches)
-    found = list(finish(Walk(model, sample)).outputs())
+    found = list(finish(LayerwiseForward(model, sample)).outputs())
     assert len(found) == 1
-    (output, mask), judging = found[0], sample.judging[0]
+    (output, mask), held_out = found[0], sample.held_out_batches[0]
     with torch.inference_mode():
-        torch.testing.assert_close(prediction(output), prediction(model(**judging)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prediction(output), prediction(model(**held_out)), rtol=1e-5, atol=1e-5)
     assert len(prediction(output)) == 1
-    assert mask is judging.get("attention_mask") or torch.equal(mask, judging["attention_mask"])
+    assert mask is held_out.get("attention_mask") or torch.equal(mask, held_out["attention_mask"])
 
 
 @every_head
 def test_rows_are_the_tokens_that_are_fitted(model_type, head):
-    """Neither padding nor sequences that judge are among the rows; those that choose a penalty are set apart."""
+    """Neither padding nor held-out sequences are among the rows; the selection split is set apart."""
     model = tiny_model(model_type, head)
     batches = batches_of(model, 9, 8)
     sample = Sample.of(batches)
-    walk = Walk(model, sample)
+    walk = LayerwiseForward(model, sample)
     for index, batch in enumerate(batches):
         states = walk.states[index]
-        choices = len(states) // len(sample.judges[index])
-        kept = ~sample.judges[index].repeat_interleave(choices)[:, None].expand(states.shape[:-1])
+        choices = len(states) // len(sample.held_out[index])
+        kept = ~sample.held_out[index].repeat_interleave(choices)[:, None].expand(states.shape[:-1])
         if "attention_mask" in batch:
             kept = kept & batch["attention_mask"].view(kept.shape).bool()
-        choosing = sample.choosers[index].repeat_interleave(choices)[:, None].expand(states.shape[:-1])
+        selection = sample.selection[index].repeat_interleave(choices)[:, None].expand(states.shape[:-1])
         assert torch.equal(walk.rows(index, states), states[kept])
         fitted, chosen = walk.split(index, states)
-        assert torch.equal(fitted, states[kept & ~choosing])
-        assert torch.equal(chosen, states[kept & choosing])
+        assert torch.equal(fitted, states[kept & ~selection])
+        assert torch.equal(chosen, states[kept & selection])
         assert len(chosen)
 
 
@@ -116,7 +116,7 @@ def test_few_sequences_hold_out_their_ends():
     padding behind them."""
     model = body("llama")
     batches = batches_of(model, 4)
-    walk = Walk(model, Sample.of(batches))
+    walk = LayerwiseForward(model, Sample.of(batches))
     states = walk.states[0]
     fitted, chosen = walk.split(0, states)
     assert torch.equal(fitted, torch.cat([states[0, :8], states[1, :10], states[2, :10]]))
@@ -124,52 +124,52 @@ def test_few_sequences_hold_out_their_ends():
 
 
 @every_kind
-def test_taps_fit_together(model_type, changes):
+def test_points_fit_together(model_type, changes):
     """In every block the sum is the residual plus what the output projection makes of the features; the norm of the
     block stands between the residual and what the maps read, or after the sum."""
     model = body(model_type, **changes)
     adapter, batches = adapter_for(model), batches_of(model, 3)
     expected = hidden_states(model, batches[0])
-    walk = Walk(model, Sample.of(batches))
+    walk = LayerwiseForward(model, Sample.of(batches))
     for depth, layer in enumerate(walk.layers):
-        ((_, seen),) = walk.look(*TAPS)
+        ((_, seen),) = walk.look(*POINTS)
         with torch.inference_mode():
             for kind in ("attention", "mlp"):
                 table = getattr(adapter, kind)
-                read, features, residual, total = (seen[Tap(kind, place)] for place in PLACES)
+                read, features, residual, total = (seen[HookPoint(kind, place)] for place in PLACES)
                 out, norm = layer.get_submodule(table["out"]), layer.get_submodule(table["norm"])
                 torch.testing.assert_close(residual + out(features), total)
                 assert torch.equal(read, residual if adapter.post_norm else norm(residual))
-            attention = seen[Tap("attention", "sum")]
+            attention = seen[HookPoint("attention", "sum")]
             if adapter.post_norm:
                 attention = layer.get_submodule(adapter.attention["norm"])(attention)
                 total = layer.get_submodule(adapter.mlp["norm"])(total)
-            assert torch.equal(seen[Tap("mlp", "residual")], attention)
-            assert torch.equal(seen[Tap("attention", "residual")], expected[depth])
+            assert torch.equal(seen[HookPoint("mlp", "residual")], attention)
+            assert torch.equal(seen[HookPoint("attention", "residual")], expected[depth])
             if depth + 1 < LAYERS:
                 assert torch.equal(total, expected[depth + 1])
         walk.advance()
 
 
-def test_taps_alone_are_what_they_are_together(model_type):
-    """A single tap shows the same as all at once."""
+def test_points_alone_are_what_they_are_together(model_type):
+    """A single point shows the same as all at once."""
     model = body(model_type)
-    walk = Walk(model, Sample.of(batches_of(model, 2)))
-    ((_, together),) = walk.look(*TAPS)
-    for tap in TAPS:
-        ((_, alone),) = walk.look(tap)
-        assert torch.equal(alone[tap], together[tap])
+    walk = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
+    ((_, together),) = walk.look(*POINTS)
+    for point in POINTS:
+        ((_, alone),) = walk.look(point)
+        assert torch.equal(alone[point], together[point])
 
 
 def test_layers_run_no_further_than_asked(model_type):
-    """What is tapped in the attention block never runs the MLP; without taps the output is there."""
+    """Points in the attention block never run the MLP; without points the output is there."""
     model = body(model_type)
-    walk = Walk(model, Sample.of(batches_of(model, 2)))
+    walk = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
     ran = []
     out = walk.layers[0].get_submodule(walk.adapter.mlp["out"])
     handle = out.register_forward_pre_hook(lambda module, args: ran.append(module))
-    list(walk.look(Tap("attention", "sum"), Tap("attention", "read")))
-    list(walk.look(Tap("mlp", "residual")))
+    list(walk.look(HookPoint("attention", "sum"), HookPoint("attention", "read")))
+    list(walk.look(HookPoint("mlp", "residual")))
     assert not ran
     ((_, found),) = walk.look()
     assert ran
@@ -180,7 +180,7 @@ def test_layers_run_no_further_than_asked(model_type):
 def test_another_layer_in_its_place(model_type):
     """What another layer would make of the states is that layer's output for them."""
     model = body(model_type)
-    walk = Walk(model, Sample.of(batches_of(model, 2)))
+    walk = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
     ((_, found),) = walk.look(layer=copy.deepcopy(walk.layers[4]))
     model_with = copy.deepcopy(model)
     layers_of(model_with)[0].load_state_dict(walk.layers[4].state_dict())
@@ -192,7 +192,7 @@ def test_layers_that_change_are_walked_as_they_are(model_type):
     and values."""
     model = body(model_type)
     batches = [*batches_of(model, 2), example_inputs(model, 2)]
-    walk = Walk(model, Sample.of(batches))
+    walk = LayerwiseForward(model, Sample.of(batches))
     list(walk.look())
     for parameter in walk.layers[0].parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -213,14 +213,14 @@ def test_edited_models_are_walked(model_type, name):
     """Models with removed blocks or shared weights walk as stock models do."""
     model = apply(body(model_type), Plan(model_type, LAYERS, REMOVED[name]))
     batches = batches_of(model, 3)
-    walk = Walk(model, Sample.of(batches))
+    walk = LayerwiseForward(model, Sample.of(batches))
     expected = hidden_states(model, batches[0])
     for states in expected[:-1]:
         assert torch.equal(walk.states[0], states)
         walk.advance()
     ((output, _),) = walk.outputs()
     with torch.inference_mode():
-        expected = prediction(model(**walk.sample.judging[0]))
+        expected = prediction(model(**walk.sample.held_out_batches[0]))
     torch.testing.assert_close(prediction(output), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -229,7 +229,7 @@ def test_other_precisions(model_type, dtype):
     """A model computes in its own data type along the walk, and the states are float32."""
     model = body(model_type).to(dtype)
     batches = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in b.items()} for b in batches_of(model, 3)]
-    walk = Walk(model, Sample.of(batches))
+    walk = LayerwiseForward(model, Sample.of(batches))
     for states in hidden_states(model, batches[0])[:-1]:
         assert walk.states[0].dtype == torch.float32
         torch.testing.assert_close(walk.states[0], states.float(), rtol=0, atol=0 if dtype != torch.float64 else 1e-4)
@@ -258,10 +258,10 @@ def test_the_model_is_left_as_it_was(model_type):
     """No hook, attribute or weight of the model is different after a walk, nor while outputs are consumed."""
     model = tiny_model(model_type)
     before = snapshot(model)
-    walk = Walk(model, Sample.of(batches_of(model, 9, 8)))
-    for _ in walk.look(*TAPS):
+    walk = LayerwiseForward(model, Sample.of(batches_of(model, 9, 8)))
+    for _ in walk.look(*POINTS):
         pass
-    next(walk.look(Tap("mlp", "sum")))
+    next(walk.look(HookPoint("mlp", "sum")))
     finish(walk)
     for _ in walk.outputs():
         assert same(snapshot(model), before)
@@ -282,14 +282,14 @@ def test_the_model_is_left_as_it_was_by_exceptions(model_type):
     embeddings = next(module for name, module in model.named_modules() if name.endswith(names))
     handle = embeddings.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
-        Walk(model, Sample.of(batches))
+        LayerwiseForward(model, Sample.of(batches))
     handle.remove()
     assert same(snapshot(model), before)
 
-    walk = Walk(model, Sample.of(batches))
+    walk = LayerwiseForward(model, Sample.of(batches))
     handle = walk.layers[0].get_submodule(walk.adapter.mlp["out"]).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
-        list(walk.look(Tap("mlp", "sum")))
+        list(walk.look(HookPoint("mlp", "sum")))
     handle.remove()
     assert same(snapshot(model), before)
 
@@ -312,7 +312,7 @@ def test_wrapped_layers_are_given_back():
         return stock(*args, **kwargs)
 
     layer.forward = wrapped
-    walk = finish(Walk(model, Sample.of(batches_of(model, 2))))
+    walk = finish(LayerwiseForward(model, Sample.of(batches_of(model, 2))))
     assert layer.forward is wrapped
     assert used == [True]
     torch.testing.assert_close(walk.states[0], states_before_norm(model, batches_of(model, 2)[0]))
@@ -332,13 +332,13 @@ def test_models_that_skip_layers_are_refused():
     model = body("llama")
     model.config.num_hidden_layers = LAYERS - 2  # what the loop over the layers stops at
     with pytest.raises(UnsupportedModelError, match=f"called 4 of its {LAYERS} layers"):
-        Walk(model, Sample.of(batches_of(model, 2)))
+        LayerwiseForward(model, Sample.of(batches_of(model, 2)))
 
 
 def test_states_leave_no_files(tmp_path, monkeypatch):
     """States lie in files, of any shape and data type, whose names are gone at once; they outlive what holds them."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    states = States()
+    states = MappedActivations()
     tensors = [torch.randn(3, 4), torch.randn(2, 1, 5).half(), torch.arange(3)]
     for tensor in tensors:
         states.append(tensor)

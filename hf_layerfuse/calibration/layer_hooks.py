@@ -2,63 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
-from ..models.architectures import LayerAdapter, Place
+from ..evaluation.hooks import StopForward, watch
+from ..models.architectures import LayerAdapter
 from ..plan import Kind
 
 
 @dataclass(frozen=True)
-class Tap:
-    """A place inside a layer: of the block `kind`, what its maps `read`, the `features` that enter its output
-    projection, the `residual` that its output is added to, or their `sum` (before a norm or an activation that
-    follows). Of convolutions also what each gives: what enters `in_norm`, and `norm`."""
+class HookPoint:
+    """A place inside a layer where a hook sees the hidden states.
+
+    Attributes:
+        kind: Kind of block that the place belongs to.
+        place: `read`, the input of the block's first maps; `features`, the input of its output projection; `residual`,
+            the stream that its output is added to; `sum`, the result, before a norm or an activation that follows. The
+            blocks of a convolutional network also have `in_norm` and `norm`, the inputs of their batch norms.
+    """
 
     kind: Kind
     place: str
 
 
-class Seen(Exception):
-    """Everything asked for was seen: the rest of the layer need not run."""
+@contextmanager
+def layer_hooks(
+    layer: nn.Module, adapter: LayerAdapter, points: Sequence[HookPoint | None]
+) -> Iterator[dict[HookPoint | None, Tensor]]:
+    """Hooks on one layer; `with` gives the dict that they fill, and ends the pass once it is full.
 
+    Args:
+        layer: Layer that runs inside the `with` block.
+        adapter: Architecture table of its model.
+        points: Places to see. None stands for the output of the layer, which the caller adds to the dict: with None,
+            the layer runs to its end.
+    """
+    places = {point: adapter.place(point.kind, point.place) for point in points if point is not None}
+    residuals = {HookPoint(point.kind, "residual") for point, place in places.items() if place.when == "added"}
+    places |= {point: adapter.place(point.kind, point.place) for point in residuals}
+    wanted = {*points, *residuals}
+    found: dict[HookPoint | None, Tensor] = {}
 
-class Taps:
-    """Hooks on one layer; `with` gives the dict that they fill."""
+    def record(point: HookPoint, tensor: Tensor) -> None:
+        added = places[point].when == "added"
+        found[point] = found[HookPoint(point.kind, "residual")] + tensor if added else tensor
+        if wanted <= found.keys():
+            raise StopForward
 
-    def __init__(self, layer: nn.Module, adapter: LayerAdapter, taps: Sequence[Tap | None]) -> None:
-        self.layer, self.adapter, self.wanted = layer, adapter, set(taps)
-        self.found: dict[Tap | None, Tensor] = {}
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> dict[Tap | None, Tensor]:
-        places = {tap: self.adapter.place(tap.kind, tap.place) for tap in self.wanted - {None}}
-        residuals = {Tap(tap.kind, "residual") for tap, place in places.items() if place.when == "added"}
-        places |= {tap: self.adapter.place(tap.kind, tap.place) for tap in residuals}
-        self.wanted |= residuals
-        for tap, place in places.items():
-            self._hook(tap, place)
-        return self.found
-
-    def _hook(self, tap: Tap, place: Place) -> None:
-        def before(module: nn.Module, args: tuple) -> None:
-            self._keep(tap, args[0])
-
-        def after(module: nn.Module, args: tuple, output: Tensor) -> None:
-            self._keep(tap, output if place.when == "after" else self.found[Tap(tap.kind, "residual")] + output)
-
-        module = self.layer.get_submodule(place.module)
-        hook = module.register_forward_pre_hook(before) if place.when == "before" else None
-        self.handles.append(hook or module.register_forward_hook(after))
-
-    def _keep(self, tap: Tap, tensor: Tensor) -> None:
-        self.found[tap] = tensor
-        if self.wanted <= self.found.keys():
-            raise Seen
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
+    modules = {
+        point: (layer.get_submodule(place.module), "before" if place.when == "before" else "after")
+        for point, place in places.items()
+    }
+    with watch(modules, record):
+        yield found

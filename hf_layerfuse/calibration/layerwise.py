@@ -14,19 +14,20 @@ from transformers import Cache, PreTrainedModel
 from ..errors import UnsupportedModelError
 from ..evaluation.batches import model_inputs, take, tokens_of
 from ..evaluation.divergence import divergence
+from ..evaluation.hooks import StopForward
 from ..math.ridge import Moments
 from ..models.architectures import adapter_for
-from .layer_hooks import Seen, Tap, Taps
-from .mmap import States
-from .samples import CHOOSERS, Sample
+from .layer_hooks import HookPoint, layer_hooks
+from .mmap import MappedActivations
+from .samples import SELECTION_EVERY, Sample
 
 
-class Walk:
+class LayerwiseForward:
     """The calibration tokens at one depth of a model.
 
     Args:
         model: in eval mode; its layers may change between calls, but not in number.
-        sample: what to walk with.
+        sample: Calibration sequences to run.
 
     Attributes:
         depth: the layer that comes next.
@@ -41,15 +42,15 @@ class Walk:
         self.model, self.adapter, self.sample = model, adapter_for(model), sample
         self.layers = self.adapter.layer_list(model)
         self.depth = 0
-        self.states = States()
+        self.states = MappedActivations()
         self._fitted: list[Tensor] = []
-        self._choosing: list[Tensor] = []
+        self._selection: list[Tensor] = []
         self._calls: list[list[tuple[tuple, dict[str, Any]]]] = []
-        for batch, judges, choosers in zip(sample.batches, sample.judges, sample.choosers, strict=True):
-            self._enter(batch, judges, choosers)
+        for batch, held_out, selection in zip(sample.batches, sample.held_out, sample.selection, strict=True):
+            self._enter(batch, held_out, selection)
 
     @torch.inference_mode()
-    def _enter(self, batch: Mapping[str, Tensor], judges: Tensor, choosers: Tensor) -> None:
+    def _enter(self, batch: Mapping[str, Tensor], held_out: Tensor, selection: Tensor) -> None:
         """Record what enters the first layer, and with which masks and positions each layer is called."""
         calls: list[tuple[tuple, dict[str, Any]]] = []
         first: list[Tensor] = []
@@ -59,12 +60,12 @@ class Walk:
             first.append(states)
             calls.append((tuple(map(_uncached, args[1:])), {name: _uncached(arg) for name, arg in kwargs.items()}))
             if len(calls) == len(self.layers):
-                raise Seen
+                raise StopForward
             return states
 
         # layers that only record: the arguments of a layer do not depend on what the layers before it compute
         inputs = model_inputs(batch, self.model)
-        with self._layers_replaced(record), contextlib.suppress(Seen):
+        with self._layers_replaced(record), contextlib.suppress(StopForward):
             self.model(**inputs)
         if len(calls) != len(self.layers):
             raise UnsupportedModelError(
@@ -77,12 +78,14 @@ class Walk:
         if mask is None or mask.numel() != math.prod(shape):
             mask = torch.ones(shape, device=first[0].device)
         mask = mask.reshape(shape).bool()  # the choices of a multiple choice input are rows here
-        judges, choosers = (_per_sequence(chosen.to(mask.device), mask).unsqueeze(1) for chosen in (judges, choosers))
-        if not any(chosen.any() for chosen in self.sample.choosers):
+        held_out, selection = (
+            _per_sequence(chosen.to(mask.device), mask).unsqueeze(1) for chosen in (held_out, selection)
+        )
+        if not any(chosen.any() for chosen in self.sample.selection):
             # of n tokens, the last n // 5
-            choosers = CHOOSERS * (mask.sum(1, keepdim=True) - mask.cumsum(1) + 1) <= mask.sum(1, keepdim=True)
-        self._fitted.append(mask & ~judges)
-        self._choosing.append(choosers & mask)
+            selection = SELECTION_EVERY * (mask.sum(1, keepdim=True) - mask.cumsum(1) + 1) <= mask.sum(1, keepdim=True)
+        self._fitted.append(mask & ~held_out)
+        self._selection.append(selection & mask)
         self._calls.append(calls)
 
     @contextlib.contextmanager
@@ -100,9 +103,9 @@ class Walk:
 
     @torch.inference_mode()
     def outputs(self) -> Iterator[tuple[Any, Tensor | None]]:
-        """What the model makes of the states of the judges, at the end of the walk: (output, mask) per batch."""
+        """The outputs of the model for the held-out sequences, after the last layer: (output, mask) per batch."""
         for index, batch in enumerate(self.sample.batches):
-            chosen = self.sample.judged[index]
+            chosen = self.sample.evaluated[index]
             if not chosen.any():
                 continue
             inputs = model_inputs(take(batch, chosen), self.model)
@@ -114,7 +117,7 @@ class Walk:
 
     def advance(self) -> None:
         """Go through the layer at `depth`."""
-        after = States()
+        after = MappedActivations()
         for _, tensors in self.look(None):
             after.append(tensors[None])
         self.states = after
@@ -122,11 +125,11 @@ class Walk:
 
     @torch.inference_mode()
     def look(
-        self, *taps: Tap | None, layer: nn.Module | None = None, tokens: float = math.inf
-    ) -> Iterator[tuple[int, dict[Tap | None, Tensor]]]:
-        """Run the layer at `depth`, or another in its place, on every batch; yield (batch index, what was tapped).
+        self, *points: HookPoint | None, layer: nn.Module | None = None, tokens: float = math.inf
+    ) -> Iterator[tuple[int, dict[HookPoint | None, Tensor]]]:
+        """Run the layer at `depth`, or another in its place, on every batch; yield (batch index, what was seen).
 
-        The tap None is the output of the layer; the layer runs no further than the taps need. Where fewer `tokens` are
+        The point None is the output of the layer, which runs no further than the points need. Where fewer `tokens` are
         enough, the batches are evenly spread ones.
         """
         layer = layer or self.layers[self.depth]
@@ -134,13 +137,9 @@ class Walk:
             args, kwargs = self._calls[index][self.depth]
             states = self.states[index].to(self.model.device, self.model.dtype)
             output = None
-            with Taps(layer, self.adapter, taps) as found:
-                try:
-                    output = layer(states, *args, **kwargs)
-                except Seen:
-                    pass
-                else:
-                    found[None] = (output[0] if isinstance(output, tuple) else output).float()
+            with layer_hooks(layer, self.adapter, points) as found:
+                output = layer(states, *args, **kwargs)
+                found[None] = (output[0] if isinstance(output, tuple) else output).float()
             del states, output
             yield index, found
 
@@ -152,23 +151,23 @@ class Walk:
         return [place * every // count for place in range(count)]
 
     def rows(self, index: int, states: Tensor) -> Tensor:
-        """The tokens of a batch that are fitted, (tokens, width) float32: no padding, no judges."""
+        """The tokens of a batch that are fitted, (tokens, width) float32: no padding, nothing held out."""
         states = tokens_of(states)
         return states[self._fitted[index].to(states.device).expand(states.shape[:2])].float()
 
     def split(self, index: int, states: Tensor) -> tuple[Tensor, Tensor]:
-        """`rows` in two: those to fit at first, and those that choose the strength of a penalty."""
+        """`rows` in two: those to fit at first, and the selection split, which sets the strength of a penalty."""
         shape = tokens_of(states).shape[:2]
-        fitted, choosing = (masks[index].to(states.device).expand(shape) for masks in (self._fitted, self._choosing))
-        chooses, rows = choosing[fitted], self.rows(index, states)
-        return rows[~chooses], rows[chooses]
+        fitted, selection = (masks[index].to(states.device).expand(shape) for masks in (self._fitted, self._selection))
+        selected, rows = selection[fitted], self.rows(index, states)
+        return rows[~selected], rows[selected]
 
-    def moments(self, rows: Callable[..., tuple[Tensor, ...]], *taps: Tap | None) -> list[Moments]:
+    def moments(self, rows: Callable[..., tuple[Tensor, ...]], *points: HookPoint | None) -> list[Moments]:
         """Moments of the rows (inputs, targets), or (inputs, targets, scale), that `rows` makes of a batch's index and
-        what is tapped: those to fit at first, and those that choose the strength of a penalty."""
+        what is seen: those to fit at first, and those of the selection split."""
         found: list[Moments] = []
-        for index, seen in self.look(*taps):
-            x, y, *scale = rows(index, *(seen[tap].float() for tap in taps))
+        for index, seen in self.look(*points):
+            x, y, *scale = rows(index, *(seen[point].float() for point in points))
             found = found or [Moments.empty(x.shape[-1], y.shape[-1], x.device) for _ in range(2)]
             del seen
             for part, *split in zip(found, *(self.split(index, of) for of in (x, y, *scale)), strict=True):
@@ -177,7 +176,7 @@ class Walk:
         return found
 
 
-class Trace:
+class TeacherStates:
     """A teacher walked through once, for several students: its states at every depth are kept, on disk, and so is what
     was seen of it.
 
@@ -185,47 +184,47 @@ class Trace:
         walk: at the first layer.
     """
 
-    def __init__(self, walk: Walk) -> None:
+    def __init__(self, walk: LayerwiseForward) -> None:
         self.walk, self.layers, self.adapter = walk, walk.layers, walk.adapter
         self._at = [walk.states]
-        self._seen: dict[tuple[int, Tap], States] = {}
+        self._seen: dict[tuple[int, HookPoint], MappedActivations] = {}
 
-    def states(self, depth: int) -> States:
+    def states(self, depth: int) -> MappedActivations:
         """What enters a layer."""
         while len(self._at) <= depth:
             self._look(len(self._at) - 1, ())
         return self._at[depth]
 
-    def see(self, places: Collection[tuple[int, Tap]]) -> dict[tuple[int, Tap], States]:
-        """What was tapped at each (layer, tap)."""
+    def see(self, places: Collection[tuple[int, HookPoint]]) -> dict[tuple[int, HookPoint], MappedActivations]:
+        """The states at each (layer, point)."""
         known = {place: self._depth(*place) for place in places}
         for layer in sorted({layer for layer, _ in places}):
-            fresh = {tap for depth, tap in places if depth == layer and known[depth, tap] is None}
-            fresh = {tap for tap in fresh if (layer, tap) not in self._seen}
+            fresh = {point for depth, point in places if depth == layer and known[depth, point] is None}
+            fresh = {point for point in fresh if (layer, point) not in self._seen}
             if fresh:
                 self.states(layer)
                 self._look(layer, sorted(fresh, key=str))
         return {place: self._seen[place] if depth is None else self.states(depth) for place, depth in known.items()}
 
-    def ahead(self, taps: Collection[Tap]) -> None:
-        """Go on to the end, and keep what is tapped in every layer on the way, so that no layer need run again."""
+    def ahead(self, points: Collection[HookPoint]) -> None:
+        """Go on to the end, and keep what is seen in every layer on the way, so that no layer need run again."""
         while len(self._at) <= len(self.layers):
             layer = len(self._at) - 1
-            self._look(layer, sorted((tap for tap in taps if self._depth(layer, tap) is None), key=str))
+            self._look(layer, sorted((point for point in points if self._depth(layer, point) is None), key=str))
 
-    def _depth(self, layer: int, tap: Tap) -> int | None:
-        """The depth whose states a tap would show; None is something inside of the layer."""
+    def _depth(self, layer: int, point: HookPoint) -> int | None:
+        """The depth whose states a point shows; None is something inside of the layer."""
         post = self.adapter.post_norm
-        if tap in (Tap("attention", "residual"), *([Tap("attention", "read")] if post else [])):
+        if point in (HookPoint("attention", "residual"), *([HookPoint("attention", "read")] if post else [])):
             return layer
-        return layer + 1 if tap == Tap("mlp", "sum") and not post else None
+        return layer + 1 if point == HookPoint("mlp", "sum") and not post else None
 
     @property
     def whole(self) -> bool:
         """Whether the end of the teacher has been reached, so that a loss costs the student alone."""
         return len(self._at) > len(self.layers)
 
-    def loss(self, student: Walk) -> float:
+    def loss(self, student: LayerwiseForward) -> float:
         """Mean divergence of a student that has been walked through, see `prediction.divergence`."""
         return self._divergence(student.outputs())
 
@@ -241,17 +240,17 @@ class Trace:
             total, count = total + found[0], count + found[1]
         return total / count
 
-    def _look(self, layer: int, taps: Sequence[Tap]) -> None:
-        """Run a layer and keep what was tapped, and what comes out where that is not known yet."""
-        walk, after = self.walk, States()
+    def _look(self, layer: int, points: Sequence[HookPoint]) -> None:
+        """Run a layer and keep what was seen, and what comes out where that is not known yet."""
+        walk, after = self.walk, MappedActivations()
         walk.depth, walk.states = layer, self._at[layer]
         whole = len(self._at) == layer + 1
-        found = {(layer, tap): States() for tap in taps}
-        for _, tapped in walk.look(*taps, *([None] if whole else [])):
-            for tap in taps:
-                found[layer, tap].append(tapped[tap].float())
+        found = {(layer, point): MappedActivations() for point in points}
+        for _, seen in walk.look(*points, *([None] if whole else [])):
+            for point in points:
+                found[layer, point].append(seen[point].float())
             if whole:
-                after.append(tapped[None])
+                after.append(seen[None])
         self._seen |= found
         if whole:
             self._at.append(after)
@@ -259,8 +258,8 @@ class Trace:
 
 @torch.inference_mode()
 def _answers(model: PreTrainedModel, sample: Sample) -> Iterator[tuple[Any, Tensor | None]]:
-    """What a model makes of the judges: (output, mask) per batch, as `Walk.outputs`."""
-    for batch in sample.judging:
+    """The outputs of a model for the held-out sequences: (output, mask) per batch, as `LayerwiseForward.outputs`."""
+    for batch in sample.held_out_batches:
         inputs = model_inputs(batch, model)
         yield model(**inputs), inputs.get("attention_mask")
 

@@ -15,7 +15,7 @@ class PerBatch(Protocol):
     def __getitem__(self, index: int) -> Tensor: ...
 
 
-class States:
+class MappedActivations:
     """One tensor per batch, kept in files that are mapped into memory, so that they need no memory of the process."""
 
     def __init__(self) -> None:
@@ -33,11 +33,11 @@ class States:
         return len(self._tensors)
 
 
-class Saved:
+class WeightSnapshot:
     """The weights of a model in mapped files, which need no memory of the process."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._states = States()
+        self._states = MappedActivations()
         for tensor in model.state_dict().values():
             self._states.append(tensor)
 

@@ -1,32 +1,26 @@
-"""Unlabelled batches: which of them judge, and a pass that shows what goes through a model."""
+"""Calibration batches without labels, and their splits: fitted, selection and held out."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..errors import DataError
-from ..evaluation.batches import Batches, model_inputs, take
-from ..evaluation.eval_mode import eval_mode
-from ..models.architectures import LayerAdapter
-from ..plan import Kind
+from ..evaluation.batches import Batches, take, without_labels
 
-JUDGES = 8
-"""One calibration sequence in so many judges."""
+HELD_OUT_EVERY = 8
+"""One calibration sequence in so many is held out."""
 
-CHOOSERS = 5
-"""Of those that do not, one in so many chooses the strength of a penalty."""
-
+SELECTION_EVERY = 5
+"""Of the fitted sequences, one in so many is in the selection split, which sets the strength of a penalty."""
 
 ROWS = 16
 """Rows of a data set that make one batch."""
@@ -79,31 +73,32 @@ def _filled(rows: Tensor | Sequence[Any], value: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Sample:
-    """Calibration sequences, some of which judge what the others have led to.
+    """Calibration sequences, of which some are held out to evaluate a fit.
 
     Attributes:
-        batches: dicts of model inputs, tensors only, without labels.
-        judges: (batch,) per batch, True for a sequence that nothing is fitted to.
-        choosers: (batch,) per batch, True for a sequence that chooses the strength of the penalty of a fit, and is
-            fitted afterwards. None are where fewer than five sequences are fitted: the end of each takes their place.
+        batches: Dicts of model inputs, tensors only, without labels.
+        held_out: Masks of the held-out split, (batch,) per batch. Nothing is fitted to its sequences.
+        selection: Masks of the selection split, (batch,) per batch. It sets the strength of the penalty of a fit, and
+            is fitted afterwards. It is empty where fewer than five sequences are fitted: the end of each sequence then
+            takes its place.
     """
 
     batches: Sequence[Mapping[str, Tensor]]
-    judges: Sequence[Tensor]
-    choosers: Sequence[Tensor]
+    held_out: Sequence[Tensor]
+    selection: Sequence[Tensor]
 
     @classmethod
     def of(cls, batches: Batches, share: float = 1.0) -> Sample:
-        """Every eighth sequence judges; with fewer, the last one; a single one is fitted and judges.
+        """Hold out every eighth sequence; of fewer than eight, the last one. A single one is fitted and evaluated.
 
-        Who does what depends on the order of the sequences, and not on the batches that they come in.
+        The splits depend on the order of the sequences, and not on the batches that they come in.
 
         Args:
-            batches: calibration batches.
-            share: of the sequences to use, evenly spread.
+            batches: Calibration batches.
+            share: Share of the sequences to use, evenly spread.
 
         Raises:
-            DataError: there are no sequences, or a batch is no dict of tensors.
+            DataError: There are no sequences, or a batch is not a dict of tensors.
         """
         every = [batch for batch in map(_tensors, batches) if len(next(iter(batch.values())))]
         if not every:
@@ -119,116 +114,37 @@ class Sample:
         sizes = [len(next(iter(batch.values()))) for batch in every]
         total = sum(sizes)
         numbers = torch.arange(total)
-        judges = numbers % JUDGES == JUDGES - 1 if total >= JUDGES else numbers == max(total - 1, 1)
-        order = (~judges).cumsum(0)
-        choosers = ~judges & (order % CHOOSERS == 0)
-        return cls(every, judges.split(sizes), choosers.split(sizes))
+        held_out = (
+            numbers % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 if total >= HELD_OUT_EVERY else numbers == max(total - 1, 1)
+        )
+        order = (~held_out).cumsum(0)
+        selection = ~held_out & (order % SELECTION_EVERY == 0)
+        return cls(every, held_out.split(sizes), selection.split(sizes))
 
     @property
-    def judged(self) -> list[Tensor]:
-        """(batch,) per batch: the judges, or all where there is a single sequence."""
-        alone = not any(mask.any() for mask in self.judges)
-        return [torch.ones_like(mask) if alone else mask for mask in self.judges]
+    def evaluated(self) -> list[Tensor]:
+        """Masks of the sequences that evaluate, (batch,) per batch: the held-out split, or a single sequence."""
+        alone = not any(mask.any() for mask in self.held_out)
+        return [torch.ones_like(mask) if alone else mask for mask in self.held_out]
 
     @property
-    def fitting(self) -> list[dict[str, Tensor]]:
-        """The batches of all others, on which models are fitted."""
-        return [take(batch, ~mask) for batch, mask in zip(self.batches, self.judges, strict=True) if not mask.all()]
+    def fitted_batches(self) -> list[dict[str, Tensor]]:
+        """The batches without the held-out split, on which models are fitted."""
+        return [take(batch, ~mask) for batch, mask in zip(self.batches, self.held_out, strict=True) if not mask.all()]
 
     @property
-    def judging(self) -> list[dict[str, Tensor]]:
-        """The batches of the judges alone."""
-        return [take(batch, mask) for batch, mask in zip(self.batches, self.judged, strict=True) if mask.any()]
+    def held_out_batches(self) -> list[dict[str, Tensor]]:
+        """The batches of the sequences that evaluate, and of no others."""
+        return [take(batch, mask) for batch, mask in zip(self.batches, self.evaluated, strict=True) if mask.any()]
 
 
 def _tensors(batch: Any) -> dict[str, Tensor]:
     """The inputs of a batch, without labels and what belongs to no sequence."""
-    items = batch.items() if isinstance(batch, Mapping) else ()
-    found = {name: value for name, value in items if isinstance(value, Tensor) and value.ndim and name != "labels"}
+    inputs = without_labels(batch) if isinstance(batch, Mapping) else {}
+    found = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
     if not found:
         raise DataError(
             f"a calibration batch is a {type(batch).__name__} without tensors: give dicts of model inputs, as "
             "`tokenizer(texts, padding=True, return_tensors='pt')` makes them, or a tokenised `datasets.Dataset`."
         )
     return found
-
-
-@torch.no_grad()
-def observe(
-    model: PreTrainedModel,
-    adapter: LayerAdapter,
-    batches: Batches,
-    observers: Mapping[Kind, Callable[[Tensor], None]],
-) -> None:
-    """Run batches once, and show each observer the residual stream after every block of its kind.
-
-    Nothing is kept here: memory grows with the largest batch only.
-
-    Args:
-        batches: dicts of model inputs, such as `{"input_ids", "attention_mask"}`; padding is left out.
-        observers: called once a batch with (blocks, tokens, stream) float32 on the model's device, the same tokens for
-            every block.
-
-    Raises:
-        DataError: there are no batches, or they hold no token that is not padding.
-    """
-    tokens = 0
-    with eval_mode(model), ExitStack() as hooks:
-        recorders = {kind: hooks.enter_context(_Recorder(model, adapter, kind)) for kind in observers}
-        for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=None, leave=False):
-            inputs = model_inputs(batch, model)
-            model(**inputs)
-            for kind, recorder in recorders.items():
-                states = recorder.take(inputs.get("attention_mask"))
-                if states.shape[1]:
-                    observers[kind](states)
-                tokens += states.shape[1]
-    if not tokens:
-        raise DataError("the calibration batches hold no tokens: give `batches` with at least one batch of inputs.")
-
-
-class _Recorder:
-    """Hooks that record the residual stream after every block of one kind during a forward pass."""
-
-    def __init__(self, model: PreTrainedModel, adapter: LayerAdapter, kind: Kind) -> None:
-        self.states, self.handles = [], []
-        if kind == "layer":
-            for layer in adapter.layer_list(model):
-                self._hook(layer, self._output)
-            return
-        for block in adapter.blocks(model):
-            if block.kind == kind:
-                norm = model.get_submodule(block.modules["norm"])
-                if adapter.post_norm:
-                    self._hook(norm, self._output)
-                else:
-                    # before the block the stream is what its norm reads; after it, that plus what the block adds
-                    self._hook(norm, self._input)
-                    self._hook(model.get_submodule(block.modules["out"]), self._addition)
-
-    def _hook(self, module: torch.nn.Module, record: Any) -> None:
-        self.handles.append(module.register_forward_hook(record))
-
-    def _output(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
-        self.states.append(output[0] if isinstance(output, tuple) else output)
-
-    def _input(self, module: torch.nn.Module, args: tuple, output: Any) -> None:
-        self.states.append(args[0])
-
-    def _addition(self, module: torch.nn.Module, args: tuple, output: Tensor) -> None:
-        self.states[-1] = self.states[-1] + output
-
-    def take(self, mask: Tensor | None) -> Tensor:
-        """What the last forward pass left: (blocks, tokens, stream), without the tokens that the mask leaves out."""
-        states = torch.stack([state.float() for state in self.states]).flatten(1, -2)
-        self.states.clear()
-        if mask is not None and mask.numel() == states.shape[1]:
-            states = states[:, mask.flatten().bool()]
-        return states
-
-    def __enter__(self) -> _Recorder:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
+
+_Value = TypeVar("_Value")
 
 Batches = Iterable[Mapping[str, Any]]
 """Any iterable of dicts of model inputs; read more than once, so not a generator."""
 
 
+def without_labels(batch: Mapping[str, _Value]) -> dict[str, _Value]:
+    """A batch without its labels."""
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
 def model_inputs(batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Tensor]:
     """Tensors of a batch on the device of a model, without labels."""
-    return {
-        name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"
-    }
+    inputs = without_labels(batch)
+    return {name: value.to(model.device) for name, value in inputs.items() if isinstance(value, Tensor)}
 
 
 def take(batch: Mapping[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import CheckpointError, DataError
+from .batches import model_inputs
 from .eval_mode import eval_mode
 
 
@@ -95,10 +96,9 @@ def perplexity(
         for first in tqdm(range(0, len(windows), batch_size), desc="perplexity", disable=None):
             rows = windows[first : first + batch_size]
             batch, labels = _window_batch(ids, rows)
-            batch = {name: value.to(device) for name, value in batch.items()}
             targets = labels[:, 1:].to(device)
             kept = targets != -100
-            logits = model(**batch).logits[:, :-1][kept]
+            logits = model(**model_inputs(batch, model)).logits[:, :-1][kept]
             nll += F.cross_entropy(logits.float(), targets[kept], reduction="sum").item()
             scored += int(kept.sum())
     words = len(text.split()) + text.count("\n")
@@ -130,9 +130,8 @@ def classification(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
     metric, loss, examples = Accuracy(keep_in_memory=True), 0.0, 0
     with evaluating(model, bf16=bf16) as device:
         for batch in tqdm(batches, desc="classification", disable=None):
-            inputs = {name: value.to(device) for name, value in batch.items()}
-            labels = inputs.pop("labels")
-            logits = model(**inputs).logits
+            labels = batch["labels"].to(device)
+            logits = model(**model_inputs(batch, model)).logits
             counts = labels != -100
             logits, labels = logits[counts].float(), labels[counts]
             metric.add_batch(predictions=logits.argmax(-1), references=labels)
@@ -165,10 +164,10 @@ def embedding_fidelity(
         DataError: there are no batches.
     """
     total, rows = 0.0, 0
-    with evaluating(model, bf16=bf16) as device, evaluating(reference, bf16=bf16) as reference_device:
+    with evaluating(model, bf16=bf16) as device, evaluating(reference, bf16=bf16):
         for batch in tqdm(batches, desc="embeddings", disable=None):
-            ours = _embed(model, batch, device)
-            theirs = _embed(reference, batch, reference_device).to(device)
+            ours = _embed(model, batch)
+            theirs = _embed(reference, batch).to(device)
             cosines = F.cosine_similarity(ours, theirs, dim=-1)
             total += cosines.sum().item()
             rows += len(cosines)
@@ -240,8 +239,8 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 709 else math.inf
 
 
-def _embed(model: PreTrainedModel, batch: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+def _embed(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    inputs = model_inputs(batch, model)
     states = model.base_model(**inputs).last_hidden_state.float()
     if states.dim() == 4:  # (batch, channels, height, width) of a convolutional network
         return states.mean(dim=(2, 3))

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..calibration.layerwise import Trace, Walk
+from ..calibration.layerwise import LayerwiseForward, TeacherStates
 from ..calibration.refit.transformer import Method, repair_of
 from ..calibration.samples import Sample
 from ..errors import PlanError, UnsupportedModelError
@@ -31,7 +31,7 @@ def share_of(sample: Sample, depth: int, trials: int, cost: float) -> float:
         trials: each costs about six layers to refit and what is left of the model to judge, two thirds with its head.
         cost: forward passes of the model over all sequences.
     """
-    sequences = sum(map(len, sample.judges))
+    sequences = sum(map(len, sample.held_out))
     share = min(0.5, cost / trials / (6 / depth + 0.67))
     return min(1.0, max(share, TRIAL_SEQUENCES / sequences))
 
@@ -53,7 +53,7 @@ class Trials:
         model: PreTrainedModel,
         method: Method,
         batches: Sequence[Any],
-        trace: Trace,
+        trace: TeacherStates,
         base: tuple[PreTrainedModel, Plan] | None = None,
     ) -> None:
         self.model, self.method, self.batches = model, method, batches
@@ -64,7 +64,7 @@ class Trials:
         self.base, plan = trace, self._plan()
         if base is not None:
             student, plan = base
-            self.base = Trace(Walk(student, trace.walk.sample))
+            self.base = TeacherStates(LayerwiseForward(student, trace.walk.sample))
         self.parts = _parts(plan)
         self.losses: dict[tuple[Edit, ...], float] = {}
 
@@ -88,7 +88,7 @@ class Trials:
         # without its first layer, a model has no layer that is another
         last = min(max(len(parts) - behind, first + 1), len(parts))
         with eval_mode(student):
-            walk = Walk(student, self.trace.walk.sample)
+            walk = LayerwiseForward(student, self.trace.walk.sample)
             walk.depth, walk.states = first, self.base.states(first)
             if self.base is not self.trace:
                 for index in range(last, len(parts)):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..errors import DataError
-from ..evaluation.batches import Batches, model_inputs
-from ..evaluation.eval_mode import eval_mode
+from ..evaluation.batches import Batches
+from ..evaluation.hooks import When, watch_tokens
 from .architectures import TransformerAdapter
 from .modules.shared_linear import theta_of
 
@@ -41,7 +38,7 @@ def lines_of(
         sums[layer] = sums[layer] + torch.stack([z.sum(0), y.sum(0), z.square().sum(0), (z * y).sum(0)])
         rows[layer] += len(z)
 
-    watch(model, adapter, layers, batches, see)
+    watch_activations(model, adapter, layers, batches, see)
     lines = {}
     for layer in layers:
         z, y, zz, zy = sums[layer] / rows[layer]
@@ -67,45 +64,34 @@ def bends_of(
         lost[layer] += ((y - homotopy.line(z)) @ last[:-1]).square().sum().item()
         whole[layer] += (y @ last[:-1] + last[-1]).square().sum().item()
 
-    watch(model, adapter, layers, batches, see)
+    watch_activations(model, adapter, layers, batches, see)
     return {layer: (lost[layer] / whole[layer]) ** 0.5 for layer in layers}
 
 
-@torch.no_grad()
-def watch(
+def watch_activations(
     model: PreTrainedModel,
     adapter: TransformerAdapter,
     layers: Sequence[int],
     batches: Batches,
     see: Callable[[int, Tensor, Tensor], None],
 ) -> None:
-    """Run batches, and show what enters and leaves the activation of MLPs: `see(layer, z, act(z))`.
+    """Run batches, and show the inputs and outputs of the activations of MLPs: `see(layer, z, act(z))`.
 
     Both are (tokens, units) float64, without padding.
 
     Raises:
-        DataError: there is nothing but padding.
+        DataError: There is nothing but padding.
     """
-    inputs: dict[str, Tensor] = {}
-    tokens = 0
+    entered: dict[int, Tensor] = {}
 
-    def keep(layer: int, args: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal tokens
-        z, y = (states.flatten(0, -2) for states in (args[0], output))
-        mask = inputs.get("attention_mask")
-        if mask is not None and mask.numel() == len(z):
-            z, y = z[mask.flatten().bool()], y[mask.flatten().bool()]
-        if len(z):
-            see(layer, z.double(), y.double())
-        tokens += len(z)
+    def record(key: tuple[int, When], states: Tensor) -> None:
+        layer, when = key
+        if when == "before":
+            entered[layer] = states
+        else:
+            see(layer, entered.pop(layer).double(), states.double())
 
-    with eval_mode(model), ExitStack() as hooks:
-        for layer in layers:
-            module = adapter.layer_list(model)[layer].get_submodule(adapter.activation)
-            handle = module.register_forward_hook(lambda _, args, output, layer=layer: keep(layer, args, output))
-            hooks.callback(handle.remove)
-        for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=None, leave=False):
-            inputs = model_inputs(batch, model)
-            model(**inputs)
-    if not tokens:
-        raise DataError("the calibration batches hold no tokens: give `batches` with at least one batch of inputs.")
+    activations = {layer: adapter.layer_list(model)[layer].get_submodule(adapter.activation) for layer in layers}
+    sides: tuple[When, ...] = ("before", "after")
+    modules = {(layer, when): (module, when) for layer, module in activations.items() for when in sides}
+    watch_tokens(model, batches, modules, record)

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..errors import DataError, RecipeError
-from ..evaluation.batches import Batches, model_inputs, tokens_of
-from ..evaluation.eval_mode import eval_mode
+from ..errors import RecipeError
+from ..evaluation.batches import Batches
+from ..evaluation.hooks import When, watch_tokens
 from ..math.align import CrossCorrelation, Rows, Turns, fit, gain, inner_product, scores, transport
 from ..plan import Fuse, Plan
 from .architectures import adapter_for
@@ -222,33 +221,19 @@ def _correlations(model: PreTrainedModel, pairs: list[_Pair], batches: Batches |
         )
     found = {pair.key: CrossCorrelation() for pair in pairs}
     states: dict[str, Tensor] = {}
-    handles = []
+    modules: dict[str, tuple[nn.Module, When]] = {}
 
     def listen(block: Block) -> str:
         before_out = block.kind == "attention" or "gate" in block.modules
         path = block.modules["out" if before_out else "in_norm" if block.kind == "conv" else "in"]
-
-        def record(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            states[path] = tokens_of(args[0] if before_out else output).flatten(0, -2)
-
-        handles.append(model.get_submodule(path).register_forward_hook(record))
+        modules[path] = model.get_submodule(path), "before" if before_out else "after"
         return path
 
     watched = [(listen(pair.reference), listen(pair.block), found[pair.key]) for pair in pairs]
-    try:
-        with eval_mode(model):
-            for batch in tqdm(batches, desc="Correlating", unit="batch", disable=None, leave=False):
-                inputs = model_inputs(batch, model)
-                model(**inputs)
-                mask = inputs.get("attention_mask")
-                for one, other, correlation in watched:
-                    x, y = states[one], states[other]
-                    if mask is not None and mask.numel() == len(x):
-                        x, y = x[mask.flatten().bool()], y[mask.flatten().bool()]
-                    correlation.update(x, y)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not watched[0][2].count:
-        raise DataError("the calibration batches hold no tokens: give `batches` with at least one batch of inputs.")
+
+    def correlate() -> None:
+        for one, other, correlation in watched:
+            correlation.update(states[one], states[other])
+
+    watch_tokens(model, batches, modules, states.__setitem__, correlate)
     return found

@@ -11,8 +11,10 @@ from transformers.utils import ModelOutput
 
 from ..data.collate import TEACHER_IDS, TEACHER_LOGPROBS
 from ..errors import DataError, LayerFuseError
+from ..evaluation.batches import without_labels
 from ..evaluation.divergence import prediction
 from ..evaluation.dummy_inputs import predicts_next_token
+from ..evaluation.hooks import watch
 from ..math.losses import distillation_loss, relative_mse, top_k_loss
 from ..plan.match import Match
 from ..recipe import HealRecipe
@@ -55,7 +57,7 @@ class Objective:
     def train(self, model: nn.Module, batch: Batch) -> Tensor:
         answers, batch = _stored(batch)
         if not self.count(batch):  # no loss can be taken, and all parameters need a gradient all the same
-            return 0.0 * prediction(model(**_without_labels(batch))).float().sum()
+            return 0.0 * prediction(model(**without_labels(batch))).float().sum()
         labelled = self.recipe.ce_weight > 0 and "labels" in batch
         if not labelled and self.teacher is None:
             raise DataError(
@@ -63,7 +65,7 @@ class Objective:
                 "teacher: give labels, or a teacher and heal.kl_weight, heal.hidden_weight or heal.attention_weight."
             )
         with _outputs_of(self._ours) as ours:
-            outputs = model(**(batch if labelled else _without_labels(batch)))
+            outputs = model(**(batch if labelled else without_labels(batch)))
         losses = []
         if not self.reads_outputs:  # data parallelism wants a gradient of all that a model gives
             losses.append(0.0 * prediction(outputs).float().sum())
@@ -92,7 +94,7 @@ class Objective:
     def _taught(self, batch: Batch) -> tuple[ModelOutput, list[Tensor]]:
         """The teacher's outputs, and those of its modules that are compared."""
         with torch.inference_mode(), _outputs_of(self._theirs) as seen:
-            return self.teacher(**_without_labels(batch)), seen
+            return self.teacher(**without_labels(batch)), seen
 
     def _distil(self, outputs: ModelOutput, targets: ModelOutput, batch: Batch) -> Tensor:
         name = "logits" if "logits" in outputs else "last_hidden_state"
@@ -146,25 +148,14 @@ def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """What modules return inside the `with` block, in their order; a tuple's first element."""
     found: list[Tensor] = [torch.empty(0)] * len(modules)
 
-    def keep(place: int, output: Tensor | tuple) -> None:
-        found[place] = output[0] if isinstance(output, tuple) else output
+    def keep(place: int, output: Tensor) -> None:
+        found[place] = output
 
-    handles = [
-        module.register_forward_hook(lambda module, args, output, place=place: keep(place, output))
-        for place, module in enumerate(modules)
-    ]
-    try:
+    with watch({place: (module, "after") for place, module in enumerate(modules)}, keep):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _stored(batch: Batch) -> tuple[Batch, Batch]:
     """A batch in two: the teacher's answers, if they are in it, and the rest."""
     answers = {name: batch[name] for name in (TEACHER_IDS, TEACHER_LOGPROBS) if name in batch}
     return answers, {name: value for name, value in batch.items() if name not in answers}
-
-
-def _without_labels(batch: Batch) -> Batch:
-    return {name: value for name, value in batch.items() if name != "labels"}

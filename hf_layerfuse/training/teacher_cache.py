@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.collate import TEACHER_IDS, TEACHER_LOGPROBS
+from ..evaluation.batches import model_inputs
 from ..evaluation.divergence import prediction
 from ..evaluation.eval_mode import eval_mode
 from ..evaluation.fingerprint import fingerprint
@@ -50,9 +51,8 @@ def with_teacher(
 
     def answers(batch: dict[str, list[Any]]) -> dict[str, list[np.ndarray]]:
         made = [{name: batch[name][place] for name in inputs} for place in range(len(batch[inputs[0]]))]
-        tensors = {name: value.to(teacher.device) for name, value in collate(made).items()}
         with torch.inference_mode():
-            logits = prediction(teacher(**tensors)).float() / temperature
+            logits = prediction(teacher(**model_inputs(collate(made), teacher))).float() / temperature
         best = logits.log_softmax(-1).topk(min(top_k, logits.shape[-1]))
         lengths = [len(row["input_ids"]) if best.values.dim() == 3 else None for row in made]
         return {

@@ -10,9 +10,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ...plan import Plan, Slot
-from ..layer_hooks import Tap
-from ..layerwise import Trace, Walk
-from ..mmap import Saved, States
+from ..layer_hooks import HookPoint
+from ..layerwise import LayerwiseForward, TeacherStates
+from ..mmap import MappedActivations, WeightSnapshot
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def unless_worse(
         before: its calibration loss.
         carry_out: repairs it; gives a row for each map, and the calibration loss then.
     """
-    kept = Saved(student)
+    kept = WeightSnapshot(student)
     blocks, after = carry_out()
     if after <= before:
         return RefitReport(before, after, kept=True, blocks=tuple(blocks))
@@ -63,7 +63,7 @@ class Repair(ABC):
         blocks: a row for each map that was refitted so far.
     """
 
-    def __init__(self, student: Walk, teacher: Trace, plan: Plan, method: str) -> None:
+    def __init__(self, student: LayerwiseForward, teacher: TeacherStates, plan: Plan, method: str) -> None:
         self.student, self.teacher, self.method = student, teacher, method
         layout = plan.layout()
         self.slots = layout.slots
@@ -88,11 +88,11 @@ class Repair(ABC):
         return len(slot.layers) > 1 or fused or tied or slot.layers[0] > index
 
     @abstractmethod
-    def _wanted(self, slot: Slot) -> set[tuple[int, Tap]]:
-        """What the repair of a slot has to know of the teacher: (layer, tap)."""
+    def _wanted(self, slot: Slot) -> set[tuple[int, HookPoint]]:
+        """What the repair of a slot has to know of the teacher: (layer, point)."""
 
     @abstractmethod
-    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, Tap], States]) -> None:
+    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], MappedActivations]) -> None:
         """Repair the layer at `index`, which the student has not run yet."""
 
     def _note(self, layer: int, kind: str, role: str, before: float, after: float, **more: float) -> None:

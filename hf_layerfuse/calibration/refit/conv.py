@@ -13,12 +13,12 @@ from ...math.lowrank import low_rank
 from ...math.ridge import Moments, chain, fit, identity
 from ...models.modules.shared_linear import Relaxed, ResidualConv2d, as_stored, out_in, theta_of
 from ...plan import Slot
-from ..layer_hooks import Tap
-from ..mmap import States
+from ..layer_hooks import HookPoint
+from ..mmap import MappedActivations
 from .base import Repair
 from .linear import fit_norm
 
-SUM = Tap("conv", "sum")
+SUM = HookPoint("conv", "sum")
 
 
 class ConvRepair(Repair):
@@ -30,11 +30,11 @@ class ConvRepair(Repair):
     else the gain and the bias of the norm, and the residual of this depth, if it has one.
     """
 
-    def _wanted(self, slot: Slot) -> set[tuple[int, Tap]]:
+    def _wanted(self, slot: Slot) -> set[tuple[int, HookPoint]]:
         return {(slot.layers[-1], SUM)}
 
     @torch.no_grad()
-    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, Tap], States]) -> None:
+    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], MappedActivations]) -> None:
         table, layer = self.student.adapter.table("conv"), self.student.layers[index]
         target = seen[slot.layers[-1], SUM]
         conv, norm = layer.get_submodule(table["out"]), layer.get_submodule(table["norm"])
@@ -45,22 +45,22 @@ class ConvRepair(Repair):
         self._take_statistics(layer.get_submodule(table["in_norm"]), "in_norm")
         if (index, "conv") in self.tied:
             self._take_statistics(norm, "norm")
-            moments = self._moments(norm, Tap("conv", "norm"), target, norm)
+            moments = self._moments(norm, HookPoint("conv", "norm"), target, norm)
             found = fit_norm(norm, *moments)
             self._note(index, "conv", "norm", found.before, found.after)
             if isinstance(conv, Relaxed):
                 self._fit_residual(index, conv, norm, target)
             return
-        moments = self._moments(norm, Tap("conv", "features"), target, lambda x: _patches(conv, x))
+        moments = self._moments(norm, HookPoint("conv", "features"), target, lambda x: _patches(conv, x))
         found = fit(*moments, _theta(conv, norm))
         self._note(index, "conv", "out", found.before, found.after)
         if found.strength is not None:
             every = moments[0] + moments[1]
             _store(conv, norm, found.theta, every)
 
-    def _fit_residual(self, index: int, conv: ResidualConv2d, norm: nn.BatchNorm2d, target: States) -> None:
+    def _fit_residual(self, index: int, conv: ResidualConv2d, norm: nn.BatchNorm2d, target: MappedActivations) -> None:
         """Refit what this depth adds to the shared convolution: the fit of all weights, projected on its rank."""
-        train, held_out = self._moments(norm, Tap("conv", "features"), target, lambda x: _patches(conv, x))
+        train, held_out = self._moments(norm, HookPoint("conv", "features"), target, lambda x: _patches(conv, x))
         start, every = _theta(conv, norm), train + held_out
         gain = _gain(norm)
         # a channel that is switched off could have no residual of its own
@@ -78,24 +78,24 @@ class ConvRepair(Repair):
             conv.residual_in.copy_(right)
             _set_norm(conv, norm, theta, gain.squeeze(1), every)
 
-    def _fit_outputs(self, index: int, conv: nn.Conv2d, norm: nn.BatchNorm2d, target: States) -> None:
+    def _fit_outputs(self, index: int, conv: nn.Conv2d, norm: nn.BatchNorm2d, target: MappedActivations) -> None:
         """Refit what the layer adds to the stream by one map of it, folded into the convolution (ReplaceMe)."""
-        moments = self._moments(norm, Tap("conv", "norm"), target, norm)
+        moments = self._moments(norm, HookPoint("conv", "norm"), target, norm)
         found = fit(*moments, identity(moments[0]))
         self._note(index, "conv", "linear", found.before, found.after)
         if found.strength is not None:
             theta = _theta(conv, norm)
-            patches = self._moments(norm, Tap("conv", "features"), target, lambda x: _patches(conv, x))
+            patches = self._moments(norm, HookPoint("conv", "features"), target, lambda x: _patches(conv, x))
             _store(conv, norm, chain(theta, found.theta), patches[0] + patches[1])
 
-    def _moments(self, norm: nn.BatchNorm2d, tap: Tap, target: States, inputs) -> list[Moments]:
-        """Moments of `inputs` of what is tapped, and of what the layer has to add to the stream."""
+    def _moments(self, norm: nn.BatchNorm2d, point: HookPoint, target: MappedActivations, inputs) -> list[Moments]:
+        """Moments of `inputs` of what is seen at a point, and of what the layer has to add to the stream."""
 
-        def rows(index: int, total: Tensor, given: Tensor, tapped: Tensor) -> tuple[Tensor, Tensor]:
+        def rows(index: int, total: Tensor, given: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
             residual = total - norm(given)
-            return tokens_of(inputs(tapped)), tokens_of(target[index].to(residual.device) - residual)
+            return tokens_of(inputs(seen)), tokens_of(target[index].to(residual.device) - residual)
 
-        return self.student.moments(rows, SUM, Tap("conv", "norm"), tap)
+        return self.student.moments(rows, SUM, HookPoint("conv", "norm"), point)
 
     def _take_statistics(self, norm: nn.BatchNorm2d, place: str) -> None:
         """Let a batch norm have the mean and the variance of what it reads, as it would in training."""
@@ -108,9 +108,9 @@ class ConvRepair(Repair):
         norm.running_var.copy_(moments.centred()[0].diagonal() / moments.rows)
 
     def _read(self, place: str) -> Iterator[Tensor]:
-        tap = Tap("conv", place)
-        for index, seen in self.student.look(tap):
-            yield self.student.rows(index, seen[tap])
+        point = HookPoint("conv", place)
+        for index, seen in self.student.look(point):
+            yield self.student.rows(index, seen[point])
 
 
 def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:

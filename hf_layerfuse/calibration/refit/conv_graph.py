@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from ...evaluation.batches import model_inputs
 from ...evaluation.divergence import calibration_loss
 from ...evaluation.eval_mode import eval_mode
+from ...evaluation.hooks import StopForward, watch
 from ...math.ridge import Moments, fit
 from ...models.architectures import ChainAdapter, Convolutions, Place, adapter_for
 from ...models.modules.conv import PaddedConv2d, module_at
@@ -27,10 +27,6 @@ ROWS = 24
 
 PIXELS = 2**24
 """Numbers that the patches of a few images have, at most."""
-
-
-class _Done(Exception):
-    """All that was asked for was seen."""
 
 
 def before_activation(model: PreTrainedModel, convs: Convolutions, boundary: int) -> Place:
@@ -58,18 +54,10 @@ def see(model: PreTrainedModel, batch: Mapping[str, Tensor], places: Sequence[Pl
     def keep(place: Place, tensor: Tensor) -> None:
         found[place] = tensor.clone()  # transformers adds to it in place
         if len(found) == len(set(places)):
-            raise _Done
+            raise StopForward
 
-    with ExitStack() as stack:
-        for place in set(places):
-            module = model.get_submodule(place.module)
-            if place.when == "before":
-                hook = module.register_forward_pre_hook(lambda _, args, place=place: keep(place, args[0]))
-            else:
-                hook = module.register_forward_hook(lambda _, args, output, place=place: keep(place, output))
-            stack.callback(hook.remove)
-        with suppress(_Done):
-            model(**model_inputs(batch, model))
+    with watch({place: (model.get_submodule(place.module), place.when) for place in places}, keep):
+        model(**model_inputs(batch, model))
     return [found[place] for place in places]
 
 
@@ -88,10 +76,10 @@ def refit_chain(
     edits = [edit for edit in plan.edits if edit.merged and len(edit.layers) > 1]
 
     def carry_out() -> tuple[list[dict[str, Any]], float]:
-        return repair(student, teacher, edits, sample), calibration_loss(student, teacher, sample.judging)
+        return repair(student, teacher, edits, sample), calibration_loss(student, teacher, sample.held_out_batches)
 
     with eval_mode(student, teacher):
-        before = calibration_loss(student, teacher, sample.judging)
+        before = calibration_loss(student, teacher, sample.held_out_batches)
         if not (fitted and edits):
             return RefitReport(before, before, kept=False)
         return unless_worse(student, before, carry_out)
@@ -119,9 +107,9 @@ def repair(
     rows = []
     for edit in tqdm(edits, "Fitting convolutions", disable=None, leave=False):
         conv = student.get_submodule(convs.units[edit.start + 1].conv)
-        train, held_out = _moments(student, teacher, convs, edit, sample)
+        train, selection = _moments(student, teacher, convs, edit, sample)
         before = after = 0.0
-        for group, parts in enumerate(zip(train, held_out, strict=True)):
+        for group, parts in enumerate(zip(train, selection, strict=True)):
             found = fit(*parts, _theta(conv, group))
             before, after = before + found.before, after + found.after
             if found.strength is not None:
@@ -133,20 +121,20 @@ def repair(
 def _moments(
     student: PreTrainedModel, teacher: PreTrainedModel, convs: Convolutions, edit: MergeConvs, sample: Sample
 ) -> tuple[list[Moments], list[Moments]]:
-    """Moments of patches and of what is wanted of them, for each group: of images that are fitted, and that choose."""
+    """Moments of patches and their targets, for each group: of fitted images, and of the selection split."""
     path = convs.units[edit.start + 1].conv
     conv = student.get_submodule(path)
     places = [Place("before", path), Place("after", path), Place("before", convs.units[edit.end].act)]
     target = [before_activation(teacher, convs, edit.end)]
     sums = [_Sums(conv), _Sums(conv)]
-    each = -(-ROWS * (conv.weight[0].numel() + 1) // sum(len(mask) for mask in sample.judges))
-    none_chooses = not any(mask.any() for mask in sample.choosers)
-    for batch, judges, choosers in zip(sample.batches, sample.judges, sample.choosers, strict=True):
-        if none_chooses:
-            choosers = torch.arange(len(judges)) % 2 == 1
+    each = -(-ROWS * (conv.weight[0].numel() + 1) // sum(len(mask) for mask in sample.held_out))
+    no_selection = not any(mask.any() for mask in sample.selection)
+    for batch, held_out, selection in zip(sample.batches, sample.held_out, sample.selection, strict=True):
+        if no_selection:
+            selection = torch.arange(len(held_out)) % 2 == 1
         read, given, total = see(student, batch, places)
         [wanted] = see(teacher, batch, target)
-        for part, mask in enumerate((~judges & ~choosers, choosers & ~judges)):
+        for part, mask in enumerate((~held_out & ~selection, selection & ~held_out)):
             chosen = mask.to(read.device)
             sums[part].add(read[chosen], (wanted - (total - given))[chosen], each)
     return sums[0].moments(), sums[1].moments()

@@ -14,9 +14,9 @@ from ...models.architectures import READERS, Block, adapter_for, heads_of
 from ...models.architectures.block_weights import HEAD_NORMS, rows_of, write_rows
 from ...models.modules.shared_linear import theta_of
 from ...plan import Source
-from ..layer_hooks import Tap
-from ..layerwise import Walk
-from ..mmap import PerBatch, States
+from ..layer_hooks import HookPoint
+from ..layerwise import LayerwiseForward
+from ..mmap import MappedActivations, PerBatch
 from .linear import store
 
 TOKENS_PER_INPUT = 4
@@ -42,7 +42,7 @@ class Selection:
     """
 
     def __init__(
-        self, walk: Walk, block: Block, stocks: Mapping[int, nn.Module], originals: Mapping[int, PerBatch]
+        self, walk: LayerwiseForward, block: Block, stocks: Mapping[int, nn.Module], originals: Mapping[int, PerBatch]
     ) -> None:
         self.walk, self.block = walk, block
         self.table = walk.adapter.table(block.kind)
@@ -64,9 +64,9 @@ class Selection:
     def _readings(self, originals: Mapping[int, PerBatch]) -> dict[int, Tensor]:
         """For each layer, the map from what is read here to what was read there, (in + 1, in)."""
         found: dict[int, list[Moments]] = {}
-        tap = Tap(self.block.kind, "read")
-        for index, seen in self.walk.look(tap):
-            x = self.walk.split(index, seen[tap])
+        point = HookPoint(self.block.kind, "read")
+        for index, seen in self.walk.look(point):
+            x = self.walk.split(index, seen[point])
             for depth, original in originals.items():
                 y = self.walk.split(index, original[index].to(x[0].device))
                 if depth not in found:
@@ -144,7 +144,7 @@ class Selection:
 
     def _rows(self, target: PerBatch, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
         """What enters the output projections side by side, and the rest of the target, for at least so many tokens."""
-        features, residual = Tap(self.block.kind, "features"), Tap(self.block.kind, "residual")
+        features, residual = HookPoint(self.block.kind, "features"), HookPoint(self.block.kind, "residual")
         walks = [self.walk.look(features, residual, layer=variant, tokens=tokens) for variant in self.variants]
         # what is wide is let go of before the next batch is read
         while (steps := [next(walk, None) for walk in walks])[0] is not None:
@@ -173,8 +173,10 @@ def _columns(units: Tensor, size: int) -> Tensor:
 class Total:
     """The original's states with all that the attention of some layers adds, as if they ran at once; by batch."""
 
-    def __init__(self, seen: Mapping[tuple[int, Tap], States], layers: Sequence[int]) -> None:
-        self._before, self._after = ([seen[n, Tap("attention", at)] for n in layers] for at in ("residual", "sum"))
+    def __init__(self, seen: Mapping[tuple[int, HookPoint], MappedActivations], layers: Sequence[int]) -> None:
+        self._before, self._after = (
+            [seen[n, HookPoint("attention", at)] for n in layers] for at in ("residual", "sum")
+        )
 
     def __getitem__(self, index: int) -> Tensor:
         added = sum(after[index] - before[index] for before, after in zip(self._before, self._after, strict=True))

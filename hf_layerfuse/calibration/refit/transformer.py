@@ -18,9 +18,9 @@ from ...models.architectures import READERS, Block, ConvAdapter, adapter_for
 from ...models.modules.shared_linear import theta_of
 from ...models.surgery.checks import check_model, check_plan
 from ...plan import CHAIN, Kind, LinearForm, Plan, Slot
-from ..layer_hooks import Tap
-from ..layerwise import Trace, Walk
-from ..mmap import PerBatch, Saved, States
+from ..layer_hooks import HookPoint
+from ..layerwise import LayerwiseForward, TeacherStates
+from ..mmap import MappedActivations, PerBatch, WeightSnapshot
 from ..samples import Sample
 from .base import RefitReport, Repair, unless_worse
 from .conv import ConvRepair
@@ -58,7 +58,7 @@ def refit(
         student: what `apply(teacher, plan)` gave.
         teacher: the original.
         plan: the plan that led from one to the other.
-        batches: calibration batches, dicts of model inputs. One sequence in eight judges the result.
+        batches: calibration batches, dicts of model inputs. One sequence in eight is held out to evaluate the result.
         method: `full`; `maps` fits nothing but what MLPs have become that are linear; `linear` fits one map on the
             outputs of the last block before removed ones, and folds it into that block's output projection (ReplaceMe,
             Shopkhoev et al. 2025); `none` leaves the model as it is.
@@ -74,21 +74,21 @@ def refit(
     sample = Sample.of(batches)
     if plan.kinds == CHAIN:
         return refit_chain(student, teacher, plan, sample, fitted=method != "none")
-    before = calibration_loss(student, teacher, sample.judging)
+    before = calibration_loss(student, teacher, sample.held_out_batches)
     if method == "none":
         return RefitReport(before, before, kept=False)
     adapter = adapter_for(teacher)
     check_model(teacher, adapter)
     check_plan(teacher, adapter, plan)
     with eval_mode(student, teacher):
-        return refit_by(student, Trace(Walk(teacher, sample)), plan, before, method)
+        return refit_by(student, TeacherStates(LayerwiseForward(teacher, sample)), plan, before, method)
 
 
-def refit_by(student: PreTrainedModel, trace: Trace, plan: Plan, before: float, method: Method) -> RefitReport:
-    """`refit` with a trace of a teacher that was checked, which several students may share, and the loss before it."""
+def refit_by(student: PreTrainedModel, trace: TeacherStates, plan: Plan, before: float, method: Method) -> RefitReport:
+    """`refit` with the states of a checked teacher, which several students may share, and the loss before it."""
 
     def carry_out() -> tuple[list[dict[str, Any]], float]:
-        walk = Walk(student, trace.walk.sample)
+        walk = LayerwiseForward(student, trace.walk.sample)
         repair = repair_of(walk, trace, plan, method)
         for _ in tqdm(repair.slots, "Refitting", unit="layer", disable=None, leave=False):
             repair.step()
@@ -97,26 +97,26 @@ def refit_by(student: PreTrainedModel, trace: Trace, plan: Plan, before: float, 
     return unless_worse(student, before, carry_out)
 
 
-def repair_of(student: Walk, teacher: Trace, plan: Plan, method: Method) -> Repair:
+def repair_of(student: LayerwiseForward, teacher: TeacherStates, plan: Plan, method: Method) -> Repair:
     """What repairs the blocks of a student's architecture."""
     kind = ConvRepair if student.adapter.kinds == ConvAdapter.kinds else TransformerRepair
     return kind(student, teacher, plan, method)
 
 
-SELECTING = tuple(Tap(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum"))
+SELECTING = tuple(HookPoint(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum"))
 """What `select` has to know of every layer of a group, beside the states."""
 
 
 class TransformerRepair(Repair):
     """Repairs attention and MLP blocks."""
 
-    def __init__(self, student: Walk, teacher: Trace, plan: Plan, method: Method) -> None:
+    def __init__(self, student: LayerwiseForward, teacher: TeacherStates, plan: Plan, method: Method) -> None:
         super().__init__(student, teacher, plan, method)
         # units, heads and turns of shared weights are those of the aligned original
         original = aligned(teacher.walk.model, plan, student.sample.batches) if self.tied else teacher.walk.model
         self._aligned = student.adapter.layer_list(original)
 
-    def _wanted(self, slot: Slot) -> set[tuple[int, Tap]]:
+    def _wanted(self, slot: Slot) -> set[tuple[int, HookPoint]]:
         wanted = {_target(slot, kind) for kind, source in slot.blocks.items() if source}
         if self.method == "maps":
             return {place for place in wanted if place == _target(slot, "mlp")}
@@ -124,21 +124,21 @@ class TransformerRepair(Repair):
             for kind, source in slot.blocks.items():
                 if source and not source.linear:
                     reads = source.layers if _selects(slot) and source == slot.source("mlp") else (source.kept,)
-                    wanted |= {(layer, Tap(kind, "read")) for layer in reads}
+                    wanted |= {(layer, HookPoint(kind, "read")) for layer in reads}
             if _selects(slot) and slot.whole:
-                places = [Tap("attention", place) for place in ("residual", "sum")]
-                wanted |= {(layer, tap) for layer in slot.whole.layers for tap in places}
+                places = [HookPoint("attention", place) for place in ("residual", "sum")]
+                wanted |= {(layer, point) for layer in slot.whole.layers for point in places}
         return wanted
 
-    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, Tap], States]) -> None:
+    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], MappedActivations]) -> None:
         adapter, model = self.student.adapter, self.student.model
         layer = self.student.layers[index]
         blocks = [block for block in adapter.blocks(model) if block.layer == index]
         for block in blocks:
-            depth, tap = _target(slot, block.kind)
+            depth, point = _target(slot, block.kind)
             if adapter.post_norm and len(slot.layers) > 1:
                 # the sum is led to one that this norm of the original follows
-                path = adapter.table(tap.kind)["norm"]
+                path = adapter.table(point.kind)["norm"]
                 own = adapter.table(block.kind)["norm"]
                 layer.get_submodule(own).load_state_dict(self.teacher.layers[depth].get_submodule(path).state_dict())
         if self.method == "linear":
@@ -155,7 +155,7 @@ class TransformerRepair(Repair):
                 self._select(slot, attention, block, seen)
             else:
                 kept = slot.source(block.kind).kept
-                self._fit_inputs(block, kept, seen[kept, Tap(block.kind, "read")])
+                self._fit_inputs(block, kept, seen[kept, HookPoint(block.kind, "read")])
                 self._fit_projection(block, seen[_target(slot, block.kind)])
             if adapter.post_norm and (index, block.kind) in self.tied:
                 self._fit_norm(block, slot)
@@ -164,15 +164,15 @@ class TransformerRepair(Repair):
         """Role -> path of the maps that read what enters a block."""
         return {role: path for role, path in block.modules.items() if role in READERS}
 
-    def _reading(self, block: Block, original: States) -> list[Moments]:
+    def _reading(self, block: Block, original: MappedActivations) -> list[Moments]:
         """Moments of what a block reads in the student, and what one read in the original."""
 
         def rows(index: int, read: Tensor) -> tuple[Tensor, Tensor]:
             return read, original[index].to(read.device)
 
-        return self.student.moments(rows, Tap(block.kind, "read"))
+        return self.student.moments(rows, HookPoint(block.kind, "read"))
 
-    def _fit_inputs(self, block: Block, source: int, original: States) -> None:
+    def _fit_inputs(self, block: Block, source: int, original: MappedActivations) -> None:
         """Refit the maps that read the stream, so that they give what they gave for the original's."""
         moments = self._reading(block, original)
         if (block.layer, block.kind) in self.tied:
@@ -205,9 +205,9 @@ class TransformerRepair(Repair):
 
     def _fit_norm(self, block: Block, slot: Slot) -> None:
         """Refit the norm that follows a block, so that it gives what that of the original gave."""
-        depth, tap = _target(slot, block.kind)
-        if tap.kind == "attention":
-            after = Tap("mlp", "residual")
+        depth, point = _target(slot, block.kind)
+        if point.kind == "attention":
+            after = HookPoint("mlp", "residual")
             target = self.teacher.see([(depth, after)])[depth, after]
         else:
             target = self.teacher.states(depth + 1)
@@ -215,7 +215,7 @@ class TransformerRepair(Repair):
         def rows(index: int, states: Tensor) -> tuple[Tensor, Tensor]:
             return states, target[index].to(states.device)
 
-        own = Tap("mlp", "residual") if block.kind == "attention" else None
+        own = HookPoint("mlp", "residual") if block.kind == "attention" else None
         moments = self.student.moments(rows, own)
         found = fit_norm(self.student.model.get_submodule(block.modules["norm"]), *moments)
         self._note(block.layer, block.kind, "norm", found.before, found.after)
@@ -226,7 +226,7 @@ class TransformerRepair(Repair):
         def rows(index: int, features: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
             return features, target[index].to(residual.device) - residual
 
-        moments = self.student.moments(rows, Tap(block.kind, "features"), Tap(block.kind, "residual"))
+        moments = self.student.moments(rows, HookPoint(block.kind, "features"), HookPoint(block.kind, "residual"))
         self._fit(block, "out", block.modules["out"], moments)
 
     def _fit_linear(self, block: Block, form: LinearForm, target: PerBatch) -> None:
@@ -240,13 +240,15 @@ class TransformerRepair(Repair):
             deviation = aim.std(-1, keepdim=True)
             return read, aim if form.fold else aim - residual, 1 / (deviation + 1e-3 * deviation.mean() + 1e-12)
 
-        moments = self.student.moments(rows, Tap(block.kind, "read"), Tap(block.kind, "residual"))
+        moments = self.student.moments(rows, HookPoint(block.kind, "read"), HookPoint(block.kind, "residual"))
         maps = [self.student.model.get_submodule(path) for role, path in block.modules.items() if role in ("in", "out")]
         found = fit_linear(maps, *moments)
         variance = moments[1].centred()[2].trace().item() / max(moments[1].rows, 1)
         self._note(block.layer, block.kind, "linear map", found.before, found.after, r2=1 - found.after / variance)
 
-    def _select(self, slot: Slot, attention: Block | None, mlp: Block, seen: Mapping[tuple[int, Tap], States]) -> None:
+    def _select(
+        self, slot: Slot, attention: Block | None, mlp: Block, seen: Mapping[tuple[int, HookPoint], MappedActivations]
+    ) -> None:
         """Make a layer of the heads and hidden units of its whole group.
 
         Where attention is led to decides what the MLP can make of it. With all that the attention of the group adds,
@@ -255,7 +257,7 @@ class TransformerRepair(Repair):
         """
         target = seen[_target(slot, "mlp")]
         if attention is not None:
-            own, rows = Saved(self.student.layers[attention.layer]), len(self.blocks)
+            own, rows = WeightSnapshot(self.student.layers[attention.layer]), len(self.blocks)
         units = self._selection(mlp, slot.source("mlp").layers, seen)
         if attention is not None:
             before = units.missed(target)
@@ -273,17 +275,19 @@ class TransformerRepair(Repair):
         units.choose(target)
         self._fit_projection(mlp, target)
 
-    def _selection(self, block: Block, layers: Sequence[int], seen: Mapping[tuple[int, Tap], States]) -> Selection:
-        reads = {layer: seen[layer, Tap(block.kind, "read")] for layer in layers}
+    def _selection(
+        self, block: Block, layers: Sequence[int], seen: Mapping[tuple[int, HookPoint], MappedActivations]
+    ) -> Selection:
+        reads = {layer: seen[layer, HookPoint(block.kind, "read")] for layer in layers}
         return Selection(self.student, block, self.teacher.layers, reads)
 
-    def _fit_outputs(self, block: Block, target: States) -> None:
+    def _fit_outputs(self, block: Block, target: MappedActivations) -> None:
         """Refit what the block adds to the stream by one map of it, folded into the output projection."""
 
         def rows(index: int, total: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
             return total - residual, target[index].to(residual.device) - residual
 
-        moments = self.student.moments(rows, Tap(block.kind, "sum"), Tap(block.kind, "residual"))
+        moments = self.student.moments(rows, HookPoint(block.kind, "sum"), HookPoint(block.kind, "residual"))
         module = self.student.model.get_submodule(block.modules["out"])
         if module.bias is None:
             moments = [part.linear() for part in moments]
@@ -304,12 +308,12 @@ def _selects(slot: Slot) -> bool:
     return mlp is not None and mlp.operator == "select"
 
 
-def _target(slot: Slot, kind: Kind) -> tuple[int, Tap]:
-    """Where a block is to lead the stream: (layer of the original, tap).
+def _target(slot: Slot, kind: Kind) -> tuple[int, HookPoint]:
+    """Where a block is to lead the stream: (layer of the original, point).
 
     Attention leads to where its MLP stood, the MLP, or a block that is alone, to the end of the slot.
     """
     mlp = slot.source("mlp")
     if kind == "attention" and mlp is not None:
-        return min(mlp.kept, slot.layers[-1]), Tap("attention", "sum")
-    return slot.layers[-1], Tap("mlp", "sum")
+        return min(mlp.kept, slot.layers[-1]), HookPoint("attention", "sum")
+    return slot.layers[-1], HookPoint("mlp", "sum")

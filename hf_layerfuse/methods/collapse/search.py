@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...calibration.layerwise import Trace, Walk
+from ...calibration.layerwise import LayerwiseForward, TeacherStates
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.transformer import refit_by
 from ...calibration.samples import Sample
@@ -87,7 +87,7 @@ def _searched(
     model: PreTrainedModel, recipe: CollapseRecipe, batches: list[Any], nothing: Plan, edits: list[Linearize]
 ) -> SearchResult:
     sample = Sample.of(batches)
-    trace = Trace(Walk(model, sample))
+    trace = TeacherStates(LayerwiseForward(model, sample))
     losses = {}
     order = edits[::-1]
     if recipe.order == "measured":
@@ -98,7 +98,7 @@ def _searched(
         order = sorted(edits, key=lambda edit: losses[edit] / saved[edit])
     notes = {
         "recipe": asdict(recipe),
-        "calibration": f"{sum(map(len, sample.judges))} sequences",
+        "calibration": f"{sum(map(len, sample.held_out))} sequences",
         "losses": {str(edit.layer): loss for edit, loss in losses.items()},
     }
     if recipe.method == "homotopy":

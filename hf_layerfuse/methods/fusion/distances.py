@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...calibration.samples import observe
+from ...calibration.recorder import observe
 from ...errors import RecipeError
 from ...evaluation.batches import Batches
 from ...math.similarity import ON_ACTIVATIONS, ON_WEIGHTS

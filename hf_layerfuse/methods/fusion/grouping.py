@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...calibration.layerwise import Trace
+from ...calibration.layerwise import TeacherStates
 from ...math.ridge import Moments, identity
 from ...plan import Kind, Plan
 
@@ -39,7 +39,7 @@ def longest(layers: int, groups: int) -> int:
     return min(layers - groups + 1, math.ceil(layers / groups) + 2)
 
 
-def unexplained(trace: Trace, size: int) -> np.ndarray:
+def unexplained(trace: TeacherStates, size: int) -> np.ndarray:
     """What runs of layers do to the stream that one layer would leave undone, as far as a linear map tells.
 
     The states behind a run are fitted by those in front of it. The share of their variance that the fit leaves is what

@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...calibration.layerwise import Trace, Walk
-from ...calibration.mmap import Saved
+from ...calibration.layerwise import LayerwiseForward, TeacherStates
+from ...calibration.mmap import WeightSnapshot
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.transformer import refit_by
 from ...calibration.samples import Sample
@@ -91,10 +91,10 @@ class _Budget:
     def __init__(self, model: PreTrainedModel, adapter: LayerAdapter, recipe: FusionRecipe, batches: list[Any]) -> None:
         self.model, self.adapter, self.recipe, self.batches = model, adapter, recipe, batches
         self.sample = Sample.of(batches)
-        self.trace = Trace(Walk(model, self.sample))
+        self.trace = TeacherStates(LayerwiseForward(model, self.sample))
         self.depth = len(adapter.layer_list(model))
         few = Sample.of(batches, share_of(self.sample, self.depth, 5 * self.depth, COST))
-        self.few = Trace(Walk(model, few))
+        self.few = TeacherStates(LayerwiseForward(model, few))
         folder = None if recipe.tables is None else Path(recipe.tables)
         self.times = BlockTimes(
             model,
@@ -127,7 +127,7 @@ class _Budget:
         if needs_fit(adapter) and recipe.refit == "none":
             self.choices = [choice for choice in self.choices if not isinstance(choice.edit, Linearize)]
         self.tried: dict[tuple[Edit, ...], dict[str, Any]] = {}
-        self.best: tuple[list[Choice], Plan, RefitReport, Saved] | None = None
+        self.best: tuple[list[Choice], Plan, RefitReport, WeightSnapshot] | None = None
 
     def run(self) -> SearchResult:
         alone = self._worth()
@@ -146,7 +146,7 @@ class _Budget:
         weights.restore(student)
         notes = {
             "recipe": asdict(self.recipe),
-            "calibration": f"{sum(map(len, self.sample.judges))} sequences",
+            "calibration": f"{sum(map(len, self.sample.held_out))} sequences",
             "latency_ms": {
                 "original": self.times.original,
                 "predicted": self.times.rest + sum(map(self.cost, chosen)),
@@ -225,7 +225,7 @@ class _Budget:
                 "ms": self.times.model_of(plan),
             }
             if self.best is None or self._rank(plan, report) < self._rank(*self.best[1:3]):
-                self.best = choices, plan, report, Saved(student)
+                self.best = choices, plan, report, WeightSnapshot(student)
 
     def _rank(self, plan: Plan, report: RefitReport) -> tuple[float, float]:
         """The least is the best: a model within the budget before any that is not, and then the nearer one."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel
 
-from ...calibration.layerwise import Walk
+from ...calibration.layerwise import LayerwiseForward
 from ...calibration.samples import Sample
 from ...errors import RecipeError
 from ...evaluation.batches import Batches
@@ -220,7 +220,7 @@ def importances(model: PreTrainedModel, sample: Sample) -> list[float]:
     """Per layer, 1 - E cos of what enters and what leaves it (block influence, ShortGPT, Men et al. 2024, eq. 1)."""
     found = []
     with eval_mode(model):
-        walk = Walk(model, sample)
+        walk = LayerwiseForward(model, sample)
         while walk.depth < len(walk.layers):
             before = walk.states
             walk.advance()

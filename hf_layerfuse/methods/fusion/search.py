@@ -13,8 +13,8 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...calibration.layerwise import Trace, Walk
-from ...calibration.mmap import Saved
+from ...calibration.layerwise import LayerwiseForward, TeacherStates
+from ...calibration.mmap import WeightSnapshot
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.transformer import SELECTING, refit_by
 from ...calibration.samples import Sample
@@ -94,10 +94,10 @@ class _Search:
     def __init__(self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], first: Plan) -> None:
         self.model, self.recipe, self.batches, self.first = model, recipe, batches, first
         self.sample = Sample.of(batches)
-        self.trace = Trace(Walk(model, self.sample))
+        self.trace = TeacherStates(LayerwiseForward(model, self.sample))
         self.importance = importance_of(model, batches)
         self.tried: dict[tuple, tuple[Plan, RefitReport]] = {}
-        self.best: tuple[Plan, RefitReport, Saved] | None = None
+        self.best: tuple[Plan, RefitReport, WeightSnapshot] | None = None
 
     def run(self) -> SearchResult:
         recipe = self.recipe
@@ -125,7 +125,7 @@ class _Search:
         notes = {
             **self.first.notes,
             "recipe": asdict(recipe),
-            "calibration": f"{sum(map(len, self.sample.judges))} sequences",
+            "calibration": f"{sum(map(len, self.sample.held_out))} sequences",
             "operators": scores,
             "competition": competition,
             "refit": asdict(report),
@@ -167,13 +167,13 @@ class _Search:
             if self.trace.whole:
                 before = self.trace.loss_of(student)
             else:
-                before = calibration_loss(student, self.model, self.sample.judging)
+                before = calibration_loss(student, self.model, self.sample.held_out_batches)
             report = RefitReport(before, before, kept=False)
             if self.recipe.refit != "none":
                 report = refit_by(student, self.trace, plan, before, self.recipe.refit)
         self.tried[plan.edits] = plan, report
         if self.best is None or report.after < self.best[1].after:
-            self.best = plan, report, Saved(student)
+            self.best = plan, report, WeightSnapshot(student)
         return report
 
     def _climb(self, table: _Table) -> None:
@@ -219,7 +219,7 @@ class _Table:
         self.divide = divider(model, recipe)
         share = share_of(Sample.of(batches), self.depth, 3 * self.depth, TABLE_COST)
         sample = Sample.of(batches, share)
-        self.trials = Trials(model, recipe.refit, batches, Trace(Walk(model, sample)))
+        self.trials = Trials(model, recipe.refit, batches, TeacherStates(LayerwiseForward(model, sample)))
 
     def groups(self, kind: Kind, count: int) -> Groups:
         """The partition into so many runs with the least sum of losses, by dynamic programming.

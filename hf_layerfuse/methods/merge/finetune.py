@@ -18,7 +18,7 @@ RATE = 1e-3
 
 
 def tune(student: PreTrainedModel, teacher: PreTrainedModel, sample: Sample, steps: int) -> None:
-    """Train a student on what its teacher says of the calibration data that judge nobody, in place.
+    """Train a student on what its teacher says of the calibration data that are not held out, in place.
 
     Both stay in eval mode, so that batch norms keep their statistics.
 
@@ -31,7 +31,7 @@ def tune(student: PreTrainedModel, teacher: PreTrainedModel, sample: Sample, ste
     optimizer = torch.optim.Adam(student.parameters(), lr=RATE)
     rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(steps, 1))
     with eval_mode(student, teacher):
-        for batch in islice(cycle(sample.fitting), steps):
+        for batch in islice(cycle(sample.fitted_batches), steps):
             inputs = model_inputs(batch, student)
             with torch.no_grad():
                 theirs = prediction(teacher(**inputs))

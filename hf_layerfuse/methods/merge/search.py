@@ -84,7 +84,7 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     predicted = latencies.rest + sum(map(latencies.of, chosen))
     notes = {
         "recipe": asdict(recipe),
-        "calibration": f"{sum(map(len, sample.judges))} images",
+        "calibration": f"{sum(map(len, sample.held_out))} images",
         "latency_ms": {
             "original": whole,
             "predicted": predicted,

@@ -301,5 +301,5 @@ class Losses:
                 if self.fitted and entry.keep:
                     repair(student, self.model, plan.edits, self.sample)
                 tune(student, self.model, self.sample, self.tuned)
-                loss = calibration_loss(student, self.model, self.sample.judging)
+                loss = calibration_loss(student, self.model, self.sample.held_out_batches)
             self.table.put({entry.key: loss})

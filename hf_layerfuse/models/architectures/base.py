@@ -80,7 +80,7 @@ class LayerAdapter(ModelAdapter, ABC):
 
     @abstractmethod
     def place(self, kind: str, name: str) -> Place:
-        """Where a `Tap` of a kind of block is seen."""
+        """Where a `HookPoint` of a kind of block is seen."""
 
     def layers_path(self, model: PreTrainedModel) -> str:
         """Live path of the list of layers, seen from `model`, whatever its head."""

@@ -1,0 +1,72 @@
+"""One pass over calibration batches that shows the residual stream after every block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..evaluation.batches import Batches
+from ..evaluation.hooks import When, watch_tokens
+from ..models.architectures import LayerAdapter
+from ..plan import Kind
+
+
+def observe(
+    model: PreTrainedModel,
+    adapter: LayerAdapter,
+    batches: Batches,
+    observers: Mapping[Kind, Callable[[Tensor], None]],
+) -> None:
+    """Run batches once, and show each observer the residual stream after every block of its kind.
+
+    Nothing is kept here: memory grows with the largest batch only.
+
+    Args:
+        model: Model to run.
+        adapter: Architecture table of the model.
+        batches: Calibration batches, dicts of model inputs such as `{"input_ids", "attention_mask"}`. Padding is left
+            out.
+        observers: Functions by kind of block. Each is called once a batch with (blocks, tokens, stream) float32 on the
+            model's device, with the same tokens for every block.
+
+    Raises:
+        DataError: There are no batches, or every token in them is padding.
+    """
+    states: dict[Kind, list[Tensor]] = {kind: [] for kind in observers}
+
+    def record(key: tuple[Kind, int, bool], tokens: Tensor) -> None:
+        kind, _, added = key
+        if added:
+            states[kind][-1] = states[kind][-1] + tokens
+        else:
+            states[kind].append(tokens)
+
+    def show() -> None:
+        for kind, found in states.items():
+            observers[kind](torch.stack([tokens.float() for tokens in found]))
+            found.clear()
+
+    modules = {key: place for kind in observers for key, place in _stream(model, adapter, kind).items()}
+    watch_tokens(model, batches, modules, record, show)
+
+
+def _stream(
+    model: PreTrainedModel, adapter: LayerAdapter, kind: Kind
+) -> dict[tuple[Kind, int, bool], tuple[nn.Module, When]]:
+    """The modules to watch for the stream after every block: (kind, block, whether the tensor is added) -> module."""
+    if kind == "layer":
+        return {(kind, index, False): (layer, "after") for index, layer in enumerate(adapter.layer_list(model))}
+    found: dict[tuple[Kind, int, bool], tuple[nn.Module, When]] = {}
+    for block in adapter.blocks(model):
+        if block.kind == kind:
+            norm = model.get_submodule(block.modules["norm"])
+            if adapter.post_norm:
+                found[kind, block.layer, False] = norm, "after"
+            else:
+                # the norm reads the stream before the block; the stream after it is that plus the output of the block
+                found[kind, block.layer, False] = norm, "before"
+                found[kind, block.layer, True] = model.get_submodule(block.modules["out"]), "after"
+    return found

@@ -1,0 +1,101 @@
+"""Forward hooks that show the tensors at modules while a model runs, and are always removed afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..errors import DataError
+from .batches import Batches, model_inputs, tokens_of
+from .eval_mode import eval_mode
+
+When = Literal["before", "after"]
+Key = TypeVar("Key", bound=Hashable)
+
+
+class StopForward(Exception):
+    """Raised in a forward pass that has shown everything asked for: the rest of the model need not run."""
+
+
+@contextmanager
+def watch(modules: Mapping[Key, tuple[nn.Module, When]], record: Callable[[Key, Tensor], None]) -> Iterator[None]:
+    """Show the tensors at modules during every forward pass inside the `with` block.
+
+    The hooks are removed at the end of the block, also after an error. Where `record` raises `StopForward`, the block
+    ends there without an error.
+
+    Args:
+        modules: Modules by any key. Each comes with the side to watch: `before` is its first positional input, `after`
+            its output, or the first element of an output that is a tuple.
+        record: Function that is called with a key and its tensor, in the order in which the modules run. The tensor is
+            not copied.
+    """
+
+    def add_hook(key: Key, module: nn.Module, when: When) -> Any:
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            record(key, args[0])
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            record(key, output[0] if isinstance(output, tuple) else output)
+
+        return module.register_forward_pre_hook(before) if when == "before" else module.register_forward_hook(after)
+
+    with ExitStack() as hooks:
+        for key, (module, when) in modules.items():
+            hooks.callback(add_hook(key, module, when).remove)
+        with suppress(StopForward):
+            yield
+
+
+@torch.no_grad()
+def watch_tokens(
+    model: PreTrainedModel,
+    batches: Batches,
+    modules: Mapping[Key, tuple[nn.Module, When]],
+    record: Callable[[Key, Tensor], None],
+    after_batch: Callable[[], None] = lambda: None,
+) -> None:
+    """Run batches in eval mode, and show the tokens at modules, without padding.
+
+    Nothing is kept here, so memory depends on `record` alone.
+
+    Args:
+        model: Model that contains the modules.
+        batches: Calibration batches, dicts of model inputs such as `{"input_ids", "attention_mask"}`.
+        modules: Modules to watch, as in `watch`.
+        record: Function that is called with a key and its tokens, (tokens, width). Pixels of images are tokens.
+        after_batch: Function that is called after each batch with at least one token.
+
+    Raises:
+        DataError: There are no batches, or every token in them is padding.
+    """
+    mask: Tensor | None = None
+    tokens = 0
+
+    def without_padding(key: Key, states: Tensor) -> None:
+        nonlocal tokens
+        states = tokens_of(states).flatten(0, -2)
+        if mask is not None and mask.numel() == len(states):
+            states = states[mask.flatten().bool()]
+        tokens += len(states)
+        if len(states):
+            record(key, states)
+
+    with eval_mode(model), watch(modules, without_padding):
+        for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=None, leave=False):
+            before = tokens
+            inputs = model_inputs(batch, model)
+            mask = inputs.get("attention_mask")
+            model(**inputs)
+            if tokens > before:
+                after_batch()
+    if not tokens:
+        raise DataError(
+            "the calibration batches hold no tokens that are not padding: pass `batches` with at least one such token."
+        )
