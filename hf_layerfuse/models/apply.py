@@ -8,10 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..evaluation.batches import Batches
-from ..plan import CHAIN, Blend, Plan
+from ..plan import Blend, Plan
 from .activation_fit import lines_of
 from .align import align
 from .architectures import ChainAdapter, adapter_for
+from .families import CONV_GRAPH, LAYERS, family_of
 from .modeling import build, fused_class, skeleton, with_plan
 from .surgery.conv_graph import check_merges, merged_weights
 from .surgery.layers import check_plan, fused_weights, target_config
@@ -33,10 +34,10 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
         PlanError: the plan is for another architecture or number of layers, or asks for a rank that no matrix has.
         UnsupportedModelError: no adapter, already fused, quantised, or with NaN weights.
     """
-    if plan.kinds == CHAIN:
-        adapter = adapter_for(model, ChainAdapter)
-        check_merges(model, adapter, plan)
-        return copy.deepcopy(model) if not plan.edits else merged(model, plan)
+    return _APPLIED[family_of(plan)](model, plan, batches)
+
+
+def _with_fused_layers(model: PreTrainedModel, plan: Plan, batches: Batches | None) -> PreTrainedModel:
     adapter = adapter_for(model)
     check_plan(model, adapter, plan)
     layout = plan.layout()
@@ -49,6 +50,14 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
         cls = fused_class(cls)
         config = with_plan(cls, config, plan)
     return build(cls, config, weights, model)
+
+
+def _with_merged_convolutions(model: PreTrainedModel, plan: Plan, batches: Batches | None) -> PreTrainedModel:
+    check_merges(model, adapter_for(model, ChainAdapter), plan)
+    return merged(model, plan) if plan.edits else copy.deepcopy(model)
+
+
+_APPLIED = {LAYERS: _with_fused_layers, CONV_GRAPH: _with_merged_convolutions}
 
 
 def merged(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:

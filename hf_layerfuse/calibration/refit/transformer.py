@@ -15,8 +15,9 @@ from ...evaluation.eval_mode import eval_mode
 from ...math.ridge import Moments, chain, fit, identity
 from ...models.align import align
 from ...models.architectures import READERS, Block, ConvAdapter
+from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...models.modules.shared_linear import theta_of
-from ...plan import CHAIN, Kind, LinearForm, Plan, Slot
+from ...plan import Kind, LinearForm, Plan, Slot
 from ..layer_hooks import Tap
 from ..layerwise import Trace, Walk
 from ..mmap import PerBatch, Saved, States
@@ -69,14 +70,26 @@ def refit(
         DataError: there are no calibration batches.
         UnsupportedModelError: the model does not run each of its layers once, in order.
     """
-    sample = Sample.of(batches)
-    if plan.kinds == CHAIN:
-        return refit_chain(student, teacher, plan, sample, fitted=method != "none")
+    return _REFITS[family_of(plan)](student, teacher, plan, Sample.of(batches), method)
+
+
+def _refit_layers(
+    student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, sample: Sample, method: Method
+) -> RefitReport:
     before = calibration_loss(student, teacher, sample.judging)
     if method == "none":
         return RefitReport(before, before, kept=False)
     with eval_mode(student, teacher):
         return refit_by(student, Trace(Walk(teacher, sample)), plan, before, method)
+
+
+def _refit_convolutions(
+    student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, sample: Sample, method: Method
+) -> RefitReport:
+    return refit_chain(student, teacher, plan, sample, fitted=method != "none")
+
+
+_REFITS = {LAYERS: _refit_layers, CONV_GRAPH: _refit_convolutions}
 
 
 def refit_by(student: PreTrainedModel, trace: Trace, plan: Plan, before: float, method: Method) -> RefitReport:
