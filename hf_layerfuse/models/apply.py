@@ -8,10 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..evaluation.batches import Batches
-from ..plan import CHAIN, Blend, Plan
+from ..plan import Blend, Plan
 from .activation_fit import lines_of
 from .align import aligned
 from .architectures import ChainAdapter, adapter_for
+from .families import CONV_GRAPH, LAYERS, family_of
 from .modeling import build, fused_class, skeleton, with_plan
 from .surgery.checks import check_model, check_plan
 from .surgery.conv_graph import check_merges, merged_weights
@@ -35,16 +36,17 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
         PlanError: the plan is for another architecture or number of layers, or asks for a rank that no matrix has.
         UnsupportedModelError: no adapter, already fused, quantised, or with NaN weights.
     """
-    check_model(model, adapter_for(model, ChainAdapter) if plan.kinds == CHAIN else adapter_for(model))
+    conv_graph = family_of(plan) is CONV_GRAPH
+    check_model(model, adapter_for(model, ChainAdapter) if conv_graph else adapter_for(model))
     return applied(model, plan, batches)
 
 
 def applied(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
     """`apply` for a model that `check_model` accepted: a search checks its model once, and each plan by shape."""
-    if plan.kinds == CHAIN:
-        adapter = adapter_for(model, ChainAdapter)
-        check_merges(model, adapter, plan)
-        return copy.deepcopy(model) if not plan.edits else merged(model, plan)
+    return _APPLIED[family_of(plan)](model, plan, batches)
+
+
+def _with_fused_layers(model: PreTrainedModel, plan: Plan, batches: Batches | None) -> PreTrainedModel:
     adapter = adapter_for(model)
     check_plan(model, adapter, plan)
     layout = plan.layout()
@@ -57,6 +59,14 @@ def applied(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) 
         cls = fused_class(cls)
         config = with_plan(cls, config, plan)
     return build(cls, config, weights, model)
+
+
+def _with_merged_convolutions(model: PreTrainedModel, plan: Plan, batches: Batches | None) -> PreTrainedModel:
+    check_merges(model, adapter_for(model, ChainAdapter), plan)
+    return merged(model, plan) if plan.edits else copy.deepcopy(model)
+
+
+_APPLIED = {LAYERS: _with_fused_layers, CONV_GRAPH: _with_merged_convolutions}
 
 
 def merged(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:

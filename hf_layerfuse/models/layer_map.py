@@ -7,10 +7,11 @@ from transformers import PreTrainedModel
 
 from ..errors import PlanError
 from ..evaluation.batches import Batches
-from ..plan import CHAIN, Plan
+from ..plan import Plan
 from ..plan.match import Match
 from .align import align
 from .architectures import ChainAdapter, adapter_for
+from .families import CONV_GRAPH, LAYERS, family_of
 from .modeling import skeleton
 from .modules.conv import module_at
 
@@ -34,10 +35,10 @@ def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) ->
         PlanError: the plan does not lead from this teacher to this student.
         UnsupportedModelError: no adapter for one of them.
     """
-    if plan.kinds == CHAIN:
-        units = adapter_for(teacher, ChainAdapter).convolutions(teacher).units
-        ends = [units[edit.end].act for edit in plan.edits if len(edit.layers) > 1]
-        return tuple(Match("hidden", act, act) for act in ends if module_at(teacher, act) is not None)
+    return _MATCHES[family_of(plan)](student, teacher, plan)
+
+
+def _matches_of_layers(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) -> tuple[Match, ...]:
     adapter = adapter_for(teacher)
     slots = plan.layout().slots
     ours, theirs = ((adapter_for(model).layers_path(model), model) for model in (student, teacher))
@@ -59,6 +60,15 @@ def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) ->
     return tuple(matches)
 
 
+def _matches_of_convolutions(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) -> tuple[Match, ...]:
+    units = adapter_for(teacher, ChainAdapter).convolutions(teacher).units
+    ends = [units[edit.end].act for edit in plan.edits if len(edit.layers) > 1]
+    return tuple(Match("hidden", act, act) for act in ends if module_at(teacher, act) is not None)
+
+
+_MATCHES = {LAYERS: _matches_of_layers, CONV_GRAPH: _matches_of_convolutions}
+
+
 def fused_parameters(student: PreTrainedModel, plan: Plan) -> frozenset[str]:
     """Names of the parameters of blocks that were made of several.
 
@@ -72,20 +82,28 @@ def fused_parameters(student: PreTrainedModel, plan: Plan) -> frozenset[str]:
     Raises:
         UnsupportedModelError: no adapter for the architecture.
     """
-    if plan.kinds == CHAIN:
-        units = adapter_for(student, ChainAdapter).convolutions(skeleton(student)).units
-        made = [(edit.start + 1,) if edit.merged else edit.keep for edit in plan.edits if len(edit.layers) > 1]
-        paths = [units[place].conv for places in made for place in places]
-        return frozenset(f"{at}.{name}" for at in paths for name, _ in student.get_submodule(at).named_parameters())
+    paths = _FUSED_MODULES[family_of(plan)](student, plan)
+    return frozenset(f"{at}.{name}" for at in paths for name, _ in student.get_submodule(at).named_parameters())
+
+
+def _fused_modules_of_layers(student: PreTrainedModel, plan: Plan) -> list[str]:
     layout = plan.layout()
     tied = {(slot, tie.kind) for tie in layout.ties for slot in tie.slots}
-    names = set()
+    paths = []
     for block in adapter_for(student).blocks(student):
         source = layout.slots[block.layer].source(block.kind)
         if len(source.layers) > 1 or (block.layer, block.kind) in tied:
-            for path in block.modules.values():
-                names |= {f"{path}.{name}" for name, _ in student.get_submodule(path).named_parameters()}
-    return frozenset(names)
+            paths += block.modules.values()
+    return paths
+
+
+def _merged_convolutions(student: PreTrainedModel, plan: Plan) -> list[str]:
+    units = adapter_for(student, ChainAdapter).convolutions(skeleton(student)).units
+    made = [(edit.start + 1,) if edit.merged else edit.keep for edit in plan.edits if len(edit.layers) > 1]
+    return [units[place].conv for places in made for place in places]
+
+
+_FUSED_MODULES = {LAYERS: _fused_modules_of_layers, CONV_GRAPH: _merged_convolutions}
 
 
 def mixed_weights(

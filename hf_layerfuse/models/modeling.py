@@ -24,13 +24,11 @@ from transformers.models.auto import auto_factory, configuration_auto, modeling_
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, PlanError, UnsupportedModelError
-from ..plan import CHAIN, Layout, Plan
-from .architectures import ADAPTERS, BUILTIN, FUSED_PREFIX, ChainAdapter, ModelAdapter, adapter_for
+from ..plan import Plan
+from .architectures import ADAPTERS, BUILTIN, FUSED_PREFIX, ModelAdapter
+from .families import family_of
 from .modules.shared_linear import Relaxed
 from .remote_code import ship
-from .surgery.conv_graph import reshape_chain
-from .surgery.layers import reshape, tied_weights
-from .surgery.weights import expanded_weights
 
 _AUTO_CLASSES = [
     value
@@ -49,12 +47,7 @@ class FusedMixin:
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         plan = plan_of(config)
-        if plan.kinds == CHAIN:
-            reshape_chain(self, adapter_for(config, ChainAdapter), plan)
-        else:
-            adapter, layout = adapter_for(config), layout_of(config)
-            reshape(self, adapter, layout)
-            self._fused_ties = tied_weights(self, adapter, layout)
+        self._fused_ties = family_of(plan).reshape(self, plan)
         # Saving reads the patterns in `_tied_weights_keys`, loading reads `all_tied_weights_keys`.
         self._tied_weights_keys = {**(self._tied_weights_keys or {}), **self._fused_ties}
         self.all_tied_weights_keys.update(self._fused_ties)
@@ -216,21 +209,6 @@ def plan_of(config: PreTrainedConfig) -> Plan:
     return plan
 
 
-def layout_of(config: PreTrainedConfig) -> Layout:
-    """The shape that the plan in a fused config asks for.
-
-    Raises:
-        PlanError: no plan, a plan of another architecture or newer format, or one that does not fit the config.
-    """
-    layout = plan_of(config).layout()
-    if len(layout.slots) != config.num_hidden_layers:
-        raise PlanError(
-            f"the plan in config.json leads to {len(layout.slots)} layers, and num_hidden_layers is "
-            f"{config.num_hidden_layers}: the file was changed by hand; restore the original."
-        )
-    return layout
-
-
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the stock class and shape that another one had before it was merged, without weights."""
     stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
@@ -264,20 +242,9 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, FusedMixin):
         return copy.deepcopy(model)
-    if plan_of(model.config).kinds == CHAIN:
-        raise UnsupportedModelError(
-            f"convolutions of {type(model).__name__} were merged, for which the stock class has no place: save the "
-            "model as it is, without expanded=True."
-        )
-    layout = layout_of(model.config)
-    others = [i for i, slot in enumerate(layout.slots) for source in slot.blocks.values() if source and source.form]
-    if others:
-        raise UnsupportedModelError(
-            f"the MLPs of layers {', '.join(map(str, others))} are linear, or on the way to it, for which "
-            f"{type(model).__name__} has no place without this library: save the model as it is, without expanded=True."
-        )
+    plan = plan_of(model.config)
+    weights = family_of(plan).expanded(model, plan)
     stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
-    weights = expanded_weights(model, adapter_for(model), layout)
     return build(stock, stock.config_class(**_fields(model.config)), weights, model)
 
 

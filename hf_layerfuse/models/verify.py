@@ -18,7 +18,8 @@ from ..evaluation.batches import Batches, model_inputs
 from ..evaluation.divergence import decode, prediction
 from ..evaluation.dummy_inputs import example_inputs, predicts_next_token
 from ..evaluation.eval_mode import eval_mode
-from ..plan import CHAIN
+from ..plan import Plan
+from .families import family_of
 from .loading import load_checkpoint
 
 
@@ -129,9 +130,9 @@ def warn_if_useless(original: PreTrainedModel, fused: PreTrainedModel, batches: 
     With class labels, chance is the loss of a uniform guess, ln(classes). Without, it is the mean cosine with the
     original's outputs for other inputs: a fused model no nearer to those for its own inputs has lost its content.
     """
-    # merged convolutions may have larger kernels: it is time that they save
-    merged = (getattr(fused.config, "layerfuse_plan", None) or {}).get("kinds") == list(CHAIN)
-    if not merged and fused.num_parameters() >= original.num_parameters():
+    tree = getattr(fused.config, "layerfuse_plan", None)
+    saves = not tree or family_of(Plan.from_dict(tree)).saves_parameters
+    if saves and fused.num_parameters() >= original.num_parameters():
         _warn("fusing removed no parameters: the plan is empty. Lower the target.")
         return
     losses, matches, chances, classes = [], [], [], 0

@@ -24,8 +24,34 @@ def _one_of(value: object, allowed: object, what: str) -> None:
         raise PlanError(f"{what} is {value!r}; allowed: {', '.join(map(repr, get_args(allowed)))}.")
 
 
+class _Edit:
+    """What a plan asks of every edit."""
+
+    layers: tuple[int, ...]
+    source: Source | None
+    shares: ClassVar[bool] = False
+    """Whether the blocks stay where they are, and share weights."""
+
+    def becomes(self) -> dict[int, Source | None]:
+        """Layer -> where its block comes from in the result, or None for a block that is gone.
+
+        Blocks that share weights are not in it: they stay, and a `Tie` says where their weights come from.
+        """
+        return dict.fromkeys(self.layers, self.source)
+
+
+class _OneLayer(_Edit):
+    """An edit of a block of one layer."""
+
+    layer: int
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
+
+
 @dataclass(frozen=True)
-class Fuse:
+class Fuse(_Edit):
     """Several blocks become one.
 
     In `depth` mode the fused block runs once, at the depth of the first of `layers`, which must be neighbours.
@@ -113,9 +139,18 @@ class Fuse:
         """Where the weights of the fused block come from."""
         return Source(self.layers, self.operator, self.keep, self.weights)
 
+    @property
+    def shares(self) -> bool:
+        return self.mode != "depth"
+
+    def becomes(self) -> dict[int, Source | None]:
+        if self.shares:
+            return {}
+        return dict.fromkeys(self.layers) | {self.layers[0]: self.source}
+
 
 @dataclass(frozen=True)
-class Drop:
+class Drop(_OneLayer):
     """A block is removed; the residual stream passes through.
 
     The norm in front of the block goes with it; a norm that follows the residual sum (BERT) stays, unless the whole
@@ -135,12 +170,13 @@ class Drop:
         _layer_indices(self.layers, "Drop.layer")
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        return (self.layer,)
+    def source(self) -> None:
+        """None: the block is gone."""
+        return None
 
 
 @dataclass(frozen=True)
-class Linearize:
+class Linearize(_OneLayer):
     """The MLP of a layer becomes one linear map of the stream (LayerCollapse, Shabgahi et al. 2023).
 
     With a `rank`, that is the product of two maps, which is smaller below half the width of the stream. An MLP of fewer
@@ -177,17 +213,13 @@ class Linearize:
             )
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        return (self.layer,)
-
-    @property
     def source(self) -> Source:
         """Where the weights of the map come from."""
         return Source(self.layers, form=LinearForm(self.rank, self.fold))
 
 
 @dataclass(frozen=True)
-class Blend:
+class Blend(_OneLayer):
     """The activation of an MLP is on its way to a line: (1 - a) act(z) + a (s z + t), with one a that is trained.
 
     At a = 0, where it starts, the model is the original, and at a = 1 the MLP is linear: `straighten` puts one map in
@@ -209,17 +241,13 @@ class Blend:
         _layer_indices(self.layers, "Blend.layer")
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        return (self.layer,)
-
-    @property
     def source(self) -> Source:
         """Where the weights of the MLP come from."""
         return Source(self.layers, form=BlendedForm(self.faithful))
 
 
 @dataclass(frozen=True)
-class MergeConvs:
+class MergeConvs(_Edit):
     """Convolutions start + 1 to end of a chain become one (LayerMerge, Kim et al. 2024).
 
     Activations between them go, and of the convolutions themselves all but those in `keep`. What is left is linear, and

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
-from .edit import Blend, Drop, Edit, Fuse, Linearize, MergeConvs, read_edit, write_edit
+from .edit import Edit, read_edit, write_edit
 from .layout import Layout, Slot, Source, Tie
 
 FORMAT_VERSION = 1
@@ -72,15 +72,8 @@ class Plan:
             kind: [Source((layer,)) for layer in range(self.num_layers)] for kind in self.kinds
         }
         for kind, edit in self._by_block():
-            if isinstance(edit, Drop):
-                blocks[kind][edit.layer] = None
-            elif isinstance(edit, Linearize | Blend | MergeConvs):
-                for layer in edit.layers:
-                    blocks[kind][layer] = edit.source
-            elif edit.mode == "depth":
-                blocks[kind][edit.layers[0]] = edit.source
-                for layer in edit.layers[1:]:
-                    blocks[kind][layer] = None
+            for layer, source in edit.becomes().items():
+                blocks[kind][layer] = source
 
         kept = [i for i in range(self.num_layers) if any(sources[i] for sources in blocks.values())]
         ends = [*kept[1:], self.num_layers]
@@ -91,7 +84,7 @@ class Plan:
         ties = tuple(
             Tie(kind, tuple(kept.index(layer) for layer in edit.layers), edit.source, edit.mode, edit.rank)
             for kind, edit in self._by_block()
-            if isinstance(edit, Fuse) and edit.mode != "depth"
+            if edit.shares
         )
         return Layout(slots, ties)
 

@@ -15,9 +15,10 @@ from ...evaluation.eval_mode import eval_mode
 from ...math.ridge import Moments, chain, fit, identity
 from ...models.align import aligned
 from ...models.architectures import READERS, Block, ConvAdapter, adapter_for
+from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...models.modules.shared_linear import theta_of
 from ...models.surgery.checks import check_model, check_plan
-from ...plan import CHAIN, Kind, LinearForm, Plan, Slot
+from ...plan import Kind, LinearForm, Plan, Slot
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward, TeacherStates
 from ..mmap import MappedActivations, PerBatch, WeightSnapshot
@@ -71,9 +72,12 @@ def refit(
         PlanError: the plan is for another architecture or number of layers.
         UnsupportedModelError: the teacher cannot be fused, or the model does not run each of its layers once, in order.
     """
-    sample = Sample.of(batches)
-    if plan.kinds == CHAIN:
-        return refit_chain(student, teacher, plan, sample, fitted=method != "none")
+    return _REFITS[family_of(plan)](student, teacher, plan, Sample.of(batches), method)
+
+
+def _refit_layers(
+    student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, sample: Sample, method: Method
+) -> RefitReport:
     before = calibration_loss(student, teacher, sample.held_out_batches)
     if method == "none":
         return RefitReport(before, before, kept=False)
@@ -82,6 +86,15 @@ def refit(
     check_plan(teacher, adapter, plan)
     with eval_mode(student, teacher):
         return refit_by(student, TeacherStates(LayerwiseForward(teacher, sample)), plan, before, method)
+
+
+def _refit_convolutions(
+    student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, sample: Sample, method: Method
+) -> RefitReport:
+    return refit_chain(student, teacher, plan, sample, fitted=method != "none")
+
+
+_REFITS = {LAYERS: _refit_layers, CONV_GRAPH: _refit_convolutions}
 
 
 def refit_by(student: PreTrainedModel, trace: TeacherStates, plan: Plan, before: float, method: Method) -> RefitReport:

@@ -10,7 +10,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ...methods import method_of
-from ...plan import CHAIN, Plan
+from ...models.families import family_of
+from ...plan import Plan
 from ...recipe import Recipe
 from ...recipe.tasks import TASKS
 from .tables import (
@@ -83,7 +84,7 @@ def model_card(
             "",
             markdown_table(rows(results)),
             "",
-            f"## What became of its {plan.num_layers} {'convolutions' if plan.kinds == CHAIN else 'layers'}",
+            f"## What became of its {plan.num_layers} {family_of(plan).units}",
             "",
             markdown_table(change_table(plan), numbers=False),
             "",

@@ -16,7 +16,8 @@ from PIL import Image
 
 from ...errors import CheckpointError, PlanError
 from ...methods import method_of
-from ...plan import CHAIN, Plan
+from ...models.families import CONV_GRAPH, LAYERS, family_of
+from ...plan import Plan
 from ...plan.edit import read_edit
 from ...recipe import Recipe, recipe_of
 from ..output import MARK, write_whole
@@ -156,6 +157,10 @@ def _pictures(plan: Plan, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+_COSTS_OF = {LAYERS: "layer", CONV_GRAPH: "segment: begin, end, kernel, depthwise"}
+"""Family of a plan -> what its notes have a cost of, each by its name."""
+
+
 def _reasons(plan: Plan) -> list[dict[str, Any]]:
     """What the notes of a plan have on how it was chosen: words, and rows of text."""
     notes, found = plan.notes, []
@@ -169,7 +174,7 @@ def _reasons(plan: Plan) -> list[dict[str, Any]]:
         add("What competed on calibration data, the best first.", ["plan", "calibration loss"], *rivals)
     if losses := notes.get("losses"):
         if isinstance(losses, dict):  # an MLP by its layer, or a segment of convolutions
-            head = "layer" if plan.kinds != CHAIN else "segment: begin, end, kernel, depthwise"
+            head = _COSTS_OF[family_of(plan)]
             single = [[name, f"{loss:.4g}"] for name, loss in losses.items()]
         else:
             head = "choice"

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...plan import CHAIN, Kind, LinearForm, Plan
+from ...models.families import CONV_GRAPH, LAYERS, family_of
+from ...plan import Kind, LinearForm, Plan
 
 _GREY = "#7d7d7d"
 """Seen on white as well as on black."""
@@ -192,11 +193,10 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
         plan: of any method.
         path: of a PNG file.
     """
-    kinds = ("convolution",) if plan.kinds == CHAIN else plan.kinds
     width = max(6.0, min(12.0, 0.45 * plan.num_layers))
-    height = 1.2 if plan.kinds == CHAIN or not plan.layout().ties else 1.6
-    with _picture(path, width, 0.3 + height * len(kinds), nrows=len(kinds)) as axes:
-        for [axis], kind, colour in zip(axes, kinds, _COLOURS, strict=False):
+    height = 1.6 if plan.layout().ties else 1.2
+    with _picture(path, width, 0.3 + height * len(plan.kinds), nrows=len(plan.kinds)) as axes:
+        for [axis], kind, colour in zip(axes, plan.kinds, _COLOURS, strict=False):
             _draw_flow(axis, plan, kind, colour)
 
 
@@ -221,7 +221,7 @@ def _draw_flow(axis: Any, plan: Plan, kind: str, colour: str) -> None:
     axis.plot(gone, [1] * len(gone), "x", color=_GREY, markersize=7, markeredgewidth=1.8)
     for layer in every[::numbered]:
         axis.text(layer, 1.28, str(layer), ha="center", va="bottom", fontsize=text)
-    ties = () if kind == "convolution" else plan.layout().ties
+    ties = plan.layout().ties
     for tie in ties:
         if tie.kind == kind:
             axis.plot(tie.source.layers, [-0.85] * len(tie.source.layers), color=colour, linewidth=1.5, marker="|")
@@ -241,10 +241,19 @@ def _draw_flow(axis: Any, plan: Plan, kind: str, colour: str) -> None:
 
 def _made_of(plan: Plan, kind: str) -> list[tuple[tuple[int, ...], bool]]:
     """For each block of the result, the original ones that it was made of, and whether it is linear."""
-    if plan.kinds == CHAIN:
-        edits = {edit.layers: edit for edit in plan.edits}
-        taken = {layer for layers in edits for layer in layers}
-        alone = [(layer,) for layer in range(plan.num_layers) if layer not in taken]
-        return [(layers, False) for layers in sorted([*edits, *alone]) if layers not in edits or edits[layers].keep]
+    return _MADE_OF[family_of(plan)](plan, kind)
+
+
+def _layers_made_of(plan: Plan, kind: str) -> list[tuple[tuple[int, ...], bool]]:
     sources = [slot.blocks[kind] for slot in plan.layout().slots]
     return [(source.layers, isinstance(source.form, LinearForm)) for source in sources if source is not None]
+
+
+def _convolutions_made_of(plan: Plan, kind: str) -> list[tuple[tuple[int, ...], bool]]:
+    edits = {edit.layers: edit for edit in plan.edits}
+    taken = {layer for layers in edits for layer in layers}
+    alone = [(layer,) for layer in range(plan.num_layers) if layer not in taken]
+    return [(layers, False) for layers in sorted([*edits, *alone]) if layers not in edits or edits[layers].keep]
+
+
+_MADE_OF = {LAYERS: _layers_made_of, CONV_GRAPH: _convolutions_made_of}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,29 +63,12 @@ def markdown_table(table: list[list[str]], *, numbers: bool = True) -> str:
 
 
 def changes(plan: Plan) -> list[tuple[str, str]]:
-    """Blocks of the original, and what becomes of them, in words: a pair for each edit."""
+    """Blocks of the original, and what becomes of them, in words: a pair for each edit that changes more than norms."""
     pairs = []
     for edit in plan.edits:
-        where = f"{_BLOCKS[edit.kind][len(edit.layers) > 1]} {', '.join(map(str, edit.layers))}"
-        if isinstance(edit, Drop):
-            pairs.append((where, "dropped"))
-        elif isinstance(edit, Linearize):
-            maps = "one linear map" if edit.rank is None else f"two linear maps of rank {edit.rank}"
-            sum_too = ", which takes in the residual sum behind it" if edit.fold else ""
-            pairs.append((where, f"becomes {maps}{sum_too}"))
-        elif isinstance(edit, Blend):
-            pairs.append((where, "its activation is on the way to a line"))
-        elif isinstance(edit, MergeConvs):
-            if not edit.keep:
-                pairs.append((where, "taken out"))
-            elif len(edit.layers) > 1:  # of all others, batch norms are folded
-                kept = ", ".join(map(str, edit.keep))
-                how = f"become one, made of {kept}{'' if edit.merged else ', open yet'}"
-                pairs.append((where, how))
-        elif isinstance(edit, Fuse):
-            residuals = f", with residuals of rank {edit.rank}" if edit.mode == "share" and edit.rank else ""
-            become = _BECOME[edit.mode].format(rank=edit.rank)
-            pairs.append((where, f"{become}{residuals} ({_how(edit)})"))
+        if become := _WORDS[type(edit)](edit):
+            where = f"{_BLOCKS[edit.kind][len(edit.layers) > 1]} {', '.join(map(str, edit.layers))}"
+            pairs.append((where, become))
     return pairs
 
 
@@ -114,6 +97,35 @@ def _how(edit: Fuse) -> str:
     """Operator and alignment of an edit in words."""
     how = edit.operator if edit.keep is None else f"{edit.operator}, layer {edit.keep}"
     return how if edit.align == "none" else f"{how}, aligned by {edit.align}"
+
+
+def _fused(edit: Fuse) -> str:
+    residuals = f", with residuals of rank {edit.rank}" if edit.mode == "share" and edit.rank else ""
+    return f"{_BECOME[edit.mode].format(rank=edit.rank)}{residuals} ({_how(edit)})"
+
+
+def _linear(edit: Linearize) -> str:
+    maps = "one linear map" if edit.rank is None else f"two linear maps of rank {edit.rank}"
+    sum_too = ", which takes in the residual sum behind it" if edit.fold else ""
+    return f"becomes {maps}{sum_too}"
+
+
+def _merged(edit: MergeConvs) -> str | None:
+    if not edit.keep:
+        return "taken out"
+    if len(edit.layers) == 1:
+        return None  # its batch norm is folded
+    return f"become one, made of {', '.join(map(str, edit.keep))}{'' if edit.merged else ', open yet'}"
+
+
+_WORDS: dict[type, Callable[[Any], str | None]] = {
+    Fuse: _fused,
+    Drop: lambda _: "dropped",
+    Linearize: _linear,
+    Blend: lambda _: "its activation is on the way to a line",
+    MergeConvs: _merged,
+}
+"""Type of an edit -> what becomes of its blocks, in words; None where only batch norms are folded."""
 
 
 def name_of(recipe: Recipe) -> str:
@@ -146,7 +158,7 @@ def change_table(plan: Plan) -> list[list[str]]:
     edited = sum(len(edit.layers) * (len(plan.kinds) if edit.kind == "layer" else 1) for edit in plan.edits)
     if edited < plan.num_layers * len(plan.kinds):
         pairs.append(["All others", "as they are"])
-    elif any(edit.keep and len(edit.layers) == 1 for edit in plan.edits if isinstance(edit, MergeConvs)):
+    elif len(pairs) < len(plan.edits):  # the others are of one convolution
         pairs.append(["All others", "as they are, with batch norms folded"])
     return [["of the original", "in the result"], *pairs]
 
