@@ -11,6 +11,7 @@ import hf_layerfuse
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 RUNNING = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
 
 
@@ -39,15 +40,34 @@ def test_a_changed_figure_is_written_anew():
 
 
 def test_names_everything_that_is_there():
-    """Each architecture, recipe and module is in the README, and each recipe on the page about running, too."""
+    """Each architecture and recipe is in the README, and each recipe on the page about running, too."""
     for name in TINY:
         assert name in README
-    inside = README[README.index("## Inside") :]
-    for path in (ROOT / "hf_layerfuse").glob("*.py"):
-        assert path.name in inside or path.name == "__init__.py"
     for path in (ROOT / "recipes").glob("*.yaml"):
         assert f"(recipes/{path.name})" in README
         assert f"(../recipes/{path.name})" in RUNNING
+
+
+def folders(parent: Path) -> set[Path]:
+    """Folders of the checkout directly inside one: neither hidden nor left out by .gitignore."""
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").replace("/", "").split()
+    found = {path for path in parent.iterdir() if path.is_dir() and path.name not in ignored}
+    return {path for path in found if not path.name.startswith((".", "__")) and not path.name.endswith(".egg-info")}
+
+
+def test_the_tree_is_that_of_the_checkout():
+    """The tree in CONTRIBUTING.md names every top-level folder and every room, and nothing that does not exist."""
+    section = CONTRIBUTING[CONTRIBUTING.index("## Where things are") :]
+    parents, named = [ROOT], set()
+    for line in section.split("```")[1].strip().splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()
+        path = parents[len(indent) // 2] / name
+        assert path.is_dir() if name.endswith("/") else path.is_file(), name
+        parents[len(indent) // 2 + 1 :] = [path]
+        named.add(path)
+    package = ROOT / "hf_layerfuse"
+    rooms = folders(package).union(*map(folders, folders(package)))
+    assert folders(ROOT) | rooms == {path for path in named if path.is_dir()}
 
 
 def test_public_names_are_documented():
