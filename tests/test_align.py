@@ -5,7 +5,7 @@ from itertools import permutations, product
 
 import pytest
 import torch
-from conftest import LAYERS, TINY, tiny_model
+from helpers import LAYERS, TINY, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Plan, apply
 from hf_layerfuse.errors import DataError, RecipeError, UnsupportedModelError

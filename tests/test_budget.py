@@ -7,8 +7,7 @@ import random
 
 import pytest
 import torch
-from conftest import TINY, network
-from test_search import batches_of, state_of, whole
+from helpers import TINY, batches_of, network, state_of, whole
 
 from hf_layerfuse import (
     Drop,

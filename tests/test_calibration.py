@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import HEADS, tiny_model
 from datasets import Dataset
+from helpers import HEADS, tiny_model
 from transformers import BatchEncoding
 
 from hf_layerfuse.calibration.samples import ROWS, Sample, read

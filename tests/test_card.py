@@ -2,42 +2,17 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT
 from huggingface_hub import ModelCard
+from runs import MERGED, PLAN, RESULTS, SHARED, SMALLER, recipe
 
-from hf_layerfuse import Drop, Fuse, FusionRecipe, Linearize, MergeConvs, MergeRecipe, Plan
+from hf_layerfuse import Drop, Fuse, FusionRecipe, MergeRecipe, Plan
 from hf_layerfuse.pipeline.report.card import licence_of, model_card
 from hf_layerfuse.pipeline.report.tables import change_table
-from hf_layerfuse.plan import CHAIN
-from hf_layerfuse.recipe import DataRecipe, Recipe, load_recipe
-
-STAGE = {
-    "parameters": 1000,
-    "non_embedding_parameters": 800,
-    "bytes": 4000,
-    "latency_ms": {"1": 5.0, "8": 30.0},
-    "metrics": {"accuracy": 0.9},
-}
-SMALLER = {**STAGE, "parameters": 750, "latency_ms": {"1": 4.0, "8": 20.0}, "metrics": {"accuracy": 0.875}}
-RESULTS = {"before": STAGE, "fused": SMALLER, "metrics_on": "test", "environment": {"device": "cpu"}}
-PLAN = Plan("bert", 12, (Fuse("layer", (2, 3)), Drop("attention", 7)))
-SHARED = Plan("bert", 12, (Fuse("mlp", (0, 1), "share"), Linearize(5)))
-MERGED = Plan("resnet", 3, (MergeConvs(-1, 0, (0,)), MergeConvs(0, 2, (2,))), kinds=CHAIN)
-
-
-def recipe(**changes) -> Recipe:
-    given = {
-        "model": "user/model",
-        "task": "text-classification",
-        "output_dir": "out",
-        "data": {"name": "glue", "config": "sst2", "test": "validation"},
-        "fusion": FusionRecipe(keep_layers=11),
-    }
-    given |= changes
-    return Recipe(**{**given, "data": DataRecipe(**given["data"])})
+from hf_layerfuse.recipe import Recipe, load_recipe
 
 
 def test_says_what_became_of_what():
@@ -140,7 +115,7 @@ def test_use_is_what_loads_it():
 
 def test_shipped_cards_are_of_this_form():
     """Those in model_cards/ have what a card made now would have, and their pictures are there."""
-    cards = sorted((Path(__file__).resolve().parents[1] / "model_cards").glob("*/README.md"))
+    cards = sorted((ROOT / "model_cards").glob("*/README.md"))
     assert len(cards) >= 3
     for path in cards:
         card = ModelCard.load(path)

@@ -1,12 +1,11 @@
 """Convolutions that became one: the same function as before they were merged, whatever the network and the image."""
 
 import copy
-import random
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CHAINS, NETWORKS, network, tiny_model
+from helpers import CHAINS, NETWORKS, chain_of, chain_plan, network, some_chain_plan, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -44,29 +43,6 @@ from hf_layerfuse.plan import CHAIN
 RESNET34 = ResNetConfig(layer_type="basic", depths=[3, 4, 6, 3], hidden_sizes=[64, 128, 256, 512])
 
 
-def chain_of(model):
-    return adapter_for(model, ChainAdapter).convolutions(model).chain(model)
-
-
-def plan_of(model, *edits) -> Plan:
-    adapter = adapter_for(model, ChainAdapter)
-    return Plan(adapter.model_type, len(adapter.convolutions(model).units), edits, kinds=CHAIN)
-
-
-def some_plan(model, seed: int, merged: bool = True) -> Plan:
-    """Segments of two or more convolutions, with any of their kernels, one after the other."""
-    chance, chain, edits, at = random.Random(seed), chain_of(model), [], 0
-    while at < chain.length:
-        ends = [j for i, j in chain.segments() if i == at and j > at + 1]
-        if ends and chance.random() < 0.8:
-            end = chance.choice(ends)
-            edits.append(MergeConvs(at, end, chance.choice(list(chain.kernels(at, end).values())), merged))
-            at = end
-        else:
-            at += 1
-    return plan_of(model, *edits)
-
-
 def logits(model, height: int = 48, width: int = 48) -> torch.Tensor:
     images = torch.randn(4, 3, height, width, generator=torch.Generator().manual_seed(1)).to(model.dtype)
     with torch.inference_mode():
@@ -85,7 +61,7 @@ def assert_equal(ours, theirs, tolerance: float) -> None:
 def test_merged_is_unmerged(name, seed, size):
     """One convolution computes what those that stay compute, for images of all sizes, merged at once or later."""
     model = network(name)
-    plan = some_plan(model, seed, merged=False)
+    plan = some_chain_plan(model, seed, merged=False)
     whole = replace(plan, edits=tuple(replace(edit, merged=True) for edit in plan.edits))
     left_open = apply(model, plan)
     expected = logits(left_open, *size)
@@ -103,7 +79,7 @@ def test_a_merged_model_is_a_model(name):
     In float32, merged and unmerged are equal to rounding.
     """
     model = network(name)
-    plan = some_plan(model, 3)
+    plan = some_chain_plan(model, 3)
     merged = apply(model, plan)
     left_open = apply(model, replace(plan, edits=tuple(replace(edit, merged=False) for edit in plan.edits)))
     expected = logits(left_open.float())
@@ -122,7 +98,7 @@ def test_a_merged_model_is_a_model(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_an_empty_plan_changes_nothing(name):
     model = network(name)
-    assert torch.equal(logits(apply(model, plan_of(model))), logits(model))
+    assert torch.equal(logits(apply(model, chain_plan(model))), logits(model))
 
 
 def test_moved_padding_changes_the_border_alone():
@@ -132,7 +108,7 @@ def test_moved_padding_changes_the_border_alone():
         model.layers[place].act1 = nn.Identity()
     model.layers[0].act = nn.Identity()
     edit = MergeConvs(0, 4, (1, 2, 3, 4), merged=False)
-    small = apply(network("cifar"), plan_of(model, edit))
+    small = apply(network("cifar"), chain_plan(model, edit))
     images = torch.randn(2, 4, 20, 20, dtype=torch.float64)
     with torch.inference_mode():
         ours, theirs = (m.layers[1](m.layers[0](images)) for m in (small, model))
@@ -143,7 +119,7 @@ def test_moved_padding_changes_the_border_alone():
 def test_a_branch_of_which_nothing_is_left_adds_nothing():
     """A residual block without convolutions gives its input once, and not twice."""
     model = network("cifar")
-    small = apply(model, plan_of(model, MergeConvs(0, 4, (4,), merged=False)))
+    small = apply(model, chain_plan(model, MergeConvs(0, 4, (4,), merged=False)))
     block, images = small.layers[0], torch.rand(1, 4, 9, 9, dtype=torch.float64)
     torch.testing.assert_close(block(images), images)
     assert isinstance(block, Parts)
@@ -153,7 +129,7 @@ def test_a_branch_of_which_nothing_is_left_adds_nothing():
 def test_convolutions_are_taken_out():
     """Its activation stays; a block of which both are gone gives its input; what changes the shape cannot go."""
     model = network("cifar")
-    small = apply(model, plan_of(model, MergeConvs(0, 1, ()), MergeConvs(1, 2, ()), MergeConvs(2, 3, ())))
+    small = apply(model, chain_plan(model, MergeConvs(0, 1, ()), MergeConvs(1, 2, ()), MergeConvs(2, 3, ())))
     images = torch.rand(2, 4, 9, 9, dtype=torch.float64)
     torch.testing.assert_close(small.layers[0](images), images)
     block = copy.deepcopy(model.layers[1])
@@ -161,7 +137,7 @@ def test_convolutions_are_taken_out():
     torch.testing.assert_close(small.layers[1](images), block(images))
     assert verify(small)["reload"] == 0
     with pytest.raises(PlanError, match="leaves out convolution 7, which changes the shape"):
-        apply(model, plan_of(model, MergeConvs(6, 7, ())))
+        apply(model, chain_plan(model, MergeConvs(6, 7, ())))
 
 
 def test_a_linear_bottleneck_ends_with_an_activation_when_it_is_merged():
@@ -169,7 +145,7 @@ def test_a_linear_bottleneck_ends_with_an_activation_when_it_is_merged():
     model = network("mobilenet")
     units = adapter_for(model, ChainAdapter).convolutions(model).units
     inside = [i for i, unit in enumerate(units) if unit.act == "mobilenet_v2.layer.1.activation"]
-    small = apply(model, plan_of(model, MergeConvs(inside[0] - 2, inside[0], (inside[0],))))
+    small = apply(model, chain_plan(model, MergeConvs(inside[0] - 2, inside[0], (inside[0],))))
     block = small.mobilenet_v2.layer[1]
     assert isinstance(block.activation, nn.ReLU6)
     hidden = torch.randn(2, block.expand_1x1.convolution.in_channels, 9, 9, dtype=torch.float64)
@@ -177,7 +153,7 @@ def test_a_linear_bottleneck_ends_with_an_activation_when_it_is_merged():
     assert block.adds
     second = next(i for i, unit in enumerate(units) if unit.act.startswith("mobilenet_v2.layer.2.reduce"))
     edit = MergeConvs(second - 2, second, (second - 1, second))
-    small = apply(model, plan_of(model, edit))
+    small = apply(model, chain_plan(model, edit))
     assert isinstance(small.mobilenet_v2.layer[2].reduce_1x1.activation, nn.ReLU6)
 
 
@@ -188,7 +164,7 @@ def test_depthwise_convolutions_stay_depthwise():
     chain = chain_of(model)
     found = [(i, j, kept) for i, j, merged, kept in chain.table() if merged.depthwise and j - i > 1]
     i, j, kept = found[-1]
-    small = apply(model, plan_of(model, MergeConvs(i, j, kept)))
+    small = apply(model, chain_plan(model, MergeConvs(i, j, kept)))
     conv = small.get_submodule(adapter_for(model, ChainAdapter).convolutions(model).units[i + 1].conv)
     assert conv.groups == conv.in_channels
     assert isinstance(conv, PaddedConv2d)
@@ -197,7 +173,7 @@ def test_depthwise_convolutions_stay_depthwise():
 def test_it_is_trained_while_it_is_open():
     """The usual path: open, healed, merged; the merged model is what was trained, and can be trained further."""
     model = copy.deepcopy(network("basic")).float()
-    small = apply(model, some_plan(model, 5, merged=False))
+    small = apply(model, some_chain_plan(model, 5, merged=False))
     rows = [{"pixel_values": torch.randn(3, 48, 48), "labels": i % 3} for i in range(8)]
     before = copy.deepcopy(small.state_dict())
     recipe = HealRecipe(steps=2, batch_size=4, learning_rate=1e-2, mixed_precision="no")
@@ -211,10 +187,10 @@ def test_it_is_trained_while_it_is_open():
 def test_a_checkpoint_is_loaded_as_it_was_saved(tmp_path):
     """By `AutoFusedModel` and by the Auto class alike, with the plan in its config."""
     model = network("mobilenet").float()
-    small = apply(model, some_plan(model, 7))
+    small = apply(model, some_chain_plan(model, 7))
     small.save_pretrained(tmp_path)
     loaded = AutoFusedModel.from_pretrained(tmp_path)
-    assert Plan.from_dict(loaded.config.layerfuse_plan).edits == some_plan(model, 7).edits
+    assert Plan.from_dict(loaded.config.layerfuse_plan).edits == some_chain_plan(model, 7).edits
     assert torch.equal(logits(loaded), logits(small))
     network.cache_clear()
 
@@ -229,10 +205,10 @@ def test_plans_that_fit_nothing_are_refused():
         ((Drop("layer", 1),), "use MergeConvs"),
     ):
         with pytest.raises(PlanError, match=reason):
-            apply(model, plan_of(model, *edits))
+            apply(model, chain_plan(model, *edits))
     wide = next((i, j) for i, j in chain_of(network("bottleneck")).segments() if j - i == 3)
     with pytest.raises(PlanError, match="which changes the shape: keep it"):
-        apply(network("bottleneck"), plan_of(network("bottleneck"), MergeConvs(*wide, (wide[1] - 1,))))
+        apply(network("bottleneck"), chain_plan(network("bottleneck"), MergeConvs(*wide, (wide[1] - 1,))))
     for values, reason in (
         ((2, 2, (2,)), "to a later one"),
         ((-2, 0, (0,)), "to a later one"),
@@ -246,7 +222,7 @@ def test_plans_that_fit_nothing_are_refused():
     with pytest.raises(PlanError, match="for 3 convolutions, the model has 15"):
         apply(model, Plan("resnet", 3, (), kinds=CHAIN))
     with pytest.raises(PlanError, match="the plan is for 'mobilenet_v2'"):
-        apply(model, replace(plan_of(model), model_type="mobilenet_v2"))
+        apply(model, replace(chain_plan(model), model_type="mobilenet_v2"))
     with pytest.raises(PlanError, match="no segment of this ResNet"):
         merge_convs(model)
 
@@ -260,19 +236,19 @@ def test_each_architecture_says_what_it_can():
     with pytest.raises(UnsupportedModelError, match=r"'bert' knows no convolutions to merge.*mobilenet_v2, resnet"):
         apply(bert, Plan("bert", 6, (MergeConvs(0, 2, (1,)),), kinds=CHAIN))
     with pytest.raises(UnsupportedModelError, match=r"convolutions of FusedResNet.* were merged"):
-        expand(apply(model, some_plan(model, 1)))
+        expand(apply(model, some_chain_plan(model, 1)))
     bent = copy.deepcopy(model)
     bent.resnet.encoder.stages[0].layers[1].shortcut = nn.ReLU()
     with pytest.raises(PlanError, match=r"the shortcut of .*layers\.1 is neither the identity nor"):
-        apply(bent, plan_of(model, MergeConvs(2, 4, (3, 4))))
+        apply(bent, chain_plan(model, MergeConvs(2, 4, (3, 4))))
     odd = copy.deepcopy(model)
     odd.resnet.encoder.stages[0].layers[0].layer[0].convolution.padding_mode = "reflect"
     with pytest.raises(UnsupportedModelError, match="what can be merged are square Conv2d with zeros"):
-        apply(odd, some_plan(model, 1))
+        apply(odd, some_chain_plan(model, 1))
 
 
 def test_plans_survive_json():
-    plan = plan_of(
+    plan = chain_plan(
         network("basic"),
         MergeConvs(0, 2, (1,)),
         MergeConvs(2, 4, (3, 4), merged=False),

@@ -14,14 +14,13 @@ import pytest
 import torch
 from accelerate import Accelerator, tracking
 from accelerate.state import AcceleratorState, GradientState
-from conftest import LAYERS, on_two_processes, tiny_model
+from helpers import LAYERS, ROOT, on_two_processes, tiny_model
 from torch.utils.data import DataLoader
+from trainings import by_length, healed, models, recipe_of, rows, shuffled, weights
 
 from hf_layerfuse import (
     CheckpointError,
     Drop,
-    Fuse,
-    HealRecipe,
     LayerFuseError,
     Plan,
     RecipeError,
@@ -30,52 +29,10 @@ from hf_layerfuse import (
     heal,
     layer_map,
 )
-from hf_layerfuse.data.sampler import ByLength
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-
-
-def recipe_of(**values) -> HealRecipe:
-    plain = {"steps": 9, "learning_rate": 3e-3, "eval_every": 2, "mixed_precision": "no"}
-    return HealRecipe(**{**plain, "gradient_accumulation_steps": 2, **values})
-
-
-def rows(count: int = 11, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    ids = torch.randint(3, 64, (count, 8), generator=torch.Generator().manual_seed(seed))
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def shuffled() -> DataLoader:
-    return DataLoader(rows(), 3, shuffle=True)
-
-
-def by_length() -> DataLoader:
-    return DataLoader(rows(), 3, sampler=ByLength([8] * 11, 3, seed=5))
-
-
-def models(**changes):
-    """A fused student with shared weights, its teacher, and their plan; dropout is on."""
-    teacher = tiny_model("gpt2", "GPT2LMHeadModel", **changes)
-    plan = Plan("gpt2", LAYERS, (Fuse("layer", (1, 3), "share", rank=2), Fuse("layer", (4, 5))))
-    return apply(teacher, plan), teacher, plan
-
-
-def healed(folder: Path | None, recipe: HealRecipe | None = None, batches=shuffled, **options):
-    student, teacher, plan = models()
-    recipe = recipe or recipe_of(hidden_weight=0.5)
-    plain = {
-        "teacher": teacher,
-        "matches": layer_map(student, teacher, plan),
-        "validation_batches": DataLoader(rows(4)),
-    }
-    report = heal(student, batches(), recipe, checkpoints=folder, **{**plain, **options})
-    return student, report
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
 def assert_equal(ours, theirs) -> None:
@@ -118,7 +75,7 @@ import json, os, sys
 sys.path.insert(0, sys.argv[2])
 import pytest, torch
 from accelerate import Accelerator, PartialState
-from test_checkpoint import by_length, healed, recipe_of, weights
+from trainings import by_length, healed, recipe_of, weights
 
 recipe = recipe_of(hidden_weight=0.5, max_grad_norm=0.1)  # DeepSpeed clips by itself
 whole, expected = healed(sys.argv[1] + "/whole", recipe, by_length)
@@ -151,7 +108,7 @@ PartialState().destroy_process_group()
 
 
 def trained_by(folder: Path, kind: str) -> dict:
-    on_two_processes(folder, _ON_TWO_PROCESSES, folder, Path(__file__).parent, kind=kind)
+    on_two_processes(folder, _ON_TWO_PROCESSES, folder, ROOT / "tests", kind=kind)
     found = json.loads((folder / "found.json").read_text())
     assert found["processes"] == [2, 2]
     assert found["type"] == kind
@@ -191,7 +148,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import torch
 from accelerate import Accelerator
-from test_checkpoint import healed, recipe_of, weights
+from trainings import healed, recipe_of, weights
 from safetensors.torch import save_file
 
 folder = Path(sys.argv[1])
@@ -210,7 +167,7 @@ def test_killed_at_any_moment_and_started_again(tmp_path):
 
     def start(name: str) -> subprocess.Popen:
         (tmp_path / name).mkdir(exist_ok=True)
-        command = [sys.executable, str(program), str(tmp_path / name), str(Path(__file__).parent)]
+        command = [sys.executable, str(program), str(tmp_path / name), str(ROOT / "tests")]
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     assert start("whole").wait() == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYERS, TINY, heads_of, network, tiny_model
+from helpers import LAYERS, TINY, heads_of, network, tiny_model
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import HEADS, LAYERS, TINY, tiny_model
+from helpers import HEADS, LAYERS, TINY, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Linearize, Plan, apply, expand, verify
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs

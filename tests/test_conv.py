@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import cifar_resnet
+from helpers import cifar_resnet
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import (

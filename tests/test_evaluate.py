@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from helpers import tiny_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

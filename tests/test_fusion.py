@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LAYERS, TINY, heads_of, tiny_model
+from helpers import LAYERS, TINY, heads_of, tiny_model
 
 from hf_layerfuse import DataError, Drop, Fuse, FusionRecipe, Plan, RecipeError, adapter_for, apply, fuse, plan_fusion
 from hf_layerfuse.calibration.samples import observe

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import TINY, tiny_config, tiny_model
+from helpers import TINY, tiny_config, tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import Fuse, Plan, apply, fused_parameters, layer_map
@@ -402,7 +402,7 @@ from datasets import IterableDataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
-from hf_layerfuse.heal import heal
+from hf_layerfuse.training.heal import heal
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.evaluation.eval_mode import dropout_of
 from hf_layerfuse.training.objective import Objective

@@ -1,14 +1,14 @@
 """Activations on their way to a line: the original at a = 0, one linear map at a = 1, trained in between."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import GATED, LAYERS, TINY, on_two_processes, predicted, some_batches, tiny_model
+from helpers import GATED, LAYERS, ROOT, TINY, on_two_processes, predicted, some_batches, tiny_model
 from torch import nn
 from torch.utils.data import DataLoader
+from trainings import blended, rows, trained
 
 from hf_layerfuse import (
     Blend,
@@ -41,13 +41,6 @@ PLAIN = sorted(set(TINY) - set(GATED))
 POINTWISE = ["relu", "gelu", "gelu_new", "silu", "tanh", "quick_gelu"]
 
 
-def blended(model_type, *edits, **changes):
-    """A model, and the same with activations on their way to lines."""
-    model = tiny_model(model_type, **changes)
-    edits = edits or (Blend(1), Blend(4))
-    return model, apply(model, Plan(model_type, LAYERS, edits), some_batches(model))
-
-
 def seen_by(model, layer: int, batches) -> list[torch.Tensor]:
     """What enters and leaves the activation of a layer, (tokens, units) each."""
     seen = []
@@ -78,7 +71,7 @@ def test_from_the_front_door():
     assert torch.equal(predicted(student), predicted(model))
     chosen = [edit.layer for edit in search_collapse(model, CollapseRecipe(count=2), some_batches(model)).plan.edits]
     recipe = HealRecipe(steps=6, learning_rate=1e-3, straighten="auto", mixed_precision="no")
-    heal(student, DataLoader(rows(), 4), recipe, teacher=model, threshold=0.05)
+    heal(student, DataLoader(rows(12), 4), recipe, teacher=model, threshold=0.05)
     small, plan = straighten(student)
     assert plan.edits == tuple(map(Linearize, chosen))
     assert small.num_parameters() < model.num_parameters()
@@ -197,21 +190,6 @@ def test_gated_mlps_are_refused(model_type):
         apply(tiny_model(model_type), Plan(model_type, LAYERS, (Blend(1),)))
 
 
-def rows(count: int = 12) -> list[dict[str, torch.Tensor]]:
-    ids = torch.randint(3, 64, (count, 8), generator=torch.Generator().manual_seed(0))
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def trained(steps: int = 12, strength: float | str = "auto", folder=None, threshold=None, **options):
-    model, student = blended("gpt2", head="GPT2LMHeadModel")
-    recipe = HealRecipe(
-        steps=steps, learning_rate=2e-3, eval_every=4, mixed_precision="no", straighten=strength, **options
-    )
-    settings = {"teacher": model, "validation_batches": DataLoader(rows(4)), "threshold": threshold}
-    report = heal(student, DataLoader(rows(), 4, shuffle=True), recipe, checkpoints=folder, **settings)
-    return student, report
-
-
 @pytest.mark.usefixtures("fresh_accelerate")
 class TestTraining:
     def test_pulls_to_the_line(self):
@@ -287,7 +265,7 @@ class TestTraining:
         """A pull for a model without activations on the way is an error, not a silent nothing."""
         model = tiny_model("gpt2", "GPT2LMHeadModel")
         with pytest.raises(RecipeError, match="apply Blend edits first"):
-            heal(model, DataLoader(rows(), 4), HealRecipe(steps=1, kl_weight=0.0, straighten=10.0))
+            heal(model, DataLoader(rows(12), 4), HealRecipe(steps=1, kl_weight=0.0, straighten=10.0))
 
 
 ON_TWO_PROCESSES = """
@@ -295,7 +273,8 @@ import dataclasses, json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from accelerate import PartialState
-from test_homotopy import Linearize, straighten, trained
+from trainings import trained
+from hf_layerfuse import Linearize, straighten
 
 student, report = trained(threshold=0.05, progressive=True)
 plan = straighten(student)[1]
@@ -312,7 +291,7 @@ def test_deepspeed_pulls_as_data_parallelism_does(tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: it is the extra `deepspeed`")
     reports = []
     for kind in ("DEEPSPEED", "MULTI_CPU"):
-        on_two_processes(tmp_path / kind, ON_TWO_PROCESSES, tmp_path / kind, Path(__file__).parent, kind=kind)
+        on_two_processes(tmp_path / kind, ON_TWO_PROCESSES, tmp_path / kind, ROOT / "tests", kind=kind)
         reports.append(json.loads((tmp_path / kind / "report.json").read_text()))
         assert reports[-1]["distributed_type"] == kind
         assert reports[-1]["num_processes"] == 2

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GATED, LAYERS, TINY, predicted, some_batches, tiny_model
+from helpers import GATED, LAYERS, TINY, predicted, some_batches, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

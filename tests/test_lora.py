@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LAYERS, tiny_model
+from helpers import LAYERS, tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import Fuse, HealRecipe, Plan, RecipeError, apply, heal, layer_map

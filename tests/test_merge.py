@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from conftest import CHAINS, cifar_resnet, network, some_batches, tiny_model
+from helpers import CHAINS, cifar_resnet, network, some_batches, tiny_model
 from torch import nn
 
 from hf_layerfuse import (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from conftest import LAYERS, tiny_model
+from helpers import LAYERS, tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import Fuse, HealRecipe, Plan, RecipeError, align, apply, heal, mixed_weights

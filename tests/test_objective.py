@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import LAYERS, tiny_model
 from datasets import Dataset
+from helpers import LAYERS, tiny_model
 from torch.nn import functional as F
 
 from hf_layerfuse import Drop, Fuse, HealRecipe, Plan, PlanError, apply, fused_parameters, layer_map

@@ -6,8 +6,8 @@ import subprocess
 import pytest
 import torch
 import yaml
-from conftest import NETWORKS, TINY, network, tiny_model
-from test_cli import causal_lm
+from helpers import NETWORKS, TINY, network, tiny_model
+from runs import causal_lm
 
 from hf_layerfuse import AutoFusedModel, FusionRecipe, apply, cli, plan_fusion
 from hf_layerfuse.console import main

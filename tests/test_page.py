@@ -8,14 +8,11 @@ import re
 import shutil
 from html.parser import HTMLParser
 from io import BytesIO
-from pathlib import Path
 
 import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
-from test_card import MERGED, PLAN, RESULTS, SHARED, SMALLER, recipe
-from test_cli import causal_lm
-from test_plots import HEALED
+from runs import MERGED, PLAN, REPORT, RESULTS, SHARED, causal_lm, recipe, results, written
 
 from hf_layerfuse import CheckpointError, CollapseRecipe, Linearize, MergeRecipe, Plan, cli
 from hf_layerfuse.console import main
@@ -44,23 +41,6 @@ class Tags(HTMLParser):
 
     def handle_endtag(self, tag) -> None:
         assert self.open.pop() == tag
-
-
-REPORT = {**HEALED["heal"], "steps": 2, "best_step": 2, "seconds": 71.6, "mixed_precision": "bf16"}
-
-
-def results(**changes) -> dict:
-    made = {"heal": REPORT, "healed": SMALLER, "recipe": None, "command": "accelerate launch fuse.py x"}
-    return {**RESULTS, **made, **changes}
-
-
-def written(folder: Path, plan: Plan = PLAN, made=None, **changes) -> Path:
-    """A folder with what a page is made of."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").write_text(plan.to_json())
-    tree = {**results(**changes), "recipe": dataclasses.asdict(made or recipe())}
-    (folder / "results.json").write_text(json.dumps(tree))
-    return folder
 
 
 @pytest.mark.parametrize(

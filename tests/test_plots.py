@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import TINY, network, tiny_model
+from helpers import TINY, network, tiny_model
 from PIL import Image
+from runs import HEALED
 
 from hf_layerfuse import Drop, Fuse, FusionRecipe, Linearize, MergeConvs, Plan, adapter_for, apply, plan_fusion
 from hf_layerfuse.pipeline.report.plots import _COLOURS, _GREY, Quality, _made_of, draw, plot_quality
@@ -30,9 +31,6 @@ def test_as_many_blocks_as_the_result_has(model_type) -> None:
     for kind in TRANSFORMER:
         blocks = [block for block in adapter_for(model).blocks(result) if block.kind == kind]
         assert len(_made_of(plan, kind)) == len(blocks)
-
-
-HEALED = {"heal": {"train_loss": [(1, 3.0), (2, 2.5)], "validation_loss": [(0, 3.1), (2, 2.6)], "homotopy": []}}
 
 
 @pytest.mark.parametrize("plan", [MIXED, SHARED, CHAINED], ids=["mixed", "shared", "chain"])

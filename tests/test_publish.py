@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 from hub import TOKEN, Hub, hub
 from huggingface_hub import ModelCard
-from test_cli import ROOT, causal_lm
+from runs import causal_lm
 
 from hf_layerfuse import RecipeError
 from hf_layerfuse.recipe import HubRecipe

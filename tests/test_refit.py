@@ -3,16 +3,16 @@
 import copy
 import json
 import math
-import sys
 from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import TINY, tiny_model
+from helpers import TINY, tiny_model
 
 from hf_layerfuse import AutoFusedModel, Drop, Fuse, Plan, apply, expand, verify
 from hf_layerfuse.calibration.layer_hooks import Tap
 from hf_layerfuse.calibration.layerwise import Trace, Walk
+from hf_layerfuse.calibration.refit import transformer
 from hf_layerfuse.calibration.refit.linear import store
 from hf_layerfuse.calibration.refit.transformer import SELECTING, refit
 from hf_layerfuse.calibration.samples import Sample
@@ -24,7 +24,6 @@ from hf_layerfuse.models.architectures import adapter_for
 from hf_layerfuse.models.modules.shared_linear import theta_of
 
 LAYERS = 4
-MODULE = sys.modules["hf_layerfuse.calibration.refit.transformer"]
 
 PLANS = {
     "depth": (Fuse("layer", (1, 2), operator="mean"),),
@@ -399,8 +398,8 @@ def test_what_makes_it_worse_is_undone(monkeypatch, name, value):
         seen.append(state_of(walk.model))
         return value
 
-    monkeypatch.setattr(MODULE, "calibration_loss", lambda model, reference, batches: 1.0)
-    monkeypatch.setattr(MODULE.Trace, "loss", fake)
+    monkeypatch.setattr(transformer, "calibration_loss", lambda model, reference, batches: 1.0)
+    monkeypatch.setattr(transformer.Trace, "loss", fake)
     report = refit(student, teacher, plan, batches_of(teacher))
     assert (report.before, report.after, report.kept) == (1.0, 1.0, False)
     assert report.blocks
@@ -539,7 +538,7 @@ def test_modes_come_back_after_errors(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr(MODULE, "fit_map", fail)
+    monkeypatch.setattr(transformer, "fit_map", fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         refit(student, teacher, plan, batches_of(teacher))
     for model in (teacher, student):
@@ -605,7 +604,7 @@ def test_the_teacher_is_seen_where_it_should_be(name):
     _, report, _, before = refitted(teacher, plan, batches)
     trace = Trace(Walk(teacher, Sample.of(batches)))
     trace.states(LAYERS)
-    assert MODULE.refit_by(apply(teacher, plan), trace, plan, before, "full") == report
+    assert transformer.refit_by(apply(teacher, plan), trace, plan, before, "full") == report
 
 
 def test_rows_of_the_report():

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LAYERS, heads_of, tiny_model
+from helpers import LAYERS, heads_of, tiny_model
 from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D

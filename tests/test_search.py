@@ -9,8 +9,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
 from datasets import Dataset
+from helpers import batches_of, state_of, whole
 
 from hf_layerfuse import (
     AutoFusedModel,
@@ -27,7 +27,6 @@ from hf_layerfuse import (
 from hf_layerfuse.calibration.layerwise import Trace, Walk
 from hf_layerfuse.calibration.samples import Sample, read
 from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.math.cluster import partition
 from hf_layerfuse.methods.fusion.grouping import even, groups_of, unexplained
 from hf_layerfuse.methods.fusion.planner import _CLUSTERS, candidates, importances
@@ -38,24 +37,6 @@ from hf_layerfuse.models.architectures import adapter_for
 from hf_layerfuse.models.surgery.size import planned_size
 
 LAYERS = 4
-WHOLE = {"gpt2": "GPT2LMHeadModel", "vit": "ViTModel", "deit": "DeiTModel"}
-
-
-def whole(model_type, layers=LAYERS, **changes):
-    """A model with an output of many dimensions, whose loss few sequences tell."""
-    return tiny_model(model_type, WHOLE.get(model_type), num_hidden_layers=layers, **changes)
-
-
-def batches_of(model, *sizes, tokens=12):
-    """Calibration batches of these sizes, every third sequence of tokens padded on the right."""
-    found = []
-    for seed, size in enumerate(sizes or (16, 8)):
-        batch = example_inputs(model, size, tokens, seed=seed)
-        if "input_ids" in batch:
-            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-            batch["attention_mask"][::3, ..., 9:] = 0
-        found.append(batch)
-    return found
 
 
 def loss(fused, model, batches):
@@ -64,10 +45,6 @@ def loss(fused, model, batches):
 
 def depth_of(model):
     return len(adapter_for(model).layer_list(model))
-
-
-def state_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def same(one, other):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, tiny_model
+from helpers import TINY, tiny_model
 
 from hf_layerfuse import Fuse, Plan, apply
 from hf_layerfuse.calibration.layer_hooks import Tap

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import LAYERS, heads_of, on_two_processes, tiny_config, tiny_model
+from helpers import LAYERS, heads_of, on_two_processes, tiny_config, tiny_model
 from safetensors import safe_open
 
 from hf_layerfuse import (

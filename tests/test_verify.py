@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import LAYERS, heads_of, tiny_config, tiny_model
+from helpers import LAYERS, heads_of, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2ForSequenceClassification

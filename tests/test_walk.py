@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 import torch
-from conftest import HEADS, LAYERS, TINY, heads_of, tiny_model
+from helpers import HEADS, LAYERS, TINY, heads_of, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Plan, UnsupportedModelError, apply
 from hf_layerfuse.calibration.layer_hooks import Tap
