@@ -4,16 +4,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import NETWORKS, TINY
+from helpers import GUIDE, NETWORKS, TINY, blocks_of
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_layerfuse import UnsupportedModelError, fuse, register_adapter
 from hf_layerfuse.models.architectures import ADAPTERS, BUILTIN, LayerAdapter, TransformerAdapter
-
-GUIDE = Path(__file__).resolve().parents[1] / "CONTRIBUTING.md"
 
 # in a process of its own, so that the registries of this one stay as they are
 USE = """
@@ -70,13 +67,6 @@ untouched = apply(model, Plan("toy", 6, []))
 assert torch.equal(logits(untouched), logits(model))
 print("done")
 """
-
-
-def blocks_of(section: str) -> list[str]:
-    """The Python code in a section of the guide."""
-    text = GUIDE.read_text(encoding="utf-8")
-    (body,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE)
-    return re.findall(r"^```python\n(.*?)^```$", body, flags=re.DOTALL | re.MULTILINE)
 
 
 def test_adding_an_architecture_works_as_written(tmp_path):

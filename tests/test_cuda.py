@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import NETWORKS, TINY, network, some_batches, tiny_model
-from test_search import batches_of, whole
+from helpers import NETWORKS, TINY, batches_of, network, some_batches, tiny_model, whole
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import (

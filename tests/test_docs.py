@@ -21,12 +21,11 @@ import safetensors.torch
 import torch
 import transformers
 from accelerate.commands.config.config_args import load_config_from_file
+from helpers import ROOT, blocks_of
 from hub import TOKEN, hub
 from packaging.requirements import Requirement
 from PIL import Image
-from test_cli import image_classification, save_text_model, sentences, text_classification
-from test_contributing import blocks_of
-from test_page import written
+from runs import image_classification, save_text_model, sentences, text_classification, written
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
 import hf_layerfuse
@@ -34,7 +33,6 @@ from hf_layerfuse import recipe as recipes
 from hf_layerfuse.cli import main, parse_overrides
 from hf_layerfuse.recipe import load_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))

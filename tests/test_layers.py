@@ -1,6 +1,7 @@
 """Rooms of the package import those below them only, so that each can be read, tested and replaced on its own."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import hf_layerfuse
 
 PACKAGE = Path(hf_layerfuse.__file__).parent
+TESTS = Path(__file__).parent
 
 # from top to bottom; a room may import those of lower rows, and nothing of its own row
 ROOMS = (
@@ -77,3 +79,29 @@ def test_no_public_name_is_a_module():
     """`import hf_layerfuse.x as x` gives a module, and never the function of that name."""
     modules = {path.stem for path in PACKAGE.iterdir()}
     assert not modules & set(hf_layerfuse.__all__)
+
+
+def test_no_test_imports_another():
+    """A test module takes what it shares from `helpers`, `runs`, `trainings` and `hub`, never from a test module; the
+    programs that tests start, which are strings, do the same."""
+    modules = {path.stem for path in TESTS.rglob("test_*.py")} | {"conftest"}
+    wrong, imported = {}, set()
+    for path in sorted(TESTS.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        names |= set(re.findall(r"^(?:from|import) (\w+)", "\n".join(texts), flags=re.MULTILINE))
+        imported |= names
+        if taken := {name for name in names if name.split(".")[0] in modules}:
+            wrong[path.relative_to(TESTS).as_posix()] = sorted(taken)
+    assert not wrong, f"these test modules import others: {wrong}"
+    assert {"helpers", "trainings"} <= imported, "nothing found where something is: this test is blind"
+
+
+def test_names_of_test_modules_differ():
+    """Test folders are no packages, so pytest needs another name for each file."""
+    names = [path.name for path in TESTS.rglob("test_*.py")]
+    assert len(names) == len(set(names))

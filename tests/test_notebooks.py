@@ -3,12 +3,12 @@
 import importlib.util
 import re
 from itertools import zip_longest
-from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import ROOT
 
-FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?%?")
 

@@ -5,11 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from helpers import ROOT, TINY
 
 import hf_layerfuse
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 RUNNING = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import some_batches, tiny_model
+from helpers import some_batches, tiny_model
 from torch.utils.data import DataLoader
 
 import hf_layerfuse

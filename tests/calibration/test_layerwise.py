@@ -1,0 +1,353 @@
+"""A walk shows what the model computes, layer by layer, and leaves the model as it was."""
+
+import copy
+import gc
+import tempfile
+
+import pytest
+import torch
+from helpers import HEADS, LAYERS, TINY, heads_of, tiny_model
+
+from hf_layerfuse import Drop, Fuse, Plan, UnsupportedModelError, apply
+from hf_layerfuse.calibration.layer_hooks import HookPoint
+from hf_layerfuse.calibration.layerwise import LayerwiseForward
+from hf_layerfuse.calibration.mmap import MappedActivations
+from hf_layerfuse.calibration.samples import Sample
+from hf_layerfuse.evaluation.divergence import prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.models.architectures import adapter_for
+
+PLACES = ("read", "features", "residual", "sum")
+POINTS = [HookPoint(kind, place) for kind in ("attention", "mlp") for place in PLACES]
+# among them grouped heads, layers with a sliding window of 6 for 12 tokens, and such layers mixed with others
+MIXED = [(kind, {}) for kind in TINY] + [("llama", {"num_key_value_heads": 1}), ("bert", {"is_decoder": True})]
+
+every_head = pytest.mark.parametrize(("model_type", "head"), HEADS, ids=[head.__name__ for _, head in HEADS])
+every_kind = pytest.mark.parametrize(("model_type", "changes"), MIXED, ids=[f"{k} {c}" if c else k for k, c in MIXED])
+
+
+def batches_of(model, *sizes):
+    """Batches of these sizes in which every third sequence of tokens is padded."""
+    found = []
+    for seed, size in enumerate(sizes):
+        batch = example_inputs(model, size, 12, seed=seed)
+        if "input_ids" in batch:
+            mask = torch.ones_like(batch["input_ids"])
+            mask[::3, ..., 9:] = 0
+            batch["attention_mask"] = mask
+        found.append(batch)
+    return found
+
+
+def body(model_type, **changes):
+    """The model without a head, whose hidden states are those of its layers."""
+    return tiny_model(model_type, min(heads_of(model_type), key=lambda head: len(head.__name__)), **changes)
+
+
+def layers_of(model):
+    return adapter_for(model).layer_list(model)
+
+
+@torch.inference_mode()
+def hidden_states(model, batch):
+    return model(**batch, output_hidden_states=True).hidden_states
+
+
+def finish(walk):
+    while walk.depth < len(walk.layers):
+        walk.advance()
+    return walk
+
+
+@every_kind
+def test_states_are_the_hidden_states(model_type, changes):
+    """At every depth the states are the hidden states of the model, to the bit, however often one looks before."""
+    model = body(model_type, **changes)
+    batches = batches_of(model, 3, 2)
+    walk = LayerwiseForward(model, Sample.of(batches))
+    expected = [hidden_states(model, batch) for batch in batches]
+    for depth in range(LAYERS):
+        assert walk.depth == depth
+        for index, states in enumerate(expected):
+            assert torch.equal(walk.states[index], states[depth])
+        list(walk.look(*POINTS))
+        list(walk.look(HookPoint("mlp", "features")))
+        walk.advance()
+
+
+@every_head
+def test_outputs_at_the_end_are_those_of_the_model(model_type, head):
+    """At the end of a walk the head gives what the model gives, for the held-out sequences."""
+    model = tiny_model(model_type, head)
+    batches = batches_of(model, 5, 4, 3)
+    sample = Sample.of(batches)
+    found = list(finish(LayerwiseForward(model, sample)).outputs())
+    assert len(found) == 1
+    (output, mask), held_out = found[0], sample.held_out_batches[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(prediction(output), prediction(model(**held_out)), rtol=1e-5, atol=1e-5)
+    assert len(prediction(output)) == 1
+    assert mask is held_out.get("attention_mask") or torch.equal(mask, held_out["attention_mask"])
+
+
+@every_head
+def test_rows_are_the_tokens_that_are_fitted(model_type, head):
+    """Neither padding nor held-out sequences are among the rows; the selection split is set apart."""
+    model = tiny_model(model_type, head)
+    batches = batches_of(model, 9, 8)
+    sample = Sample.of(batches)
+    walk = LayerwiseForward(model, sample)
+    for index, batch in enumerate(batches):
+        states = walk.states[index]
+        choices = len(states) // len(sample.held_out[index])
+        kept = ~sample.held_out[index].repeat_interleave(choices)[:, None].expand(states.shape[:-1])
+        if "attention_mask" in batch:
+            kept = kept & batch["attention_mask"].view(kept.shape).bool()
+        selection = sample.selection[index].repeat_interleave(choices)[:, None].expand(states.shape[:-1])
+        assert torch.equal(walk.rows(index, states), states[kept])
+        fitted, chosen = walk.split(index, states)
+        assert torch.equal(fitted, states[kept & ~selection])
+        assert torch.equal(chosen, states[kept & selection])
+        assert len(chosen)
+
+
+def test_few_sequences_hold_out_their_ends():
+    """Where fewer than five sequences are fitted, the last fifth of the tokens of each chooses penalties, and not the
+    padding behind them."""
+    model = body("llama")
+    batches = batches_of(model, 4)
+    walk = LayerwiseForward(model, Sample.of(batches))
+    states = walk.states[0]
+    fitted, chosen = walk.split(0, states)
+    assert torch.equal(fitted, torch.cat([states[0, :8], states[1, :10], states[2, :10]]))
+    assert torch.equal(chosen, torch.cat([states[0, 8:9], states[1, 10:], states[2, 10:]]))
+
+
+@every_kind
+def test_points_fit_together(model_type, changes):
+    """In every block the sum is the residual plus what the output projection makes of the features; the norm of the
+    block stands between the residual and what the maps read, or after the sum."""
+    model = body(model_type, **changes)
+    adapter, batches = adapter_for(model), batches_of(model, 3)
+    expected = hidden_states(model, batches[0])
+    walk = LayerwiseForward(model, Sample.of(batches))
+    for depth, layer in enumerate(walk.layers):
+        ((_, seen),) = walk.look(*POINTS)
+        with torch.inference_mode():
+            for kind in ("attention", "mlp"):
+                table = getattr(adapter, kind)
+                read, features, residual, total = (seen[HookPoint(kind, place)] for place in PLACES)
+                out, norm = layer.get_submodule(table["out"]), layer.get_submodule(table["norm"])
+                torch.testing.assert_close(residual + out(features), total)
+                assert torch.equal(read, residual if adapter.post_norm else norm(residual))
+            attention = seen[HookPoint("attention", "sum")]
+            if adapter.post_norm:
+                attention = layer.get_submodule(adapter.attention["norm"])(attention)
+                total = layer.get_submodule(adapter.mlp["norm"])(total)
+            assert torch.equal(seen[HookPoint("mlp", "residual")], attention)
+            assert torch.equal(seen[HookPoint("attention", "residual")], expected[depth])
+            if depth + 1 < LAYERS:
+                assert torch.equal(total, expected[depth + 1])
+        walk.advance()
+
+
+def test_points_alone_are_what_they_are_together(model_type):
+    """A single point shows the same as all at once."""
+    model = body(model_type)
+    walk = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
+    ((_, together),) = walk.look(*POINTS)
+    for point in POINTS:
+        ((_, alone),) = walk.look(point)
+        assert torch.equal(alone[point], together[point])
+
+
+def test_layers_run_no_further_than_asked(model_type):
+    """Points in the attention block never run the MLP; without points the output is there."""
+    model = body(model_type)
+    walk = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
+    ran = []
+    out = walk.layers[0].get_submodule(walk.adapter.mlp["out"])
+    handle = out.register_forward_pre_hook(lambda module, args: ran.append(module))
+    list(walk.look(HookPoint("attention", "sum"), HookPoint("attention", "read")))
+    list(walk.look(HookPoint("mlp", "residual")))
+    assert not ran
+    ((_, found),) = walk.look()
+    assert ran
+    assert list(found) == [None]
+    handle.remove()
+
+
+def test_another_layer_in_its_place(model_type):
+    """What another layer would make of the states is that layer's output for them."""
+    model = body(model_type)
+    walk = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
+    ((_, found),) = walk.look(layer=copy.deepcopy(walk.layers[4]))
+    model_with = copy.deepcopy(model)
+    layers_of(model_with)[0].load_state_dict(walk.layers[4].state_dict())
+    assert torch.equal(found[None], hidden_states(model_with, batches_of(model, 2)[0])[1])
+
+
+def test_layers_that_change_are_walked_as_they_are(model_type):
+    """A layer that is changed between two looks is run as it is then: nothing of the first look is left, such as keys
+    and values."""
+    model = body(model_type)
+    batches = [*batches_of(model, 2), example_inputs(model, 2)]
+    walk = LayerwiseForward(model, Sample.of(batches))
+    list(walk.look())
+    for parameter in walk.layers[0].parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    walk.advance()
+    for index, batch in enumerate(batches):
+        assert torch.equal(walk.states[index], hidden_states(model, batch)[1])
+
+
+REMOVED = {
+    "blocks": (Drop("attention", 1), Drop("mlp", 3), Drop("attention", 0)),
+    "layers": (Drop("layer", 0), Drop("layer", 3)),
+    "shared": (Fuse("layer", (1, 3), "share", "mean", rank=2), Fuse("mlp", (0, 2, 4), "basis", rank=6)),
+}
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_edited_models_are_walked(model_type, name):
+    """Models with removed blocks or shared weights walk as stock models do."""
+    model = apply(body(model_type), Plan(model_type, LAYERS, REMOVED[name]))
+    batches = batches_of(model, 3)
+    walk = LayerwiseForward(model, Sample.of(batches))
+    expected = hidden_states(model, batches[0])
+    for states in expected[:-1]:
+        assert torch.equal(walk.states[0], states)
+        walk.advance()
+    ((output, _),) = walk.outputs()
+    with torch.inference_mode():
+        expected = prediction(model(**walk.sample.held_out_batches[0]))
+    torch.testing.assert_close(prediction(output), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(model_type, dtype):
+    """A model computes in its own data type along the walk, and the states are float32."""
+    model = body(model_type).to(dtype)
+    batches = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in b.items()} for b in batches_of(model, 3)]
+    walk = LayerwiseForward(model, Sample.of(batches))
+    for states in hidden_states(model, batches[0])[:-1]:
+        assert walk.states[0].dtype == torch.float32
+        torch.testing.assert_close(walk.states[0], states.float(), rtol=0, atol=0 if dtype != torch.float64 else 1e-4)
+        walk.advance()
+    assert walk.rows(0, walk.states[0]).dtype == torch.float32
+
+
+def snapshot(model):
+    """All attributes and hooks of the modules, save that transformers notes whether it hooked them, and weights."""
+    parts = {
+        name: (
+            set(vars(module)) - {"_output_capturing_hooks_installed"},
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+        )
+        for name, module in model.named_modules()
+    }
+    return parts, {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other):
+    return one[0] == other[0] and all(torch.equal(one[1][name], other[1][name]) for name in one[1])
+
+
+def test_the_model_is_left_as_it_was(model_type):
+    """No hook, attribute or weight of the model is different after a walk, nor while outputs are consumed."""
+    model = tiny_model(model_type)
+    before = snapshot(model)
+    walk = LayerwiseForward(model, Sample.of(batches_of(model, 9, 8)))
+    for _ in walk.look(*POINTS):
+        pass
+    next(walk.look(HookPoint("mlp", "sum")))
+    finish(walk)
+    for _ in walk.outputs():
+        assert same(snapshot(model), before)
+    assert same(snapshot(model), before)
+    model(**example_inputs(model))
+
+
+def fail(*args, **kwargs):
+    raise RuntimeError("broken on purpose")
+
+
+def test_the_model_is_left_as_it_was_by_exceptions(model_type):
+    """An error inside the model, whether on entering, inside a layer or in the head, leaves no trace in it."""
+    model = tiny_model(model_type)
+    before = snapshot(model)
+    batches = batches_of(model, 2)
+    names = ("embeddings", "embed_tokens", "wte")
+    embeddings = next(module for name, module in model.named_modules() if name.endswith(names))
+    handle = embeddings.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        LayerwiseForward(model, Sample.of(batches))
+    handle.remove()
+    assert same(snapshot(model), before)
+
+    walk = LayerwiseForward(model, Sample.of(batches))
+    handle = walk.layers[0].get_submodule(walk.adapter.mlp["out"]).register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        list(walk.look(HookPoint("mlp", "sum")))
+    handle.remove()
+    assert same(snapshot(model), before)
+
+    finish(walk)
+    handle = embeddings.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        list(walk.outputs())
+    handle.remove()
+    assert same(snapshot(model), before)
+
+
+def test_wrapped_layers_are_given_back():
+    """A layer with a forward of its own, as accelerate gives it, has it again afterwards, and it is used."""
+    model, used = body("llama"), []
+    layer = layers_of(model)[2]
+    stock = layer.forward
+
+    def wrapped(*args, **kwargs):
+        used.append(True)
+        return stock(*args, **kwargs)
+
+    layer.forward = wrapped
+    walk = finish(LayerwiseForward(model, Sample.of(batches_of(model, 2))))
+    assert layer.forward is wrapped
+    assert used == [True]
+    torch.testing.assert_close(walk.states[0], states_before_norm(model, batches_of(model, 2)[0]))
+
+
+@torch.inference_mode()
+def states_before_norm(model, batch):
+    seen = []
+    handle = layers_of(model)[-1].register_forward_hook(lambda module, args, output: seen.append(output))
+    model(**batch)
+    handle.remove()
+    return seen[0]
+
+
+def test_models_that_skip_layers_are_refused():
+    """A model that does not run each of its layers once is named; nothing is walked in a wrong order."""
+    model = body("llama")
+    model.config.num_hidden_layers = LAYERS - 2  # what the loop over the layers stops at
+    with pytest.raises(UnsupportedModelError, match=f"called 4 of its {LAYERS} layers"):
+        LayerwiseForward(model, Sample.of(batches_of(model, 2)))
+
+
+def test_states_leave_no_files(tmp_path, monkeypatch):
+    """States lie in files, of any shape and data type, whose names are gone at once; they outlive what holds them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    states = MappedActivations()
+    tensors = [torch.randn(3, 4), torch.randn(2, 1, 5).half(), torch.arange(3)]
+    for tensor in tensors:
+        states.append(tensor)
+    assert len(states) == 3
+    for found, expected in zip(states, tensors, strict=True):
+        assert torch.equal(found, expected)
+        assert found.dtype == expected.dtype
+    assert not list(tmp_path.iterdir())
+    kept = states[0]
+    del states, found
+    gc.collect()
+    assert torch.equal(kept, tensors[0])

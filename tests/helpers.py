@@ -1,0 +1,278 @@
+"""Tiny random models of every architecture, their inputs, and what several tests do with them."""
+
+import copy
+import importlib
+import importlib.util
+import os
+import random
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from hf_layerfuse import MergeConvs, Plan, adapter_for
+from hf_layerfuse.evaluation.divergence import prediction
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.models.architectures import ADAPTERS, ChainAdapter
+from hf_layerfuse.plan import CHAIN
+
+ROOT = Path(__file__).resolve().parents[1]
+GUIDE = ROOT / "CONTRIBUTING.md"
+
+LAYERS = 6
+
+
+_TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+
+
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+_BERT = {**_TEXT, "intermediate_size": 48, "max_position_embeddings": 40}
+
+
+_VIT = {
+    **{k: v for k, v in _TEXT.items() if k != "vocab_size"},
+    "intermediate_size": 48,
+    "image_size": 8,
+    "patch_size": 2,
+    "encoder_stride": 2,
+}
+
+
+_LLAMA = {**_TEXT, **_TOKENS, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+# one row an architecture: what makes it tiny
+TINY = {
+    "gpt2": {**_TOKENS, "vocab_size": 64, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64},
+    "bert": _BERT,
+    "roberta": {**_BERT, "pad_token_id": 1},
+    "distilbert": {
+        "vocab_size": 64,
+        "dim": 32,
+        "n_layers": LAYERS,
+        "n_heads": 4,
+        "hidden_dim": 48,
+        "max_position_embeddings": 40,
+    },
+    "vit": _VIT,
+    "deit": _VIT,
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "sliding_window": 6},
+    "qwen2": {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3},
+    "qwen3": {**_LLAMA, "head_dim": 8},
+}
+
+
+def heads_of(model_type: str) -> list[type[PreTrainedModel]]:
+    """Every public model class that transformers has for an architecture."""
+    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    return [
+        value
+        for name in module.__all__
+        if isinstance(value := getattr(module, name), type)
+        and issubclass(value, PreTrainedModel)
+        and not name.endswith("PreTrainedModel")
+    ]
+
+
+HEADS = [(model_type, head) for model_type in TINY for head in heads_of(model_type)]
+
+
+def tiny_config(model_type: str, head: type[PreTrainedModel] | None = None, **changes):
+    values = {**TINY[model_type], **changes}
+    name = head.__name__ if head else ""
+    if ("CausalLM" in name and model_type == "roberta") or name == "BertLMHeadModel":
+        values.setdefault("is_decoder", True)
+    return CONFIG_MAPPING[model_type](**values)
+
+
+def tiny_model(model_type: str, head: type[PreTrainedModel] | str | None = None, seed: int = 0, **changes):
+    """A random model whose blocks all do something: norms and biases are random too."""
+    if head is None:
+        head = heads_of(model_type)[0]
+    if isinstance(head, str):
+        head = getattr(transformers, head)
+    torch.manual_seed(seed)
+    model = head(tiny_config(model_type, head, **changes)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def some_batches(model: PreTrainedModel, count: int = 6) -> list[dict[str, torch.Tensor]]:
+    """Batches of two random sequences or images each, the same every time."""
+    torch.manual_seed(1)
+    return [example_inputs(model, 2) for _ in range(count)]
+
+
+def predicted(model: PreTrainedModel) -> torch.Tensor:
+    """What a model makes of random inputs, in its data type."""
+    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in example_inputs(model).items()}
+    with torch.inference_mode():
+        return prediction(model(**inputs))
+
+
+def cifar_resnet():
+    """The residual networks of `benchmarks/cifar_resnet.py`, which registers them from outside the package."""
+    path = ROOT / "benchmarks" / "cifar_resnet.py"
+    spec = importlib.util.spec_from_file_location("cifar_resnet", path)
+    module = sys.modules.setdefault("cifar_resnet", importlib.util.module_from_spec(spec))
+    if "cifar_resnet" not in ADAPTERS:
+        spec.loader.exec_module(module)
+    return module
+
+
+GATED = sorted(name for name in TINY if "gate" in ADAPTERS[name].mlp)
+"""Architectures whose MLPs have a gate."""
+
+
+CIFAR = cifar_resnet()
+
+
+_RESNET = {"depths": [2, 3, 2], "hidden_sizes": [8, 16, 16], "embedding_size": 8, "image_size": 48, "num_labels": 3}
+
+
+_MOBILE = {"depth_multiplier": 0.25, "depth_divisible_by": 4, "min_depth": 4, "expand_ratio": 2, "image_size": 48}
+
+
+# one row a chain of convolutions: the class and the config
+NETWORKS = {
+    "basic": (ResNetForImageClassification, ResNetConfig(layer_type="basic", **_RESNET)),
+    "bottleneck": (ResNetForImageClassification, ResNetConfig(**_RESNET)),
+    "stride in the first": (ResNetForImageClassification, ResNetConfig(downsample_in_bottleneck=True, **_RESNET)),
+    "mobilenet": (MobileNetV2ForImageClassification, MobileNetV2Config(num_labels=3, **_MOBILE)),
+    "symmetric": (MobileNetV2ForImageClassification, MobileNetV2Config(num_labels=3, tf_padding=False, **_MOBILE)),
+    "dilated": (MobileNetV2ForImageClassification, MobileNetV2Config(num_labels=3, output_stride=8, **_MOBILE)),
+    "cifar": (
+        CIFAR.CifarResNetForImageClassification,
+        CIFAR.CifarResNetConfig(num_hidden_layers=6, widths=[4, 4, 4, 8, 8, 8], num_labels=3),
+    ),
+}
+
+
+_VARIANTS = ("symmetric", "dilated", "stride in the first")
+
+
+CHAINS = [pytest.param(name, marks=pytest.mark.slow) if name in _VARIANTS else name for name in NETWORKS]
+"""Variants of networks that are tested too are left to the longer run."""
+
+
+@cache
+def network(name: str):
+    """A random model in float64, whose norms have seen some images, so that what they give is of size one."""
+    make, config = NETWORKS[name]
+    torch.manual_seed(0)
+    model = make(copy.deepcopy(config)).double().train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            module.momentum = None
+    with torch.no_grad():
+        for seed in range(3):
+            model(**example_inputs(model, 8, seed=seed))
+    return model.eval()
+
+
+WHOLE = {"gpt2": "GPT2LMHeadModel", "vit": "ViTModel", "deit": "DeiTModel"}
+
+
+def whole(model_type, layers=4, **changes):
+    """A model with an output of many dimensions, whose loss few sequences tell."""
+    return tiny_model(model_type, WHOLE.get(model_type), num_hidden_layers=layers, **changes)
+
+
+def batches_of(model, *sizes, tokens=12):
+    """Calibration batches of these sizes, every third sequence of tokens padded on the right."""
+    found = []
+    for seed, size in enumerate(sizes or (16, 8)):
+        batch = example_inputs(model, size, tokens, seed=seed)
+        if "input_ids" in batch:
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            batch["attention_mask"][::3, ..., 9:] = 0
+        found.append(batch)
+    return found
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def chain_of(model):
+    return adapter_for(model, ChainAdapter).convolutions(model).chain(model)
+
+
+def chain_plan(model, *edits) -> Plan:
+    adapter = adapter_for(model, ChainAdapter)
+    return Plan(adapter.model_type, len(adapter.convolutions(model).units), edits, kinds=CHAIN)
+
+
+def some_chain_plan(model, seed: int, merged: bool = True) -> Plan:
+    """Segments of two or more convolutions, with any of their kernels, one after the other."""
+    chance, chain, edits, at = random.Random(seed), chain_of(model), [], 0
+    while at < chain.length:
+        ends = [j for i, j in chain.segments() if i == at and j > at + 1]
+        if ends and chance.random() < 0.8:
+            end = chance.choice(ends)
+            edits.append(MergeConvs(at, end, chance.choice(list(chain.kernels(at, end).values())), merged))
+            at = end
+        else:
+            at += 1
+    return chain_plan(model, *edits)
+
+
+def blocks_of(section: str) -> list[str]:
+    """The Python code in a section of the guide."""
+    text = GUIDE.read_text(encoding="utf-8")
+    (body,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"^```python\n(.*?)^```$", body, flags=re.DOTALL | re.MULTILINE)
+
+
+_DEEPSPEED = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_GRADIENT_CLIPPING": "auto",
+    "ACCELERATE_USE_CPU": "false",
+    "DS_ACCELERATOR": "cpu",
+}
+
+
+_ON_CPU = """
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_CPU)
+"""
+"""Accelerate knows DeepSpeed on accelerators only."""
+
+
+def on_two_processes(folder: Path, program: str, *arguments: str | Path, kind: str = "MULTI_CPU") -> str:
+    """Run a program on two processes of a launcher, and return what they print."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "program.py"
+    path.write_text(_ON_CPU + program if kind == "DEEPSPEED" else program)
+    # `accelerate launch --cpu --num_processes 2` silently runs one process
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = _DEEPSPEED if kind == "DEEPSPEED" else {"ACCELERATE_USE_CPU": "true"}
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # DeepSpeed runs its own ninja
+    environment = {**os.environ, **launch, "OMP_NUM_THREADS": "1", "PATH": programs}
+    command = [*launcher, str(path), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

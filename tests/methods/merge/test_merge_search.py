@@ -1,0 +1,334 @@
+"""Which convolutions become one: measured, chosen exactly, fitted, and kept in files."""
+
+import copy
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+from helpers import CHAINS, cifar_resnet, network, some_batches, tiny_model
+from torch import nn
+
+from hf_layerfuse import (
+    ChainAdapter,
+    LayerFuseError,
+    MergeConvs,
+    MergeRecipe,
+    RecipeError,
+    UnsupportedModelError,
+    adapter_for,
+    apply,
+    merge,
+    merge_convs,
+    refit,
+    search_merge,
+    verify,
+)
+from hf_layerfuse.calibration.samples import Sample
+from hf_layerfuse.evaluation.divergence import calibration_loss
+from hf_layerfuse.evaluation.timing import Timed
+from hf_layerfuse.methods.merge.finetune import tune
+from hf_layerfuse.methods.merge.search import choose, frontier
+from hf_layerfuse.methods.merge.segments import Entry, Latencies, Losses, cheapest, entries_of, folded_plan
+from hf_layerfuse.models.architectures.segments import Chain, Link
+
+CIFAR = cifar_resnet()
+
+
+def images(model, count: int = 10) -> list[dict[str, torch.Tensor]]:
+    return [{name: tensor.to(model.dtype) for name, tensor in batch.items()} for batch in some_batches(model, count)]
+
+
+@pytest.fixture(scope="module")
+def cifar():
+    return copy.deepcopy(network("cifar")).float()
+
+
+class Known:
+    """Milliseconds or losses of entries, as a table that was measured."""
+
+    rest, original = 0.0, 100.0
+
+    def __init__(self, values):
+        self.values = values
+
+    def of(self, entry):
+        return self.values[entry]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_choice_of_all(seed):
+    """The sum of losses is the least one that any choice of segments has within the budget."""
+    chance = random.Random(seed)
+    links = [Link(3, 1, 4, 4, norm=chance.random()) for _ in range(7)]
+    chain = Chain(links, skips=[(0, 2), (2, 4)])
+    entries = [Entry(*entry) for entry in chain.table()]
+    cost = Known({entry: float(chance.randrange(1, 9)) for entry in entries})
+    loss = Known({entry: chance.random() for entry in entries})
+    every = []
+    for count in range(chain.length):
+        for cuts in itertools.combinations(range(1, chain.length), count):
+            parts = list(itertools.pairwise((0, *cuts, chain.length)))
+            ways = [[entry for entry in entries if (entry.start, entry.end) == part] for part in parts]
+            every += itertools.product(*ways)
+    for limit in (12.0, 18.0, 30.0):
+        found = choose(entries, cost, loss, limit, chain.length)
+        fitting = [way for way in every if sum(map(cost.of, way)) <= limit]
+        assert sum(map(cost.of, found)) <= limit
+        assert sum(map(loss.of, found)) == pytest.approx(min(sum(map(loss.of, way)) for way in fitting))
+    assert [sum(map(cost.of, chain)) for chain in frontier(entries, cost, loss, 30.0, chain.length)] == sorted(
+        sum(map(cost.of, chain)) for chain in frontier(entries, cost, loss, 30.0, chain.length)
+    )
+    for chosen in frontier(entries, cost, loss, 30.0, chain.length):
+        assert chosen == choose(entries, cost, loss, sum(map(cost.of, chosen)) + 1e-9, chain.length)
+    best = choose(entries, cost, loss, 20.0, chain.length, published=True)
+    fitting = [way for way in every if sum(map(cost.of, way)) <= 20]
+    worth = max(sum(math.exp(-loss.of(entry)) for entry in way) for way in fitting)
+    assert sum(math.exp(-loss.of(entry)) for entry in best) == pytest.approx(worth)
+    least = min(sum(map(cost.of, way)) for way in every)
+    with pytest.raises(RecipeError, match=f"the least that can be had is {least:.3g} ms, {least:.0f}% of"):
+        choose(entries, cost, loss, least - 1, chain.length)
+
+
+@pytest.mark.parametrize("name", ["cifar", "basic", "bottleneck", "mobilenet"])
+def test_a_merged_model_is_fitted(name):
+    """The fit leads each segment to where it ended, on images that took no part in it, and never makes things worse."""
+    model = network(name)
+    entries = [entry for entry in entries_of(model, 3) if entry.end - entry.start == 2]
+    edits = [entry.edit for entry in entries[:1] + entries[-1:]]
+    if edits[0] == edits[1] or edits[0].end > edits[1].start:
+        edits = edits[:1]
+    plan = folded_plan(model, edits)
+    small = apply(model, plan)
+    batches = images(model)
+    report = refit(small, model, plan, batches)
+    assert report.after <= report.before
+    assert report.after == pytest.approx(calibration_loss(small, model, Sample.of(batches).held_out_batches))
+    assert all(row["after"] <= row["before"] for row in report.blocks)
+    assert [row["segment"] for row in report.blocks] == [[edit.start, edit.end] for edit in edits]
+    assert verify(small)["reload"] == 0
+
+
+def test_what_one_convolution_can_compute_is_found():
+    """A block without its inner activation, whose first convolution does nothing, is one convolution."""
+    model = copy.deepcopy(network("cifar"))
+    block = model.layers[1]
+    block.act1, block.bn1 = nn.Identity(), nn.BatchNorm2d(4).double().eval()
+    nn.init.dirac_(block.conv1.weight)
+    plan = folded_plan(model, [MergeConvs(2, 4, (4,))])
+    small = apply(model, plan)
+    nn.init.normal_(small.layers[1].conv1.weight)
+    report = refit(small, model, plan, images(model, 24))
+    assert report.kept
+    assert report.after < 1e-4 * report.before
+
+
+def test_folding_all_batch_norms_changes_nothing():
+    for name in ("cifar", "mobilenet", "bottleneck"):
+        model = network(name)
+        small = apply(model, folded_plan(model))
+        batch = images(model, 1)[0]
+        with torch.inference_mode():
+            torch.testing.assert_close(small(**batch).logits, model(**batch).logits, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("steady")
+def test_a_budget_is_kept(cifar, tmp_path):
+    """The predicted latency is within it, tables serve other budgets, and less time costs no less loss."""
+    batches, losses = images(cifar), []
+    for budget in (0.9, 0.7):
+        recipe = MergeRecipe(budget=budget, batch_size=4, repeats=5, tables=str(tmp_path))
+        found = search_merge(cifar, recipe, batches)
+        times = found.plan.notes["latency_ms"]
+        assert times["predicted"] <= budget * times["original"] * (1 + 1e-9)
+        losses.append(sum(found.plan.notes["losses"].values()))
+        assert found.report.after <= found.report.before
+    assert losses[0] <= losses[1]
+    least = times["rest"] + 1
+    with pytest.raises(RecipeError, match="the least that can be had is"):
+        search_merge(cifar, MergeRecipe(budget_ms=least, batch_size=4, repeats=5, tables=str(tmp_path)), batches)
+    found = search_merge(
+        cifar, MergeRecipe(budget=0.8, batch_size=4, repeats=5, method="open", tables=str(tmp_path)), batches
+    )
+    assert not any(edit.merged for edit in found.plan.edits)
+    closed, plan = merge_convs(found.model)
+    assert len(plan.edits) == len(found.plan.edits)
+    assert closed.num_parameters() < cifar.num_parameters()
+
+
+def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch):
+    """What is known is not measured again, also after an interruption; files of something else are refused."""
+    sample = Sample.of(images(cifar))
+    entries = [entry for entry in entries_of(cifar, 3) if entry.end <= 4]
+    losses = Losses(cifar, sample, tmp_path / "losses.json")
+    measured = []
+
+    def stop(*args):
+        measured.append(args)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return 0.5
+
+    monkeypatch.setattr("hf_layerfuse.methods.merge.segments.calibration_loss", stop)
+    with pytest.raises(KeyboardInterrupt):
+        losses.measure(entries)
+    assert len(json.loads((tmp_path / "losses.json").read_text())["values"]) == 2
+    Losses(cifar, sample, tmp_path / "losses.json").measure(entries)
+    assert len(measured) == 1 + sum(entry.end - entry.start > 1 for entry in entries)
+    other = copy.deepcopy(cifar)
+    other.classifier.bias.data += 1
+    with pytest.raises(LayerFuseError, match=r"measured on something else: weights was"):
+        Losses(other, sample, tmp_path / "losses.json")
+    with pytest.raises(LayerFuseError, match=r"measured on something else: images was"):
+        Losses(cifar, Sample.of(images(cifar, 8)), tmp_path / "losses.json")
+    path = tmp_path / "latency.json"
+    latencies = Latencies(cifar, torch.randn(2, 3, 32, 32), path, repeats=2, warmup=1)
+    entries = entries_of(cifar, 3)
+    latencies.measure(entries)
+    shapes = [name for name in latencies.table.values if name not in ("original", "folded")]
+    assert len(shapes) < len(entries)
+    again = Latencies(cifar, torch.randn(2, 3, 32, 32), path, repeats=2, warmup=1)
+    again.measure(entries)
+    assert again.table.values == latencies.table.values
+    with pytest.raises(LayerFuseError, match="inputs was"):
+        Latencies(cifar, torch.randn(4, 3, 32, 32), path)
+    monkeypatch.setattr("hf_layerfuse.evaluation.timing.device_name", lambda device: "another one")
+    with pytest.raises(LayerFuseError, match="device was"):
+        Latencies(cifar, torch.randn(2, 3, 32, 32), path)
+    path.write_text("{")
+    with pytest.raises(LayerFuseError, match="is no table"):
+        Latencies(cifar, torch.randn(2, 3, 32, 32), path)
+
+
+def test_activations_alone_are_removed(cifar, tmp_path, monkeypatch):
+    """All convolutions stay, and kernels grow, where a convolution takes as long whatever its kernel."""
+    monkeypatch.setattr(
+        "hf_layerfuse.evaluation.timing.interleaved", lambda runs, device, **_: dict.fromkeys(runs, Timed(9, 0))
+    )
+    recipe = MergeRecipe(budget=0.8, choose="activations", batch_size=4, repeats=2, tables=str(tmp_path))
+    found = search_merge(cifar, recipe, images(cifar))
+    merged = [edit for edit in found.plan.edits if len(edit.layers) > 1]
+    assert merged
+    assert all(edit.keep == edit.layers for edit in merged)
+    known = json.loads((tmp_path / "losses.json").read_text())["values"]
+    kernels = [tuple(map(int, key.split(",")))[:3] for key in known]
+    assert kernels
+    assert all(kernel == 1 + 2 * (end - start) for start, end, kernel in kernels)
+
+
+@pytest.mark.usefixtures("steady")
+def test_it_is_chosen_from_what_was_asked_for(cifar, tmp_path):
+    """Kernels are no larger than asked for; `convolutions` merges none; `none` measures what it will not fit."""
+    every = {entry.key for entry in entries_of(cifar, 7)}
+    assert {entry.key for entry in entries_of(cifar, 3)} < every
+    assert all(int(key.split(",")[2]) <= 7 for key in every)
+    recipe = MergeRecipe(budget=0.7, choose="convolutions", batch_size=4, repeats=2)
+    found = search_merge(cifar, recipe, images(cifar))
+    changed = [edit for edit in found.plan.edits if not edit.keep]
+    assert changed
+    assert all(len(edit.layers) == 1 for edit in found.plan.edits)
+    assert found.model.num_parameters() < cifar.num_parameters()
+    recipe = MergeRecipe(budget=0.8, refit="none", batch_size=4, repeats=2, tables=str(tmp_path))
+    plain = search_merge(cifar, recipe, images(cifar))
+    known = json.loads((tmp_path / "losses-unfitted.json").read_text())["values"]
+    assert not plain.report.kept
+    key, loss = next(iter(plain.plan.notes["losses"].items()))
+    assert known[key] == loss
+
+
+@pytest.mark.usefixtures("steady")
+def test_what_is_small_goes_first(cifar, tmp_path):
+    """By magnitude, convolutions are taken out whose weights are smallest, nothing is measured but time, and whatever
+    a budget allows is in the notes."""
+    model = copy.deepcopy(cifar)
+    for conv in (model.layers[2].conv1, model.layers[1].conv2):
+        nn.init.normal_(conv.weight, std=1e-6)
+    recipe = MergeRecipe(budget=0.8, choose="magnitude", batch_size=4, repeats=2, tables=str(tmp_path))
+    found = search_merge(model, recipe, images(model))
+    gone = [edit.end for edit in found.plan.edits if not edit.keep]
+    units = [unit.conv for unit in adapter_for(model, ChainAdapter).convolutions(model).units]
+    assert set(gone) <= {units.index("layers.2.conv1"), units.index("layers.1.conv2")}
+    assert gone
+    assert not (tmp_path / "losses.json").exists()
+    shares, losses = zip(*found.plan.notes["frontier"].items(), strict=True)
+    assert list(losses) == sorted(losses, reverse=True)
+    assert "100%" in shares or "91%" in shares
+
+
+@pytest.mark.usefixtures("steady")
+def test_segments_are_trained_before_they_are_judged(cifar, tmp_path):
+    """A few steps lead every segment nearer to the original, on images that it was not trained on; another number of
+    steps is another table, and none is what there was."""
+    batches, sample = images(cifar, 24), Sample.of(images(cifar, 24))
+    entries = [entry for entry in entries_of(cifar, 3) if entry.end <= 4]
+    plain, tuned = (Losses(cifar, sample, tuned=steps) for steps in (0, 10))
+    for losses in (plain, tuned):
+        losses.measure(entries)
+    changed = [entry for entry in entries if entry.changes]
+    assert sum(map(tuned.of, changed)) < sum(map(plain.of, changed))
+    recipe = MergeRecipe(budget=0.85, max_kernel=3, batch_size=4, repeats=2, tune_steps=2, tables=str(tmp_path))
+    search_merge(cifar, recipe, batches)
+    assert json.loads((tmp_path / "losses-2.json").read_text())["about"]["tuned"] == 2
+    student = copy.deepcopy(cifar)
+    tune(student, cifar, sample, 0)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), cifar.parameters(), strict=True))
+    tune(student, cifar, sample, 3)
+    assert all(torch.equal(a, b) for a, b in zip(student.buffers(), cifar.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_every_entry_is_timed_at_its_shape(name):
+    """Each part runs on images of the size that its segment reads, and gives those that the next one reads."""
+    model = network(name)
+    latencies = Latencies(model, torch.randn(1, 3, 41, 47, dtype=torch.float64), repeats=1, warmup=0)
+    for entry in entries_of(model, 5):
+        given = latencies._part(entry)()
+        if entry.end + 1 < len(latencies.shapes):
+            assert given.shape == latencies.shapes[entry.end + 1]
+
+
+def test_what_lies_between_parts_is_counted(cifar, steady, monkeypatch):
+    """Where a model takes its parts at some pace and a time beside them, each chain is thought to take just that."""
+    entries = entries_of(cifar, 5)
+    latencies = Latencies(cifar, torch.randn(2, 3, 32, 32), repeats=1, warmup=0)
+    latencies.measure(entries)
+    alone = latencies._alone
+    ones = [entry for entry in entries if not entry.changes]
+    fastest = cheapest(len(ones), entries, alone)
+    for rest, pace in ((300.0, 0.5), (0.0, 0.75), (10.0, 1.5)):
+        latencies.table.put({"folded": {"ms": rest + pace * sum(map(alone, ones))}})
+        monkeypatch.setattr(latencies, "model_of", lambda plan, a=rest, b=pace: a + b * sum(map(alone, fastest)))
+        latencies.measure(entries)
+        assert (latencies.rest, latencies.pace) == pytest.approx((rest, pace))
+        assert latencies.rest + sum(map(latencies.of, ones)) == pytest.approx(latencies.table.values["folded"]["ms"])
+    # a model that gains more than its parts do: no less than nothing is beside them
+    monkeypatch.setattr(latencies, "model_of", lambda plan: 0.0)
+    latencies.measure(entries)
+    assert latencies.rest >= 0
+
+
+def test_bad_input_is_refused(cifar):
+    with pytest.raises(RecipeError, match="pass batches="):
+        merge(cifar, budget=0.5)
+    for values, reason in (
+        ({}, "exactly one target"),
+        ({"budget": 0.5, "budget_ms": 3.0}, "exactly one target"),
+        ({"budget": 1.5}, "no share of the original's latency"),
+        ({"budget_ms": 0.0}, "above 0"),
+        ({"budget": 0.5, "max_kernel": 0}, "whole number of 1 or more"),
+        ({"budget": 0.5, "tune_steps": -1}, "whole number of 0 or more"),
+        ({"budget": 0.5, "choose": "magnitude", "tune_steps": 5}, "measures no loss"),
+    ):
+        with pytest.raises(RecipeError, match=reason):
+            MergeRecipe(**values)
+    with pytest.raises(UnsupportedModelError, match="no convolutions to merge"):
+        merge(tiny_model("bert"), budget=0.5, batches=[])
+    config = CIFAR.CifarResNetConfig(num_hidden_layers=2, widths=[4, 8], strides=[1, 2], num_labels=3)
+    lone = CIFAR.CifarResNetForImageClassification(config).eval()
+    for layer in lone.layers:
+        layer.conv1.stride = layer.conv2.stride = (1, 1)
+    narrow = MergeRecipe(budget=0.5, max_kernel=1)
+    with pytest.raises(UnsupportedModelError, match="no two convolutions"):
+        search_merge(lone, narrow, images(lone))

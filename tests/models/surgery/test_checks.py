@@ -1,0 +1,79 @@
+"""A model is checked once by each function that users call, and plans by shape alone."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import network, some_batches, tiny_model
+from transformers import PreTrainedModel
+
+from hf_layerfuse import (
+    Fuse,
+    FusionRecipe,
+    Plan,
+    UnsupportedModelError,
+    align,
+    apply,
+    collapse,
+    fuse,
+    merge,
+    plan_fusion,
+    refit,
+)
+from hf_layerfuse.models.surgery import checks
+
+SHARED = Plan("llama", 6, (Fuse("layer", (1, 2, 3), "share", align="permutation"),))
+
+
+def timed(model: PreTrainedModel) -> None:
+    fuse(model, latency_budget=0.7, latency_repeats=1, effort="low", batches=some_batches(model), check=False)
+
+
+def refitted(model: PreTrainedModel) -> None:
+    """The student is made of a model that is not damaged."""
+    refit(apply(tiny_model("llama"), SHARED), model, SHARED, some_batches(model))
+
+
+FRONT_DOORS = {
+    "apply": lambda model: apply(model, SHARED),
+    "align": lambda model: align(model, SHARED),
+    "plan_fusion": lambda model: plan_fusion(model, FusionRecipe(keep_layers=4)),
+    "fuse from weights": lambda model: fuse(model, keep_layers=4),
+    "fuse, low": lambda model: fuse(model, keep_layers=4, effort="low", batches=some_batches(model)),
+    "fuse, medium": lambda model: fuse(model, keep_layers=4, effort="medium", batches=some_batches(model)),
+    "fuse, shared": lambda model: fuse(model, keep_layers=4, mode="share", effort="low", batches=some_batches(model)),
+    "fuse, timed": timed,
+    "collapse": lambda model: collapse(model, count=2, batches=some_batches(model)),
+    "merge": lambda model: merge(model, budget=0.7, batches=some_batches(model)),
+}
+
+
+def model_for(name: str) -> PreTrainedModel:
+    return network("cifar") if name == "merge" else tiny_model("llama")
+
+
+@pytest.mark.filterwarnings("ignore::hf_layerfuse.LayerFuseWarning")
+@pytest.mark.usefixtures("steady")
+@pytest.mark.parametrize("name", FRONT_DOORS)
+def test_weights_are_read_once(name: str, monkeypatch: pytest.MonkeyPatch):
+    """However many candidates a search tries, one scan looks for weights that are NaN or not loaded."""
+    scanned = []
+    monkeypatch.setattr(checks, "check_weights", scanned.append)
+    model = model_for(name)
+    FRONT_DOORS[name](model)
+    assert [id(one) for one in scanned] == [id(model)]
+
+
+@pytest.mark.parametrize(("name", "call"), [*FRONT_DOORS.items(), ("refit", refitted)])
+def test_damaged_weights_are_refused(name: str, call: Callable[[PreTrainedModel], object]):
+    """Each function that users call refuses a model with NaN in its weights, and names the weight."""
+    model = model_for(name)
+    path, weight = list(model.named_parameters())[-1]
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.view(-1)[0] = torch.nan
+        with pytest.raises(UnsupportedModelError, match=f"{path} holds NaN or infinite values"):
+            call(model)
+    finally:
+        weight.data.copy_(kept)

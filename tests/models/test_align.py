@@ -1,0 +1,424 @@
+"""Alignment changes the weights of a block and nothing that it computes."""
+
+import builtins
+from itertools import permutations, product
+
+import pytest
+import torch
+from helpers import LAYERS, TINY, tiny_model
+
+from hf_layerfuse import Drop, Fuse, Plan, apply
+from hf_layerfuse.errors import DataError, RecipeError, UnsupportedModelError
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.math.align import (
+    CrossCorrelation,
+    assignment,
+    fit,
+    gain,
+    inner_product,
+    match,
+    rotation,
+    scores,
+    transport,
+)
+from hf_layerfuse.models.align import align
+from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures.block_weights import heads_of, linear_maps
+from hf_layerfuse.models.verify import prediction
+
+ALIGNS = ["permutation", "activation", "transport", "rotation"]
+MODELS = [*((kind, None) for kind in TINY), ("gpt2", "GPT2LMHeadModel"), ("llama", "LlamaModel")]
+# what the tiny models do not have: grouped heads without rotary positions or norms, biases everywhere, no biases at all
+CHANGES = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "vit": {"qkv_bias": False},
+    "qwen3": {"num_attention_heads": 8, "num_key_value_heads": 2, "attention_bias": True},
+}
+
+every_align = pytest.mark.parametrize("how", ALIGNS)
+every_model = pytest.mark.parametrize(
+    ("model_type", "head", "changes"),
+    [(kind, head, {}) for kind, head in MODELS] + [(kind, None, changes) for kind, changes in CHANGES.items()],
+    ids=[head or kind for kind, head in MODELS] + [f"{kind}-changed" for kind in CHANGES],
+)
+
+
+def outputs(model, inputs):
+    with torch.inference_mode():
+        return prediction(model(**inputs))
+
+
+def batches_of(model, count=2):
+    return [example_inputs(model, batch_size=8, seed=seed) for seed in range(count)]
+
+
+def block_of(model, layer, kind):
+    return next(b for b in adapter_for(model).blocks(model) if (b.layer, b.kind) == (layer, kind))
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def distance(model, kind, a, b):
+    """Squared distance of two blocks over all of their linear maps; the biases of the output are not aligned."""
+    one, other = (linear_maps(model, block_of(model, layer, kind)) for layer in (a, b))
+    return sum(
+        (one[role].weight - other[role].weight).square().sum()
+        + (0 if one[role].bias is None or role == "out" else (one[role].bias - other[role].bias).square().sum())
+        for role in one
+    )
+
+
+@every_align
+@every_model
+def test_the_function_stays_and_the_weights_change(model_type, head, changes, how):
+    """Whatever is aligned, in whatever mode: same class, same outputs, other weights, the input untouched."""
+    model = tiny_model(model_type, head, **changes).double()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inputs = example_inputs(model)
+    edits = (
+        Fuse("layer", (0, 1, 2), operator="mean", align=how),
+        Fuse("attention", (3, 5), "share", "telescope", align=how),
+        Fuse("mlp", (3, 4), "share", operator="freeze", keep=3, align=how),
+    )
+    aligned = align(model, Plan(model_type, LAYERS, edits), batches_of(model))
+    assert type(aligned) is type(model)
+    close(outputs(aligned, inputs), outputs(model, inputs))
+    after = aligned.state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    path = adapter_for(model).layers_path(model)
+    changed = {
+        (int(n[len(path) + 1 :].split(".")[0]), adapter_for(model).owner(n[len(path) + 1 :].split(".", 1)[1]))
+        for n in before
+        if not torch.equal(before[n], after[n])
+    }
+    # the order of few heads can be best as it is
+    assert {(0, "mlp"), (2, "mlp"), (4, "mlp")} <= changed
+    assert changed <= {(0, "attention"), (0, "mlp"), (2, "attention"), (2, "mlp"), (5, "attention"), (4, "mlp")}
+
+
+@every_align
+@every_model
+def test_a_disguised_copy_is_recovered(model_type, head, changes, how):
+    """A block whose units and heads were shuffled, turned where that is free, and whose norm was traded with its maps
+    becomes equal to the block that it is a copy of, so that their mean is that block."""
+    model = tiny_model(model_type, head, **changes).double()
+    adapter = adapter_for(model)
+    layers = adapter.layer_list(model)
+    if how == "activation":
+        quiet(model)
+    layers[2].load_state_dict(layers[1].state_dict())
+    plan = Plan(model_type, LAYERS, (Fuse("layer", (1, 2), operator="telescope", align=how),))
+    inputs = example_inputs(model)
+    expected = outputs(model, inputs)
+    for kind in ("attention", "mlp"):
+        disguise(model, 2, kind, turned=how == "rotation", norm=not adapter.post_norm)
+        assert distance(model, kind, 1, 2) > 1
+    close(outputs(model, inputs), expected)
+
+    aligned = align(model, plan, batches_of(model))
+    one, other = (adapter.layer_list(aligned)[layer].state_dict() for layer in (1, 2))
+    for name in one:
+        close(other[name], one[name])
+    mean = Plan(model_type, LAYERS, (Fuse("layer", (1, 2), operator="mean"),))
+    expected = outputs(apply(model, Plan(model_type, LAYERS, (Drop("layer", 2),))), inputs)
+    close(outputs(apply(aligned, mean), inputs), expected)
+    if how != "activation":
+        assert not torch.allclose(outputs(apply(model, mean), inputs), expected, rtol=1e-2), "this test is blind"
+
+
+def quiet(model):
+    """Let layers 1 and 2 read the same states: the blocks before them add next to nothing."""
+    adapter = adapter_for(model)
+    for block in adapter.blocks(model):
+        if block.layer in (0, 1, 2):
+            out = linear_maps(model, block)["out"]
+            out.weight.mul_(1e-5)
+            if out.bias is not None:
+                out.bias.mul_(1e-5)
+            if adapter.post_norm:
+                norm = model.get_submodule(block.modules["norm"])
+                norm.weight.data.fill_(1)
+                norm.bias.data.zero_()
+
+
+def disguise(model, layer, kind, *, turned, norm):
+    """Shuffle, and turn, a block in place; its function is the same. Written with loops, head by head."""
+    generator = torch.Generator().manual_seed(layer)
+    block = block_of(model, layer, kind)
+    maps = linear_maps(model, block)
+    if kind == "mlp":
+        rows = torch.randperm(maps["out"].weight.shape[1], generator=generator)
+        for role in maps.keys() - {"out"}:
+            take(maps[role], rows)
+        maps["out"].weight.copy_(maps["out"].weight[:, rows].clone())
+    else:
+        heads = heads_of(model)
+        dim, members = heads.dim, heads.count // heads.groups
+        groups = torch.randperm(heads.groups, generator=generator).tolist()
+        order = [g * members + i for g in groups for i in torch.randperm(members, generator=generator).tolist()]
+        wide = torch.cat([torch.arange(dim) + head * dim for head in order])
+        narrow = torch.cat([torch.arange(dim) + group * dim for group in groups])
+        take(maps["q"], wide)
+        take(maps["k"], narrow)
+        take(maps["v"], narrow)
+        maps["out"].weight.copy_(maps["out"].weight[:, wide].clone())
+        for group in range(heads.groups if turned else 0):
+            kv = slice(group * dim, (group + 1) * dim)
+            qk, vo = torch.eye(dim).double(), random_rotation(dim, generator)
+            if heads.rotary and "q_norm" not in block.modules:
+                for j in range(dim // 2):
+                    plane = [j, j + dim // 2]
+                    t = 6 * torch.rand((), generator=generator, dtype=torch.float64)
+                    qk[plane, plane] = t.cos()
+                    qk[plane, plane[::-1]] = torch.stack([-t.sin(), t.sin()])
+            elif not heads.rotary:
+                qk = random_rotation(dim, generator)
+            turn(maps["k"], kv, qk)
+            turn(maps["v"], kv, vo)
+            for head in range(group * members, (group + 1) * members):
+                at = slice(head * dim, (head + 1) * dim)
+                turn(maps["q"], at, qk)
+                maps["out"].weight[:, at] = maps["out"].weight[:, at] @ vo.T
+    readers = [each for role, each in maps.items() if role != "out"]
+    module = model.get_submodule(block.modules["norm"])
+    bias = getattr(module, "bias", None)
+    if norm and (bias is None or all(each.bias is not None for each in readers)):
+        gain = torch.rand(len(module.weight), generator=generator, dtype=torch.float64) + 0.5
+        shift = torch.randn(len(module.weight), generator=generator, dtype=torch.float64)
+        for each in readers:
+            each.weight.div_(gain)
+            if bias is not None:
+                each.bias.sub_(each.weight @ shift)
+        module.weight.data.mul_(gain)
+        if bias is not None:
+            bias.data.mul_(gain).add_(shift)
+
+
+def take(each, rows):
+    each.weight.copy_(each.weight[rows].clone())
+    if each.bias is not None:
+        each.bias.copy_(each.bias[rows].clone())
+
+
+def turn(each, rows, matrix):
+    each.weight[rows] = matrix @ each.weight[rows]
+    if each.bias is not None:
+        each.bias[rows] = matrix @ each.bias[rows]
+
+
+def random_rotation(dim, generator):
+    return torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0]
+
+
+def test_activation_of_a_gated_unit_is_its_product():
+    """Units that only their gates tell apart are told apart."""
+    model = tiny_model("llama", "LlamaModel").double()
+    quiet(model)
+    model.layers[1].mlp.up_proj.weight.data[:] = model.layers[1].mlp.up_proj.weight[0].clone()
+    model.layers[2].load_state_dict(model.layers[1].state_dict())
+    disguise(model, 2, "mlp", turned=False, norm=False)
+    plan = Plan("llama", LAYERS, (Fuse("mlp", (1, 2), "share", "telescope", align="activation"),))
+    assert distance(model, "mlp", 1, 2) > 1
+    assert distance(align(model, plan, batches_of(model)), "mlp", 1, 2) < 1e-6
+
+
+@every_model
+def test_blocks_that_differ_come_closer(model_type, head, changes):
+    """Permuting brings two unlike blocks no further apart, units closer; turning the heads brings them closer still."""
+    model = tiny_model(model_type, head, **changes).double()
+
+    def after(how, kind):
+        plan = Plan(model_type, LAYERS, (Fuse("layer", (1, 4), "share", "mean", align=how),))
+        return distance(align(model, plan), kind, 1, 4)
+
+    assert after("permutation", "mlp") < distance(model, "mlp", 1, 4)
+    assert after("permutation", "attention") <= distance(model, "attention", 1, 4) + 1e-9
+    assert after("rotation", "attention") < after("permutation", "attention")
+    close(after("rotation", "mlp"), after("permutation", "mlp"))
+
+
+@every_align
+def test_half_precision_is_kept(how):
+    """In bfloat16 a permutation moves weights without rounding them, and everything stays close."""
+    model = tiny_model("llama", "LlamaModel").to(torch.bfloat16)
+    plan = Plan("llama", LAYERS, (Fuse("layer", (1, 2), "share", "mean", align=how),))
+    aligned = align(model, plan, batches_of(model))
+    assert aligned.dtype == torch.bfloat16
+    before, after = model.layers[1].mlp.up_proj.weight, aligned.layers[1].mlp.up_proj.weight
+    assert not torch.equal(before, after)
+    assert torch.equal(before.float().sum(1).sort().values, after.float().sum(1).sort().values)
+
+
+def test_no_alignment_is_no_copy():
+    """Where no edit asks for alignment, the model itself comes back."""
+    model = tiny_model("bert")
+    assert align(model, Plan("bert", LAYERS, (Fuse("layer", (1, 2)), Drop("mlp", 4)))) is model
+
+
+@pytest.mark.parametrize("off", [[5], range(32)], ids=["one", "all"])
+def test_gains_that_are_nearly_off_are_not_divided_by(off):
+    """A coordinate that the reference's norm all but switches off keeps its own gain; the others take its gain."""
+    model = tiny_model("gpt2", "GPT2Model").double()
+    off = torch.tensor(list(off))
+    model.h[1].ln_2.weight.data[off] = 0
+    aligned = align(model, Plan("gpt2", LAYERS, (Fuse("mlp", (1, 2), operator="telescope", align="permutation"),)))
+    gains = aligned.h[2].ln_2.weight
+    expected = model.h[1].ln_2.weight.clone()
+    expected[off] = model.h[2].ln_2.weight[off]
+    assert torch.equal(gains, expected)
+    close(outputs(aligned, example_inputs(model)), outputs(model, example_inputs(model)))
+
+
+def test_a_norm_that_adds_one_to_its_gain_is_left_alone(monkeypatch):
+    """Gains are only traded with the maps where the norm multiplies by them: Gemma's kind multiplies by 1 + weight."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    forward = LlamaRMSNorm.forward
+
+    def plus_one(self, states):
+        return forward(self, states) * (1 + 1 / self.weight)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", plus_one)
+    model = tiny_model("llama").double()
+    aligned = align(model, Plan("llama", LAYERS, (Fuse("layer", (1, 2), operator="mean", align="rotation"),)))
+    close(outputs(aligned, example_inputs(model)), outputs(model, example_inputs(model)))
+
+
+def test_activation_ignores_padding_and_batching():
+    """Statistics are of the tokens that are not padding, however they come in batches, from one pass over them."""
+    model = tiny_model("bert").double()
+    plan = Plan("bert", LAYERS, (Fuse("layer", (1, 3), "share", "mean", align="activation"),))
+    ids = example_inputs(model, batch_size=12, sequence_length=16)["input_ids"]
+    padded = torch.cat([ids, torch.zeros(12, 9, dtype=ids.dtype)], 1)
+    mask = (torch.arange(25) < 16).long().expand(12, 25)
+
+    def weights(batches):
+        return align(model, plan, batches).state_dict()
+
+    whole = weights([{"input_ids": ids, "labels": ids}])
+    parts = weights({"input_ids": p, "attention_mask": m} for p, m in zip(padded.split(5), mask.split(5), strict=True))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    blind = weights([{"input_ids": padded}])
+    assert not all(torch.equal(value, blind[name]) for name, value in whole.items()), "this test is blind"
+
+
+@pytest.mark.parametrize(
+    "batches", [None, [], [{"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.zeros(1, 4)}]]
+)
+def test_activation_without_tokens_says_what_to_pass(batches):
+    """No batches, and batches without tokens, are errors that say so; the model keeps no hooks."""
+    model = tiny_model("bert")
+    plan = Plan("bert", LAYERS, (Fuse("mlp", (1, 2), align="activation"),))
+    with pytest.raises(RecipeError if batches is None else DataError, match="batch"):
+        align(model, plan, batches)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_transport_without_pot_says_how_to_install_it(monkeypatch):
+    """POT is an extra: where it is missing, the error names the command that installs it."""
+    real = builtins.__import__
+
+    def without_pot(name, *args, **kwargs):
+        if name == "ot":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_pot)
+    with pytest.raises(RecipeError, match=r"pip install \"hf-layerfuse\[transport\]\""):
+        align(tiny_model("bert"), Plan("bert", LAYERS, (Fuse("mlp", (1, 2), align="transport"),)))
+
+
+def test_maps_with_other_names_are_refused(monkeypatch):
+    """An adapter may name its maps as it likes; alignment says which names it needs."""
+    adapter = adapter_for(tiny_model("bert"))
+    table = {"up": "intermediate.dense", "out": "output.dense", "norm": "output.LayerNorm"}
+    monkeypatch.setattr(type(adapter), "mlp", table)
+    with pytest.raises(UnsupportedModelError, match="'in', 'out'"):
+        align(tiny_model("bert"), Plan("bert", LAYERS, (Fuse("mlp", (1, 2), align="permutation"),)))
+
+
+def test_norms_across_heads_are_refused():
+    """Where a norm on queries spans all heads, with a gain for each, heads cannot change places."""
+    model = tiny_model("qwen3", "Qwen3Model")
+    for layer in (1, 2):
+        model.layers[layer].self_attn.q_norm.weight = torch.nn.Parameter(torch.ones(32))
+    with pytest.raises(UnsupportedModelError, match="one head's width"):
+        align(model, Plan("qwen3", LAYERS, (Fuse("attention", (1, 2), align="permutation"),)))
+
+
+def test_assignment_and_transport_agree():
+    """With equal masses the transport plan is a permutation, the one of the largest total score."""
+    score = torch.randn(40, 40, generator=torch.Generator().manual_seed(0)).double()
+    order = assignment(score)
+    assert torch.equal(transport(score), order)
+    assert sorted(order.tolist()) == list(range(40))
+    assert score[range(40), order].sum() > score.trace()
+    assert transport(torch.ones(3, 3).double()).sort().values.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("solve", [assignment, transport])
+def test_heads_stay_in_their_group(solve):
+    """Of all ways to match groups, and heads inside matched groups, the one of the largest total score is found."""
+    score = torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    groups, heads = match(score, solve)
+
+    def total(groups, heads):
+        return sum(score[g, groups[g], i, heads[g][i]] for g in range(3) for i in range(2))
+
+    swaps = list(permutations(range(2)))
+    best = max(total(order, inner) for order in permutations(range(3)) for inner in product(swaps, repeat=3))
+    close(total(groups, heads), best)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_grouped_heads_are_permuted_for_the_best(seed):
+    """With keys and values that heads share, no permutation of groups and of their heads lies closer than `fit`'s."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"q": (2, 2, 3, 5), "k": (2, 1, 3, 5), "v": (2, 1, 3, 5), "out": (2, 2, 3, 4)}
+    a, b = ({role: torch.randn(*s, generator=generator).double() for role, s in shapes.items()} for _ in range(2))
+    turns = {("q", "k"): "none", ("v", "out"): "none"}
+    found = inner_product(a, fit(a, b, scores(a, b, turns), turns))
+
+    def total(groups, heads):
+        rows = {role: torch.stack([b[role][g] for g in groups]) for role in b}
+        for role in ("q", "out"):
+            rows[role] = torch.stack([row[list(order)] for row, order in zip(rows[role], heads, strict=True)])
+        return inner_product(a, rows)
+
+    swaps = list(permutations(range(2)))
+    assert found == pytest.approx(max(total(g, h) for g in swaps for h in product(swaps, repeat=2)))
+
+
+@pytest.mark.parametrize("how", ["none", "pairs", "any"])
+def test_rotation_reaches_the_gain(how):
+    """R is orthogonal and reaches the gain, which no allowed map beats; rotations of pairs commute with positions."""
+    generator = torch.Generator().manual_seed(0)
+    cross = torch.randn(5, 8, 8, generator=generator).double()
+    turned = rotation(cross, how)
+    close(turned @ turned.mT, torch.eye(8).double().expand(5, 8, 8))
+    close((turned * cross).sum((-2, -1)), gain(cross, how))
+    assert (gain(cross, "none") <= gain(cross, "pairs")).all()
+    assert (gain(cross, "pairs") <= gain(cross, "any")).all()
+    if how == "pairs":
+        position = rotation(torch.randn(8, 8, generator=generator).double(), "pairs")
+        close(turned @ position, position @ turned)
+        for angle in torch.linspace(0, 6.3, 50).double():
+            other = torch.kron(
+                torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2), torch.eye(4).double()
+            )
+            assert ((other * cross).sum((-2, -1)) <= gain(cross, how)).all()
+
+
+def test_cross_correlation_streams():
+    """Correlation over batches is that of all tokens together, whatever the means; constants correlate with nothing."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(90, n, generator=generator).double() * 3 + 50 for n in (4, 5))
+    x[:, 2] = 0.1
+    moments = CrossCorrelation()
+    for part in torch.arange(90).split(13):
+        moments.update(x[part], y[part])
+    expected = torch.corrcoef(torch.cat([x, y], 1).T)[:4, 4:].nan_to_num(0)
+    expected[2] = 0
+    torch.testing.assert_close(moments.value(), expected)

@@ -1,0 +1,205 @@
+"""What must hold for every architecture, every head that transformers has for it, and every kind of edit."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from helpers import HEADS, LAYERS, TINY, tiny_model
+
+from hf_layerfuse import Drop, Fuse, Linearize, Plan, apply, expand, verify
+from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.modeling import FusedMixin
+from hf_layerfuse.models.surgery.linear_mlp import Collapsed
+from hf_layerfuse.models.verify import prediction
+
+EDITS = {
+    "depth": (Fuse("layer", (1, 2), operator="mean"), Fuse("layer", (3, 4), operator="telescope")),
+    "share": (Fuse("layer", (1, 3), "share", "mean"), Fuse("layer", (2, 4, 5), "share", "freeze")),
+    "attention": (Fuse("attention", (0, 1)), Drop("attention", 3), Fuse("attention", (4, 5), "share")),
+    "mlp": (Fuse("mlp", (1, 2, 3), operator="mean"), Drop("mlp", 5), Fuse("mlp", (0, 4), "share")),
+    "drop": (Drop("layer", 0), Drop("layer", 4)),
+    "relaxed": (Fuse("layer", (1, 3), "share", "mean", rank=2), Fuse("layer", (0, 2, 4), "basis", rank=6)),
+    "linear": (Linearize(1), Fuse("layer", (2, 3)), Fuse("attention", (4, 5), "share"), Linearize(4)),
+}
+STOCK = {"depth", "drop"}
+
+every_head = pytest.mark.parametrize(("model_type", "head"), HEADS, ids=[head.__name__ for _, head in HEADS])
+every_edit = pytest.mark.parametrize("name", EDITS)
+
+
+def on_heads(field, choices):
+    """Every choice on the first head of each architecture, and two of them, in turn, on each of the other heads."""
+    choices, first = list(choices), dict(reversed(HEADS))
+    cases = [
+        (kind, head, choice)
+        for i, (kind, head) in enumerate(HEADS)
+        for j, choice in enumerate(choices)
+        if head is first[kind] or (j - i) % len(choices) in (0, len(choices) // 2)
+    ]
+    ids = [f"{head.__name__}-{'-'.join(choice) if isinstance(choice, tuple) else choice}" for _, head, choice in cases]
+    return pytest.mark.parametrize(("model_type", "head", field), cases, ids=ids)
+
+
+def outputs(model, inputs=None):
+    with torch.inference_mode():
+        return prediction(model(**(inputs or example_inputs(model))))
+
+
+@every_head
+def test_empty_plan_is_bit_equal(model_type, head):
+    """A plan without edits gives the same class with the same outputs, to the bit, in other memory."""
+    model = tiny_model(model_type, head)
+    copied = apply(model, Plan(model_type, LAYERS))
+    assert type(copied) is head
+    assert torch.equal(outputs(copied), outputs(model))
+    originals = {parameter.data_ptr() for parameter in model.parameters()}
+    assert originals.isdisjoint(parameter.data_ptr() for parameter in copied.parameters())
+
+
+@on_heads("name", EDITS)
+def test_result_survives_saving_loading_and_caching(model_type, head, name):
+    """Reloaded with the right head and no missing or unexpected keys, same logits, cached decoding = uncached."""
+    model = tiny_model(model_type, head)
+    before = copy.deepcopy(model.state_dict())
+    expected = outputs(model)
+    fused = apply(model, Plan(model_type, LAYERS, EDITS[name]))
+    assert isinstance(fused, FusedMixin) == (name not in STOCK)
+    assert isinstance(fused, head)
+    assert fused.num_parameters() < model.num_parameters()
+    report = verify(fused)
+    assert report["reload"] == 0
+    assert ("cache" in report) == (fused.can_generate() and getattr(fused.config, "is_decoder", True))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "the input was changed"
+    assert torch.equal(outputs(model), expected)
+    assert not torch.allclose(outputs(fused), expected, rtol=1e-2), "the edit had no effect: this test is blind"
+
+
+@on_heads("fused", itertools.product(["layer", "attention", "mlp"], ["mean", "freeze", "telescope"]))
+def test_sharing_equal_blocks_is_the_identity(model_type, head, fused):
+    """Where the blocks of a group are equal, sharing them changes no output bit, whatever the operator."""
+    kind, operator = fused
+    model = tiny_model(model_type, head)
+    layers = adapter_for(model).layer_list(model)
+    for layer in layers[1:]:
+        layer.load_state_dict(layers[0].state_dict())
+    plan = Plan(model_type, LAYERS, (Fuse(kind, (0, 2, 3), "share", operator), Fuse(kind, (4, 5), "share", operator)))
+    assert torch.equal(outputs(apply(model, plan)), outputs(model))
+
+
+@every_head
+@pytest.mark.parametrize("operator", ["mean", "freeze", "telescope"])
+def test_depth_fusing_equal_layers_gives_that_layer(model_type, head, operator):
+    """Three equal layers fused in depth are the same function as one of them with the others dropped."""
+    model = tiny_model(model_type, head)
+    layers = adapter_for(model).layer_list(model)
+    for layer in layers[4:]:
+        layer.load_state_dict(layers[3].state_dict())
+    fused = apply(model, Plan(model_type, LAYERS, (Fuse("layer", (3, 4, 5), operator=operator),)))
+    dropped = apply(model, Plan(model_type, LAYERS, (Drop("layer", 4), Drop("layer", 5))))
+    assert torch.equal(outputs(fused), outputs(dropped))
+
+
+@every_head
+def test_fusing_both_blocks_is_fusing_the_layer(model_type, head):
+    """Attention and MLP fused over the same layers leave a stock model, equal to fusing the layers whole."""
+    model = tiny_model(model_type, head)
+    parts = apply(model, Plan(model_type, LAYERS, (Fuse("attention", (1, 2)), Fuse("mlp", (1, 2)), Drop("layer", 5))))
+    edits = (Fuse("layer", (1, 2)), Drop("attention", 5), Drop("mlp", 5))
+    whole = apply(model, Plan(model_type, LAYERS, edits))
+    assert type(parts) is type(whole) is head
+    assert torch.equal(outputs(parts), outputs(whole))
+
+
+@every_head
+def test_dropped_block_contributes_nothing(model_type, head):
+    """Dropping a block equals a model whose output projection of that block is zero."""
+    model = tiny_model(model_type, head)
+    adapter = adapter_for(model)
+    fused = apply(model, Plan(model_type, LAYERS, (Drop("attention", 1), Drop("mlp", 3))))
+    for block in adapter.blocks(model):
+        if (block.layer, block.kind) in ((1, "attention"), (3, "mlp")):
+            for parameter in model.get_submodule(block.modules["out"]).parameters():
+                parameter.data.zero_()
+    torch.testing.assert_close(outputs(fused), outputs(model))
+
+
+@on_heads("name", ["share", "attention", "mlp", "relaxed"])
+def test_fused_model_expands_to_an_equal_stock_model(model_type, head, name):
+    """The stock export of a fused model has the original's class and size, and the fused model's outputs."""
+    model = tiny_model(model_type, head)
+    fused = apply(model, Plan(model_type, LAYERS, EDITS[name]))
+    stock = expand(fused)
+    assert type(stock) is head
+    assert stock.num_parameters() == model.num_parameters()
+    assert stock.config.model_type == model_type
+    assert not hasattr(stock.config, "layerfuse_plan")
+    torch.testing.assert_close(outputs(stock), outputs(fused))
+
+
+@on_heads("name", EDITS)
+def test_every_parameter_is_reached_by_gradients(model_type, head, name):
+    """The result trains: every weight that the original trains gets a gradient, shared ones the sum of their uses."""
+    model = tiny_model(model_type, head)
+    fused = apply(model, Plan(model_type, LAYERS, EDITS[name])).train()
+    for module in fused.modules():
+        if isinstance(module, Collapsed) and not module.weight.any():  # that of a gated MLP, before it is fitted
+            torch.nn.init.normal_(module.weight)
+
+    def without_gradient(which):
+        torch.manual_seed(0)
+        prediction(which.train()(**example_inputs(which))).square().sum().backward()
+        return {n for n, p in which.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+
+    adapter = adapter_for(model)
+    outside = {n for n in without_gradient(model) if not n.startswith(adapter.layers_path(model) + ".")}
+    # key biases shift all scores of a query alike, which the softmax takes back: their gradient is zero up to rounding
+    inside = {n for n in without_gradient(fused) if n not in outside and not n.endswith(("key.bias", "k_lin.bias"))}
+    assert not inside
+    assert torch.isfinite(torch.stack([p.grad.norm() for p in fused.parameters() if p.grad is not None])).all()
+
+
+# transformers 5.23 prefers activation_checkpointing_enable, which earlier releases of version 5 do not have
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@every_edit
+def test_runs_as_transformers_models_do(model_type, name):
+    """hidden states, gradient checkpointing, deepcopy and half precision work on the result."""
+    head = next(head for kind, head in HEADS if kind == model_type)
+    fused = apply(tiny_model(model_type, head), Plan(model_type, LAYERS, EDITS[name]))
+    inputs = example_inputs(fused)
+    expected = outputs(fused, inputs)
+
+    with torch.inference_mode():
+        hidden = fused(**inputs, output_hidden_states=True).hidden_states
+    assert len(hidden) == fused.config.num_hidden_layers + 1
+    twin = copy.deepcopy(fused)
+    assert torch.equal(outputs(twin, inputs), expected)
+    assert twin.num_parameters() == fused.num_parameters(), "deepcopy untied the weights"
+
+    half = apply(tiny_model(model_type, head).to(torch.bfloat16), Plan(model_type, LAYERS, EDITS[name]))
+    assert half.dtype == torch.bfloat16
+    images = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in inputs.items()}
+    assert outputs(half, images).dtype == torch.bfloat16
+
+    def gradients(model):
+        model.zero_grad()
+        torch.manual_seed(0)  # the same dropout
+        prediction(model(**inputs)).square().mean().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients(fused.train())
+    fused.gradient_checkpointing_enable({"use_reentrant": False})
+    for key, value in gradients(fused).items():
+        torch.testing.assert_close(value, plain[key])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"), dict.fromkeys([(k, "attention") for k in TINY] + [("gpt2", n) for n in EDITS])
+)
+def test_compiles(model_type, name):
+    """torch.compile traces the result as it does stock models: one edit for each architecture, and each edit once."""
+    fused = apply(tiny_model(model_type), Plan(model_type, LAYERS, EDITS[name]))
+    compiled = torch.compile(fused, backend="eager")
+    torch.testing.assert_close(outputs(compiled, example_inputs(fused)), outputs(fused))
+    torch._dynamo.reset()

@@ -1,0 +1,222 @@
+"""The page of a run has what the run has, needs nothing beside it, and works in a browser."""
+
+import dataclasses
+import html
+import json
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from io import BytesIO
+
+import pytest
+from PIL import Image
+from playwright.sync_api import sync_playwright
+from runs import MERGED, PLAN, REPORT, RESULTS, SHARED, causal_lm, recipe, results, written
+
+from hf_layerfuse import CheckpointError, CollapseRecipe, Linearize, MergeRecipe, Plan, cli
+from hf_layerfuse.console import main
+from hf_layerfuse.pipeline.report.page import page, write_page
+from hf_layerfuse.pipeline.report.tables import change_table
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Tags(HTMLParser):
+    """Every element with its attributes; complains of one that is closed where it is not open."""
+
+    VOID = ("meta", "img", "input", "link", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize(
+    ("plan", "made"),
+    [
+        (PLAN, recipe()),
+        (SHARED, recipe()),
+        (MERGED, recipe(fusion=None, merge=MergeRecipe(budget=0.5), task="image-classification")),
+    ],
+    ids=["depth", "share", "merge"],
+)
+def test_has_what_the_run_has(plan, made):
+    """Figures with their shares, every change in words, pictures with alternatives in words, command and recipe."""
+    text = page(plan, results(), made)
+    tags = Tags(text).found
+    shown = html.unescape(re.sub(r"<[^>]+>", " ", text))
+    assert "750 (75%)" in shown
+    assert "20.0 (67%)" in shown
+    for row in change_table(plan)[1:]:
+        assert all(cell in shown for cell in row)
+    images = [attributes for tag, attributes in tags if tag == "img"]
+    assert len(images) == 2
+    assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in images)
+    assert "Made from user/model: 75% of the parameters" in shown
+    assert "Measured on glue (validation)." in shown
+    assert "2 steps in 72 s, mixed precision: bf16; the weights of step 2 were kept." in shown
+    assert "accelerate launch fuse.py x" in shown
+    assert f"model: {made.model}" in shown
+    assert all(attributes.get("scope") in ("col", "row") for tag, attributes in tags if tag == "th")
+    assert ("html", {"lang": "en"}) in tags
+
+
+def test_needs_nothing_beside_it():
+    """No address is in the page but those that it shows as text, and no file but itself."""
+    for _, attributes in Tags(page(PLAN, results(), recipe())).found:
+        for name in ("src", "href", "srcset", "data", "action"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert "url(" not in page(PLAN, results(), recipe())
+
+
+def test_what_comes_from_the_run_is_text():
+    """Names and commands are shown as they are, and are no markup."""
+    evil = "<script>alert(1)</script>"
+    text = page(PLAN, results(command=evil, environment={evil: evil}), recipe(model=evil))
+    assert [tag for tag, _ in Tags(text).found].count("script") == 1
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4
+
+
+def test_says_why(tmp_path):
+    """Losses of what competed, of single choices, of other budgets, and of the repair, as the notes have them."""
+    notes = {
+        "competition": [
+            {"edits": [{"edit": "drop", "kind": "layer", "layer": 3}], "loss": 0.25, "loss_before_refit": 0.5},
+            {"layers": [1, 2], "loss": 0.125},
+        ],
+        "losses": {"4": 0.0625},
+        "frontier": {"60%": 0.75},
+        "refit": {"before": 0.5, "after": 0.25, "kept": True, "blocks": []},
+    }
+    shown = page(dataclasses.replace(PLAN, notes=notes), results(), recipe())
+    assert shown.index("linear MLPs of layers 1, 2") < shown.index("layer 3 dropped")
+    for text in ("0.125", "0.0625", "60%", "0.75", "It was kept."):
+        assert text in shown
+    notes = {"losses": [{"edit": {"edit": "linearize", "layer": 4}, "loss": 0.375}]}
+    assert "the MLP of layer 4 becomes one linear map" in page(
+        dataclasses.replace(PLAN, notes=notes), results(), recipe()
+    )
+
+
+def test_says_what_training_did():
+    """Each round has its sentence, one that did not help says so, and a run without training has none; how much the
+    figures were measured on is said where it is known."""
+    rounds = [{**REPORT, "best_step": 0}, {**REPORT, "steps": 5000, "best_step": 5000}]
+    counted = {**RESULTS["before"], "metrics": {"accuracy": 0.9, "examples": 1234}}
+    shown = page(PLAN, results(rounds=rounds, heal=rounds[-1], before=counted), recipe())
+    assert "no later weights validated better than those before the first step" in shown
+    assert "5,000 steps in 72 s" in shown
+    assert "Measured on glue (validation), 1,234 examples." in shown
+    assert "Training</h2>" not in page(PLAN, results(heal=None), recipe())
+
+
+@pytest.mark.filterwarnings("ignore::hf_layerfuse.errors.LayerFuseWarning")
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_the_page_of_a_run(tmp_path, capsys):
+    """What `fuse.py` writes is enough; the file is written whole, and again; nothing else changes."""
+    assert cli.main([*causal_lm(tmp_path), "--evaluate.latency", "false"]) == 0
+    out = tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    for _ in range(2):
+        assert main(["report", str(out)]) == 0
+        assert capsys.readouterr().out == f"Written: {out / 'report.html'}\n"
+    Tags((out / "report.html").read_text())
+    assert "accelerate launch fuse.py" in (out / "report.html").read_text()
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.name != "report.html"} == before
+
+
+def test_nothing_else_is_replaced(tmp_path, capsys):
+    """A file that is no page of a run stays, as does everything where the results are damaged."""
+    folder = written(tmp_path / "out")
+    (tmp_path / "notes.html").write_text("mine")
+    assert main(["report", str(folder), "--output", str(tmp_path / "notes.html")]) == 1
+    assert "no page of a run: name another file by --output" in capsys.readouterr().err
+    assert (tmp_path / "notes.html").read_text() == "mine"
+    speaks_of_it = f"<!doctype html>\n<p>How a page begins:</p>\n<!-- {write_page(folder).read_text()} -->"
+    (tmp_path / "notes.html").write_text(speaks_of_it)
+    with pytest.raises(CheckpointError, match="no page of a run"):
+        write_page(folder, tmp_path / "notes.html")
+    assert (tmp_path / "notes.html").read_text() == speaks_of_it
+    for taken in (tmp_path, os.devnull):  # neither of which is a file
+        with pytest.raises(CheckpointError, match="no page of a run"):
+            write_page(folder, taken)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write_page(folder, tmp_path / "nowhere" / "page.html")
+    for name, content in (("plan.json", "{}"), ("results.json", "[]"), ("results.json", "{"), ("results.json", "{}")):
+        damaged = written(tmp_path / "damaged")
+        (damaged / name).write_text(content)
+        assert main(["report", str(damaged)]) == 1
+        assert "is no result of a run" in capsys.readouterr().err
+        assert not (damaged / "report.html").exists()
+    half = [{name: None} for name in ("before", "metrics_on", "environment")]
+    for changes in (*half, {"fused": None, "healed": None}, {"before": {}}, {"heal": {"train_loss": 5}}):
+        damaged = written(tmp_path / "half", **changes)
+        tree = json.loads((damaged / "results.json").read_text())
+        kept = {name: value for name, value in tree.items() if value is not None}
+        (damaged / "results.json").write_text(json.dumps(kept))
+        assert main(["report", str(damaged)]) == 1, changes
+        assert "is no result of a run" in capsys.readouterr().err
+        assert {path.name for path in damaged.iterdir()} == {"plan.json", "results.json"}
+    strange = written(tmp_path / "strange", dataclasses.replace(PLAN, notes={"competition": [{"plan": 1}]}))
+    assert main(["report", str(strange)]) == 1
+    assert "'loss' is missing" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "absent")]) == 1
+    assert "Name a folder that fuse.py has written" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no browser found: install chromium")
+def test_works_in_a_browser(tmp_path):
+    """In Chromium, on light and dark pages and on a phone: no error, nothing asked of a network, nothing cut off; and
+    the filter shows the rows that have its words. Without scripts all rows are there; what is folded is printed."""
+    plan = Plan("gpt2", 12, tuple(Linearize(layer) for layer in range(1, 11)))
+    path = write_page(written(tmp_path / "out", plan, recipe(fusion=None, collapse=CollapseRecipe(count=10))))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        for scheme in ("light", "dark"):
+            for width in (1000, 390):
+                tab = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
+                wrong, asked = [], []
+                tab.on("pageerror", lambda error, wrong=wrong: wrong.append(str(error)))
+                tab.on("console", lambda message, wrong=wrong: wrong.append(message.text))
+                tab.on("request", lambda request, asked=asked: asked.append(request.url))
+                tab.goto(path.as_uri())
+                assert not wrong
+                assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+                assert tab.evaluate("document.documentElement.scrollWidth") <= width
+                assert all(tab.evaluate("[...document.images].map(image => image.naturalWidth > 100)"))
+                # on a phone, pictures are looked at in parts, since their text would be too small
+                assert all(tab.evaluate("[...document.images].map(image => image.width > 450)"))
+                picture = Image.open(BytesIO(tab.screenshot(full_page=True))).convert("L")
+                assert len(picture.getcolors(256)) > 16
+                ground = picture.getpixel((2, 2))
+                assert ground > 200 if scheme == "light" else ground < 50
+                tab.get_by_placeholder("layer 7").fill("layer 7")
+                visible = tab.locator("#changes tbody tr:visible")
+                assert visible.count() == 1
+                assert "The MLP of layer 7" in visible.inner_text()
+                tab.close()
+        tab = browser.new_page(java_script_enabled=False)
+        tab.goto(path.as_uri())
+        assert tab.locator("#changes tbody tr:visible").count() == 11
+        assert not tab.get_by_placeholder("layer 7").is_visible()
+        tab = browser.new_page()
+        tab.goto(path.as_uri())
+        seen = "document.querySelector('details pre').checkVisibility()"
+        assert not tab.evaluate(seen)
+        tab.emulate_media(media="print")
+        assert tab.evaluate(seen)
+        browser.close()

@@ -1,0 +1,160 @@
+"""Runs of recipes on tiny models and data, and what such runs leave: plans, results and the files of a page."""
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+from helpers import tiny_model
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
+
+from hf_layerfuse import Drop, Fuse, FusionRecipe, Linearize, MergeConvs, Plan
+from hf_layerfuse.plan import CHAIN
+from hf_layerfuse.recipe import DataRecipe, Recipe
+
+WORDS = [f"w{i}" for i in range(3, 60)]
+
+
+def save_text_model(path: Path, head: str, **changes):
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {word: i for i, word in enumerate(WORDS, start=3)}
+    backend = Tokenizer(models.WordLevel(vocabulary | {"<mask>": 62, "<unk>": 63}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>", "mask_token": "<mask>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=32, **tokens).save_pretrained(path)
+    model = tiny_model("gpt2" if "GPT2" in head else "bert", head, **changes)
+    model.save_pretrained(path)
+    return model
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for _ in range(count)]
+
+
+def causal_lm(path: Path) -> list[str]:
+    save_text_model(path / "model", "GPT2LMHeadModel")
+    for split in ("train", "validation", "test"):
+        (path / f"{split}.txt").write_text("\n".join(sentences(60, len(split))) + "\n")
+    return [*local(path, "causal-lm", "txt"), "--data.max_length", "16"]
+
+
+def text_classification(path: Path) -> list[str]:
+    save_text_model(path / "model", "BertForSequenceClassification")
+    for split in ("train", "validation", "test"):
+        rows = [f"{text}\t{int('w7' in text)}" for text in sentences(60, len(split))]
+        (path / f"{split}.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    return local(path, "text-classification", "tsv")
+
+
+def feature_extraction(path: Path) -> list[str]:
+    save_text_model(path / "model", "BertModel")
+    for split in ("train", "validation", "test"):
+        lines = [json.dumps({"text": text}) for text in sentences(40, len(split))]
+        (path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return local(path, "feature-extraction", "jsonl")
+
+
+def masked_lm(path: Path) -> list[str]:
+    save_text_model(path / "model", "BertForMaskedLM")
+    for split in ("train", "validation", "test"):
+        (path / f"{split}.txt").write_text("\n".join(sentences(40, len(split))) + "\n")
+    return local(path, "masked-lm", "txt")
+
+
+def token_classification(path: Path) -> list[str]:
+    save_text_model(path / "model", "BertForTokenClassification")
+    for split in ("train", "validation", "test"):
+        words = [text.split() for text in sentences(40, len(split))]
+        rows = [json.dumps({"text": row, "label": [int("7" in word) for word in row]}) for row in words]
+        (path / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    return local(path, "token-classification", "jsonl")
+
+
+def image_classification(path: Path) -> list[str]:
+    tiny_model("vit", "ViTForImageClassification").save_pretrained(path / "model")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(path / "model")
+    rng = random.Random(0)
+    for split in ("train", "validation", "test"):
+        for kind in ("cat", "dog"):
+            folder = path / split / kind
+            folder.mkdir(parents=True)
+            for index in range(12):
+                pixels = bytes(rng.randrange(256) for _ in range(10 * 10 * 3))
+                Image.frombytes("RGB", (10, 10), pixels).save(folder / f"{index}.png")
+    return local(path, "image-classification", None)
+
+
+def local(path: Path, task: str, suffix: str | None) -> list[str]:
+    """A recipe file for data in `path`, and the words that run it."""
+    splits = {
+        split: str(path / (f"{split}.{suffix}" if suffix else split)) for split in ("train", "validation", "test")
+    }
+    recipe = {
+        "model": str(path / "model"),
+        "task": task,
+        "output_dir": str(path / "out"),
+        "data": {**splits, "max_length": 32, "calibration_samples": 8},
+        "fusion": {"keep_layers": 4},
+        "heal": {"steps": 3, "batch_size": 8, "eval_every": 2},
+        "evaluate": {"latency_repeats": 1},
+    }
+    (path / "recipe.yaml").write_text(json.dumps(recipe))
+    return [str(path / "recipe.yaml")]
+
+
+STAGE = {
+    "parameters": 1000,
+    "non_embedding_parameters": 800,
+    "bytes": 4000,
+    "latency_ms": {"1": 5.0, "8": 30.0},
+    "metrics": {"accuracy": 0.9},
+}
+
+
+SMALLER = {**STAGE, "parameters": 750, "latency_ms": {"1": 4.0, "8": 20.0}, "metrics": {"accuracy": 0.875}}
+
+
+RESULTS = {"before": STAGE, "fused": SMALLER, "metrics_on": "test", "environment": {"device": "cpu"}}
+
+
+PLAN = Plan("bert", 12, (Fuse("layer", (2, 3)), Drop("attention", 7)))
+
+
+SHARED = Plan("bert", 12, (Fuse("mlp", (0, 1), "share"), Linearize(5)))
+
+
+MERGED = Plan("resnet", 3, (MergeConvs(-1, 0, (0,)), MergeConvs(0, 2, (2,))), kinds=CHAIN)
+
+
+def recipe(**changes) -> Recipe:
+    given = {
+        "model": "user/model",
+        "task": "text-classification",
+        "output_dir": "out",
+        "data": {"name": "glue", "config": "sst2", "test": "validation"},
+        "fusion": FusionRecipe(keep_layers=11),
+    }
+    given |= changes
+    return Recipe(**{**given, "data": DataRecipe(**given["data"])})
+
+
+HEALED = {"heal": {"train_loss": [(1, 3.0), (2, 2.5)], "validation_loss": [(0, 3.1), (2, 2.6)], "homotopy": []}}
+
+
+REPORT = {**HEALED["heal"], "steps": 2, "best_step": 2, "seconds": 71.6, "mixed_precision": "bf16"}
+
+
+def results(**changes) -> dict:
+    made = {"heal": REPORT, "healed": SMALLER, "recipe": None, "command": "accelerate launch fuse.py x"}
+    return {**RESULTS, **made, **changes}
+
+
+def written(folder: Path, plan: Plan = PLAN, made=None, **changes) -> Path:
+    """A folder with what a page is made of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(plan.to_json())
+    tree = {**results(**changes), "recipe": dataclasses.asdict(made or recipe())}
+    (folder / "results.json").write_text(json.dumps(tree))
+    return folder
