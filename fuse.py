@@ -2,7 +2,7 @@
 
 import sys
 
-from hf_layerfuse.cli import main
+from hf_layerfuse.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())

@@ -1,99 +1,33 @@
-"""Make a pretrained Hugging Face model smaller and faster by fusing its layers."""
+"""Make a pretrained Hugging Face model smaller and faster by fusing its layers.
+
+The names are listed in `__init__.pyi`. Each is imported when it is first used, so that importing the package is quick.
+"""
 
 from importlib.metadata import version
+from typing import Any
 
-from .api import AutoFusedModel, collapse, fuse, merge
-from .calibration.refit.base import RefitReport
-from .calibration.refit.transformer import refit
-from .errors import (
-    CheckpointError,
-    DataError,
-    LayerFuseError,
-    LayerFuseWarning,
-    PlanError,
-    RecipeError,
-    TrainingError,
-    UnsupportedModelError,
-    VerificationError,
-)
-from .methods.base import SearchResult
-from .methods.collapse.search import search_collapse
-from .methods.fusion.planner import plan_fusion
-from .methods.fusion.search import search
-from .methods.merge.search import search_merge
-from .models.align import align
-from .models.apply import apply
-from .models.architectures import (
-    ChainAdapter,
-    ConvAdapter,
-    Convolutions,
-    ModelAdapter,
-    Skip,
-    TransformerAdapter,
-    Unit,
-    adapter_for,
-)
-from .models.finalize import merge_convs, straighten
-from .models.layer_map import fused_parameters, layer_map, mixed_weights
-from .models.modeling import expand, register_adapter
-from .models.verify import verify
-from .plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
-from .recipe import CollapseRecipe, FusionRecipe, HealRecipe, MergeRecipe
-from .training.heal import HealReport, heal
+import lazy_loader
+import wrapt
 
+_lazy, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = version("hf-layerfuse")
 
-Found = SearchResult  # the name that 0.1 has for it, kept for one release
+_NAMES_OF_0_1 = {"Found": "SearchResult"}
+"""Names that 0.1 has for public classes and functions, kept for one release."""
 
-__all__ = [
-    "AutoFusedModel",
-    "Blend",
-    "ChainAdapter",
-    "CheckpointError",
-    "CollapseRecipe",
-    "ConvAdapter",
-    "Convolutions",
-    "DataError",
-    "Drop",
-    "Fuse",
-    "FusionRecipe",
-    "HealRecipe",
-    "HealReport",
-    "LayerFuseError",
-    "LayerFuseWarning",
-    "Linearize",
-    "MergeConvs",
-    "MergeRecipe",
-    "ModelAdapter",
-    "Plan",
-    "PlanError",
-    "RecipeError",
-    "RefitReport",
-    "SearchResult",
-    "Skip",
-    "TrainingError",
-    "TransformerAdapter",
-    "Unit",
-    "UnsupportedModelError",
-    "VerificationError",
-    "adapter_for",
-    "align",
-    "apply",
-    "collapse",
-    "expand",
-    "fuse",
-    "fused_parameters",
-    "heal",
-    "layer_map",
-    "merge",
-    "merge_convs",
-    "mixed_weights",
-    "plan_fusion",
-    "refit",
-    "register_adapter",
-    "search",
-    "search_collapse",
-    "search_merge",
-    "straighten",
-    "verify",
-]
+
+def __getattr__(name: str) -> Any:
+    return _lazy(_NAMES_OF_0_1.get(name, name))
+
+
+def _register_fused_classes(read: Any, instance: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    from .models import modeling  # noqa: F401 - it registers the fused classes with the Auto classes
+
+    return read(*args, **kwargs)
+
+
+# Every Auto class reads the config of a checkpoint first. Registering at that moment, and not when transformers is
+# imported, means that neither library is half imported when it happens.
+@wrapt.when_imported("transformers.models.auto.configuration_auto")
+def _register_before_reading(configuration_auto: Any) -> None:
+    wrapt.wrap_function_wrapper(configuration_auto, "AutoConfig.from_pretrained", _register_fused_classes)

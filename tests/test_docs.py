@@ -30,7 +30,8 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 
 import hf_layerfuse
 from hf_layerfuse import recipe as recipes
-from hf_layerfuse.cli import main, parse_overrides
+from hf_layerfuse.cli import parse_overrides
+from hf_layerfuse.cli import run as main
 from hf_layerfuse.recipe import load_recipe
 
 PAGES = {

@@ -3,21 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from ..errors import LayerFuseError, UnsupportedModelError
+from ..errors import CheckpointError, DataError, LayerFuseError, UnsupportedModelError
 from ..evaluation.batches import Batches
 from ..evaluation.metrics import parameter_counts
+from ..math.similarity import ON_ACTIVATIONS
 from ..methods.fusion.distances import block_distances
+from ..methods.fusion.planner import plan_evenly, plan_fusion
 from ..models.architectures import ChainAdapter, LayerAdapter, TransformerAdapter, adapter_for
+from ..models.loading import load_checkpoint
+from ..models.modeling import head_class
 from ..models.surgery.checks import check_model, check_plan
 from ..models.surgery.conv_graph import check_merges
+from ..models.surgery.size import planned_size
 from ..plan import CHAIN, Kind, Linearize, Plan
+from ..recipe import FusionRecipe
+from .report.tables import change_table
 
 Rows = list[list[str]]
 """Rows of text, a header first, as `report.text_table` takes them."""
+
+
+def inspect_tables(name: str, similarity: str | None = None, text: Path | None = None) -> list[Rows]:
+    """Tables that describe a model, see `overview`.
+
+    Args:
+        name: Checkpoint or Hub name; or a config, or the directory of one.
+        similarity: Distance between neighbouring layers. The default is `cosine`, or none for a config.
+        text: File with lines of text, for a similarity of activations.
+
+    Raises:
+        CheckpointError: The model cannot be loaded, or a config has no weights to compare.
+        DataError: The text is missing or cannot be read.
+        UnsupportedModelError: No adapter knows the architecture.
+    """
+    model = _load(name)
+    if model.device.type != "meta":
+        similarity = similarity or "cosine"
+    elif similarity is not None:
+        raise CheckpointError(
+            f"{name!r} is a config without weights, of which nothing is alike: leave --similarity out, or "
+            "name a checkpoint."
+        )
+    return overview(model, similarity, _batches(name, text, similarity))
+
+
+def plan_tables(name: str, recipe: FusionRecipe, text: Path | None = None) -> list[Rows]:
+    """Tables that show a planned fusion, and the sizes of the model before and after it.
+
+    Args:
+        name: Checkpoint or Hub name; or a config, or the directory of one, which is planned evenly.
+        recipe: Recipe of the fusion.
+        text: File with lines of text, for a similarity of activations.
+
+    Raises:
+        CheckpointError: The model cannot be loaded.
+        DataError: The text is missing or cannot be read.
+        LayerFuseError: The recipe does not fit the model.
+    """
+    model = _load(name)
+    if model.device.type == "meta":
+        plan = plan_evenly(model, recipe)
+    else:
+        plan = plan_fusion(model, recipe, _batches(name, text, recipe.similarity))
+    sizes = [planned_size(model, replace(plan, edits=edits)) for edits in ((), plan.edits)]
+    return [
+        change_table(plan),
+        [
+            ["", "before", "after"],
+            ["parameters", *(f"{size['parameters']:,}" for size in sizes)],
+            ["megabytes", *(f"{size['bytes'] / 1e6:,.1f}" for size in sizes)],
+        ],
+    ]
 
 
 def overview(model: PreTrainedModel, similarity: str | None = None, batches: Batches | None = None) -> list[Rows]:
@@ -116,3 +179,37 @@ def _chain(model: PreTrainedModel, adapter: ChainAdapter) -> Rows:
         ["  with all their kernels", str(sum(length > 1 for length, _ in entries))],
         ["  up to 7 x 7", str(sum(length > 1 and kernel <= 7 for length, kernel in entries))],
     ]
+
+
+def _load(name: str) -> PreTrainedModel:
+    """A checkpoint; or a model without weights, where there is a config alone."""
+    path = Path(name)
+    folder = path if path.is_dir() else path.parent
+    weights = any(any(folder.glob(f"*.{ending}")) for ending in ("safetensors", "bin", "h5", "msgpack"))
+    if path.exists() and (path.is_file() or not weights):
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{name!r} holds neither a checkpoint nor a config: {error}") from error
+        with torch.device("meta"):
+            return head_class(config)(config)
+    return load_checkpoint(name)
+
+
+def _batches(name: str, text: Path | None, similarity: str | None) -> Batches | None:
+    """Lines of a file as batches of 16, cut after 128 tokens; 256 lines at most."""
+    if text is None:
+        if similarity in ON_ACTIVATIONS:
+            raise DataError(f"--similarity {similarity} compares what layers compute from a text: give --text FILE.")
+        return None
+    try:
+        lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()][:256]
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--text {text}: {error}") from error
+    if not lines:
+        raise DataError(f"--text {text} has no lines of text: name a file with some.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # the attention mask hides it
+    parts = [lines[start : start + 16] for start in range(0, len(lines), 16)]
+    return [dict(tokenizer(p, truncation=True, max_length=128, padding=True, return_tensors="pt")) for p in parts]

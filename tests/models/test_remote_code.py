@@ -131,7 +131,10 @@ def test_code_goes_along_when_asked(tmp_path):
         del type(model)._ships_code
     assert (tmp_path / "registered" / "config.json").read_text() == (tmp_path / "with" / "config.json").read_text()
     auto_map = json.loads((tmp_path / "with" / "config.json").read_text())["auto_map"]
-    assert auto_map["AutoModelForTokenClassification"] == "layerfuse/layerfuse_models_modeling.FusedBertForTokenClassification"
+    assert (
+        auto_map["AutoModelForTokenClassification"]
+        == "layerfuse/layerfuse_models_modeling.FusedBertForTokenClassification"
+    )
     assert auto_map["AutoConfig"] == "layerfuse/layerfuse_models_modeling.FusedBertConfig"
 
 

@@ -10,7 +10,7 @@ from helpers import NETWORKS, TINY, network, tiny_model
 from runs import causal_lm
 
 from hf_layerfuse import AutoFusedModel, FusionRecipe, apply, cli, plan_fusion
-from hf_layerfuse.console import main
+from hf_layerfuse.cli import main
 from hf_layerfuse.methods.fusion.distances import block_distances
 from hf_layerfuse.models.architectures import ADAPTERS, ChainAdapter, adapter_for
 from hf_layerfuse.pipeline.inspect import overview
@@ -141,7 +141,7 @@ def test_help_explains_every_field(capsys) -> None:
         assert f"--{field.name} {field.kind}" in shown
         assert len(field.meaning) > 8
     with pytest.raises(SystemExit):
-        cli.main(["--help"])
+        cli.run(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for section, recipe in SECTIONS.items():
         for field in fields_of(recipe):

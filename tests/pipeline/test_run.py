@@ -37,7 +37,8 @@ from transformers import (
 )
 
 from hf_layerfuse import AutoFusedModel, Plan, RecipeError, apply, collapse, fuse, fused_parameters, merge, verify
-from hf_layerfuse.cli import main, parse_overrides
+from hf_layerfuse.cli import parse_overrides
+from hf_layerfuse.cli import run as main
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.pipeline import rounds
 from hf_layerfuse.pipeline import run as job

@@ -15,7 +15,7 @@ from playwright.sync_api import sync_playwright
 from runs import MERGED, PLAN, REPORT, RESULTS, SHARED, causal_lm, recipe, results, written
 
 from hf_layerfuse import CheckpointError, CollapseRecipe, Linearize, MergeRecipe, Plan, cli
-from hf_layerfuse.console import main
+from hf_layerfuse.cli import main
 from hf_layerfuse.pipeline.report.page import page, write_page
 from hf_layerfuse.pipeline.report.tables import change_table
 
@@ -126,7 +126,7 @@ def test_says_what_training_did():
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_the_page_of_a_run(tmp_path, capsys):
     """What `fuse.py` writes is enough; the file is written whole, and again; nothing else changes."""
-    assert cli.main([*causal_lm(tmp_path), "--evaluate.latency", "false"]) == 0
+    assert cli.run([*causal_lm(tmp_path), "--evaluate.latency", "false"]) == 0
     out = tmp_path / "out"
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()

@@ -1,0 +1,95 @@
+"""Make a pretrained Hugging Face model smaller and faster by fusing its layers."""
+
+from .api import AutoFusedModel, collapse, fuse, merge
+from .calibration.refit.base import RefitReport
+from .calibration.refit.transformer import refit
+from .errors import (
+    CheckpointError,
+    DataError,
+    LayerFuseError,
+    LayerFuseWarning,
+    PlanError,
+    RecipeError,
+    TrainingError,
+    UnsupportedModelError,
+    VerificationError,
+)
+from .methods.base import SearchResult
+from .methods.collapse.search import search_collapse
+from .methods.fusion.planner import plan_fusion
+from .methods.fusion.search import search
+from .methods.merge.search import search_merge
+from .models.align import align
+from .models.apply import apply
+from .models.architectures import (
+    ChainAdapter,
+    ConvAdapter,
+    Convolutions,
+    ModelAdapter,
+    Skip,
+    TransformerAdapter,
+    Unit,
+    adapter_for,
+)
+from .models.finalize import merge_convs, straighten
+from .models.layer_map import fused_parameters, layer_map, mixed_weights
+from .models.modeling import expand, register_adapter
+from .models.verify import verify
+from .plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
+from .recipe import CollapseRecipe, FusionRecipe, HealRecipe, MergeRecipe
+from .training.heal import HealReport, heal
+
+__version__: str
+
+__all__ = [
+    "AutoFusedModel",
+    "Blend",
+    "ChainAdapter",
+    "CheckpointError",
+    "CollapseRecipe",
+    "ConvAdapter",
+    "Convolutions",
+    "DataError",
+    "Drop",
+    "Fuse",
+    "FusionRecipe",
+    "HealRecipe",
+    "HealReport",
+    "LayerFuseError",
+    "LayerFuseWarning",
+    "Linearize",
+    "MergeConvs",
+    "MergeRecipe",
+    "ModelAdapter",
+    "Plan",
+    "PlanError",
+    "RecipeError",
+    "RefitReport",
+    "SearchResult",
+    "Skip",
+    "TrainingError",
+    "TransformerAdapter",
+    "Unit",
+    "UnsupportedModelError",
+    "VerificationError",
+    "adapter_for",
+    "align",
+    "apply",
+    "collapse",
+    "expand",
+    "fuse",
+    "fused_parameters",
+    "heal",
+    "layer_map",
+    "merge",
+    "merge_convs",
+    "mixed_weights",
+    "plan_fusion",
+    "refit",
+    "register_adapter",
+    "search",
+    "search_collapse",
+    "search_merge",
+    "straighten",
+    "verify",
+]

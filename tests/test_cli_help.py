@@ -1,0 +1,131 @@
+"""Help and a bare import wait for no heavy library, and the Auto classes know fused models all the same."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_model
+
+import hf_layerfuse
+from hf_layerfuse import FusionRecipe, fuse
+from hf_layerfuse.cli import main, run
+from hf_layerfuse.math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
+
+ROOT = Path(hf_layerfuse.__file__).parents[1]
+HEAVY = ("torch", "transformers", "accelerate", "datasets", "scipy", "matplotlib")
+
+
+def python(code: str) -> str:
+    """Run code in a fresh process. Returns what it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("main", ["--help"]),
+        ("main", ["run", "--help"]),
+        ("main", ["inspect", "--help"]),
+        ("main", ["plan", "--help"]),
+        ("main", ["report", "--help"]),
+        ("main", ["--print-completion", "bash"]),
+        ("run", ["--help"]),
+    ],
+)
+def test_help_is_light(function, words) -> None:
+    """Help and completion import the parser and the recipes, and nothing that computes."""
+    printed = python(
+        "import contextlib, sys\n"
+        f"from hf_layerfuse.cli import {function}\n"
+        "with contextlib.suppress(SystemExit):\n"
+        f"    {function}({words})\n"
+        f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    assert len(printed) > 300
+    assert printed.splitlines()[-1] == "HEAVY []"
+
+
+def test_run_is_fuse_py(tmp_path, capsys) -> None:
+    """`hf-layerfuse run` and `fuse.py` have the same options, and refuse the same with the same words."""
+    texts = []
+    for command, words in ((main, ["run"]), (run, [])):
+        with pytest.raises(SystemExit):
+            command([*words, "--help"])
+        texts.append(capsys.readouterr().out)
+    options = [text[text.index("\npositional arguments") :] for text in texts]
+    assert options[0] == options[1]
+    for wrong in (["--heal.steps", "0", "x.yaml"], [str(tmp_path / "absent.yaml")], ["x.yaml", "word"]):
+        messages = []
+        for command, words in ((main, ["run"]), (run, [])):
+            assert command([*words, *wrong]) == 1
+            messages.append(capsys.readouterr().err.replace("hf-layerfuse run", "fuse.py"))
+        assert messages[0] == messages[1]
+        assert messages[0].startswith("fuse.py: ")
+
+
+def test_similarities_in_the_help(capsys) -> None:
+    """The parser takes the measures from the recipe; they are those that can be computed."""
+    with pytest.raises(SystemExit):
+        main(["inspect", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "{" + ",".join([*ON_WEIGHTS, *ON_ACTIVATIONS]) + "}" in text
+    assert ", ".join(ON_ACTIVATIONS) + " compare what layers compute" in text
+
+
+def test_import_is_light() -> None:
+    """The package is imported without heavy libraries; the recipes and the plan need no torch either."""
+    code = f"import sys, hf_layerfuse; print([name for name in {HEAVY} if name in sys.modules])"
+    assert python(code) == "[]\n"
+    code = "import sys; from hf_layerfuse import FusionRecipe, Plan, PlanError; print('torch' in sys.modules)"
+    assert python(code) == "False\n"
+
+
+def test_names() -> None:
+    """Every public name resolves, a star takes them all, and an unknown one is an AttributeError."""
+    for name in hf_layerfuse.__all__:
+        assert getattr(hf_layerfuse, name).__module__.startswith("hf_layerfuse."), name
+    space: dict[str, object] = {}
+    exec("from hf_layerfuse import *", space)
+    assert space.keys() >= set(hf_layerfuse.__all__)
+    assert set(hf_layerfuse.__all__) <= set(dir(hf_layerfuse))
+    assert "fuse" in hf_layerfuse.__all__
+    with pytest.raises(AttributeError, match="unknown"):
+        hf_layerfuse.unknown  # noqa: B018
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("fused")
+    fuse(tiny_model("gpt2", "GPT2LMHeadModel"), FusionRecipe(keep_layers=4, mode="share")).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import hf_layerfuse; from transformers import AutoModelForCausalLM as Auto",
+        "from transformers import AutoModelForCausalLM as Auto; import hf_layerfuse",
+        "import hf_layerfuse; from transformers import AutoConfig as Auto",
+        "import hf_layerfuse.evaluation.dummy_inputs; from transformers import AutoModel as Auto",
+        "from hf_layerfuse import AutoFusedModel as Auto",
+    ],
+)
+def test_fused_checkpoints_load_in_a_fresh_process(checkpoint, code) -> None:
+    """The Auto classes know fused models, whichever of the two libraries is imported first."""
+    assert "FusedGPT2" in python(f"{code}; print(type(Auto.from_pretrained({str(checkpoint)!r})).__name__)")
+
+
+def test_a_fused_model_is_unpickled_in_a_fresh_process(checkpoint) -> None:
+    """A pickle names the class by its module, which registers the fused classes when it is imported."""
+    code = (
+        "import pickle, sys, hf_layerfuse, subprocess; from transformers import AutoModel; "
+        f"data = pickle.dumps(AutoModel.from_pretrained({str(checkpoint)!r})); "
+        "other = 'import pickle, sys; print(type(pickle.load(sys.stdin.buffer)).__name__)'; "
+        "print(subprocess.run([sys.executable, '-c', other], input=data, capture_output=True, check=True).stdout)"
+    )
+    assert "FusedGPT2Model" in python(code)
