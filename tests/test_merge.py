@@ -198,7 +198,7 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
     with pytest.raises(LayerFuseError, match="device was"):
         Latencies(cifar, torch.randn(2, 3, 32, 32), path)
     path.write_text("{")
-    with pytest.raises(LayerFuseError, match="is no table"):
+    with pytest.raises(LayerFuseError, match="is not a valid measurement cache"):
         Latencies(cifar, torch.randn(2, 3, 32, 32), path)
 
 
