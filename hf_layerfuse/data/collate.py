@@ -1,7 +1,7 @@
-"""Rows to batches: padding, masked words, moved and mirrored images.
+"""Rows to batches: padding, masked words, shifted and mirrored images.
 
-What is drawn for a row depends on the seed, the epoch and the row alone, so that it is the same in every process, with
-any number of workers, and after an interruption.
+Random draws for a row depend only on the seed, the epoch and the row. They are the same in every process, with any
+number of workers, and after an interruption.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 ROW = "row"
-"""The column that numbers the rows of a training set."""
+"""Column with the row numbers of a training set."""
 
 TEACHER_IDS, TEACHER_LOGPROBS = "teacher_ids", "teacher_logprobs"
-"""Columns with the classes that the teacher finds most likely, and with how likely it finds them."""
+"""Columns with the most likely classes of the teacher, and with their log-probabilities."""
 
 MASKED = 0.15
 """Share of the tokens that a masked language model predicts (Devlin et al. 2019): of these, 80% are masked, 10% are
 other tokens, and 10% stay."""
 
 _SHIFT = 8
-"""Images are moved by up to a 1/8 of their height and width: 4 pixels of 32 (He et al. 2016, section 4.2)."""
+"""Images are shifted by up to 1/8 of their height and width: 4 pixels of 32 (He et al. 2016, section 4.2)."""
 
 _PADDING = {"labels": -100, "attention_mask": 0, "token_type_ids": 0}
 
 
 class Collate:
-    """Base of what makes a batch of rows; `epoch` changes what is drawn for them."""
+    """Base class that collates rows into a batch; `epoch` changes the random draws."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed, self.epoch = seed, 0
@@ -40,7 +40,7 @@ class Collate:
         self.epoch = epoch
 
     def draws(self, row: int) -> np.random.Generator:
-        """The random numbers of a row."""
+        """Random generator of a row."""
         return np.random.default_rng([self.seed, self.epoch, row])
 
 
@@ -48,10 +48,10 @@ class CollateText(Collate):
     """Text, padded on the right to the longest row of the batch.
 
     Args:
-        tokenizer: fills with its padding token.
-        seed: of what is masked.
-        masks: hide words and let `labels` name them.
-        top_k: of the teacher's answers, if rows have them.
+        tokenizer: Tokenizer whose padding token fills short rows.
+        seed: Seed of the masked words.
+        masks: Whether words are masked and become the `labels`.
+        top_k: Number of teacher classes per token or row, if rows have them.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class CollateText(Collate):
     ) -> None:
         super().__init__(seed)
         self.top_k = top_k
-        # windows of a causal model are as long as each other or masked, so any token will do
+        # windows of a causal model are equally long or masked, so any token works
         self.pad = tokenizer.pad_token_id or 0
         self.masks = masks
         if masks:
@@ -86,7 +86,7 @@ class CollateText(Collate):
         return batch
 
     def _answers(self, values: list[np.ndarray]) -> Tensor:
-        """The teacher's, (rows, tokens or 1, k), zero on padding."""
+        """Teacher answers, (rows, tokens or 1, k), zero on padding."""
         parts = [torch.as_tensor(value).view(-1, self.top_k) for value in values]
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
@@ -105,7 +105,7 @@ class CollateText(Collate):
 
 
 class CollateImages(Collate):
-    """Images of one size with their classes; with `moves`, shifted and mirrored at random."""
+    """Images of one size with their classes; `moves` shifts and mirrors them at random."""
 
     def __init__(self, seed: int = 0, *, moves: bool = False) -> None:
         super().__init__(seed)
@@ -120,7 +120,7 @@ class CollateImages(Collate):
 
     @staticmethod
     def _moved(image: Tensor, draws: np.random.Generator) -> Tensor:
-        """(channels, height, width): cut from a larger picture with a border of zeros, and mirrored one time in two."""
+        """Shift an image (channels, height, width) over a border of zeros, and mirror it with probability 1/2."""
         height, width = image.shape[-2:]
         down, right = height // _SHIFT, width // _SHIFT
         top, left = draws.integers(2 * down + 1), draws.integers(2 * right + 1)

@@ -1,4 +1,4 @@
-"""Class names to ids that mean the same in every split, and to the model."""
+"""Class names to ids that agree across splits and with the model."""
 
 import re
 from typing import Any
@@ -11,9 +11,9 @@ _STRINGS = ("string", "large_string")
 
 
 def encode_labels(splits: DatasetDict, column: str, label2id: dict[str, int] | None) -> None:
-    """Replace class names by ids that mean the same in every split, and check ids.
+    """Replace class names by ids that agree across splits, and check ids.
 
-    Names are those of `train`, or where it is not there those of `validation`.
+    The names come from `train`, or from `validation` if there is no `train`.
     """
     first = splits["train" if "train" in splits else "validation"]
     count = len(label2id or {})
@@ -26,7 +26,7 @@ def encode_labels(splits: DatasetDict, column: str, label2id: dict[str, int] | N
     if fold is str and model_classes and first.features[column].dtype in _STRINGS:
         raise DataError(
             f"the classes of the data are {names}, those of the model {model_classes}: rename them, or use a model "
-            "that has them."
+            "with these classes."
         )
     ids = {fold(name): index for index, name in enumerate(classes)}
     for split, rows in splits.items():
@@ -47,7 +47,7 @@ def encode_labels(splits: DatasetDict, column: str, label2id: dict[str, int] | N
 
 
 def encode_word_labels(splits: DatasetDict, column: str, label2id: dict[str, int] | None) -> None:
-    """`encode_labels` where each row has a list of classes, one a word."""
+    """`encode_labels` for rows with a list of classes, one per word."""
     flat = DatasetDict()
     for split, rows in splits.items():
         feature = rows.features[column]
@@ -65,17 +65,17 @@ def encode_word_labels(splits: DatasetDict, column: str, label2id: dict[str, int
 
 
 def encode_row(row: dict[str, Any], column: str, classes: int, before: Any, after: Any) -> dict[str, Any]:
-    """The labels of a row that is read while training, as those of a split that was encoded.
+    """Encode the labels of a streamed row like those of an encoded split.
 
     Args:
-        row: with a class, or a list of them.
-        column: of the labels.
-        classes: how many the model has; 0 is any number.
-        before: what the column of the other split held: ids with names, names, or ids.
-        after: what it holds now.
+        row: Row with a class, or a list of classes.
+        column: Column with the labels.
+        classes: Number of classes of the model; 0 allows any number.
+        before: Feature of the column in the other split before encoding: ids with names, names, or ids.
+        after: Feature of that column after encoding.
 
     Raises:
-        DataError: a class that the other split, or the model, does not know, or none.
+        DataError: The class is missing, or unknown to the other split or the model.
     """
     labels = row[column]
     if labels is None:
@@ -107,13 +107,13 @@ def _id_of(label: int | str, before: Any, after: Any) -> int:
 
 
 def _class_names(train: Dataset, column: str) -> list[str]:
-    """The names of the classes in the order of their ids; none where the labels are whole numbers already."""
+    """Class names in the order of their ids; empty if the labels are whole numbers already."""
     feature = train.features[column]
-    dtype = getattr(feature, "dtype", "")  # a list, as of several labels a row, has none
+    dtype = getattr(feature, "dtype", "")  # a list, such as several labels per row, has no dtype
     if isinstance(feature, ClassLabel):
         return feature.names
     if dtype in _STRINGS:
         return sorted(train.unique(column))
     if dtype.startswith(("int", "uint")):
         return []
-    raise DataError(f"column {column!r} of train holds {feature}, not one class a row: use whole numbers or names.")
+    raise DataError(f"column {column!r} of train holds {feature}, not one class per row: use whole numbers or names.")

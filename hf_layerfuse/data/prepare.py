@@ -21,13 +21,13 @@ from .splits import Rows, columns_of
 Processor = PreTrainedTokenizerBase | BaseImageProcessor
 
 _LINES_AT_ONCE = 10_000  # bounds the memory of the tokeniser; more than the lines of WikiText-2 validation or test
-_ROWS_AT_ONCE = 32  # that are streamed: images are large
+_ROWS_AT_ONCE = 32  # of streamed data: images are large
 SHUFFLED = 10_000
-"""Rows that are streamed are drawn from so many at a time."""
+"""Size of the shuffle buffer for streamed rows."""
 
 
 def text_of(dataset: Dataset, data: DataRecipe) -> str:
-    """Join the rows of `data.text_column`, each ended by exactly one newline: the text of the file they came from."""
+    """Join the rows of `data.text_column`, each with exactly one newline at its end: the text of the original file."""
     return _join(dataset[data.text_column][:])
 
 
@@ -35,23 +35,22 @@ def prepare(dataset: Rows, processor: Processor, data: DataRecipe, task: Task, *
     """Turn rows into model inputs.
 
     Causal language models get windows of `data.max_length` tokens of the joined text, without overlap and without
-    special tokens; text is tokenised in pieces of 10,000 lines, and where it is streamed, what is left of a piece
-    belongs to no window. Masked language models read line by line; empty lines
-    are left out. Of a word that is several tokens, the first one has its label. Images are processed when they are
-    read.
+    special tokens. Text is tokenised in pieces of 10,000 lines; streaming drops the incomplete window at the end of a
+    piece. Masked language models read line by line, without empty lines. For a word of several tokens, the first token
+    has the label. Images are processed when they are read.
 
     Args:
-        dataset: one split of `load_splits`.
-        processor: tokenizer, or image processor for image classification.
-        data: columns, `max_length`, and how many rows (windows) to use at most: the first ones.
-        task: decides the inputs and whether there are `labels`.
-        training: `max_train_samples` rather than `max_test_samples` holds, and a last window that is shorter than
-            the others is left out.
+        dataset: One split of `load_splits`.
+        processor: Tokenizer, or image processor for image classification.
+        data: Columns, `max_length`, and maximum number of rows (windows), of which the first are used.
+        task: Task, which decides the inputs and whether there are `labels`.
+        training: Whether the rows are for training: then `max_train_samples` applies instead of `max_test_samples`,
+            and a shorter last window is left out.
 
     Returns:
         Rows with `input_ids`, or `pixel_values` of shape (channels, height, width), and `labels` where the task has
-        them. For causal language models `labels` are the `input_ids`; the model shifts them. Those of masked language
-        models are drawn when rows are batched.
+        them. For causal language models `labels` are the `input_ids`; the model shifts them. Labels of masked
+        language models are drawn when rows are batched.
 
     Raises:
         DataError: `data.max_length` is longer than the model reads, or there is no whole window to train on.
@@ -96,25 +95,25 @@ def loader(
 ) -> DataLoader:
     """Batch prepared rows into dicts of tensors for `model(**batch)`; text is padded on the right, with a mask.
 
-    Masked words are those of epoch 0 until the `set_epoch` of `collate_fn` is called; `heal` does that.
+    Masked words are those of epoch 0 until `collate_fn.set_epoch` is called, as `heal` does.
 
     Args:
-        prepared: what `prepare` returns.
-        processor: the one it was prepared with.
-        batch_size: rows per batch.
-        shuffle: read in an order drawn anew from `seed` every epoch, and leave out a last, smaller batch. Texts come in
-            batches of about the same length (`ByLength`), rows that are streamed are drawn from the next 10,000.
-        seed: of the order, of masked words and of augmentation.
-        task: as for `prepare`.
-        augment: shift and mirror images of a shuffled training set.
-        top_k: answers of a teacher that rows have, see `with_teacher`.
+        prepared: Rows that `prepare` returned.
+        processor: Processor that prepared them.
+        batch_size: Number of rows per batch.
+        shuffle: Whether the order is drawn anew from `seed` every epoch, without a smaller last batch. Texts come in
+            batches of similar length (`ByLength`); streamed rows are drawn from the next 10,000.
+        seed: Seed of the order, of masked words and of augmentation.
+        task: Task, as for `prepare`.
+        augment: Whether images of a shuffled training set are shifted and mirrored.
+        top_k: Number of teacher classes in the rows, see `with_teacher`.
 
     Returns:
         Batches with `input_ids` and `attention_mask` (batch, tokens), or `pixel_values` (batch, channels, height,
         width); with `labels` (batch, tokens) that are -100 on padding, or (batch,) for classification.
 
     Raises:
-        DataError: there is no full batch to shuffle, or the tokenizer has no padding token.
+        DataError: There is no full batch to shuffle, or the tokenizer has no padding token.
     """
     streamed = isinstance(prepared, IterableDataset)
     if shuffle and not streamed and len(prepared) < batch_size:
@@ -155,7 +154,7 @@ def calibration_batches(
 
 
 def _streamed(rows: IterableDataset, processor: Processor, data: DataRecipe, task: Task) -> IterableDataset:
-    """`prepare` of rows that are read while training."""
+    """`prepare` for streamed rows."""
     columns = columns_of(data, task)
     rows = rows.select_columns(columns).map(_complete)
     if task == "causal-lm":
@@ -181,7 +180,7 @@ def _numbered(row: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _reader(processor: Processor, data: DataRecipe, task: Task) -> Callable[[dict[str, list]], dict[str, Any]]:
-    """What makes model inputs of a batch of rows."""
+    """Function that turns a batch of rows into model inputs."""
     label = data.label_column if TASKS[task].labels else None
     if task == "image-classification":
         return partial(_pixels, processor=processor, image=data.image_column, label=label)
@@ -259,6 +258,6 @@ def _has_words(row: dict[str, Any], text: str) -> bool:
 
 
 def _pixels(batch: dict[str, list[Any]], processor: BaseImageProcessor, image: str, label: str) -> dict[str, Any]:
-    images = [picture.convert("RGB") for picture in batch[image]]  # grey and transparent images among coloured ones
+    images = [picture.convert("RGB") for picture in batch[image]]  # some images may be grey or transparent
     found = {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"], "labels": batch[label]}
     return found if ROW not in batch else {**found, ROW: batch[ROW]}

@@ -7,15 +7,15 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class ByLength(LengthGroupedSampler):
-    """Random batches of rows about as long as each other, so that little of them is padding.
+    """Random batches of rows of similar length, with little padding.
 
-    Batches next to each other are of one length too: several processes then wait little for each other. An order
-    depends on the seed and the epoch alone, in every process and after an interruption.
+    Neighbouring batches have similar lengths too, so that processes wait little for each other. The order depends only
+    on the seed and the epoch, in every process and after an interruption.
 
     Args:
-        lengths: of all rows, in tokens.
-        batch_size: rows per batch.
-        seed: of the order.
+        lengths: Lengths of all rows in tokens.
+        batch_size: Number of rows per batch.
+        seed: Seed of the order.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:

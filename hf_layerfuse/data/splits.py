@@ -17,7 +17,7 @@ from .labels import encode_labels, encode_row, encode_word_labels
 
 Rows = Dataset | IterableDataset
 
-# Quotes and words such as "null" are text, not syntax: by default the csv builder would read them as missing values.
+# Quotes and words such as "null" are text, not syntax: by default, the csv builder reads them as missing values.
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {}),
     ".tsv": ("csv", {"sep": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}),
@@ -31,22 +31,22 @@ _STRINGS = ("string", "large_string")
 
 
 def load_splits(data: DataRecipe, task: Task, seed: int, *, label2id: dict[str, int] | None = None) -> dict[str, Rows]:
-    """Load `train`, `validation` and `test`, as far as the recipe has them, and check their columns.
+    """Load the splits `train`, `validation` and `test` that the recipe has, and check their columns.
 
-    Without `data.validation`, the last `data.held_out` rows leave `train` to become it. Rows that are grouped by
-    class, as in image folders and IMDB, are first shuffled with `seed`: their head and tail hold a single class.
-    Classes become ids by `label2id` where the names agree (in any case), else in the order of the data set, else in
-    the sorted order of the names in `train`. With `data.streaming`, `train` is read when it is used, and its classes
-    are those of `validation`.
+    Without `data.validation`, the last `data.held_out` rows of `train` become the held-out split. Rows grouped by
+    class, as in image folders and IMDB, are first shuffled with `seed`, because their head and tail hold a single
+    class. Class ids follow `label2id` where the names agree (in any case), else the order of the data set, else the
+    sorted names in `train`. With `data.streaming`, `train` is read when it is used, and its classes are those of
+    `validation`.
 
     Args:
-        data: where the rows come from.
-        task: decides which columns are needed.
-        seed: of the shuffle.
-        label2id: classes of the model that the ids have to fit; the placeholders `LABEL_0`, ... say nothing.
+        data: Source of the rows.
+        task: Task, which decides the columns.
+        seed: Seed of the shuffle.
+        label2id: Class ids of the model, which the data must fit; placeholders `LABEL_0`, ... are ignored.
 
     Raises:
-        DataError: a file, a column or a text is missing, a split is empty or too small, or a class is unknown.
+        DataError: A file, a column or a text is missing, a split is empty or too small, or a class is unknown.
     """
     splits = DatasetDict()
     for split in ("train", "validation", "test"):
@@ -122,7 +122,7 @@ def _load(what: str, builder: str, *, split: str = "train", **options: Any) -> R
 
 
 def columns_of(data: DataRecipe, task: Task) -> list[str]:
-    """The columns that a task reads."""
+    """Columns that a task reads."""
     content = data.image_column if task == "image-classification" else data.text_column
     return [content, data.label_column] if TASKS[task].labels else [content]
 
@@ -143,7 +143,7 @@ def _check_columns(rows: Rows, split: str, data: DataRecipe, task: Task) -> None
                 "data.text_column, data.label_column or data.image_column."
             )
         if streamed:
-            continue  # what is in the rows is seen when they are read
+            continue  # rows are checked when they are read
         if rows.data.column(column).null_count:
             raise DataError(f"column {column!r} of {split} has missing values: fill them in or remove those rows.")
     if streamed:

@@ -1,4 +1,4 @@
-"""Measured numbers in a file that says what they were measured on."""
+"""Measurement cache: numbers in a file that names the measured model and device."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ FORMAT = 1
 
 
 class Table:
-    """Numbers by key, in a JSON file that says what they were measured on; each is there whole as soon as it is known.
+    """Cache of numbers by key, in a JSON file that records their conditions; each number is saved once it is known.
 
     Args:
-        path: of the file; None keeps it in memory.
-        about: what they are measured on, as JSON types.
+        path: Path of the file; None keeps the cache in memory.
+        about: Conditions of the measurement, as JSON types.
 
     Raises:
-        LayerFuseError: the file is of something else, or is no table.
+        LayerFuseError: The file has other conditions, or is not a valid measurement cache.
     """
 
     def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
@@ -32,7 +32,9 @@ class Table:
                 tree = json.loads(path.read_text(encoding="utf-8"))
                 known, self.values = dict(tree["about"]), dict(tree["values"])
             except (ValueError, KeyError, TypeError) as error:
-                raise LayerFuseError(f"{path} is no table: {error!r}. Delete it, or give another folder.") from error
+                raise LayerFuseError(
+                    f"{path} is not a valid measurement cache: {error!r}. Delete it, or give another folder."
+                ) from error
             changed = [name for name in {**known, **self.about} if known.get(name) != self.about.get(name)]
             if changed:
                 what = ", ".join(
@@ -44,7 +46,7 @@ class Table:
                 )
 
     def put(self, values: Mapping[str, Any]) -> None:
-        """Lay numbers to those that are known, on disk too."""
+        """Add numbers to the cache, also on disk."""
         self.values |= values
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)

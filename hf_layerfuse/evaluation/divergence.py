@@ -1,4 +1,4 @@
-"""What a model predicts, and how far that of one model is from that of another."""
+"""Predictions of a model, and their divergence from those of another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .batches import model_inputs
 from .eval_mode import eval_mode
 
 _ROWS = 256
-"""Distributions that are compared at a time: in float64, those of a large vocabulary take much memory."""
+"""Number of distributions to compare at a time: float64 over a large vocabulary takes much memory."""
 
 
 def prediction(output: Mapping[str, Any]) -> Tensor:
@@ -24,16 +24,16 @@ def prediction(output: Mapping[str, Any]) -> Tensor:
 
 
 def divergence(ours: Mapping[str, Any], theirs: Mapping[str, Any], mask: Tensor | None = None) -> tuple[float, float]:
-    """How far one output of a model is from another, as a sum and what to divide it by.
+    """Divergence of one model output from another, as a sum and its divisor.
 
-    Logits of classes or tokens: the sum of KL(theirs || ours) in nats, and the number of distributions. Anything else,
-    such as hidden states: the sum of squared differences, and that of the squares of `theirs`.
+    For logits of classes or tokens: the sum of KL(theirs || ours) in nats, and the number of distributions. For other
+    outputs, such as hidden states: the sum of squared differences, and the sum of squares of `theirs`.
 
     Args:
-        ours: output of the model that is judged.
-        theirs: output of the reference for the same inputs.
-        mask: (batch, tokens), False on padding; ignored where the output has no such dimensions. Tokens that are
-            classes themselves, as starts and ends of answers are, are not chosen from padding.
+        ours: Output of the model under test.
+        theirs: Output of the reference for the same inputs.
+        mask: Mask of shape (batch, tokens), False on padding; ignored if the output has no such dimensions. Padding is
+            excluded where tokens are the classes, such as starts and ends of answers.
     """
     name = next(key for key, value in theirs.items() if isinstance(value, Tensor) and value.ndim > 0)
     p, q = prediction(theirs), prediction(ours)
@@ -60,7 +60,7 @@ def calibration_loss(model: nn.Module, reference: nn.Module, batches: Iterable[M
     """Mean divergence of a model from its reference over batches of inputs: see `divergence`.
 
     Raises:
-        DataError: there are no batches.
+        DataError: There are no batches.
     """
     total = count = 0.0
     with eval_mode(model, reference):

@@ -23,18 +23,18 @@ def example_inputs(
     The same seed gives the same values on every device. No token is the padding token, so no mask is needed.
 
     Args:
-        model: a text model (`input_ids`) or an image model (`pixel_values`) with any head. A decoder with a
-            sequence classification head takes more than one row only where `model.config.pad_token_id` is set.
-        batch_size: rows or images.
-        sequence_length: tokens per row, at most as many as the model has positions for; images ignore it.
-        seed: of the values.
+        model: Text model (`input_ids`) or image model (`pixel_values`) with any head. A decoder with a sequence
+            classification head accepts more than one row only if `model.config.pad_token_id` is set.
+        batch_size: Number of rows or images.
+        sequence_length: Tokens per row, at most the positions of the model; ignored for images.
+        seed: Seed of the values.
 
     Returns:
         `input_ids` of shape (batch, tokens), or (batch, choices, tokens) for multiple choice heads; or `pixel_values`
         of shape (batch, channels, height, width), with `bool_masked_pos` (batch, patches) for masked image modelling.
 
     Raises:
-        UnsupportedModelError: the main input of the model is neither tokens nor pixels.
+        UnsupportedModelError: The main input of the model is neither tokens nor pixels.
     """
     generator = torch.Generator().manual_seed(seed)
     main_input = getattr(model, "main_input_name", None)
@@ -51,7 +51,7 @@ def example_inputs(
 
 
 def predicts_next_token(model: PreTrainedModel) -> bool:
-    """Whether the logits at a position are about the token after it, as those of a causal language model are."""
+    """Whether the logits at a position predict the next token, as in a causal language model."""
     return model.can_generate()
 
 

@@ -1,4 +1,4 @@
-"""Train and eval mode, and dropout, borrowed and given back."""
+"""Temporary eval mode and dropout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule is in the mode it was in."""
+    """Use eval mode inside the `with` block, then restore the mode of every submodule."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -23,9 +23,9 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def dropout_of(model: nn.Module, probability: float | None) -> Iterator[None]:
-    """Every dropout of a model with one probability inside the `with` block; None leaves them as they are.
+    """Set every dropout of a model to one probability inside the `with` block; None changes nothing.
 
-    That of attention is a number in the attention modules, where a kernel does it.
+    Attention modules store theirs as a number, because a kernel applies it.
     """
     attributes = [
         (module, "p" if isinstance(module, nn.Dropout) else "attention_dropout")

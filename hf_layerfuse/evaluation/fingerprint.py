@@ -1,4 +1,4 @@
-"""What tells the weights of one model from those of another, and some data from other data."""
+"""Fingerprints of models and data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def digest(batches: Iterable[Mapping[str, Tensor]]) -> str:
-    """The same of named tensors."""
+    """SHA-256 of batches of named tensors, as in `fingerprint`."""
     found = hashlib.sha256()
     for batch in batches:
         for name, tensor in batch.items():

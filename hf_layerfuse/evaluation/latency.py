@@ -1,4 +1,4 @@
-"""How long a forward pass takes, alone and side by side with other models."""
+"""Latency of a forward pass, alone and side by side with other models."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -13,7 +13,7 @@ from .dummy_inputs import example_inputs
 from .metrics import evaluating
 from .timing import interleaved
 
-_DEFAULT_SEQUENCE_LENGTH = 128  # of the sentences that encoders usually see
+_DEFAULT_SEQUENCE_LENGTH = 128  # typical sentence length of encoders
 
 
 def latency(
@@ -24,7 +24,7 @@ def latency(
     repeats: int = 10,
     warmup: int = 3,
 ) -> dict[int, dict[str, Any]]:
-    """Time the forward pass of one model: `latency_side_by_side` without anything to compare it with."""
+    """Time the forward pass of one model; see `latency_side_by_side`."""
     timed = latency_side_by_side(
         {"model": model}, batch_sizes, sequence_length=sequence_length, repeats=repeats, warmup=warmup
     )
@@ -39,14 +39,14 @@ def latency_side_by_side(
     repeats: int = 10,
     warmup: int = 3,
 ) -> dict[str, dict[int, dict[str, Any]]]:
-    """Time the forward passes of several models in turn, so that what else the machine does slows all of them alike.
+    """Time the forward passes of several models in turn, so that other load on the machine slows all of them alike.
 
     Args:
-        models: names to models.
-        batch_sizes: rows or images per pass.
-        sequence_length: tokens per row; 128 when None, at most as many as the model has positions for.
-        repeats: timed passes of each model and batch size.
-        warmup: passes before those, not timed.
+        models: Models by name.
+        batch_sizes: Numbers of rows or images per pass.
+        sequence_length: Tokens per row, at most the positions of the model; 128 when None.
+        repeats: Number of timed passes of each model and batch size.
+        warmup: Number of untimed passes before those.
 
     Returns:
         For each model and batch size: `median_ms`; `spread_ms`, the distance between the quartiles; `repeats`,

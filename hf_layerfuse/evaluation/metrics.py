@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity, accuracy, fidelity and size. Takes any model, fused or not."""
+"""Metrics of any model, fused or not: perplexity, accuracy, fidelity and size."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,32 +48,32 @@ def perplexity(
     max_windows: int | None = None,
     bf16: bool = False,
 ) -> dict[str, float | int]:
-    """Measure how well a causal language model predicts a text, by a sliding window.
+    """Measure the perplexity of a causal language model on a text, with a sliding window.
 
     The window moves by `stride` tokens. Every token is scored at most once, with at least `max_length - stride`
     tokens before it, fewer only at the start of the text; the first token of the text is not scored. Windows that do
     not overlap (`stride == max_length`) also leave the first token of each window without context: it is not scored.
 
-    Words are counted as WikiText does: whatever stands between white space, and every end of line. The word
-    perplexity lets the mean over the scored tokens stand for those that are not scored:
+    Words are counted as in WikiText: whitespace-separated strings, and every end of line. The word perplexity uses
+    the mean over the scored tokens for the tokens that are not scored:
     exp(nll / tokens * (all tokens) / words). See Merity et al. 2017, https://arxiv.org/abs/1609.07843.
 
     Args:
-        model: maps `input_ids` and `attention_mask` to `logits` of shape (batch, tokens, vocabulary).
-        tokenizer: the one of the model; no special tokens are added.
-        text: all of the text, with its ends of lines.
-        max_length: tokens in a window.
-        stride: tokens by which the window moves; `max_length` when None.
-        batch_size: windows per batch.
-        max_windows: read only so many windows from the start of the text.
-        bf16: compute in bfloat16 autocast.
+        model: Model that maps `input_ids` and `attention_mask` to `logits` of shape (batch, tokens, vocabulary).
+        tokenizer: Tokenizer of the model; no special tokens are added.
+        text: Whole text, with its line ends.
+        max_length: Number of tokens in a window.
+        stride: Number of tokens by which the window moves; `max_length` when None.
+        batch_size: Number of windows per batch.
+        max_windows: Maximum number of windows, from the start of the text.
+        bf16: Whether to compute in bfloat16 autocast.
 
     Returns:
         `token_perplexity`, `word_perplexity`, `nll` (sum over the scored tokens, in nats), `tokens` (scored), `words`,
         `stride` and `max_length`.
 
     Raises:
-        DataError: the text is too short, or `max_length` or `stride` do not fit the model or each other.
+        DataError: The text is too short, or `max_length` or `stride` do not fit the model or each other.
     """
     stride = max_length if stride is None else stride
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
@@ -117,15 +117,15 @@ def classification(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
     """Measure a classifier.
 
     Args:
-        model: maps a batch without its labels to `logits` of shape (batch, classes), or (batch, tokens, classes).
-        batches: inputs with `labels` of shape (batch,), or (batch, tokens), where -100 does not count.
-        bf16: compute in bfloat16 autocast.
+        model: Model that maps inputs to `logits` of shape (batch, classes), or (batch, tokens, classes).
+        batches: Inputs with `labels` of shape (batch,), or (batch, tokens), where -100 is ignored.
+        bf16: Whether to compute in bfloat16 autocast.
 
     Returns:
         `accuracy` (share), `cross_entropy` (mean, in nats) and `examples` (rows, or tokens that count).
 
     Raises:
-        DataError: there are no batches.
+        DataError: There are no batches.
     """
     metric, loss, examples = Accuracy(keep_in_memory=True), 0.0, 0
     with evaluating(model, bf16=bf16) as device:
@@ -152,16 +152,16 @@ def embedding_fidelity(
     checkpoints do not have one, and a random one would decide the result.
 
     Args:
-        model: the model to judge.
-        reference: the model it should agree with, on any device.
-        batches: inputs; `labels` are ignored.
-        bf16: compute in bfloat16 autocast.
+        model: Model under test.
+        reference: Model to compare with, on any device.
+        batches: Inputs; `labels` are ignored.
+        bf16: Whether to compute in bfloat16 autocast.
 
     Returns:
         `cosine`, the mean over rows of the cosine between the two embeddings.
 
     Raises:
-        DataError: there are no batches.
+        DataError: There are no batches.
     """
     total, rows = 0.0, 0
     with evaluating(model, bf16=bf16) as device, evaluating(reference, bf16=bf16):
@@ -177,7 +177,7 @@ def embedding_fidelity(
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Count parameters, each shared one once.
+    """Count parameters; shared ones count once.
 
     Returns:
         `parameters`, and `non_embedding_parameters`: those outside `nn.Embedding` tables (tokens, positions, token
@@ -195,7 +195,7 @@ def bytes_on_disk(path: str | Path) -> int:
     """Sum the sizes of the `*.safetensors` files in a folder, in bytes.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: The folder has no such files.
     """
     files = list(Path(path).glob("*.safetensors"))
     if not files:
@@ -212,7 +212,7 @@ def evaluating(model: nn.Module, *, bf16: bool = False) -> Iterator[torch.device
 
 
 def _windows(tokens: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Start, first scored token and end of each window: from the second on, only what the last one has not scored."""
+    """Start, first scored token and end of each window; a window scores only tokens that no earlier one scored."""
     scored = 0
     for start in range(0, tokens, stride):
         end = min(start + max_length, tokens)
@@ -235,7 +235,7 @@ def _window_batch(ids: Tensor, rows: list[tuple[int, int, int]]) -> tuple[dict[s
 
 
 def _exp(value: float) -> float:
-    """A broken model can be worse than the largest float: its perplexity is then infinite, not an error."""
+    """Exponential, or infinity on overflow: the perplexity of a broken model is then not an error."""
     return math.exp(value) if value < 709 else math.inf
 
 

@@ -1,4 +1,4 @@
-"""Timing things in turn, so that what else the machine does slows all of them alike."""
+"""Interleaved timing: other load on the machine slows all calls alike."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Timed(NamedTuple):
 
 
 def device_name(device: torch.device) -> str:
-    """What is computed on, as a table of timings names it."""
+    """Name of a device in a table of timings."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
 
 
 def timed_on(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the time of a forward pass depends on, as JSON types."""
+    """Conditions that determine the latency of a forward pass, as JSON types."""
     config = {name: value for name, value in model.config.to_dict().items() if name != "transformers_version"}
     return {
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
@@ -51,12 +51,12 @@ def interleaved(
     """Time some calls: all of them once, all of them again, and so on.
 
     Args:
-        runs: name -> call.
-        device: on which they compute, which is waited for.
-        repeats: timed rounds.
-        warmup: rounds before those, not timed.
-        row: calls in a row, of which the mean is taken. A GPU is handed many operations before it has done the first,
-            so that one that is waited for takes longer than it does among others.
+        runs: Calls by name.
+        device: Device of the calls, which is synchronised.
+        repeats: Number of timed rounds.
+        warmup: Number of untimed rounds before those.
+        row: Number of consecutive calls to average. A GPU queues many operations before it finishes the first, so a
+            single synchronised call takes longer than it does among others.
     """
     rounds = [
         {name: _milliseconds(call, device, row) for name, call in runs.items()}
@@ -78,14 +78,14 @@ def time_missing(
     warmup: int,
     row: int = 1,
 ) -> None:
-    """Time what a table does not know yet, and put it in, as `ms` and `spread_ms`.
+    """Time the calls that a table lacks, and store `ms` and `spread_ms`.
 
-    What is timed later is seen in the light of what the original takes then.
+    Later timings are scaled by the latency of the original at that time.
 
     Args:
-        table: of milliseconds.
-        runs: name -> call; the original is one of them, and timed each time.
-        device, repeats, warmup, row: as for `interleaved`.
+        table: Table of milliseconds.
+        runs: Calls by name; the original is one of them, and is timed each time.
+        device, repeats, warmup, row: Arguments of `interleaved`.
     """
     todo = {name: call for name, call in runs.items() if name not in table.values}
     if not todo:

@@ -1,4 +1,4 @@
-"""What the user asks for: strict dataclasses, read from YAML and overridden from the command line."""
+"""Recipes: strict dataclasses, read from YAML and overridden on the command line."""
 
 from .collapse import COLLAPSE_TARGETS, CollapseRecipe
 from .data import DataRecipe

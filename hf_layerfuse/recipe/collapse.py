@@ -1,46 +1,48 @@
-"""Which MLPs of a model are to become linear."""
+"""Recipe section `collapse`: the MLPs to replace by linear maps."""
 
 from typing import Literal
 
 from .strict import require, require_one, strict_recipe
 
 COLLAPSE_TARGETS = ("count", "ratio", "max_parameters", "max_bytes", "max_loss")
-"""The fields of `CollapseRecipe` that say how far it is to go; a recipe has one of them."""
+"""Targets of `CollapseRecipe`: a recipe sets exactly one of these fields."""
 
 
 @strict_recipe
 class CollapseRecipe:
-    """Which MLPs of a model are to become linear maps, and how (LayerCollapse, Shabgahi et al. 2023).
+    """How MLPs of a model become linear maps (LayerCollapse, Shabgahi et al. 2023).
 
-    Give exactly one target: `count`, how many MLPs; `ratio`, the share of all block parameters to remove, or
-    `max_parameters` or `max_bytes`, which the whole model may have: as many MLPs as that takes; or `max_loss`, how far
-    the model may move from the original: as many MLPs as that allows.
+    Give exactly one target. `count` is the number of MLPs. `ratio` is the share of all block parameters to remove;
+    `max_parameters` and `max_bytes` limit the size of the whole model: each linearises as many MLPs as it takes.
+    `max_loss` limits the divergence from the original: as many MLPs as it allows become linear.
 
     Attributes:
-        count: MLPs that become linear, from 1 to the number of layers.
-        ratio: share of block parameters to remove, at least, 0 < ratio < 1.
-        max_parameters: most parameters of the result, embeddings and head included.
-        max_bytes: most bytes of its weights on disk, in the dtype of the model; the header of the file comes on top.
-        max_loss: most calibration loss of the result, without any training: the mean divergence from the original's
-            predictions in nats, or without logits, the relative squared error of its hidden states.
-        order: `measured` takes first what costs least: the calibration loss when an MLP alone is linear in the
-            untouched model, for each parameter that is saved (needs batches). `deepest` starts at the last layer.
-        rank: of the linear maps, which are then the product of two; None is one full map.
-        fold: the linear maps take in the residual sum behind them: BERT and RoBERTa, where a norm follows it.
-        method: `fitted` puts linear maps in the place of MLPs at once, fitted in closed form. `homotopy` leads their
-            activations to lines while the model is trained (`heal.straighten`, `heal.progressive`), and then merges the
-            two maps of each, which is exact. Not for gated MLPs.
-        faithful: of `homotopy`: PReLU in the place of whatever the activation is, as published. Without it, each unit
-            goes to the line that is nearest to its activation on calibration batches.
-        threshold: of `homotopy`: 1 - a of an activation that counts as a line; one that is further from it is refused.
-        merge: of `homotopy`: put one map in the place of two in the end. Without it, what remains is a regulariser: a
-            model with activations between what they were and lines.
-        refit: of `fitted`: closed-form repair on calibration batches. `full` fits the linear maps and repairs all
-            blocks behind the first of them; `maps` fits the linear maps alone; `none`, or no batches, leaves
+        count: Number of MLPs that become linear, from 1 to the number of layers.
+        ratio: Minimum share of block parameters to remove, 0 < ratio < 1.
+        max_parameters: Maximum number of parameters of the result, with embeddings and head.
+        max_bytes: Maximum size of the weights on disk in bytes, in the dtype of the model, without the file header.
+        max_loss: Maximum calibration loss of the result, without any training: the mean divergence from the original's
+            predictions in nats, or, without logits, the relative squared error of its hidden states.
+        order: Order in which MLPs become linear. `measured` starts with the cheapest: the one with the lowest
+            calibration loss per saved parameter when it alone is linear in the untouched model (needs batches).
+            `deepest` starts at the last layer.
+        rank: Rank of the linear maps, which are then the product of two; None is one full map.
+        fold: Whether the linear maps include the residual sum behind them, for BERT and RoBERTa, where a norm follows
+            it.
+        method: Way to the linear maps. `fitted` replaces MLPs at once by maps fitted in closed form. `homotopy` turns
+            their activations into lines during training (`heal.straighten`, `heal.progressive`), and then merges
+            the two maps of each MLP, which is exact. Not for gated MLPs.
+        faithful: Whether `homotopy` starts from PReLU instead of the model's activation, as published. Otherwise, each
+            unit moves to the line that is nearest to its activation on calibration batches.
+        threshold: Maximum 1 - a at which `homotopy` treats an activation as a line; a larger value is an error.
+        merge: Whether `homotopy` replaces the two maps by one in the end. Otherwise it is a regulariser: activations of
+            the result lie between the original ones and lines.
+        refit: Closed-form repair on calibration batches, with `fitted`. `full` fits the linear maps and repairs all
+            blocks after the first of them; `maps` fits only the linear maps; `none`, or no batches, leaves
             W2 (W1 x + b1) + b2.
 
     Raises:
-        RecipeError: unknown field, wrong type, or a combination that cannot be met.
+        RecipeError: A field is unknown or has the wrong type, or a combination is not possible.
     """
 
     count: int | None = None
@@ -73,17 +75,18 @@ class CollapseRecipe:
         require(0 < self.threshold < 1, f"threshold={self.threshold}: use a number between 0 and 1, such as 0.05.")
         require(
             self.method == "fitted" or (self.max_loss is None and self.rank is None),
-            f"method='homotopy' with max_loss={self.max_loss} and rank={self.rank}: what it costs is known when it is "
-            "trained, and its maps are what training leads to: use count or a size, and no rank.",
+            f"method='homotopy' with max_loss={self.max_loss} and rank={self.rank}: its loss and maps are known only "
+            "after training: use count or a size, and no rank.",
         )
         require(
             self.method == "homotopy" or (self.merge and not self.faithful and self.threshold == 0.05),
-            f"merge={self.merge}, faithful={self.faithful} and threshold={self.threshold} are about activations that "
-            "are trained, and the method is 'fitted': use method='homotopy', or leave them out.",
+            f"merge={self.merge}, faithful={self.faithful} and threshold={self.threshold} need method='homotopy', and "
+            "the method is 'fitted': use 'homotopy', or leave them out.",
         )
         require(
             not self.fold or (self.rank is None and self.merge),
-            f"fold=True with rank={self.rank} and merge={self.merge}: one full map takes the sum in; leave them out.",
+            f"fold=True with rank={self.rank} and merge={self.merge}: only one full map can include the residual "
+            "sum; leave them out.",
         )
         for name in ("max_parameters", "max_bytes", "max_loss"):
             value = getattr(self, name)

@@ -1,4 +1,4 @@
-"""Where the data come from."""
+"""Recipe section `data`: splits, columns and sample counts."""
 
 from .strict import require, strict_recipe
 
@@ -12,25 +12,26 @@ class DataRecipe:
     and .parquet) or image folders with one subfolder per class.
 
     Attributes:
-        name: Hub data set such as `Salesforce/wikitext`, or None for local files.
-        config: configuration of the Hub data set, such as `wikitext-2-raw-v1`.
-        train: what healing learns from and calibration samples from.
-        validation: what healing watches. Without it, `held_out` rows leave the end of `train` for this.
-        test: what is reported, never used to choose anything.
-        held_out: rows of `train` that become `validation` when there is none; data that are sorted by class are
+        name: Hub data set, such as `Salesforce/wikitext`, or None for local files.
+        config: Configuration of the Hub data set, such as `wikitext-2-raw-v1`.
+        train: Training split, used for healing and for calibration batches.
+        validation: Held-out split for validation during healing; by default, the last `held_out` rows of `train`.
+        test: Test split for the reported results; nothing is selected on it.
+        held_out: Number of rows of `train` that become `validation` when there is none. Data sorted by class are
             shuffled first.
-        text_column: column with the text, or for token classification with the words.
-        label_column: column with the class, an int or a string, or for token classification one for each word.
-        image_column: column with the image.
-        max_length: longest sequence in tokens; windows of this length for causal language models.
-        calibration_samples: training rows (windows, for language models) used as calibration batches. Together they
-            want to have many times as many tokens as the widest map has inputs: short texts want more of them.
-        num_proc: processes that tokenise at once; a fast tokenizer uses all cores by itself.
-        augment: shift and mirror training images at random.
-        streaming: read `train` as it is used, and never hold all of it; needs `validation`. Rows are shuffled among
-            the next 10,000, and classes have the names that they have in `validation`.
-        max_train_samples: use only so many rows (windows) of `train`.
-        max_test_samples: use only so many rows (windows) of `validation` and of `test`.
+        text_column: Column with the text, or, for token classification, with the words.
+        label_column: Column with the class, an int or a string, or, for token classification, with one class per word.
+        image_column: Column with the image.
+        max_length: Longest sequence in tokens; for causal language models, the length of the windows.
+        calibration_samples: Number of training rows (windows, for causal language models) in the calibration batches.
+            Together they should have many times as many tokens as the widest map has inputs: use more of them for
+            short texts.
+        num_proc: Number of processes that tokenise in parallel; a fast tokenizer uses all cores by itself.
+        augment: Whether training images are shifted and mirrored at random.
+        streaming: Whether `train` is read row by row and never held as a whole; needs `validation`. Rows are shuffled
+            among the next 10,000, and class names are those of `validation`.
+        max_train_samples: Maximum number of rows (windows) of `train`.
+        max_test_samples: Maximum number of rows (windows) of `validation` and of `test`.
     """
 
     name: str | None = None
@@ -53,13 +54,12 @@ class DataRecipe:
     def __post_init__(self) -> None:
         require(
             self.name is not None or self.config is None,
-            f"data.config={self.config!r} belongs to a Hub data set, and data.name is not set: set it, or leave "
+            f"data.config={self.config!r} needs a Hub data set, and data.name is not set: set it, or leave "
             "data.config out.",
         )
         require(
             not (self.streaming and self.validation is None),
-            "data.streaming=true reads `train` once through, so that no rows of its end can be held out: name a split "
-            "or file as data.validation.",
+            "data.streaming=true cannot hold out the last rows of `train`: name a split or file as data.validation.",
         )
         counts = ("held_out", "max_length", "calibration_samples", "num_proc", "max_train_samples", "max_test_samples")
         for field in counts:

@@ -1,4 +1,4 @@
-"""What the fields of a recipe are called, may be and mean, as help and completion show them."""
+"""Names, allowed values and meanings of recipe fields, for help and completion."""
 
 import argparse
 import dataclasses
@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 
 class Field(NamedTuple):
-    """One field: `values` are the words that it may be, of which there are none where it is a number or a text."""
+    """One field of a recipe; `values` lists its allowed words, and is empty for numbers and text."""
 
     name: str
     values: tuple[str, ...]
@@ -18,7 +18,7 @@ class Field(NamedTuple):
 
 
 def fields_of(recipe: type) -> list[Field]:
-    """The fields of a recipe class that are no sections, with what its docstring says of them, and their defaults."""
+    """Fields of a recipe class other than sections, with their descriptions in its docstring and their defaults."""
     hints = get_type_hints(recipe)
     _, _, attributes = inspect.getdoc(recipe).partition("Attributes:\n")
     found = re.findall(r"^ {4}(\w+): (.*?)(?=^ {4}\w|^\S|\Z)", attributes, flags=re.DOTALL | re.MULTILINE)
@@ -28,7 +28,7 @@ def fields_of(recipe: type) -> list[Field]:
         hint = _plain(hints[field.name])
         if not dataclasses.is_dataclass(hint):
             words = get_args(hint) if get_origin(hint) is Literal else ()
-            # each word that may be chosen is explained; of others, one sentence is enough
+            # fields with allowed words keep the explanation of each word; others need one sentence
             meaning = said[field.name] if words else re.split(r"(?<=\w[\w`)]\.) |; ", said[field.name])[0]
             fields.append(Field(field.name, words, _kind(hints[field.name]), meaning.rstrip(".") + _default(field)))
     return fields
@@ -37,9 +37,9 @@ def fields_of(recipe: type) -> list[Field]:
 def add_fields(
     parser: argparse.ArgumentParser, title: str, recipe: type, prefix: str = "", skip: Collection[str] = ()
 ) -> None:
-    """Give a parser an option for each field of a recipe, `--prefix.field`, whose value stays text.
+    """Add an option `--prefix.field` to a parser for each field of a recipe; values stay text.
 
-    What is not given is not in the result. `skip` are fields that the parser has in a form of its own.
+    The result omits options that are not given. `skip` names fields that the parser defines itself.
     """
     group = parser.add_argument_group(title)
     for name, values, kind, meaning in fields_of(recipe):
@@ -61,7 +61,7 @@ def _plain(hint: Any) -> Any:
 
 
 def _kind(hint: Any) -> str:
-    """What stands for a value: `{a,b}`, or what it is."""
+    """Placeholder of a value in help: `{a,b}`, or its type."""
     if get_origin(plain := _plain(hint)) is Literal:
         return "{" + ",".join(get_args(plain)) + "}"
     parts = [part for part in get_args(hint) or (hint,) if part is not type(None)]

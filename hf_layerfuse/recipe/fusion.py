@@ -1,72 +1,72 @@
-"""How a model is to be made smaller."""
+"""Recipe section `fusion`: the target size or latency, and how layers are fused to reach it."""
 
 from typing import Literal
 
 from .strict import require, require_one, strict_recipe
 
 TARGETS = ("keep_layers", "ratio", "max_parameters", "max_bytes", "latency_budget", "latency_ms")
-"""The fields of `FusionRecipe` that say how small or how fast the result is to be; a recipe has one of them."""
+"""Targets of `FusionRecipe`: a recipe sets exactly one of these fields."""
 
 
 @strict_recipe
 class FusionRecipe:
-    """How a model is to be made smaller.
+    """How a model is made smaller.
 
-    Give exactly one target: `keep_layers`, the number of blocks (of the kind `blocks`) that stay distinct; `ratio`, the
-    share of their parameters to remove, met as closely as whole blocks allow; or `max_parameters` or `max_bytes`, which
-    the whole model may have, so that as many blocks stay distinct as fit; or `latency_budget` or `latency_ms`, which
-    the result may take, so that for each block of a transformer it is chosen what becomes of it: it stays, it is
-    dropped, an MLP becomes linear, or a run of layers becomes one.
+    Give exactly one target. `keep_layers` is the number of blocks (of the kind `blocks`) that stay distinct. `ratio` is
+    the share of their parameters to remove, met as closely as whole blocks allow. `max_parameters` and `max_bytes`
+    limit the size of the whole model; as many blocks as fit stay distinct. `latency_budget` and `latency_ms` limit the
+    latency of the result: each block of a transformer is then kept, dropped, linearised (MLPs), or fused with its
+    neighbours (runs of layers).
 
     Attributes:
-        keep_layers: distinct blocks after fusion, from 1 to one less than the model has.
-        ratio: share of block parameters to remove, 0 < ratio < 1.
-        max_parameters: most parameters of the result, embeddings and head included, shared ones counted once.
-        max_bytes: most bytes of its weights on disk, in the dtype of the model; the header of the file comes on top.
-        latency_budget: 0 < latency_budget < 1, the share of the original's latency, on the device that it is on, that
-            the result may have. Needs batches, of the length of those that the model will see.
-        latency_ms: milliseconds of a forward pass, in the place of that share.
-        mode: `depth` runs a fused block once (smaller and faster); `share` lets one set of weights serve every
-            depth of its group (smaller on disk and in memory, not faster); `basis` lets the depths of a group combine
-            one shared basis of `rank` vectors (the same).
-        rank: of the residual that each depth adds to a shared matrix (`share`), or size of the basis (`basis`). With
-            `auto`, all layers of a shape share one set of weights, and the rank is the largest that meets the target:
-            a few more numbers for each depth do more than a few more sets.
-        blocks: fuse whole layers, or their attention or MLP blocks alone, or `separate`: both, each kind in groups of
-            its own and to the same number of blocks.
-        similarity: distance between blocks. `euclidean`, `cosine`, `covariance`, `kl` and `wasserstein` compare
+        keep_layers: Number of distinct blocks after fusion, from 1 to one less than the model has.
+        ratio: Share of block parameters to remove, 0 < ratio < 1.
+        max_parameters: Maximum number of parameters of the result, with embeddings and head; shared ones count once.
+        max_bytes: Maximum size of the weights on disk in bytes, in the dtype of the model, without the file header.
+        latency_budget: Share of the original's latency that the result may have on the model's current device,
+            0 < latency_budget < 1. Needs batches as long as those that the model will see.
+        latency_ms: Maximum duration of a forward pass in milliseconds, instead of that share.
+        mode: Form of a fused block. `depth` runs it once (smaller and faster). `share` uses one set of weights at every
+            depth of its group (smaller on disk and in memory, not faster). `basis` combines one shared basis of `rank`
+            vectors at every depth of its group (also smaller, not faster).
+        rank: Rank of the residual that each depth adds to a shared matrix (`share`), or size of the basis (`basis`).
+            With `auto`, all layers of one shape share one set of weights, and the rank is the largest that meets the
+            target: a few more numbers per depth help more than a few more sets of weights.
+        blocks: Blocks to fuse: whole layers (`layer`), only their `attention` or `mlp` blocks, or both kinds in groups
+            of their own, to the same number of blocks (`separate`).
+        similarity: Distance between blocks. `euclidean`, `cosine`, `covariance`, `kl` and `wasserstein` compare
             weights; `cka`, `cka_unbiased`, `angular` and `block_influence` compare activations on calibration
             `batches`.
-        cluster: `auto` groups neighbours so that the calibration losses of the groups add up to the least, as far as
-            `effort` goes, and falls back on `adjacent` without batches. `adjacent` groups neighbours with the least
-            distance inside the groups; `global` connects the closest pairs of any blocks, and `agglomerative` merges
-            the groups that are closest on average (both not in `depth` mode).
-        operator: how the weights of a group become one. `auto` lets the others compete on calibration loss; without
-            batches it is `freeze`, or where weights are shared `mean` with align `rotation`. `select` makes a layer of
-            those heads and hidden units of its whole group that the refit finds most useful (`depth` mode, with
-            batches; attention that is fused alone stays that of the group's first layer). `freeze` keeps one layer: the
-            one nearest the group's middle, the later of two; `mean` averages, `weighted` by how much each layer changes
-            the residual stream; `mix` takes every element from one of the layers at random; `telescope` adds all
-            differences to the first layer (LaCo, eq. 1).
-        align: the symmetry that is undone before weights are combined: the order of MLP units and heads, found from
-            the weights (`permutation`), from `activation`s on batches, or by optimal `transport` (needs the extra of
-            that name); or that order and a `rotation` of each head.
-        refit: closed-form repair on calibration batches. `full` refits all maps of the repaired blocks, `linear` one
-            map of what the last block before removed ones adds (ReplaceMe); `none`, or no batches: no repair.
-        choose: with a latency target: `all` that can become of blocks, or `runs` of layers that become one, and nothing
-            else.
-        latency_batch_size: sequences of the forward pass that is timed.
-        latency_repeats: timed rounds.
-        tables: with a latency target, folder where measured latencies and losses are kept, so that another budget, or a
-            run that was interrupted, has them; None keeps them in memory.
-        effort: how much is tried on calibration batches: `low` is the heuristic choice and one refit (at most about 6
-            forward passes of the original over the batches), `medium` also compares groups and operators (25), `high`
-            also the plans next to the best one. With a latency target, `low` is one program over losses of single
-            choices; `medium` judges choices anew on top of what was chosen, twice, and `high` up to six times.
-        seed: seed of everything that is drawn.
+        cluster: Grouping of blocks. `auto` groups neighbours so that the sum of the groups' calibration losses is
+            minimal, within `effort`; without batches it uses `adjacent`. `adjacent` groups neighbours with minimal
+            distance inside the groups. `global` connects the closest pairs of any blocks, and `agglomerative` merges
+            the groups that are closest on average; neither works in `depth` mode.
+        operator: Method that combines the weights of a group. `auto` compares the others on calibration loss; without
+            batches it is `freeze`, or, for shared weights, `mean` with align `rotation`. `select` builds a layer from
+            the heads and hidden units of the whole group that the refit finds most useful (`depth` mode, with batches;
+            attention that is fused alone keeps the group's first layer). `freeze` keeps one layer: the one nearest the
+            group's middle, the later of two. `mean` averages; `weighted` averages by how much each layer changes the
+            residual stream. `mix` takes each element from a random layer. `telescope` adds all differences to the
+            first layer (LaCo, eq. 1).
+        align: Symmetry that is undone before weights are combined: the order of MLP units and heads, found from the
+            weights (`permutation`), from `activation`s on batches, or by optimal `transport` (needs the extra
+            `transport`); or that order and a `rotation` of each head.
+        refit: Closed-form repair on calibration batches. `full` refits all maps of the repaired blocks. `linear` refits
+            one map of the last block before removed ones (ReplaceMe). `none`, or no batches, skips the repair.
+        choose: Edits allowed with a latency target: `all`, or only `runs` of layers that become one.
+        latency_batch_size: Number of sequences in the timed forward pass.
+        latency_repeats: Number of timed rounds.
+        tables: Folder that keeps measured latencies and losses for a latency target. Another budget, or an interrupted
+            run, reuses them; None keeps them in memory.
+        effort: Amount of search on calibration batches. `low` is the heuristic choice and one refit (at most about 6
+            forward passes of the original over the batches); `medium` also compares groups and operators (25); `high`
+            also compares the plans next to the best one. With a latency target, `low` solves one program over the
+            losses of single edits; `medium` scores edits again on top of the chosen ones, twice, and `high` up to six
+            times.
+        seed: Seed of all random choices.
 
     Raises:
-        RecipeError: unknown field, wrong type, or a combination that cannot be met.
+        RecipeError: A field is unknown or has the wrong type, or a combination is not possible.
     """
 
     keep_layers: int | None = None
@@ -121,23 +121,23 @@ class FusionRecipe:
             require(value is None or value > 0, f"{name}={value} leaves no model: use a number above 0, such as 8e7.")
         require(
             not (self.mode == "depth" and self.cluster not in ("auto", "adjacent")),
-            f"mode='depth' with cluster={self.cluster!r} would merge layers that are far apart and run the result "
-            "once, in the place of neither: use cluster='auto' or 'adjacent', or mode='share'.",
+            f"mode='depth' with cluster={self.cluster!r} would merge distant layers into one that runs in the place of "
+            "neither: use cluster='auto' or 'adjacent', or mode='share'.",
         )
         require(
             not (self.operator == "select" and (self.mode != "depth" or self.refit != "full")),
-            f"operator='select' chooses hidden units while a block is refitted, to run once: it needs mode='depth' and "
+            f"operator='select' chooses hidden units while it refits a block that runs once: it needs mode='depth' and "
             f"refit='full', not mode={self.mode!r} and refit={self.refit!r}.",
         )
         require(
             self.rank != "auto" or self.keep_layers is None,
-            f"rank='auto' follows from how small the result is to be, and keep_layers={self.keep_layers} does not say "
-            "that: give ratio, max_parameters or max_bytes, or a rank.",
+            f"rank='auto' follows from the size of the result, which keep_layers={self.keep_layers} does not set: "
+            "give ratio, max_parameters or max_bytes, or a rank.",
         )
         require(self.rank == "auto" or self.rank >= 0, f"rank={self.rank}: use 'auto', or a whole number of 0 or more.")
         require(
             not (self.mode == "depth" and self.rank),
-            f"rank={self.rank} with mode='depth', where nothing is shared: leave it out, or use mode='share'.",
+            f"rank={self.rank} with mode='depth', which shares no weights: leave it out, or use mode='share'.",
         )
         require(
             self.mode != "basis" or self.rank != 0,
@@ -152,8 +152,8 @@ class FusionRecipe:
     def _check_latency(self) -> None:
         require(
             self.latency_budget is None or 0 < self.latency_budget < 1,
-            f"latency_budget={self.latency_budget} is no share of the original's latency to keep: use a number between "
-            "0 and 1.",
+            f"latency_budget={self.latency_budget} must be between 0 and 1: it is the share of the original's latency "
+            "to keep.",
         )
         require(self.latency_ms is None or self.latency_ms > 0, f"latency_ms={self.latency_ms}: use a number above 0.")
         for name in ("latency_batch_size", "latency_repeats"):
@@ -166,10 +166,13 @@ class FusionRecipe:
             ]
             require(
                 not given,
-                f"{' and '.join(given)} is of a latency target: use latency_budget or latency_ms, or leave it out.",
+                f"{' and '.join(given)} needs a latency target: use latency_budget or latency_ms, or leave it out.",
             )
             return
-        require(self.mode == "depth", f"mode={self.mode!r} makes nothing faster: with a latency target, use 'depth'.")
+        require(
+            self.mode == "depth",
+            f"mode={self.mode!r} does not make the model faster: with a latency target, use 'depth'.",
+        )
         given = [
             f"{name}={getattr(self, name)!r}"
             for name in ("blocks", "similarity", "cluster")
@@ -177,10 +180,9 @@ class FusionRecipe:
         ]
         require(
             not given,
-            f"{' and '.join(given)}: with a latency target, blocks are chosen by what they take and by what they are "
-            "worth; leave it out.",
+            f"{' and '.join(given)}: with a latency target, measured latency and loss choose the blocks; leave it out.",
         )
         require(
             self.refit != "linear",
-            "refit='linear' fits no MLP that has become linear: with a latency target, use 'full' or 'none'.",
+            "refit='linear' cannot fit linear MLPs: with a latency target, use 'full' or 'none'.",
         )

@@ -11,52 +11,54 @@ class HealRecipe:
 
     The loss is `ce_weight` x cross-entropy + `kl_weight` x KL(teacher || student) at `temperature` (scaled by its
     square, Hinton et al. 2015) + `hidden_weight` and `attention_weight` x the mean squared error of hidden states and
-    of attention outputs, relative to the mean square of the teacher's. Which layer of the teacher each layer answers to
-    follows from the plan: the last original layer of its group.
+    of attention outputs, relative to the mean square of the teacher's. The plan decides which layer of the teacher each
+    layer is compared with: the last original layer of its group.
 
     Attributes:
-        steps: optimiser steps, of all rounds together; 0 skips healing.
-        schedule: `one-shot` fuses everything at once. The others fuse a step, heal, and fuse further, in so many
-            `rounds`: `uniform` takes equal steps, `exponential` larger ones early (O'Neill et al. 2021, section 3).
-        rounds: of an iterative schedule.
-        curriculum_rate: how early an `exponential` schedule fuses: after round t of T, (1 - e^(-rate t / T)) /
-            (1 - e^-rate) of all is done.
-        last_round: the share of `steps` that the last of several rounds has, which is the one that leads to the result;
-            those before it have as many each.
-        batch_size: sequences or images per device and step.
-        gradient_accumulation_steps: batches that make one optimiser step.
-        learning_rate: peak of the warm-up and cosine schedule.
-        warmup_ratio: share of the steps spent warming up.
+        steps: Optimiser steps of all rounds together; 0 skips healing.
+        schedule: Division of fusion into rounds. `one-shot` fuses everything at once. The others fuse a little, heal,
+            and fuse further in `rounds` rounds: `uniform` takes equal steps, `exponential` larger ones early (O'Neill
+            et al. 2021, section 3).
+        rounds: Number of rounds of an iterative schedule.
+        curriculum_rate: Rate of an `exponential` schedule: the share (1 - e^(-rate t / T)) / (1 - e^-rate) of the
+            fusion is done after round t of T.
+        last_round: Share of `steps` for the last of several rounds, which makes the result. The earlier rounds divide
+            the rest equally.
+        batch_size: Number of sequences or images per device and step.
+        gradient_accumulation_steps: Number of batches in one optimiser step.
+        learning_rate: Peak of the warm-up and cosine schedule.
+        warmup_ratio: Share of the steps spent warming up.
         weight_decay: AdamW weight decay, not applied to norms and biases.
-        max_grad_norm: gradient clipping.
-        dropout: probability of every dropout of the student while it is trained; None leaves them as the checkpoint has
-            them. In less than an epoch, nothing is learnt by heart, and 0 learns more.
-        ce_weight: weight of the cross-entropy with the labels.
-        kl_weight: weight of the divergence from the teacher's logits, or, without a head, from its last hidden states.
-        hidden_weight: weight of the error of hidden states, averaged over layers.
-        attention_weight: weight of the error of attention outputs, averaged over layers.
-        teacher_top_k: ask the teacher once for each training row, and keep the log-probabilities of so many classes on
-            disk, the rest taken as one, instead of asking it in every step. For text that is the same in every epoch:
+        max_grad_norm: Norm at which gradients are clipped.
+        dropout: Probability of every dropout of the student during training; None keeps those of the checkpoint. Under
+            one epoch, overfitting is unlikely, and 0 learns more.
+        ce_weight: Weight of the cross-entropy with the labels.
+        kl_weight: Weight of the divergence from the teacher's logits, or, without a head, from its last hidden states.
+        hidden_weight: Weight of the error of hidden states, averaged over layers.
+        attention_weight: Weight of the error of attention outputs, averaged over layers.
+        teacher_top_k: Number of classes whose teacher log-probabilities are cached on disk, the rest taken as one. The
+            teacher then runs once per training row instead of in every step. For text that is the same in every epoch:
             causal language models and classification.
-        temperature: softens both distributions in the divergence.
-        mixed_precision: `auto` is bf16 where the device computes in it natively, unless `accelerate launch` was told
-            bf16, fp16 or fp8. `no` is float32.
-        eval_every: validation loss is taken and a checkpoint written every so many steps, and at the end. The weights
-            of the least validation loss are the result.
-        patience: stop after so many validations in a row that found nothing better.
-        lora_rank: train only residuals of this rank beside each linear map, merged at the end (needs the extra `peft`).
-        mix: with operator `mix`, draw every element of a fused weight anew in each step from the layers that it was
-            made of, which are what is trained, and average them at the end.
-        straighten: how strongly activations that are on their way to a line (`Blend`) are pulled there: after each
-            step, a <- a - 2 learning rate g (a - 1), so that 1 - a settles near 1 / (2 g). With `auto`, g is 10, or as
-            much as takes an a to 0.99 in `steps`. Where no `straighten(model)` follows, this is a regulariser.
-        progressive: straighten one activation after the other, from the last layer on, each in an equal part of the
-            training, and not all together.
-        freeze_fused: train only what was not made of several blocks.
-        gradient_checkpointing: compute inner states twice, to train in less memory.
-        compile: let `torch.compile` (inductor) make the model faster.
-        log_with: a tracker that Accelerate knows and that is installed, such as `tensorboard` or `wandb`.
-        log_dir: where a tracker on disk writes.
+        temperature: Temperature that softens both distributions in the divergence.
+        mixed_precision: Precision of the computation. `auto` is bf16 where the device supports it natively, unless
+            `accelerate launch` sets bf16, fp16 or fp8. `no` is float32.
+        eval_every: Steps between validations, each with a checkpoint; one more follows at the end. The weights with the
+            lowest validation loss are the result.
+        patience: Number of validations in a row without improvement after which training stops.
+        lora_rank: Rank of residuals beside each linear map, which alone are trained and merged at the end (needs the
+            extra `peft`).
+        mix: Whether every element of a fused weight is drawn anew in each step from its source layers. These are
+            trained, and averaged at the end. Needs operator `mix`.
+        straighten: Strength g of the pull on activations that are becoming lines (`Blend`): after each step,
+            a <- a - 2 learning rate g (a - 1), so that 1 - a settles near 1 / (2 g). With `auto`, g is 10, or as much
+            as takes an a to 0.99 in `steps`. Without a later `straighten(model)`, this is a regulariser.
+        progressive: Whether activations are straightened one after the other, from the last layer on, each in an equal
+            part of the training, instead of all together.
+        freeze_fused: Whether fused blocks are frozen, so that only the others are trained.
+        gradient_checkpointing: Whether inner states are computed twice, to train in less memory.
+        compile: Whether `torch.compile` (inductor) compiles the model.
+        log_with: Installed tracker that Accelerate supports, such as `tensorboard` or `wandb`.
+        log_dir: Folder of a tracker that writes to disk.
     """
 
     steps: int = 500
@@ -112,7 +114,7 @@ class HealRecipe:
         chosen = [name for name in ("lora_rank", "mix", "freeze_fused") if getattr(self, name)]
         require(
             len(chosen) < 2,
-            f"{' and '.join(f'heal.{name}' for name in chosen)} each say what is trained: choose one of them.",
+            f"{' and '.join(f'heal.{name}' for name in chosen)} each set the trained parameters: choose one of them.",
         )
         for field in ("curriculum_rate", "learning_rate", "max_grad_norm", "temperature"):
             value = getattr(self, field)
@@ -127,7 +129,7 @@ class HealRecipe:
         )
         require(
             self.teacher_top_k is None or self.kl_weight > 0,
-            f"heal.teacher_top_k={self.teacher_top_k} keeps answers that heal.kl_weight=0 does not read: leave it out.",
+            f"heal.teacher_top_k={self.teacher_top_k} caches answers that heal.kl_weight=0 does not use: leave it out.",
         )
         require(
             self.straighten == "auto" or self.straighten >= 0,
@@ -135,8 +137,8 @@ class HealRecipe:
         )
         require(
             self.straighten == "auto" or self.straighten * self.learning_rate < 0.5,
-            f"heal.straighten={self.straighten} with heal.learning_rate={self.learning_rate} pulls further than to the "
-            "line in one step: use less of one of them.",
+            f"heal.straighten={self.straighten} with heal.learning_rate={self.learning_rate} overshoots the line in "
+            "one step: lower one of them.",
         )
         require(
             not self.progressive or self.straighten != 0,
@@ -151,5 +153,5 @@ class HealRecipe:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether a part of the loss compares with the original."""
+        """Whether a term of the loss compares the student with the original."""
         return self.kl_weight > 0 or self.hidden_weight > 0 or self.attention_weight > 0

@@ -9,12 +9,12 @@ from .strict import require, strict_recipe
 
 @strict_recipe
 class HubRecipe:
-    """Where a result is published. Whoever is logged in does it: there is no token in a recipe.
+    """Where a result is published. Uploads use your Hub login: a recipe holds no token.
 
     Attributes:
-        push_to_hub: repository, `user/name`, which is made if it is not there; None publishes nothing.
-        private: make it a private one. One that is there and public is refused.
-        revision: branch to publish on, which is made from `main` if it is not there; by default, `main`.
+        push_to_hub: Repository `user/name`, created if it does not exist; None publishes nothing.
+        private: Whether the repository is private. An existing public one is an error.
+        revision: Branch to publish on, created from `main` if it does not exist; `main` by default.
     """
 
     push_to_hub: str | None = None
@@ -24,10 +24,12 @@ class HubRecipe:
     def __post_init__(self) -> None:
         require(
             self.push_to_hub is not None or not (self.private or self.revision),
-            f"hub.private={self.private} and hub.revision={self.revision} are of a repository: set hub.push_to_hub.",
+            f"hub.private={self.private} and hub.revision={self.revision} need a repository: set hub.push_to_hub.",
         )
         try:
             if self.push_to_hub is not None:
                 validate_repo_id(self.push_to_hub)
         except HFValidationError as error:
-            raise RecipeError(f"hub.push_to_hub={self.push_to_hub!r} is no name of a repository: {error}") from error
+            raise RecipeError(
+                f"hub.push_to_hub={self.push_to_hub!r} is not a valid repository name: {error}"
+            ) from error

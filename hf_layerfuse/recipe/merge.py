@@ -1,42 +1,42 @@
-"""Which convolutions of a model are to become one."""
+"""Recipe section `merge`: the latency budget, and how runs of convolutions become one."""
 
 from typing import Literal
 
 from .strict import require, require_one, strict_recipe
 
 MERGE_TARGETS = ("budget", "budget_ms")
-"""The fields of `MergeRecipe` that say how far it is to go; a recipe has one of them."""
+"""Targets of `MergeRecipe`: a recipe sets exactly one of these fields."""
 
 
 @strict_recipe
 class MergeRecipe:
-    """Which segments of convolutions are to become one, and how (LayerMerge, Kim et al. 2024).
+    """How segments of convolutions become one convolution each (LayerMerge, Kim et al. 2024).
 
-    Give exactly one target: `budget`, the share of the original's latency that the result may have, or `budget_ms`.
+    Give exactly one target: `budget`, a share of the original's latency, or `budget_ms`.
 
     Attributes:
-        budget: 0 < budget < 1, of the latency of the original on the device that it is on.
-        budget_ms: milliseconds of a forward pass.
-        batch_size: images of the pass that is timed.
-        choose: `all` removes activations and convolutions. The others are baselines: `activations` keeps all
-            convolutions (Kim et al. 2023), `convolutions` takes some out and merges none, and so does `magnitude`,
-            those of the smallest weights and not those of the least loss.
-        importance: what the sum of is made the most of: `loss`, the calibration loss that a segment costs, or its
-            exponential, exp(-loss), as `published`, in which a segment that ruins the model is not much worse than one
-            that harms it.
-        tune_steps: steps of training on the calibration images, before the loss of a segment is taken on the others,
-            for each of them. As published, and slow: some hundred segments are trained. With 0, a closed-form fit is
-            all that they get.
-        max_kernel: largest kernel of a merged convolution.
-        method: `fitted` merges at once, and fits each merged convolution in closed form. `open` takes activations and
-            convolutions out, and merges after `heal`, as published.
-        refit: of `fitted`: `none` leaves merged convolutions as they are composed.
-        repeats: timed rounds of each shape of convolution.
-        tables: folder where measured latencies and losses are kept, so that another budget, or a run that was
-            interrupted, has them; None keeps them in memory.
+        budget: Share of the original's latency that the result may have on the model's current device, 0 < budget < 1.
+        budget_ms: Maximum duration of a forward pass in milliseconds.
+        batch_size: Number of images in the timed pass.
+        choose: Edits to choose from. `all` removes activations and convolutions. The others are baselines:
+            `activations` keeps all convolutions (Kim et al. 2023); `convolutions` removes some by their loss and merges
+            none; `magnitude` removes those with the smallest weights instead.
+        importance: Score whose sum is maximised: minus the calibration loss that a segment costs (`loss`), or
+            exp(-loss), as `published`. With the latter, a segment that ruins the model is hardly worse than one that
+            harms it.
+        tune_steps: Training steps on part of the calibration images for each segment, before its loss is measured on
+            the others. As published, and slow: some hundred segments are trained. With 0, each segment gets only a
+            closed-form fit.
+        max_kernel: Largest kernel of a merged convolution.
+        method: Time of the merge. `fitted` merges at once, and fits each merged convolution in closed form. `open`
+            removes activations and convolutions first, and merges after `heal`, as published.
+        refit: Closed-form repair with `fitted`; `none` leaves merged convolutions as composed.
+        repeats: Number of timed rounds of each shape of convolution.
+        tables: Folder that keeps measured latencies and losses. Another budget, or an interrupted run, reuses them;
+            None keeps them in memory.
 
     Raises:
-        RecipeError: unknown field, wrong type, or a combination that cannot be met.
+        RecipeError: A field is unknown or has the wrong type, or a combination is not possible.
     """
 
     budget: float | None = None
@@ -59,7 +59,7 @@ class MergeRecipe:
         )
         require(
             self.budget is None or 0 < self.budget < 1,
-            f"budget={self.budget} is no share of the original's latency to keep: use a number between 0 and 1.",
+            f"budget={self.budget} must be between 0 and 1: it is the share of the original's latency to keep.",
         )
         require(
             self.budget_ms is None or self.budget_ms > 0,
@@ -71,6 +71,6 @@ class MergeRecipe:
         require(self.tune_steps >= 0, f"tune_steps={self.tune_steps}: use a whole number of 0 or more.")
         require(
             self.choose != "magnitude" or (self.importance == "loss" and not self.tune_steps),
-            f"choose='magnitude' with importance={self.importance!r} and tune_steps={self.tune_steps}: it goes by "
-            "weights, and measures no loss; leave them out.",
+            f"choose='magnitude' with importance={self.importance!r} and tune_steps={self.tune_steps}: it compares "
+            "weights and measures no loss; leave them out.",
         )

@@ -1,4 +1,4 @@
-"""A whole run, and how it is read from a file and the command line."""
+"""Recipe of a whole run, read from a file and the command line."""
 
 import dataclasses
 from pathlib import Path
@@ -19,14 +19,14 @@ from .tasks import Task
 
 @strict_recipe
 class EvaluateRecipe:
-    """What is measured before fusing, after it, and after healing.
+    """Evaluation before fusing, after it, and after healing.
 
     Attributes:
-        batch_size: sequences or images per batch; does not change the figures beyond rounding.
-        stride: tokens by which the window moves when perplexity is taken; `data.max_length` (the default) gives
-            windows that do not overlap, less gives every token more context and costs more.
-        latency: time the model at batch 1 and 8.
-        latency_repeats: timed runs, after as many warm-up runs as needed.
+        batch_size: Number of sequences or images per batch; it changes the results only by rounding.
+        stride: Tokens by which the window moves when perplexity is measured. `data.max_length` (the default) gives
+            windows that do not overlap; a smaller value gives every token more context and costs more.
+        latency: Whether the model is timed at batch sizes 1 and 8.
+        latency_repeats: Number of timed runs, after as many warm-up runs as needed.
     """
 
     batch_size: int = 16
@@ -42,18 +42,18 @@ class EvaluateRecipe:
 
 @strict_recipe
 class Recipe:
-    """A whole run of `fuse.py`: a recipe file has these fields, the last seven as sections.
+    """Recipe of a whole run of `fuse.py`. A recipe file has these fields, the last seven as sections.
 
-    It has one method: `fusion`, `collapse` or `merge`.
+    A recipe has one method: `fusion`, `collapse` or `merge`.
 
     Attributes:
         model: Hub name or path of the model to make smaller.
-        task: decides the data columns, the head class and the metrics.
-        output_dir: where the result is written; never an existing non-empty directory without `overwrite`.
-        overwrite: replace `output_dir` once the new result is complete.
-        trust_remote_code: let a Hub model run its own code. Off unless you say so.
-        with_code: put the code of a fused class beside its weights, for those who have not this library.
-        seed: seed of shuffling, sampling and dropout.
+        task: Task of the model, which decides the data columns, the head class and the metrics.
+        output_dir: Directory for the result; it must be empty or new unless `overwrite` is set.
+        overwrite: Whether to replace `output_dir` once the new result is complete.
+        trust_remote_code: Whether a Hub model may run its own code.
+        with_code: Whether to save the code of a fused class beside its weights, for use without this library.
+        seed: Seed of shuffling, sampling and dropout.
     """
 
     model: str
@@ -75,28 +75,28 @@ class Recipe:
         given = [name for name in METHOD_TARGETS if getattr(self, name) is not None]
         require(
             len(given) == 1,
-            f"a recipe has one method, and this one has {' and '.join(given) or 'none'}: give it one of the sections "
+            f"a recipe has one method, and this one has {' and '.join(given) or 'none'}: give one of the sections "
             "fusion, collapse and merge. To do two, run one on the result of the other, fusion in depth first.",
         )
         if self.fusion is None:
             require(
                 self.heal.schedule == "one-shot" and not self.heal.mix,
-                f"heal.schedule={self.heal.schedule!r} and heal.mix={self.heal.mix} are of fusion, and the method is "
+                f"heal.schedule={self.heal.schedule!r} and heal.mix={self.heal.mix} need fusion, and the method is "
                 f"{given[0]}: use schedule 'one-shot', and no mix.",
             )
         homotopy = self.collapse is not None and self.collapse.method == "homotopy"
         require(
             not homotopy or self.heal.steps > 0,
-            "collapse.method='homotopy' leads activations to lines while the model is healed, and heal.steps is 0: use "
-            "more, or method 'fitted'.",
+            "collapse.method='homotopy' straightens activations during healing, and heal.steps is 0: use more "
+            "steps, or method 'fitted'.",
         )
         require(
             homotopy or not self.heal.straighten,
-            f"heal.straighten={self.heal.straighten} is of collapse.method='homotopy': use that, or leave it out.",
+            f"heal.straighten={self.heal.straighten} needs collapse.method='homotopy': use that, or leave it out.",
         )
         require(
             self.merge is None or self.merge.method == "fitted" or self.heal.steps > 0,
-            "merge.method='open' merges convolutions after they were healed, and heal.steps is 0: use more, or method "
+            "merge.method='open' merges convolutions after healing, and heal.steps is 0: use more steps, or method "
             "'fitted'.",
         )
         require(
@@ -108,7 +108,7 @@ class Recipe:
         same = ("causal-lm", "text-classification", "token-classification")
         require(
             self.heal.teacher_top_k is None or (self.task in same and not self.data.streaming),
-            f"heal.teacher_top_k={self.heal.teacher_top_k} keeps the answers to text that is the same in every epoch, "
+            f"heal.teacher_top_k={self.heal.teacher_top_k} caches answers to text that is the same in every epoch, "
             f"as in {', '.join(same)} without data.streaming, and the task is {self.task!r}: leave it out.",
         )
 
@@ -120,24 +120,24 @@ class Recipe:
     def _check_fusion(self) -> None:
         require(
             self.heal.schedule == "one-shot" or not self.fusion.is_timed,
-            f"heal.schedule={self.heal.schedule!r} fuses further in every round, and a latency is met at once: use "
-            "schedule 'one-shot', or another target.",
+            f"heal.schedule={self.heal.schedule!r} fuses further in every round, and a latency target is met in one "
+            "step: use schedule 'one-shot', or another target.",
         )
         whole = self.fusion.mode != "depth" or self.fusion.blocks == "layer"
         require(
             self.heal.schedule == "one-shot" or whole,
             f"heal.schedule={self.heal.schedule!r} with fusion.mode='depth' and fusion.blocks={self.fusion.blocks!r}: "
-            "attention or MLP blocks that are gone cannot be fused further. Use whole layers, mode 'share', or "
+            "removed attention or MLP blocks cannot be fused further. Use whole layers, mode 'share', or "
             "schedule 'one-shot'.",
         )
         require(
             self.heal.schedule == "one-shot" or self.fusion.rank != "auto" or self.fusion.ratio is not None,
-            f"heal.schedule={self.heal.schedule!r} with fusion.rank='auto' takes steps in parts of a ratio: give "
+            f"heal.schedule={self.heal.schedule!r} with fusion.rank='auto' divides a ratio into steps: give "
             "fusion.ratio as the target.",
         )
         require(
             not self.heal.mix or (self.fusion.operator == "mix" and self.fusion.mode != "basis"),
-            f"heal.mix goes on with what operator 'mix' began, and it is fusion.operator={self.fusion.operator!r} in "
+            f"heal.mix continues operator 'mix', and this recipe has fusion.operator={self.fusion.operator!r} in "
             f"mode {self.fusion.mode!r}: set the operator to 'mix' and the mode to 'share' or 'depth', or heal.mix to "
             "false.",
         )
@@ -160,12 +160,12 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     """Read a YAML recipe and apply overrides.
 
     Args:
-        path: the YAML file.
-        overrides: dotted names to values, such as `{"model": "gpt2", "fusion.keep_layers": 8}`. A target of
-            the method, `fusion.ratio` say, replaces the one that the file has.
+        path: Path of the YAML file.
+        overrides: Values by dotted name, such as `{"model": "gpt2", "fusion.keep_layers": 8}`. A target of the
+            method, such as `fusion.ratio`, replaces the target in the file.
 
     Raises:
-        RecipeError: the file is missing or not a mapping, or a field is unknown or has a wrong value.
+        RecipeError: The file is missing or not a mapping, or a field is unknown or has a wrong value.
     """
     path = Path(path)
     if not path.is_file():
@@ -195,16 +195,16 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     data = tree.get("data")
     named = (overrides or {}).keys()
     if "data.name" in named and "data.config" not in named and isinstance(data, dict) and data.get("name") is None:
-        data.pop("config", None)  # that of the Hub data set, which local files replace
+        data.pop("config", None)  # belongs to the Hub data set that local files replace
 
     return recipe_of(tree, path)
 
 
 def recipe_of(tree: dict[Any, Any], source: str | Path) -> Recipe:
-    """A recipe from what a file holds.
+    """Make a recipe of the parsed content of a file; error messages name `source`.
 
     Raises:
-        RecipeError: a field is unknown or has a wrong value; `source` is what it is of.
+        RecipeError: A field is unknown or has a wrong value.
     """
     tree = dict(tree)
     for section, kind in SECTIONS.items():
@@ -217,5 +217,5 @@ def recipe_of(tree: dict[Any, Any], source: str | Path) -> Recipe:
 
 
 def _named(values: dict[Any, Any]) -> dict[str, Any]:
-    """The same values, their names as text: YAML reads `1:` and `on:` as a number and a boolean."""
+    """The same values with their names as text: YAML reads `1:` and `on:` as a number and a boolean."""
     return {str(name): value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""What all recipes have in common: keywords only, checked types, and complaints that are `RecipeError`s."""
+"""Base of all recipes: keyword-only fields, checked types, and errors that are `RecipeError`s."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 
 
 def strict_recipe(cls: type[_T]) -> type[_T]:
-    """Make `cls` a keyword-only strict dataclass whose every complaint is a `RecipeError`."""
+    """Make `cls` a keyword-only strict dataclass that raises only `RecipeError`."""
     cls = strict(dataclasses.dataclass(cls, kw_only=True))
     fill = cls.__init__
     hints = get_type_hints(cls)
@@ -49,18 +49,18 @@ def _as_float(value: Any) -> Any:
 
 
 def require_one(recipe: Any, names: Sequence[str], instead: str) -> None:
-    """Raise a `RecipeError` unless exactly one of some fields is given.
+    """Raise a `RecipeError` unless exactly one of the named fields is set.
 
     Args:
-        recipe: of which they are.
-        names: of the fields.
-        instead: what to set, in words.
+        recipe: Recipe with these fields.
+        names: Names of the fields.
+        instead: Advice on the fields to set, for the message.
     """
     given = [f"{name}={value}" for name in names if (value := getattr(recipe, name)) is not None]
     require(len(given) == 1, f"give exactly one target, got {' and '.join(given) or 'none'}: set {instead}.")
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise a `RecipeError` unless something holds."""
+    """Raise a `RecipeError` with `message` unless `condition` holds."""
     if not condition:
         raise RecipeError(message)

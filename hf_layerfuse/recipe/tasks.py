@@ -1,4 +1,4 @@
-"""What a task is: the head, the columns of its data, and how its inputs are made. One row a task."""
+"""Table of tasks: model head, Hub tag, labels and inputs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class TaskSpec:
     """One task.
 
     Attributes:
-        auto_class: class of transformers that loads a model with the head for it.
-        pipeline: tag of the Hub.
-        labels: what `data.label_column` holds: one class a row, one a word, or nothing.
-        content: what the model reads.
+        auto_class: Class of transformers that loads a model with the head for this task.
+        pipeline: Pipeline tag on the Hub.
+        labels: Content of `data.label_column`: one class per row, one per word, or None.
+        content: Kind of input that the model reads.
     """
 
     auto_class: str
@@ -40,4 +40,4 @@ TASKS: dict[str, TaskSpec] = {
     "image-classification": TaskSpec("AutoModelForImageClassification", "image-classification", "row", "image"),
     "feature-extraction": TaskSpec("AutoModel", "feature-extraction"),
 }
-"""Every `Task`, by its name."""
+"""All tasks by name."""

@@ -1,4 +1,4 @@
-"""The state of a training in files: each checkpoint is there whole or not at all, and names the run that it is of."""
+"""Training state on disk: each checkpoint is complete or absent, and names its run."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ..errors import CheckpointError, LayerFuseError
 
 @dataclass
 class Progress:
-    """How far a training has come.
+    """Progress of a training.
 
     Attributes:
-        step: optimiser steps taken.
-        epoch: of the training batches.
-        batch: batches of that epoch that were used.
-        train_loss: (step, loss) of every step.
-        validation_loss: (step, loss) of every validation.
-        seconds: of all sittings.
-        homotopy: (step, a of each activation that is on its way to a line, by its path) of every validation.
-        counts_from: the step from which on the weights may be the result.
+        step: Optimiser steps taken.
+        epoch: Epoch of the training batches.
+        batch: Number of batches used in that epoch.
+        train_loss: Pairs (step, loss) of every step.
+        validation_loss: Pairs (step, loss) of every validation.
+        seconds: Wall-clock time of all sessions.
+        homotopy: Pairs (step, a of each `Blend` activation by its path) of every validation.
+        counts_from: First step whose weights are eligible as the result.
     """
 
     step: int = 0
@@ -43,25 +43,25 @@ class Progress:
 
     @property
     def best_step(self) -> int:
-        """Where the validation loss was least, the first of equal ones; without one that counts, the last step."""
+        """First step with the lowest eligible validation loss, else the last step."""
         rows = [row for row in self.validation_loss if row[0] >= self.counts_from]
         return min(rows, key=lambda row: row[1])[0] if rows else self.step
 
 
 class Checkpoints:
-    """The checkpoints of one run in a folder: the latest one, and that of the least validation loss.
+    """Checkpoints of one run in a folder: the latest one, and the one with the lowest validation loss.
 
-    Weights, optimiser, scheduler and random states are written as Accelerate does (sharded where the run is), beside
-    them a `Progress` as JSON. A checkpoint is written under another name and then renamed, so that a process that dies
-    meanwhile leaves the one before it.
+    Accelerate writes weights, optimiser, scheduler and random states (sharded if the run is); a `Progress` is beside
+    them as JSON. A checkpoint is written under another name and then renamed, so that a process that dies meanwhile
+    leaves the previous one.
 
     Args:
-        directory: of this run; made if it is missing.
-        accelerator: what the model, the optimiser and the scheduler were prepared with.
-        run: what makes a run what it is, by dotted name, as JSON types. Checkpoints of another one are refused.
+        directory: Folder of this run, created if it is missing.
+        accelerator: Accelerator that prepared the model, the optimiser and the scheduler.
+        run: Identity of the run by dotted name, as JSON types. Checkpoints of another run are an error.
 
     Raises:
-        CheckpointError: the folder has checkpoints of another run, or things that are none.
+        CheckpointError: The folder has checkpoints of another run, or other files.
     """
 
     def __init__(self, directory: Path, accelerator: Accelerator, run: Mapping[str, Any]) -> None:
@@ -78,7 +78,7 @@ class Checkpoints:
         self._hook = accelerator.register_save_state_pre_hook(_without_copies)
 
     def close(self) -> None:
-        """Leave the accelerator as it was."""
+        """Restore the accelerator."""
         self._hook.remove()
 
     def _claim(self, run: dict[str, Any]) -> None:
@@ -93,7 +93,7 @@ class Checkpoints:
                     f"{self.directory} has checkpoints of another run: {what[:600]}. Give the same settings to go on "
                     "with it, or another folder, or delete this one, to start afresh."
                 )
-        elif any(file.suffix != ".tmp" for file in self.directory.iterdir()):  # that of a write that was cut short
+        elif any(file.suffix != ".tmp" for file in self.directory.iterdir()):  # left by an interrupted write
             raise CheckpointError(f"{self.directory} is not empty and holds no checkpoints: give another folder.")
         else:
             _write(path, run)
@@ -115,7 +115,7 @@ class Checkpoints:
         """Load the checkpoint of a step.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: The checkpoint is damaged.
         """
         path = self._path(step)
         try:
@@ -124,7 +124,7 @@ class Checkpoints:
             progress = Progress(**tree)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # what damaged files raise is of a dozen kinds
+        except Exception as error:  # damaged files raise a dozen kinds of errors
             others = [self._path(other).name for other in self._steps() if other != step]
             instead = f"it to go on from {others[-1]}, or " if others else ""
             what = f"{type(error).__name__}: {str(error)[:300]}"
@@ -136,10 +136,10 @@ class Checkpoints:
         return progress
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint, then remove those that are neither the latest nor the best.
+        """Write a checkpoint, then remove all others but the best.
 
         Raises:
-            LayerFuseError: it cannot be written; the one before it is kept.
+            LayerFuseError: The checkpoint cannot be written; the previous one is kept.
         """
         path = self._path(progress.step)
         partial = path.with_suffix(".partial")
@@ -149,14 +149,14 @@ class Checkpoints:
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 _write(partial / "progress.json", asdict(progress))
-                if path.is_dir():  # of a run that went on from an earlier checkpoint
+                if path.is_dir():  # of a run that resumed from an earlier checkpoint
                     shutil.rmtree(path)
                 partial.rename(path)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's file errors are RuntimeErrors
             shutil.rmtree(partial, ignore_errors=True)
             raise LayerFuseError(
                 f"cannot write a checkpoint to {path}: {str(error)[:300]}. Make room, or give another folder; the "
-                "checkpoint before it is whole, and the same command goes on from there."
+                "previous checkpoint is complete, and the same command resumes from it."
             ) from error
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -166,7 +166,7 @@ class Checkpoints:
 
 
 def _without_copies(models: list[Any], weights: list[dict[str, Tensor]], folder: str) -> None:
-    """Write a shared tensor once. Accelerate does so too, but warns of it every time."""
+    """Write a shared tensor once. Accelerate does so too, but with a warning every time."""
     for state in weights:
         seen: set[tuple[Any, ...]] = set()
         for name, tensor in list(state.items()):

@@ -1,4 +1,4 @@
-"""Which of several processes this one is."""
+"""State of this process among several."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 PATIENCE = timedelta(hours=12)
-"""How long processes wait for one that measures or asks a teacher; NCCL would give up after ten minutes."""
+"""Time that processes wait for one that measures or runs a teacher; the default of NCCL is ten minutes."""
 
 
 def process_state() -> PartialState:
     """The process state that `Accelerator()` would set up.
 
-    `PartialState()` alone does not read ACCELERATE_USE_CPU, and then takes each of several CPU processes for the only
-    one. The first call in a process decides for all that follow.
+    `PartialState()` alone ignores ACCELERATE_USE_CPU, and then each of several CPU processes runs alone. The first call
+    in a process decides for all later ones.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)

@@ -28,24 +28,24 @@ from .objective import Batch
 from .sharding import whole_again
 
 _OWN_PARAMETERS = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-"""Where the launcher splits the student's parameters, or takes the optimiser's steps, by itself."""
+"""Launchers that shard the student's parameters or run the optimiser themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HealReport:
-    """What happened while healing; `dataclasses.asdict` of it is JSON.
+    """Report of a healing; `dataclasses.asdict` of it is JSON.
 
     Attributes:
-        steps: optimiser steps taken, fewer than asked for where `patience` ended the training.
-        best_step: the step whose weights the student has now: that of the least validation loss, else the last.
-        train_loss: (step, loss) of every step, before its update, averaged over the targets of all processes and
+        steps: Optimiser steps taken; fewer than requested if `patience` ended the training.
+        best_step: Step whose weights the student has now: that of the lowest validation loss, else the last.
+        train_loss: Pairs (step, loss) of every step, before its update, averaged over the targets of all processes and
             accumulated batches.
-        validation_loss: (step, loss) before the first step, every `eval_every` steps and at the end.
-        homotopy: (step, a of each activation that is on its way to a line, by its path) of every validation.
-        seconds: wall-clock time, validation included; of all sittings, where it was interrupted.
-        mixed_precision: `no`, `bf16` or `fp16`, as resolved.
-        num_processes: how many trained together.
-        distributed_type: as Accelerate names it, such as `NO` or `MULTI_GPU`.
+        validation_loss: Pairs (step, loss) before the first step, every `eval_every` steps and at the end.
+        homotopy: Pairs (step, a of each `Blend` activation by its path) of every validation.
+        seconds: Wall-clock time with validation, summed over all sessions of an interrupted run.
+        mixed_precision: Resolved precision: `no`, `bf16` or `fp16`.
+        num_processes: Number of processes.
+        distributed_type: Accelerate's name of the setup, such as `NO` or `MULTI_GPU`.
     """
 
     steps: int
@@ -74,7 +74,7 @@ def heal(
     accelerator: Accelerator | None = None,
     checkpoints: Path | str | None = None,
 ) -> HealReport:
-    """Train `student` in place for `recipe.steps` optimiser steps, and leave it with the weights that validated best.
+    """Train `student` in place for `recipe.steps` optimiser steps, and keep the weights with the best validation loss.
 
     The loss is `ce_weight` x cross-entropy, the model's own loss from `labels`, + `kl_weight` x distillation. Batches
     without labels have no cross-entropy. Distillation is T^2 x KL(teacher || student) on `logits` (Hinton et al. 2015,
@@ -83,45 +83,43 @@ def heal(
     `attention_weight` add the relative squared errors of inner states, over unmasked tokens.
 
     Under `accelerate launch` each process reads its share of the batches, so a step sees batch x processes x
-    accumulation rows. Each target counts alike in a step, whichever of these batches it is in: for texts of different
-    lengths, too, several processes or accumulated batches are one large batch.
+    accumulation rows. All targets of a step have equal weight, whichever of these batches holds them: several
+    processes or accumulated batches equal one large batch, also for texts of different lengths.
 
-    With `checkpoints`, the state is written at every validation, and a call with the same arguments goes on from
-    there: on one CPU process, a run that was killed at any moment and started again ends with the same weights, to the
-    bit, as one that was not.
+    With `checkpoints`, the state is written at every validation, and a call with the same arguments resumes from it. On
+    one CPU process, a run that was killed at any moment and restarted ends with bit-identical weights.
 
     Args:
-        student: the model to train, in float32 or bfloat16; it ends in eval mode, on the device of the accelerator.
-        train_batches: read again and again; the order of an epoch depends on `seed` and the epoch alone, or on what
-            its sampler makes of `set_epoch`, such as `ByLength`. `heal` keeps its batch size.
-        recipe: all settings of the training.
-        teacher: model with the same outputs; moved to the device, otherwise left as it is.
-        matches: whose outputs `hidden_weight` and `attention_weight` compare: `layer_map(student, teacher, plan)`.
-        frozen: names of parameters that stay as they are, such as `fused_parameters(student, plan)`.
-        mixed: weights that parameters are mixed from while training, `mixed_weights(student, teacher, plan)`; see
-            `Mixture`.
-        validation_batches: batches (the same ones every time) whose loss is reported, and decides which weights are
-            kept: cross-entropy, or distillation where there are no labels.
-        threshold: of `Blend` edits that `straighten` is to end with this threshold: weights with an a below 1 -
-            threshold are none that may be kept as the best.
-        seed: of the order of batches, and of dropout, different in each process and step.
-        accelerator: one that is set up already; its mixed precision, compilation and trackers hold then. Its
-            accumulation and the seed of its samplers are set here.
-        checkpoints: folder for the state of this run, kept at the end; by default a temporary one, which keeps the best
+        student: Model to train, in float32 or bfloat16; it ends in eval mode, on the device of the accelerator.
+        train_batches: Training batches, read repeatedly. The order of an epoch depends only on `seed` and the epoch, or
+            on the `set_epoch` of a sampler such as `ByLength`. `heal` keeps the batch size.
+        recipe: Settings of the training.
+        teacher: Model with the same outputs; it is moved to the device and otherwise unchanged.
+        matches: Pairs of layers for `hidden_weight` and `attention_weight`: `layer_map(student, teacher, plan)`.
+        frozen: Names of parameters that are not trained, such as `fused_parameters(student, plan)`.
+        mixed: Source weights of mixed parameters, by name: `mixed_weights(student, teacher, plan)`; see `Mixture`.
+        validation_batches: Batches of the held-out split, the same every time. Their loss is reported and selects the
+            weights: cross-entropy, or distillation without labels.
+        threshold: Threshold of the later `straighten`, for `Blend` edits. Checkpoints with any a < 1 - threshold are
+            not eligible as best.
+        seed: Seed of the order of batches, and of dropout, which differs in each process and step.
+        accelerator: Accelerator to use with its own mixed precision, compilation and trackers. `heal` sets its
+            accumulation and the seed of its samplers.
+        checkpoints: Folder for the state of this run, kept at the end; by default a temporary one, which holds the best
             weights.
 
     Returns:
         Losses by step, the step whose weights were kept, and how it was trained.
 
     Raises:
-        RecipeError: the recipe asks for distillation without a teacher, or of layers without `matches`, for a tracker
-            that is not installed, for gradient checkpointing of a model that has none, or for straightening of one
-            without `Blend`; or `mixed` weights are trained under FSDP or DeepSpeed.
-        DataError: there are no batches, or no loss can be taken from them.
-        CheckpointError: `checkpoints` are those of another run, or damaged.
-        TrainingError: a loss or a gradient is not finite, or the loss explodes; the checkpoint before that is kept.
-        LayerFuseError: the student is in float16, its outputs do not fit the teacher's, or a checkpoint cannot be
-            written; the one before it is kept.
+        RecipeError: The recipe requests distillation without a teacher, or of layers without `matches`; a tracker that
+            is not installed; gradient checkpointing that the model does not support; or straightening without `Blend`
+            edits. Also raised for `mixed` weights under FSDP or DeepSpeed.
+        DataError: There are no batches, or they allow no loss.
+        CheckpointError: The checkpoints belong to another run or are damaged.
+        TrainingError: A loss or a gradient is not finite, or the loss explodes; the previous checkpoint is kept.
+        LayerFuseError: The student is in float16, its outputs do not fit the teacher's, or a checkpoint cannot be
+            written; the previous one is kept.
     """
     _check(student, recipe, teacher, matches)
     if not any(p.requires_grad for name, p in student.named_parameters() if name not in frozen):
@@ -130,11 +128,11 @@ def heal(
     accelerator = accelerator or accelerator_of(student, recipe)
     if mixed and accelerator.distributed_type in _OWN_PARAMETERS:
         raise RecipeError(
-            f"heal.mix trains the weights that the student's are drawn from, and {accelerator.distributed_type.value} "
+            f"heal.mix trains the source weights of the student's, and {accelerator.distributed_type.value} "
             "trains the student's alone: launch with recipes/accelerate/multi-gpu.yaml, or set heal.mix to false."
         )
     run = {}
-    if checkpoints is not None and accelerator.is_main_process:  # which alone compares
+    if checkpoints is not None and accelerator.is_main_process:  # only the main process compares
         run = _identity(student, train_batches, recipe, teacher, frozen, seed, accelerator.num_processes)
         run["threshold"] = threshold
     with contextlib.ExitStack() as stack:
@@ -148,7 +146,7 @@ def heal(
             folder = stack.enter_context(_temporary_folder(accelerator))
         mixture = Mixture(student, mixed) if mixed else None
         if mixture is not None:
-            stack.callback(mixture.settle)  # also where an error ends the training in the middle of a step
+            stack.callback(mixture.settle)  # also after an error in the middle of a step
         rest = validation_batches, threshold, seed, accelerator
         loop = Loop(student, train_batches, recipe, teacher, matches, mixture, *rest)
         if folder is not None:
@@ -180,7 +178,7 @@ def _identity(
     seed: int,
     processes: int,
 ) -> dict[str, Any]:
-    """What makes a training what it is: checkpoints of another one are not gone on with."""
+    """Identity of a training; checkpoints with another identity are not resumed."""
     run = {f"heal.{name}": value for name, value in dataclasses.asdict(recipe).items()}
     run |= {f"config.{name}": value for name, value in student.config.to_dict().items()}
     size = len(train_batches) if hasattr(train_batches.dataset, "__len__") else None
@@ -199,7 +197,7 @@ def _identity(
 def _training(
     student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedModel | None, frozen: Collection[str]
 ) -> Iterator[None]:
-    """What training changes in the models, and is put back at its end."""
+    """Change the models for training inside the `with` block, and restore them at its end."""
     trained = [name for name in frozen if student.get_parameter(name).requires_grad]
     forward, caches = vars(student).get("forward"), getattr(student.config, "use_cache", None)
     recomputes = any(getattr(module, "gradient_checkpointing", False) for module in student.modules())
@@ -217,8 +215,8 @@ def _training(
             _recompute(student, False)
         if caches:
             student.config.use_cache = caches
-        # Accelerate wraps `forward` for mixed precision; its `unwrap_model` would strip the decorators of transformers
-        # as well, so the class's own `forward` is brought back here.
+        # Accelerate wraps `forward` for mixed precision. Its `unwrap_model` would also strip the decorators of
+        # transformers, so the class's own `forward` is restored here.
         for name in ("forward", "_original_forward"):
             vars(student).pop(name, None)
         if forward is not None:
@@ -231,7 +229,7 @@ def _training(
 
 
 def _recompute(model: PreTrainedModel, on: bool) -> None:
-    """Gradient checkpointing, which transformers 5.2x renames."""
+    """Switch gradient checkpointing, which transformers 5.2x renames."""
     word = "enable" if on else "disable"
     method = getattr(model, f"activation_checkpointing_{word}", None) or getattr(
         model, f"gradient_checkpointing_{word}"
@@ -241,7 +239,7 @@ def _recompute(model: PreTrainedModel, on: bool) -> None:
 
 @contextlib.contextmanager
 def _temporary_folder(accelerator: Accelerator) -> Iterator[str]:
-    """One empty folder for all processes, on the disk of the main one."""
+    """One empty folder for all processes, on the disk of the main process."""
     with tempfile.TemporaryDirectory(prefix="layerfuse-") as own:
         yield broadcast_object_list([own])[0]
         accelerator.wait_for_everyone()
@@ -256,13 +254,13 @@ def _check(
             raise RecipeError(f"heal.{field}={weight} needs a teacher: pass teacher=, or set heal.{field} to 0.")
         if weight > 0 and needed and not any(match.kind == needed for match in matches):
             raise RecipeError(
-                f"heal.{field}={weight} needs to know which layers answer to each other: pass "
+                f"heal.{field}={weight} needs pairs of layers: pass "
                 f"matches=layer_map(student, teacher, plan), or set heal.{field} to 0."
             )
     if recipe.straighten and not Pull(student, 0.0).activations:
         raise RecipeError(
-            f"heal.straighten={recipe.straighten} pulls activations to lines, and {type(student).__name__} has none on "
-            "the way: apply Blend edits first, or leave it out."
+            f"heal.straighten={recipe.straighten} pulls Blend activations to lines, and {type(student).__name__} has "
+            "none: apply Blend edits first, or leave it out."
         )
     if recipe.gradient_checkpointing and not student.supports_gradient_checkpointing:
         raise RecipeError(f"{type(student).__name__} has no gradient checkpointing: set it to false.")

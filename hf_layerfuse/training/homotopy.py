@@ -1,4 +1,4 @@
-"""What draws activations to their lines while a model is trained."""
+"""Pull of activations to their lines during training."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .sharding import whole, write
 
 
 class Pull:
-    """Draws the activations of a model to their lines: sum (1 - a)^2, decoupled from the loss and the optimiser.
+    """Pulls the activations of a model to their lines: sum (1 - a)^2, decoupled from the loss and the optimiser.
 
     The task pushes an a by about the learning rate in each step of Adam, so that 1 - a settles near 1 / (2 strength).
 
     Args:
-        model: whose homotopies are pulled, see `Homotopy`.
-        strength: g; 0 leaves them to the task.
-        progressive: one after the other, from the last layer on, each in an equal part of the training; until then it
-            is held where it starts. Otherwise all together.
+        model: Model whose `Homotopy` activations are pulled.
+        strength: Strength g of the pull; 0 leaves the activations to the task.
+        progressive: Whether activations are pulled one after the other, from the last layer on, each in an equal part
+            of the training, and held at their start until then. Otherwise all are pulled together.
     """
 
     def __init__(self, model: nn.Module, strength: float, *, progressive: bool = False) -> None:
@@ -27,21 +27,21 @@ class Pull:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Every a."""
+        """Parameters a of all activations."""
         return [homotopy.a for homotopy in self.activations.values()]
 
     @property
     def values(self) -> dict[str, float]:
-        """The a of each activation, by its path; where they are sharded, all processes ask."""
+        """Value a of each activation by its path; if sharded, all processes must call this."""
         return {name: whole(homotopy.a).item() for name, homotopy in self.activations.items()}
 
     @torch.no_grad()
     def step(self, rate: float, share: float = 1.0) -> None:
-        """a <- a - 2 rate g (a - 1), and no further than 0 or 1; after the optimiser's step, with its learning rate.
+        """Update a <- a - 2 rate g (a - 1), clamped to [0, 1], after the optimiser's step.
 
         Args:
-            rate: of that step.
-            share: of the training that is done, as the sum of the rates tells.
+            rate: Learning rate of that step.
+            share: Share of the training that is done, measured by the sum of the rates.
         """
         for place, homotopy in enumerate(reversed(self.activations.values())):
             a = homotopy.a

@@ -27,11 +27,11 @@ from .objective import Batch, Objective
 from .sharding import one_unit_for_shared, whole
 
 EXPLOSION = 10
-"""A training loss so many times that of the first step, or 1 where that was less, has exploded."""
+"""Factor by which a training loss exceeds that of the first step (at least 1) when it has exploded."""
 
 
 class Loop:
-    """What `heal` does in steps; `progress` says where it stands. Its arguments are those of `heal`."""
+    """Training loop of `heal`, with its arguments; `progress` holds the current state."""
 
     def __init__(
         self,
@@ -53,18 +53,18 @@ class Loop:
         trained = [p for p in student.parameters() if p.requires_grad and id(p) not in mixed]
         if mixture is not None:
             mixture.to(accelerator.device)
-            accelerator.prepare_model(mixture, evaluation_mode=True)  # part of every checkpoint, and wrapped by nothing
+            accelerator.prepare_model(mixture, evaluation_mode=True)  # part of every checkpoint, never wrapped
             trained += mixture.parameters()
         self.trained = trained
         groups = _parameter_groups(trained, recipe.weight_decay, self.pull.parameters)
         optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
-        # A prepared scheduler moves once per process unless it was told otherwise: its length counts those moves.
+        # A prepared scheduler moves once per process by default, and its length counts those moves.
         alone = accelerator.split_batches or not accelerator.step_scheduler_with_optimizer
         moves = 1 if alone else accelerator.num_processes
         warmup = round(recipe.warmup_ratio * recipe.steps)
         scheduler = get_cosine_schedule_with_warmup(optimizer, warmup * moves, recipe.steps * moves)
         rates = torch.tensor([scheduler.lr_lambdas[0](step * moves) for step in range(recipe.steps)])
-        self.shares = (rates.cumsum(0) / rates.sum()).tolist()  # of all that is learnt, what is done after each step
+        self.shares = (rates.cumsum(0) / rates.sum()).tolist()  # share of the total learning rate after each step
         sharded = accelerator.distributed_type == DistributedType.FSDP
         with one_unit_for_shared(student, accelerator.state.fsdp_plugin if sharded else None):
             prepared = accelerator.prepare(student, optimizer, train_batches, scheduler)
@@ -75,12 +75,12 @@ class Loop:
         self.progress, self.checkpoints = Progress(), None
 
     def resume(self, folder: Path, run: Mapping[str, Any]) -> None:
-        """Keep checkpoints of a run in a folder, and go on from what is there; see `Checkpoints`."""
+        """Keep checkpoints of a run in a folder, and resume from the latest one; see `Checkpoints`."""
         self.checkpoints = Checkpoints(folder, self.accelerator, run)
         self.progress = self.checkpoints.resume()
 
     def run(self) -> Progress:
-        """Train to the end; returns how it went."""
+        """Train to the end and return the progress."""
         recipe, progress = self.recipe, self.progress
         start = time.perf_counter() - progress.seconds
         batches = self._batches()
@@ -107,7 +107,7 @@ class Loop:
         return progress
 
     def _batches(self) -> Iterator[Batch]:
-        """Training batches without end, from where the progress is."""
+        """Endless training batches, from the current position."""
         progress = self.progress
         while True:
             for part in (self.loader, getattr(self.loader, "collate_fn", None)):
@@ -134,7 +134,7 @@ class Loop:
             self.mixture.draw()
         total = torch.zeros((), device=accelerator.device)
         for place, (batch, share) in enumerate(zip(parts, shares, strict=True)):
-            # after the loader has drawn what it wants: then it does not matter where a run was interrupted
+            # after the random draws of the loader, so that the place of an interruption does not matter
             done = self.progress.step * recipe.gradient_accumulation_steps + place
             set_seed(self.seed + done * accelerator.num_processes + accelerator.process_index)
             with accelerator.accumulate(self.model):
@@ -150,10 +150,10 @@ class Loop:
             self.mixture.hand_on()
             parameters = self.trained
         norm = accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm)
-        if norm is not None and accelerator.scaler is None:  # a scaler leaves out such steps by itself
+        if norm is not None and accelerator.scaler is None:  # a scaler skips such steps itself
             self._check(float(whole(norm)), "the norm of the gradients")
         if not self.objective.reads_outputs:
-            for parameter in self.model.parameters():  # the head, which would do nothing but decay
+            for parameter in self.model.parameters():  # an unused head would only decay
                 if parameter.grad is not None and not whole(parameter.grad).any():
                     parameter.grad = None
         rate = self.optimizer.param_groups[0]["lr"]
@@ -164,7 +164,7 @@ class Loop:
         return mean
 
     def _shares(self, parts: Sequence[Batch]) -> list[float]:
-        """What each batch of a step counts, so that all targets count alike; on average over all processes 1."""
+        """Weight of each batch in a step that gives all targets equal weight; the mean over all processes is 1."""
         accelerator = self.accelerator
         if len(parts) * accelerator.num_processes == 1:
             return [1.0]
@@ -173,7 +173,7 @@ class Loop:
         return (counts / mean.clamp_min(1e-9)).tolist()
 
     def _check(self, value: float, what: str, most: float = math.inf) -> None:
-        """Raise where a figure of the training is not finite, or more than `most`."""
+        """Raise if `value` is not finite or exceeds `most`."""
         if math.isfinite(value) and value <= most:
             return
         recipe, progress = self.recipe, self.progress
@@ -188,7 +188,7 @@ class Loop:
         )
 
     def _evaluate(self) -> None:
-        """Take the validation loss, and write a checkpoint."""
+        """Measure the validation loss and write a checkpoint."""
         progress = self.progress
         if self.mixture is not None:
             self.mixture.settle()
@@ -206,16 +206,16 @@ class Loop:
             self.checkpoints.save(progress)
 
     def _stalled(self) -> bool:
-        """Whether so many validations as `patience` found nothing better than the best one."""
+        """Whether the last `patience` validations found no better weights."""
         patience, best = self.recipe.patience, self.progress.best_step
         return patience is not None and sum(step > best for step, _ in self.progress.validation_loss) >= patience
 
 
 def pull_of(student: nn.Module, recipe: HealRecipe) -> Pull:
-    """What draws the activations of a student that are on their way to a line there.
+    """Pull of a student's `Blend` activations to lines.
 
-    Rates of a cosine schedule are half of the peak on average, so that strength `auto` leaves e^-5 of 1 - a to each,
-    in the part of the training that it has; but no step goes further than nine tenths of the way.
+    The mean rate of a cosine schedule is half of the peak. Strength `auto` therefore reduces each 1 - a to e^-5 of
+    its value in its part of the training; no step goes further than nine tenths of the way.
     """
     strength = recipe.straighten
     if strength == "auto":
@@ -230,8 +230,8 @@ def _validate(
 ) -> float:
     """Mean loss over all targets; each process takes its share of the batches.
 
-    All take as many, since sharded models run together: one that has none left runs the last one, which then counts in
-    another process.
+    All processes run equally many batches, because sharded models run together. A process without batches left repeats
+    the last one, which counts only in another process.
     """
     total = targets = 0.0
     student.eval()
@@ -255,7 +255,7 @@ def _validate(
 def _parameter_groups(
     trained: Sequence[nn.Parameter], weight_decay: float, pulled: Sequence[nn.Parameter]
 ) -> list[dict]:
-    """Norms and biases do not decay, nor does what is pulled to a line, which has a group of its own."""
+    """Parameter groups: norms, biases and pulled activations have no weight decay; the latter form their own group."""
     apart = set(map(id, pulled))
     rest = [parameter for parameter in trained if id(parameter) not in apart]
     groups = [

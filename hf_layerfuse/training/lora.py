@@ -1,4 +1,4 @@
-"""Low-rank healing: only a small matrix beside each linear map is trained, and merged into it at the end."""
+"""Low-rank healing: trains only a small matrix beside each linear map, and merges it at the end."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .sharding import shares_layers
 
 @contextlib.contextmanager
 def low_rank(model: PreTrainedModel, rank: int | None) -> Iterator[None]:
-    """Let only low-rank residuals of a model's linear maps be trained inside the `with` block (LoRA, Hu et al. 2021).
+    """Train only low-rank residuals of a model's linear maps inside the `with` block (LoRA, Hu et al. 2021).
 
-    The head and the embeddings stay as they are. When the block ends without an exception, the residuals are merged
-    into the weights; otherwise they are taken away.
+    The head and the embeddings do not change. When the block ends without an exception, the residuals are merged into
+    the weights; otherwise they are removed.
 
     Args:
-        model: trained in place.
-        rank: of the residuals, which are scaled by 2; None does nothing.
+        model: Model to train in place.
+        rank: Rank of the residuals, which are scaled by 2; None does nothing.
 
     Raises:
         RecipeError: PEFT is not installed, or depths share weights.

@@ -1,4 +1,4 @@
-"""Operator `mix` in training: every element of a fused weight is that of one of its layers, drawn anew in each step."""
+"""Operator `mix` in training: each step draws every element of a fused weight from one of its source layers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 
 
 class Mixture(nn.Module):
-    """The weights that a model's fused weights are mixed from (O'Neill et al. 2021, section 3).
+    """Source weights that a model's fused weights are mixed from (O'Neill et al. 2021, section 3).
 
-    What is trained are the parts. In each step, every element of a fused weight is taken from one of them by chance,
-    and that part gets its gradient; outside training the weight is their mean, and at the end it stays that.
+    Training updates these parts. Each step takes every element of a fused weight from a random part, and that part gets
+    its gradient. Outside training, and at the end, the weight is the mean of its parts.
 
     Args:
-        model: whose parameters are mixed, shared ones once.
-        parts: for each mixed parameter, by its name, as many tensors of its shape as blocks were fused.
+        model: Model with the mixed parameters; shared ones are mixed once.
+        parts: Tensors of each mixed parameter by its name, one per fused block, in its shape.
     """
 
     def __init__(self, model: PreTrainedModel, parts: Mapping[str, Sequence[Tensor]]) -> None:

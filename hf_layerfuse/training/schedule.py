@@ -1,4 +1,4 @@
-"""Fuse a step, heal, fuse further: how far each round goes, and one plan for what all rounds did."""
+"""Iterative fusion: the share of each round, and one plan for all rounds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..recipe import HealRecipe
 
 
 def shares_of(recipe: HealRecipe) -> list[float]:
-    """The share of all that is to be lost that is gone after each round.
+    """Cumulative share of the removal after each round.
 
-    That is t / T after round t of T with schedule `uniform`, and (1 - e^(-r t / T)) / (1 - e^-r) with `exponential`,
-    which loses more early.
+    The share is t / T after round t of T with schedule `uniform`, and
+    (1 - e^(-r t / T)) / (1 - e^-r) with `exponential`, which removes more early.
 
     Args:
-        recipe: its `schedule`, `rounds` and `curriculum_rate`.
+        recipe: Recipe with `schedule`, `rounds` and `curriculum_rate`.
     """
     if recipe.schedule == "one-shot":
         return [1.0]
@@ -28,24 +28,23 @@ def shares_of(recipe: HealRecipe) -> list[float]:
 
 
 def keeps_of(blocks: int, keep: int, recipe: HealRecipe) -> list[int]:
-    """How many blocks stay distinct after each round, from many to `keep`, by `shares_of`; rounds that would lose
-    nothing are left out.
+    """Number of distinct blocks after each round, down to `keep`, by `shares_of`; empty rounds are left out.
 
     Args:
-        blocks: of the original.
-        keep: of the result.
-        recipe: its schedule.
+        blocks: Number of blocks of the original.
+        keep: Number of distinct blocks of the result.
+        recipe: Recipe with the schedule.
     """
     found = [blocks - round((blocks - keep) * share) for share in shares_of(recipe)]
     return [count for before, count in zip([blocks, *found], found, strict=False) if count < before]
 
 
 def steps_of(recipe: HealRecipe, rounds: int) -> list[int]:
-    """Optimiser steps of each round, which add up to `recipe.steps`; the last one has `recipe.last_round` of them.
+    """Optimiser steps of each round, `recipe.steps` in total; `recipe.last_round` is the share of the last round.
 
     Args:
-        recipe: how much it heals.
-        rounds: that there are: no more than it has steps, unless it has none.
+        recipe: Recipe with `steps` and `last_round`.
+        rounds: Number of rounds, at most `recipe.steps` unless that is 0.
     """
     early = rounds - 1
     before = min(max(round((1 - recipe.last_round) * recipe.steps), early), recipe.steps) if early else 0
@@ -53,14 +52,14 @@ def steps_of(recipe: HealRecipe, rounds: int) -> list[int]:
 
 
 def compose(first: Plan, second: Plan) -> Plan:
-    """One plan for what two did in turn: its groups are those of the result, counted in layers of the original.
+    """Compose two successive plans: the groups are those of the result, in layers of the original.
 
-    The second one is of the stock model that the first led to, or, where the first led to a fused model, of its
-    expansion, which has all layers again; then nothing but the second one matters. How the weights of a group became
-    one in each round is in `rounds` of the notes.
+    The second plan is for the stock model that the first made. If the first made a fused model, the second is for its
+    expansion, which has all layers again; then only the second plan matters. `rounds` in the notes records how each
+    round combined the weights of a group.
 
     Raises:
-        PlanError: one cannot follow the other.
+        PlanError: The second plan cannot follow the first.
     """
     before, after = first.layout(), second.layout()
     notes = {**second.notes, "rounds": [*first.notes.get("rounds", [first.to_dict()]), second.to_dict()]}
@@ -71,7 +70,7 @@ def compose(first: Plan, second: Plan) -> Plan:
             f"the first plan leads to {len(before.slots)} layers, the second is for {second.num_layers}: plans follow "
             "each other where whole layers are fused in depth or dropped, or where the second is of the expanded model."
         )
-    # what the second plan touches is told by it, what it leaves alone by the first
+    # the second plan describes the layers that it edits, the first all others
     touched = {i: edit for edit in second.edits for i in edit.layers}
     gone = {layer for i in touched for layer in before.slots[i].layers}
     kept = [edit for edit in first.edits if not gone.intersection(edit.layers)]
@@ -81,13 +80,13 @@ def compose(first: Plan, second: Plan) -> Plan:
 
 
 def _in_original(edit: Edit, slots: Sequence[Slot]) -> Iterator[Edit]:
-    """An edit of layers of the result as one of layers of the original."""
+    """Translate an edit of layers of the result to layers of the original."""
     layers = tuple(layer for i in edit.layers for layer in slots[i].layers)
     if isinstance(edit, Drop):
         yield from (Drop("layer", layer) for layer in layers)
     else:
         grown = len(layers) > len(edit.layers)
-        # shares are of layers that are groups now
+        # the weights belong to layers that are groups now
         operator = "mean" if grown and edit.operator == "weighted" else edit.operator
         weights = edit.weights if operator == "weighted" else None
         keep = None if edit.keep is None else slots[edit.keep].source(None).kept

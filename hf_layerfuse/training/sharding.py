@@ -1,4 +1,4 @@
-"""Launchers that have parameters of their own: FSDP2 of models whose layers share weights, values under DeepSpeed."""
+"""Support for launchers that manage parameters: FSDP2 with shared weights, and parameter values under DeepSpeed."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from transformers import PreTrainedModel
 
 @contextlib.contextmanager
 def one_unit_for_shared(model: PreTrainedModel, plugin: Any) -> Iterator[None]:
-    """Let Accelerate shard a model by layers only where no layers share weights, inside the `with` block.
+    """Let Accelerate shard a model by layers inside the `with` block only if no layers share weights.
 
-    FSDP2 gathers and frees the parameters of a unit together, and refuses one that is in two units. Accelerate makes a
-    unit of each layer; where layers share, all of them stay in the unit of the model. What they have between them is
-    what sharing left, so that little memory is lost by it.
+    FSDP2 gathers and frees the parameters of a unit together, and refuses a parameter in two units. Accelerate makes a
+    unit of each layer; if layers share weights, all of them stay in the unit of the model. Shared weights are few, so
+    this costs little memory.
 
     Args:
-        model: about to be prepared.
-        plugin: the `FullyShardedDataParallelPlugin` of the accelerator, or None where nothing is sharded.
+        model: Model to prepare.
+        plugin: `FullyShardedDataParallelPlugin` of the accelerator, or None without sharding.
     """
     if plugin is None or not shares_layers(model):
         yield
         return
     named = plugin.transformer_cls_names_to_wrap
-    plugin.transformer_cls_names_to_wrap = []  # no class is a unit; None would mean those that transformers names
+    plugin.transformer_cls_names_to_wrap = []  # no class is a unit; None would select the classes named by transformers
     try:
         yield
     finally:
@@ -39,14 +39,14 @@ def one_unit_for_shared(model: PreTrainedModel, plugin: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_again(model: PreTrainedModel, sharded: bool) -> Iterator[None]:
-    """Let a model that is sharded inside the `with` block be a plain one again behind it, on every process.
+    """Make a model that is sharded inside the `with` block a plain one again after it, on every process.
 
-    It has all that it learnt, shares what it shared, and knows nothing of other processes, so that one of them can save
-    or measure it by itself. After an exception it stays sharded: the other processes may not be there any more.
+    The plain model has the trained weights and the same sharing, so that one process alone can save or measure it.
+    After an exception the model stays sharded, because the other processes may have ended.
 
     Args:
-        model: not sharded yet.
-        sharded: false does nothing.
+        model: Model before sharding.
+        sharded: Whether the model will be sharded; False does nothing.
     """
     if not sharded:
         yield
@@ -61,20 +61,20 @@ def whole_again(model: PreTrainedModel, sharded: bool) -> Iterator[None]:
             made[id(empty)] = nn.Parameter(weights[name], empty.requires_grad)
         path, _, leaf = name.rpartition(".")
         setattr(plain.get_submodule(path), leaf, made[id(empty)])
-    for name, _ in list(plain.named_buffers()):  # statistics, and what has moved to the device
+    for name, _ in list(plain.named_buffers()):  # statistics, and buffers moved to the device
         path, _, leaf = name.rpartition(".")
         setattr(plain.get_submodule(path), leaf, model.get_buffer(name).clone())
     model.__class__, model.__dict__ = type(plain), plain.__dict__
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded, with what all processes have of it; all of them call this."""
+    """Gather a tensor that may be sharded; all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def write(parameter: nn.Parameter, value: Tensor) -> None:
-    """Put a value in the place of a parameter between steps, also in the copy that DeepSpeed's optimiser steps."""
+    """Set the value of a parameter between steps, also in the copy of DeepSpeed's optimiser."""
     if hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_set_full_fp32_param
 
@@ -83,9 +83,9 @@ def write(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def shares_layers(model: PreTrainedModel) -> bool:
-    """Whether a parameter is in several places, other than that of input and output embeddings."""
+    """Whether modules share a parameter, apart from input and output embeddings."""
     embeddings = set()
-    with contextlib.suppress(NotImplementedError):  # models that read no tokens have none
+    with contextlib.suppress(NotImplementedError):  # models without tokens have no embeddings
         embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
     places = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     inner = [place for place in places if place not in embeddings]

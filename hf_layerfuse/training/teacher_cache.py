@@ -1,4 +1,4 @@
-"""The teacher's most likely answers to a training set, computed once and kept on disk."""
+"""Cache of the teacher's most likely classes for a training set, computed once and kept on disk."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def with_teacher(
     temperature: float,
     batch_size: int,
 ) -> Dataset:
-    """Add the teacher's `top_k` log-probabilities, and of which classes they are, to prepared rows.
+    """Add the teacher's `top_k` log-probabilities and their classes to prepared rows.
 
-    They are in the cache of `datasets`, so that the same teacher is asked once for the same rows, also by other runs
-    and processes. An interrupted run starts them anew.
+    The cache of `datasets` holds them: the same teacher runs once for the same rows, also across runs and processes.
+    An interrupted computation starts over.
 
     Args:
-        rows: what `prepare` returns, for inputs that are the same in every epoch.
-        teacher: a model with logits.
-        collate: makes a batch of rows.
-        top_k: classes that are kept, at each token or for each row; at most as many as there are.
-        temperature: divides the logits first.
-        batch_size: rows that the teacher sees at once.
+        rows: Rows from `prepare`, with inputs that are the same in every epoch.
+        teacher: Model with logits.
+        collate: Function that turns rows into a batch.
+        top_k: Number of classes to keep per token or per row; at most all classes.
+        temperature: Divisor of the logits.
+        batch_size: Number of rows per batch of the teacher.
 
     Returns:
-        The rows with two more columns, of tokens x k, or k, numbers each.
+        Rows with two more columns of tokens x k, or k, numbers each.
     """
     inputs = [name for name in rows.column_names if name != "labels"]
 
@@ -64,7 +64,7 @@ def with_teacher(
     key = [rows._fingerprint, fingerprint(teacher), top_k, temperature, batch_size]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     file = None
-    if not rows.cache_files:  # rows in memory, such as windows of text, have no folder of their own
+    if not rows.cache_files:  # rows in memory, such as windows of text, have no cache folder
         file = Path(datasets.config.HF_DATASETS_CACHE) / "hf_layerfuse" / f"teacher-{name}.arrow"
         file.parent.mkdir(parents=True, exist_ok=True)
     with eval_mode(teacher):
@@ -82,5 +82,5 @@ def with_teacher(
 
 
 def _unpadded(values: Tensor, lengths: list[int | None]) -> list[np.ndarray]:
-    """The numbers of each row, without those of padding."""
+    """Values of each row, without padding."""
     return [row[:length].flatten().cpu().numpy() for row, length in zip(values, lengths, strict=True)]

@@ -146,7 +146,7 @@ def test_help_explains_every_field(capsys) -> None:
     for section, recipe in SECTIONS.items():
         for field in fields_of(recipe):
             assert f"--{section}.{field.name} {field.kind}" in shown
-    assert "--seed N seed of shuffling, sampling and dropout [0]" in shown
+    assert "--seed N Seed of shuffling, sampling and dropout [0]" in shown
 
 
 def test_words_complete(tmp_path, capsys) -> None:

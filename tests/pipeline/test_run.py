@@ -148,7 +148,7 @@ def test_latency_end_to_end(tmp_path, capsys):
     card = (out / "README.md").read_text()
     assert f"{times['measured'] / times['original']:.0%} when it was timed as a whole" in card
     assert main([*words, "--overwrite", "--fusion.latency_budget", "0.7", "--heal.schedule", "uniform"]) == 1
-    assert "a latency is met at once" in capsys.readouterr().err
+    assert "a latency target is met in one step" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("steady")
@@ -183,7 +183,7 @@ def test_merge_end_to_end(tmp_path, capsys, method):
     assert "when it was timed as a whole" in card
     if method == "open":
         assert main([*words, "--output_dir", str(tmp_path / "other"), "--heal.steps", "0"]) == 1
-        assert "merges convolutions after they were healed" in capsys.readouterr().err
+        assert "merges convolutions after healing" in capsys.readouterr().err
 
 
 def test_homotopy_end_to_end(tmp_path, capsys):

@@ -154,7 +154,7 @@ def test_sums_that_cannot_be_folded_are_refused(model_type, changes, error, reas
         apply(model, plan_of(model, Linearize(1, fold=True)))
     with pytest.raises(PlanError, match="with fold the map is the identity and more"):
         Linearize(1, rank=2, fold=True)
-    with pytest.raises(RecipeError, match="one full map takes the sum in"):
+    with pytest.raises(RecipeError, match="only one full map can include the residual sum"):
         CollapseRecipe(count=1, rank=2, fold=True)
 
 

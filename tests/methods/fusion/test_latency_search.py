@@ -382,13 +382,13 @@ def test_what_cannot_be():
         ({"latency_budget": 1.5}, "between 0 and 1"),
         ({"latency_ms": 0.0}, "above 0"),
         ({"latency_budget": 0.5, "ratio": 0.5}, "exactly one target"),
-        ({"latency_budget": 0.5, "mode": "share"}, "makes nothing faster"),
+        ({"latency_budget": 0.5, "mode": "share"}, "does not make the model faster"),
         ({"latency_budget": 0.5, "blocks": "mlp"}, "blocks='mlp'"),
         ({"latency_budget": 0.5, "cluster": "adjacent"}, "cluster='adjacent'"),
-        ({"latency_budget": 0.5, "refit": "linear"}, "fits no MLP"),
+        ({"latency_budget": 0.5, "refit": "linear"}, "cannot fit linear MLPs"),
         ({"latency_budget": 0.5, "latency_repeats": 0}, "1 or more"),
-        ({"ratio": 0.5, "choose": "runs"}, "choose='runs' is of a latency target"),
-        ({"ratio": 0.5, "tables": "x"}, "tables='x' is of a latency target"),
+        ({"ratio": 0.5, "choose": "runs"}, "choose='runs' needs a latency target"),
+        ({"ratio": 0.5, "tables": "x"}, "tables='x' needs a latency target"),
     ):
         with pytest.raises(RecipeError, match=match):
             FusionRecipe(**wrong)

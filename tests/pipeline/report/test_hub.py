@@ -211,7 +211,7 @@ def test_what_cannot_be_published_is_said_before_the_work(tmp_path, site, folder
 
 def test_bad_names_are_refused() -> None:
     for values, reason in (
-        ({"push_to_hub": "a/b/c"}, "is no name of a repository"),
+        ({"push_to_hub": "a/b/c"}, "is not a valid repository name"),
         ({"private": True}, r"set hub\.push_to_hub"),
         ({"token": "hf_x"}, "has no field 'token'"),
     ):
