@@ -1,4 +1,5 @@
-"""The residual networks for CIFAR-10 of He et al. (2016, section 4.2) as a model of transformers, with its adapter.
+"""The residual networks for CIFAR-10 of He et al. (2016, section 4.2) as a model of transformers, with its
+architecture.
 
 Importing this file registers both, from outside of the package: it is the worked example of "Add an architecture" in
 CONTRIBUTING for convolutions. A fused model has fewer layers, or layers that share their kernels, and loads wherever
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from hf_layerfuse import ChainAdapter, ConvAdapter, Convolutions, Skip, Unit, register_adapter
+from hf_layerfuse import ConvArchitecture, ConvGraphArchitecture, Convolutions, Skip, Unit, register_architecture
 
 
 class CifarResNetConfig(PreTrainedConfig):
@@ -93,8 +94,8 @@ AutoConfig.register("cifar_resnet", CifarResNetConfig)
 AutoModelForImageClassification.register(CifarResNetConfig, CifarResNetForImageClassification)
 
 
-@register_adapter
-class CifarResNetAdapter(ConvAdapter, ChainAdapter):
+@register_architecture
+class CifarResNetArchitecture(ConvArchitecture, ConvGraphArchitecture):
     """Its layers can be fused, and its convolutions merged."""
 
     model_type = "cifar_resnet"

@@ -27,7 +27,7 @@ from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.divergence import calibration_loss
 from hf_layerfuse.evaluation.metrics import parameter_counts
 from hf_layerfuse.methods.base import SearchResult
-from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.pipeline.report.tables import text_table
 
 RESULT, TRAINED = (common.RESULTS.joinpath(name) for name in ("collapse.json", "collapse_heal.json"))
@@ -71,7 +71,7 @@ JOBS = {"minilm-sst2": minilm_sst2, "gpt2": retraining.gpt2, "vit-cifar10": vit_
 
 def dropping(job: common.Job) -> Make:
     """Leaves out MLPs."""
-    depth, kind = job.model.config.num_hidden_layers, adapter_for(job.model).model_type
+    depth, kind = job.model.config.num_hidden_layers, architecture_for(job.model).model_type
     held_out = Sample.of(job.calibration).held_out_batches
 
     def without(layers: list[int]) -> retraining.Made:
@@ -120,7 +120,7 @@ class Collapsing:
 
     def _made(self, edit: type[Linearize | Blend], count: int) -> retraining.Made:
         model = self.job.model
-        depth, kind = model.config.num_hidden_layers, adapter_for(model).model_type
+        depth, kind = model.config.num_hidden_layers, architecture_for(model).model_type
         plan = Plan(kind, depth, tuple(map(edit, sorted(self.order[:count]))))
         return apply(model, plan, self.job.calibration), plan
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hf_layerfuse import AutoFusedModel, Drop, Plan, apply
 from hf_layerfuse.evaluation.divergence import calibration_loss
 from hf_layerfuse.evaluation.metrics import classification, embedding_fidelity
-from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures import architecture_for
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -144,7 +144,7 @@ JOBS: dict[str, Callable[[], Job]] = {"minilm": minilm, "minilm-sst2": minilm_ss
 
 def drops(job: Job, layers: Any) -> Plan:
     depth = job.model.config.num_hidden_layers
-    return Plan(adapter_for(job.model).model_type, depth, tuple(Drop("layer", layer) for layer in sorted(layers)))
+    return Plan(architecture_for(job.model).model_type, depth, tuple(Drop("layer", layer) for layer in sorted(layers)))
 
 
 def best_drop(job: Job, keep: int) -> Plan:

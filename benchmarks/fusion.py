@@ -26,7 +26,7 @@ from hf_layerfuse.math.similarity import Angular
 from hf_layerfuse.methods.fusion.grouping import even
 from hf_layerfuse.methods.fusion.planner import importances
 from hf_layerfuse.methods.fusion.search import search
-from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.pipeline.report.tables import text_table
 
 RESULT = common.RESULTS / "fusion.json"
@@ -36,14 +36,14 @@ PLOT = common.RESULTS / "fusion.png"
 def groups(job: Job, keep: int, operator: str, align: str = "none") -> Plan:
     depth = job.model.config.num_hidden_layers
     edits = (Fuse("layer", g, operator=operator, align=align) for g in even(depth, keep) if len(g) > 1)
-    return Plan(adapter_for(job.model).model_type, depth, tuple(edits))
+    return Plan(architecture_for(job.model).model_type, depth, tuple(edits))
 
 
 def angular_run(job: Job, count: int) -> range:
     """The run of `count` layers across which the residual stream turns least (UIDL, Gromov et al. 2024)."""
     measure = Angular()
-    adapter = adapter_for(job.model)
-    observe(job.model, adapter, job.calibration, {"layer": measure.update})
+    architecture = architecture_for(job.model)
+    observe(job.model, architecture, job.calibration, {"layer": measure.update})
     turned = measure.distance()
     start = min(range(len(turned) - count), key=lambda i: turned[i, i + count].item())
     return range(start + 1, start + 1 + count)

@@ -39,7 +39,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_layerfuse import AutoFusedModel, Linearize, Plan, adapter_for, apply, fuse
+from hf_layerfuse import AutoFusedModel, Linearize, Plan, apply, architecture_for, fuse
 from hf_layerfuse.evaluation.latency import latency_side_by_side
 from hf_layerfuse.pipeline.report.tables import text_table
 
@@ -75,8 +75,8 @@ MODELS = {
 
 def without_layers(model: PreTrainedModel) -> PreTrainedModel:
     """What is left of a model when its list of layers is empty."""
-    adapter = adapter_for(model)
-    model.set_submodule(adapter.layers_path(model), nn.ModuleList())
+    architecture = architecture_for(model)
+    model.set_submodule(architecture.layers_path(model), nn.ModuleList())
     return model
 
 
@@ -152,7 +152,7 @@ def collapsing(repeats: int) -> list[dict]:
 @contextmanager
 def mlps_timed(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, list[float]]]:
     """Milliseconds that each call of one of these MLPs takes inside the model, by the number of tokens."""
-    adapter, times, started = adapter_for(model), defaultdict(list), []
+    architecture, times, started = architecture_for(model), defaultdict(list), []
 
     def begin(module: nn.Module, args: tuple) -> None:
         if not started:
@@ -162,27 +162,27 @@ def mlps_timed(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[i
         times[output.shape[:-1].numel()].append(1000 * (time.perf_counter() - started.pop()))
 
     with ExitStack() as hooks:
-        for layer in map(adapter.layer_list(model).__getitem__, layers):
-            for role in {"gate", "in"} & set(adapter.mlp):
-                hooks.callback(layer.get_submodule(adapter.mlp[role]).register_forward_pre_hook(begin).remove)
-            hooks.callback(layer.get_submodule(adapter.mlp["out"]).register_forward_hook(end).remove)
+        for layer in map(architecture.layer_list(model).__getitem__, layers):
+            for role in {"gate", "in"} & set(architecture.mlp):
+                hooks.callback(layer.get_submodule(architecture.mlp[role]).register_forward_pre_hook(begin).remove)
+            hooks.callback(layer.get_submodule(architecture.mlp["out"]).register_forward_hook(end).remove)
         yield times
 
 
 def matrices_of(model: PreTrainedModel, index: int) -> int:
     """Entries of the matrices of the MLP of a layer."""
-    adapter = adapter_for(model)
-    layer = adapter.layer_list(model)[index]
-    inside = [layer.get_submodule(path) for role, path in adapter.mlp.items() if role != "norm"]
+    architecture = architecture_for(model)
+    layer = architecture.layer_list(model)[index]
+    inside = [layer.get_submodule(path) for role, path in architecture.mlp.items() if role != "norm"]
     return sum(module.weight.numel() for module in inside if hasattr(module, "weight"))
 
 
 def mlp_of(model: PreTrainedModel, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """The MLP of a layer, or the linear map that it has become, without the norm and the residual."""
-    adapter = adapter_for(model)
-    layer = adapter.layer_list(model)[index]
-    maps = {role: layer.get_submodule(path) for role, path in adapter.mlp.items() if role != "norm"}
-    act = layer.get_submodule(adapter.activation)
+    architecture = architecture_for(model)
+    layer = architecture.layer_list(model)[index]
+    maps = {role: layer.get_submodule(path) for role, path in architecture.mlp.items() if role != "norm"}
+    act = layer.get_submodule(architecture.activation)
     if "gate" in maps:
         return lambda x: maps["out"](act(maps["gate"](x)) * maps["in"](x))
     return lambda x: maps["out"](act(maps["in"](x)))

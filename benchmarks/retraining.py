@@ -40,7 +40,7 @@ from hf_layerfuse.evaluation.fingerprint import fingerprint
 from hf_layerfuse.evaluation.metrics import classification, parameter_counts
 from hf_layerfuse.evaluation.timing import device_name
 from hf_layerfuse.methods.fusion.search import search
-from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.pipeline.rounds import target_of
 from hf_layerfuse.training.schedule import compose, shares_of, steps_of
 from hf_layerfuse.training.teacher_cache import with_teacher
@@ -273,8 +273,8 @@ def searched(base: common.Job, model: PreTrainedModel, asked: dict[str, Any], **
 
 
 def untouched(model: PreTrainedModel, asked: dict[str, Any]) -> Made:
-    adapter = adapter_for(model)
-    nothing = Plan(adapter.model_type, model.config.num_hidden_layers, kinds=adapter.kinds)
+    architecture = architecture_for(model)
+    nothing = Plan(architecture.model_type, model.config.num_hidden_layers, kinds=architecture.kinds)
     return apply(model, nothing), nothing
 
 

@@ -12,7 +12,15 @@ import wrapt
 _lazy, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __version__ = version("hf-layerfuse")
 
-_NAMES_OF_0_1 = {"Found": "SearchResult"}
+_NAMES_OF_0_1 = {
+    "ChainAdapter": "ConvGraphArchitecture",
+    "ConvAdapter": "ConvArchitecture",
+    "Found": "SearchResult",
+    "ModelAdapter": "Architecture",
+    "TransformerAdapter": "TransformerArchitecture",
+    "adapter_for": "architecture_for",
+    "register_adapter": "register_architecture",
+}
 """Names that 0.1 has for public classes and functions, kept for one release."""
 
 

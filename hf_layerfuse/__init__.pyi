@@ -22,18 +22,18 @@ from .methods.merge.search import search_merge
 from .models.align import align
 from .models.apply import apply
 from .models.architectures import (
-    ChainAdapter,
-    ConvAdapter,
+    Architecture,
+    ConvArchitecture,
+    ConvGraphArchitecture,
     Convolutions,
-    ModelAdapter,
     Skip,
-    TransformerAdapter,
+    TransformerArchitecture,
     Unit,
-    adapter_for,
+    architecture_for,
 )
 from .models.finalize import merge_convs, straighten
 from .models.layer_map import fused_parameters, layer_map, mixed_weights
-from .models.modeling import expand, register_adapter
+from .models.modeling import expand, register_architecture
 from .models.verify import verify
 from .plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
 from .recipe import CollapseRecipe, FusionRecipe, HealRecipe, MergeRecipe
@@ -42,12 +42,13 @@ from .training.heal import HealReport, heal
 __version__: str
 
 __all__ = [
+    "Architecture",
     "AutoFusedModel",
     "Blend",
-    "ChainAdapter",
     "CheckpointError",
     "CollapseRecipe",
-    "ConvAdapter",
+    "ConvArchitecture",
+    "ConvGraphArchitecture",
     "Convolutions",
     "DataError",
     "Drop",
@@ -60,7 +61,6 @@ __all__ = [
     "Linearize",
     "MergeConvs",
     "MergeRecipe",
-    "ModelAdapter",
     "Plan",
     "PlanError",
     "RecipeError",
@@ -68,13 +68,13 @@ __all__ = [
     "SearchResult",
     "Skip",
     "TrainingError",
-    "TransformerAdapter",
+    "TransformerArchitecture",
     "Unit",
     "UnsupportedModelError",
     "VerificationError",
-    "adapter_for",
     "align",
     "apply",
+    "architecture_for",
     "collapse",
     "expand",
     "fuse",
@@ -86,7 +86,7 @@ __all__ = [
     "mixed_weights",
     "plan_fusion",
     "refit",
-    "register_adapter",
+    "register_architecture",
     "search",
     "search_collapse",
     "search_merge",

@@ -48,7 +48,7 @@ def fuse(
 
     Raises:
         RecipeError: unknown field or impossible target.
-        UnsupportedModelError: no adapter for the architecture, or a model that cannot be fused.
+        UnsupportedModelError: an unknown architecture, or a model that cannot be fused.
         VerificationError: the result does not survive saving and loading, or caching.
 
     Examples:
@@ -83,7 +83,7 @@ def collapse(
 
     Raises:
         RecipeError: unknown field or impossible target.
-        UnsupportedModelError: no adapter for the architecture, or a model whose MLPs cannot become linear.
+        UnsupportedModelError: an unknown architecture, or a model whose MLPs cannot become linear.
         VerificationError: the result does not survive saving and loading, or caching.
 
     Examples:
@@ -117,7 +117,7 @@ def merge(
 
     Raises:
         RecipeError: unknown field, a budget that cannot be met, or no batches.
-        UnsupportedModelError: no adapter for the architecture, or nothing in it that can be merged.
+        UnsupportedModelError: an unknown architecture, or nothing in it that can be merged.
         VerificationError: the result does not survive saving and loading.
 
     Examples:

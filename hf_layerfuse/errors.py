@@ -14,7 +14,7 @@ class PlanError(LayerFuseError):
 
 
 class UnsupportedModelError(LayerFuseError):
-    """No adapter knows the architecture, or the model is in a state that cannot be fused."""
+    """No architecture knows the architecture, or the model is in a state that cannot be fused."""
 
 
 class CheckpointError(LayerFuseError):

@@ -24,10 +24,10 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from hf_layerfuse import MergeConvs, Plan, adapter_for
+from hf_layerfuse import MergeConvs, Plan, architecture_for
 from hf_layerfuse.evaluation.divergence import prediction
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
-from hf_layerfuse.models.architectures import ADAPTERS, ChainAdapter
+from hf_layerfuse.models.architectures import ARCHITECTURES, ConvGraphArchitecture
 from hf_layerfuse.plan import CHAIN
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,12 +134,12 @@ def cifar_resnet():
     path = ROOT / "benchmarks" / "cifar_resnet.py"
     spec = importlib.util.spec_from_file_location("cifar_resnet", path)
     module = sys.modules.setdefault("cifar_resnet", importlib.util.module_from_spec(spec))
-    if "cifar_resnet" not in ADAPTERS:
+    if "cifar_resnet" not in ARCHITECTURES:
         spec.loader.exec_module(module)
     return module
 
 
-GATED = sorted(name for name in TINY if "gate" in ADAPTERS[name].mlp)
+GATED = sorted(name for name in TINY if "gate" in ARCHITECTURES[name].mlp)
 """Architectures whose MLPs have a gate."""
 
 
@@ -216,12 +216,12 @@ def state_of(model):
 
 
 def chain_of(model):
-    return adapter_for(model, ChainAdapter).convolutions(model).chain(model)
+    return architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
 
 
 def chain_plan(model, *edits) -> Plan:
-    adapter = adapter_for(model, ChainAdapter)
-    return Plan(adapter.model_type, len(adapter.convolutions(model).units), edits, kinds=CHAIN)
+    architecture = architecture_for(model, ConvGraphArchitecture)
+    return Plan(architecture.model_type, len(architecture.convolutions(model).units), edits, kinds=CHAIN)
 
 
 def some_chain_plan(model, seed: int, merged: bool = True) -> Plan:

@@ -9,8 +9,8 @@ import pytest
 from helpers import GUIDE, NETWORKS, TINY, blocks_of
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_layerfuse import UnsupportedModelError, fuse, register_adapter
-from hf_layerfuse.models.architectures import ADAPTERS, BUILTIN, LayerAdapter, TransformerAdapter
+from hf_layerfuse import UnsupportedModelError, fuse, register_architecture
+from hf_layerfuse.models.architectures import ARCHITECTURES, BUILTIN, LayerArchitecture, TransformerArchitecture
 
 # in a process of its own, so that the registries of this one stay as they are
 USE = """
@@ -86,7 +86,8 @@ def test_adding_an_architecture_works_as_written(tmp_path):
 
 
 def test_an_unknown_architecture_is_refused_with_directions():
-    """A model without an adapter gets an error that lists the known ones and points at the guide, where that is."""
+    """A model without an architecture gets an error that lists the known ones and points at the guide, where that
+    is."""
 
     class UnknownConfig(PreTrainedConfig):
         model_type = "unheard-of"
@@ -94,27 +95,30 @@ def test_an_unknown_architecture_is_refused_with_directions():
     class UnknownModel(PreTrainedModel):
         config_class = UnknownConfig
 
-    with pytest.raises(UnsupportedModelError, match="no adapter for the architecture 'unheard-of'") as refused:
+    with pytest.raises(UnsupportedModelError, match="unknown architecture 'unheard-of'") as refused:
         fuse(UnknownModel(UnknownConfig()), keep_layers=1)
     known = re.search(r"Known: (.*?)\. ", str(refused.value))[1]
-    assert known.split(", ") == sorted(name for name, adapter in ADAPTERS.items() if isinstance(adapter, LayerAdapter))
+    assert known.split(", ") == sorted(
+        name for name, architecture in ARCHITECTURES.items() if isinstance(architecture, LayerArchitecture)
+    )
     assert "see 'Add an architecture' in CONTRIBUTING.md" in str(refused.value)
     assert blocks_of("Add an architecture")
 
 
 def test_registering_needs_a_config_class():
-    """An adapter for a config that nobody registered is refused with the two calls that are missing."""
+    """An architecture for a config that nobody registered is refused with the two calls that are missing."""
 
-    class Adapter(TransformerAdapter):
+    class Architecture(TransformerArchitecture):
         model_type = "unheard-of"
 
     with pytest.raises(UnsupportedModelError, match=r"AutoConfig\.register\('unheard-of', YourConfig\).*AutoModel"):
-        register_adapter(Adapter)
-    assert "unheard-of" not in ADAPTERS
+        register_architecture(Architecture)
+    assert "unheard-of" not in ARCHITECTURES
 
 
 def test_every_built_in_architecture_is_tested():
-    """Each adapter that comes with the package has its row in `TINY` or `NETWORKS`, and the guide names the place."""
+    """Each architecture that comes with the package has its row in `TINY` or `NETWORKS`, and the guide names the
+    place."""
     chains = {config.model_type for _, config in NETWORKS.values()}
-    assert {adapter.model_type for adapter in BUILTIN} == TINY.keys() | chains - {"cifar_resnet"}
+    assert {architecture.model_type for architecture in BUILTIN} == TINY.keys() | chains - {"cifar_resnet"}
     assert "`TINY`" in GUIDE.read_text(encoding="utf-8")

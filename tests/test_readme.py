@@ -75,7 +75,9 @@ def test_public_names_are_documented():
         assert getattr(hf_layerfuse, name).__doc__
 
 
-@pytest.mark.parametrize("name", ["fuse", "plan_fusion", "apply", "verify", "register_adapter", "adapter_for"])
+@pytest.mark.parametrize(
+    "name", ["fuse", "plan_fusion", "apply", "verify", "register_architecture", "architecture_for"]
+)
 def test_docstrings_name_their_errors(name):
     """A public function that can raise says what."""
     assert "Raises:" in getattr(hf_layerfuse, name).__doc__

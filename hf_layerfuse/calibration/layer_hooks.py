@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..evaluation.hooks import StopForward, watch
-from ..models.architectures import LayerAdapter
+from ..models.architectures import LayerArchitecture
 from ..plan import Kind
 
 
@@ -30,19 +30,19 @@ class HookPoint:
 
 @contextmanager
 def layer_hooks(
-    layer: nn.Module, adapter: LayerAdapter, points: Sequence[HookPoint | None]
+    layer: nn.Module, architecture: LayerArchitecture, points: Sequence[HookPoint | None]
 ) -> Iterator[dict[HookPoint | None, Tensor]]:
     """Hooks on one layer; `with` gives the dict that they fill, and ends the pass once it is full.
 
     Args:
         layer: Layer that runs inside the `with` block.
-        adapter: Architecture table of its model.
+        architecture: Architecture table of its model.
         points: Places to see. None stands for the output of the layer, which the caller adds to the dict: with None,
             the layer runs to its end.
     """
-    places = {point: adapter.place(point.kind, point.place) for point in points if point is not None}
+    places = {point: architecture.place(point.kind, point.place) for point in points if point is not None}
     residuals = {HookPoint(point.kind, "residual") for point, place in places.items() if place.when == "added"}
-    places |= {point: adapter.place(point.kind, point.place) for point in residuals}
+    places |= {point: architecture.place(point.kind, point.place) for point in residuals}
     wanted = {*points, *residuals}
     found: dict[HookPoint | None, Tensor] = {}
 

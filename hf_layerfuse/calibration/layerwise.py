@@ -16,7 +16,7 @@ from ..evaluation.batches import model_inputs, take, tokens_of
 from ..evaluation.divergence import divergence
 from ..evaluation.hooks import StopForward
 from ..math.ridge import Moments
-from ..models.architectures import adapter_for
+from ..models.architectures import architecture_for
 from .layer_hooks import HookPoint, layer_hooks
 from .mmap import MappedActivations
 from .samples import SELECTION_EVERY, Sample
@@ -39,8 +39,8 @@ class LayerwiseForward:
     """
 
     def __init__(self, model: PreTrainedModel, sample: Sample) -> None:
-        self.model, self.adapter, self.sample = model, adapter_for(model), sample
-        self.layers = self.adapter.layer_list(model)
+        self.model, self.architecture, self.sample = model, architecture_for(model), sample
+        self.layers = self.architecture.layer_list(model)
         self.depth = 0
         self.states = MappedActivations()
         self._fitted: list[Tensor] = []
@@ -137,7 +137,7 @@ class LayerwiseForward:
             args, kwargs = self._calls[index][self.depth]
             states = self.states[index].to(self.model.device, self.model.dtype)
             output = None
-            with layer_hooks(layer, self.adapter, points) as found:
+            with layer_hooks(layer, self.architecture, points) as found:
                 output = layer(states, *args, **kwargs)
                 found[None] = (output[0] if isinstance(output, tuple) else output).float()
             del states, output
@@ -185,7 +185,7 @@ class TeacherStates:
     """
 
     def __init__(self, walk: LayerwiseForward) -> None:
-        self.walk, self.layers, self.adapter = walk, walk.layers, walk.adapter
+        self.walk, self.layers, self.architecture = walk, walk.layers, walk.architecture
         self._at = [walk.states]
         self._seen: dict[tuple[int, HookPoint], MappedActivations] = {}
 
@@ -214,7 +214,7 @@ class TeacherStates:
 
     def _depth(self, layer: int, point: HookPoint) -> int | None:
         """The depth whose states a point shows; None is something inside of the layer."""
-        post = self.adapter.post_norm
+        post = self.architecture.post_norm
         if point in (HookPoint("attention", "residual"), *([HookPoint("attention", "read")] if post else [])):
             return layer
         return layer + 1 if point == HookPoint("mlp", "sum") and not post else None

@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from ..evaluation.batches import Batches
 from ..evaluation.hooks import When, watch_tokens
-from ..models.architectures import LayerAdapter
+from ..models.architectures import LayerArchitecture
 from ..plan import Kind
 
 
 def observe(
     model: PreTrainedModel,
-    adapter: LayerAdapter,
+    architecture: LayerArchitecture,
     batches: Batches,
     observers: Mapping[Kind, Callable[[Tensor], None]],
 ) -> None:
@@ -26,7 +26,7 @@ def observe(
 
     Args:
         model: Model to run.
-        adapter: Architecture table of the model.
+        architecture: Architecture table of the model.
         batches: Calibration batches, dicts of model inputs such as `{"input_ids", "attention_mask"}`. Padding is left
             out.
         observers: Functions by kind of block. Each is called once a batch with (blocks, tokens, stream) float32 on the
@@ -49,21 +49,21 @@ def observe(
             observers[kind](torch.stack([tokens.float() for tokens in found]))
             found.clear()
 
-    modules = {key: place for kind in observers for key, place in _stream(model, adapter, kind).items()}
+    modules = {key: place for kind in observers for key, place in _stream(model, architecture, kind).items()}
     watch_tokens(model, batches, modules, record, show)
 
 
 def _stream(
-    model: PreTrainedModel, adapter: LayerAdapter, kind: Kind
+    model: PreTrainedModel, architecture: LayerArchitecture, kind: Kind
 ) -> dict[tuple[Kind, int, bool], tuple[nn.Module, When]]:
     """The modules to watch for the stream after every block: (kind, block, whether the tensor is added) -> module."""
     if kind == "layer":
-        return {(kind, index, False): (layer, "after") for index, layer in enumerate(adapter.layer_list(model))}
+        return {(kind, index, False): (layer, "after") for index, layer in enumerate(architecture.layer_list(model))}
     found: dict[tuple[Kind, int, bool], tuple[nn.Module, When]] = {}
-    for block in adapter.blocks(model):
+    for block in architecture.blocks(model):
         if block.kind == kind:
             norm = model.get_submodule(block.modules["norm"])
-            if adapter.post_norm:
+            if architecture.post_norm:
                 found[kind, block.layer, False] = norm, "after"
             else:
                 # the norm reads the stream before the block; the stream after it is that plus the output of the block

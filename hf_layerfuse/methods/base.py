@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..calibration.refit.base import RefitReport
 from ..evaluation.batches import Batches
-from ..models.architectures import LayerAdapter, ModelAdapter
+from ..models.architectures import Architecture, LayerArchitecture
 from ..plan import Plan
 from ..recipe import HealRecipe
 
@@ -62,7 +62,7 @@ class Method(Generic[_Recipe]):
         name: section of a run's recipe that asks for it.
         recipe_type: class of that section.
         targets: fields of it that say how far to go, of which a recipe has one.
-        adapter_type: kind of adapter that the architecture must have.
+        architecture_type: kind of architecture that the architecture must have.
         doing: word that tells the user what happens, such as `fusing`.
         done: word for what its results are, such as `fused`.
         tag: tag of their cards.
@@ -75,7 +75,7 @@ class Method(Generic[_Recipe]):
     name: str
     recipe_type: type[_Recipe]
     targets: Sequence[str]
-    adapter_type: type[ModelAdapter] = LayerAdapter
+    architecture_type: type[Architecture] = LayerArchitecture
     doing: str
     done: str
     tag: str

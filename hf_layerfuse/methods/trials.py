@@ -15,7 +15,7 @@ from ..calibration.samples import Sample
 from ..errors import PlanError, UnsupportedModelError
 from ..evaluation.eval_mode import eval_mode
 from ..models.apply import applied
-from ..models.architectures import adapter_for
+from ..models.architectures import architecture_for
 from ..plan import Edit, Plan
 
 TRIAL_SEQUENCES = 12
@@ -57,8 +57,8 @@ class Trials:
         base: tuple[PreTrainedModel, Plan] | None = None,
     ) -> None:
         self.model, self.method, self.batches = model, method, batches
-        self.adapter = adapter_for(model)
-        self.depth = len(self.adapter.layer_list(model))
+        self.architecture = architecture_for(model)
+        self.depth = len(self.architecture.layer_list(model))
         self.trace = trace
         trace.states(self.depth)
         self.base, plan = trace, self._plan()
@@ -75,7 +75,7 @@ class Trials:
         return self.losses[edits]
 
     def _plan(self, edits: Sequence[Edit] = ()) -> Plan:
-        return Plan(self.adapter.model_type, self.depth, tuple(edits), kinds=self.adapter.kinds)
+        return Plan(self.architecture.model_type, self.depth, tuple(edits), kinds=self.architecture.kinds)
 
     def _measure(self, edits: Sequence[Edit]) -> float:
         try:

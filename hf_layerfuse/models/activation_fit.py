@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from ..evaluation.batches import Batches
 from ..evaluation.hooks import When, watch_tokens
-from .architectures import TransformerAdapter
+from .architectures import TransformerArchitecture
 from .modules.shared_linear import theta_of
 
 
 def lines_of(
-    model: PreTrainedModel, adapter: TransformerAdapter, layers: Sequence[int], batches: Batches
+    model: PreTrainedModel, architecture: TransformerArchitecture, layers: Sequence[int], batches: Batches
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Per layer, the line nearest to the activation of each unit of its MLP: slope and offset, (units,) float64.
 
@@ -24,7 +24,7 @@ def lines_of(
 
     Args:
         model: stock.
-        adapter: of it.
+        architecture: of it.
         layers: whose MLPs are looked at.
         batches: calibration batches.
 
@@ -38,7 +38,7 @@ def lines_of(
         sums[layer] = sums[layer] + torch.stack([z.sum(0), y.sum(0), z.square().sum(0), (z * y).sum(0)])
         rows[layer] += len(z)
 
-    watch_activations(model, adapter, layers, batches, see)
+    watch_activations(model, architecture, layers, batches, see)
     lines = {}
     for layer in layers:
         z, y, zz, zy = sums[layer] / rows[layer]
@@ -50,7 +50,7 @@ def lines_of(
 
 
 def bends_of(
-    model: PreTrainedModel, adapter: TransformerAdapter, layers: Sequence[int], batches: Batches
+    model: PreTrainedModel, architecture: TransformerArchitecture, layers: Sequence[int], batches: Batches
 ) -> dict[int, float]:
     """Per layer with a homotopy, how much of what its MLP gives is lost where a line takes its place.
 
@@ -59,18 +59,21 @@ def bends_of(
     lost, whole = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
 
     def see(layer: int, z: Tensor, y: Tensor) -> None:
-        inside = adapter.layer_list(model)[layer]
-        last, homotopy = theta_of(inside.get_submodule(adapter.mlp["out"])), inside.get_submodule(adapter.activation)
+        inside = architecture.layer_list(model)[layer]
+        last, homotopy = (
+            theta_of(inside.get_submodule(architecture.mlp["out"])),
+            inside.get_submodule(architecture.activation),
+        )
         lost[layer] += ((y - homotopy.line(z)) @ last[:-1]).square().sum().item()
         whole[layer] += (y @ last[:-1] + last[-1]).square().sum().item()
 
-    watch_activations(model, adapter, layers, batches, see)
+    watch_activations(model, architecture, layers, batches, see)
     return {layer: (lost[layer] / whole[layer]) ** 0.5 for layer in layers}
 
 
 def watch_activations(
     model: PreTrainedModel,
-    adapter: TransformerAdapter,
+    architecture: TransformerArchitecture,
     layers: Sequence[int],
     batches: Batches,
     see: Callable[[int, Tensor, Tensor], None],
@@ -91,7 +94,9 @@ def watch_activations(
         else:
             see(layer, entered.pop(layer).double(), states.double())
 
-    activations = {layer: adapter.layer_list(model)[layer].get_submodule(adapter.activation) for layer in layers}
+    activations = {
+        layer: architecture.layer_list(model)[layer].get_submodule(architecture.activation) for layer in layers
+    }
     sides: tuple[When, ...] = ("before", "after")
     modules = {(layer, when): (module, when) for layer, module in activations.items() for when in sides}
     watch_tokens(model, batches, modules, record)

@@ -20,7 +20,7 @@ from ..evaluation.batches import Batches
 from ..evaluation.hooks import When, watch_tokens
 from ..math.align import CrossCorrelation, Rows, Turns, fit, gain, inner_product, scores, transport
 from ..plan import Fuse, Plan
-from .architectures import adapter_for
+from .architectures import architecture_for
 from .architectures.base import Block
 from .architectures.block_weights import (
     HEAD_NORMS,
@@ -85,24 +85,24 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
         PlanError: the plan is for another architecture or number of layers.
         UnsupportedModelError: the model cannot be fused, or its blocks have parts that alignment does not know.
     """
-    adapter = adapter_for(model)
-    check_model(model, adapter)
-    check_plan(model, adapter, plan)
+    architecture = architecture_for(model)
+    check_model(model, architecture)
+    check_plan(model, architecture, plan)
     return aligned(model, plan, batches)
 
 
 @torch.no_grad()
 def aligned(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
     """`align` for a model and a plan that `check_model` and `check_plan` accepted."""
-    adapter = adapter_for(model)
+    architecture = architecture_for(model)
     edits = [edit for edit in plan.edits if isinstance(edit, Fuse) and edit.align != "none"]
     if not edits:
         return model
-    layers = adapter.layer_list(model)
+    layers = architecture.layer_list(model)
     rewritten = {id(p) for edit in edits for layer in edit.layers for p in layers[layer].parameters()}
     memo = {id(p): p for p in model.parameters() if id(p) not in rewritten}  # what deepcopy takes as copied already
     result = copy.deepcopy(model, memo)
-    blocks = {(block.kind, block.layer): block for block in adapter.blocks(result)}
+    blocks = {(block.kind, block.layer): block for block in architecture.blocks(result)}
     pairs = [
         _Pair(edit, blocks[kind, target], blocks[kind, layer])
         for edit in edits
@@ -114,7 +114,7 @@ def aligned(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) 
     correlations = _correlations(result, [pair for pair in pairs if pair.edit.align == "activation"], batches)
     for pair in pairs:
         reference, rows = (rows_of(result, block, _heads(result, block)) for block in (pair.reference, pair.block))
-        if pair.edit.mode == "depth" and not adapter.post_norm and pair.block.kind != "conv":
+        if pair.edit.mode == "depth" and not architecture.post_norm and pair.block.kind != "conv":
             _share_norm(result, pair, rows)
         write_rows(result, pair.block, _fit(result, pair, reference, rows, correlations))
     return result

@@ -11,7 +11,7 @@ from ..evaluation.batches import Batches
 from ..plan import Blend, Plan
 from .activation_fit import lines_of
 from .align import aligned
-from .architectures import ChainAdapter, adapter_for
+from .architectures import ConvGraphArchitecture, architecture_for
 from .families import CONV_GRAPH, LAYERS, family_of
 from .modeling import build, fused_class, skeleton, with_plan
 from .surgery.checks import check_model, check_plan
@@ -34,10 +34,10 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
 
     Raises:
         PlanError: the plan is for another architecture or number of layers, or asks for a rank that no matrix has.
-        UnsupportedModelError: no adapter, already fused, quantised, or with NaN weights.
+        UnsupportedModelError: an unknown architecture, or a model that is fused, quantised, or has NaN weights.
     """
     conv_graph = family_of(plan) is CONV_GRAPH
-    check_model(model, adapter_for(model, ChainAdapter) if conv_graph else adapter_for(model))
+    check_model(model, architecture_for(model, ConvGraphArchitecture) if conv_graph else architecture_for(model))
     return applied(model, plan, batches)
 
 
@@ -47,13 +47,13 @@ def applied(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) 
 
 
 def _with_fused_layers(model: PreTrainedModel, plan: Plan, batches: Batches | None) -> PreTrainedModel:
-    adapter = adapter_for(model)
-    check_plan(model, adapter, plan)
+    architecture = architecture_for(model)
+    check_plan(model, architecture, plan)
     layout = plan.layout()
     bent = [edit.layer for edit in plan.edits if isinstance(edit, Blend) and not edit.faithful]
-    lines = lines_of(model, adapter, bent, batches) if bent and batches is not None else {}
-    weights = fused_weights(aligned(model, plan, batches), adapter, layout, lines)
-    config = target_config(model.config, adapter, layout)
+    lines = lines_of(model, architecture, bent, batches) if bent and batches is not None else {}
+    weights = fused_weights(aligned(model, plan, batches), architecture, layout, lines)
+    config = target_config(model.config, architecture, layout)
     cls = type(model)
     if not layout.is_stock:
         cls = fused_class(cls)
@@ -62,7 +62,7 @@ def _with_fused_layers(model: PreTrainedModel, plan: Plan, batches: Batches | No
 
 
 def _with_merged_convolutions(model: PreTrainedModel, plan: Plan, batches: Batches | None) -> PreTrainedModel:
-    check_merges(model, adapter_for(model, ChainAdapter), plan)
+    check_merges(model, architecture_for(model, ConvGraphArchitecture), plan)
     return merged(model, plan) if plan.edits else copy.deepcopy(model)
 
 
@@ -74,10 +74,10 @@ def merged(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
     Its weights are composed in float64.
     """
-    like, adapter = skeleton(model), adapter_for(model, ChainAdapter)
+    like, architecture = skeleton(model), architecture_for(model, ConvGraphArchitecture)
     cls = fused_class(type(like))
     config = with_plan(cls, model.config, plan)
     with torch.device("meta"):
         names = cls(config).state_dict().keys()
-    weights = merged_weights(model, like, adapter, plan, names)
+    weights = merged_weights(model, like, architecture, plan, names)
     return build(cls, config, weights, model)

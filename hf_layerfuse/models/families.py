@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PlanError, UnsupportedModelError
 from ..plan import CHAIN, Layout, Plan
-from .architectures import ChainAdapter, LayerAdapter, adapter_for
+from .architectures import ConvGraphArchitecture, LayerArchitecture, architecture_for
 from .surgery.conv_graph import reshape_chain
 from .surgery.layers import reshape, tied_weights
 from .surgery.weights import expanded_weights
@@ -59,9 +59,9 @@ class _Layers(PlanFamily):
     saves_parameters = True
 
     def reshape(self, model: PreTrainedModel, plan: Plan) -> dict[str, str]:
-        adapter, layout = adapter_for(model, LayerAdapter), _layout_of(plan, model.config)
-        reshape(model, adapter, layout)
-        return tied_weights(model, adapter, layout)
+        architecture, layout = architecture_for(model, LayerArchitecture), _layout_of(plan, model.config)
+        reshape(model, architecture, layout)
+        return tied_weights(model, architecture, layout)
 
     def expanded(self, model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
         layout = _layout_of(plan, model.config)
@@ -72,7 +72,7 @@ class _Layers(PlanFamily):
                 f"{type(model).__name__} has no place without this library: save the model as it is, without "
                 "expanded=True."
             )
-        return expanded_weights(model, adapter_for(model, LayerAdapter), layout)
+        return expanded_weights(model, architecture_for(model, LayerArchitecture), layout)
 
 
 class _ConvGraph(PlanFamily):
@@ -82,7 +82,7 @@ class _ConvGraph(PlanFamily):
     saves_parameters = False  # merged convolutions may have larger kernels: it is time that they save
 
     def reshape(self, model: PreTrainedModel, plan: Plan) -> dict[str, str]:
-        reshape_chain(model, adapter_for(model, ChainAdapter), plan)
+        reshape_chain(model, architecture_for(model, ConvGraphArchitecture), plan)
         return {}
 
     def expanded(self, model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from ..evaluation.batches import Batches
 from ..plan import Blend, LinearForm, Linearize, Plan
 from .activation_fit import bends_of
 from .apply import merged
-from .architectures import adapter_for
+from .architectures import architecture_for
 from .modeling import build, with_plan
 from .surgery.linear_mlp import check_form, linear_weights
 from .surgery.weights import untied_state
@@ -39,7 +39,7 @@ def straighten(
         UnsupportedModelError: there is no sum to `fold`.
         LayerFuseError: one of them is not there yet.
     """
-    adapter = adapter_for(model)
+    architecture = architecture_for(model)
     tree = getattr(model.config, "layerfuse_plan", None)
     plan = Plan.from_dict(tree) if tree else None
     blends = {edit.layer: edit for edit in (plan.edits if plan else ()) if isinstance(edit, Blend)}
@@ -49,23 +49,23 @@ def straighten(
         )
     slots = {slot.layers[0]: index for index, slot in enumerate(plan.layout().slots)}
     places = {layer: slots[layer] for layer in blends}
-    inside = {layer: adapter.layer_list(model)[place] for layer, place in places.items()}
-    found = {layer: module.get_submodule(adapter.activation).a.item() for layer, module in inside.items()}
+    inside = {layer: architecture.layer_list(model)[place] for layer, place in places.items()}
+    found = {layer: module.get_submodule(architecture.activation).a.item() for layer, module in inside.items()}
     if bent := {layer: a for layer, a in found.items() if not a >= 1 - threshold}:
         raise LayerFuseError(
             f"no lines yet: {', '.join(f'the activation of layer {layer}, a = {a:.3f}' for layer, a in bent.items())}; "
             f"a must be {1 - threshold:.3f} or more: train them further, with a stronger pull, or raise threshold."
         )
     for module in inside.values():
-        check_form(module, adapter, LinearForm(fold=fold))
-    lost = {} if batches is None else bends_of(model, adapter, list(places.values()), batches)
+        check_form(module, architecture, LinearForm(fold=fold))
+    lost = {} if batches is None else bends_of(model, architecture, list(places.values()), batches)
     notes = [{"layer": layer, "a": a, **({"lost": lost[places[layer]]} if lost else {})} for layer, a in found.items()]
     edits = [Linearize(edit.layer, fold=fold) if isinstance(edit, Blend) else edit for edit in plan.edits]
     plan = dataclasses.replace(plan, edits=tuple(edits), notes={"homotopy": notes})
     gone = [
-        f"{adapter.layers_path(model)}.{places[layer]}.{at}."
+        f"{architecture.layers_path(model)}.{places[layer]}.{at}."
         for layer in blends
-        for at in (adapter.activation, adapter.mlp["in"], adapter.mlp["out"])
+        for at in (architecture.activation, architecture.mlp["in"], architecture.mlp["out"])
     ]
     weights = {
         name: tensor.detach().clone()
@@ -73,8 +73,8 @@ def straighten(
         if not name.startswith(tuple(gone))
     }
     for layer, module in inside.items():
-        prefix = f"{adapter.layers_path(model)}.{places[layer]}"
-        weights |= {f"{prefix}.{k}": v for k, v in linear_weights(module, adapter, LinearForm(fold=fold)).items()}
+        prefix = f"{architecture.layers_path(model)}.{places[layer]}"
+        weights |= {f"{prefix}.{k}": v for k, v in linear_weights(module, architecture, LinearForm(fold=fold)).items()}
     return build(type(model), with_plan(type(model), model.config, plan), weights, model), plan
 
 

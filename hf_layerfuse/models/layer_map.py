@@ -10,7 +10,7 @@ from ..evaluation.batches import Batches
 from ..plan import Plan
 from ..plan.match import Match
 from .align import align
-from .architectures import ChainAdapter, adapter_for
+from .architectures import ConvGraphArchitecture, architecture_for
 from .families import CONV_GRAPH, LAYERS, family_of
 from .modeling import skeleton
 from .modules.conv import module_at
@@ -33,15 +33,15 @@ def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) ->
 
     Raises:
         PlanError: the plan does not lead from this teacher to this student.
-        UnsupportedModelError: no adapter for one of them.
+        UnsupportedModelError: one of them has an unknown architecture.
     """
     return _MATCHES[family_of(plan)](student, teacher, plan)
 
 
 def _matches_of_layers(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) -> tuple[Match, ...]:
-    adapter = adapter_for(teacher)
+    architecture = architecture_for(teacher)
     slots = plan.layout().slots
-    ours, theirs = ((adapter_for(model).layers_path(model), model) for model in (student, teacher))
+    ours, theirs = ((architecture_for(model).layers_path(model), model) for model in (student, teacher))
     for (path, model), count in ((ours, len(slots)), (theirs, plan.num_layers)):
         found = len(model.get_submodule(path))
         if found != count:
@@ -54,14 +54,14 @@ def _matches_of_layers(student: PreTrainedModel, teacher: PreTrainedModel, plan:
         matches.append(Match("hidden", f"{ours[0]}.{index}", f"{theirs[0]}.{slot.layers[-1]}"))
         attention = slot.source("attention")
         if attention is not None:
-            out = adapter.table("attention")["out"]
+            out = architecture.table("attention")["out"]
             pair = ((ours[0], index), (theirs[0], attention.layers[-1]))
             matches.append(Match("attention", *(f"{path}.{layer}.{out}" for path, layer in pair)))
     return tuple(matches)
 
 
 def _matches_of_convolutions(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) -> tuple[Match, ...]:
-    units = adapter_for(teacher, ChainAdapter).convolutions(teacher).units
+    units = architecture_for(teacher, ConvGraphArchitecture).convolutions(teacher).units
     ends = [units[edit.end].act for edit in plan.edits if len(edit.layers) > 1]
     return tuple(Match("hidden", act, act) for act in ends if module_at(teacher, act) is not None)
 
@@ -80,7 +80,7 @@ def fused_parameters(student: PreTrainedModel, plan: Plan) -> frozenset[str]:
         Live names, as `named_parameters` has them.
 
     Raises:
-        UnsupportedModelError: no adapter for the architecture.
+        UnsupportedModelError: an unknown architecture.
     """
     paths = _FUSED_MODULES[family_of(plan)](student, plan)
     return frozenset(f"{at}.{name}" for at in paths for name, _ in student.get_submodule(at).named_parameters())
@@ -90,7 +90,7 @@ def _fused_modules_of_layers(student: PreTrainedModel, plan: Plan) -> list[str]:
     layout = plan.layout()
     tied = {(slot, tie.kind) for tie in layout.ties for slot in tie.slots}
     paths = []
-    for block in adapter_for(student).blocks(student):
+    for block in architecture_for(student).blocks(student):
         source = layout.slots[block.layer].source(block.kind)
         if len(source.layers) > 1 or (block.layer, block.kind) in tied:
             paths += block.modules.values()
@@ -98,7 +98,7 @@ def _fused_modules_of_layers(student: PreTrainedModel, plan: Plan) -> list[str]:
 
 
 def _merged_convolutions(student: PreTrainedModel, plan: Plan) -> list[str]:
-    units = adapter_for(student, ChainAdapter).convolutions(skeleton(student)).units
+    units = architecture_for(student, ConvGraphArchitecture).convolutions(skeleton(student)).units
     made = [(edit.start + 1,) if edit.merged else edit.keep for edit in plan.edits if len(edit.layers) > 1]
     return [units[place].conv for places in made for place in places]
 
@@ -121,14 +121,14 @@ def mixed_weights(
         Name of a parameter of the student -> a tensor of its shape from each layer of its group.
 
     Raises:
-        UnsupportedModelError: no adapter for the architecture.
+        UnsupportedModelError: an unknown architecture.
     """
-    adapter, slots = adapter_for(teacher), plan.layout().slots
+    architecture, slots = architecture_for(teacher), plan.layout().slots
     ties = {(slot, tie.kind): tie.source for tie in plan.layout().ties for slot in tie.slots}
-    prefix, originals = adapter.layers_path(student), adapter.layer_list(align(teacher, plan, batches))
+    prefix, originals = architecture.layers_path(student), architecture.layer_list(align(teacher, plan, batches))
     known = dict(student.named_parameters(remove_duplicate=False))
     found = {}
-    for block in adapter.blocks(student):
+    for block in architecture.blocks(student):
         tied = ties.get((block.layer, block.kind))
         source = tied or slots[block.layer].source(block.kind)
         if source.operator != "mix" or len(source.layers) < 2:

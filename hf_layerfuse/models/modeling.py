@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, PlanError, UnsupportedModelError
 from ..plan import Plan
-from .architectures import ADAPTERS, BUILTIN, FUSED_PREFIX, ModelAdapter
+from .architectures import ARCHITECTURES, BUILTIN, FUSED_PREFIX, Architecture
 from .families import family_of
 from .modules.shared_linear import Relaxed
 from .remote_code import ship
@@ -107,28 +107,28 @@ class FusedMixin:
         cls._ships_code = True
 
 
-def register_adapter(adapter: type[ModelAdapter]) -> type[ModelAdapter]:
+def register_architecture(architecture: type[Architecture]) -> type[Architecture]:
     """Make an architecture known, so that its models can be fused, saved, and loaded by the Auto classes.
 
     Its config and model classes must be registered with `AutoConfig` and `AutoModel...` first, unless transformers
     ships them. Usable as a class decorator.
 
     Args:
-        adapter: a class with the table of the architecture.
+        architecture: a class with the table of the architecture.
 
     Returns:
         The same class.
 
     Raises:
-        UnsupportedModelError: no config class is registered for `adapter.model_type`.
+        UnsupportedModelError: no config class is registered for `architecture.model_type`.
     """
-    model_type = adapter.model_type
+    model_type = architecture.model_type
     if model_type not in configuration_auto.CONFIG_MAPPING:
         raise UnsupportedModelError(
             f"no config class for {model_type!r}: call AutoConfig.register({model_type!r}, YourConfig) and "
-            "AutoModel.register(YourConfig, YourModel) before register_adapter."
+            "AutoModel.register(YourConfig, YourModel) before register_architecture."
         )
-    ADAPTERS[model_type] = adapter()
+    ARCHITECTURES[model_type] = architecture()
     base = configuration_auto.CONFIG_MAPPING[model_type]
     config_class = _fused_config(base)
     configuration_auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
@@ -136,14 +136,14 @@ def register_adapter(adapter: type[ModelAdapter]) -> type[ModelAdapter]:
         heads = tuple(fused_class(head) for head in _heads(auto_class, base))
         if heads:
             auto_class._model_mapping.register(config_class, heads if len(heads) > 1 else heads[0], exist_ok=True)
-    return adapter
+    return architecture
 
 
 def check_shipping(config: PreTrainedConfig) -> None:
     """Raise `UnsupportedModelError` where the code of the fused class of a model, or of its config, is not all here."""
     model_type = config.model_type.removeprefix(FUSED_PREFIX)
-    if type(ADAPTERS.get(model_type)) not in BUILTIN:
-        known = ", ".join(adapter.model_type for adapter in BUILTIN)
+    if type(ARCHITECTURES.get(model_type)) not in BUILTIN:
+        known = ", ".join(architecture.model_type for architecture in BUILTIN)
         raise UnsupportedModelError(
             f"the code of {model_type!r} is not in this package, and cannot be put beside a checkpoint; that can be: "
             f"{known}. Save without with_code, and publish your code as a package."
@@ -301,5 +301,5 @@ def _heads(auto_class: type, config_class: type[PreTrainedConfig]) -> tuple[type
     return tuple(h for h in (heads if isinstance(heads, tuple) else (heads,)) if h.config_class is config_class)
 
 
-for _adapter in BUILTIN:
-    register_adapter(_adapter)
+for _architecture in BUILTIN:
+    register_architecture(_architecture)

@@ -16,7 +16,7 @@ from ..evaluation.metrics import parameter_counts
 from ..math.similarity import ON_ACTIVATIONS
 from ..methods.fusion.distances import block_distances
 from ..methods.fusion.planner import plan_evenly, plan_fusion
-from ..models.architectures import ChainAdapter, LayerAdapter, TransformerAdapter, adapter_for
+from ..models.architectures import ConvGraphArchitecture, LayerArchitecture, TransformerArchitecture, architecture_for
 from ..models.loading import load_checkpoint
 from ..models.modeling import head_class
 from ..models.surgery.checks import check_model, check_plan
@@ -41,7 +41,7 @@ def inspect_tables(name: str, similarity: str | None = None, text: Path | None =
     Raises:
         CheckpointError: The model cannot be loaded, or a config has no weights to compare.
         DataError: The text is missing or cannot be read.
-        UnsupportedModelError: No adapter knows the architecture.
+        UnsupportedModelError: No architecture knows the architecture.
     """
     model = _load(name)
     if model.device.type != "meta":
@@ -92,12 +92,12 @@ def overview(model: PreTrainedModel, similarity: str | None = None, batches: Bat
         batches: calibration batches, for a similarity of activations.
 
     Raises:
-        UnsupportedModelError: no adapter for the architecture.
+        UnsupportedModelError: an unknown architecture.
         RecipeError: the similarity compares activations and there are no batches.
     """
-    layers, chain = _adapter(model, LayerAdapter), _adapter(model, ChainAdapter)
+    layers, chain = _architecture(model, LayerArchitecture), _architecture(model, ConvGraphArchitecture)
     if layers is None and chain is None:
-        adapter_for(model)  # which says why
+        architecture_for(model)  # which says why
     found = [_summary(model, layers, chain)]
     if layers is not None:
         distances = {} if similarity is None else block_distances(model, layers.kinds, similarity, batches)
@@ -107,14 +107,14 @@ def overview(model: PreTrainedModel, similarity: str | None = None, batches: Bat
     return found
 
 
-def _adapter(model: PreTrainedModel, kind: type) -> LayerAdapter | ChainAdapter | None:
+def _architecture(model: PreTrainedModel, kind: type) -> LayerArchitecture | ConvGraphArchitecture | None:
     try:
-        return adapter_for(model, kind)
+        return architecture_for(model, kind)
     except UnsupportedModelError:
         return None
 
 
-def _summary(model: PreTrainedModel, layers: LayerAdapter | None, chain: ChainAdapter | None) -> Rows:
+def _summary(model: PreTrainedModel, layers: LayerArchitecture | None, chain: ConvGraphArchitecture | None) -> Rows:
     sizes = parameter_counts(model)
     megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6  # shared ones are there once
     rows = [
@@ -138,7 +138,7 @@ def _summary(model: PreTrainedModel, layers: LayerAdapter | None, chain: ChainAd
     if layers is not None:
         depth = len(layers.layer_list(model))
         checks["fuse"] = lambda: check_model(model, layers)
-    if isinstance(layers, TransformerAdapter):
+    if isinstance(layers, TransformerArchitecture):
         checks["collapse"] = collapses
     if chain is not None:
         units = len(chain.convolutions(model).units)
@@ -154,23 +154,23 @@ def _can(check: Callable[[], None]) -> str:
     return "yes"
 
 
-def _layers(model: PreTrainedModel, adapter: LayerAdapter, distances: Mapping[Kind, Tensor]) -> Rows:
+def _layers(model: PreTrainedModel, architecture: LayerArchitecture, distances: Mapping[Kind, Tensor]) -> Rows:
     """Parameters of each layer and its blocks, and how far each block is from that of the next layer."""
     sizes: dict[tuple[int, str], int] = {}
-    for block in adapter.blocks(model):
+    for block in architecture.blocks(model):
         modules = {id(module): module for module in map(model.get_submodule, block.modules.values())}
         sizes[block.layer, block.kind] = sum(p.numel() for module in modules.values() for p in module.parameters())
-    rows = [["layer", "parameters", *adapter.kinds, *(f"{kind} to the next" for kind in distances)]]
-    for place, layer in enumerate(adapter.layer_list(model)):
-        own = [f"{sizes.get((place, kind), 0):,}" for kind in adapter.kinds]
+    rows = [["layer", "parameters", *architecture.kinds, *(f"{kind} to the next" for kind in distances)]]
+    for place, layer in enumerate(architecture.layer_list(model)):
+        own = [f"{sizes.get((place, kind), 0):,}" for kind in architecture.kinds]
         far = [f"{apart[place, place + 1]:.3f}" if place + 1 < len(apart) else "" for apart in distances.values()]
         rows.append([str(place), f"{sum(p.numel() for p in layer.parameters()):,}", *own, *far])
     return rows
 
 
-def _chain(model: PreTrainedModel, adapter: ChainAdapter) -> Rows:
+def _chain(model: PreTrainedModel, architecture: ConvGraphArchitecture) -> Rows:
     """What of a chain of convolutions can be merged."""
-    chain = adapter.convolutions(model).chain(model)
+    chain = architecture.convolutions(model).chain(model)
     entries = [(end - start, merged.kernel) for start, end, merged, _ in chain.table()]
     return [
         ["convolutions", str(len(chain.links))],

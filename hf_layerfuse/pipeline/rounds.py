@@ -16,7 +16,7 @@ from ..methods import method_of
 from ..methods.base import Method
 from ..methods.fusion.grouping import groups_of
 from ..methods.fusion.planner import plan_fusion
-from ..models.architectures import adapter_for
+from ..models.architectures import architecture_for
 from ..models.layer_map import fused_parameters, layer_map, mixed_weights
 from ..models.loading import load_checkpoint
 from ..models.modeling import expand
@@ -105,7 +105,8 @@ def target_of(goal: Goal, source: PreTrainedModel, original: PreTrainedModel) ->
     """Fields of a fusion recipe that lead from a model, the result of earlier rounds, to a goal."""
     if "ratio" in goal:
         here, whole = (
-            sum(p.numel() for p in adapter_for(model).layer_list(model).parameters()) for model in (source, original)
+            sum(p.numel() for p in architecture_for(model).layer_list(model).parameters())
+            for model in (source, original)
         )
         # where a round before went too far, this one takes the least step
         goal = {"ratio": max(1 - (1 - goal["ratio"]) * whole / here, 1e-6)}

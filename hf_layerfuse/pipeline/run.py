@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, set
 from ..errors import CheckpointError, PublishError
 from ..evaluation.timing import device_name
 from ..methods import method_of
-from ..models.architectures import adapter_for
+from ..models.architectures import architecture_for
 from ..models.loading import load_checkpoint
 from ..models.modeling import check_shipping
 from ..models.verify import verify
@@ -60,7 +60,7 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
     original, processor = _load(recipe)
     original.to(state.device)
     # an unknown architecture is refused before the data are read
-    adapter_for(original, method_of(recipe).adapter_type)
+    architecture_for(original, method_of(recipe).architecture_type)
     if recipe.with_code:
         check_shipping(original.config)
     inputs = RunData(recipe, processor, original)

@@ -15,7 +15,7 @@ from hf_layerfuse.calibration.mmap import MappedActivations
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.divergence import prediction
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
-from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures import architecture_for
 
 PLACES = ("read", "features", "residual", "sum")
 POINTS = [HookPoint(kind, place) for kind in ("attention", "mlp") for place in PLACES]
@@ -45,7 +45,7 @@ def body(model_type, **changes):
 
 
 def layers_of(model):
-    return adapter_for(model).layer_list(model)
+    return architecture_for(model).layer_list(model)
 
 
 @torch.inference_mode()
@@ -128,22 +128,22 @@ def test_points_fit_together(model_type, changes):
     """In every block the sum is the residual plus what the output projection makes of the features; the norm of the
     block stands between the residual and what the maps read, or after the sum."""
     model = body(model_type, **changes)
-    adapter, batches = adapter_for(model), batches_of(model, 3)
+    architecture, batches = architecture_for(model), batches_of(model, 3)
     expected = hidden_states(model, batches[0])
     walk = LayerwiseForward(model, Sample.of(batches))
     for depth, layer in enumerate(walk.layers):
         ((_, seen),) = walk.look(*POINTS)
         with torch.inference_mode():
             for kind in ("attention", "mlp"):
-                table = getattr(adapter, kind)
+                table = getattr(architecture, kind)
                 read, features, residual, total = (seen[HookPoint(kind, place)] for place in PLACES)
                 out, norm = layer.get_submodule(table["out"]), layer.get_submodule(table["norm"])
                 torch.testing.assert_close(residual + out(features), total)
-                assert torch.equal(read, residual if adapter.post_norm else norm(residual))
+                assert torch.equal(read, residual if architecture.post_norm else norm(residual))
             attention = seen[HookPoint("attention", "sum")]
-            if adapter.post_norm:
-                attention = layer.get_submodule(adapter.attention["norm"])(attention)
-                total = layer.get_submodule(adapter.mlp["norm"])(total)
+            if architecture.post_norm:
+                attention = layer.get_submodule(architecture.attention["norm"])(attention)
+                total = layer.get_submodule(architecture.mlp["norm"])(total)
             assert torch.equal(seen[HookPoint("mlp", "residual")], attention)
             assert torch.equal(seen[HookPoint("attention", "residual")], expected[depth])
             if depth + 1 < LAYERS:
@@ -166,7 +166,7 @@ def test_layers_run_no_further_than_asked(model_type):
     model = body(model_type)
     walk = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
     ran = []
-    out = walk.layers[0].get_submodule(walk.adapter.mlp["out"])
+    out = walk.layers[0].get_submodule(walk.architecture.mlp["out"])
     handle = out.register_forward_pre_hook(lambda module, args: ran.append(module))
     list(walk.look(HookPoint("attention", "sum"), HookPoint("attention", "read")))
     list(walk.look(HookPoint("mlp", "residual")))
@@ -287,7 +287,7 @@ def test_the_model_is_left_as_it_was_by_exceptions(model_type):
     assert same(snapshot(model), before)
 
     walk = LayerwiseForward(model, Sample.of(batches))
-    handle = walk.layers[0].get_submodule(walk.adapter.mlp["out"]).register_forward_pre_hook(fail)
+    handle = walk.layers[0].get_submodule(walk.architecture.mlp["out"]).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         list(walk.look(HookPoint("mlp", "sum")))
     handle.remove()

@@ -8,7 +8,7 @@ from torch import nn
 from hf_layerfuse.errors import DataError
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.evaluation.hooks import StopForward, watch, watch_tokens
-from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures import architecture_for
 
 
 class Pair(nn.Module):
@@ -97,7 +97,7 @@ def test_a_pass_can_end_early(chain):
 
 
 def blocks_of(model, when="after"):
-    return {index: (layer, when) for index, layer in enumerate(adapter_for(model).layer_list(model))}
+    return {index: (layer, when) for index, layer in enumerate(architecture_for(model).layer_list(model))}
 
 
 def test_tokens_are_those_without_padding():

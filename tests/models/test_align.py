@@ -22,7 +22,7 @@ from hf_layerfuse.math.align import (
     transport,
 )
 from hf_layerfuse.models.align import align
-from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.models.architectures.block_weights import heads_of, linear_maps
 from hf_layerfuse.models.verify import prediction
 
@@ -53,7 +53,7 @@ def batches_of(model, count=2):
 
 
 def block_of(model, layer, kind):
-    return next(b for b in adapter_for(model).blocks(model) if (b.layer, b.kind) == (layer, kind))
+    return next(b for b in architecture_for(model).blocks(model) if (b.layer, b.kind) == (layer, kind))
 
 
 def close(a, b):
@@ -87,9 +87,9 @@ def test_the_function_stays_and_the_weights_change(model_type, head, changes, ho
     close(outputs(aligned, inputs), outputs(model, inputs))
     after = aligned.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    path = adapter_for(model).layers_path(model)
+    path = architecture_for(model).layers_path(model)
     changed = {
-        (int(n[len(path) + 1 :].split(".")[0]), adapter_for(model).owner(n[len(path) + 1 :].split(".", 1)[1]))
+        (int(n[len(path) + 1 :].split(".")[0]), architecture_for(model).owner(n[len(path) + 1 :].split(".", 1)[1]))
         for n in before
         if not torch.equal(before[n], after[n])
     }
@@ -104,8 +104,8 @@ def test_a_disguised_copy_is_recovered(model_type, head, changes, how):
     """A block whose units and heads were shuffled, turned where that is free, and whose norm was traded with its maps
     becomes equal to the block that it is a copy of, so that their mean is that block."""
     model = tiny_model(model_type, head, **changes).double()
-    adapter = adapter_for(model)
-    layers = adapter.layer_list(model)
+    architecture = architecture_for(model)
+    layers = architecture.layer_list(model)
     if how == "activation":
         quiet(model)
     layers[2].load_state_dict(layers[1].state_dict())
@@ -113,12 +113,12 @@ def test_a_disguised_copy_is_recovered(model_type, head, changes, how):
     inputs = example_inputs(model)
     expected = outputs(model, inputs)
     for kind in ("attention", "mlp"):
-        disguise(model, 2, kind, turned=how == "rotation", norm=not adapter.post_norm)
+        disguise(model, 2, kind, turned=how == "rotation", norm=not architecture.post_norm)
         assert distance(model, kind, 1, 2) > 1
     close(outputs(model, inputs), expected)
 
     aligned = align(model, plan, batches_of(model))
-    one, other = (adapter.layer_list(aligned)[layer].state_dict() for layer in (1, 2))
+    one, other = (architecture.layer_list(aligned)[layer].state_dict() for layer in (1, 2))
     for name in one:
         close(other[name], one[name])
     mean = Plan(model_type, LAYERS, (Fuse("layer", (1, 2), operator="mean"),))
@@ -130,14 +130,14 @@ def test_a_disguised_copy_is_recovered(model_type, head, changes, how):
 
 def quiet(model):
     """Let layers 1 and 2 read the same states: the blocks before them add next to nothing."""
-    adapter = adapter_for(model)
-    for block in adapter.blocks(model):
+    architecture = architecture_for(model)
+    for block in architecture.blocks(model):
         if block.layer in (0, 1, 2):
             out = linear_maps(model, block)["out"]
             out.weight.mul_(1e-5)
             if out.bias is not None:
                 out.bias.mul_(1e-5)
-            if adapter.post_norm:
+            if architecture.post_norm:
                 norm = model.get_submodule(block.modules["norm"])
                 norm.weight.data.fill_(1)
                 norm.bias.data.zero_()
@@ -331,10 +331,10 @@ def test_transport_without_pot_says_how_to_install_it(monkeypatch):
 
 
 def test_maps_with_other_names_are_refused(monkeypatch):
-    """An adapter may name its maps as it likes; alignment says which names it needs."""
-    adapter = adapter_for(tiny_model("bert"))
+    """An architecture may name its maps as it likes; alignment says which names it needs."""
+    architecture = architecture_for(tiny_model("bert"))
     table = {"up": "intermediate.dense", "out": "output.dense", "norm": "output.LayerNorm"}
-    monkeypatch.setattr(type(adapter), "mlp", table)
+    monkeypatch.setattr(type(architecture), "mlp", table)
     with pytest.raises(UnsupportedModelError, match="'in', 'out'"):
         align(tiny_model("bert"), Plan("bert", LAYERS, (Fuse("mlp", (1, 2), align="permutation"),)))
 

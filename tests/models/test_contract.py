@@ -9,7 +9,7 @@ from helpers import HEADS, LAYERS, TINY, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Linearize, Plan, apply, expand, verify
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
-from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.models.modeling import FusedMixin
 from hf_layerfuse.models.surgery.linear_mlp import Collapsed
 from hf_layerfuse.models.verify import prediction
@@ -81,7 +81,7 @@ def test_sharing_equal_blocks_is_the_identity(model_type, head, fused):
     """Where the blocks of a group are equal, sharing them changes no output bit, whatever the operator."""
     kind, operator = fused
     model = tiny_model(model_type, head)
-    layers = adapter_for(model).layer_list(model)
+    layers = architecture_for(model).layer_list(model)
     for layer in layers[1:]:
         layer.load_state_dict(layers[0].state_dict())
     plan = Plan(model_type, LAYERS, (Fuse(kind, (0, 2, 3), "share", operator), Fuse(kind, (4, 5), "share", operator)))
@@ -93,7 +93,7 @@ def test_sharing_equal_blocks_is_the_identity(model_type, head, fused):
 def test_depth_fusing_equal_layers_gives_that_layer(model_type, head, operator):
     """Three equal layers fused in depth are the same function as one of them with the others dropped."""
     model = tiny_model(model_type, head)
-    layers = adapter_for(model).layer_list(model)
+    layers = architecture_for(model).layer_list(model)
     for layer in layers[4:]:
         layer.load_state_dict(layers[3].state_dict())
     fused = apply(model, Plan(model_type, LAYERS, (Fuse("layer", (3, 4, 5), operator=operator),)))
@@ -116,9 +116,9 @@ def test_fusing_both_blocks_is_fusing_the_layer(model_type, head):
 def test_dropped_block_contributes_nothing(model_type, head):
     """Dropping a block equals a model whose output projection of that block is zero."""
     model = tiny_model(model_type, head)
-    adapter = adapter_for(model)
+    architecture = architecture_for(model)
     fused = apply(model, Plan(model_type, LAYERS, (Drop("attention", 1), Drop("mlp", 3))))
-    for block in adapter.blocks(model):
+    for block in architecture.blocks(model):
         if (block.layer, block.kind) in ((1, "attention"), (3, "mlp")):
             for parameter in model.get_submodule(block.modules["out"]).parameters():
                 parameter.data.zero_()
@@ -152,8 +152,8 @@ def test_every_parameter_is_reached_by_gradients(model_type, head, name):
         prediction(which.train()(**example_inputs(which))).square().sum().backward()
         return {n for n, p in which.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
 
-    adapter = adapter_for(model)
-    outside = {n for n in without_gradient(model) if not n.startswith(adapter.layers_path(model) + ".")}
+    architecture = architecture_for(model)
+    outside = {n for n in without_gradient(model) if not n.startswith(architecture.layers_path(model) + ".")}
     # key biases shift all scores of a query alike, which the softmax takes back: their gradient is zero up to rounding
     inside = {n for n in without_gradient(fused) if n not in outside and not n.endswith(("key.bias", "k_lin.bias"))}
     assert not inside

@@ -24,8 +24,8 @@ from transformers import (
 
 from hf_layerfuse import (
     AutoFusedModel,
-    ChainAdapter,
     CheckpointError,
+    ConvGraphArchitecture,
     Drop,
     Fuse,
     FusionRecipe,
@@ -34,8 +34,8 @@ from hf_layerfuse import (
     Plan,
     PlanError,
     RecipeError,
-    adapter_for,
     apply,
+    architecture_for,
 )
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.models.verify import prediction
@@ -67,7 +67,7 @@ def test_fresh_process_gives_the_same_logits(tmp_path):
     ]
     for name in ("bottleneck", "mobilenet"):
         model = copy.deepcopy(network(name)).float()
-        chain = adapter_for(model, ChainAdapter).convolutions(model).chain(model)
+        chain = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
         start, end = next((i, j) for i, j in chain.segments() if j - i == 2)
         edit = MergeConvs(start, end, (start + 1, end))
         models.append(apply(model, Plan(model.config.model_type, len(chain.links), (edit,), kinds=CHAIN)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import network, some_chain_plan, tiny_model
 
-from hf_layerfuse import Blend, Drop, Fuse, Linearize, Plan, adapter_for, apply
+from hf_layerfuse import Blend, Drop, Fuse, Linearize, Plan, apply, architecture_for
 from hf_layerfuse.evaluation.divergence import prediction
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 
@@ -77,7 +77,7 @@ def test_fused_transformers(model_type, head, edits, tmp_path):
 def test_fused_convolutional_layers(edit, tmp_path):
     """Layers of two convolutions that are dropped, one, or share kernels."""
     model = network("cifar")
-    adapter = adapter_for(model)
-    plan = Plan(adapter.model_type, len(adapter.layer_list(model)), (edit,), kinds=adapter.kinds)
+    architecture = architecture_for(model)
+    plan = Plan(architecture.model_type, len(architecture.layer_list(model)), (edit,), kinds=architecture.kinds)
     theirs, ours = exported(apply(model, plan).float().eval(), tmp_path / "model.onnx")
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4 * ours.abs().max().item())

@@ -17,8 +17,8 @@ from hf_layerfuse import (
     Plan,
     PlanError,
     UnsupportedModelError,
-    adapter_for,
     apply,
+    architecture_for,
     expand,
     fuse,
 )
@@ -41,7 +41,7 @@ def shared_model(model_type, edits=SHARE, head=None, **changes):
 
 
 def layer_list(model):
-    return adapter_for(model).layer_list(model)
+    return architecture_for(model).layer_list(model)
 
 
 def attention_of(model):
@@ -67,14 +67,14 @@ def decoded(model, ids, use_cache):
 def test_1_parameters_are_shared_and_modules_are_not(model_type):
     """Shared layers have one tensor for each matrix, modules of their own, and a cache entry each."""
     model = apply(causal_lm(model_type), Plan(model_type, LAYERS, SHARE))
-    layers, adapter = layer_list(model), adapter_for(model)
+    layers, architecture = layer_list(model), architecture_for(model)
     assert len(set(map(id, layers.modules()))) == sum(1 for _ in layers.modules()) == len(list(layers.named_modules()))
     named = [dict(layer.named_parameters()) for layer in layers]
     assert named[1].keys() == named[3].keys()
     for name, parameter in named[1].items():
         assert (named[3][name] is parameter) == (parameter.ndim >= 2)
-        assert (named[4][name] is named[2][name]) == (parameter.ndim >= 2 and adapter.owner(name) == "mlp")
-        assert (named[5][name] is named[0][name]) == (parameter.ndim >= 2 and adapter.owner(name) == "attention")
+        assert (named[4][name] is named[2][name]) == (parameter.ndim >= 2 and architecture.owner(name) == "mlp")
+        assert (named[5][name] is named[0][name]) == (parameter.ndim >= 2 and architecture.owner(name) == "attention")
     assert [module.layer_idx for module in attention_of(model)] == list(range(LAYERS))
     ids = example_inputs(model, 2, 12)["input_ids"]
     torch.testing.assert_close(decoded(model, ids, True), decoded(model, ids, False), rtol=1e-4, atol=1e-4)
@@ -171,7 +171,7 @@ def test_3_ties_do_not_depend_on_those_of_the_embeddings(tmp_path, model_type, t
         assert which.config.tie_word_embeddings == tie
         assert (which.get_output_embeddings().weight is which.get_input_embeddings().weight) == tie
         layers = layer_list(which)
-        for block in adapter_for(which).blocks(which):
+        for block in architecture_for(which).blocks(which):
             if block.layer == 3:
                 for role in block.modules.keys() - {"norm", "q_norm", "k_norm"}:
                     one, two = (which.get_submodule(block.modules[role].replace(".3.", f".{i}.")) for i in (1, 3))
@@ -291,7 +291,7 @@ def test_11_gradients_of_shared_weights_add_up(model_type):
     for kind, depths in groups.items():
         for group in depths:
             for name, parameter in mine[group[0]].items():
-                if adapter_for(model).owner(name) == kind and parameter.ndim >= 2:
+                if architecture_for(model).owner(name) == kind and parameter.ndim >= 2:
                     total = sum(copies[depth][name].grad for depth in group)
                     scale = max(copies[depth][name].grad.abs().max() for depth in group)
                     assert scale > 0

@@ -300,8 +300,8 @@ def test_a_fused_model_can_be_fused_again_when_expanded():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.Linear(2, 2), "no adapter for the architecture 'Linear'. Known: bert, "),
-        (lambda: "gpt2", "no adapter for the architecture 'str'"),
+        (lambda: nn.Linear(2, 2), "unknown architecture 'Linear'. Known: bert, "),
+        (lambda: "gpt2", "unknown architecture 'str'"),
         (lambda: tiny_config("gpt2"), "GPT2Config is not a transformers model"),
         (lambda: torch.compile(tiny_model("gpt2"), backend="eager"), "OptimizedModule is not .*without torch.compile"),
     ],

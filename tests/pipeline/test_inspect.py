@@ -12,7 +12,7 @@ from runs import causal_lm
 from hf_layerfuse import AutoFusedModel, FusionRecipe, apply, cli, plan_fusion
 from hf_layerfuse.cli import main
 from hf_layerfuse.methods.fusion.distances import block_distances
-from hf_layerfuse.models.architectures import ADAPTERS, ChainAdapter, adapter_for
+from hf_layerfuse.models.architectures import ARCHITECTURES, ConvGraphArchitecture, architecture_for
 from hf_layerfuse.pipeline.inspect import overview
 from hf_layerfuse.pipeline.report.tables import change_table, text_table
 from hf_layerfuse.recipe import SECTIONS
@@ -23,20 +23,20 @@ from hf_layerfuse.recipe.fields import fields_of
 def test_layers_and_blocks_are_counted(model_type) -> None:
     """Each layer has its parameters, and its blocks have no more; distances are those of the fusion engine."""
     model = tiny_model(model_type)
-    adapter = adapter_for(model)
+    architecture = architecture_for(model)
     summary, layers = overview(model, "cosine")
     sizes = dict(map(tuple, summary))
     assert int(sizes["parameters"].replace(",", "")) == model.num_parameters()
     assert sizes["fuse()"] == sizes["collapse()"] == "yes"
-    distances = block_distances(model, adapter.kinds, "cosine", None)
-    for place, (row, layer) in enumerate(zip(layers[1:], adapter.layer_list(model), strict=True)):
-        total, *blocks = (int(value.replace(",", "")) for value in row[1 : 2 + len(adapter.kinds)])
+    distances = block_distances(model, architecture.kinds, "cosine", None)
+    for place, (row, layer) in enumerate(zip(layers[1:], architecture.layer_list(model), strict=True)):
+        total, *blocks = (int(value.replace(",", "")) for value in row[1 : 2 + len(architecture.kinds)])
         assert total == sum(p.numel() for p in layer.parameters())
         assert all(block > 0 for block in blocks)
         assert sum(blocks) <= total
         if place + 1 < len(layers) - 1:
-            apart = [float(value) for value in row[-len(adapter.kinds) :]]
-            wanted = [distances[kind][place, place + 1].item() for kind in adapter.kinds]
+            apart = [float(value) for value in row[-len(architecture.kinds) :]]
+            wanted = [distances[kind][place, place + 1].item() for kind in architecture.kinds]
             assert apart == pytest.approx(wanted, abs=6e-4)
 
 
@@ -44,7 +44,7 @@ def test_layers_and_blocks_are_counted(model_type) -> None:
 def test_convolutions_are_counted(name) -> None:
     model = network(name)
     tables = overview(model)
-    chain = adapter_for(model, ChainAdapter).convolutions(model).chain(model)
+    chain = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
     rows = dict(map(tuple, tables[-1]))
     assert int(rows["convolutions"]) == len(chain.links)
     assert int(rows["segments of two or more that can be one"]) > 0
@@ -129,7 +129,7 @@ def test_what_cannot_be_done_is_said() -> None:
     assert "scale_attn_by_inverse_layer_idx" in found
     with torch.device("meta"):
         assert "fuse()" not in text_table(overview(type(model)(model.config))[0])
-    assert len(ADAPTERS) > len(TINY)
+    assert len(ARCHITECTURES) > len(TINY)
 
 
 def test_help_explains_every_field(capsys) -> None:

@@ -33,7 +33,7 @@ from hf_layerfuse import (
 )
 from hf_layerfuse.errors import DataError
 from hf_layerfuse.models.activation_fit import lines_of, watch_activations
-from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.models.modules.homotopy import Homotopy
 from hf_layerfuse.training.homotopy import Pull
 
@@ -44,7 +44,7 @@ POINTWISE = ["relu", "gelu", "gelu_new", "silu", "tanh", "quick_gelu"]
 def seen_by(model, layer: int, batches) -> list[torch.Tensor]:
     """What enters and leaves the activation of a layer, (tokens, units) each."""
     seen = []
-    watch_activations(model, adapter_for(model), [layer], batches, lambda _, z, y: seen.append((z, y)))
+    watch_activations(model, architecture_for(model), [layer], batches, lambda _, z, y: seen.append((z, y)))
     return [torch.cat(parts) for parts in zip(*seen, strict=True)]
 
 
@@ -105,7 +105,7 @@ def test_at_the_end_it_is_one_map(model_type):
     assert Plan.from_dict(straight.config.layerfuse_plan) == plan
     assert verify(straight)["reload"] == 0
     assert not Pull(straight, 0.0).activations
-    if adapter_for(model).adds is not None:
+    if architecture_for(model).adds is not None:
         folded, plan = straighten(bent, fold=True)
         assert (predicted(folded) - expected).abs().max() <= 1e-6 * expected.abs().max()
         assert plan.edits == (Linearize(1, fold=True), Linearize(4, fold=True))
@@ -134,8 +134,8 @@ def test_lines_come_from_what_is_seen():
     for batch in batches:
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         batch["attention_mask"][:, -3:] = 0
-    adapter = adapter_for(model)
-    slope, offset = lines_of(model, adapter, [2], batches)[2]
+    architecture = architecture_for(model)
+    slope, offset = lines_of(model, architecture, [2], batches)[2]
     z, y = seen_by(model, 2, batches)
     assert len(z) == sum(int(batch["attention_mask"].sum()) for batch in batches)
     for unit in (0, 7, 40):
@@ -143,7 +143,9 @@ def test_lines_come_from_what_is_seen():
         expected = torch.linalg.lstsq(x, y[:, unit : unit + 1]).solution.flatten()
         torch.testing.assert_close(torch.stack([slope[unit], offset[unit]]), expected)
     with pytest.raises(DataError, match="hold no tokens"):
-        lines_of(model, adapter, [2], [{**batch, "attention_mask": 0 * batch["attention_mask"]} for batch in batches])
+        lines_of(
+            model, architecture, [2], [{**batch, "attention_mask": 0 * batch["attention_mask"]} for batch in batches]
+        )
 
 
 def test_published_variant_is_prelu():

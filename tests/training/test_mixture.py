@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from hf_layerfuse import Fuse, HealRecipe, Plan, RecipeError, align, apply, heal, mixed_weights
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
-from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.recipe import DataRecipe, FusionRecipe, Recipe
 from hf_layerfuse.training.mixture import Mixture
 
@@ -38,8 +38,8 @@ def test_parts_are_those_of_the_aligned_layers(model_type, name):
     student, teacher, plan, parts = made(model_type, name)
     assert parts
     edit = plan.edits[0]
-    originals = adapter_for(teacher).layer_list(align(teacher, plan))
-    prefix = adapter_for(teacher).layers_path(student)
+    originals = architecture_for(teacher).layer_list(align(teacher, plan))
+    prefix = architecture_for(teacher).layers_path(student)
     for full, tensors in parts.items():
         value = student.get_parameter(full)
         assert len(tensors) == len(edit.layers)
@@ -53,8 +53,12 @@ def test_parts_are_those_of_the_aligned_layers(model_type, name):
         )
     mixed = {id(student.get_parameter(full)) for full in parts}
     kinds = 1 if edit.kind == "mlp" else 2
-    layer = adapter_for(teacher).layer_list(student)[plan.layout().slots[1].layers[0] if edit.mode == "share" else 1]
-    owned = [p for n, p in layer.named_parameters() if adapter_for(teacher).owner(n) in ("attention", "mlp")[-kinds:]]
+    layer = architecture_for(teacher).layer_list(student)[
+        plan.layout().slots[1].layers[0] if edit.mode == "share" else 1
+    ]
+    owned = [
+        p for n, p in layer.named_parameters() if architecture_for(teacher).owner(n) in ("attention", "mlp")[-kinds:]
+    ]
     assert mixed == {id(p) for p in owned if edit.mode == "depth" or p.ndim == 2}
 
 

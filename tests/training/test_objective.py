@@ -13,7 +13,7 @@ from hf_layerfuse.data.collate import TEACHER_IDS, TEACHER_LOGPROBS, CollateText
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.math import losses
 from hf_layerfuse.math.losses import distillation_loss, relative_mse, top_k_loss
-from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.plan.match import Match
 from hf_layerfuse.training.objective import Objective
 from hf_layerfuse.training.teacher_cache import with_teacher
@@ -47,14 +47,14 @@ def test_layers_answer_to_the_end_of_their_group(model_type, name):
     found = layer_map(student, teacher, plan)
     assert matched(found, "hidden") == {i: hidden for i, (hidden, _) in enumerate(expected)}
     assert matched(found, "attention") == {i: there for i, (_, there) in enumerate(expected) if there is not None}
-    adapter = adapter_for(teacher)
-    layers = {model: list(adapter.layer_list(model)) for model in (student, teacher)}
+    architecture = architecture_for(teacher)
+    layers = {model: list(architecture.layer_list(model)) for model in (student, teacher)}
     for match in found:
         for model, path in ((student, match.student), (teacher, match.teacher)):
             module, depth = model.get_submodule(path), matched((match,), match.kind)
             index = next(iter(depth)) if model is student else next(iter(depth.values()))
             layer = layers[model][index]
-            assert module is (layer if match.kind == "hidden" else layer.get_submodule(adapter.attention["out"]))
+            assert module is (layer if match.kind == "hidden" else layer.get_submodule(architecture.attention["out"]))
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -63,14 +63,14 @@ def test_fused_weights_are_those_of_blocks_made_of_several(model_type, name):
     edits, _ = PLANS[name]
     plan = Plan(model_type, LAYERS, edits)
     student = apply(tiny_model(model_type), plan)
-    adapter, slots = adapter_for(student), plan.layout().slots
-    prefix = adapter.layers_path(student)
+    architecture, slots = architecture_for(student), plan.layout().slots
+    prefix = architecture.layers_path(student)
     made = {(edit.kind, layer) for edit in edits if isinstance(edit, Fuse) for layer in edit.layers}
     expected = set()
     for full, _ in student.named_parameters(remove_duplicate=False):
         if full.startswith(f"{prefix}."):
             index, rest = full.removeprefix(f"{prefix}.").split(".", 1)
-            kind, first = adapter.owner(rest), slots[int(index)].layers[0]
+            kind, first = architecture.owner(rest), slots[int(index)].layers[0]
             gone = kind is not None and slots[int(index)].source(kind) is None
             if not gone and {(kind, first), ("layer", first)} & made and kind is not None:
                 expected.add(full)

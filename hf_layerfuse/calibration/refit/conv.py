@@ -35,7 +35,7 @@ class ConvRepair(Repair):
 
     @torch.no_grad()
     def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], MappedActivations]) -> None:
-        table, layer = self.student.adapter.table("conv"), self.student.layers[index]
+        table, layer = self.student.architecture.table("conv"), self.student.layers[index]
         target = seen[slot.layers[-1], SUM]
         conv, norm = layer.get_submodule(table["out"]), layer.get_submodule(table["norm"])
         if self.method == "linear":

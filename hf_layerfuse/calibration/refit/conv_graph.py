@@ -16,7 +16,7 @@ from ...evaluation.divergence import calibration_loss
 from ...evaluation.eval_mode import eval_mode
 from ...evaluation.hooks import StopForward, watch
 from ...math.ridge import Moments, fit
-from ...models.architectures import ChainAdapter, Convolutions, Place, adapter_for
+from ...models.architectures import ConvGraphArchitecture, Convolutions, Place, architecture_for
 from ...models.modules.conv import PaddedConv2d, module_at
 from ...plan import MergeConvs, Plan
 from ..samples import Sample
@@ -103,7 +103,7 @@ def repair(
     Returns:
         For each convolution that was fitted, `segment` and its mean squared error on held-out images `before`, `after`.
     """
-    convs = adapter_for(teacher, ChainAdapter).convolutions(teacher)
+    convs = architecture_for(teacher, ConvGraphArchitecture).convolutions(teacher)
     rows = []
     for edit in tqdm(edits, "Fitting convolutions", disable=None, leave=False):
         conv = student.get_submodule(convs.units[edit.start + 1].conv)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...math.ridge import Moments, chain, eliminate, fit, identity
-from ...models.architectures import READERS, Block, adapter_for, heads_of
+from ...models.architectures import READERS, Block, architecture_for, heads_of
 from ...models.architectures.block_weights import HEAD_NORMS, rows_of, write_rows
 from ...models.modules.shared_linear import theta_of
 from ...plan import Source
@@ -45,7 +45,7 @@ class Selection:
         self, walk: LayerwiseForward, block: Block, stocks: Mapping[int, nn.Module], originals: Mapping[int, PerBatch]
     ) -> None:
         self.walk, self.block = walk, block
-        self.table = walk.adapter.table(block.kind)
+        self.table = walk.architecture.table(block.kind)
         self.layer = walk.layers[block.layer]
         self.variants: list[nn.Module] = []
         own = {id(p) for path in self.table.values() for p in self.layer.get_submodule(path).parameters()}
@@ -134,7 +134,7 @@ class Selection:
         The matrix of moments of all would take longer to fill than everything else.
         """
         total = (len(self.start) - 1) // size
-        width = theta_of(self.variants[0].get_submodule(self.walk.adapter.mlp["out"])).shape[0] - 1
+        width = theta_of(self.variants[0].get_submodule(self.walk.architecture.mlp["out"])).shape[0] - 1
         most = max(keep, WIDTHS * width // size)
         if total <= most:
             return torch.arange(total, device=self.start.device)
@@ -162,7 +162,7 @@ def alike(model: PreTrainedModel, source: Source) -> list[int]:
     They see what it sees: a sliding window, or everything. Norms inside the heads belong to all heads of a layer.
     """
     types = getattr(model.config, "layer_types", None) or [None] * (max(source.layers) + 1)
-    normed = any(role in adapter_for(model).attention for role in HEAD_NORMS)
+    normed = any(role in architecture_for(model).attention for role in HEAD_NORMS)
     return [n for n in source.layers if n == source.kept or (types[n] == types[source.kept] and not normed)]
 
 

@@ -14,7 +14,7 @@ from ...evaluation.divergence import calibration_loss
 from ...evaluation.eval_mode import eval_mode
 from ...math.ridge import Moments, chain, fit, identity
 from ...models.align import aligned
-from ...models.architectures import READERS, Block, ConvAdapter, adapter_for
+from ...models.architectures import READERS, Block, ConvArchitecture, architecture_for
 from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...models.modules.shared_linear import theta_of
 from ...models.surgery.checks import check_model, check_plan
@@ -81,9 +81,9 @@ def _refit_layers(
     before = calibration_loss(student, teacher, sample.held_out_batches)
     if method == "none":
         return RefitReport(before, before, kept=False)
-    adapter = adapter_for(teacher)
-    check_model(teacher, adapter)
-    check_plan(teacher, adapter, plan)
+    architecture = architecture_for(teacher)
+    check_model(teacher, architecture)
+    check_plan(teacher, architecture, plan)
     with eval_mode(student, teacher):
         return refit_by(student, TeacherStates(LayerwiseForward(teacher, sample)), plan, before, method)
 
@@ -112,7 +112,7 @@ def refit_by(student: PreTrainedModel, trace: TeacherStates, plan: Plan, before:
 
 def repair_of(student: LayerwiseForward, teacher: TeacherStates, plan: Plan, method: Method) -> Repair:
     """What repairs the blocks of a student's architecture."""
-    kind = ConvRepair if student.adapter.kinds == ConvAdapter.kinds else TransformerRepair
+    kind = ConvRepair if student.architecture.kinds == ConvArchitecture.kinds else TransformerRepair
     return kind(student, teacher, plan, method)
 
 
@@ -127,7 +127,7 @@ class TransformerRepair(Repair):
         super().__init__(student, teacher, plan, method)
         # units, heads and turns of shared weights are those of the aligned original
         original = aligned(teacher.walk.model, plan, student.sample.batches) if self.tied else teacher.walk.model
-        self._aligned = student.adapter.layer_list(original)
+        self._aligned = student.architecture.layer_list(original)
 
     def _wanted(self, slot: Slot) -> set[tuple[int, HookPoint]]:
         wanted = {_target(slot, kind) for kind, source in slot.blocks.items() if source}
@@ -144,15 +144,15 @@ class TransformerRepair(Repair):
         return wanted
 
     def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], MappedActivations]) -> None:
-        adapter, model = self.student.adapter, self.student.model
+        architecture, model = self.student.architecture, self.student.model
         layer = self.student.layers[index]
-        blocks = [block for block in adapter.blocks(model) if block.layer == index]
+        blocks = [block for block in architecture.blocks(model) if block.layer == index]
         for block in blocks:
             depth, point = _target(slot, block.kind)
-            if adapter.post_norm and len(slot.layers) > 1:
+            if architecture.post_norm and len(slot.layers) > 1:
                 # the sum is led to one that this norm of the original follows
-                path = adapter.table(point.kind)["norm"]
-                own = adapter.table(block.kind)["norm"]
+                path = architecture.table(point.kind)["norm"]
+                own = architecture.table(block.kind)["norm"]
                 layer.get_submodule(own).load_state_dict(self.teacher.layers[depth].get_submodule(path).state_dict())
         if self.method == "linear":
             if len(slot.layers) > 1:
@@ -170,7 +170,7 @@ class TransformerRepair(Repair):
                 kept = slot.source(block.kind).kept
                 self._fit_inputs(block, kept, seen[kept, HookPoint(block.kind, "read")])
                 self._fit_projection(block, seen[_target(slot, block.kind)])
-            if adapter.post_norm and (index, block.kind) in self.tied:
+            if architecture.post_norm and (index, block.kind) in self.tied:
                 self._fit_norm(block, slot)
 
     def _readers(self, block: Block) -> dict[str, str]:
@@ -189,10 +189,10 @@ class TransformerRepair(Repair):
         """Refit the maps that read the stream, so that they give what they gave for the original's."""
         moments = self._reading(block, original)
         if (block.layer, block.kind) in self.tied:
-            table, stock = self.student.adapter.table(block.kind), self._aligned[source]
+            table, stock = self.student.architecture.table(block.kind), self._aligned[source]
             aims = {role: theta_of(stock.get_submodule(table[role])) for role in self._readers(block)}
             # a gain for queries and keys, whose errors multiply, was measured to do more harm than good
-            if block.kind == "mlp" and not self.student.adapter.post_norm:
+            if block.kind == "mlp" and not self.student.architecture.post_norm:
                 moments = self._fit_gain(block, aims, moments)
             for role, path in self._readers(block).items():
                 self._fit(block, role, path, [part.towards(aims[role]) for part in moments])

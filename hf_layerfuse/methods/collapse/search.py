@@ -18,7 +18,7 @@ from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.batches import Batches
 from ...evaluation.eval_mode import eval_mode
 from ...models.apply import applied
-from ...models.architectures import adapter_for
+from ...models.architectures import architecture_for
 from ...models.surgery.checks import check_model, check_plan
 from ...models.surgery.linear_mlp import needs_fit
 from ...models.surgery.size import planned_size
@@ -36,7 +36,7 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
     have led to. With method `homotopy`, they get activations that `heal` leads to lines, and `straighten` merges.
 
     Args:
-        model: a stock model with a registered adapter; never changed.
+        model: a stock model with a registered architecture; never changed.
         recipe: what is asked for.
         batches: calibration batches, read once.
 
@@ -46,21 +46,21 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
     Raises:
         RecipeError: the target cannot be met, or what is asked for needs batches and there are none.
         PlanError: the rank saves nothing.
-        UnsupportedModelError: no adapter for the architecture, or one without an activation; a model that cannot be
-            fused; or gated MLPs, which are not linear without a fit, and nothing to fit them to.
+        UnsupportedModelError: an unknown architecture, or one without an activation; a model that cannot
+            be fused; or gated MLPs, which are not linear without a fit, and nothing to fit them to.
     """
-    adapter = adapter_for(model)
-    check_model(model, adapter)
+    architecture = architecture_for(model)
+    check_model(model, architecture)
     batches = None if batches is None else list(batches)
-    nothing = Plan(adapter.model_type, len(adapter.layer_list(model)), kinds=adapter.kinds)
+    nothing = Plan(architecture.model_type, len(architecture.layer_list(model)), kinds=architecture.kinds)
     edits = [Linearize(layer, recipe.rank, recipe.fold) for layer in range(nothing.num_layers)]
     homotopy = recipe.method == "homotopy"
     for plan in (replace(nothing, edits=edits), *([_bent(replace(nothing, edits=edits), recipe)] if homotopy else [])):
-        check_plan(model, adapter, plan)
-    if needs_fit(adapter) and (batches is None or recipe.refit == "none"):
+        check_plan(model, architecture, plan)
+    if needs_fit(architecture) and (batches is None or recipe.refit == "none"):
         raise UnsupportedModelError(
-            f"the MLPs of {adapter.model_type!r} are gated, and bilinear without their activation: what makes them "
-            "linear is a fit. Pass batches=, and use refit='full' or 'maps'."
+            f"the MLPs of {architecture.model_type!r} are gated, and bilinear without their activation: only a fit "
+            "makes them linear. Pass batches=, and use refit='full' or 'maps'."
         )
     if batches is None and (recipe.order == "measured" or recipe.max_loss is not None):
         raise RecipeError(
@@ -144,12 +144,12 @@ def _plans(model: PreTrainedModel, recipe: CollapseRecipe, nothing: Plan, order:
     sizes = [planned_size(model, plan)[unit] for plan in plans]
     limit = recipe.max_bytes or recipe.max_parameters
     if recipe.ratio is not None:
-        adapter = adapter_for(model)
+        architecture = architecture_for(model)
         limit = sizes[0] - recipe.ratio * sum(
             parameter.numel()
-            for layer in adapter.layer_list(model)
+            for layer in architecture.layer_list(model)
             for name, parameter in layer.named_parameters()
-            if adapter.owner(name)
+            if architecture.owner(name)
         )
     met = next((plan for plan, size in zip(plans, sizes, strict=True) if size <= limit), None)
     if met is None or not met.edits:

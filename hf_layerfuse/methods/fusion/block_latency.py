@@ -15,7 +15,7 @@ from ...evaluation.cache import Table
 from ...evaluation.eval_mode import eval_mode
 from ...evaluation.timing import time_missing, timed_on
 from ...models.apply import applied
-from ...models.architectures import adapter_for
+from ...models.architectures import architecture_for
 from ...models.surgery.checks import can_be, shapes_of
 from ...plan import Drop, Edit, Linearize, Plan
 
@@ -51,11 +51,11 @@ class BlockTimes:
         repeats: int = 10,
         warmup: int = 3,
     ) -> None:
-        self.model, self.adapter = model, adapter_for(model)
+        self.model, self.architecture = model, architecture_for(model)
         self.inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         self.repeats, self.warmup = repeats, warmup
         self.table = Table(path, timed_on(model, self.inputs))
-        layers = self.adapter.layer_list(model)
+        layers = self.architecture.layer_list(model)
         types = getattr(model.config, "layer_types", None) or [None] * len(layers)
         alike: dict[tuple, list[int]] = {}
         for index, layer in enumerate(layers):
@@ -93,7 +93,7 @@ class BlockTimes:
 
     def block(self, layer: int, kind: str) -> float:
         """What the block of a kind takes in a layer."""
-        saved = {name: self._saved(layer, Drop(name, layer)) for name in self.adapter.kinds}
+        saved = {name: self._saved(layer, Drop(name, layer)) for name in self.architecture.kinds}
         return self.layer(layer) * saved[kind] / (sum(saved.values()) or 1.0)
 
     def linear(self, layer: int) -> float:
@@ -107,9 +107,9 @@ class BlockTimes:
         return 0.0 if found is None else max(self.original - found["ms"], 0.0) / max(len(plan.edits), 1)
 
     def _probes(self, layer: int) -> list[Plan]:
-        edits = [Drop("layer", layer), *(Drop(kind, layer) for kind in self.adapter.kinds), Linearize(layer)]
-        plans = [self._probe(layer, edit) for edit in edits if edit.kind in ("layer", *self.adapter.kinds)]
-        return [plan for plan in plans if can_be(self.model, self.adapter, plan)]
+        edits = [Drop("layer", layer), *(Drop(kind, layer) for kind in self.architecture.kinds), Linearize(layer)]
+        plans = [self._probe(layer, edit) for edit in edits if edit.kind in ("layer", *self.architecture.kinds)]
+        return [plan for plan in plans if can_be(self.model, self.architecture, plan)]
 
     def _probe(self, layer: int, edit: Edit) -> Plan:
         """The edit in all layers that are like this one; something has to be left."""
@@ -117,7 +117,7 @@ class BlockTimes:
         if isinstance(edit, Drop) and len(group) == len(self._alike):
             group = group[1:]
         edits = [Linearize(index) if isinstance(edit, Linearize) else Drop(edit.kind, index) for index in group]
-        return Plan(self.adapter.model_type, len(self._alike), tuple(edits), kinds=self.adapter.kinds)
+        return Plan(self.architecture.model_type, len(self._alike), tuple(edits), kinds=self.architecture.kinds)
 
     def _key(self, plan: Plan) -> str:
         """What plans have in common that lead to models of one speed: shape and type of the layers, and their forms."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from ...evaluation.cache import Table
-from ...models.architectures import LayerAdapter
+from ...models.architectures import LayerArchitecture
 from ...models.surgery.checks import can_be
 from ...plan import Drop, Edit, Fuse, Linearize, Plan
 from ...plan.edit import write_edit
@@ -40,7 +40,11 @@ class Choice:
 
 
 def choices_of(
-    model: PreTrainedModel, adapter: LayerAdapter, edits_of_runs: Callable[[tuple[int, ...]], Edit], *, runs_only: bool
+    model: PreTrainedModel,
+    architecture: LayerArchitecture,
+    edits_of_runs: Callable[[tuple[int, ...]], Edit],
+    *,
+    runs_only: bool,
 ) -> list[Choice]:
     """All that there is to choose from.
 
@@ -49,11 +53,11 @@ def choices_of(
 
     Args:
         model: a stock transformer.
-        adapter: of its architecture.
+        architecture: of its architecture.
         edits_of_runs: what a run of layers becomes.
         runs_only: nothing but runs, and blocks as they are.
     """
-    depth, kinds = len(adapter.layer_list(model)), adapter.kinds
+    depth, kinds = len(architecture.layer_list(model)), architecture.kinds
     found = [Choice(block, block + 1) for block in range(depth * len(kinds))]
     changes: list[tuple[int, int, Edit]] = []
     for layer in range(depth) if not runs_only else ():
@@ -66,8 +70,8 @@ def choices_of(
     for start in range(depth):
         for end in range(start + 2, depth + 1):
             changes.append((start * len(kinds), end * len(kinds), edits_of_runs(tuple(range(start, end)))))
-    nothing = Plan(adapter.model_type, depth, kinds=kinds)
-    able = [change for change in changes if can_be(model, adapter, replace(nothing, edits=(change[2],)))]
+    nothing = Plan(architecture.model_type, depth, kinds=kinds)
+    able = [change for change in changes if can_be(model, architecture, replace(nothing, edits=(change[2],)))]
     return [*found, *(Choice(*change) for change in able)]
 
 

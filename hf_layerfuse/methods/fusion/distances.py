@@ -13,7 +13,7 @@ from ...calibration.recorder import observe
 from ...errors import RecipeError
 from ...evaluation.batches import Batches
 from ...math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
-from ...models.architectures import READERS, Block, LayerAdapter, adapter_for, linear_maps
+from ...models.architectures import READERS, Block, LayerArchitecture, architecture_for, linear_maps
 from ...models.architectures.block_weights import batch_norm_gain
 from ...models.surgery.checks import shapes_of
 from ...models.surgery.layers import is_shared
@@ -29,13 +29,13 @@ def block_distances(
         RecipeError: the similarity compares activations and there are no batches.
         DataError: the batches hold no tokens, or too few for the similarity.
     """
-    adapter = adapter_for(model)
+    architecture = architecture_for(model)
     if similarity in ON_WEIGHTS:
         measure = ON_WEIGHTS[similarity]
-        if adapter.resizes:
-            return {kind: _between_shapes(model, adapter, measure) for kind in kinds}
-        return {kind: measure(_aligned_maps(model, adapter, kind)).cpu() for kind in kinds}
-    if adapter.resizes:
+        if architecture.resizes:
+            return {kind: _between_shapes(model, architecture, measure) for kind in kinds}
+        return {kind: measure(_aligned_maps(model, architecture, kind)).cpu() for kind in kinds}
+    if architecture.resizes:
         raise RecipeError(
             f"similarity={similarity!r} compares the stream after different layers, whose shapes differ in "
             f"{model.config.model_type!r}: use one that compares weights: {', '.join(ON_WEIGHTS)}."
@@ -46,20 +46,20 @@ def block_distances(
             f"or use one that compares weights: {', '.join(ON_WEIGHTS)}."
         )
     measures = {kind: ON_ACTIVATIONS[similarity]() for kind in kinds}
-    observe(model, adapter, batches, {kind: measure.update for kind, measure in measures.items()})
+    observe(model, architecture, batches, {kind: measure.update for kind, measure in measures.items()})
     return {kind: measure.distance().cpu() for kind, measure in measures.items()}
 
 
-def _aligned_maps(model: PreTrainedModel, adapter: LayerAdapter, kind: Kind) -> Iterator[Tensor]:
+def _aligned_maps(model: PreTrainedModel, architecture: LayerArchitecture, kind: Kind) -> Iterator[Tensor]:
     """For each linear map of a kind of block, its matrices in all layers: (layers, units, stream) float64.
 
     The columns are coordinates of the residual stream, also for maps that write to it. A norm in front of the block
     scales these coordinates, which is part of what the maps behind it compute.
     """
     for part in ("attention", "mlp") if kind == "layer" else (kind,):
-        blocks = [block for block in adapter.blocks(model) if block.kind == part]
+        blocks = [block for block in architecture.blocks(model) if block.kind == part]
         maps = [linear_maps(model, block) for block in blocks]
-        gains = [None if adapter.post_norm else _gain(model, block) for block in blocks]
+        gains = [None if architecture.post_norm else _gain(model, block) for block in blocks]
         for role, first in maps[0].items():
             if not is_shared(first.weight):
                 continue
@@ -71,18 +71,18 @@ def _aligned_maps(model: PreTrainedModel, adapter: LayerAdapter, kind: Kind) -> 
             yield weights.contiguous()
 
 
-def _between_shapes(model: PreTrainedModel, adapter: LayerAdapter, measure: Callable) -> Tensor:
+def _between_shapes(model: PreTrainedModel, architecture: LayerArchitecture, measure: Callable) -> Tensor:
     """Distances between convolutional layers, infinite between those of different shapes.
 
     A map is a convolution with the batch norm that follows folded into it: rows are what it gives, or of the second
     one what it reads, so that columns belong to the stream.
     """
-    layers = adapter.layer_list(model)
+    layers = architecture.layer_list(model)
     shapes = [shapes_of(layer) for layer in layers]
     found = torch.full((len(layers), len(layers)), math.inf, dtype=torch.float64)
     for shape in dict.fromkeys(shapes):
         alike = [index for index, other in enumerate(shapes) if other == shape]
-        kernels = [[_folded(layers[index], adapter, *names) for index in alike] for names in _CONVS]
+        kernels = [[_folded(layers[index], architecture, *names) for index in alike] for names in _CONVS]
         first, second = map(torch.stack, kernels)
         own = measure([first.flatten(2), second.transpose(1, 2).flatten(2)]).cpu()
         found[torch.tensor(alike).unsqueeze(1), torch.tensor(alike)] = own
@@ -93,9 +93,9 @@ _CONVS = (("in", "in_norm"), ("out", "norm"))
 """Roles of the convolutions of a layer and of their batch norms."""
 
 
-def _folded(layer: torch.nn.Module, adapter: LayerAdapter, conv: str, norm: str) -> Tensor:
+def _folded(layer: torch.nn.Module, architecture: LayerArchitecture, conv: str, norm: str) -> Tensor:
     """The kernel of a convolution, (out, in, pixels) float64, times the gain of the batch norm that follows."""
-    conv, norm = (layer.get_submodule(adapter.table("conv")[role]) for role in (conv, norm))
+    conv, norm = (layer.get_submodule(architecture.table("conv")[role]) for role in (conv, norm))
     gain = batch_norm_gain(norm.weight.detach().double(), norm.running_var.double())
     return conv.weight.detach().double().flatten(2) * gain[:, None, None]
 

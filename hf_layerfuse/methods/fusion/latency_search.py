@@ -27,7 +27,7 @@ from ...evaluation.eval_mode import eval_mode
 from ...evaluation.fingerprint import digest, fingerprint
 from ...math.knapsack import Option
 from ...models.apply import applied
-from ...models.architectures import LayerAdapter, adapter_for
+from ...models.architectures import LayerArchitecture, architecture_for
 from ...models.surgery.checks import check_model
 from ...models.surgery.linear_mlp import needs_fit
 from ...plan import Drop, Edit, Fuse, Linearize, Plan
@@ -61,26 +61,27 @@ def search_budget(model: PreTrainedModel, recipe: FusionRecipe, batches: Sequenc
     timed; where it takes longer than the budget, the program gets a smaller one.
 
     Args:
-        model: a stock transformer with a registered adapter; never changed.
+        model: a stock transformer with a registered architecture; never changed.
         recipe: with `latency_budget` or `latency_ms`.
         batches: calibration batches.
 
     Raises:
         RecipeError: the budget cannot be met, or there are no batches.
-        UnsupportedModelError: no adapter for the architecture, one of convolutions, or a model that cannot be fused.
+        UnsupportedModelError: an unknown architecture, one of convolutions, or a model that cannot be
+        fused.
         LayerFuseError: the tables are of another device, other weights or other data.
     """
-    adapter = adapter_for(model)
-    check_model(model, adapter)
-    if "attention" not in adapter.kinds:
+    architecture = architecture_for(model)
+    check_model(model, architecture)
+    if "attention" not in architecture.kinds:
         raise UnsupportedModelError(
-            f"layers of {adapter.model_type!r} have no attention and MLPs to choose from: use merge(model, budget=...) "
-            "for convolutions, or a target other than latency."
+            f"layers of {architecture.model_type!r} have no attention and MLPs to choose from: use "
+            "merge(model, budget=...) for convolutions, or a target other than latency."
         )
     if batches is None:
         raise RecipeError("what a choice is worth is measured on calibration batches: pass batches=.")
     with eval_mode(model):
-        found = _Budget(model, adapter, recipe, list(batches)).run()
+        found = _Budget(model, architecture, recipe, list(batches)).run()
     found.model.train(model.training)
     return found
 
@@ -88,11 +89,13 @@ def search_budget(model: PreTrainedModel, recipe: FusionRecipe, batches: Sequenc
 class _Budget:
     """One search; the best combination so far is kept, its weights on disk."""
 
-    def __init__(self, model: PreTrainedModel, adapter: LayerAdapter, recipe: FusionRecipe, batches: list[Any]) -> None:
-        self.model, self.adapter, self.recipe, self.batches = model, adapter, recipe, batches
+    def __init__(
+        self, model: PreTrainedModel, architecture: LayerArchitecture, recipe: FusionRecipe, batches: list[Any]
+    ) -> None:
+        self.model, self.architecture, self.recipe, self.batches = model, architecture, recipe, batches
         self.sample = Sample.of(batches)
         self.trace = TeacherStates(LayerwiseForward(model, self.sample))
-        self.depth = len(adapter.layer_list(model))
+        self.depth = len(architecture.layer_list(model))
         few = Sample.of(batches, share_of(self.sample, self.depth, 5 * self.depth, COST))
         self.few = TeacherStates(LayerwiseForward(model, few))
         folder = None if recipe.tables is None else Path(recipe.tables)
@@ -120,11 +123,11 @@ class _Budget:
         importance = importance_of(model, batches)
         self.choices = choices_of(
             model,
-            adapter,
+            architecture,
             lambda run: group_edit("layer", run, recipe, importance),
             runs_only=recipe.choose == "runs",
         )
-        if needs_fit(adapter) and recipe.refit == "none":
+        if needs_fit(architecture) and recipe.refit == "none":
             self.choices = [choice for choice in self.choices if not isinstance(choice.edit, Linearize)]
         self.tried: dict[tuple[Edit, ...], dict[str, Any]] = {}
         self.best: tuple[list[Choice], Plan, RefitReport, WeightSnapshot] | None = None
@@ -162,17 +165,17 @@ class _Budget:
 
     def cost(self, choice: Choice) -> float:
         """Milliseconds of what a choice leads to."""
-        layer, place = divmod(choice.start, len(self.adapter.kinds))
+        layer, place = divmod(choice.start, len(self.architecture.kinds))
         if isinstance(choice.edit, Drop):
             return 0.0
         if isinstance(choice.edit, Linearize):
             return self.times.linear(layer)
         if isinstance(choice.edit, Fuse):
             return self.times.layer(layer)
-        return self.times.block(layer, self.adapter.kinds[place])
+        return self.times.block(layer, self.architecture.kinds[place])
 
     def plan(self, chosen: Iterable[Choice]) -> Plan:
-        return Plan(self.adapter.model_type, self.depth, edits_of(chosen), kinds=self.adapter.kinds)
+        return Plan(self.architecture.model_type, self.depth, edits_of(chosen), kinds=self.architecture.kinds)
 
     def _worth(
         self, base: Sequence[Choice] = (), student: PreTrainedModel | None = None, prior: Worth | None = None
@@ -200,7 +203,7 @@ class _Budget:
                     if math.isfinite(loss := worth.of(choice)):
                         option = Option(self.cost(choice), -loss, choice)
                         options.setdefault((choice.start, choice.end), []).append(option)
-                length = self.depth * len(self.adapter.kinds)
+                length = self.depth * len(self.architecture.kinds)
                 chosen = affordable(length, options, limit, self.times)
                 wanted = [choice for choice in chosen if not worth.knows(choice)]
                 if not wanted:

@@ -19,7 +19,7 @@ from ...errors import RecipeError
 from ...evaluation.batches import Batches
 from ...evaluation.eval_mode import eval_mode
 from ...math import cluster
-from ...models.architectures import adapter_for
+from ...models.architectures import architecture_for
 from ...models.surgery.checks import check_model
 from ...models.surgery.size import are_unlike, sizes_of_runs
 from ...plan import Align, Fuse, Kind, Plan
@@ -47,7 +47,7 @@ def plan_fusion(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches |
     """Decide which blocks of a model to fuse.
 
     Args:
-        model: a stock model with a registered adapter.
+        model: a stock model with a registered architecture.
         recipe: what is asked for.
         batches: calibration batches, needed by the similarities that compare activations; read once.
 
@@ -58,16 +58,16 @@ def plan_fusion(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches |
     Raises:
         RecipeError: the target cannot be met, or the similarity needs batches and there are none.
         DataError: the batches hold no tokens, or too few for the similarity.
-        UnsupportedModelError: no adapter for the architecture, or a model that cannot be fused.
+        UnsupportedModelError: an unknown architecture, or a model that cannot be fused.
     """
-    check_model(model, adapter_for(model))
+    check_model(model, architecture_for(model))
     return planned(model, settled(model, recipe), batches)
 
 
 def planned(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None = None) -> Plan:
     """`plan_fusion` for a model that `check_model` accepted, and a recipe from `settled`."""
-    adapter = adapter_for(model)
-    depth = len(adapter.layer_list(model))
+    architecture = architecture_for(model)
+    depth = len(architecture.layer_list(model))
     keeps = counts_of(model, recipe)
     distances = block_distances(model, kinds_of(model, recipe), recipe.similarity, batches)
     divide = divider(model, recipe)
@@ -86,7 +86,7 @@ def planned(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | Non
                 groups[kind] = divide(cluster.inside_runs(matrix), keep)
             else:
                 groups[kind] = _CLUSTERS[recipe.cluster](_finite(matrix), keep)
-        return Plan(adapter.model_type, depth, _edits(recipe, groups, importance), notes, adapter.kinds)
+        return Plan(architecture.model_type, depth, _edits(recipe, groups, importance), notes, architecture.kinds)
 
     found = next((found for keep in keeps if fits(model, recipe, found := plan(keep))), None)
     if found is None:
@@ -103,11 +103,11 @@ def plan_evenly(model: PreTrainedModel, recipe: FusionRecipe) -> Plan:
     Raises:
         RecipeError: the target cannot be met, or needs a measurement.
     """
-    adapter, recipe = adapter_for(model), settled(model, recipe)
-    depth = len(adapter.layer_list(model))
+    architecture, recipe = architecture_for(model), settled(model, recipe)
+    depth = len(architecture.layer_list(model))
     for keep in counts_of(model, recipe):
         groups = {kind: even(depth, keep) for kind in kinds_of(model, recipe)}
-        found = Plan(adapter.model_type, depth, _edits(recipe, groups, None), kinds=adapter.kinds)
+        found = Plan(architecture.model_type, depth, _edits(recipe, groups, None), kinds=architecture.kinds)
         if fits(model, recipe, found):
             return found
     raise RecipeError("no runs of even length are that small: keep less, or choose for a model with weights.")
@@ -121,7 +121,7 @@ def divider(model: PreTrainedModel, recipe: FusionRecipe) -> Callable[[np.ndarra
     Raises:
         RecipeError: no division of layers of one shape into runs meets the target.
     """
-    layers = adapter_for(model).layer_list(model)
+    layers = architecture_for(model).layer_list(model)
     unlike = are_unlike(model)
     if unlike and recipe.ratio is not None:
         whole = sum(parameter.numel() for parameter in layers.parameters())

@@ -23,7 +23,7 @@ from ...evaluation.divergence import calibration_loss
 from ...evaluation.eval_mode import eval_mode
 from ...math import cluster
 from ...models.apply import applied
-from ...models.architectures import adapter_for
+from ...models.architectures import architecture_for
 from ...models.surgery.checks import check_model
 from ...plan import Fuse, Kind, Plan
 from ...recipe import FusionRecipe
@@ -58,7 +58,7 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
     notes say so.
 
     Args:
-        model: a stock model with a registered adapter; never changed.
+        model: a stock model with a registered architecture; never changed.
         recipe: what is asked for.
         batches: calibration batches, read once.
 
@@ -67,12 +67,12 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
 
     Raises:
         RecipeError: the target cannot be met, or what is asked for needs batches and there are none.
-        UnsupportedModelError: no adapter for the architecture, or a model that cannot be fused.
+        UnsupportedModelError: an unknown architecture, or a model that cannot be fused.
     """
     batches = None if batches is None else list(batches)
     if recipe.is_timed:
         return search_budget(model, recipe, batches)
-    check_model(model, adapter_for(model))
+    check_model(model, architecture_for(model))
     recipe = settled(model, recipe)
     first = planned(model, recipe, batches)
     if batches is None:
@@ -139,7 +139,7 @@ class _Search:
         return len(groups_of(self.first, kind))
 
     def _start(self, kind: Kind) -> Groups:
-        if self.recipe.cluster != "auto" or self.recipe.mode != "depth" or adapter_for(self.model).resizes:
+        if self.recipe.cluster != "auto" or self.recipe.mode != "depth" or architecture_for(self.model).resizes:
             return groups_of(self.first, kind)
         if self.recipe.refit == "none":
             return even(self.first.num_layers, self._count(kind))
@@ -214,8 +214,8 @@ class _Table:
         self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], importance: Importance
     ) -> None:
         self.recipe, self.importance = recipe, importance
-        adapter = adapter_for(model)
-        self.resizes, self.depth = adapter.resizes, len(adapter.layer_list(model))
+        architecture = architecture_for(model)
+        self.resizes, self.depth = architecture.resizes, len(architecture.layer_list(model))
         self.divide = divider(model, recipe)
         share = share_of(Sample.of(batches), self.depth, 3 * self.depth, TABLE_COST)
         sample = Sample.of(batches, share)

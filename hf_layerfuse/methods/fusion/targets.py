@@ -11,7 +11,7 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from ...errors import RecipeError
-from ...models.architectures import adapter_for
+from ...models.architectures import architecture_for
 from ...models.surgery.checks import shapes_of
 from ...models.surgery.layers import relaxed_maps
 from ...models.surgery.size import are_unlike, planned_size, removed_by_even_runs, size_of_blocks
@@ -26,7 +26,7 @@ def kinds_of(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[Kind, ...]:
     Raises:
         RecipeError: layers of this architecture have one block only, and the recipe asks for parts of them.
     """
-    kinds = adapter_for(model).kinds
+    kinds = architecture_for(model).kinds
     if len(kinds) == 1:
         if recipe.blocks != "layer":
             raise RecipeError(
@@ -49,15 +49,15 @@ def settled(model: PreTrainedModel, recipe: FusionRecipe) -> FusionRecipe:
     if recipe.rank != "auto":
         return recipe
     asked = next(f"{name}={value:.12g}" for name in TARGETS if (value := getattr(recipe, name)) is not None)
-    adapter, runs = adapter_for(model), _runs_of_one_shape(model)
-    layers = adapter.layer_list(model)
+    architecture, runs = architecture_for(model), _runs_of_one_shape(model)
+    layers = architecture.layer_list(model)
 
     def shared(rank: int) -> Plan:
         return _plan_of_runs(model, replace(recipe, rank=rank), runs)
 
     # no group may have a rank that none of its maps can use
     ties = shared(sys.maxsize).layout().ties
-    maps = [relaxed_maps(layers[tie.source.layers[0]], adapter, tie).values() for tie in ties]
+    maps = [relaxed_maps(layers[tie.source.layers[0]], architecture, tie).values() for tie in ties]
     ranks = range(1, 1 + min((max(rank for _, rank in found) for found in maps), default=0))
     met = bisect.bisect_left(ranks, True, key=lambda rank: not _meets(model, recipe, shared(rank)))
     if _meets(model, recipe, replace(shared(1), edits=())):
@@ -75,7 +75,7 @@ def counts_of(model: PreTrainedModel, recipe: FusionRecipe) -> Sequence[int]:
 
     Raises `RecipeError` where none can, before minutes of calibration are spent.
     """
-    depth = len(adapter_for(model).layer_list(model))
+    depth = len(architecture_for(model).layer_list(model))
     if depth < 2:
         raise RecipeError(f"the model has {depth} layer: there is nothing to fuse.")
     if recipe.keep_layers is not None:
@@ -116,16 +116,16 @@ def counts_of(model: PreTrainedModel, recipe: FusionRecipe) -> Sequence[int]:
 
 
 def _runs_of_one_shape(model: PreTrainedModel) -> list[tuple[int, ...]]:
-    shapes = [shapes_of(layer) for layer in adapter_for(model).layer_list(model)]
+    shapes = [shapes_of(layer) for layer in architecture_for(model).layer_list(model)]
     return [tuple(run) for _, run in itertools.groupby(range(len(shapes)), key=shapes.__getitem__)]
 
 
 def _plan_of_runs(model: PreTrainedModel, recipe: FusionRecipe, runs: list[tuple[int, ...]]) -> Plan:
     """One block of each run of layers. How their weights become one does not matter here."""
-    adapter = adapter_for(model)
+    architecture = architecture_for(model)
     groups = [run for run in runs if len(run) > 1]
     edits = [Fuse(kind, run, recipe.mode, rank=recipe.rank) for kind in kinds_of(model, recipe) for run in groups]
-    return Plan(adapter.model_type, sum(map(len, runs)), edits, kinds=adapter.kinds)
+    return Plan(architecture.model_type, sum(map(len, runs)), edits, kinds=architecture.kinds)
 
 
 def _limits(recipe: FusionRecipe) -> list[tuple[str, str, float]]:
@@ -136,7 +136,7 @@ def _limits(recipe: FusionRecipe) -> list[tuple[str, str, float]]:
 
 def fits(model: PreTrainedModel, recipe: FusionRecipe, plan: Plan) -> bool:
     """Whether what a plan leads to is as small as the recipe asks for, and no group holds layers that cannot be one."""
-    shapes = [shapes_of(layer) for layer in adapter_for(model).layer_list(model)]
+    shapes = [shapes_of(layer) for layer in architecture_for(model).layer_list(model)]
     if any(shapes[layer] != shapes[edit.layers[0]] for edit in plan.edits for layer in edit.layers):
         return False
     as_close_as_possible = recipe.ratio is not None and len(set(shapes)) == 1

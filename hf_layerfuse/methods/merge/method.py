@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ...models.architectures import ChainAdapter
+from ...models.architectures import ConvGraphArchitecture
 from ...models.finalize import merge_convs
 from ...plan import Plan
 from ...recipe import MERGE_TARGETS, MergeRecipe
@@ -35,7 +35,7 @@ MERGE = Method(
     name="merge",
     recipe_type=MergeRecipe,
     targets=MERGE_TARGETS,
-    adapter_type=ChainAdapter,
+    architecture_type=ConvGraphArchitecture,
     doing="merging",
     done="merged",
     tag="layer-merge",

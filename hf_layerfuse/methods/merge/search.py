@@ -15,7 +15,7 @@ from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.batches import Batches
 from ...math.knapsack import Frontier, Option
 from ...models.apply import applied
-from ...models.architectures import ChainAdapter, adapter_for
+from ...models.architectures import ConvGraphArchitecture, architecture_for
 from ...models.surgery.checks import check_model
 from ...plan import Plan
 from ...recipe import MergeRecipe
@@ -33,7 +33,7 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     convolutions are folded.
 
     Args:
-        model: a stock model whose adapter knows its chain of convolutions; never changed.
+        model: a stock model whose architecture knows its chain of convolutions; never changed.
         recipe: what is asked for.
         batches: calibration batches, read once.
 
@@ -42,13 +42,13 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
 
     Raises:
         RecipeError: the budget cannot be met, or there are no batches.
-        UnsupportedModelError: no adapter for the architecture, a model that cannot be merged, or one in which no two
-            convolutions can become one.
+        UnsupportedModelError: an unknown architecture, a model that cannot be merged, or one in which no
+            two convolutions can become one.
         LayerFuseError: the tables are of another device, other weights or other data.
     """
-    adapter = adapter_for(model, ChainAdapter)
-    check_model(model, adapter)
-    adapter.check_chain(model)
+    architecture = architecture_for(model, ConvGraphArchitecture)
+    check_model(model, architecture)
+    architecture.check_chain(model)
     if batches is None:
         raise RecipeError("what a segment is worth is measured on calibration batches: pass batches=.")
     sample = Sample.of(batches)
@@ -68,7 +68,7 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     entries = _useful(entries, latencies)
     fitted = recipe.refit != "none"
     losses = _losses(model, sample, recipe, folder, entries)
-    length = len(adapter.convolutions(model).units) - 1
+    length = len(architecture.convolutions(model).units) - 1
     published = recipe.importance == "published"
 
     def plan_of(chosen: Sequence[Entry]) -> Plan:

@@ -24,7 +24,7 @@ from ...evaluation.fingerprint import digest, fingerprint
 from ...evaluation.timing import time_missing, timed_on
 from ...math.knapsack import Frontier, Option
 from ...models.apply import applied
-from ...models.architectures import ChainAdapter, Place, Skip, adapter_for
+from ...models.architectures import ConvGraphArchitecture, Place, Skip, architecture_for
 from ...models.architectures.segments import Kept, Merged
 from ...models.modules.conv import PaddedConv2d, convolution, module_at
 from ...models.surgery.conv_graph import merged_shape, windows_of
@@ -67,7 +67,7 @@ class Entry(NamedTuple):
 
 def removals_of(model: PreTrainedModel) -> list[Entry]:
     """All convolutions as they are, and all that may go taken out, with their activations as they are."""
-    chain = adapter_for(model, ChainAdapter).convolutions(model).chain(model)
+    chain = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
     found = []
     for place, link in enumerate(chain.links[1:], 1):
         found.append(Entry(place - 1, place, Merged(link.kernel, link.depthwise), (place,)))
@@ -78,7 +78,7 @@ def removals_of(model: PreTrainedModel) -> list[Entry]:
 
 def entries_of(model: PreTrainedModel, max_kernel: int) -> list[Entry]:
     """All segments with all kernels of at most some size; those of one convolution are as they are."""
-    chain = adapter_for(model, ChainAdapter).convolutions(model).chain(model)
+    chain = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
     return [Entry(*entry) for entry in chain.table() if entry[1] - entry[0] == 1 or entry[2].kernel <= max_kernel]
 
 
@@ -108,9 +108,9 @@ class Latencies:
     def __init__(
         self, model: PreTrainedModel, images: Tensor, path: Path | None = None, *, repeats: int = 30, warmup: int = 5
     ) -> None:
-        self.model, self.adapter = model, adapter_for(model, ChainAdapter)
-        self.convs = self.adapter.convolutions(model)
-        self.windows = windows_of(model, self.adapter, self.convs)
+        self.model, self.architecture = model, architecture_for(model, ConvGraphArchitecture)
+        self.convs = self.architecture.convolutions(model)
+        self.windows = windows_of(model, self.architecture, self.convs)
         self.images, self.repeats, self.warmup = images.to(model.device, model.dtype), repeats, warmup
         with eval_mode(model):
             # a layer may put padding around what its convolution reads
@@ -178,7 +178,7 @@ class Latencies:
             conv = convolution(stock, [self.windows[place] for place in entry.keep], **shape)
         act = module_at(self.model, self.convs.units[entry.end].act)
         if act is None and entry.end - entry.start > 1:
-            act = self.adapter.activation(self.model.config)
+            act = self.architecture.activation(self.model.config)
         skip = next((skip for skip in self.convs.skips if skip.end == entry.end and skip.start < entry.start), None)
         return _Part(self.model, conv, act, skip, self.shapes[entry.start + 1], self.shapes)
 
@@ -232,19 +232,19 @@ def cheapest(length: int, entries: Sequence[Entry], cost: Callable[[Entry], floa
 
 def folded_plan(model: PreTrainedModel, edits: Sequence[MergeConvs] = ()) -> Plan:
     """Some merges, and all other batch norms of the chain folded."""
-    adapter = adapter_for(model, ChainAdapter)
-    units = adapter.convolutions(model).units
+    architecture = architecture_for(model, ConvGraphArchitecture)
+    units = architecture.convolutions(model).units
     taken = {place for edit in edits for place in edit.layers}
     others = [MergeConvs(place - 1, place, (place,)) for place in range(len(units)) if place not in taken]
     every = sorted([*edits, *others], key=lambda edit: edit.start)
-    return Plan(adapter.model_type, len(units), tuple(every), kinds=CHAIN)
+    return Plan(architecture.model_type, len(units), tuple(every), kinds=CHAIN)
 
 
 class Magnitudes:
     """How large the weights are that an entry takes away, per weight: what pruning goes by that measures nothing."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        links = adapter_for(model, ChainAdapter).convolutions(model).chain(model).links
+        links = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model).links
         self.means = [link.norm / (link.outs * (1 if link.depthwise else link.ins) * link.kernel**2) for link in links]
 
     def of(self, entry: Entry) -> float:
@@ -292,7 +292,7 @@ class Losses:
 
     def measure(self, entries: Sequence[Entry]) -> None:
         """Measure what is not known yet; each is written as soon as it is."""
-        units = adapter_for(self.model, ChainAdapter).convolutions(self.model).units
+        units = architecture_for(self.model, ConvGraphArchitecture).convolutions(self.model).units
         todo = [entry for entry in entries if entry.changes and entry.key not in self.table.values]
         for entry in tqdm(todo, "Measuring segments", disable=None):
             plan = Plan(self.model.config.model_type, len(units), (entry.edit,), kinds=CHAIN)

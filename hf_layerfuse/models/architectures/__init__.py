@@ -1,64 +1,64 @@
 """One table per architecture; `BUILTIN` lists those that come with the package."""
 
 from .base import (
-    ADAPTERS,
+    ARCHITECTURES,
     FUSED_PREFIX,
+    Architecture,
     Block,
-    ConvAdapter,
-    LayerAdapter,
-    ModelAdapter,
+    ConvArchitecture,
+    LayerArchitecture,
     One,
     Place,
-    TransformerAdapter,
+    TransformerArchitecture,
     ZeroAttention,
     ZeroBlock,
-    adapter_for,
+    architecture_for,
 )
-from .bert import BertAdapter, DistilBertAdapter, RobertaAdapter
+from .bert import BertArchitecture, DistilBertArchitecture, RobertaArchitecture
 from .block_weights import READERS, Heads, LinearMap, heads_of, linear_maps
-from .conv_graph import ChainAdapter, Convolutions, Skip, Unit
-from .gpt2 import GPT2Adapter
-from .llama import LlamaAdapter, MistralAdapter, Qwen2Adapter, Qwen3Adapter
-from .mobilenet_v2 import MobileNetV2Adapter
-from .resnet import ResNetAdapter
-from .vit import DeiTAdapter, ViTAdapter
+from .conv_graph import ConvGraphArchitecture, Convolutions, Skip, Unit
+from .gpt2 import GPT2Architecture
+from .llama import LlamaArchitecture, MistralArchitecture, Qwen2Architecture, Qwen3Architecture
+from .mobilenet_v2 import MobileNetV2Architecture
+from .resnet import ResNetArchitecture
+from .vit import DeiTArchitecture, ViTArchitecture
 
-BUILTIN: tuple[type[ModelAdapter], ...] = (
-    GPT2Adapter,
-    BertAdapter,
-    RobertaAdapter,
-    DistilBertAdapter,
-    ViTAdapter,
-    DeiTAdapter,
-    LlamaAdapter,
-    MistralAdapter,
-    Qwen2Adapter,
-    Qwen3Adapter,
-    ResNetAdapter,
-    MobileNetV2Adapter,
+BUILTIN: tuple[type[Architecture], ...] = (
+    GPT2Architecture,
+    BertArchitecture,
+    RobertaArchitecture,
+    DistilBertArchitecture,
+    ViTArchitecture,
+    DeiTArchitecture,
+    LlamaArchitecture,
+    MistralArchitecture,
+    Qwen2Architecture,
+    Qwen3Architecture,
+    ResNetArchitecture,
+    MobileNetV2Architecture,
 )
 
 __all__ = [
-    "ADAPTERS",
+    "ARCHITECTURES",
     "BUILTIN",
     "FUSED_PREFIX",
     "READERS",
+    "Architecture",
     "Block",
-    "ChainAdapter",
-    "ConvAdapter",
+    "ConvArchitecture",
+    "ConvGraphArchitecture",
     "Convolutions",
     "Heads",
-    "LayerAdapter",
+    "LayerArchitecture",
     "LinearMap",
-    "ModelAdapter",
     "One",
     "Place",
     "Skip",
-    "TransformerAdapter",
+    "TransformerArchitecture",
     "Unit",
     "ZeroAttention",
     "ZeroBlock",
-    "adapter_for",
+    "architecture_for",
     "heads_of",
     "linear_maps",
 ]

@@ -40,7 +40,7 @@ class Place(NamedTuple):
     module: str
 
 
-class ModelAdapter:
+class Architecture:
     """What the engine needs to know of an architecture.
 
     Attributes:
@@ -53,7 +53,7 @@ class ModelAdapter:
         """Raise `UnsupportedModelError` for a model that shares the architecture but cannot be made smaller."""
 
 
-class LayerAdapter(ModelAdapter, ABC):
+class LayerArchitecture(Architecture, ABC):
     """A stack of layers, each of which has one block of every kind. All paths but `layers` start at a layer.
 
     Attributes:
@@ -115,7 +115,7 @@ class LayerAdapter(ModelAdapter, ABC):
         return next((kind for kind in self.kinds if module in self.table(kind).values()), None)
 
 
-class TransformerAdapter(LayerAdapter):
+class TransformerArchitecture(LayerArchitecture):
     """Layers of one attention and one MLP block each.
 
     Attributes:
@@ -145,7 +145,7 @@ class TransformerAdapter(LayerAdapter):
         return Place("after", self.attention["norm"]) if self.post_norm else Place("before", table["norm"])
 
 
-class ConvAdapter(LayerAdapter):
+class ConvArchitecture(LayerArchitecture):
     """Residual layers of two convolutions, act(x + norm(out(f(in_norm(in(x)))))), each one block (He et al. 2016).
 
     Layers may differ in shape; only those of one shape become one. Where a layer is gone, nothing stands in its place.
@@ -202,34 +202,34 @@ def root_of(model: PreTrainedModel) -> str:
     return f"{prefix}." if prefix else ""
 
 
-ADAPTERS: dict[str, ModelAdapter] = {}
+ARCHITECTURES: dict[str, Architecture] = {}
 
-_Adapter = TypeVar("_Adapter", bound=ModelAdapter)
+_Kind = TypeVar("_Kind", bound=Architecture)
 
 
-def adapter_for(model: Any, kind: type[_Adapter] = LayerAdapter) -> _Adapter:
-    """The adapter of a model, or of its config.
+def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind:
+    """The architecture of a model, or of its config.
 
     Args:
         model: or its config.
         kind: what is needed: layers to fuse, or a chain of convolutions to merge.
 
     Returns:
-        The adapter that was registered for its `model_type`.
+        The architecture that was registered for its `model_type`.
 
     Raises:
-        UnsupportedModelError: no adapter of that kind is registered for its `model_type`.
+        UnsupportedModelError: no architecture of that kind is registered for its `model_type`.
     """
     config = getattr(model, "config", model)
     model_type = str(getattr(config, "model_type", type(model).__name__)).removeprefix(FUSED_PREFIX)
-    adapter = ADAPTERS.get(model_type)
-    if isinstance(adapter, kind):
-        return adapter
-    known = ", ".join(sorted(name for name, adapter in ADAPTERS.items() if isinstance(adapter, kind)))
-    if adapter is not None:
-        what = "layers to fuse, drop or make linear" if kind is LayerAdapter else "convolutions to merge"
-        raise UnsupportedModelError(f"the adapter of {model_type!r} knows no {what}; what has some: {known}.")
+    architecture = ARCHITECTURES.get(model_type)
+    if isinstance(architecture, kind):
+        return architecture
+    known = ", ".join(sorted(name for name, architecture in ARCHITECTURES.items() if isinstance(architecture, kind)))
+    if architecture is not None:
+        what = "layers to fuse, drop or make linear" if kind is LayerArchitecture else "convolutions to merge"
+        raise UnsupportedModelError(f"the architecture of {model_type!r} has no {what}; known ones: {known}.")
     raise UnsupportedModelError(
-        f"no adapter for the architecture {model_type!r}. Known: {known}. To teach hf_layerfuse a new one, see 'Add an "
+        f"unknown architecture {model_type!r}. Known: {known}. To add one, see 'Add an "
         "architecture' in CONTRIBUTING.md."
     )

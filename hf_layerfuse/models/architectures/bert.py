@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import TransformerAdapter, ZeroAttention, ZeroBlock
+from .base import TransformerArchitecture, ZeroAttention, ZeroBlock
 
 
-class BertAdapter(TransformerAdapter):
+class BertArchitecture(TransformerArchitecture):
     model_type = "bert"
     layers = "encoder.layer"
     attention = {
@@ -27,11 +27,11 @@ class BertAdapter(TransformerAdapter):
     post_norm = True
 
 
-class RobertaAdapter(BertAdapter):
+class RobertaArchitecture(BertArchitecture):
     model_type = "roberta"
 
 
-class DistilBertAdapter(TransformerAdapter):
+class DistilBertArchitecture(TransformerArchitecture):
     model_type = "distilbert"
     layers = "transformer.layer"
     attention = {

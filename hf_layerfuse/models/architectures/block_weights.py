@@ -115,7 +115,8 @@ def rows_of(root: nn.Module, block: Block, heads: Heads | None = None) -> dict[s
         raise UnsupportedModelError(
             f"the {block.kind} block of layer {block.layer} has the parts {', '.join(block.modules)}; known are "
             "'qkv' (or 'q', 'k', 'v') and 'out' of attention with norms of one head's width, and 'in', 'out' and "
-            "'gate' of an MLP. Name them so in the adapter, or use align='none' and another operator than 'select'."
+            "'gate' of an MLP. Name them so in the architecture's table, or use align='none' and an operator other "
+            "than 'select'."
         )
     rows = {}
     for role, part in maps.items():

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
-from .base import ModelAdapter
+from .base import Architecture
 from .segments import Chain, Link
 
 
@@ -88,7 +88,7 @@ class Convolutions:
         return Chain(links, [(skip.start, skip.end) for skip in self.skips], self.barriers)
 
 
-class ChainAdapter(ModelAdapter, ABC):
+class ConvGraphArchitecture(Architecture, ABC):
     """A network of convolutions, whose segments can become one convolution each."""
 
     @abstractmethod

@@ -6,10 +6,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
-from .base import TransformerAdapter, ZeroAttention, ZeroBlock
+from .base import TransformerArchitecture, ZeroAttention, ZeroBlock
 
 
-class GPT2Adapter(TransformerAdapter):
+class GPT2Architecture(TransformerArchitecture):
     model_type = "gpt2"
     layers = "h"
     attention = {"norm": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj"}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import TransformerAdapter, ZeroAttention, ZeroBlock
+from .base import TransformerArchitecture, ZeroAttention, ZeroBlock
 
 
-class LlamaAdapter(TransformerAdapter):
+class LlamaArchitecture(TransformerArchitecture):
     model_type = "llama"
     layers = "layers"
     attention = {
@@ -25,14 +25,14 @@ class LlamaAdapter(TransformerAdapter):
     }
 
 
-class MistralAdapter(LlamaAdapter):
+class MistralArchitecture(LlamaArchitecture):
     model_type = "mistral"
 
 
-class Qwen2Adapter(LlamaAdapter):
+class Qwen2Architecture(LlamaArchitecture):
     model_type = "qwen2"
 
 
-class Qwen3Adapter(LlamaAdapter):
+class Qwen3Architecture(LlamaArchitecture):
     model_type = "qwen3"
-    attention = {**LlamaAdapter.attention, "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+    attention = {**LlamaArchitecture.attention, "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}

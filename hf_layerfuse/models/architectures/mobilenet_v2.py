@@ -7,12 +7,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .base import root_of
-from .conv_graph import ChainAdapter, Convolutions, Skip, Unit
+from .conv_graph import ConvGraphArchitecture, Convolutions, Skip, Unit
 
 _LAYERS = ("expand_1x1", "conv_3x3", "reduce_1x1")
 
 
-class MobileNetV2Adapter(ChainAdapter):
+class MobileNetV2Architecture(ConvGraphArchitecture):
     """The last convolution, in front of the pooling, is left out, as published."""
 
     model_type = "mobilenet_v2"

@@ -7,10 +7,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .base import root_of
-from .conv_graph import ChainAdapter, Convolutions, Skip, Unit
+from .conv_graph import ConvGraphArchitecture, Convolutions, Skip, Unit
 
 
-class ResNetAdapter(ChainAdapter):
+class ResNetArchitecture(ConvGraphArchitecture):
     model_type = "resnet"
 
     def convolutions(self, model: PreTrainedModel) -> Convolutions:

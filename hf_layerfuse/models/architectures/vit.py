@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import TransformerAdapter, ZeroAttention, ZeroBlock
+from .base import TransformerArchitecture, ZeroAttention, ZeroBlock
 
 
-class ViTAdapter(TransformerAdapter):
+class ViTArchitecture(TransformerArchitecture):
     model_type = "vit"
     layers = "layers"
     attention = {
@@ -25,5 +25,5 @@ class ViTAdapter(TransformerAdapter):
     }
 
 
-class DeiTAdapter(ViTAdapter):
+class DeiTArchitecture(ViTArchitecture):
     model_type = "deit"

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from ...errors import PlanError, UnsupportedModelError
 from ...plan import Blend, Linearize, Plan
-from ..architectures import FUSED_PREFIX, LayerAdapter
+from ..architectures import FUSED_PREFIX, LayerArchitecture
 from .layers import relaxed_maps
 from .linear_mlp import check_form
 
 
-def check_model(model: PreTrainedModel, adapter: LayerAdapter) -> None:
+def check_model(model: PreTrainedModel, architecture: LayerArchitecture) -> None:
     """Raise `UnsupportedModelError` unless the model is one that can be fused."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
@@ -36,7 +36,7 @@ def check_model(model: PreTrainedModel, adapter: LayerAdapter) -> None:
         raise UnsupportedModelError("the model carries PEFT adapters: merge them (merge_and_unload), then fuse.")
     if getattr(model.config, "is_heterogeneous", False):
         raise UnsupportedModelError("config.per_layer_config makes layers differ: such models cannot be fused yet.")
-    adapter.check(model)
+    architecture.check(model)
     check_weights(model)
 
 
@@ -52,24 +52,27 @@ def check_weights(model: PreTrainedModel) -> None:
             )
 
 
-def check_plan(model: PreTrainedModel, adapter: LayerAdapter, plan: Plan) -> None:
+def check_plan(model: PreTrainedModel, architecture: LayerArchitecture, plan: Plan) -> None:
     """Raise unless a plan fits the architecture and the shapes of a model that `check_model` accepts.
 
     Raises:
         PlanError: the plan is for another architecture or number of layers, or asks for a rank that no matrix has.
-        UnsupportedModelError: an edit needs a module or a table of the adapter that this architecture does not have.
+        UnsupportedModelError: an edit needs a module or a table of the architecture that this architecture does not
+        have.
     """
-    if plan.model_type != adapter.model_type:
-        raise PlanError(f"the plan is for {plan.model_type!r}, the model is {adapter.model_type!r}: make a new plan.")
-    depth = len(adapter.layer_list(model))
+    if plan.model_type != architecture.model_type:
+        raise PlanError(
+            f"the plan is for {plan.model_type!r}, the model is {architecture.model_type!r}: make a new plan."
+        )
+    depth = len(architecture.layer_list(model))
     if plan.num_layers != depth:
         raise PlanError(f"the plan is for {plan.num_layers} layers, the model has {depth}: make a new plan.")
-    if plan.kinds != adapter.kinds:
+    if plan.kinds != architecture.kinds:
         raise PlanError(
-            f"the plan is for layers of {' and '.join(plan.kinds)} blocks, those of {adapter.model_type!r} have "
-            f"{' and '.join(adapter.kinds)}: make a new plan."
+            f"the plan is for layers of {' and '.join(plan.kinds)} blocks, those of {architecture.model_type!r} have "
+            f"{' and '.join(architecture.kinds)}: make a new plan."
         )
-    shapes = [shapes_of(layer) for layer in adapter.layer_list(model)]
+    shapes = [shapes_of(layer) for layer in architecture.layer_list(model)]
     for edit in plan.edits:
         unlike = [layer for layer in edit.layers if shapes[layer] != shapes[edit.layers[0]]]
         if unlike:
@@ -77,11 +80,11 @@ def check_plan(model: PreTrainedModel, adapter: LayerAdapter, plan: Plan) -> Non
                 f"{edit} makes one of layers whose weights have different shapes, such as {edit.layers[0]} and "
                 f"{unlike[0]}: group layers of one shape."
             )
-        layer = adapter.layer_list(model)[edit.layers[0]]
+        layer = architecture.layer_list(model)[edit.layers[0]]
         if isinstance(edit, Linearize | Blend):
-            check_form(layer, adapter, edit.source.form)
+            check_form(layer, architecture, edit.source.form)
         ties = replace(plan, edits=(edit,)).layout().ties  # a whole layer may be two
-        ranks = [rank for tie in ties for _, rank in relaxed_maps(layer, adapter, tie).values()]
+        ranks = [rank for tie in ties for _, rank in relaxed_maps(layer, architecture, tie).values()]
         if ranks and max(ranks) < edit.rank:
             raise PlanError(
                 f"Fuse.rank is {edit.rank}, and no matrix of these {edit.kind} blocks can use more than {max(ranks)} "
@@ -89,10 +92,10 @@ def check_plan(model: PreTrainedModel, adapter: LayerAdapter, plan: Plan) -> Non
             )
 
 
-def can_be(model: PreTrainedModel, adapter: LayerAdapter, plan: Plan) -> bool:
+def can_be(model: PreTrainedModel, architecture: LayerArchitecture, plan: Plan) -> bool:
     """Whether `check_plan` accepts a plan."""
     try:
-        check_plan(model, adapter, plan)
+        check_plan(model, architecture, plan)
     except (PlanError, UnsupportedModelError):
         return False
     return True

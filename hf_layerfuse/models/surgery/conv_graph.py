@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 from ...errors import PlanError
 from ...math.conv import Kernel, Sides, Window
 from ...plan import MergeConvs, Plan
-from ..architectures import ChainAdapter, Convolutions, Skip
+from ..architectures import ConvGraphArchitecture, Convolutions, Skip
 from ..modules.conv import Pad, Parts, convolution, module_at
 from .weights import untied_state
 
 
-def check_merges(model: PreTrainedModel, adapter: ChainAdapter, plan: Plan) -> None:
+def check_merges(model: PreTrainedModel, architecture: ConvGraphArchitecture, plan: Plan) -> None:
     """Raise unless a plan of merges fits the shapes of a model that `check_model` accepts.
 
     Raises:
@@ -29,10 +29,12 @@ def check_merges(model: PreTrainedModel, adapter: ChainAdapter, plan: Plan) -> N
             too few of one.
         UnsupportedModelError: the model cannot be merged.
     """
-    adapter.check_chain(model)
-    if plan.model_type != adapter.model_type:
-        raise PlanError(f"the plan is for {plan.model_type!r}, the model is {adapter.model_type!r}: make a new plan.")
-    convs = adapter.convolutions(model)
+    architecture.check_chain(model)
+    if plan.model_type != architecture.model_type:
+        raise PlanError(
+            f"the plan is for {plan.model_type!r}, the model is {architecture.model_type!r}: make a new plan."
+        )
+    convs = architecture.convolutions(model)
     if plan.num_layers != len(convs.units):
         raise PlanError(
             f"the plan is for {plan.num_layers} convolutions, the model has {len(convs.units)}: make a new plan."
@@ -58,9 +60,9 @@ def check_merges(model: PreTrainedModel, adapter: ChainAdapter, plan: Plan) -> N
             raise PlanError(f"{edit} leaves out convolution {lost[0]}, which changes the shape: keep it.")
 
 
-def windows_of(model: PreTrainedModel, adapter: ChainAdapter, convs: Convolutions) -> list[Window]:
+def windows_of(model: PreTrainedModel, architecture: ConvGraphArchitecture, convs: Convolutions) -> list[Window]:
     """What each convolution of a stock model looks at, and how it pads."""
-    same, found = adapter.same(model.config), []
+    same, found = architecture.same(model.config), []
     for unit in convs.units:
         conv = model.get_submodule(unit.conv)
         padding = None if same else (conv.padding[0],) * 2
@@ -68,13 +70,13 @@ def windows_of(model: PreTrainedModel, adapter: ChainAdapter, convs: Convolution
     return found
 
 
-def reshape_chain(model: PreTrainedModel, adapter: ChainAdapter, plan: Plan) -> None:
+def reshape_chain(model: PreTrainedModel, architecture: ConvGraphArchitecture, plan: Plan) -> None:
     """Give a stock model the shape that a plan of merges leads to, in place. New weights mean nothing yet."""
-    convs = adapter.convolutions(model)
-    windows = windows_of(model, adapter, convs)
+    convs = architecture.convolutions(model)
+    windows = windows_of(model, architecture, convs)
     shapes = {edit: merged_shape(model, convs, edit) for edit in plan.edits if edit.keep}
     for edit in plan.edits:
-        _straighten(model, adapter, convs, windows, edit)
+        _straighten(model, architecture, convs, windows, edit)
         _replace(model, convs, windows, edit, shapes.get(edit))
     gone = {edit.end for edit in plan.edits if not edit.keep}
     for skip in convs.skips:
@@ -83,7 +85,11 @@ def reshape_chain(model: PreTrainedModel, adapter: ChainAdapter, plan: Plan) -> 
 
 
 def _straighten(
-    model: PreTrainedModel, adapter: ChainAdapter, convs: Convolutions, windows: list[Window], edit: MergeConvs
+    model: PreTrainedModel,
+    architecture: ConvGraphArchitecture,
+    convs: Convolutions,
+    windows: list[Window],
+    edit: MergeConvs,
 ) -> None:
     """Take activations out of a segment, put one behind it, and fit skips to moved padding, or take them out."""
     for place in edit.layers:
@@ -113,7 +119,7 @@ def _straighten(
                 parts = Parts(block, skip.branch, adds=True, shortcut=skip.shortcut, then=skip.act)
                 model.set_submodule(skip.path, parts)
         path, _, name = last.rpartition(".")
-        setattr(model.get_submodule(path), name, adapter.activation(model.config))
+        setattr(model.get_submodule(path), name, architecture.activation(model.config))
 
 
 def _replace(
@@ -158,18 +164,22 @@ def merged_shape(model: PreTrainedModel, convs: Convolutions, edit: MergeConvs) 
 
 
 def merged_weights(
-    model: PreTrainedModel, stock: PreTrainedModel, adapter: ChainAdapter, plan: Plan, names: Collection[str]
+    model: PreTrainedModel,
+    stock: PreTrainedModel,
+    architecture: ConvGraphArchitecture,
+    plan: Plan,
+    names: Collection[str],
 ) -> dict[str, Tensor]:
     """Weights for the model that a plan leads to.
 
     Args:
         model: that has the weights: a stock one, or one in which what is merged now was left open before.
         stock: a model of the stock shape, of which only that is read.
-        adapter: of it.
+        architecture: of it.
         plan: of merges.
         names: of all tensors of the result.
     """
-    composer = Composer(model, stock, adapter)
+    composer = Composer(model, stock, architecture)
     weights = {name: tensor.detach().clone() for name, tensor in untied_state(model).items() if name in names}
     for edit in plan.edits:
         if edit.merged and edit.keep:
@@ -187,13 +197,13 @@ class Composer:
     Args:
         model: that has the weights.
         stock: a model of the stock shape, of which only that is read.
-        adapter: of it.
+        architecture: of it.
     """
 
-    def __init__(self, model: PreTrainedModel, stock: PreTrainedModel, adapter: ChainAdapter) -> None:
+    def __init__(self, model: PreTrainedModel, stock: PreTrainedModel, architecture: ConvGraphArchitecture) -> None:
         self.model, self.stock = model, stock
-        self.convs = adapter.convolutions(stock)
-        self.windows = windows_of(stock, adapter, self.convs)
+        self.convs = architecture.convolutions(stock)
+        self.windows = windows_of(stock, architecture, self.convs)
 
     def kernel(self, edit: MergeConvs) -> Kernel:
         """What the convolutions of a segment that stay compute together with the skips inside of it."""

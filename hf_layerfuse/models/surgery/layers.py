@@ -12,15 +12,15 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ...errors import PlanError, UnsupportedModelError
 from ...plan import Layout, Slot, Source, Tie
-from ..architectures import LayerAdapter
+from ..architectures import LayerArchitecture
 from ..modules.shared_linear import PER_DEPTH, Linear, Relaxed, can_relax, out_in, relax
 from .linear_mlp import take_form
 
 
-def target_config(config: PreTrainedConfig, adapter: LayerAdapter, layout: Layout) -> PreTrainedConfig:
+def target_config(config: PreTrainedConfig, architecture: LayerArchitecture, layout: Layout) -> PreTrainedConfig:
     """The config of the result: fewer layers, every per-layer list in step. `config` is not changed."""
     target = copy.deepcopy(config)
-    for name in adapter.per_layer_config:
+    for name in architecture.per_layer_config:
         if getattr(config, name, None) is not None:
             setattr(target, name, [_per_layer(getattr(config, name), slot, name) for slot in layout.slots])
     types = getattr(target, "layer_types", None)
@@ -48,37 +48,37 @@ def _per_layer(values: Sequence[Any], slot: Slot, name: str) -> Any:
     return entries[0]
 
 
-def reshape(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) -> None:
+def reshape(model: PreTrainedModel, architecture: LayerArchitecture, layout: Layout) -> None:
     """Take the removed blocks out of a model with one layer per slot, renumber its cache, and put relaxed maps in the
     place of those that are shared with a rank, and other forms in the place of MLPs that have become that. In place.
 
     The key-value cache of transformers has one entry per layer of the config, and asks the first entry of each layer
     type how long the sequence is, so the attention blocks that remain take the first entries of their own type.
     """
-    layers = adapter.layer_list(model)
+    layers = architecture.layer_list(model)
     types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers)
     free = {kind: iter([i for i, other in enumerate(types) if other == kind]) for kind in types}
     for layer, slot, layer_type in zip(layers, layout.slots, types, strict=True):
-        for kind in adapter.kinds:
+        for kind in architecture.kinds:
             if slot.source(kind) is None:
-                for path, stand_in in adapter.skip[kind].items():
+                for path, stand_in in architecture.skip[kind].items():
                     layer.set_submodule(path, stand_in())
             elif (form := slot.source(kind).form) is not None:
-                take_form(layer, adapter, form)
+                take_form(layer, architecture, form)
         if slot.source("attention") is None:
             continue
         index = next(free[layer_type])
-        for path in adapter.skip["attention"]:
+        for path in architecture.skip["attention"]:
             for module in layer.get_submodule(path).modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = index
     for tie in layout.ties:
         for slot in tie.slots:
-            for at, (module, rank) in relaxed_maps(layers[slot], adapter, tie).items():
+            for at, (module, rank) in relaxed_maps(layers[slot], architecture, tie).items():
                 layers[slot].set_submodule(at, relax(module, tie.mode, rank))
 
 
-def relaxed_maps(layer: nn.Module, adapter: LayerAdapter, tie: Tie) -> dict[str, tuple[Linear, int]]:
+def relaxed_maps(layer: nn.Module, architecture: LayerArchitecture, tie: Tie) -> dict[str, tuple[Linear, int]]:
     """Path -> (stock module, rank) of the maps of a layer that a tie is to relax; none where it has no rank.
 
     A joint map of queries, keys and values is one map. The rank is that of the tie, or where a map has fewer
@@ -89,7 +89,7 @@ def relaxed_maps(layer: nn.Module, adapter: LayerAdapter, tie: Tie) -> dict[str,
         UnsupportedModelError: a matrix belongs to a module that computes something else than `nn.Linear`.
     """
     found = {}
-    for at in adapter.table(tie.kind).values() if tie.rank else ():
+    for at in architecture.table(tie.kind).values() if tie.rank else ():
         module = layer.get_submodule(at)
         # a head that builds its body by AutoModel, as those of Llama do, gets one that is reshaped already
         if not isinstance(module, Relaxed) and any(is_shared(tensor) for tensor in module.parameters()):
@@ -104,14 +104,14 @@ def relaxed_maps(layer: nn.Module, adapter: LayerAdapter, tie: Tie) -> dict[str,
     return found
 
 
-def tied_weights(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) -> dict[str, str]:
+def tied_weights(model: PreTrainedModel, architecture: LayerArchitecture, layout: Layout) -> dict[str, str]:
     """Shared matrices of a reshaped model, {name of a copy: name of the one that is kept}: weights and bases."""
-    path, layers = adapter.layers_path(model), adapter.layer_list(model)
+    path, layers = architecture.layers_path(model), architecture.layer_list(model)
     return {
         f"{path}.{slot}.{name}": f"{path}.{tie.slots[0]}.{name}"
         for tie in layout.ties
         for name, tensor in layers[tie.slots[0]].named_parameters()
-        if adapter.owner(name) == tie.kind and is_shared(tensor) and name.rpartition(".")[2] not in PER_DEPTH
+        if architecture.owner(name) == tie.kind and is_shared(tensor) and name.rpartition(".")[2] not in PER_DEPTH
         for slot in tie.slots[1:]
     }
 

@@ -10,7 +10,7 @@ from ...errors import PlanError, UnsupportedModelError
 from ...math.lowrank import low_rank
 from ...math.ridge import chain
 from ...plan import BlendedForm, LinearForm
-from ..architectures import One, TransformerAdapter
+from ..architectures import One, TransformerArchitecture
 from ..modules.conv import Parts
 from ..modules.homotopy import Homotopy
 from ..modules.shared_linear import out_in, theta_of
@@ -30,43 +30,47 @@ class Collapsed(nn.Linear):
     """The linear map that an MLP has become, or the second of the two."""
 
 
-def needs_fit(adapter: TransformerAdapter) -> bool:
+def needs_fit(architecture: TransformerArchitecture) -> bool:
     """Whether an MLP without its activation is still a product of two maps, and is linear only when it is fitted."""
-    return "gate" in adapter.mlp
+    return "gate" in architecture.mlp
 
 
-def check_form(layer: nn.Module, adapter: TransformerAdapter, form: Form) -> None:
+def check_form(layer: nn.Module, architecture: TransformerArchitecture, form: Form) -> None:
     """Raise unless the MLP of a stock layer can take a form.
 
     Raises:
         PlanError: the rank saves nothing.
-        UnsupportedModelError: the adapter does not say where the activation is, or what the MLP is made of; or the
+        UnsupportedModelError: the architecture does not say where the activation is, or what the MLP is made of; or the
             activation is to become a line, and the MLP is gated.
     """
-    names = adapter.mlp.keys()
-    if adapter.activation is None or not {"in", "out"} <= names or names - {"norm", *_MAPS}:
+    names = architecture.mlp.keys()
+    if architecture.activation is None or not {"in", "out"} <= names or names - {"norm", *_MAPS}:
         raise UnsupportedModelError(
-            f"the adapter of {adapter.model_type!r} has an MLP of {', '.join(names)} with the activation at "
-            f"{adapter.activation!r}: to make it linear, name its maps 'in', 'out' and 'gate', and its activation."
+            f"the architecture of {architecture.model_type!r} has an MLP of {', '.join(names)} with the activation at "
+            f"{architecture.activation!r}: to make it linear, name its maps 'in', 'out' and 'gate', and its activation."
         )
     if isinstance(form, BlendedForm):
-        if needs_fit(adapter):
+        if needs_fit(architecture):
             raise UnsupportedModelError(
-                f"the MLPs of {adapter.model_type!r} are gated: with a linear activation they are still products of "
-                "two maps of what they read. What makes them linear is a fit: Linearize(layer) with refit, or "
+                f"the MLPs of {architecture.model_type!r} are gated: with a linear activation they are still products "
+                "of two maps of their input. Only a fit makes them linear: Linearize(layer) with refit, or "
                 "collapse(...)."
             )
         return
-    if form.fold and adapter.adds is None:
+    if form.fold and architecture.adds is None:
         raise UnsupportedModelError(
-            f"the residual sum behind the MLPs of {adapter.model_type!r} cannot be folded: "
-            + ("it is in no module of its own." if adapter.post_norm else "later blocks read it, and no norm follows.")
+            f"the residual sum behind the MLPs of {architecture.model_type!r} cannot be folded: "
+            + (
+                "it is in no module of its own."
+                if architecture.post_norm
+                else "later blocks read it, and no norm follows."
+            )
             + " Use fold=False."
         )
-    ins, outs = _widths(layer, adapter)
-    if form.fold and _rank(layer, adapter, form) is not None:
+    ins, outs = _widths(layer, architecture)
+    if form.fold and _rank(layer, architecture, form) is not None:
         raise PlanError(
-            f"MLPs of {_units(layer, adapter)} units become the product of two maps, with which no sum of {outs} "
+            f"MLPs of {_units(layer, architecture)} units become the product of two maps, with which no sum of {outs} "
             "channels can be folded: use fold=False."
         )
     if form.rank is not None and form.rank * (ins + outs) >= ins * outs:
@@ -76,62 +80,66 @@ def check_form(layer: nn.Module, adapter: TransformerAdapter, form: Form) -> Non
         )
 
 
-def take_form(layer: nn.Module, adapter: TransformerAdapter, form: Form) -> None:
+def take_form(layer: nn.Module, architecture: TransformerArchitecture, form: Form) -> None:
     """Give the MLP of a stock layer another form, in place. The weights of new modules mean nothing yet."""
-    (_linearize if isinstance(form, LinearForm) else _blend)(layer, adapter, form)
+    (_linearize if isinstance(form, LinearForm) else _blend)(layer, architecture, form)
 
 
-def form_weights(layer: nn.Module, adapter: TransformerAdapter, form: Form, line: Line | None) -> dict[str, Tensor]:
+def form_weights(
+    layer: nn.Module, architecture: TransformerArchitecture, form: Form, line: Line | None
+) -> dict[str, Tensor]:
     """Weights of the modules that `take_form` puts in, by name from the layer on.
 
     Args:
         layer: a stock one.
-        adapter: of it.
+        architecture: of it.
         form: that its MLP takes.
         line: of an activation that is to become one, see `lines.lines_of`; None is z itself.
     """
     if isinstance(form, LinearForm):
-        return linear_weights(layer, adapter, form)
-    at, like = adapter.activation, layer.get_submodule(adapter.mlp["out"]).weight
-    units = _units(layer, adapter)
+        return linear_weights(layer, architecture, form)
+    at, like = architecture.activation, layer.get_submodule(architecture.mlp["out"]).weight
+    units = _units(layer, architecture)
     slope, offset = line or (torch.ones(units), torch.zeros(units))
     found = {"a": torch.full((1,), START if form.faithful else 0.0), "slope": slope, "offset": offset}
     return {f"{at}.{name}": tensor.detach().to(like, copy=True) for name, tensor in found.items()}
 
 
-def gives_way(parameter: str, adapter: TransformerAdapter, form: Form | None) -> bool:
+def gives_way(parameter: str, architecture: TransformerArchitecture, form: Form | None) -> bool:
     """Whether a parameter, named from its layer on, is of a module that another one stands in the place of."""
-    maps = [adapter.mlp[role] for role in _MAPS if role in adapter.mlp] if isinstance(form, LinearForm) else []
+    maps = (
+        [architecture.mlp[role] for role in _MAPS if role in architecture.mlp] if isinstance(form, LinearForm) else []
+    )
     return parameter.rpartition(".")[0] in maps
 
 
-def _linearize(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> None:
-    table, last = adapter.mlp, layer.get_submodule(adapter.mlp["out"])
+def _linearize(layer: nn.Module, architecture: TransformerArchitecture, linear: LinearForm) -> None:
+    table, last = architecture.mlp, layer.get_submodule(architecture.mlp["out"])
     if isinstance(last, Collapsed):  # a head that builds its body by AutoModel gets one that is reshaped already
         return
-    ins, outs = _widths(layer, adapter)
-    rank, like = _rank(layer, adapter, linear), {"device": last.weight.device, "dtype": last.weight.dtype}
-    layer.set_submodule(adapter.activation, nn.Identity())
+    ins, outs = _widths(layer, architecture)
+    rank, like = _rank(layer, architecture, linear), {"device": last.weight.device, "dtype": last.weight.dtype}
+    layer.set_submodule(architecture.activation, nn.Identity())
     if "gate" in table:
         layer.set_submodule(table["gate"], One())
     first = nn.Identity() if rank is None else nn.Linear(ins, rank, bias=False, **like)
     layer.set_submodule(table["in"], first)
     layer.set_submodule(table["out"], Collapsed(rank or ins, outs, **like))
     if linear.fold:
-        names = (table[role].removeprefix(f"{adapter.adds}.") for role in ("out", "norm"))
-        layer.set_submodule(adapter.adds, Parts(layer.get_submodule(adapter.adds), tuple(names)))
+        names = (table[role].removeprefix(f"{architecture.adds}.") for role in ("out", "norm"))
+        layer.set_submodule(architecture.adds, Parts(layer.get_submodule(architecture.adds), tuple(names)))
 
 
-def linear_weights(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> dict[str, Tensor]:
+def linear_weights(layer: nn.Module, architecture: TransformerArchitecture, linear: LinearForm) -> dict[str, Tensor]:
     """Weights of the maps that stand for the MLP of a layer, by name from the layer on.
 
     What they compute is the MLP without its activation, W2 (W1 x + b1) + b2 in float64, or with the line that its
     activation has come to, W2 (slope (W1 x + b1) + offset) + b2. A gated MLP without its activation is no linear map,
     so that nothing but its constant is left of it, until it is fitted.
     """
-    table = adapter.mlp
+    table = architecture.mlp
     first, last = (theta_of(layer.get_submodule(table[role])) for role in ("in", "out"))
-    act = layer.get_submodule(adapter.activation)
+    act = layer.get_submodule(architecture.activation)
     if isinstance(act, Homotopy):
         first = first * act.slope.double()
         first[-1] += act.offset.double()
@@ -141,7 +149,7 @@ def linear_weights(layer: nn.Module, adapter: TransformerAdapter, linear: Linear
     if linear.fold:
         theta[:-1] += torch.eye(len(theta) - 1).to(theta)
     weights = {f"{table['out']}.bias": theta[-1]}
-    rank = _rank(layer, adapter, linear)
+    rank = _rank(layer, architecture, linear)
     if rank is None:
         weights[f"{table['out']}.weight"] = theta[:-1].T
     else:
@@ -150,34 +158,34 @@ def linear_weights(layer: nn.Module, adapter: TransformerAdapter, linear: Linear
     return {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
 
 
-def _widths(layer: nn.Module, adapter: TransformerAdapter) -> tuple[int, int]:
+def _widths(layer: nn.Module, architecture: TransformerArchitecture) -> tuple[int, int]:
     """What the MLP of a stock layer reads and writes."""
-    first, last = (layer.get_submodule(adapter.mlp[role]) for role in ("in", "out"))
+    first, last = (layer.get_submodule(architecture.mlp[role]) for role in ("in", "out"))
     return out_in(first, first.weight).shape[1], out_in(last, last.weight).shape[0]
 
 
-def _rank(layer: nn.Module, adapter: TransformerAdapter, linear: LinearForm) -> int | None:
+def _rank(layer: nn.Module, architecture: TransformerArchitecture, linear: LinearForm) -> int | None:
     """The rank that the linear MLP of a stock layer has; None is one full map.
 
     An MLP of few units has no more rank than those: two maps are smaller then.
     """
-    ins, outs = _widths(layer, adapter)
-    units = _units(layer, adapter)
+    ins, outs = _widths(layer, architecture)
+    units = _units(layer, architecture)
     rank = min(units, linear.rank or units)
     return rank if rank * (ins + outs) < ins * outs else None
 
 
-def _units(layer: nn.Module, adapter: TransformerAdapter) -> int:
+def _units(layer: nn.Module, architecture: TransformerArchitecture) -> int:
     """Hidden units of the MLP of a layer."""
-    last = layer.get_submodule(adapter.mlp["out"])
+    last = layer.get_submodule(architecture.mlp["out"])
     return out_in(last, last.weight).shape[1]
 
 
-def _blend(layer: nn.Module, adapter: TransformerAdapter, blended: BlendedForm) -> None:
-    act = layer.get_submodule(adapter.activation)
+def _blend(layer: nn.Module, architecture: TransformerArchitecture, blended: BlendedForm) -> None:
+    act = layer.get_submodule(architecture.activation)
     if isinstance(act, Homotopy):  # a head that builds its body by AutoModel gets one that is reshaped already
         return
-    weight = layer.get_submodule(adapter.mlp["out"]).weight
+    weight = layer.get_submodule(architecture.mlp["out"]).weight
     act, start = (nn.ReLU(), START) if blended.faithful else (act, 0.0)
-    homotopy = Homotopy(act, _units(layer, adapter), start, device=weight.device, dtype=weight.dtype)
-    layer.set_submodule(adapter.activation, homotopy)
+    homotopy = Homotopy(act, _units(layer, architecture), start, device=weight.device, dtype=weight.dtype)
+    layer.set_submodule(architecture.activation, homotopy)

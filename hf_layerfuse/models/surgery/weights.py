@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ...math.lowrank import low_rank, shared_basis
 from ...plan import Layout, Source
-from ..architectures import LayerAdapter
+from ..architectures import LayerArchitecture
 from ..modules.shared_linear import Relaxed, out_in
 from .layers import is_shared, relaxed_maps
 from .linear_mlp import Line, form_weights, gives_way
@@ -23,7 +23,7 @@ from .linear_mlp import Line, form_weights, gives_way
 
 def fused_weights(
     model: PreTrainedModel,
-    adapter: LayerAdapter,
+    architecture: LayerArchitecture,
     layout: Layout,
     lines: Mapping[int, Line] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
@@ -32,7 +32,7 @@ def fused_weights(
     Tied copies are left out, as they are on disk. `lines` are slope and offset of the lines that activations go to, by
     layer; those that are not in it are 1 and 0.
     """
-    path, layers = adapter.layers_path(model), adapter.layer_list(model)
+    path, layers = architecture.layers_path(model), architecture.layer_list(model)
     weights = {
         name: tensor.detach().clone() for name, tensor in untied_state(model).items() if not name.startswith(f"{path}.")
     }
@@ -40,26 +40,26 @@ def fused_weights(
     ties = {(slot, tie.kind): tie for tie in layout.ties for slot in tie.slots}
     for index, slot in enumerate(layout.slots):
         for name, tensor in states[slot.layers[0]].items():
-            kind = adapter.owner(name)
+            kind = architecture.owner(name)
             source = slot.source(kind)
             tie = ties.get((index, kind))
             if tie is not None and is_shared(tensor):
                 if index != tie.slots[0]:
                     continue
                 source = tie.source
-            if source is None and adapter.stays(name):
+            if source is None and architecture.stays(name):
                 source = Source(slot.layers[:1])
-            if source is not None and not gives_way(name, adapter, source.form):
+            if source is not None and not gives_way(name, architecture, source.form):
                 group = [states[layer][name] for layer in source.layers]
                 seed = zlib.crc32(name.encode())  # the same parameter of another group draws anew, whatever the process
                 weights[f"{path}.{index}.{name}"] = combine(group, source, seed=seed + source.layers[0])
         for source in filter(None, slot.blocks.values()):
             if source.form is not None:
                 layer = source.layers[0]
-                made = form_weights(layers[layer], adapter, source.form, lines.get(layer))
+                made = form_weights(layers[layer], architecture, source.form, lines.get(layer))
                 weights |= {f"{path}.{index}.{name}": tensor for name, tensor in made.items()}
     for tie in layout.ties:
-        for at, (module, rank) in relaxed_maps(layers[tie.source.layers[0]], adapter, tie).items():
+        for at, (module, rank) in relaxed_maps(layers[tie.source.layers[0]], architecture, tie).items():
             shared = weights[f"{path}.{tie.slots[0]}.{at}.weight"]
             originals = [out_in(module, states[layer][f"{at}.weight"]) for layer in tie.source.layers]
             if tie.mode == "basis":
@@ -112,7 +112,7 @@ def combine(tensors: Sequence[Tensor], source: Source, *, seed: int = 0) -> Tens
     return torch.tensordot(shares, stack, 1).to(first.dtype)
 
 
-def expanded_weights(model: PreTrainedModel, adapter: LayerAdapter, layout: Layout) -> dict[str, Tensor]:
+def expanded_weights(model: PreTrainedModel, architecture: LayerArchitecture, layout: Layout) -> dict[str, Tensor]:
     """Weights for a stock model that computes what a fused one does: shared matrices are copied, residuals and bases
     multiplied out, and a removed block becomes one whose output projection is zero.
     """
@@ -124,14 +124,14 @@ def expanded_weights(model: PreTrainedModel, adapter: LayerAdapter, layout: Layo
                 del weights[f"{at}.{name}"]
             dtype = next(iter(matrices.values())).dtype
             weights[f"{at}.weight"] = module.merged_weight().to(dtype).contiguous()
-    path = adapter.layers_path(model)
-    for kind in adapter.kinds:
+    path = architecture.layers_path(model)
+    for kind in architecture.kinds:
         donor = f"{path}.{next(i for i, slot in enumerate(layout.slots) if slot.source(kind))}."
         state = {name.removeprefix(donor): tensor for name, tensor in weights.items() if name.startswith(donor)}
-        out = adapter.table(kind)["out"]
+        out = architecture.table(kind)["out"]
         for index, slot in enumerate(layout.slots):
             for name, tensor in state.items():
-                if slot.source(kind) is None and adapter.owner(name) == kind and not adapter.stays(name):
+                if slot.source(kind) is None and architecture.owner(name) == kind and not architecture.stays(name):
                     # Not all zeros: a block of zeros has no gradient, and could never be trained again.
                     is_out = name.startswith(f"{out}.")
                     weights[f"{path}.{index}.{name}"] = torch.zeros_like(tensor) if is_out else tensor.clone()

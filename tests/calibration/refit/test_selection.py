@@ -14,7 +14,7 @@ from hf_layerfuse.calibration.refit.selection import Selection, alike
 from hf_layerfuse.calibration.refit.transformer import refit
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
-from hf_layerfuse.models.architectures import adapter_for, linear_maps
+from hf_layerfuse.models.architectures import architecture_for, linear_maps
 from hf_layerfuse.models.architectures.block_weights import heads_of, rows_of, write_rows
 from hf_layerfuse.plan import Source
 
@@ -35,7 +35,7 @@ def batches_of(model, count=40):
 
 
 def block_of(model, layer, kind):
-    return next(b for b in adapter_for(model).blocks(model) if (b.layer, b.kind) == (layer, kind))
+    return next(b for b in architecture_for(model).blocks(model) if (b.layer, b.kind) == (layer, kind))
 
 
 def at(model, layer, kind, *depths):

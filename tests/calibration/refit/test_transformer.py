@@ -20,7 +20,7 @@ from hf_layerfuse.errors import DataError
 from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.math.ridge import fit
-from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.models.modules.shared_linear import theta_of
 
 LAYERS = 4
@@ -98,13 +98,13 @@ def same(one, other):
 
 
 def layers_of(model):
-    return adapter_for(model).layer_list(model)
+    return architecture_for(model).layer_list(model)
 
 
 def outs_of(model, layer):
     """The output projections of a layer."""
-    adapter = adapter_for(model)
-    return [layers_of(model)[layer].get_submodule(getattr(adapter, kind)["out"]) for kind in ("attention", "mlp")]
+    architecture = architecture_for(model)
+    return [layers_of(model)[layer].get_submodule(getattr(architecture, kind)["out"]) for kind in ("attention", "mlp")]
 
 
 def ties_of(model):
@@ -246,9 +246,9 @@ def test_what_can_be_undone_is_undone(model_type, part):
     back the gains of the norm in front, or a norm that follows shared weights its own, and biases beside shared weights
     what was added to them."""
     teacher = whole(model_type)
-    adapter = adapter_for(teacher)
+    architecture = architecture_for(teacher)
     layers = layers_of(teacher)
-    for at in adapter.mlp.values():
+    for at in architecture.mlp.values():
         layers[3].get_submodule(at).load_state_dict(layers[1].get_submodule(at).state_dict())
     plan = plan_for(teacher, Fuse("mlp", (1, 3), "share"))
     student = apply(teacher, plan)
@@ -257,16 +257,16 @@ def test_what_can_be_undone_is_undone(model_type, part):
 
     layer, generator = layers_of(student)[1], torch.Generator().manual_seed(0)
     if part == "out":
-        module = layer.get_submodule(adapter.attention["out"])
+        module = layer.get_submodule(architecture.attention["out"])
         theta = theta_of(module)
         turn = torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator)
         store(module, torch.cat([theta[:-1] @ turn.double(), theta[-1:]]))
     elif part == "norm":
-        norm = layer.get_submodule((adapter.mlp if adapter.post_norm else adapter.attention)["norm"])
+        norm = layer.get_submodule((architecture.mlp if architecture.post_norm else architecture.attention)["norm"])
         norm.weight.data *= 0.5 + torch.rand(norm.weight.shape, generator=generator)
     else:
         for role in ("in", "out"):
-            bias = layer.get_submodule(adapter.mlp[role]).bias.data
+            bias = layer.get_submodule(architecture.mlp[role]).bias.data
             bias += torch.randn(bias.shape, generator=generator)
     report = refit(student, teacher, plan, batches)
     assert report.before > 1e-3
@@ -314,7 +314,7 @@ def test_repair_of_a_removed_layer_is_the_formula(monkeypatch, model_type, metho
     teacher = whole(model_type)
     batches = batches_of(teacher, 30, 30)
     plan = plan_for(teacher, Drop("layer", 2))
-    at = adapter_for(teacher).mlp["out"]
+    at = architecture_for(teacher).mlp["out"]
     seen = [hidden(teacher, 1, at, batch) for batch in batches]
     x, m, end = (rows_of(batches, parts) for parts in zip(*seen, strict=True))
     aim = rows_of(batches, [hidden(teacher, 2, at, batch)[2] for batch in batches]) - (end - m)

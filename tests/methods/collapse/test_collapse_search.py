@@ -29,7 +29,7 @@ from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.math.lowrank import low_rank
 from hf_layerfuse.math.ridge import Moments
-from hf_layerfuse.models.architectures import ADAPTERS, One, adapter_for
+from hf_layerfuse.models.architectures import ARCHITECTURES, One, architecture_for
 from hf_layerfuse.models.modules.conv import Parts
 from hf_layerfuse.models.modules.shared_linear import out_in, theta_of
 from hf_layerfuse.models.surgery.linear_mlp import Collapsed
@@ -46,10 +46,10 @@ def plan_of(model, *edits) -> Plan:
 def without_activation(model_type, layers=range(LAYERS), **changes):
     """A model whose MLPs in some layers are linear as they are; gates are open."""
     model = tiny_model(model_type, **changes)
-    adapter = adapter_for(model)
+    architecture = architecture_for(model)
     for index in layers:
-        layer = adapter.layer_list(model)[index]
-        layer.set_submodule(adapter.activation, One() if "gate" in adapter.mlp else nn.Identity())
+        layer = architecture.layer_list(model)[index]
+        layer.set_submodule(architecture.activation, One() if "gate" in architecture.mlp else nn.Identity())
     return model
 
 
@@ -69,16 +69,18 @@ def test_an_mlp_without_activation_collapses_exactly(model_type):
 def test_maps_without_biases_collapse_exactly(model_type):
     """The maps of an MLP need no biases."""
     model = without_activation(model_type)
-    adapter = adapter_for(model)
-    for layer in adapter.layer_list(model):
+    architecture = architecture_for(model)
+    for layer in architecture.layer_list(model):
         for role in ("in", "out"):
-            layer.get_submodule(adapter.mlp[role]).bias = None
-    kept = adapter.layer_list(model)[2]
-    weights = [kept.get_submodule(adapter.mlp[role]).weight for role in ("in", "out")]
-    for layer in adapter.layer_list(model):  # `apply` builds a stock model, which has biases where nothing collapses
-        assert all(layer.get_submodule(adapter.mlp[role]).bias is None for role in ("in", "out"))
+            layer.get_submodule(architecture.mlp[role]).bias = None
+    kept = architecture.layer_list(model)[2]
+    weights = [kept.get_submodule(architecture.mlp[role]).weight for role in ("in", "out")]
+    for layer in architecture.layer_list(
+        model
+    ):  # `apply` builds a stock model, which has biases where nothing collapses
+        assert all(layer.get_submodule(architecture.mlp[role]).bias is None for role in ("in", "out"))
     small = apply(model, plan_of(model, *map(Linearize, range(LAYERS))))
-    found = adapter.layer_list(small)[2].get_submodule(adapter.mlp["out"])
+    found = architecture.layer_list(small)[2].get_submodule(architecture.mlp["out"])
     torch.testing.assert_close(found.weight, weights[1] @ weights[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(predicted(small), predicted(model), rtol=1e-4, atol=1e-4)
 
@@ -90,9 +92,9 @@ def test_a_linear_mlp_is_found_by_the_fit(model_type):
     batches = some_batches(model, 12)
     plan = plan_of(model, Linearize(1), Linearize(4))
     small = apply(model, plan)
-    adapter = adapter_for(model)
+    architecture = architecture_for(model)
     for index in (1, 4):  # far from it at first
-        nn.init.normal_(adapter.layer_list(small)[index].get_submodule(adapter.mlp["out"]).weight)
+        nn.init.normal_(architecture.layer_list(small)[index].get_submodule(architecture.mlp["out"]).weight)
     report = refit(small, model, plan, batches, "maps")
     assert report.kept
     assert report.after < 1e-3 * report.before
@@ -112,8 +114,8 @@ def test_a_fit_never_makes_things_worse(model_type, method):
     report = refit(small, model, plan, some_batches(model), method)
     assert report.after <= report.before
     if method == "maps":
-        adapter = adapter_for(model)
-        inside = [adapter.layers_path(small) + f".{i}." for i in (0, 3, 5)]
+        architecture = architecture_for(model)
+        inside = [architecture.layers_path(small) + f".{i}." for i in (0, 3, 5)]
         for name, tensor in small.state_dict().items():
             if not name.startswith(tuple(inside)):
                 assert torch.equal(tensor, before[name]), f"{name} is no map that an MLP has become"
@@ -162,7 +164,7 @@ def test_a_rank_gives_two_maps():
     """With a rank the MLP is the product of two maps; an MLP of few units is one already, and stays exact."""
     model = tiny_model("gpt2")
     small = apply(model, plan_of(model, Linearize(1, rank=8), Linearize(2)))
-    layers = adapter_for(model).layer_list(small)
+    layers = architecture_for(model).layer_list(small)
     assert layers[1].mlp.c_fc.weight.shape == (8, WIDTH)
     assert layers[1].mlp.c_fc.bias is None
     assert layers[1].mlp.c_proj.weight.shape == (WIDTH, 8)
@@ -171,7 +173,7 @@ def test_a_rank_gives_two_maps():
     assert isinstance(layers[0].mlp.c_proj, Conv1D)
     narrow = without_activation("gpt2", [2], n_inner=6)
     small = apply(narrow, plan_of(narrow, Linearize(2)))
-    assert adapter_for(narrow).layer_list(small)[2].mlp.c_fc.weight.shape == (6, WIDTH)
+    assert architecture_for(narrow).layer_list(small)[2].mlp.c_fc.weight.shape == (6, WIDTH)
     torch.testing.assert_close(predicted(small), predicted(narrow), rtol=1e-4, atol=1e-4)
 
 
@@ -230,12 +232,12 @@ def test_a_plan_survives_json():
 
 
 def test_what_cannot_become_linear_is_refused(monkeypatch):
-    """An adapter that does not say where the activation is; and a stock class has no place for a linear MLP."""
+    """An architecture that does not say where the activation is; and a stock class has no place for a linear MLP."""
     model = tiny_model("bert")
     small = apply(model, Plan("bert", LAYERS, (Linearize(1), Linearize(4))))
     with pytest.raises(UnsupportedModelError, match="MLPs of layers 1, 4 are linear, or on the way"):
         expand(small)
-    monkeypatch.setattr(type(ADAPTERS["bert"]), "activation", None)
+    monkeypatch.setattr(type(ARCHITECTURES["bert"]), "activation", None)
     with pytest.raises(UnsupportedModelError, match="name its maps 'in', 'out' and 'gate', and its activation"):
         apply(model, Plan("bert", LAYERS, (Linearize(1),)))
 
@@ -328,8 +330,8 @@ def test_without_batches_nothing_is_fitted(caplog):
     model = tiny_model("vit")
     small = collapse(model, count=1, order="deepest")
     assert "nothing is fitted" in caplog.text
-    mlp = adapter_for(model).layer_list(model)[5].mlp
-    mine = adapter_for(model).layer_list(small)[5].mlp
+    mlp = architecture_for(model).layer_list(model)[5].mlp
+    mine = architecture_for(model).layer_list(small)[5].mlp
     expected = out_in(mlp.fc2, mlp.fc2.weight) @ mlp.fc1.weight
     torch.testing.assert_close(theta_of(mine.fc2)[:-1].T.float(), expected, rtol=1e-5, atol=1e-5)
 

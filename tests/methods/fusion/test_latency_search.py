@@ -36,7 +36,7 @@ from hf_layerfuse.methods.fusion.choices import Choice, Worth, choices_of
 from hf_layerfuse.methods.fusion.latency_search import _Budget, batch_of
 from hf_layerfuse.methods.latency_budget import within
 from hf_layerfuse.methods.trials import Trials
-from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures import architecture_for
 
 pytestmark = pytest.mark.usefixtures("steady")
 
@@ -95,7 +95,7 @@ def test_the_best_choice_of_all(monkeypatch, share, choose):
     monkeypatch.setattr(Trials, "_measure", lambda self, edits: measured.append(edits) or sum(map(weight, edits)))
     recipe = FusionRecipe(latency_budget=share, effort="low", operator="freeze", choose=choose)
     with torch.no_grad():
-        job = _Budget(model, adapter_for(model), recipe, batches_of(model, 8))
+        job = _Budget(model, architecture_for(model), recipe, batches_of(model, 8))
     length = 2 * job.depth
     paths = {0: [[]]}
     for end in range(1, length + 1):
@@ -189,11 +189,11 @@ def test_choices_on_top_of_others(model_type):
     """A trial on top of a refitted student is that student with one edit more or less: without a refit, exactly."""
     model = whole(model_type)
     batches = batches_of(model, 16)
-    adapter = adapter_for(model)
+    architecture = architecture_for(model)
     sample = Sample.of(batches)
 
     def plan(*edits):
-        return Plan(adapter.model_type, 4, edits)
+        return Plan(architecture.model_type, 4, edits)
 
     base = plan(Drop("attention", 1), Linearize(2))
     student = apply(model, base)
@@ -204,10 +204,10 @@ def test_choices_on_top_of_others(model_type):
     )
     for edits in ((Drop("attention", 1),), (*base.edits, Drop("mlp", 3)), (Drop("layer", 1), Linearize(2))):
         made = apply(model, plan(*edits))
-        for slot, layer in zip(plan(*edits).layout().slots, adapter.layer_list(made), strict=True):
+        for slot, layer in zip(plan(*edits).layout().slots, architecture.layer_list(made), strict=True):
             same = [index for index, other in enumerate(base.layout().slots) if other == slot]
             if same:
-                layer.load_state_dict(adapter.layer_list(student)[same[0]].state_dict())
+                layer.load_state_dict(architecture.layer_list(student)[same[0]].state_dict())
         loss = calibration_loss(made, model, sample.held_out_batches)
         assert trials.loss(*edits) == pytest.approx(loss, rel=1e-4)
     fitted = Trials(model, "full", batches, TeacherStates(LayerwiseForward(model, sample)), (student, base))
@@ -248,14 +248,14 @@ def test_tables_are_kept(monkeypatch, tmp_path):
 def test_blocks_take_shares_of_the_whole():
     """What blocks take, and the rest, is what the model takes; layers of another type are timed by themselves."""
     model = whole("qwen2", layers=6)
-    adapter, batches = adapter_for(model), batches_of(model, 4)
+    architecture, batches = architecture_for(model), batches_of(model, 4)
     types = {}
 
     def by_type(runs, device, **_):
         """A layer with a window takes twice as long."""
         found = {}
         for name, run in runs.items():
-            layers = adapter.layer_list(run.func)
+            layers = architecture.layer_list(run.func)
             kinds = run.func.config.layer_types
             per_layer = [
                 sum(p.numel() for p in layer.parameters()) * (2 if kind.startswith("sliding") else 1)
@@ -273,7 +273,7 @@ def test_blocks_take_shares_of_the_whole():
     assert times.rest + sum(times.layer(layer) for layer in range(6)) == pytest.approx(times.original)
     for layer, kind in enumerate(kinds):
         assert times.layer(layer) == pytest.approx(times.layer(0) * (1 if kind == kinds[0] else 2))
-        assert sum(times.block(layer, kind) for kind in adapter.kinds) == pytest.approx(times.layer(layer))
+        assert sum(times.block(layer, kind) for kind in architecture.kinds) == pytest.approx(times.layer(layer))
         assert 0 < times.linear(layer) < times.block(layer, "mlp")
 
 
@@ -327,7 +327,9 @@ def test_what_keeps_the_budget_wins(monkeypatch, order):
         lambda self, plan: (apply(self.model, plan), RefitReport(1.0, 0.2 * len(plan.edits), kept=True)),
     )
     with torch.no_grad():
-        job = _Budget(model, adapter_for(model), FusionRecipe(latency_budget=0.6, effort="low"), batches_of(model, 8))
+        job = _Budget(
+            model, architecture_for(model), FusionRecipe(latency_budget=0.6, effort="low"), batches_of(model, 8)
+        )
     monkeypatch.setattr(job.times, "model_of", lambda plan: job.allowed * (1.0 if len(plan.edits) == 2 else 1.1))
     slow, fast = ([Choice(2 * n + 1, 2 * n + 2, Linearize(n)) for n in layers] for layers in ((1,), (1, 2)))
     for place in order:
@@ -338,8 +340,8 @@ def test_what_keeps_the_budget_wins(monkeypatch, order):
 def test_the_choices_of_a_model():
     """Blocks as they are, without each and without both, linear MLPs, and every run; the first layer stays."""
     model = whole("llama")
-    adapter = adapter_for(model)
-    choices = choices_of(model, adapter, lambda run: Fuse("layer", run), runs_only=False)
+    architecture = architecture_for(model)
+    choices = choices_of(model, architecture, lambda run: Fuse("layer", run), runs_only=False)
     edits = [choice.edit for choice in choices]
     assert edits.count(None) == 8
     assert {edit.layers for edit in edits if isinstance(edit, Fuse)} == {

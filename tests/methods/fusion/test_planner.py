@@ -10,7 +10,18 @@ import pytest
 import torch
 from helpers import LAYERS, TINY, heads_of, tiny_model
 
-from hf_layerfuse import DataError, Drop, Fuse, FusionRecipe, Plan, RecipeError, adapter_for, apply, fuse, plan_fusion
+from hf_layerfuse import (
+    DataError,
+    Drop,
+    Fuse,
+    FusionRecipe,
+    Plan,
+    RecipeError,
+    apply,
+    architecture_for,
+    fuse,
+    plan_fusion,
+)
 from hf_layerfuse.calibration.recorder import observe
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
@@ -42,21 +53,21 @@ def distances(plan):
 
 def states_after(model, kind, batches):
     seen = []
-    observe(model, adapter_for(model), batches, {kind: seen.append})
+    observe(model, architecture_for(model), batches, {kind: seen.append})
     return torch.cat(seen, dim=1)
 
 
 def distinct(model):
     """How many different output projections a model has, for each kind of block."""
     found = {"attention": set(), "mlp": set()}
-    for block in adapter_for(model).blocks(model):
+    for block in architecture_for(model).blocks(model):
         found[block.kind].add(model.get_submodule(block.modules["out"]).weight.data_ptr())
     return {kind: len(pointers) for kind, pointers in found.items()}
 
 
 def make_equal(model, pair, noise=1e-3):
     """Give two layers nearly the same weights."""
-    layers = adapter_for(model).layer_list(model)
+    layers = architecture_for(model).layer_list(model)
     layers[pair[1]].load_state_dict(layers[pair[0]].state_dict())
     generator = torch.Generator().manual_seed(0)
     for parameter in layers[pair[1]].parameters():
@@ -65,12 +76,12 @@ def make_equal(model, pair, noise=1e-3):
 
 def make_idle(model, layer):
     """Let a layer return what it reads: nothing is added, and norms of what is normalised already change nothing."""
-    adapter = adapter_for(model)
-    for block in adapter.blocks(model):
+    architecture = architecture_for(model)
+    for block in architecture.blocks(model):
         if block.layer == layer:
             for parameter in model.get_submodule(block.modules["out"]).parameters():
                 parameter.data.zero_()
-        if adapter.post_norm and block.layer in (layer - 1, layer):
+        if architecture.post_norm and block.layer in (layer - 1, layer):
             norm = model.get_submodule(block.modules["norm"])
             norm.weight.data.fill_(1)
             norm.bias.data.zero_()
@@ -157,12 +168,12 @@ def test_rank_auto_is_the_largest_that_meets_the_target(model_type, asked):
     def size(rank: int) -> dict[str, int]:
         return planned_size(model, plan_fusion(model, replace(recipe, rank=rank)))
 
-    adapter = adapter_for(model)
+    architecture = architecture_for(model)
     blocks = sum(
         p.numel()
-        for layer in adapter.layer_list(model)
+        for layer in architecture.layer_list(model)
         for n, p in layer.named_parameters()
-        if adapter.owner(n) in kinds
+        if architecture.owner(n) in kinds
     )
     limits = {"parameters": parameters(model) - asked["ratio"] * blocks} if "ratio" in asked else {}
     limits |= {name.removeprefix("max_"): most for name, most in asked.items() if name.startswith("max_")}
@@ -218,7 +229,7 @@ def test_layer_distances_are_those_of_the_hidden_states(model_type, measure):
     batches, last = batches_for(model), []
     # transformers puts the last hidden state through the final norm, so that one is taken from the layer
     handle = (
-        adapter_for(model)
+        architecture_for(model)
         .layer_list(model)[-1]
         .register_forward_hook(
             lambda module, args, output: last.append(output[0] if isinstance(output, tuple) else output)
@@ -268,18 +279,18 @@ def test_padding_does_not_change_distances(model_type, measure):
 def test_states_of_blocks(model_type):
     """After an MLP the state is the output of its layer; after attention, what the MLP of the layer adds to."""
     model = base_model(model_type)
-    adapter, batches = adapter_for(model), batches_for(model)
+    architecture, batches = architecture_for(model), batches_for(model)
     layer, attention, mlp = (states_after(model, kind, batches) for kind in ("layer", "attention", "mlp"))
     torch.testing.assert_close(mlp, layer)
     assert not torch.allclose(attention, layer, rtol=1e-2)
     for index in (0, 3):
         # with an MLP that adds nothing, the output of the layer is the state after its attention
         idle = copy.deepcopy(model)
-        block = next(b for b in adapter.blocks(idle) if (b.layer, b.kind) == (index, "mlp"))
+        block = next(b for b in architecture.blocks(idle) if (b.layer, b.kind) == (index, "mlp"))
         for parameter in idle.get_submodule(block.modules["out"]).parameters():
             parameter.data.zero_()
         expected = attention[index]
-        if adapter.post_norm:
+        if architecture.post_norm:
             expected = idle.get_submodule(block.modules["norm"])(expected.clone()).detach()
         torch.testing.assert_close(states_after(idle, "layer", batches)[index], expected)
 
@@ -289,7 +300,7 @@ def test_observers_see_every_token_once(model_type):
     model = base_model(model_type)
     batches = batches_for(model, 3)
     seen = {"attention": [], "mlp": []}
-    observe(model, adapter_for(model), iter(batches), {kind: states.append for kind, states in seen.items()})
+    observe(model, architecture_for(model), iter(batches), {kind: states.append for kind, states in seen.items()})
     for kind, states in seen.items():
         assert [state.shape for state in states] == [states[0].shape] * 3
         torch.testing.assert_close(torch.cat(states, dim=1), states_after(model, kind, batches))
@@ -362,18 +373,18 @@ def test_other_blocks_do_not_count():
 def test_gains_are_part_of_what_reads_them(model_type, measure):
     """A gain moved from a norm in front of a block into its maps changes no distance; one that follows has no say."""
     model = base_model(model_type)
-    adapter, recipe = adapter_for(model), FusionRecipe(keep_layers=3, similarity=measure)
+    architecture, recipe = architecture_for(model), FusionRecipe(keep_layers=3, similarity=measure)
     before = distances(plan_fusion(model, recipe))
     generator = torch.Generator().manual_seed(1)
-    for block in adapter.blocks(model):
+    for block in architecture.blocks(model):
         gain = torch.rand(32, generator=generator) + 0.5
         model.get_submodule(block.modules["norm"]).weight.data /= gain
         for role, found in linear_maps(model, block).items():
-            if role != "out" and not adapter.post_norm:
+            if role != "out" and not architecture.post_norm:
                 found.weight.mul_(gain)
     torch.testing.assert_close(distances(plan_fusion(model, recipe)), before, rtol=1e-4, atol=1e-6)
-    if not adapter.post_norm:
-        first = next(iter(adapter.blocks(model)))
+    if not architecture.post_norm:
+        first = next(iter(architecture.blocks(model)))
         model.get_submodule(first.modules["norm"]).weight.data[::2] *= 3
         assert not torch.allclose(distances(plan_fusion(model, recipe))[0], before[0], rtol=1e-3)
 
@@ -384,7 +395,7 @@ def test_every_weight_is_compared_and_no_bias(model_type, measure):
     model = base_model(model_type)
     recipe = FusionRecipe(keep_layers=3, similarity=measure)
     before = distances(plan_fusion(model, recipe))
-    for block in adapter_for(model).blocks(model):
+    for block in architecture_for(model).blocks(model):
         for role, found in linear_maps(model, block).items():
             if found.bias is not None:
                 found.bias.normal_()
@@ -404,7 +415,7 @@ def test_order_of_hidden_units(model_type, measure):
     """Measures of distributions see two MLPs as one where only the order of their hidden units differs."""
     model = base_model(model_type)
     make_equal(model, (2, 3), noise=0)
-    block = next(block for block in adapter_for(model).blocks(model) if (block.layer, block.kind) == (3, "mlp"))
+    block = next(block for block in architecture_for(model).blocks(model) if (block.layer, block.kind) == (3, "mlp"))
     maps = linear_maps(model, block)
     order = torch.randperm(maps["out"].weight.shape[1], generator=torch.Generator().manual_seed(0))
     for role, found in maps.items():
@@ -435,9 +446,9 @@ def test_kinds_apart(model_type, mode, measure):
 def test_kinds_apart_compute_what_the_plan_says(model_type):
     """With attention of one pair of layers and the MLPs of another fused in depth, the others run as before."""
     model = base_model(model_type)
-    adapter = adapter_for(model)
+    architecture = architecture_for(model)
     alike = {"attention": (0, 1), "mlp": (4, 5)}
-    blocks = {(block.kind, block.layer): block for block in adapter.blocks(model)}
+    blocks = {(block.kind, block.layer): block for block in architecture.blocks(model)}
     with torch.no_grad():
         for kind, (first, second) in alike.items():
             for role, path in blocks[kind, first].modules.items():
@@ -559,7 +570,7 @@ def test_fuse_leaves_its_input_as_it_was(model_type, mode):
     """Weights, config, generation config, modes and hooks of the input are the same after `fuse`, batches included."""
     model = tiny_model(model_type)
     model.train()
-    frozen = adapter_for(model).layer_list(model)[2].eval()
+    frozen = architecture_for(model).layer_list(model)[2].eval()
     batches = batches_for(model)
     weights, config = copy.deepcopy(model.state_dict()), copy.deepcopy(model.config.to_dict())
     generation = model.generation_config.to_dict() if model.can_generate() else None

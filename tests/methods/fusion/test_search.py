@@ -33,7 +33,7 @@ from hf_layerfuse.methods.fusion.planner import _CLUSTERS, candidates, importanc
 from hf_layerfuse.methods.fusion.search import _Table
 from hf_layerfuse.methods.trials import Trials
 from hf_layerfuse.models.apply import apply
-from hf_layerfuse.models.architectures import adapter_for
+from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.models.surgery.size import planned_size
 
 LAYERS = 4
@@ -44,7 +44,7 @@ def loss(fused, model, batches):
 
 
 def depth_of(model):
-    return len(adapter_for(model).layer_list(model))
+    return len(architecture_for(model).layer_list(model))
 
 
 def same(one, other):
@@ -349,9 +349,9 @@ def test_the_table_measures_the_model_with_one_group_fused():
 def test_runs_that_are_linear_come_first(model_type):
     """What layers leave linear costs nothing to fuse; what they do beside that counts for every layer that is lost."""
     model = whole(model_type)
-    adapter = adapter_for(model)
-    for layer in adapter.layer_list(model)[1:3]:  # the second and the third add nothing
-        for kind in (adapter.attention, adapter.mlp):
+    architecture = architecture_for(model)
+    for layer in architecture.layer_list(model)[1:3]:  # the second and the third add nothing
+        for kind in (architecture.attention, architecture.mlp):
             for parameter in layer.get_submodule(kind["out"]).parameters():
                 parameter.data.zero_()
     trace = TeacherStates(LayerwiseForward(model, Sample.of(batches_of(model, 32))))

@@ -12,14 +12,14 @@ from helpers import CHAINS, cifar_resnet, network, some_batches, tiny_model
 from torch import nn
 
 from hf_layerfuse import (
-    ChainAdapter,
+    ConvGraphArchitecture,
     LayerFuseError,
     MergeConvs,
     MergeRecipe,
     RecipeError,
     UnsupportedModelError,
-    adapter_for,
     apply,
+    architecture_for,
     merge,
     merge_convs,
     refit,
@@ -248,7 +248,7 @@ def test_what_is_small_goes_first(cifar, tmp_path):
     recipe = MergeRecipe(budget=0.8, choose="magnitude", batch_size=4, repeats=2, tables=str(tmp_path))
     found = search_merge(model, recipe, images(model))
     gone = [edit.end for edit in found.plan.edits if not edit.keep]
-    units = [unit.conv for unit in adapter_for(model, ChainAdapter).convolutions(model).units]
+    units = [unit.conv for unit in architecture_for(model, ConvGraphArchitecture).convolutions(model).units]
     assert set(gone) <= {units.index("layers.2.conv1"), units.index("layers.1.conv2")}
     assert gone
     assert not (tmp_path / "losses.json").exists()

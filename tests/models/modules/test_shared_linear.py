@@ -20,8 +20,8 @@ from hf_layerfuse import (
     Plan,
     PlanError,
     UnsupportedModelError,
-    adapter_for,
     apply,
+    architecture_for,
     expand,
     verify,
 )
@@ -56,7 +56,7 @@ def outputs(model):
 
 
 def layer_list(model):
-    return adapter_for(model).layer_list(model)
+    return architecture_for(model).layer_list(model)
 
 
 def relaxed(model):
@@ -324,7 +324,7 @@ def test_what_is_shared_and_what_is_not(model_type):
     original = tiny_model(model_type)
     size = fused(model_type, Drop("attention", 5)).num_parameters()
     for name, p in layer_list(original)[0].named_parameters():
-        if p.ndim >= 2 and adapter_for(original).owner(name):
+        if p.ndim >= 2 and architecture_for(original).owner(name):
             outs, ins = p.shape
             size += 2 * 3 * (outs + ins) - outs * ins  # two residuals for one matrix
             ins, outs = (ins, outs) if model_type != "gpt2" else (outs, ins)
@@ -400,9 +400,9 @@ def test_mixed_plan(model_type):
     )
     mixed = apply(model, Plan(model_type, LAYERS, edits))
     verify(mixed)
-    adapter = adapter_for(model)
+    architecture = architecture_for(model)
     names = [name.partition(".") for name in relaxed(layer_list(mixed))]
-    found = {(int(layer), adapter.owner(f"{path}.weight")) for layer, _, path in names}
+    found = {(int(layer), architecture.owner(f"{path}.weight")) for layer, _, path in names}
     assert found == {(0, "attention"), (1, "attention"), (0, "mlp"), (5, "mlp")}
 
 

@@ -26,8 +26,8 @@ from hf_layerfuse import (
     Plan,
     PlanError,
     UnsupportedModelError,
-    adapter_for,
     apply,
+    architecture_for,
     expand,
     fuse,
     heal,
@@ -36,7 +36,7 @@ from hf_layerfuse import (
 )
 from hf_layerfuse.evaluation.divergence import prediction
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
-from hf_layerfuse.models.architectures import ChainAdapter
+from hf_layerfuse.models.architectures import ConvGraphArchitecture
 from hf_layerfuse.models.modules.conv import PaddedConv2d, Parts
 from hf_layerfuse.plan import CHAIN
 
@@ -143,7 +143,7 @@ def test_convolutions_are_taken_out():
 def test_a_linear_bottleneck_ends_with_an_activation_when_it_is_merged():
     """After the sum where there is one, as published."""
     model = network("mobilenet")
-    units = adapter_for(model, ChainAdapter).convolutions(model).units
+    units = architecture_for(model, ConvGraphArchitecture).convolutions(model).units
     inside = [i for i, unit in enumerate(units) if unit.act == "mobilenet_v2.layer.1.activation"]
     small = apply(model, chain_plan(model, MergeConvs(inside[0] - 2, inside[0], (inside[0],))))
     block = small.mobilenet_v2.layer[1]
@@ -165,7 +165,7 @@ def test_depthwise_convolutions_stay_depthwise():
     found = [(i, j, kept) for i, j, merged, kept in chain.table() if merged.depthwise and j - i > 1]
     i, j, kept = found[-1]
     small = apply(model, chain_plan(model, MergeConvs(i, j, kept)))
-    conv = small.get_submodule(adapter_for(model, ChainAdapter).convolutions(model).units[i + 1].conv)
+    conv = small.get_submodule(architecture_for(model, ConvGraphArchitecture).convolutions(model).units[i + 1].conv)
     assert conv.groups == conv.in_channels
     assert isinstance(conv, PaddedConv2d)
 
@@ -230,10 +230,10 @@ def test_plans_that_fit_nothing_are_refused():
 def test_each_architecture_says_what_it_can():
     """Chains are not fused, transformers not merged, and what was merged has no stock class."""
     model = network("basic")
-    with pytest.raises(UnsupportedModelError, match="'resnet' knows no layers to fuse"):
+    with pytest.raises(UnsupportedModelError, match="'resnet' has no layers to fuse"):
         fuse(model, keep_layers=1)
     bert = tiny_model("bert")
-    with pytest.raises(UnsupportedModelError, match=r"'bert' knows no convolutions to merge.*mobilenet_v2, resnet"):
+    with pytest.raises(UnsupportedModelError, match=r"'bert' has no convolutions to merge.*mobilenet_v2, resnet"):
         apply(bert, Plan("bert", 6, (MergeConvs(0, 2, (1,)),), kinds=CHAIN))
     with pytest.raises(UnsupportedModelError, match=r"convolutions of FusedResNet.* were merged"):
         expand(apply(model, some_chain_plan(model, 1)))
@@ -269,7 +269,7 @@ def test_plans_survive_json():
         (MobileNetV2ForImageClassification, MobileNetV2Config(), 171, 391),
     ],
 )
-def test_adapters_see_the_published_chains(make, config, segments, entries):
+def test_architectures_see_the_published_chains(make, config, segments, entries):
     """ResNet-34 and MobileNetV2 have as many segments and entries as published."""
     with torch.device("meta"):
         model = make(config)

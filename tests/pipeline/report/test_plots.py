@@ -6,7 +6,7 @@ from helpers import TINY, network, tiny_model
 from PIL import Image
 from runs import HEALED
 
-from hf_layerfuse import Drop, Fuse, FusionRecipe, Linearize, MergeConvs, Plan, adapter_for, apply, plan_fusion
+from hf_layerfuse import Drop, Fuse, FusionRecipe, Linearize, MergeConvs, Plan, apply, architecture_for, plan_fusion
 from hf_layerfuse.pipeline.report.plots import _COLOURS, _GREY, Quality, _made_of, draw, plot_quality
 from hf_layerfuse.plan import CHAIN, TRANSFORMER
 
@@ -29,7 +29,7 @@ def test_as_many_blocks_as_the_result_has(model_type) -> None:
     plan = plan_fusion(model, FusionRecipe(keep_layers=3))
     result = apply(model, plan)
     for kind in TRANSFORMER:
-        blocks = [block for block in adapter_for(model).blocks(result) if block.kind == kind]
+        blocks = [block for block in architecture_for(model).blocks(result) if block.kind == kind]
         assert len(_made_of(plan, kind)) == len(blocks)
 
 
