@@ -88,8 +88,8 @@ def convolutions(name: str, base: common.Job, trained: Callable[[str], retrainin
 
     def search(model: PreTrainedModel, budget: float, **options: Any) -> SearchResult:
         device = model.device.type
-        measured = {"batch_size": BATCH[device], "max_kernel": 5, "tables": tables_of(name, device)}
-        return search_merge(model, MergeRecipe(budget=budget, **measured, **options), base.calibration)
+        measured = {"latency_batch_size": BATCH[device], "max_kernel": 5, "tables": tables_of(name, device)}
+        return search_merge(model, MergeRecipe(latency_budget=budget, **measured, **options), base.calibration)
 
     def folded(model: PreTrainedModel, budget: float) -> SearchResult:
         """What every runtime does to a network that is not trained any more, and loses nothing."""

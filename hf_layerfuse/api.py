@@ -106,7 +106,7 @@ def merge(
 
     Args:
         model: a stock model with any head; never changed.
-        recipe: what is asked for; `MergeRecipe(budget=0.6)`, say.
+        recipe: what is asked for; `MergeRecipe(latency_budget=0.6)`, say.
         batches: calibration images, as for `fuse`.
         check: save, reload and compare the result before it is returned, as `verify` does.
         overrides: fields of `MergeRecipe`, in place of the recipe or on top of it.
@@ -121,7 +121,7 @@ def merge(
         VerificationError: the result does not survive saving and loading.
 
     Examples:
-        >>> fast = merge(model, budget=0.6, batches=batches)  # doctest: +SKIP
+        >>> fast = merge(model, latency_budget=0.6, batches=batches)  # doctest: +SKIP
     """
     return _compress(MERGE, model, recipe, batches, check, overrides)
 

@@ -26,7 +26,7 @@ CORPUS = Path(__file__).parent / "corpus"
 
 def report(folder: Path, page: Path) -> int:
     """The exit status of `hf-layerfuse report`, which writes a page. The one place that knows where the command is."""
-    from hf_layerfuse.console import main
+    from hf_layerfuse.cli import main
 
     return main(["report", str(folder), "--output", str(page)])
 

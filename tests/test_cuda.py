@@ -110,7 +110,9 @@ def test_a_latency_budget_is_kept(model_type, steady) -> None:
 def test_convolutions_are_merged(name, steady) -> None:
     model = copy.deepcopy(network(name)).float()
     batches = some_batches(model)
-    assert_made_alike(search_merge(on_gpu(model), MergeRecipe(budget=0.7, max_kernel=5), batches), model, batches)
+    assert_made_alike(
+        search_merge(on_gpu(model), MergeRecipe(latency_budget=0.7, max_kernel=5), batches), model, batches
+    )
 
 
 def test_blocks_and_convolutions_are_timed(tmp_path) -> None:

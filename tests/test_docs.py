@@ -286,7 +286,7 @@ def timed(words: list[str], here: Path) -> None:
         image_classification(here / "local")
         shutil.rmtree(here / "local" / "model")
         classifier(here / "local" / "model")
-        given += ["--data.image_column", "image", "--merge.budget", "0.9", "--merge.batch_size", "2"]
+        given += ["--data.image_column", "image", "--merge.latency_budget", "0.9", "--merge.latency_batch_size", "2"]
     else:
         text_classification(here / "local")
         given += ["--data.text_column", "text"]

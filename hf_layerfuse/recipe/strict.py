@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from huggingface_hub.dataclasses import strict
@@ -14,13 +16,29 @@ from ..errors import RecipeError
 _T = TypeVar("_T")
 
 
-def strict_recipe(cls: type[_T]) -> type[_T]:
-    """Make `cls` a keyword-only strict dataclass that raises only `RecipeError`."""
+def strict_recipe(
+    cls: type[_T] | None = None, *, renamed: Mapping[str, str] = MappingProxyType({})
+) -> type[_T] | Callable[[type[_T]], type[_T]]:
+    """Make a class a keyword-only strict dataclass that raises only `RecipeError`.
+
+    Args:
+        cls: Class to decorate; None where the decorator is called with options.
+        renamed: Earlier name -> name of a field. Recipes of earlier releases have the former, and still load.
+    """
+    return partial(_strict, renamed=renamed) if cls is None else _strict(cls, renamed)
+
+
+def _strict(cls: type[_T], renamed: Mapping[str, str]) -> type[_T]:
     cls = strict(dataclasses.dataclass(cls, kw_only=True))
     fill = cls.__init__
     hints = get_type_hints(cls)
 
     def __init__(self, **values: Any) -> None:
+        for earlier in renamed.keys() & values.keys():
+            name = renamed[earlier]
+            if name in values:
+                raise RecipeError(f"{cls.__name__}: {earlier!r} is the earlier name of {name!r}. Give only {name!r}.")
+            values[name] = values.pop(earlier)
         for name in values:
             if name not in hints:
                 close = difflib.get_close_matches(name, hints, n=1)

@@ -56,7 +56,7 @@ def test_methods_that_end_after_training():
     regulariser = dataclasses.replace(homotopy, merge=False)
     assert collapse.needs_training(regulariser)
     assert collapse.finish(regulariser) is None
-    opened = merge.recipe_type(budget=0.5, method="open")
+    opened = merge.recipe_type(latency_budget=0.5, method="open")
     assert merge.needs_training(opened)
     assert merge.healing(opened, HealRecipe()).straighten == HealRecipe().straighten
     assert merge.finish(opened).threshold is None

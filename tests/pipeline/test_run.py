@@ -167,7 +167,7 @@ def test_merge_end_to_end(tmp_path, capsys, method):
     recipe["merge"] = {"budget": 0.9, "batch_size": 2, "repeats": 3, "method": method}
     path.write_text(json.dumps(recipe))
     out = tmp_path / "out"
-    assert main([*words, "--merge.budget", "0.01"]) == 1
+    assert main([*words, "--merge.latency_budget", "0.01"]) == 1
     assert "the least that can be had is" in capsys.readouterr().err
     assert main(words) == 0
     plan = Plan.load(out / "plan.json")
@@ -621,7 +621,7 @@ def test_shipped_recipes(path, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if recipe.merge:
         model = copy.deepcopy(network("bottleneck")).float()
-        small = merge(model, dataclasses.replace(recipe.merge, budget=0.95), batches=[example_inputs(model)])
+        small = merge(model, dataclasses.replace(recipe.merge, latency_budget=0.95), batches=[example_inputs(model)])
     else:
         model_type, head, changes = MODELS[path.stem]
         model = tiny_model(model_type, head, **changes)

@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
-from hf_layerfuse import FusionRecipe, LayerFuseError, RecipeError
+from hf_layerfuse import FusionRecipe, LayerFuseError, MergeRecipe, RecipeError
 from hf_layerfuse.math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
 from hf_layerfuse.recipe import TARGETS, DataRecipe, EvaluateRecipe, HealRecipe, Recipe, load_recipe
 
@@ -237,3 +237,11 @@ def test_yaml_runs_no_code(written, tmp_path):
     assert not victim.exists()
     yaml.unsafe_load(path.read_text())
     assert victim.exists(), "the tag does nothing: this test is blind"
+
+
+def test_earlier_field_names_still_load():
+    """Recipes of 0.1 give the latency budget of a merge by its earlier names; both names at once are refused."""
+    earlier = MergeRecipe(budget=0.5, batch_size=4, repeats=3)
+    assert earlier == MergeRecipe(latency_budget=0.5, latency_batch_size=4, latency_repeats=3)
+    with pytest.raises(RecipeError, match="'budget' is the earlier name of 'latency_budget'"):
+        MergeRecipe(budget=0.5, latency_budget=0.5)

@@ -76,7 +76,7 @@ def search_budget(model: PreTrainedModel, recipe: FusionRecipe, batches: Sequenc
     if "attention" not in architecture.kinds:
         raise UnsupportedModelError(
             f"layers of {architecture.model_type!r} have no attention and MLPs to choose from: use "
-            "merge(model, budget=...) for convolutions, or a target other than latency."
+            "merge(model, latency_budget=...) for convolutions, or a target other than latency."
         )
     if batches is None:
         raise RecipeError("what a choice is worth is measured on calibration batches: pass batches=.")

@@ -60,11 +60,11 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
         )
     folder = None if recipe.tables is None else Path(recipe.tables)
     images = sample.batches[0][model.main_input_name][:1]
-    images = images.expand(recipe.batch_size, *images.shape[1:]).contiguous()
-    latencies = Latencies(model, images, folder and folder / "latency.json", repeats=recipe.repeats)
+    images = images.expand(recipe.latency_batch_size, *images.shape[1:]).contiguous()
+    latencies = Latencies(model, images, folder and folder / "latency.json", repeats=recipe.latency_repeats)
     latencies.measure(entries)
     whole = latencies.original
-    allowed = recipe.budget_ms or recipe.budget * whole
+    allowed = recipe.latency_ms or recipe.latency_budget * whole
     entries = _useful(entries, latencies)
     fitted = recipe.refit != "none"
     losses = _losses(model, sample, recipe, folder, entries)

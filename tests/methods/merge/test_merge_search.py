@@ -139,7 +139,7 @@ def test_a_budget_is_kept(cifar, tmp_path):
     """The predicted latency is within it, tables serve other budgets, and less time costs no less loss."""
     batches, losses = images(cifar), []
     for budget in (0.9, 0.7):
-        recipe = MergeRecipe(budget=budget, batch_size=4, repeats=5, tables=str(tmp_path))
+        recipe = MergeRecipe(latency_budget=budget, latency_batch_size=4, latency_repeats=5, tables=str(tmp_path))
         found = search_merge(cifar, recipe, batches)
         times = found.plan.notes["latency_ms"]
         assert times["predicted"] <= budget * times["original"] * (1 + 1e-9)
@@ -148,9 +148,13 @@ def test_a_budget_is_kept(cifar, tmp_path):
     assert losses[0] <= losses[1]
     least = times["rest"] + 1
     with pytest.raises(RecipeError, match="the least that can be had is"):
-        search_merge(cifar, MergeRecipe(budget_ms=least, batch_size=4, repeats=5, tables=str(tmp_path)), batches)
+        search_merge(
+            cifar, MergeRecipe(latency_ms=least, latency_batch_size=4, latency_repeats=5, tables=str(tmp_path)), batches
+        )
     found = search_merge(
-        cifar, MergeRecipe(budget=0.8, batch_size=4, repeats=5, method="open", tables=str(tmp_path)), batches
+        cifar,
+        MergeRecipe(latency_budget=0.8, latency_batch_size=4, latency_repeats=5, method="open", tables=str(tmp_path)),
+        batches,
     )
     assert not any(edit.merged for edit in found.plan.edits)
     closed, plan = merge_convs(found.model)
@@ -207,7 +211,9 @@ def test_activations_alone_are_removed(cifar, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "hf_layerfuse.evaluation.timing.interleaved", lambda runs, device, **_: dict.fromkeys(runs, Timed(9, 0))
     )
-    recipe = MergeRecipe(budget=0.8, choose="activations", batch_size=4, repeats=2, tables=str(tmp_path))
+    recipe = MergeRecipe(
+        latency_budget=0.8, choose="activations", latency_batch_size=4, latency_repeats=2, tables=str(tmp_path)
+    )
     found = search_merge(cifar, recipe, images(cifar))
     merged = [edit for edit in found.plan.edits if len(edit.layers) > 1]
     assert merged
@@ -224,13 +230,15 @@ def test_it_is_chosen_from_what_was_asked_for(cifar, tmp_path):
     every = {entry.key for entry in entries_of(cifar, 7)}
     assert {entry.key for entry in entries_of(cifar, 3)} < every
     assert all(int(key.split(",")[2]) <= 7 for key in every)
-    recipe = MergeRecipe(budget=0.7, choose="convolutions", batch_size=4, repeats=2)
+    recipe = MergeRecipe(latency_budget=0.7, choose="convolutions", latency_batch_size=4, latency_repeats=2)
     found = search_merge(cifar, recipe, images(cifar))
     changed = [edit for edit in found.plan.edits if not edit.keep]
     assert changed
     assert all(len(edit.layers) == 1 for edit in found.plan.edits)
     assert found.model.num_parameters() < cifar.num_parameters()
-    recipe = MergeRecipe(budget=0.8, refit="none", batch_size=4, repeats=2, tables=str(tmp_path))
+    recipe = MergeRecipe(
+        latency_budget=0.8, refit="none", latency_batch_size=4, latency_repeats=2, tables=str(tmp_path)
+    )
     plain = search_merge(cifar, recipe, images(cifar))
     known = json.loads((tmp_path / "losses-unfitted.json").read_text())["values"]
     assert not plain.report.kept
@@ -245,7 +253,9 @@ def test_what_is_small_goes_first(cifar, tmp_path):
     model = copy.deepcopy(cifar)
     for conv in (model.layers[2].conv1, model.layers[1].conv2):
         nn.init.normal_(conv.weight, std=1e-6)
-    recipe = MergeRecipe(budget=0.8, choose="magnitude", batch_size=4, repeats=2, tables=str(tmp_path))
+    recipe = MergeRecipe(
+        latency_budget=0.8, choose="magnitude", latency_batch_size=4, latency_repeats=2, tables=str(tmp_path)
+    )
     found = search_merge(model, recipe, images(model))
     gone = [edit.end for edit in found.plan.edits if not edit.keep]
     units = [unit.conv for unit in architecture_for(model, ConvGraphArchitecture).convolutions(model).units]
@@ -268,7 +278,9 @@ def test_segments_are_trained_before_they_are_judged(cifar, tmp_path):
         losses.measure(entries)
     changed = [entry for entry in entries if entry.changes]
     assert sum(map(tuned.of, changed)) < sum(map(plain.of, changed))
-    recipe = MergeRecipe(budget=0.85, max_kernel=3, batch_size=4, repeats=2, tune_steps=2, tables=str(tmp_path))
+    recipe = MergeRecipe(
+        latency_budget=0.85, max_kernel=3, latency_batch_size=4, latency_repeats=2, tune_steps=2, tables=str(tmp_path)
+    )
     search_merge(cifar, recipe, batches)
     assert json.loads((tmp_path / "losses-2.json").read_text())["about"]["tuned"] == 2
     student = copy.deepcopy(cifar)
@@ -311,24 +323,24 @@ def test_what_lies_between_parts_is_counted(cifar, steady, monkeypatch):
 
 def test_bad_input_is_refused(cifar):
     with pytest.raises(RecipeError, match="pass batches="):
-        merge(cifar, budget=0.5)
+        merge(cifar, latency_budget=0.5)
     for values, reason in (
         ({}, "exactly one target"),
-        ({"budget": 0.5, "budget_ms": 3.0}, "exactly one target"),
-        ({"budget": 1.5}, "must be between 0 and 1"),
-        ({"budget_ms": 0.0}, "above 0"),
-        ({"budget": 0.5, "max_kernel": 0}, "whole number of 1 or more"),
-        ({"budget": 0.5, "tune_steps": -1}, "whole number of 0 or more"),
-        ({"budget": 0.5, "choose": "magnitude", "tune_steps": 5}, "measures no loss"),
+        ({"latency_budget": 0.5, "latency_ms": 3.0}, "exactly one target"),
+        ({"latency_budget": 1.5}, "must be between 0 and 1"),
+        ({"latency_ms": 0.0}, "above 0"),
+        ({"latency_budget": 0.5, "max_kernel": 0}, "whole number of 1 or more"),
+        ({"latency_budget": 0.5, "tune_steps": -1}, "whole number of 0 or more"),
+        ({"latency_budget": 0.5, "choose": "magnitude", "tune_steps": 5}, "measures no loss"),
     ):
         with pytest.raises(RecipeError, match=reason):
             MergeRecipe(**values)
     with pytest.raises(UnsupportedModelError, match="no convolutions to merge"):
-        merge(tiny_model("bert"), budget=0.5, batches=[])
+        merge(tiny_model("bert"), latency_budget=0.5, batches=[])
     config = CIFAR.CifarResNetConfig(num_hidden_layers=2, widths=[4, 8], strides=[1, 2], num_labels=3)
     lone = CIFAR.CifarResNetForImageClassification(config).eval()
     for layer in lone.layers:
         layer.conv1.stride = layer.conv2.stride = (1, 1)
-    narrow = MergeRecipe(budget=0.5, max_kernel=1)
+    narrow = MergeRecipe(latency_budget=0.5, max_kernel=1)
     with pytest.raises(UnsupportedModelError, match="no two convolutions"):
         search_merge(lone, narrow, images(lone))

@@ -44,7 +44,7 @@ FRONT_DOORS = {
     "fuse, shared": lambda model: fuse(model, keep_layers=4, mode="share", effort="low", batches=some_batches(model)),
     "fuse, timed": timed,
     "collapse": lambda model: collapse(model, count=2, batches=some_batches(model)),
-    "merge": lambda model: merge(model, budget=0.7, batches=some_batches(model)),
+    "merge": lambda model: merge(model, latency_budget=0.7, batches=some_batches(model)),
 }
 
 

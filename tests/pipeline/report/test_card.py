@@ -40,7 +40,7 @@ def test_blocks_that_stay_have_a_row():
 
 
 def test_merged_convolutions_have_a_row_each():
-    made = recipe(fusion=None, merge=MergeRecipe(budget=0.5), task="image-classification")
+    made = recipe(fusion=None, merge=MergeRecipe(latency_budget=0.5), task="image-classification")
     text = model_card(made, MERGED, RESULTS, "x").content
     assert "## What became of its 3 convolutions" in text
     assert "| Convolutions 1, 2 | become one, made of 2 |" in text

@@ -48,7 +48,7 @@ class Tags(HTMLParser):
     [
         (PLAN, recipe()),
         (SHARED, recipe()),
-        (MERGED, recipe(fusion=None, merge=MergeRecipe(budget=0.5), task="image-classification")),
+        (MERGED, recipe(fusion=None, merge=MergeRecipe(latency_budget=0.5), task="image-classification")),
     ],
     ids=["depth", "share", "merge"],
 )

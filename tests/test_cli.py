@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
+from helpers import tiny_model
 
 import hf_layerfuse
 from hf_layerfuse import FusionRecipe, fuse
