@@ -1,3 +1,3 @@
-"""Fused models: built, loaded, saved, verified."""
+"""Building, loading, saving and verifying fused models."""
 
-from . import modeling  # noqa: F401 - it registers the architectures, which every module here looks up
+from . import modeling  # noqa: F401 - registers the architectures that every module here looks up

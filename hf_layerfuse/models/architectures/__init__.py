@@ -1,4 +1,4 @@
-"""One table per architecture; `BUILTIN` lists those that come with the package."""
+"""One table per architecture; `BUILTIN` lists the architectures that ship with the package."""
 
 from .base import (
     ARCHITECTURES,

@@ -1,4 +1,4 @@
-"""Where the blocks of an architecture live: one table per `model_type`."""
+"""Module paths of the blocks of an architecture: one table per `model_type`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FUSED_PREFIX = "fused_"
 class Block:
     """One attention, MLP or convolutional block at one depth.
 
-    `modules` maps a role to a live module path: `norm` (the norm that the block owns), `out` (the map back to the
-    residual stream), and the other maps and small norms under names of the architecture's choice.
+    `modules` maps a role to a live module path. `norm` is the norm that the block owns, `out` is the map back to the
+    residual stream. The architecture chooses the roles of the other maps and small norms.
     """
 
     layer: int
@@ -31,9 +31,10 @@ class Block:
 
 
 class Place(NamedTuple):
-    """Where something is seen: what enters a module or leaves it, or its output `added` to the residual.
+    """A hook point: the input of a module, its output, or its output `added` to the residual.
 
-    `module` is a path from a layer on, of which the empty one is the layer itself; in a chain, one from the model on.
+    `module` is a path relative to a layer; the empty path is the layer itself. In a chain of convolutions, the path is
+    relative to the model.
     """
 
     when: Literal["before", "after", "added"]
@@ -41,30 +42,30 @@ class Place(NamedTuple):
 
 
 class Architecture:
-    """What the engine needs to know of an architecture.
+    """The table of an architecture: everything the engine needs to know about it.
 
     Attributes:
-        model_type: that of its configs.
+        model_type: `model_type` of its configs.
     """
 
     model_type: ClassVar[str]
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise `UnsupportedModelError` for a model that shares the architecture but cannot be made smaller."""
+        """Raise `UnsupportedModelError` for a model of this architecture that cannot be made smaller."""
 
 
 class LayerArchitecture(Architecture, ABC):
-    """A stack of layers, each of which has one block of every kind. All paths but `layers` start at a layer.
+    """A stack of layers, each with one block of every kind. All paths except `layers` are relative to a layer.
 
     Attributes:
-        layers: path of the `nn.ModuleList` of layers inside the base model.
-        skip: for each kind, the modules to replace, and by what, so that a layer runs without that block.
-        post_norm: the block's norm comes after the residual sum (BERT) instead of before the block (GPT-2). Such a
-            norm stays when its block is removed: the next block was trained to read normalised states.
-        per_layer_config: config fields with one entry per layer, kept in step with the layers.
-        resizes: layers may change the shape of the stream, and then only those of one shape can be compared.
-        kinds: of the blocks of a layer, in the order in which they run. The attribute of that name is the table of
-            that kind: role -> path of its modules.
+        layers: Path of the `nn.ModuleList` of layers inside the base model.
+        skip: Modules to replace, and their replacements, so that a layer runs without a block; one entry per kind.
+        post_norm: Whether the block's norm follows the residual sum (BERT) instead of preceding the block (GPT-2).
+            Such a norm stays when its block is removed, because the next block was trained on normalised states.
+        per_layer_config: Config fields with one entry per layer, kept in step with the layers.
+        resizes: Whether layers may change the shape of the stream. If so, only layers of one shape can be compared.
+        kinds: Kinds of blocks in a layer, in execution order. The attribute with the name of a kind is its table:
+            role -> path of its modules.
     """
 
     layers: ClassVar[str]
@@ -75,22 +76,22 @@ class LayerArchitecture(Architecture, ABC):
     kinds: ClassVar[tuple[str, ...]]
 
     def table(self, kind: str) -> Mapping[str, str]:
-        """Role -> path of the modules of a kind of block."""
+        """Role -> path, for the modules of a kind of block."""
         return getattr(self, kind)
 
     @abstractmethod
     def place(self, kind: str, name: str) -> Place:
-        """Where a `HookPoint` of a kind of block is seen."""
+        """Place of a `HookPoint` in a kind of block."""
 
     def layers_path(self, model: PreTrainedModel) -> str:
-        """Live path of the list of layers, seen from `model`, whatever its head."""
+        """Live path of the list of layers, relative to `model`, with any head."""
         return root_of(model) + self.layers
 
     def layer_list(self, model: PreTrainedModel) -> nn.ModuleList:
         return model.get_submodule(self.layers_path(model))
 
     def blocks(self, model: PreTrainedModel) -> list[Block]:
-        """The blocks of `model` that are still there, in the order in which they run."""
+        """Blocks of `model` that have not been removed, in execution order."""
         path = self.layers_path(model)
         found = []
         for index, layer in enumerate(self.layer_list(model)):
@@ -105,12 +106,12 @@ class LayerArchitecture(Architecture, ABC):
         return found
 
     def stays(self, parameter: str) -> bool:
-        """Whether a parameter, named from its layer on, outlives the removal of the block that owns it."""
+        """Whether a parameter stays when its block is removed; its name is relative to its layer."""
         module = parameter.rpartition(".")[0]
         return self.post_norm and module in [self.table(kind)["norm"] for kind in self.kinds]
 
     def owner(self, parameter: str) -> str | None:
-        """The kind of block that a parameter, named from its layer on, belongs to; None is none of them."""
+        """Kind of the block that owns a parameter, or None. The name of the parameter is relative to its layer."""
         module = parameter.rpartition(".")[0]
         return next((kind for kind in self.kinds if module in self.table(kind).values()), None)
 
@@ -119,11 +120,11 @@ class TransformerArchitecture(LayerArchitecture):
     """Layers of one attention and one MLP block each.
 
     Attributes:
-        attention: role -> path of the modules of the attention block.
-        mlp: role -> path of the modules of the MLP block.
-        activation: path of the module between the maps of the MLP; without it, no MLP becomes linear.
-        adds: path of a module of `out` and `norm` alone, called with what `out` reads and with what the MLP read, that
-            gives norm(out(...) + ...); without it, no residual sum is folded.
+        attention: Role -> path, for the modules of the attention block.
+        mlp: Role -> path, for the modules of the MLP block.
+        activation: Path of the module between the maps of the MLP. Without it, MLPs cannot become linear.
+        adds: Path of a module that contains only `out` and `norm` and returns norm(out(a) + b), where a is the input
+            of `out` and b the input of the MLP. Without it, the residual sum cannot be folded.
     """
 
     attention: ClassVar[Mapping[str, str]]
@@ -136,7 +137,7 @@ class TransformerArchitecture(LayerArchitecture):
         table = self.table(kind)
         if name == "features":
             return Place("before", table["out"])
-        if name == "sum":  # where no norm follows, nothing but the addition itself sees it
+        if name == "sum":  # without a norm behind it, only the addition itself sees the sum
             return Place("before", table["norm"]) if self.post_norm else Place("added", table["out"])
         if name == "read" and not self.post_norm:
             return Place("after", table["norm"])
@@ -146,13 +147,13 @@ class TransformerArchitecture(LayerArchitecture):
 
 
 class ConvArchitecture(LayerArchitecture):
-    """Residual layers of two convolutions, act(x + norm(out(f(in_norm(in(x)))))), each one block (He et al. 2016).
+    """Residual layers of two convolutions, act(x + norm(out(f(in_norm(in(x)))))). Each is one block (He et al. 2016).
 
-    Layers may differ in shape; only those of one shape become one. Where a layer is gone, nothing stands in its place.
+    Layers may differ in shape; only layers of one shape can be fused. A removed layer leaves no placeholder.
 
     Attributes:
-        conv: role -> path: `in` and `out`, the convolutions, `in_norm` and `norm`, the batch norms that follow them,
-            and `act`, the activation after the residual sum. A projection in the shortcut has a role of its own.
+        conv: Role -> path. `in` and `out` are the convolutions, `in_norm` and `norm` the batch norms that follow them,
+            and `act` is the activation after the residual sum. A projection in the shortcut has its own role.
     """
 
     conv: ClassVar[Mapping[str, str]]
@@ -169,34 +170,34 @@ class ConvArchitecture(LayerArchitecture):
             plain = all(isinstance(conv, nn.Conv2d) and conv.groups == 1 for conv in convs)
             if not plain or not all(isinstance(norm, nn.BatchNorm2d) and norm.affine for norm in norms):
                 raise UnsupportedModelError(
-                    f"layer {block.layer} has {', '.join(type(part).__name__ for part in (*convs, *norms))}: what can "
-                    "be fused are two Conv2d of one group, each followed by a BatchNorm2d with a gain."
+                    f"layer {block.layer} has {', '.join(type(part).__name__ for part in (*convs, *norms))}: a "
+                    "layer can be fused if it has two Conv2d of one group, each followed by a BatchNorm2d with a gain."
                 )
 
 
 class ZeroAttention(nn.Module):
-    """Stands where an attention module was: contributes nothing, attends to nothing, caches nothing."""
+    """Placeholder for a removed attention module: contributes nothing, attends to nothing, caches nothing."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         return torch.zeros_like(hidden_states), None
 
 
 class ZeroBlock(nn.Module):
-    """Stands where an MLP was: contributes nothing."""
+    """Placeholder for a removed MLP: contributes nothing."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(hidden_states)
 
 
 class One(nn.Module):
-    """Stands where the gate of an MLP was: what is multiplied by it stays as it is."""
+    """Placeholder for the removed gate of an MLP: multiplies by one."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states.new_ones(())
 
 
 def root_of(model: PreTrainedModel) -> str:
-    """What the live paths of the base model begin with, whatever the head: `resnet.`, or nothing."""
+    """Prefix of the live paths of the base model, with any head: `resnet.`, or an empty string."""
     base = model.base_model
     prefix = next(name for name, module in model.named_modules() if module is base)
     return f"{prefix}." if prefix else ""
@@ -208,17 +209,18 @@ _Kind = TypeVar("_Kind", bound=Architecture)
 
 
 def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind:
-    """The architecture of a model, or of its config.
+    """Look up the architecture of a model or config.
 
     Args:
-        model: or its config.
-        kind: what is needed: layers to fuse, or a chain of convolutions to merge.
+        model: Model, or its config.
+        kind: Kind of architecture: `LayerArchitecture` (layers to fuse) or `ConvGraphArchitecture` (a chain of
+            convolutions to merge).
 
     Returns:
-        The architecture that was registered for its `model_type`.
+        The architecture that is registered for the `model_type`.
 
     Raises:
-        UnsupportedModelError: no architecture of that kind is registered for its `model_type`.
+        UnsupportedModelError: No architecture of this kind is registered for the `model_type`.
     """
     config = getattr(model, "config", model)
     model_type = str(getattr(config, "model_type", type(model).__name__)).removeprefix(FUSED_PREFIX)

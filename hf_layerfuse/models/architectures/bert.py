@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and DistilBERT: post-norm, each block followed by the norm of its residual sum."""
+"""BERT, RoBERTa and DistilBERT: post-norm, a norm follows the residual sum of each block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The linear maps of a block in one orientation, whatever the architecture stores."""
+"""Linear maps of a block in one orientation, independent of how the architecture stores them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEAD_NORMS = ("q_norm", "k_norm")
 _ROLES = {"attention": ({"q", "k", "v", "out"},), "mlp": ({"in", "out"}, {"in", "gate", "out"})}
 
 READERS = ("qkv", "q", "k", "v", "gate", "in")
-"""Roles of the maps that read what enters a block."""
+"""Roles of the maps that read the input of a block."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class LinearMap:
     """x -> x W^T + b. Both tensors are views: writing to them in place writes to the model.
 
     Attributes:
-        weight: (out, in), also where the module is a `Conv1D`.
-        bias: (out,), or None.
+        weight: Weight of shape (out, in), also for a `Conv1D`.
+        bias: Bias of shape (out,), or None.
     """
 
     weight: Tensor
@@ -37,14 +37,14 @@ class LinearMap:
 
 @dataclass(frozen=True)
 class Heads:
-    """How an attention block splits its width.
+    """Heads of an attention block.
 
     Attributes:
-        count: query heads.
-        groups: heads of keys and values, each of which serves `count / groups` query heads.
-        dim: width of a head.
-        rotary: queries and keys are rotated by their position, so that only rotations inside a frequency pair, the
-            coordinates j and j + dim/2, commute with it.
+        count: Number of query heads.
+        groups: Number of key-value heads; each serves `count / groups` query heads.
+        dim: Width of a head.
+        rotary: Whether queries and keys are rotated by their position. Only rotations inside a frequency pair, the
+            coordinates j and j + dim/2, commute with that.
     """
 
     count: int
@@ -54,8 +54,10 @@ class Heads:
 
 
 def linear_maps(root: nn.Module, block: Block) -> dict[str, LinearMap]:
-    """Role -> map, for all linear maps of a block, whose paths start at `root`. A joint map of queries, keys and values
-    is given as three."""
+    """Role -> map, for all linear maps of a block. The paths of the block are relative to `root`.
+
+    A joint map of queries, keys and values is returned as three maps.
+    """
     found = {}
     for role, path in block.modules.items():
         if role == "norm" or role in HEAD_NORMS:
@@ -72,16 +74,16 @@ def linear_maps(root: nn.Module, block: Block) -> dict[str, LinearMap]:
 
 
 def heads_of(model: PreTrainedModel) -> Heads:
-    """How the attention blocks of a model split their width.
+    """Heads of the attention blocks of a model.
 
     Raises:
-        UnsupportedModelError: the config does not say how many heads there are.
+        UnsupportedModelError: The config does not state the number of heads.
     """
     config = model.config
     count = getattr(config, "num_attention_heads", None)
     if count is None:
         raise UnsupportedModelError(
-            f"{type(config).__name__} has no num_attention_heads, so that heads cannot be aligned: add the field to "
+            f"{type(config).__name__} has no num_attention_heads, so heads cannot be aligned: add the field to "
             "the config, or use align='none'."
         )
     return Heads(
@@ -93,18 +95,19 @@ def heads_of(model: PreTrainedModel) -> Heads:
 
 
 def rows_of(root: nn.Module, block: Block, heads: Heads | None = None) -> dict[str, Tensor]:
-    """Role -> a map of a block as rows by head, (groups, heads in a group, width of a head, features) float64.
+    """Role -> map of a block as rows by head, (groups, heads in a group, width of a head, features) float64.
 
-    The features of a row are what it reads, and its bias is one more; those of `out` are what it writes. Keys and
-    values have one head in a group. The units of an MLP are heads of width one, in one group, and so are the channels
-    between two convolutions, of which `in_norm` has gain, bias, mean and variance.
+    The features of a row are its input weights, followed by its bias. The features of a row of `out` are its output
+    weights. Keys and values have one head in a group. The units of an MLP are heads of width one, in one group. So are
+    the channels between two convolutions; the features of `in_norm` are gain, bias, mean and variance.
 
     Args:
-        root: what the block's paths start at.
-        heads: of an attention block.
+        root: Module that the block's paths are relative to.
+        block: Block to read.
+        heads: Heads of an attention block; None for other blocks.
 
     Raises:
-        UnsupportedModelError: the maps have other names, or a norm spans several heads.
+        UnsupportedModelError: The maps have unknown roles, or a norm spans several heads.
     """
     if block.kind == "conv":
         return {role: _by_channel(root, block, role).double()[None, :, None] for role in ("in", "in_norm", "out")}
@@ -113,9 +116,9 @@ def rows_of(root: nn.Module, block: Block, heads: Heads | None = None) -> dict[s
     norms = [root.get_submodule(path) for role, path in block.modules.items() if role in HEAD_NORMS]
     if any(norm.weight.numel() != dim for norm in norms) or maps.keys() not in _ROLES[block.kind]:
         raise UnsupportedModelError(
-            f"the {block.kind} block of layer {block.layer} has the parts {', '.join(block.modules)}; known are "
+            f"the {block.kind} block of layer {block.layer} has the parts {', '.join(block.modules)}; allowed are "
             "'qkv' (or 'q', 'k', 'v') and 'out' of attention with norms of one head's width, and 'in', 'out' and "
-            "'gate' of an MLP. Name them so in the architecture's table, or use align='none' and an operator other "
+            "'gate' of an MLP. Use these names in the architecture's table, or use align='none' and an operator other "
             "than 'select'."
         )
     rows = {}
@@ -128,7 +131,7 @@ def rows_of(root: nn.Module, block: Block, heads: Heads | None = None) -> dict[s
 
 
 def write_rows(root: nn.Module, block: Block, rows: Mapping[str, Tensor]) -> None:
-    """Write what `rows_of` gives, in place. The bias of `out` stays."""
+    """Write rows as returned by `rows_of` to the block, in place. The bias of `out` stays."""
     if block.kind == "conv":
         for role, values in rows.items():
             _by_channel(root, block, role, values[0, :, 0])
@@ -144,14 +147,14 @@ def write_rows(root: nn.Module, block: Block, rows: Mapping[str, Tensor]) -> Non
 
 
 def batch_norm_gain(weight: Tensor, variance: Tensor) -> Tensor:
-    """What a batch norm multiplies by in eval mode, but for its eps: of gains and running variances of one shape."""
+    """Factor of a batch norm in eval mode, except for its eps. `weight` and `variance` have the same shape."""
     return weight / variance.clamp_min(1e-5).sqrt()
 
 
 def _by_channel(root: nn.Module, block: Block, role: str, values: Tensor | None = None) -> Tensor:
-    """What a part of a convolutional block has for each channel between the convolutions, (channels, features).
+    """Weights of one part of a convolutional block per channel between the convolutions, (channels, features).
 
-    With `values`, those are written first.
+    If `values` are given, they are written first.
     """
     module = root.get_submodule(block.modules[role])
     if role == "in_norm":

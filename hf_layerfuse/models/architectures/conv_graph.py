@@ -1,4 +1,4 @@
-"""Where the convolutions of an architecture live that can become fewer: one chain from input to output."""
+"""Module paths of the convolutions that can be merged: one chain from input to output."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from .segments import Chain, Link
 
 @dataclass(frozen=True)
 class Unit:
-    """One convolution of a chain with what follows it, by live module paths.
+    """One convolution of a chain with the norm and activation behind it, by live module paths.
 
     Attributes:
-        conv: an `nn.Conv2d`.
-        norm: the batch norm that follows; None where there is none.
-        act: the activation at the boundary behind it, or where one would be; after the sum of a skip that ends there.
-        layer: a module that runs `conv`, `norm` and `act`, its children, in order, where there is one.
+        conv: Path of an `nn.Conv2d`.
+        norm: Path of the batch norm behind it, or None.
+        act: Path of the activation at the boundary behind it, or the path where one would be. If a skip ends there, the
+            activation follows its sum.
+        layer: Path of a module that runs its children `conv`, `norm` and `act` in order, or None.
     """
 
     conv: str
@@ -32,26 +33,26 @@ class Unit:
 
     @classmethod
     def of(cls, layer: str, act: str | None = None) -> Unit:
-        """A layer of transformers, whose children are `convolution`, `normalization` and `activation`.
+        """The unit of a Transformers layer with children `convolution`, `normalization` and `activation`.
 
         Args:
-            layer: its path.
-            act: of the activation, if it is another one.
+            layer: Path of the layer.
+            act: Path of the activation, if it is not the child of the layer.
         """
         return cls(f"{layer}.convolution", f"{layer}.normalization", act or f"{layer}.activation", layer)
 
 
 @dataclass(frozen=True)
 class Skip:
-    """A residual block: what is at boundary `start` is added at boundary `end`.
+    """A residual block: the state at boundary `start` is added at boundary `end`.
 
     Attributes:
-        start: the boundary whose state is added.
-        end: the boundary where it is added.
-        path: live path of the block.
-        branch: names of its children between the two, in the order in which they run.
-        shortcut: name of the child that what is added goes through; None where it is added as it is.
-        act: name of the child that follows the sum, or would.
+        start: Boundary whose state is added.
+        end: Boundary at which it is added.
+        path: Live path of the block.
+        branch: Names of its children between the two boundaries, in execution order.
+        shortcut: Name of the child that transforms the added state; None if it is added unchanged.
+        act: Name of the child that follows the sum, or would follow it.
     """
 
     start: int
@@ -64,12 +65,12 @@ class Skip:
 
 @dataclass(frozen=True)
 class Convolutions:
-    """All that is to be known of a chain to merge its convolutions.
+    """The conv graph of a model: the structure of its chain of convolutions.
 
     Attributes:
-        units: 0 to L.
-        skips: each from a boundary to a later one.
-        barriers: boundaries across which nothing is merged.
+        units: Convolutions 0 to L.
+        skips: Residual blocks, each from a boundary to a later one.
+        barriers: Boundaries that a merged segment must not cross.
     """
 
     units: Sequence[Unit]
@@ -77,7 +78,7 @@ class Convolutions:
     barriers: frozenset[int] = frozenset()
 
     def chain(self, model: PreTrainedModel) -> Chain:
-        """Kernels, strides, channels and norms of the weights, as `model` has them."""
+        """The chain of `model`: kernels, strides, channels and weight norms."""
         links = []
         for unit in self.units:
             conv = model.get_submodule(unit.conv)
@@ -89,35 +90,35 @@ class Convolutions:
 
 
 class ConvGraphArchitecture(Architecture, ABC):
-    """A network of convolutions, whose segments can become one convolution each."""
+    """A network of convolutions; each segment of it can become one convolution."""
 
     @abstractmethod
     def convolutions(self, model: PreTrainedModel) -> Convolutions:
-        """The chain of a stock model."""
+        """The conv graph of a stock model."""
 
     @abstractmethod
     def activation(self, config: PreTrainedConfig) -> nn.Module:
-        """What a merged segment ends with where there was no activation."""
+        """Activation behind a merged segment that had none at its end."""
 
     def same(self, config: PreTrainedConfig) -> bool:
-        """Whether what is around an image depends on its size, as TensorFlow's SAME padding does."""
+        """Whether the padding depends on the size of the image, as TensorFlow's SAME padding does."""
         return False
 
     def check_chain(self, model: PreTrainedModel) -> None:
-        """Raise `UnsupportedModelError` unless every part of the chain is of a kind that can be merged."""
+        """Raise `UnsupportedModelError` unless every part of the chain can be merged."""
         for unit in self.convolutions(model).units:
             conv = model.get_submodule(unit.conv)
             norm = None if unit.norm is None else model.get_submodule(unit.norm)
             plain = isinstance(norm, nn.BatchNorm2d | None) and (norm is None or norm.running_mean is not None)
             if not (is_square(conv) and plain):
                 raise UnsupportedModelError(
-                    f"{unit.conv} is {conv} followed by {norm}: what can be merged are square Conv2d with zeros "
-                    "around, and BatchNorm2d with running statistics."
+                    f"{unit.conv} is {conv} followed by {norm}: only a square Conv2d with zero padding can "
+                    "be merged, alone or followed by a BatchNorm2d with running statistics."
                 )
 
 
 def is_square(conv: nn.Module) -> bool:
-    """Whether a module is a convolution that is the same down and right, with as many zeros on each side."""
+    """Whether a module is a convolution with equal height and width settings and equal zero padding on all sides."""
     return (
         isinstance(conv, nn.Conv2d)
         and conv.padding_mode == "zeros"

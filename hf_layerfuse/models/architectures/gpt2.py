@@ -1,4 +1,4 @@
-"""GPT-2: pre-norm, Conv1D weights of shape (in, out), query, key and value in one map."""
+"""GPT-2: pre-norm, Conv1D weights of shape (in, out), queries, keys and values in one map."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ class GPT2Architecture(TransformerArchitecture):
     def check(self, model: PreTrainedModel) -> None:
         if model.config.scale_attn_by_inverse_layer_idx:
             raise UnsupportedModelError(
-                "scale_attn_by_inverse_layer_idx=True makes the attention of a layer depend on its depth, so that it "
-                "cannot move to another: multiply the query weights of layer i by 1/(i + 1), set it to False, and fuse."
+                "scale_attn_by_inverse_layer_idx=True makes attention depend on the depth, so a layer cannot move to "
+                "another depth: multiply the query weights of layer i by 1/(i + 1), set it to False, and fuse."
             )

@@ -1,4 +1,4 @@
-"""Llama and its relatives: pre-norm, RMSNorm, rotary positions, grouped keys and values, gated MLP."""
+"""Llama and its relatives: pre-norm, RMSNorm, rotary positions, grouped keys and values, gated MLPs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ResNet of basic and of bottleneck layers."""
+"""ResNet with basic or bottleneck layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ResNetArchitecture(ConvGraphArchitecture):
 
     def convolutions(self, model: PreTrainedModel) -> Convolutions:
         root = root_of(model)
-        units, skips = [Unit.of(f"{root}embedder.embedder")], []  # a pooling follows
+        units, skips = [Unit.of(f"{root}embedder.embedder")], []  # boundary 0 is a barrier: a pooling follows
         for i, stage in enumerate(model.base_model.encoder.stages):
             for j, block in enumerate(stage.layers):
                 path, start = f"{root}encoder.stages.{i}.layers.{j}", len(units) - 1

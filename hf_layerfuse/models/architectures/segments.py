@@ -1,4 +1,4 @@
-"""Which runs of convolutions can become one, and with which kernels (LayerMerge, Kim et al. 2024, section 3.2)."""
+"""Mergeable runs of convolutions and their possible kernels (LayerMerge, Kim et al. 2024, section 3.2)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 Kept = tuple[int, ...]
-"""The convolutions of a segment that stay, by their places in the chain, ascending."""
+"""Convolutions of a segment that stay, by ascending index in the chain."""
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,12 @@ class Link:
     """One convolution of a chain, with the batch norm behind it.
 
     Attributes:
-        kernel: its height and width.
-        stride: down and right alike.
-        ins: channels that it reads.
-        outs: channels that it gives.
-        depthwise: each channel by itself.
-        norm: of its weights, sum of absolute values; of those that may go, the largest stay.
+        kernel: Height and width of the kernel.
+        stride: Stride in both directions.
+        ins: Number of input channels.
+        outs: Number of output channels.
+        depthwise: Whether it treats each channel separately.
+        norm: Sum of the absolute values of its weights. Among removable convolutions, those of largest norm stay.
     """
 
     kernel: int
@@ -32,17 +32,17 @@ class Link:
 
     @property
     def fixed(self) -> bool:
-        """Whether nothing can stand in its place, since it changes the shape."""
+        """Whether it cannot be removed, because it changes the shape."""
         return self.ins != self.outs or self.stride > 1
 
 
 @dataclass(frozen=True, order=True)
 class Merged:
-    """The kernel that a segment may get.
+    """A possible kernel of a merged segment.
 
     Attributes:
-        kernel: K = k_1 + sum_l (k_l - 1) prod_{m < l} s_m over the convolutions that stay.
-        depthwise: whether all of them are.
+        kernel: Kernel size K = k_1 + sum_l (k_l - 1) prod_{m < l} s_m over the convolutions that stay.
+        depthwise: Whether all of these convolutions are depthwise.
     """
 
     kernel: int
@@ -51,15 +51,15 @@ class Merged:
 
 @dataclass(frozen=True)
 class Chain:
-    """The convolutions of a network from the input to the output, without those in shortcuts.
+    """The convolutions of a network from input to output, without those in shortcuts.
 
-    Boundary l comes after convolution l, its norm, the sum of a skip that ends there, and its activation. Segment
-    (i, j] is the convolutions i + 1 to j; convolution 0 is part of none.
+    Boundary l follows convolution l, its norm, the sum of a skip that ends there, and its activation. Segment (i, j]
+    contains convolutions i + 1 to j. Convolution 0 belongs to no segment.
 
     Attributes:
-        links: 0 to L.
-        skips: (s, e), from boundary s to the sum at boundary e.
-        barriers: boundaries across which nothing is merged, such as one with a pooling.
+        links: Convolutions 0 to L.
+        skips: Pairs (s, e), each from boundary s to the sum at boundary e.
+        barriers: Boundaries that a segment must not cross, such as one with a pooling.
     """
 
     links: Sequence[Link]
@@ -68,14 +68,14 @@ class Chain:
 
     @property
     def length(self) -> int:
-        """The last boundary, L."""
+        """Index of the last boundary, L."""
         return len(self.links) - 1
 
     def segments(self) -> list[tuple[int, int]]:
         """Every (i, j) whose convolutions can become one.
 
-        None has a barrier inside, or a convolution of more than one pixel behind one of stride 2 or more. None enters a
-        skip and stops inside of it, or starts inside of one and leaves it.
+        Such a segment has no barrier inside, and no kernel larger than 1 behind a stride of 2 or more. It neither
+        starts before a skip and ends inside the skip, nor starts inside a skip and ends behind it.
         """
         return [pair for pair in combinations(range(len(self.links)), 2) if self._merges(*pair)]
 
@@ -88,10 +88,11 @@ class Chain:
         )
 
     def kernels(self, i: int, j: int) -> dict[Merged, Kept]:
-        """What segment (i, j] can become, and the convolutions that stay for it, at least one.
+        """Possible kernels of segment (i, j], each with the convolutions that stay for it, at least one.
 
-        Those that change the shape stay; then as many of one pixel as the kernel allows; and then, of the others, those
-        of the largest norms. That is a program over (kernel so far, depthwise so far), exact for kernels of all sizes.
+        Convolutions that change the shape always stay. The choice among the others maximises the number of kernels of
+        size 1 first, then the sum of the norms. A dynamic program over (kernel so far, depthwise so far) finds it; it
+        is exact for kernels of all sizes.
         """
         reached: dict[Merged, tuple[tuple[int, float], Kept]] = {Merged(1, True): ((0, 0.0), ())}
         scale = 1
@@ -109,7 +110,7 @@ class Chain:
         return {merged: kept for merged, (_, kept) in sorted(reached.items()) if kept}
 
     def table(self) -> Iterator[tuple[int, int, Merged, Kept]]:
-        """Every entry: a segment, a kernel for it, and what stays."""
+        """Yield every entry: a segment (i, j), a kernel for it, and the convolutions that stay."""
         for i, j in self.segments():
             for merged, kept in self.kernels(i, j).items():
                 yield i, j, merged, kept

@@ -243,7 +243,7 @@ def test_each_architecture_says_what_it_can():
         apply(bent, chain_plan(model, MergeConvs(2, 4, (3, 4))))
     odd = copy.deepcopy(model)
     odd.resnet.encoder.stages[0].layers[0].layer[0].convolution.padding_mode = "reflect"
-    with pytest.raises(UnsupportedModelError, match="what can be merged are square Conv2d with zeros"):
+    with pytest.raises(UnsupportedModelError, match="only a square Conv2d with zero padding can be merged"):
         apply(odd, some_chain_plan(model, 1))
 
 
