@@ -1,1 +1,1 @@
-"""Modules that stand in fused models."""
+"""Modules that fused models contain."""

@@ -1,4 +1,4 @@
-"""What stands where a plan has taken parts out of a module, or moved the padding of its convolutions."""
+"""Modules for merged convolutions: a placeholder for a module with removed parts, and explicit padding."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ...math.conv import Window, around
 
 
 class Parts(nn.Module):
-    """Children of a module that is no more, by the names that they had, run one after the other.
+    """Placeholder for a module with removed parts: runs the remaining children, under their names, in order.
 
     Args:
-        before: the module.
-        branch: names of the children that run in order; those that are None are left out.
-        adds: add to what they give what the module was given, through `pad` and the child `shortcut`.
-        shortcut: name of a child.
-        then: name of a child that comes last, after the sum.
-        pad: what is put around, or cut off, what is added.
+        before: Module to replace.
+        branch: Names of the children to run, in order. Children that are None are skipped.
+        adds: Whether to add the input, after `pad` and `shortcut`, to the output of the branch.
+        shortcut: Name of the child that transforms the added input; by default, the input is added unchanged.
+        then: Name of the child that runs last, after the sum.
+        pad: Module that pads or crops the added input.
     """
 
     def __init__(
@@ -51,11 +51,11 @@ class Parts(nn.Module):
 
 
 class Pad(nn.Module):
-    """Zeros around images, as many as convolutions put there together, or as many less.
+    """Zero padding equal to the total padding of several convolutions, or a crop by the same amount.
 
     Args:
-        windows: of the convolutions.
-        sign: 1, or -1 to cut off what they will not.
+        windows: Windows of the convolutions.
+        sign: Direction: 1 pads, -1 crops.
     """
 
     def __init__(self, windows: Sequence[Window], sign: int = 1) -> None:
@@ -67,7 +67,7 @@ class Pad(nn.Module):
 
 
 class PaddedConv2d(nn.Conv2d):
-    """A convolution that pads its images by what all of a segment would have, which differs from side to side."""
+    """A convolution with the total padding of a segment, which may differ between the sides."""
 
     def __init__(self, *args: Any, windows: Sequence[Window], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -78,7 +78,10 @@ class PaddedConv2d(nn.Conv2d):
 
 
 def convolution(like: nn.Conv2d, windows: Sequence[Window], **changes: Any) -> nn.Conv2d:
-    """A convolution as another is but for some changes, with the padding of all `windows`. Its weights mean nothing."""
+    """A convolution like another one except for `changes`, with the total padding of `windows`.
+
+    Its weights are arbitrary and must be loaded.
+    """
     names = ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups")
     values = {name: changes.get(name, getattr(like, name)) for name in names}
     values |= {"bias": changes.get("bias", like.bias is not None)}
@@ -91,6 +94,6 @@ def convolution(like: nn.Conv2d, windows: Sequence[Window], **changes: Any) -> n
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module | None:
-    """What is at a path, or None where nothing is."""
+    """Module at a path, or None."""
     at, _, name = path.rpartition(".")
     return getattr(model.get_submodule(at), name, None)

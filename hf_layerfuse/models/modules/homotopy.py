@@ -1,4 +1,4 @@
-"""Activations on their way to a straight line: the homotopy of LayerCollapse (Shabgahi et al. 2023)."""
+"""Activations that training turns into a straight line: the homotopy of LayerCollapse (Shabgahi et al. 2023)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 class Homotopy(nn.Module):
-    """(1 - a) act(z) + a (slope z + offset): at a = 0 the activation, to the bit, and at a = 1 a line for each unit.
+    """(1 - a) act(z) + a (slope z + offset): exactly the activation at a = 0, and one line per unit at a = 1.
 
-    Of a ReLU, with slope 1 and offset 0, it is PReLU.
+    With a ReLU, slope 1 and offset 0, this is PReLU.
 
     Attributes:
-        a: (1,), trained, `start` at first; one for all units.
-        slope: (units,), of the lines.
-        offset: (units,).
+        a: Trained parameter of shape (1,), shared by all units; initially `start`.
+        slope: Slope of each line, (units,).
+        offset: Offset of each line, (units,).
     """
 
     def __init__(self, act: nn.Module, units: int, start: float = 0.0, **like: Any) -> None:
@@ -31,7 +31,7 @@ class Homotopy(nn.Module):
         return bent + self.a[0].to(z.dtype) * (self.line(z) - bent)
 
     def line(self, z: Tensor) -> Tensor:
-        """What the activation becomes."""
+        """Value of the line at z, which is the output at a = 1."""
         return self.slope.to(z.dtype) * z + self.offset.to(z.dtype)
 
     def __repr__(self) -> str:

@@ -1,8 +1,8 @@
-"""Linear maps that share weights with other depths and keep parameters of their own beside them.
+"""Linear maps that share weights with other depths and also have parameters of their own.
 
-They stand where the `nn.Linear`, `Conv1D` or `nn.Conv2d` of a shared block was, take and give the same shapes, and know
-the weight of the stock module that computes the same. Their own parameters are (out, in) whatever the stock module
-stores; a convolution is a map of patches, whose inputs are channels x height x width of its kernel.
+They replace the `nn.Linear`, `Conv1D` or `nn.Conv2d` of a shared block and have the same input and output shapes. They
+can compute the weight of an equivalent stock module. Their own parameters are (out, in) for every stock module. A
+convolution is a map of patches; its inputs are channels x height x width of its kernel.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from transformers.pytorch_utils import Conv1D
 
 Linear = nn.Linear | Conv1D | nn.Conv2d
 
-# what each depth keeps to itself, although these are matrices
+# parameters that each depth has for itself, although they are matrices
 PER_DEPTH = frozenset({"residual_in", "residual_out", "coefficients"})
 
 
 def out_in(module: nn.Module, weight: Tensor) -> Tensor:
-    """The weight of `module`, seen as (out, in).
+    """View of the weight of `module` as (out, in).
 
-    A `Conv1D`, and what stands for one, has (in, out); the kernel of a convolution has more dimensions.
+    A `Conv1D`, or a module that replaces one, stores (in, out). The kernel of a convolution has more dimensions.
     """
     if isinstance(module, nn.Conv2d):
         return weight.flatten(1)
@@ -33,28 +33,28 @@ def out_in(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def as_stored(module: nn.Module, weight: Tensor) -> Tensor:
-    """A weight (out, in) as `module` stores it: what `out_in` is the way back from."""
+    """A weight of shape (out, in) in the layout of `module`: the inverse of `out_in`."""
     if isinstance(module, nn.Conv2d):
         return weight.unflatten(1, module.weight.shape[1:])
     return out_in(module, weight)
 
 
 class Relaxed(nn.Module, ABC):
-    """A linear map of which a part is shared with other depths."""
+    """A linear map that shares a part of its parameters with other depths."""
 
     @abstractmethod
     def merged_weight(self) -> Tensor:
-        """The weight of the stock module that computes the same, in its orientation; float64, detached."""
+        """Weight of the equivalent stock module, in its layout; float64, detached."""
 
     @abstractmethod
     def reset(self) -> None:
-        """Draw the parameters that the stock module has not, those excepted that transformers has loaded."""
+        """Initialise the parameters that the stock module lacks, except those that Transformers has loaded."""
 
 
 class _Residual(Relaxed):
-    """x -> x (W + B A)^T + b: `weight` is W, which is shared, `residual_out` B (out, rank), `residual_in` A (rank, in).
+    """x -> x (W + B A)^T + b with a shared `weight` W, `residual_out` B (out, rank) and `residual_in` A (rank, in).
 
-    Layer-wise low-rank residuals of Relaxed Recursive Transformers (Bae et al. 2024).
+    These are the layer-wise low-rank residuals of Relaxed Recursive Transformers (Bae et al. 2024).
     """
 
     def _take(self, stock: Linear, rank: int) -> None:
@@ -66,11 +66,11 @@ class _Residual(Relaxed):
 
     @property
     def whole_weight(self) -> Tensor:
-        """W + B A as the stock module stores it, with gradients."""
+        """W + B A in the layout of the stock module, with gradients."""
         return self.weight + as_stored(self, self.residual_out @ self.residual_in)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:  # of many tokens: the product is the smaller part, not so for each one that is generated
+        if self.training:  # training has many tokens, so forming W + B A is cheap; for one generated token it is not
             return F.linear(x, out_in(self, self.whole_weight), self.bias)
         return super().forward(x) + F.linear(F.linear(x, self.residual_in), self.residual_out)
 
@@ -79,7 +79,7 @@ class _Residual(Relaxed):
         return self.weight.double() + as_stored(self, self.residual_out.double() @ self.residual_in.double())
 
     def reset(self) -> None:
-        # as LoRA: nothing is added at first, and the gradient of B is not zero
+        # as in LoRA: the residual is zero at first, and the gradient of B is not
         init.normal_(self.residual_in, std=self.residual_in.shape[1] ** -0.5)
         init.zeros_(self.residual_out)
 
@@ -89,7 +89,7 @@ class _Residual(Relaxed):
 
 
 class ResidualLinear(_Residual, nn.Linear):
-    """An `nn.Linear` with a residual; it takes over the parameters of `stock`."""
+    """An `nn.Linear` with a residual; it uses the parameters of `stock`."""
 
     def __init__(self, stock: nn.Linear, rank: int) -> None:
         super().__init__(stock.in_features, stock.out_features, stock.bias is not None, device="meta")
@@ -97,7 +97,7 @@ class ResidualLinear(_Residual, nn.Linear):
 
 
 class ResidualConv1D(_Residual, Conv1D):
-    """The `Conv1D` of GPT-2 with a residual; it takes over the parameters of `stock`."""
+    """The `Conv1D` of GPT-2 with a residual; it uses the parameters of `stock`."""
 
     def __init__(self, stock: Conv1D, rank: int) -> None:
         with torch.device("meta"):
@@ -106,9 +106,9 @@ class ResidualConv1D(_Residual, Conv1D):
 
 
 class ResidualConv2d(_Residual, nn.Conv2d):
-    """An `nn.Conv2d` of one group with a residual.
+    """An `nn.Conv2d` of one group with a residual; it uses the parameters of `stock`.
 
-    The kernel is made whole each time, which costs next to nothing: it is used at every pixel.
+    Every forward pass computes the whole kernel. This costs almost nothing, because the kernel is used at every pixel.
     """
 
     def __init__(self, stock: nn.Conv2d, rank: int) -> None:
@@ -130,7 +130,7 @@ class ResidualConv2d(_Residual, nn.Conv2d):
 
 
 class BasisLinear(Relaxed):
-    """x -> x (C B)^T + b: `basis` is B (rank, in), which is shared, `coefficients` C (out, rank) (Wang et al. 2024)."""
+    """x -> x (C B)^T + b with a shared `basis` B (rank, in) and `coefficients` C (out, rank) (Wang et al. 2024)."""
 
     def __init__(self, stock: Linear, rank: int) -> None:
         super().__init__()
@@ -143,9 +143,9 @@ class BasisLinear(Relaxed):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as the stock module stores it, made anew: writing to it changes nothing.
+        """Weight in the layout of the stock module, computed on each access: writing to it has no effect.
 
-        Models look at the weights of their maps for a data type, and GPT-2 where it initialises them.
+        Models read the data type from the weights of their maps, and GPT-2 reads the weights to initialise them.
         """
         return as_stored(self, self.coefficients @ self.basis)
 
@@ -157,7 +157,7 @@ class BasisLinear(Relaxed):
         return as_stored(self, self.coefficients.double() @ self.basis.double())
 
     def reset(self) -> None:
-        # so that the product has the variance that nn.Linear gives its weights, 1 / (3 in)
+        # the product then has the variance of the weights of a new nn.Linear, 1 / (3 in)
         init.normal_(self.basis, std=self.in_features**-0.5)
         init.normal_(self.coefficients, std=(3 * len(self.basis)) ** -0.5)
 
@@ -174,23 +174,23 @@ _RESIDUAL: dict[type[nn.Module], type[_Residual]] = {
 
 
 def can_relax(module: nn.Module, mode: Literal["share", "basis"]) -> bool:
-    """Whether `relax` knows what `module` computes: a subclass may compute something else."""
+    """Whether `relax` supports `module`. Subclasses are not supported, because they may compute something else."""
     if isinstance(module, nn.Conv2d) and (mode == "basis" or module.groups > 1):
         return False
     return type(module) in _RESIDUAL
 
 
 def relax(module: Linear, mode: Literal["share", "basis"], rank: int) -> Relaxed:
-    """What stands in place of a map whose weight is shared with a residual of `rank`, or is a basis of that size.
+    """Replacement for a map: a shared weight with a residual of `rank`, or a shared basis of that size.
 
-    In mode `share` it goes on with the parameters of `module`, and computes the same at first; in mode `basis` with
-    its bias only.
+    In mode `share`, the replacement uses the parameters of `module` and computes the same at first. In mode `basis`, it
+    uses only the bias.
     """
     return BasisLinear(module, rank) if mode == "basis" else _RESIDUAL[type(module)](module, rank)
 
 
 def theta_of(module: nn.Module) -> Tensor:
-    """What a map computes, [x, 1] @ theta: (in + 1, out) float64, whatever its orientation and parts."""
+    """Weight and bias of any map as theta, (in + 1, out) float64: the map computes [x, 1] @ theta."""
     weight = module.merged_weight() if isinstance(module, Relaxed) else module.weight.detach().double()
     weight = out_in(module, weight)
     bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().double()
