@@ -1,1 +1,1 @@
-"""How a plan reshapes a model."""
+"""Reshaping a model by a plan."""

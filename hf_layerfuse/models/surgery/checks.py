@@ -1,6 +1,6 @@
-"""Checks that come before a model is fused: whether the model can be, and whether a plan fits it.
+"""Checks before fusing: whether a model can be fused, and whether a plan fits it.
 
-`check_model` reads every weight, so that what users call checks a model once. `check_plan` reads shapes alone, and may
+`check_model` reads every weight, so the public functions call it once per model. `check_plan` reads only shapes and can
 run for every candidate of a search.
 """
 
@@ -20,7 +20,7 @@ from .linear_mlp import check_form
 
 
 def check_model(model: PreTrainedModel, architecture: LayerArchitecture) -> None:
-    """Raise `UnsupportedModelError` unless the model is one that can be fused."""
+    """Raise `UnsupportedModelError` unless the model can be fused."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model: pass the model itself, without torch.compile or "
@@ -41,7 +41,7 @@ def check_model(model: PreTrainedModel, architecture: LayerArchitecture) -> None
 
 
 def check_weights(model: PreTrainedModel) -> None:
-    """Raise `UnsupportedModelError` where a weight is on the meta device, NaN or infinite; every weight is read."""
+    """Raise `UnsupportedModelError` if a weight is on the meta device, NaN or infinite. It reads every weight."""
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise UnsupportedModelError(f"{name} is on the meta device: load the model without offloading to fuse it.")
@@ -56,9 +56,9 @@ def check_plan(model: PreTrainedModel, architecture: LayerArchitecture, plan: Pl
     """Raise unless a plan fits the architecture and the shapes of a model that `check_model` accepts.
 
     Raises:
-        PlanError: the plan is for another architecture or number of layers, or asks for a rank that no matrix has.
-        UnsupportedModelError: an edit needs a module or a table of the architecture that this architecture does not
-        have.
+        PlanError: The plan is for another architecture or number of layers, fuses layers of different shapes, or has
+            a rank that is too large for the matrices.
+        UnsupportedModelError: An edit needs a module, or an entry of the table, that this architecture lacks.
     """
     if plan.model_type != architecture.model_type:
         raise PlanError(
@@ -69,26 +69,26 @@ def check_plan(model: PreTrainedModel, architecture: LayerArchitecture, plan: Pl
         raise PlanError(f"the plan is for {plan.num_layers} layers, the model has {depth}: make a new plan.")
     if plan.kinds != architecture.kinds:
         raise PlanError(
-            f"the plan is for layers of {' and '.join(plan.kinds)} blocks, those of {architecture.model_type!r} have "
-            f"{' and '.join(architecture.kinds)}: make a new plan."
+            f"the plan is for layers of {' and '.join(plan.kinds)} blocks, but {architecture.model_type!r} has layers "
+            f"of {' and '.join(architecture.kinds)} blocks: make a new plan."
         )
     shapes = [shapes_of(layer) for layer in architecture.layer_list(model)]
     for edit in plan.edits:
         unlike = [layer for layer in edit.layers if shapes[layer] != shapes[edit.layers[0]]]
         if unlike:
             raise PlanError(
-                f"{edit} makes one of layers whose weights have different shapes, such as {edit.layers[0]} and "
+                f"{edit} fuses layers whose weights have different shapes, such as layers {edit.layers[0]} and "
                 f"{unlike[0]}: group layers of one shape."
             )
         layer = architecture.layer_list(model)[edit.layers[0]]
         if isinstance(edit, Linearize | Blend):
             check_form(layer, architecture, edit.source.form)
-        ties = replace(plan, edits=(edit,)).layout().ties  # a whole layer may be two
+        ties = replace(plan, edits=(edit,)).layout().ties  # a whole layer may have two ties
         ranks = [rank for tie in ties for _, rank in relaxed_maps(layer, architecture, tie).values()]
         if ranks and max(ranks) < edit.rank:
             raise PlanError(
-                f"Fuse.rank is {edit.rank}, and no matrix of these {edit.kind} blocks can use more than {max(ranks)} "
-                f"with mode={edit.mode!r}: lower it, to much less than that to save anything."
+                f"Fuse.rank is {edit.rank}, but the matrices of these {edit.kind} blocks allow at most {max(ranks)} "
+                f"with mode={edit.mode!r}: lower the rank. Only a much lower rank saves parameters."
             )
 
 
@@ -102,5 +102,5 @@ def can_be(model: PreTrainedModel, architecture: LayerArchitecture, plan: Plan) 
 
 
 def shapes_of(layer: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
-    """Name and shape of each weight of a layer: those of layers that can become one are equal."""
+    """Name and shape of each weight of a layer. Layers can be fused only if these are equal."""
     return tuple((name, tensor.shape) for name, tensor in layer.state_dict().items())

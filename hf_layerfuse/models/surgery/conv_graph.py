@@ -1,6 +1,6 @@
-"""How convolutions of a chain become one (LayerMerge, Kim et al. 2024): the shape of the model, and its weights.
+"""Merging the convolutions of a chain (LayerMerge, Kim et al. 2024): the shape of the model, and its weights.
 
-`reshape_chain` serves compressing and loading alike, as `edits.reshape` does for layers.
+Compressing and loading both use `reshape_chain`. `layers.reshape` is the counterpart for layers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def check_merges(model: PreTrainedModel, architecture: ConvGraphArchitecture, pl
     """Raise unless a plan of merges fits the shapes of a model that `check_model` accepts.
 
     Raises:
-        PlanError: the plan is for another architecture or number of convolutions, or names what is no segment, or keeps
-            too few of one.
-        UnsupportedModelError: the model cannot be merged.
+        PlanError: The plan is for another architecture or number of convolutions, an edit does not match a segment, or
+            an edit leaves out a convolution that must stay.
+        UnsupportedModelError: The convolutions of the model cannot be merged.
     """
     architecture.check_chain(model)
     if plan.model_type != architecture.model_type:
@@ -43,17 +43,17 @@ def check_merges(model: PreTrainedModel, architecture: ConvGraphArchitecture, pl
     segments = {*chain.segments(), (-1, 0)}
     for edit in plan.edits:
         if not isinstance(edit, MergeConvs):
-            raise PlanError(f"{edit} is about layers, and the plan about convolutions: use MergeConvs.")
+            raise PlanError(f"{edit} is an edit of layers in a plan for convolutions: use MergeConvs.")
         if (edit.start, edit.end) not in segments:
             raise PlanError(
-                f"{edit}: convolutions {edit.start + 1} to {edit.end} do not become one: a stride, a pooling or the "
-                "end of a skip is between them."
+                f"{edit}: convolutions {edit.start + 1} to {edit.end} cannot become one, because a stride, a pooling "
+                "or the end of a skip is between them: use a segment without these."
             )
         for skip in _inner(convs, edit):
             if not _adds_linearly(_shortcut(model, skip)):
                 raise PlanError(
-                    f"{edit}: the shortcut of {skip.path} is neither the identity nor a convolution of one pixel and a "
-                    "batch norm, and cannot be part of a kernel: end the segment before it."
+                    f"{edit}: the shortcut of {skip.path} is neither the identity nor a 1 x 1 convolution with an "
+                    "optional batch norm, so a kernel cannot include it: end the segment before it."
                 )
         lost = [place for place in edit.layers if chain.links[place].fixed and place not in edit.keep]
         if lost:
@@ -61,7 +61,7 @@ def check_merges(model: PreTrainedModel, architecture: ConvGraphArchitecture, pl
 
 
 def windows_of(model: PreTrainedModel, architecture: ConvGraphArchitecture, convs: Convolutions) -> list[Window]:
-    """What each convolution of a stock model looks at, and how it pads."""
+    """Window of each convolution of a stock model: kernel size, stride and padding."""
     same, found = architecture.same(model.config), []
     for unit in convs.units:
         conv = model.get_submodule(unit.conv)
@@ -71,7 +71,7 @@ def windows_of(model: PreTrainedModel, architecture: ConvGraphArchitecture, conv
 
 
 def reshape_chain(model: PreTrainedModel, architecture: ConvGraphArchitecture, plan: Plan) -> None:
-    """Give a stock model the shape that a plan of merges leads to, in place. New weights mean nothing yet."""
+    """Give a stock model the shape that its plan of merges defines, in place. New weights are arbitrary."""
     convs = architecture.convolutions(model)
     windows = windows_of(model, architecture, convs)
     shapes = {edit: merged_shape(model, convs, edit) for edit in plan.edits if edit.keep}
@@ -80,7 +80,7 @@ def reshape_chain(model: PreTrainedModel, architecture: ConvGraphArchitecture, p
         _replace(model, convs, windows, edit, shapes.get(edit))
     gone = {edit.end for edit in plan.edits if not edit.keep}
     for skip in convs.skips:
-        if gone >= set(range(skip.start + 1, skip.end + 1)):  # or what is left would be added to itself
+        if gone >= set(range(skip.start + 1, skip.end + 1)):  # otherwise the skip would add its input to itself
             model.set_submodule(skip.path, Parts(model.get_submodule(skip.path), skip.branch, then=skip.act))
 
 
@@ -91,7 +91,7 @@ def _straighten(
     windows: list[Window],
     edit: MergeConvs,
 ) -> None:
-    """Take activations out of a segment, put one behind it, and fit skips to moved padding, or take them out."""
+    """Remove the activations inside a segment, add one behind it, and crop, pad or remove its skips."""
     for place in edit.layers:
         unit = convs.units[place]
         if unit.layer is not None:
@@ -104,7 +104,7 @@ def _straighten(
         branch = [windows[place] for place in edit.keep if skip.start < place <= skip.end]
         behind = [windows[place] for place in edit.keep if place > skip.end]
         padded = any(place <= skip.start for place in edit.keep)
-        adds = bool(branch) and not edit.merged  # a branch of which nothing is left does not add its input to itself
+        adds = bool(branch) and not edit.merged  # an empty branch must not add its input to itself
         pad = None
         if adds and (padded or behind):
             pad = Pad(branch, -1) if padded else Pad(behind)
@@ -125,7 +125,10 @@ def _straighten(
 def _replace(
     model: PreTrainedModel, convs: Convolutions, windows: list[Window], edit: MergeConvs, shape: dict[str, Any] | None
 ) -> None:
-    """Put one convolution in the place of a segment, at its beginning, or move the padding of those that stay."""
+    """Replace a segment with one convolution at its start.
+
+    If the segment stays open, move all padding to the first convolution that stays.
+    """
     total = [windows[place] for place in edit.keep]
     for place in edit.layers:
         unit = convs.units[place]
@@ -142,7 +145,7 @@ def _replace(
 
 
 def merged_shape(model: PreTrainedModel, convs: Convolutions, edit: MergeConvs) -> dict[str, Any]:
-    """What the one convolution of a segment of a stock model is like: arguments of `convolution`."""
+    """Arguments of `convolution` for the merged convolution of a segment of a stock model."""
     kept = [model.get_submodule(convs.units[place].conv) for place in edit.keep]
     size, stride = 1, 1
     for conv in kept:
@@ -170,14 +173,14 @@ def merged_weights(
     plan: Plan,
     names: Collection[str],
 ) -> dict[str, Tensor]:
-    """Weights for the model that a plan leads to.
+    """Weights of the merged model, by name.
 
     Args:
-        model: that has the weights: a stock one, or one in which what is merged now was left open before.
-        stock: a model of the stock shape, of which only that is read.
-        architecture: of it.
-        plan: of merges.
-        names: of all tensors of the result.
+        model: Model with the weights: a stock model, or a fused one with open segments.
+        stock: Model of the stock shape. Only its shape is read.
+        architecture: Architecture table of the model.
+        plan: Plan whose edits are all merges.
+        names: Names of all tensors of the result.
     """
     composer = Composer(model, stock, architecture)
     weights = {name: tensor.detach().clone() for name, tensor in untied_state(model).items() if name in names}
@@ -192,12 +195,12 @@ def merged_weights(
 
 
 class Composer:
-    """Makes one kernel of a segment.
+    """Composes the kernel of a segment.
 
     Args:
-        model: that has the weights.
-        stock: a model of the stock shape, of which only that is read.
-        architecture: of it.
+        model: Model with the weights.
+        stock: Model of the stock shape. Only its shape is read.
+        architecture: Architecture table of the model.
     """
 
     def __init__(self, model: PreTrainedModel, stock: PreTrainedModel, architecture: ConvGraphArchitecture) -> None:
@@ -206,11 +209,11 @@ class Composer:
         self.windows = windows_of(stock, architecture, self.convs)
 
     def kernel(self, edit: MergeConvs) -> Kernel:
-        """What the convolutions of a segment that stay compute together with the skips inside of it."""
+        """Kernel of a segment: the convolutions that stay, composed with the skips inside the segment."""
         return self._between(edit, edit.start, edit.end)
 
     def _between(self, edit: MergeConvs, at: int, end: int, inside: Skip | None = None) -> Kernel | None:
-        """Of what lies between two boundaries, or in the branch of a skip; None where nothing of it stays."""
+        """Kernel between two boundaries, or of the branch of skip `inside`; None if no convolution there stays."""
         found: Kernel | None = None
         skips = {skip.start: skip for skip in _inner(self.convs, edit) if skip.end <= end and skip is not inside}
         while at < end:
@@ -227,9 +230,9 @@ class Composer:
         return found
 
     def _kept(self, place: int) -> Kernel:
-        """A convolution with its batch norm folded into it."""
+        """Kernel of a convolution with its batch norm folded in."""
         unit = self.convs.units[place]
-        # padding that goes by the size of the image matters inside of skips alone, where it has stride 1
+        # padding that depends on the image size matters only inside skips, where the stride is 1
         sides = self.windows[place].around(0) * 2
         norm = None if unit.norm is None else self.model.get_submodule(unit.norm)
         return self._folded(unit.conv, sides, norm)
@@ -244,7 +247,7 @@ class Composer:
         return kernel.folded(norm.running_mean, norm.running_var, gain, shift, norm.eps)
 
     def _added(self, skip: Skip, branch: Kernel) -> Kernel:
-        """What a skip adds to its branch: its input, or a projection of it."""
+        """Kernel that a skip adds to its branch: the identity, or a projection."""
         shortcut = _shortcut(self.model, skip)
         if isinstance(shortcut, nn.Identity | None):
             return Kernel.identity(len(branch.bias), branch.weight)
@@ -259,7 +262,7 @@ def _inner(convs: Convolutions, edit: MergeConvs) -> list[Skip]:
 
 
 def _adds_linearly(shortcut: nn.Module | None) -> bool:
-    """Whether a shortcut is the identity, or a convolution of one pixel that a batch norm may follow."""
+    """Whether a shortcut is the identity, or a 1 x 1 convolution with an optional batch norm behind it."""
     if isinstance(shortcut, nn.Identity | None):
         return True
     inside = [module for module in shortcut.modules() if not list(module.children())]

@@ -1,4 +1,4 @@
-"""How the edits of a plan reshape a model, the same way while compressing and while loading."""
+"""Reshaping a model by the edits of a plan. Compressing and loading use the same code."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .linear_mlp import take_form
 
 
 def target_config(config: PreTrainedConfig, architecture: LayerArchitecture, layout: Layout) -> PreTrainedConfig:
-    """The config of the result: fewer layers, every per-layer list in step. `config` is not changed."""
+    """Config of the result: fewer layers, every per-layer list in step. `config` is not changed."""
     target = copy.deepcopy(config)
     for name in architecture.per_layer_config:
         if getattr(config, name, None) is not None:
             setattr(target, name, [_per_layer(getattr(config, name), slot, name) for slot in layout.slots])
     types = getattr(target, "layer_types", None)
     if types is not None:
-        # A layer without attention needs no cache of its own type. Where a type has lost all its attention, a cache
-        # of that type would stay empty and report length 0, so such layers take the type of one that is there.
+        # A layer without attention needs no cache of its own type. If all attention of a type is removed, a cache of
+        # that type would stay empty and report length 0. Such layers take the type of a layer with attention.
         used = {kind: None for kind, slot in zip(types, layout.slots, strict=True) if slot.source("attention")}
         fallback = next(iter(used))
         target.layer_types = [kind if kind in used else fallback for kind in types]
@@ -35,25 +35,27 @@ def target_config(config: PreTrainedConfig, architecture: LayerArchitecture, lay
 
 
 def _per_layer(values: Sequence[Any], slot: Slot, name: str) -> Any:
-    """The entry of a per-layer config list that belongs to the layer whose weights a slot gets."""
+    """Entry of a per-layer config list for a slot, taken from the layers whose weights the slot gets."""
     source = next(iter(slot.blocks.values())) or Source(slot.layers[:1])
     if source.operator in ("freeze", "select"):
         return values[source.kept]
     entries = [values[layer] for layer in source.layers]
     if any(entry != entries[0] for entry in entries):
         raise PlanError(
-            f"layers {source.layers} differ in config.{name} ({', '.join(map(str, entries))}), so their weights do "
-            f"not make one layer by {source.operator!r}: use operator 'freeze', or group layers of one kind."
+            f"layers {source.layers} differ in config.{name} ({', '.join(map(str, entries))}), so operator "
+            f"{source.operator!r} cannot combine them: use operator 'freeze', or group layers of one kind."
         )
     return entries[0]
 
 
 def reshape(model: PreTrainedModel, architecture: LayerArchitecture, layout: Layout) -> None:
-    """Take the removed blocks out of a model with one layer per slot, renumber its cache, and put relaxed maps in the
-    place of those that are shared with a rank, and other forms in the place of MLPs that have become that. In place.
+    """Reshape a model with one layer per slot, in place.
 
-    The key-value cache of transformers has one entry per layer of the config, and asks the first entry of each layer
-    type how long the sequence is, so the attention blocks that remain take the first entries of their own type.
+    The function removes blocks, renumbers the cache, relaxes maps that are shared with a rank, and gives linearised
+    MLPs their form.
+
+    The key-value cache of Transformers has one entry per layer of the config and reads the sequence length from the
+    first entry of each layer type. Therefore, the remaining attention blocks take the first entries of their type.
     """
     layers = architecture.layer_list(model)
     types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers)
@@ -79,24 +81,23 @@ def reshape(model: PreTrainedModel, architecture: LayerArchitecture, layout: Lay
 
 
 def relaxed_maps(layer: nn.Module, architecture: LayerArchitecture, tie: Tie) -> dict[str, tuple[Linear, int]]:
-    """Path -> (stock module, rank) of the maps of a layer that a tie is to relax; none where it has no rank.
+    """Path -> (stock module, rank), for the maps of a layer that a tie relaxes; empty if the tie has no rank.
 
-    A joint map of queries, keys and values is one map. The rank is that of the tie, or where a map has fewer
-    dimensions as many as it has, which is enough to be exact: min(out, in) of a residual, min(in, depths x out) of a
-    basis.
+    A joint map of queries, keys and values is one map. The rank is the rank of the tie, capped where a smaller rank is
+    exact: at min(out, in) for a residual, and at min(in, depths x out) for a basis.
 
     Raises:
-        UnsupportedModelError: a matrix belongs to a module that computes something else than `nn.Linear`.
+        UnsupportedModelError: A matrix belongs to a module that cannot be relaxed.
     """
     found = {}
     for at in architecture.table(tie.kind).values() if tie.rank else ():
         module = layer.get_submodule(at)
-        # a head that builds its body by AutoModel, as those of Llama do, gets one that is reshaped already
+        # a head that builds its body with AutoModel, as those of Llama do, gets a body that is already reshaped
         if not isinstance(module, Relaxed) and any(is_shared(tensor) for tensor in module.parameters()):
             if not can_relax(module, tie.mode):
                 raise UnsupportedModelError(
-                    f"{at} is a {type(module).__name__}, and only nn.Linear and Conv1D can have a residual or a basis, "
-                    "and an nn.Conv2d of one group a residual: share this block with rank 0."
+                    f"{at} is a {type(module).__name__}. A residual needs an nn.Linear, a Conv1D, or an nn.Conv2d of "
+                    "one group; a basis needs an nn.Linear or a Conv1D. Share this block with rank 0."
                 )
             outs, ins = out_in(module, module.weight).shape
             full = min(ins, outs * len(tie.slots) if tie.mode == "basis" else outs)
@@ -105,7 +106,7 @@ def relaxed_maps(layer: nn.Module, architecture: LayerArchitecture, tie: Tie) ->
 
 
 def tied_weights(model: PreTrainedModel, architecture: LayerArchitecture, layout: Layout) -> dict[str, str]:
-    """Shared matrices of a reshaped model, {name of a copy: name of the one that is kept}: weights and bases."""
+    """Shared weights and bases of a reshaped model, {name of a copy: name of the matrix that is kept}."""
     path, layers = architecture.layers_path(model), architecture.layer_list(model)
     return {
         f"{path}.{slot}.{name}": f"{path}.{tie.slots[0]}.{name}"
@@ -117,5 +118,5 @@ def tied_weights(model: PreTrainedModel, architecture: LayerArchitecture, layout
 
 
 def is_shared(tensor: Tensor) -> bool:
-    """Weight matrices are shared; norms and biases stay per depth, where they cost little and repair a lot."""
+    """Whether depths share a parameter: matrices only. Norms and biases per depth cost little and repair a lot."""
     return tensor.ndim >= 2

@@ -1,5 +1,7 @@
-"""What an MLP may become (LayerCollapse, Shabgahi et al. 2023): a linear map of the stream, the product of two, or an
-MLP whose activation is on its way to a line."""
+"""Forms of a linearised MLP (LayerCollapse, Shabgahi et al. 2023).
+
+An MLP becomes one linear map, a product of two linear maps, or an MLP whose activation training turns into a line.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +18,22 @@ from ..modules.homotopy import Homotopy
 from ..modules.shared_linear import out_in, theta_of
 
 START = 0.01
-"""The slope of the published PReLU, and so its a, before it is trained."""
+"""Slope of the PReLU in the paper before training, which is its initial a."""
 
 _MAPS = ("in", "gate", "out")
 
 
 Form = LinearForm | BlendedForm
 Line = tuple[Tensor, Tensor]
-"""Slope and offset of the line that the activation of each unit goes to, (units,) each."""
+"""Slope and offset of the target line of each unit's activation, (units,) each."""
 
 
 class Collapsed(nn.Linear):
-    """The linear map that an MLP has become, or the second of the two."""
+    """Linear map that replaces an MLP, or the second of two such maps."""
 
 
 def needs_fit(architecture: TransformerArchitecture) -> bool:
-    """Whether an MLP without its activation is still a product of two maps, and is linear only when it is fitted."""
+    """Whether an MLP stays nonlinear without its activation (gated MLPs do), so that only a fit makes it linear."""
     return "gate" in architecture.mlp
 
 
@@ -39,21 +41,22 @@ def check_form(layer: nn.Module, architecture: TransformerArchitecture, form: Fo
     """Raise unless the MLP of a stock layer can take a form.
 
     Raises:
-        PlanError: the rank saves nothing.
-        UnsupportedModelError: the architecture does not say where the activation is, or what the MLP is made of; or the
-            activation is to become a line, and the MLP is gated.
+        PlanError: The rank saves no parameters, or the form folds a sum into a product of two maps.
+        UnsupportedModelError: The table of the architecture lacks the activation or the maps of the MLP, the residual
+            sum cannot be folded, or a gated MLP would get a `Blend`.
     """
     names = architecture.mlp.keys()
     if architecture.activation is None or not {"in", "out"} <= names or names - {"norm", *_MAPS}:
         raise UnsupportedModelError(
             f"the architecture of {architecture.model_type!r} has an MLP of {', '.join(names)} with the activation at "
-            f"{architecture.activation!r}: to make it linear, name its maps 'in', 'out' and 'gate', and its activation."
+            f"{architecture.activation!r}, which cannot become linear: in the architecture's table, name the maps "
+            "'in', 'out' and 'gate', and set the path of the activation."
         )
     if isinstance(form, BlendedForm):
         if needs_fit(architecture):
             raise UnsupportedModelError(
                 f"the MLPs of {architecture.model_type!r} are gated: with a linear activation they are still products "
-                "of two maps of their input. Only a fit makes them linear: Linearize(layer) with refit, or "
+                "of two maps of their input. Only a fit makes them linear: use Linearize(layer) with refit, or "
                 "collapse(...)."
             )
         return
@@ -61,7 +64,7 @@ def check_form(layer: nn.Module, architecture: TransformerArchitecture, form: Fo
         raise UnsupportedModelError(
             f"the residual sum behind the MLPs of {architecture.model_type!r} cannot be folded: "
             + (
-                "it is in no module of its own."
+                "it has no module of its own."
                 if architecture.post_norm
                 else "later blocks read it, and no norm follows."
             )
@@ -70,31 +73,31 @@ def check_form(layer: nn.Module, architecture: TransformerArchitecture, form: Fo
     ins, outs = _widths(layer, architecture)
     if form.fold and _rank(layer, architecture, form) is not None:
         raise PlanError(
-            f"MLPs of {_units(layer, architecture)} units become the product of two maps, with which no sum of {outs} "
-            "channels can be folded: use fold=False."
+            f"MLPs of {_units(layer, architecture)} units become a product of two maps, which cannot include the "
+            f"residual sum of {outs} channels: use fold=False."
         )
     if form.rank is not None and form.rank * (ins + outs) >= ins * outs:
         raise PlanError(
-            f"Linearize.rank is {form.rank}, and two maps of that rank are no smaller than one of {ins} x {outs}: "
+            f"Linearize.rank is {form.rank}, but two maps of that rank are not smaller than one of {ins} x {outs}: "
             f"use {(ins * outs - 1) // (ins + outs)} or less, or None for the full map."
         )
 
 
 def take_form(layer: nn.Module, architecture: TransformerArchitecture, form: Form) -> None:
-    """Give the MLP of a stock layer another form, in place. The weights of new modules mean nothing yet."""
+    """Give the MLP of a stock layer another form, in place. The weights of new modules are arbitrary."""
     (_linearize if isinstance(form, LinearForm) else _blend)(layer, architecture, form)
 
 
 def form_weights(
     layer: nn.Module, architecture: TransformerArchitecture, form: Form, line: Line | None
 ) -> dict[str, Tensor]:
-    """Weights of the modules that `take_form` puts in, by name from the layer on.
+    """Weights of the modules that `take_form` adds, by name relative to the layer.
 
     Args:
-        layer: a stock one.
-        architecture: of it.
-        form: that its MLP takes.
-        line: of an activation that is to become one, see `lines.lines_of`; None is z itself.
+        layer: Stock layer.
+        architecture: Architecture table of the model.
+        form: New form of its MLP.
+        line: Target line of the activation, see `activation_fit.lines_of`; None is z itself.
     """
     if isinstance(form, LinearForm):
         return linear_weights(layer, architecture, form)
@@ -106,7 +109,7 @@ def form_weights(
 
 
 def gives_way(parameter: str, architecture: TransformerArchitecture, form: Form | None) -> bool:
-    """Whether a parameter, named from its layer on, is of a module that another one stands in the place of."""
+    """Whether the form replaces the module that owns a parameter; its name is relative to its layer."""
     maps = (
         [architecture.mlp[role] for role in _MAPS if role in architecture.mlp] if isinstance(form, LinearForm) else []
     )
@@ -115,7 +118,7 @@ def gives_way(parameter: str, architecture: TransformerArchitecture, form: Form 
 
 def _linearize(layer: nn.Module, architecture: TransformerArchitecture, linear: LinearForm) -> None:
     table, last = architecture.mlp, layer.get_submodule(architecture.mlp["out"])
-    if isinstance(last, Collapsed):  # a head that builds its body by AutoModel gets one that is reshaped already
+    if isinstance(last, Collapsed):  # a head that builds its body with AutoModel gets a body that is already reshaped
         return
     ins, outs = _widths(layer, architecture)
     rank, like = _rank(layer, architecture, linear), {"device": last.weight.device, "dtype": last.weight.dtype}
@@ -131,11 +134,11 @@ def _linearize(layer: nn.Module, architecture: TransformerArchitecture, linear: 
 
 
 def linear_weights(layer: nn.Module, architecture: TransformerArchitecture, linear: LinearForm) -> dict[str, Tensor]:
-    """Weights of the maps that stand for the MLP of a layer, by name from the layer on.
+    """Weights of the maps that replace the MLP of a layer, by name relative to the layer.
 
-    What they compute is the MLP without its activation, W2 (W1 x + b1) + b2 in float64, or with the line that its
-    activation has come to, W2 (slope (W1 x + b1) + offset) + b2. A gated MLP without its activation is no linear map,
-    so that nothing but its constant is left of it, until it is fitted.
+    The maps compute the MLP without its activation, W2 (W1 x + b1) + b2 in float64. If the activation has become a
+    line, they compute W2 (slope (W1 x + b1) + offset) + b2. A gated MLP without its activation is not linear, so before
+    the fit the maps compute only its constant, b2.
     """
     table = architecture.mlp
     first, last = (theta_of(layer.get_submodule(table[role])) for role in ("in", "out"))
@@ -159,15 +162,15 @@ def linear_weights(layer: nn.Module, architecture: TransformerArchitecture, line
 
 
 def _widths(layer: nn.Module, architecture: TransformerArchitecture) -> tuple[int, int]:
-    """What the MLP of a stock layer reads and writes."""
+    """Input and output width of the MLP of a stock layer."""
     first, last = (layer.get_submodule(architecture.mlp[role]) for role in ("in", "out"))
     return out_in(first, first.weight).shape[1], out_in(last, last.weight).shape[0]
 
 
 def _rank(layer: nn.Module, architecture: TransformerArchitecture, linear: LinearForm) -> int | None:
-    """The rank that the linear MLP of a stock layer has; None is one full map.
+    """Rank of the linearised MLP of a stock layer; None is one full map.
 
-    An MLP of few units has no more rank than those: two maps are smaller then.
+    The rank is at most the number of units, so an MLP with few units becomes two smaller maps.
     """
     ins, outs = _widths(layer, architecture)
     units = _units(layer, architecture)
@@ -183,7 +186,7 @@ def _units(layer: nn.Module, architecture: TransformerArchitecture) -> int:
 
 def _blend(layer: nn.Module, architecture: TransformerArchitecture, blended: BlendedForm) -> None:
     act = layer.get_submodule(architecture.activation)
-    if isinstance(act, Homotopy):  # a head that builds its body by AutoModel gets one that is reshaped already
+    if isinstance(act, Homotopy):  # a head that builds its body with AutoModel gets a body that is already reshaped
         return
     weight = layer.get_submodule(architecture.mlp["out"]).weight
     act, start = (nn.ReLU(), START) if blended.faithful else (act, 0.0)

@@ -1,4 +1,4 @@
-"""How large a fused model will be, from shapes alone."""
+"""Size of a fused model, predicted from shapes alone."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from .weights import untied_state
 
 
 def are_unlike(model: PreTrainedModel) -> bool:
-    """Whether layers differ in shape, so that a number of them says little about how large they are."""
+    """Whether layers differ in shape. If so, the number of layers does not determine their size."""
     return len({shapes_of(layer) for layer in architecture_for(model).layer_list(model)}) > 1
 
 
 def size_of_blocks(model: PreTrainedModel, recipe: FusionRecipe) -> int:
-    """Parameters of the blocks that a recipe is about, of which `ratio` is a share."""
+    """Number of parameters of the blocks that a recipe covers; `ratio` is a share of this number."""
     architecture = architecture_for(model)
     layers = architecture.layer_list(model)
     return sum(tensor.numel() for layer in layers for tensor in _parameters(layer, architecture, recipe))
 
 
 def planned_size(model: PreTrainedModel, plan: Plan) -> dict[str, int]:
-    """The size of what `apply(model, plan)` gives, from shapes alone.
+    """Size of the model that `apply(model, plan)` returns, from shapes alone.
 
     Returns:
-        `parameters`, shared ones counted once; `bytes` of weights and buffers on disk, without the header of the file.
+        `parameters`, the number of parameters, with shared ones counted once; and `bytes`, the size of weights and
+        buffers on disk, without the file header.
     """
     architecture = architecture_for(model)
-    # how weights become one changes no shape, and 'freeze' is possible for all layers, also for those of several types
+    # the operator does not change shapes, and 'freeze' is allowed for all layers, even if their types differ
     frozen = [replace(edit, operator="freeze", weights=None) if isinstance(edit, Fuse) else edit for edit in plan.edits]
     layout = replace(plan, edits=frozen).layout()
     with torch.device("meta"):
@@ -55,10 +56,10 @@ def planned_size(model: PreTrainedModel, plan: Plan) -> dict[str, int]:
 
 
 def removed_by_even_runs(model: PreTrainedModel, recipe: FusionRecipe, runs: Sequence[Sequence[int]]) -> float:
-    """The share of the parameters of blocks that is gone when each run becomes one; layers are of one shape.
+    """Share of the block parameters that is removed when each run becomes one; all layers have one shape.
 
-    Norms and biases, of which each depth keeps its own where weights are shared, are too few to count. What a depth has
-    beside the shared weights does count.
+    With shared weights, each depth keeps its norms and biases; these are too few to count. Residuals and coefficients
+    of each depth do count.
     """
     architecture = architecture_for(model)
     layer = architecture.layer_list(model)[0]
@@ -67,11 +68,12 @@ def removed_by_even_runs(model: PreTrainedModel, recipe: FusionRecipe, runs: Seq
 
 
 def sizes_of_runs(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[np.ndarray, int]:
-    """What runs of layers have when they become one, and what all layers keep in any case.
+    """Number of parameters of each fused run of layers, and the number that all plans keep.
 
     Returns:
-        (layers + 1, layers + 1), parameters of the run i .. j-1 at [i, j] if its layers are of one shape; and the
-        parameters that are in none of them: norms and biases, where weights are shared.
+        Two values. The first is an array of shape (layers + 1, layers + 1): entry [i, j] is the number of parameters of
+        the fused run i .. j-1, if its layers have one shape. The second is the number of parameters outside all runs,
+        such as norms and biases where weights are shared.
     """
     architecture = architecture_for(model)
     layers = architecture.layer_list(model)
@@ -84,7 +86,7 @@ def sizes_of_runs(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[np.ndar
 
 
 def _size_of_run(layer: nn.Module, architecture: LayerArchitecture, recipe: FusionRecipe, count: int) -> int:
-    """Parameters of so many layers like this one whose blocks become one; where weights are shared, of matrices."""
+    """Number of parameters of `count` fused layers of this shape. With shared weights, only matrices count."""
     owned = _parameters(layer, architecture, recipe)
     size = sum(tensor.numel() for tensor in owned if recipe.mode == "depth" or is_shared(tensor))
     if recipe.mode == "depth" or count == 1:
@@ -105,6 +107,6 @@ def _kinds(architecture: LayerArchitecture, recipe: FusionRecipe) -> list[str]:
 
 
 def _parameters(layer: nn.Module, architecture: LayerArchitecture, recipe: FusionRecipe) -> list[nn.Parameter]:
-    """Those of a layer that belong to the blocks that a recipe is about."""
+    """Parameters of a layer that belong to the blocks that a recipe covers."""
     kinds = _kinds(architecture, recipe)
     return [tensor for name, tensor in layer.named_parameters() if architecture.owner(name) in kinds]

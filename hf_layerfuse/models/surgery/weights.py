@@ -1,6 +1,6 @@
-"""Where the weights of a fused model come from, and those of the stock model that computes the same.
+"""Weights of a fused model, and of the stock model that computes the same.
 
-`fused_weights` fills a reshaped model while compressing; the checkpoint fills it while loading.
+While compressing, `fused_weights` fills the reshaped model. While loading, the checkpoint fills it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def fused_weights(
     layout: Layout,
     lines: Mapping[int, Line] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
-    """Weights of the result by live name, made from those of `model`; none aliases the original.
+    """Weights of the result by live name, computed from those of `model`. They do not alias the original.
 
-    Tied copies are left out, as they are on disk. `lines` are slope and offset of the lines that activations go to, by
-    layer; those that are not in it are 1 and 0.
+    Tied copies are omitted, as on disk. `lines` holds slope and offset of the target line of activations, by layer;
+    the default is slope 1 and offset 0.
     """
     path, layers = architecture.layers_path(model), architecture.layer_list(model)
     weights = {
@@ -51,7 +51,7 @@ def fused_weights(
                 source = Source(slot.layers[:1])
             if source is not None and not gives_way(name, architecture, source.form):
                 group = [states[layer][name] for layer in source.layers]
-                seed = zlib.crc32(name.encode())  # the same parameter of another group draws anew, whatever the process
+                seed = zlib.crc32(name.encode())  # the seed depends on name and group, and is the same in every process
                 weights[f"{path}.{index}.{name}"] = combine(group, source, seed=seed + source.layers[0])
         for source in filter(None, slot.blocks.values()):
             if source.form is not None:
@@ -74,7 +74,7 @@ def fused_weights(
 
 
 def _relaxed_weights(originals: list[Tensor], shared: Tensor, mode: str, rank: int) -> list[dict[str, Tensor]]:
-    """Per depth, what a relaxed map has beside the shared weight, or instead of it; all weights are (out, in)."""
+    """Parameters of a relaxed map besides the shared weight, or instead of it, per depth; all are (out, in)."""
     if mode == "basis":
         basis, coefficients = shared_basis(originals, rank)
         return [{"coefficients": part} | ({} if i else {"basis": basis}) for i, part in enumerate(coefficients)]
@@ -83,16 +83,21 @@ def _relaxed_weights(originals: list[Tensor], shared: Tensor, mode: str, rank: i
 
 
 def combine(tensors: Sequence[Tensor], source: Source, *, seed: int = 0) -> Tensor:
-    """One tensor from those of a group, all of one shape; computed in float64, cast once.
+    """Combine the tensors of a group, all of one shape. The result is computed in float64 and cast once.
 
-    `freeze` takes the kept layer's, and so does `select`, until the refit chooses; `mean` averages, `weighted` by the
-    shares of the source; `mix` takes each element from one of the layers, drawn with equal chances (O'Neill et al.
-    2021); `telescope` is theta_0 + sum_k (theta_k - theta_0) (LaCo, Yang et al. 2024, eq. 1).
+    The operators are:
+
+    - `freeze`: the tensor of the kept layer.
+    - `select`: the tensor of the kept layer, until the refit chooses.
+    - `mean`: the average.
+    - `weighted`: the average with the shares of the source.
+    - `mix`: each element from one layer, drawn with equal probability (O'Neill et al. 2021).
+    - `telescope`: theta_0 + sum_k (theta_k - theta_0) (LaCo, Yang et al. 2024, eq. 1).
 
     Args:
-        tensors: one per layer of the source, in its order.
-        source: the layers and the operator.
-        seed: of the draws of `mix`.
+        tensors: Tensors of the layers of the source, in its order.
+        source: Layers and operator.
+        seed: Random seed of `mix`.
     """
     first = tensors[0].detach()
     if source.operator in ("freeze", "select"):
@@ -113,8 +118,10 @@ def combine(tensors: Sequence[Tensor], source: Source, *, seed: int = 0) -> Tens
 
 
 def expanded_weights(model: PreTrainedModel, architecture: LayerArchitecture, layout: Layout) -> dict[str, Tensor]:
-    """Weights for a stock model that computes what a fused one does: shared matrices are copied, residuals and bases
-    multiplied out, and a removed block becomes one whose output projection is zero.
+    """Weights of the stock model that computes the same as a fused model.
+
+    Shared matrices are copied, residuals and bases are multiplied out, and a removed block becomes a block whose output
+    projection is zero.
     """
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for at, module in model.named_modules():
@@ -132,14 +139,14 @@ def expanded_weights(model: PreTrainedModel, architecture: LayerArchitecture, la
         for index, slot in enumerate(layout.slots):
             for name, tensor in state.items():
                 if slot.source(kind) is None and architecture.owner(name) == kind and not architecture.stays(name):
-                    # Not all zeros: a block of zeros has no gradient, and could never be trained again.
+                    # Only the output is zero: a block of zeros has no gradient and cannot be trained again.
                     is_out = name.startswith(f"{out}.")
                     weights[f"{path}.{index}.{name}"] = torch.zeros_like(tensor) if is_out else tensor.clone()
     return weights
 
 
 def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """`state_dict` without the copies that the model declares as tied and that really are."""
+    """`state_dict` without the copies that the model declares as tied and that are in fact tied."""
     state = model.state_dict(keep_vars=True)
     ties = model.all_tied_weights_keys
     return {name: tensor for name, tensor in state.items() if state.get(ties.get(name, "")) is not tensor}

@@ -145,8 +145,8 @@ def test_a_residual_sum_is_folded_exactly(model_type):
     ("model_type", "changes", "error", "reason"),
     [
         ("gpt2", {}, UnsupportedModelError, "no norm follows"),
-        ("distilbert", {}, UnsupportedModelError, "in no module of its own"),
-        ("bert", {"intermediate_size": 6}, PlanError, "become the product of two maps"),
+        ("distilbert", {}, UnsupportedModelError, "it has no module of its own"),
+        ("bert", {"intermediate_size": 6}, PlanError, "become a product of two maps"),
     ],
 )
 def test_sums_that_cannot_be_folded_are_refused(model_type, changes, error, reason):

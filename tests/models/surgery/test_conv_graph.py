@@ -198,8 +198,8 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(tmp_path):
 def test_plans_that_fit_nothing_are_refused():
     model = network("basic")
     for edits, reason in (
-        ((MergeConvs(0, 3, (1, 2, 3)),), "do not become one"),
-        ((MergeConvs(2, 5, (3,)),), "do not become one"),
+        ((MergeConvs(0, 3, (1, 2, 3)),), "cannot become one"),
+        ((MergeConvs(2, 5, (3,)),), "cannot become one"),
         ((MergeConvs(0, 2, (1,)), MergeConvs(1, 4, (2,))), "both claim the convolution block of layer 2"),
         ((Drop("mlp", 1),), "of a kind that layers of 'resnet' do not have"),
         ((Drop("layer", 1),), "use MergeConvs"),
