@@ -1,4 +1,4 @@
-"""The lines that activations go to, and how far from them they are."""
+"""Target lines of activations, and the error of replacing an activation with its line."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from .modules.shared_linear import theta_of
 def lines_of(
     model: PreTrainedModel, architecture: TransformerArchitecture, layers: Sequence[int], batches: Batches
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """Per layer, the line nearest to the activation of each unit of its MLP: slope and offset, (units,) float64.
+    """Fit a line to the activation of each MLP unit, by least squares.
 
-    slope = Cov(act, z) / Var(z), offset = E act - slope E z, over the tokens that are no padding. Where z never
-    changes, the slope is 0.
+    slope = Cov(act, z) / Var(z), offset = E act - slope E z, over all tokens except padding. If z is constant, the
+    slope is 0.
 
     Args:
-        model: stock.
-        architecture: of it.
-        layers: whose MLPs are looked at.
-        batches: calibration batches.
+        model: Stock model.
+        architecture: Architecture table of the model.
+        layers: Layers whose MLPs are fitted.
+        batches: Calibration batches.
+
+    Returns:
+        Layer -> slope and offset, (units,) float64.
 
     Raises:
-        DataError: they hold no tokens.
+        DataError: The batches contain no tokens.
     """
     sums = dict.fromkeys(layers, torch.zeros(()))
     rows = dict.fromkeys(layers, 0)
@@ -52,9 +55,10 @@ def lines_of(
 def bends_of(
     model: PreTrainedModel, architecture: TransformerArchitecture, layers: Sequence[int], batches: Batches
 ) -> dict[int, float]:
-    """Per layer with a homotopy, how much of what its MLP gives is lost where a line takes its place.
+    """Relative error of the MLP output after replacing its activation with the line, per layer with a homotopy.
 
-    The root mean square of f_a(x) - f_1(x) = (1 - a) W2 (act(z) - slope z - offset), relative to that of f_a(x).
+    The error is the root mean square of f_a(x) - f_1(x) = (1 - a) W2 (act(z) - slope z - offset), divided by that of
+    f_a(x).
     """
     lost, whole = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
 
@@ -78,12 +82,12 @@ def watch_activations(
     batches: Batches,
     see: Callable[[int, Tensor, Tensor], None],
 ) -> None:
-    """Run batches, and show the inputs and outputs of the activations of MLPs: `see(layer, z, act(z))`.
+    """Run batches and pass the inputs and outputs of MLP activations to a callback: `see(layer, z, act(z))`.
 
     Both are (tokens, units) float64, without padding.
 
     Raises:
-        DataError: There is nothing but padding.
+        DataError: The batches contain only padding.
     """
     entered: dict[int, Tensor] = {}
 

@@ -1,8 +1,8 @@
-"""Alignment: the blocks of a group are rewritten to resemble each other, each without changing what it computes.
+"""Alignment: rewriting the blocks of a group to resemble each other without changing the function of any block.
 
 All layers of a model read and write the same residual stream, so the only freedom of a block is inside it: the order
-of an MLP's units, the order of heads, and a turn of the coordinates that queries share with keys, or values with the
-output projection. Weights that are averaged before that freedom is used up average unlike with unlike.
+of an MLP's units, the order of heads, and a rotation of the coordinates that queries share with keys, or values with
+the output projection. Without alignment, averaging would combine units and heads that do not correspond.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from .architectures.block_weights import (
 )
 from .surgery.checks import check_model, check_plan
 
-_OFF = 1e-3  # a gain this much smaller than the largest of its norm is one that no quotient is taken by
+_OFF = 1e-3  # gains below this share of the largest gain of their norm are not divided by
 
 Correlations = Mapping[tuple[str, int], CrossCorrelation]
 
 
 class _Pair(NamedTuple):
-    """A block of a group, and the block of that group which it is to resemble."""
+    """A block of a group, and the reference block of the group to which it is aligned."""
 
     edit: Fuse
     reference: Block
@@ -51,39 +51,41 @@ class _Pair(NamedTuple):
 
 
 def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
-    """Rewrite the blocks of each group to lie as close as possible to one of them; what each computes stays the same.
+    """Align the blocks of each group with one of them. The function of every block stays the same.
 
-    `apply(align(model, plan, batches), plan)` combines aligned weights. The block that the others of its group come
-    to resemble is the one that `freeze` keeps, the first of the group for `telescope`, and the one nearest its middle
-    for the other operators. What `Fuse.align` asks for:
+    `apply(align(model, plan, batches), plan)` combines aligned weights. The reference block of a group is the one that
+    `freeze` keeps, the first block for `telescope`, and the block nearest the middle for the other operators. The
+    methods of `Fuse.align` are:
 
-    - `permutation`: units and heads are matched one to one by their weights (Git Re-Basin, Ainsworth et al. 2023,
-      section 3.2), the query heads of a key-value group inside it.
-    - `activation`: matched by the correlation of what they compute on calibration tokens, each block in its own place
-      in the model (Verma, Murray & Duh, "Merging Feed-Forward Sublayers for Compressed Transformers").
-    - `transport`: matched by optimal transport between weights scaled to length one (OT fusion, Singh & Jaggi 2020).
-    - `rotation`: as `permutation`, and each head is turned to its match: queries with keys, and values with the
-      output projection (orthogonal Procrustes). Rotary positions leave queries and keys one angle for each frequency
-      pair, norms on queries and keys none.
+    - `permutation`: Units and heads are matched one to one by their weights (Git Re-Basin, Ainsworth et al. 2023,
+      section 3.2). Query heads are matched inside their key-value group.
+    - `activation`: Units and heads are matched by the correlation of their activations on calibration tokens. Each
+      block runs at its own depth of the model (Verma, Murray & Duh, "Merging Feed-Forward Sublayers for Compressed
+      Transformers").
+    - `transport`: Units and heads are matched by optimal transport between weights scaled to length one (OT fusion,
+      Singh & Jaggi 2020).
+    - `rotation`: Units and heads are matched as in `permutation`. In addition, each head is rotated to its match:
+      queries with keys, and values with the output projection (orthogonal Procrustes). With rotary positions, queries
+      and keys can rotate only by one angle per frequency pair. With norms on queries and keys, they cannot rotate.
 
-    Where a fused block runs once (mode `depth`) behind a norm of its own, the norms of a group are made equal first,
-    by moving their difference into the maps that read them.
+    If a fused block runs once (mode `depth`) and has a norm in front of it, the norms of a group are made equal first:
+    their difference moves into the maps that read them.
 
     Args:
-        model: a stock model of the plan's architecture, with any head.
-        plan: whose `Fuse` edits say what is aligned.
-        batches: dicts of model inputs such as `{"input_ids", "attention_mask"}`, needed by `activation` alone, which
-            keeps 8 bytes x (width of the block)^2 for each block that it aligns.
+        model: Stock model of the plan's architecture, with any head.
+        plan: Plan whose `Fuse` edits specify the alignment.
+        batches: Calibration batches, dicts of model inputs such as `{"input_ids", "attention_mask"}`. Only `activation`
+            needs them. It keeps 8 bytes x (width of the block)^2 for each block that it aligns.
 
     Returns:
-        A copy of the same class, device and dtype, which shares the parameters of other layers with the model; the
-        model itself where no edit asks for alignment.
+        A copy of the same class, device and dtype that shares the parameters of unaligned layers with the model; the
+        model itself if no edit specifies an alignment.
 
     Raises:
-        RecipeError: `activation` without batches, or `transport` without POT.
-        DataError: the batches hold no token that is not padding.
-        PlanError: the plan is for another architecture or number of layers.
-        UnsupportedModelError: the model cannot be fused, or its blocks have parts that alignment does not know.
+        RecipeError: The method is `activation` without batches, or `transport` without POT.
+        DataError: The batches contain only padding.
+        PlanError: The plan is for another architecture or number of layers.
+        UnsupportedModelError: The model cannot be fused, or its blocks have parts that alignment does not support.
     """
     architecture = architecture_for(model)
     check_model(model, architecture)
@@ -93,14 +95,14 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
 
 @torch.no_grad()
 def aligned(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
-    """`align` for a model and a plan that `check_model` and `check_plan` accepted."""
+    """Run `align` for a model and a plan that `check_model` and `check_plan` have accepted."""
     architecture = architecture_for(model)
     edits = [edit for edit in plan.edits if isinstance(edit, Fuse) and edit.align != "none"]
     if not edits:
         return model
     layers = architecture.layer_list(model)
     rewritten = {id(p) for edit in edits for layer in edit.layers for p in layers[layer].parameters()}
-    memo = {id(p): p for p in model.parameters() if id(p) not in rewritten}  # what deepcopy takes as copied already
+    memo = {id(p): p for p in model.parameters() if id(p) not in rewritten}  # deepcopy treats these as already copied
     result = copy.deepcopy(model, memo)
     blocks = {(block.kind, block.layer): block for block in architecture.blocks(result)}
     pairs = [
@@ -121,23 +123,23 @@ def aligned(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) 
 
 
 def _fit(model: PreTrainedModel, pair: _Pair, reference: Rows, rows: Rows, correlations: Correlations) -> Rows:
-    """The rows of the block in the order, and turned, as the edit asks for."""
+    """Rows of the block, reordered and rotated by the method of the edit."""
     free = _turns(model, pair.block)
     matched = _folded(reference), _folded(rows)
     fixed: Turns = dict.fromkeys(free, "none")
     if pair.edit.align == "activation":
-        # Coordinates inside a head have no meaning of their own, so heads match that compute the same up to a turn:
-        # the nuclear norm of their cross-correlation is the most that a turn could reach. Units keep their sign: one
-        # that is on where the other is off is no match.
+        # Single coordinates inside a head have no meaning, so heads match if they compute the same up to a rotation.
+        # The nuclear norm of their cross-correlation is the maximum over all rotations. Units keep their sign: a unit
+        # that is on where the other is off does not match it.
         groups, heads, dim, _ = rows["out"].shape
         split = correlations[pair.key].value().reshape(groups, heads, dim, groups, heads, dim)
         score = gain(split.permute(0, 3, 1, 4, 2, 5), "any" if pair.block.kind == "attention" else "none")
         return fit(reference, rows, score, fixed)
     if pair.edit.align == "transport":
         return fit(reference, rows, scores(*matched, fixed, cosine=True), fixed, transport)
-    # A permutation gains the plain inner product of the heads; with turns it is what they reach once turned,
-    # ||S_QK||_* + ||S_VO||_* where all turns are free. For heads that share the turn of their group that is only a
-    # bound, so the plain matching competes.
+    # The score of a permutation is the plain inner product of the heads. With rotations, it is the inner product after
+    # rotating, ||S_QK||_* + ||S_VO||_* if all rotations are free. For heads that share the rotation of their group,
+    # this is only a bound, so the plain matching is tried too and the better result wins.
     turns = free if pair.edit.align == "rotation" else fixed
     matchings = [scores(*matched, by) for by in ([fixed] if turns == fixed else [free, fixed])]
     found = [fit(reference, rows, score, turns) for score in matchings]
@@ -145,7 +147,7 @@ def _fit(model: PreTrainedModel, pair: _Pair, reference: Rows, rows: Rows, corre
 
 
 def _folded(rows: Rows) -> Rows:
-    """Rows to be compared: those of a convolution with the gain of the batch norm that follows, which it may take."""
+    """Rows for comparison: rows of a convolution are multiplied by the gain of the batch norm behind it."""
     if "in_norm" not in rows:
         return rows
     weight, _, _, variance = rows["in_norm"].split(1, dim=-1)
@@ -153,13 +155,13 @@ def _folded(rows: Rows) -> Rows:
 
 
 def _turns(model: PreTrainedModel, block: Block) -> Turns:
-    """The turns of a block's heads that leave its function as it is."""
-    if block.kind == "mlp":  # a nonlinearity acts on each unit by itself
+    """Rotations of a block's heads that do not change its function."""
+    if block.kind == "mlp":  # a nonlinearity acts on each unit separately
         return {tuple(linear_maps(model, block)): "none"}
     if block.kind == "conv":
         return {("in", "out"): "none"}
-    # A turn of both leaves q . k as it is. A norm in between has a gain for each coordinate, which it does not commute
-    # with; positions rotate each frequency pair, which rotations of the same pair do commute with.
+    # Rotating both q and k preserves q . k. A norm in between has one gain per coordinate, which does not commute with
+    # rotations. Rotary positions rotate each frequency pair, which commutes with rotations of the same pair.
     normed = any(role in block.modules for role in HEAD_NORMS)
     return {("q", "k"): "none" if normed else "pairs" if heads_of(model).rotary else "any", ("v", "out"): "any"}
 
@@ -169,11 +171,12 @@ def _heads(model: PreTrainedModel, block: Block) -> Heads | None:
 
 
 def _share_norm(model: PreTrainedModel, pair: _Pair, rows: dict[str, Tensor]) -> None:
-    """Give a block's norm the gain and the bias of the reference's, and the maps that read it the difference.
+    """Give a block's norm the gain and bias of the reference norm, and move the difference into the maps that read it.
 
-    A map reads g x + c, so what it does is W diag(g), and the mean of two of those is not the mean of W times the
-    mean of g unless both share g. Left alone are coordinates that the reference all but switches off, norms with a
-    bias whose difference no bias of the maps can take, and norms that do not multiply by their weight.
+    A map reads g x + c, so its effective weight is W diag(g). The mean of two effective weights equals the mean of W
+    times the mean of g only if both blocks share g. Three cases stay unchanged: coordinates that the reference nearly
+    switches off, norms with a bias if a map that reads them has no bias, and norms that do not multiply by their
+    weight.
     """
     reference, norm = (model.get_submodule(block.modules["norm"]) for block in (pair.reference, pair.block))
     readers = [values for role, values in rows.items() if role != "out"]
@@ -196,7 +199,7 @@ def _share_norm(model: PreTrainedModel, pair: _Pair, rows: dict[str, Tensor]) ->
 
 
 def _same_but_for_gain(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two norms give weight * u + bias with one u; Gemma's, which multiply by 1 + weight, do not."""
+    """Whether two norms compute weight * u + bias with the same u. Gemma norms multiply by 1 + weight and do not."""
     if getattr(a, "weight", None) is None:
         return False
     a, b = copy.deepcopy(a).double(), copy.deepcopy(b).double()
@@ -206,11 +209,11 @@ def _same_but_for_gain(a: nn.Module, b: nn.Module) -> bool:
 
 
 def _correlations(model: PreTrainedModel, pairs: list[_Pair], batches: Batches | None) -> Correlations:
-    """How what each block computes correlates with what its reference does, over all tokens of one pass.
+    """Cross-correlations of each block with its reference over all tokens of one pass.
 
-    What is compared are the outputs of the heads, and the pre-activations of an MLP's units as in the paper: past the
-    nonlinearity most are near zero, and few tokens would decide. A gated unit has two, and is their product, of which
-    neither says much alone, so there the product counts.
+    Attention compares the outputs of the heads. MLPs compare the pre-activations of their units, as in the paper:
+    behind the nonlinearity most values are near zero, so a few tokens would dominate. A gated unit is the product of
+    two values, and neither is informative alone, so gated MLPs compare the product.
     """
     if not pairs:
         return {}

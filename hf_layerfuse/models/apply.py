@@ -1,4 +1,4 @@
-"""A plan carried out: from a stock model to the one that the plan leads to."""
+"""Applying a plan to a stock model."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .surgery.weights import fused_weights
 
 
 def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
-    """Carry out a plan: align blocks, combine their weights. It decides nothing, and the model is untouched.
+    """Apply a plan: align blocks and combine their weights. The plan holds all decisions; the model is not changed.
 
     Args:
-        model: a stock model of the plan's architecture, with any head.
-        plan: from `plan_fusion`, from a `plan.json`, or written by hand.
-        batches: calibration batches, for edits with align `activation`, and for the lines that `Blend` leads to.
+        model: Stock model of the plan's architecture, with any head.
+        plan: Plan from `plan_fusion`, from a `plan.json`, or written by hand.
+        batches: Calibration batches, used by edits with align `activation` and for the target lines of `Blend`.
 
     Returns:
-        A new model on the same device and of the same dtype: of the stock class with fewer layers where the plan
-        leads to one, else of the fused class with the plan in its config.
+        A new model on the same device and of the same dtype. If the stock class can represent the result, the model
+        has that class and fewer layers. Otherwise, it has the fused class, with the plan in its config.
 
     Raises:
-        PlanError: the plan is for another architecture or number of layers, or asks for a rank that no matrix has.
-        UnsupportedModelError: an unknown architecture, or a model that is fused, quantised, or has NaN weights.
+        PlanError: The plan is for another architecture or number of layers, or has a rank that is too large.
+        UnsupportedModelError: The architecture is unknown, or the model is fused, quantised, or has NaN weights.
     """
     conv_graph = family_of(plan) is CONV_GRAPH
     check_model(model, architecture_for(model, ConvGraphArchitecture) if conv_graph else architecture_for(model))
@@ -42,7 +42,7 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
 
 
 def applied(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
-    """`apply` for a model that `check_model` accepted: a search checks its model once, and each plan by shape."""
+    """Run `apply` without `check_model`: a search checks its model once, and each plan only by shape."""
     return _APPLIED[family_of(plan)](model, plan, batches)
 
 
@@ -70,9 +70,9 @@ _APPLIED = {LAYERS: _with_fused_layers, CONV_GRAPH: _with_merged_convolutions}
 
 
 def merged(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """The model that a plan of merges leads to, from a stock one, or from one in which they were left open.
+    """Build the merged model of a plan, from a stock model or from a fused one with open segments.
 
-    Its weights are composed in float64.
+    The kernels are composed in float64.
     """
     like, architecture = skeleton(model), architecture_for(model, ConvGraphArchitecture)
     cls = fused_class(type(like))

@@ -1,7 +1,7 @@
-"""The families of plans: plans of the layers of a model, and plans of the convolutions of a chain.
+"""Families of plans: plans for the layers of a model, and plans for the convolutions of a chain.
 
-A plan is of one family, which `family_of` finds. What loading needs of a family are its methods, because this file goes
-with the code that is put beside a checkpoint. What needs more than that is a table by family, in the file that has it.
+Every plan belongs to one family; `family_of` returns it. The methods of a family cover only loading, because this file
+is part of the code that is saved with a checkpoint. Other modules keep their own tables by family.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .surgery.weights import expanded_weights
 
 
 class PlanFamily(ABC):
-    """What differs between plans of different families.
+    """Differences between the families of plans.
 
     Attributes:
-        units: the word for what a plan counts.
-        saves_parameters: whether every plan that changes something leads to fewer parameters.
+        units: Name of the units that a plan counts.
+        saves_parameters: Whether every plan with edits reduces the number of parameters.
     """
 
     units: ClassVar[str]
@@ -33,27 +33,27 @@ class PlanFamily(ABC):
 
     @abstractmethod
     def reshape(self, model: PreTrainedModel, plan: Plan) -> dict[str, str]:
-        """Give a model that was just built the shape that its plan leads to, in place.
+        """Give a newly built model the shape that its plan defines, in place.
 
         Returns:
-            The shared matrices: name of a copy -> name of the one that is kept.
+            The shared matrices: name of a copy -> name of the matrix that is kept.
 
         Raises:
-            PlanError: the plan does not fit the config of the model.
+            PlanError: The plan does not fit the config of the model.
         """
 
     @abstractmethod
     def expanded(self, model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
-        """The weights with which the stock class computes what a fused model computes.
+        """Weights with which the stock class computes the same as a fused model.
 
         Raises:
-            PlanError: the plan does not fit the config of the model.
-            UnsupportedModelError: the stock class has no place for what became of the model.
+            PlanError: The plan does not fit the config of the model.
+            UnsupportedModelError: The stock class cannot represent the fused model.
         """
 
 
 class _Layers(PlanFamily):
-    """Blocks of the layers of a model are fused, dropped or made linear."""
+    """Plans that fuse, drop or linearise blocks of layers."""
 
     units = "layers"
     saves_parameters = True
@@ -68,18 +68,18 @@ class _Layers(PlanFamily):
         others = [i for i, slot in enumerate(layout.slots) for source in slot.blocks.values() if source and source.form]
         if others:
             raise UnsupportedModelError(
-                f"the MLPs of layers {', '.join(map(str, others))} are linear, or on the way to it, for which "
-                f"{type(model).__name__} has no place without this library: save the model as it is, without "
+                f"the MLPs of layers {', '.join(map(str, others))} are linear, or becoming linear, which "
+                f"{type(model).__name__} cannot represent without this library: save the model as it is, without "
                 "expanded=True."
             )
         return expanded_weights(model, architecture_for(model, LayerArchitecture), layout)
 
 
 class _ConvGraph(PlanFamily):
-    """Convolutions of a chain are merged."""
+    """Plans that merge convolutions of a chain."""
 
     units = "convolutions"
-    saves_parameters = False  # merged convolutions may have larger kernels: it is time that they save
+    saves_parameters = False  # merging saves time, and may enlarge kernels
 
     def reshape(self, model: PreTrainedModel, plan: Plan) -> dict[str, str]:
         reshape_chain(model, architecture_for(model, ConvGraphArchitecture), plan)
@@ -87,7 +87,7 @@ class _ConvGraph(PlanFamily):
 
     def expanded(self, model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
         raise UnsupportedModelError(
-            f"convolutions of {type(model).__name__} were merged, for which the stock class has no place: save the "
+            f"convolutions of {type(model).__name__} were merged, which the stock class cannot represent: save the "
             "model as it is, without expanded=True."
         )
 
@@ -96,16 +96,16 @@ LAYERS, CONV_GRAPH = _Layers(), _ConvGraph()
 
 
 def family_of(plan: Plan) -> PlanFamily:
-    """The family that a plan is of: `LAYERS` or `CONV_GRAPH`."""
+    """Family of a plan: `LAYERS` or `CONV_GRAPH`."""
     return CONV_GRAPH if plan.kinds == CHAIN else LAYERS
 
 
 def _layout_of(plan: Plan, config: PreTrainedConfig) -> Layout:
-    """The shape that a plan in a fused config asks for, if the config has as many layers."""
+    """Layout of a plan in a fused config, after checking that the config has the same number of layers."""
     layout = plan.layout()
     if len(layout.slots) != config.num_hidden_layers:
         raise PlanError(
-            f"the plan in config.json leads to {len(layout.slots)} layers, and num_hidden_layers is "
+            f"the plan in config.json leads to {len(layout.slots)} layers, but num_hidden_layers is "
             f"{config.num_hidden_layers}: the file was changed by hand; restore the original."
         )
     return layout

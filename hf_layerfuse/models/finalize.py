@@ -1,4 +1,4 @@
-"""What ends a training: MLPs whose activation has become a line become one linear map, convolutions one."""
+"""Final step after training: MLPs with linear activations become one linear map, open segments one convolution."""
 
 from __future__ import annotations
 
@@ -20,41 +20,39 @@ from .surgery.weights import untied_state
 def straighten(
     model: PreTrainedModel, *, threshold: float = 0.05, fold: bool = False, batches: Batches | None = None
 ) -> tuple[PreTrainedModel, Plan]:
-    """Put one linear map in the place of each MLP whose activation has become a line: what ends `Blend`.
+    """Replace each MLP whose activation has become a line with one linear map. This completes `Blend` edits.
 
     W = W2 diag(slope) W1 and b = W2 (slope b1 + offset) + b2, in float64.
 
     Args:
-        model: that `Blend` edits led to, trained since; it stays as it is.
-        threshold: how far from 1 an a may be.
-        fold: as in `Linearize`.
-        batches: calibration batches, on which it is measured what the step from a to 1 loses.
+        model: Trained model with `Blend` edits; it is not changed.
+        threshold: Largest allowed distance of a from 1.
+        fold: Whether to fold the residual sum, as in `Linearize`.
+        batches: Calibration batches for measuring the loss of the step from a to 1.
 
     Returns:
-        The model, and its plan, with `Linearize` in the place of `Blend`. Its notes have for each layer its `a`, and
-        with batches `lost`: the root mean square of the difference, relative to what the MLP gives.
+        The model, and its plan with `Linearize` instead of `Blend`. The notes of the plan hold `a` for each layer. With
+        batches, they also hold `lost`: the root mean square of the difference, relative to the output of the MLP.
 
     Raises:
-        PlanError: no activation of the model is on its way to a line.
-        UnsupportedModelError: there is no sum to `fold`.
-        LayerFuseError: one of them is not there yet.
+        PlanError: The model has no `Blend` edits.
+        UnsupportedModelError: The residual sum cannot be folded.
+        LayerFuseError: An activation is not close enough to a line yet.
     """
     architecture = architecture_for(model)
     tree = getattr(model.config, "layerfuse_plan", None)
     plan = Plan.from_dict(tree) if tree else None
     blends = {edit.layer: edit for edit in (plan.edits if plan else ()) if isinstance(edit, Blend)}
     if not blends:
-        raise PlanError(
-            f"no activation of this {type(model).__name__} is on its way to a line: apply Blend edits first."
-        )
+        raise PlanError(f"no activation of this {type(model).__name__} is becoming a line: apply Blend edits first.")
     slots = {slot.layers[0]: index for index, slot in enumerate(plan.layout().slots)}
     places = {layer: slots[layer] for layer in blends}
     inside = {layer: architecture.layer_list(model)[place] for layer, place in places.items()}
     found = {layer: module.get_submodule(architecture.activation).a.item() for layer, module in inside.items()}
     if bent := {layer: a for layer, a in found.items() if not a >= 1 - threshold}:
         raise LayerFuseError(
-            f"no lines yet: {', '.join(f'the activation of layer {layer}, a = {a:.3f}' for layer, a in bent.items())}; "
-            f"a must be {1 - threshold:.3f} or more: train them further, with a stronger pull, or raise threshold."
+            f"not a line yet: {', '.join(f'the activation of layer {layer}, a = {a:.3f}' for layer, a in bent.items())}"
+            f"; a must be {1 - threshold:.3f} or more: train longer, use a stronger pull, or raise threshold."
         )
     for module in inside.values():
         check_form(module, architecture, LinearForm(fold=fold))
@@ -79,18 +77,18 @@ def straighten(
 
 
 def merge_convs(model: PreTrainedModel) -> tuple[PreTrainedModel, Plan]:
-    """Make one convolution of each segment that was left open: what ends `MergeConvs(..., merged=False)`.
+    """Merge each open segment into one convolution. This completes `MergeConvs(..., merged=False)` edits.
 
-    Batch norms are folded, kernels composed and skips added in float64; in eval mode, the result computes the same.
+    Batch norms are folded, kernels composed and skips added in float64. In eval mode, the result computes the same.
 
     Args:
-        model: that such edits led to, trained since; it stays as it is.
+        model: Trained model with open segments; it is not changed.
 
     Returns:
         The model, and its plan.
 
     Raises:
-        PlanError: no segment of the model is open.
+        PlanError: The model has no open segment.
     """
     tree = getattr(model.config, "layerfuse_plan", None)
     plan = Plan.from_dict(tree) if tree else None

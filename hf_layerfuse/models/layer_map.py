@@ -1,4 +1,4 @@
-"""What a plan says of a fused model: which layer of the original each layer answers to, and which weights were made."""
+"""Correspondence of a fused model to its original: matching modules, and fused or mixed parameters."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .modules.conv import module_at
 
 
 def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) -> tuple[Match, ...]:
-    """The modules of a fused model and of its original whose outputs ought to be alike.
+    """Pairs of modules of a fused model and its original that should have similar outputs.
 
-    The student's layer i answers to the last original layer of its group, removed layers that follow it included. Its
-    attention answers to that of the last layer whose attention it was made from. An activation behind merged
-    convolutions answers to that of the original, where it has one.
+    Layer i of the student matches the last original layer of its group, including removed layers behind the group. Its
+    attention matches the attention of the last layer from which it was made. An activation behind merged convolutions
+    matches the same activation of the original, if there is one.
 
     Args:
-        student: what `apply(teacher, plan)` gave, or a checkpoint of it.
-        teacher: the original.
-        plan: that led from one to the other.
+        student: Fused model from `apply(teacher, plan)`, or its checkpoint.
+        teacher: Original model.
+        plan: Plan that was applied to the teacher.
 
     Returns:
-        For each pair, its kind, `hidden` or `attention`, and the live path of the module in either model.
+        The kind of each pair, `hidden` or `attention`, and the live path of the module in each model.
 
     Raises:
-        PlanError: the plan does not lead from this teacher to this student.
-        UnsupportedModelError: one of them has an unknown architecture.
+        PlanError: The plan does not lead from this teacher to this student.
+        UnsupportedModelError: One of the models has an unknown architecture.
     """
     return _MATCHES[family_of(plan)](student, teacher, plan)
 
@@ -46,8 +46,8 @@ def _matches_of_layers(student: PreTrainedModel, teacher: PreTrainedModel, plan:
         found = len(model.get_submodule(path))
         if found != count:
             raise PlanError(
-                f"the plan leads from {plan.num_layers} layers to {len(slots)}, and {type(model).__name__} has {found} "
-                f"where {count} are expected: pass the plan that made this student of this teacher."
+                f"the plan leads from {plan.num_layers} layers to {len(slots)}, but {type(model).__name__} has {found} "
+                f"layers instead of {count}: pass the plan that made this student from this teacher."
             )
     matches = []
     for index, slot in enumerate(slots):
@@ -70,17 +70,17 @@ _MATCHES = {LAYERS: _matches_of_layers, CONV_GRAPH: _matches_of_convolutions}
 
 
 def fused_parameters(student: PreTrainedModel, plan: Plan) -> frozenset[str]:
-    """Names of the parameters of blocks that were made of several.
+    """Names of the parameters of fused blocks: blocks that were made from several.
 
     Args:
-        student: what `apply(teacher, plan)` gave, or a checkpoint of it.
-        plan: of it.
+        student: Fused model from `apply(teacher, plan)`, or its checkpoint.
+        plan: Plan of the student.
 
     Returns:
-        Live names, as `named_parameters` has them.
+        Live names, as in `named_parameters`.
 
     Raises:
-        UnsupportedModelError: an unknown architecture.
+        UnsupportedModelError: The architecture is unknown.
     """
     paths = _FUSED_MODULES[family_of(plan)](student, plan)
     return frozenset(f"{at}.{name}" for at in paths for name, _ in student.get_submodule(at).named_parameters())
@@ -109,19 +109,19 @@ _FUSED_MODULES = {LAYERS: _fused_modules_of_layers, CONV_GRAPH: _merged_convolut
 def mixed_weights(
     student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, batches: Batches | None = None
 ) -> dict[str, list[Tensor]]:
-    """For each parameter that operator `mix` made, by its name, the original's that it was made from, aligned.
+    """Aligned original parameters from which operator `mix` made each parameter, by name.
 
     Args:
-        student: what `apply(teacher, plan, batches)` gave.
-        teacher: the original.
-        plan: that led from one to the other.
-        batches: those that `apply` was given.
+        student: Fused model from `apply(teacher, plan, batches)`.
+        teacher: Original model.
+        plan: Plan that was applied to the teacher.
+        batches: Calibration batches that were passed to `apply`.
 
     Returns:
         Name of a parameter of the student -> a tensor of its shape from each layer of its group.
 
     Raises:
-        UnsupportedModelError: an unknown architecture.
+        UnsupportedModelError: The architecture is unknown.
     """
     architecture, slots = architecture_for(teacher), plan.layout().slots
     ties = {(slot, tie.kind): tie.source for tie in plan.layout().ties for slot in tie.slots}
@@ -137,7 +137,7 @@ def mixed_weights(
         for path in block.modules.values():
             for name, _ in student.get_submodule(path).named_parameters():
                 full, own = f"{path}.{name}", f"{path}.{name}".removeprefix(inside)
-                # what each depth has for itself was not mixed
+                # parameters that each depth keeps for itself were not mixed
                 if tied is None or sum(known[full] is other for other in known.values()) > 1:
                     found[full] = [originals[layer].get_parameter(own) for layer in source.layers]
     return found

@@ -1,4 +1,4 @@
-"""Loading a checkpoint, fused or stock, with errors that say what is wrong with it."""
+"""Loading a checkpoint, fused or stock, with specific errors."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
     """Load a fused or stock checkpoint, see `AutoFusedModel.from_pretrained`.
 
     Args:
-        path: directory or Hub name.
-        auto_class: such as `AutoModelForCausalLM`; by default, the head that the checkpoint was saved with.
-        kwargs: as for `PreTrainedModel.from_pretrained`.
+        path: Directory or Hub name.
+        auto_class: Auto class such as `AutoModelForCausalLM`; by default, the class of the saved model.
+        kwargs: Arguments of `PreTrainedModel.from_pretrained`.
 
     Raises:
-        CheckpointError: nothing there, not a model, damaged, or with weights of the body or the head missing.
-        PlanError: a plan of a newer format, or one that does not fit the config.
+        CheckpointError: The checkpoint is missing, is not a model, is damaged, or lacks weights of the body or head.
+        PlanError: The plan has a newer format, or does not fit the config.
     """
     if isinstance(path, PreTrainedModel):
-        raise CheckpointError("a model is in memory already: call fuse(model, recipe) to fuse it.")
+        raise CheckpointError("the model is in memory already: call fuse(model, recipe) to fuse it.")
     path = os.fspath(path)
     config = kwargs.pop("config", None)
     wants_report = kwargs.pop("output_loading_info", False)
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    kwargs.setdefault("use_safetensors", True)  # and nothing else, unless the caller insists
+    kwargs.setdefault("use_safetensors", True)  # only safetensors, unless the caller sets it otherwise
     try:
         if config is None:
-            # as the Auto classes do: what the config has a field for goes there, the data type excepted
+            # as in the Auto classes: arguments that are config fields go to the config, except for the data type
             fields = {k: v for k, v in kwargs.items() if k not in (*_HUB_ARGUMENTS, "dtype", "torch_dtype")}
             config, rest = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **hub, **fields)
             kwargs = {k: v for k, v in kwargs.items() if k not in fields or k in rest}
@@ -62,12 +62,12 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
         raise CheckpointError(f"cannot load a model from {path!r}: {reason[:400]}") from error
     wrong = [str(key) for key in (*report["missing_keys"], *report["mismatched_keys"])]
     if model.base_model is model:
-        # published bodies often come without the pooler that their class has; nothing else may start out random
+        # published bodies often lack the pooler of their class; all other weights must be in the checkpoint
         wrong = [key for key in wrong if not key.startswith("pooler.")]
     if wrong:
         raise CheckpointError(
-            f"the checkpoint at {path!r} lacks weights that {type(model).__name__} asks for: "
-            f"{', '.join(sorted(wrong)[:5])}{' and more' if len(wrong) > 5 else ''}. Download it afresh if it is "
+            f"the checkpoint at {path!r} lacks weights that {type(model).__name__} needs: "
+            f"{', '.join(sorted(wrong)[:5])}{' and more' if len(wrong) > 5 else ''}. Download it again if it is "
             "damaged; fine-tune it first if it has no head for this task."
         )
     return (model, report) if wants_report else model

@@ -1,8 +1,8 @@
-"""Fused model classes. Every touch of a semi-private hook of transformers is in this file.
+"""Fused model classes. This file contains every use of a semi-private hook of Transformers.
 
-A fused model is its stock class, reshaped by the plan in its config: `FusedGPT2LMHeadModel` builds
-`GPT2LMHeadModel`, takes the removed blocks out and declares the shared weights, so that saving, loading, moving and
-casting all work as transformers does them.
+A fused model is its stock class, reshaped by the plan in its config. `FusedGPT2LMHeadModel` builds `GPT2LMHeadModel`,
+takes out the removed blocks, and declares the shared weights. Therefore, saving, loading, moving and casting use the
+ordinary code of Transformers.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _AUTO_CLASSES = [
 
 
 class FusedMixin:
-    """What a stock class needs to be a fused one; mixed in before it by `fused_class`."""
+    """Mixin that makes a stock class a fused class; `fused_class` puts it before the stock class."""
 
-    _fused_ties: dict[str, str] = {}  # replaced per instance, and read before __init__ has run
+    _fused_ties: dict[str, str] = {}  # replaced per instance, but read before __init__ has run
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -54,16 +54,16 @@ class FusedMixin:
         self.tie_weights()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        # The stock method returns nothing where the config does not tie word embeddings.
+        # The stock method returns no ties if the config does not tie word embeddings.
         return {**super().get_expanded_tied_weights_keys(all_submodels=all_submodels), **self._fused_ties}
 
     def _adjust_bias(self, output_embeddings: Any, input_embeddings: Any) -> None:
-        # The stock method takes weight.shape[0] for the size of the bias, which cuts that of a Conv1D.
+        # The stock method uses weight.shape[0] as the size of the bias, which truncates the bias of a Conv1D.
         if not isinstance(output_embeddings, Conv1D | Relaxed):
             super()._adjust_bias(output_embeddings, input_embeddings)
 
     def initialize_weights(self) -> None:
-        # Not in `_init_weights`: a head leaves the modules of its body to the body, which is of the stock class.
+        # Not in `_init_weights`: a head leaves that to its body, and the body has the stock class.
         super().initialize_weights()
         for module in self.modules():
             if isinstance(module, Relaxed):
@@ -77,50 +77,51 @@ class FusedMixin:
         with_code: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Save as transformers does, and let the checkpoint be loaded without this library.
+        """Save the model, optionally so that the checkpoint loads without this library.
 
         Args:
-            save_directory: where to.
-            args: of transformers' own method.
-            expanded: save a stock checkpoint, which is bigger, computes the same, and loads everywhere.
-            with_code: put the code of the class beside the weights, and `auto_map` in the config, so that the Auto
-                classes load it with `trust_remote_code=True`. What was loaded in that way is always saved in it.
-            kwargs: of transformers' own method.
+            save_directory: Directory of the checkpoint.
+            args: Positional arguments of the Transformers method.
+            expanded: Whether to save a stock checkpoint, which is larger, computes the same, and loads everywhere.
+            with_code: Whether to save the code of the class with the weights, and `auto_map` in the config. The Auto
+                classes then load the checkpoint with `trust_remote_code=True`. A model that was loaded this way is
+                always saved with its code.
+            kwargs: Keyword arguments of the Transformers method.
 
         Raises:
-            UnsupportedModelError: a stock checkpoint has no place for what became of the model; or the architecture is
-                not one of this package, whose code is all that can be put there.
+            UnsupportedModelError: A stock checkpoint cannot represent the model, or `with_code` is set for an
+                architecture from outside this package.
         """
         if expanded:
             return expand(self).save_pretrained(save_directory, *args, **kwargs)
-        vars(self.config).pop("auto_map", None)  # of a checkpoint that had the code
+        vars(self.config).pop("auto_map", None)  # left over from a checkpoint with code
         if with_code or self._ships_code:
             self.config.auto_map = _ship(self, save_directory)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    _ships_code = not __name__.startswith("hf_layerfuse.")  # what came with a checkpoint goes on with it
+    _ships_code = not __name__.startswith("hf_layerfuse.")  # code that came with a checkpoint is saved with it again
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Save the code of this class with every checkpoint, as `save_pretrained(..., with_code=True)` does."""
-        # what transformers would copy is one file and those in its folder
+        # Transformers would copy only one file and the files in its folder
         cls._ships_code = True
 
 
 def register_architecture(architecture: type[Architecture]) -> type[Architecture]:
-    """Make an architecture known, so that its models can be fused, saved, and loaded by the Auto classes.
+    """Register an architecture, so that its models can be fused, saved, and loaded by the Auto classes.
 
-    Its config and model classes must be registered with `AutoConfig` and `AutoModel...` first, unless transformers
-    ships them. Usable as a class decorator.
+    Unless Transformers ships its config and model classes, register them with `AutoConfig` and `AutoModel...` first.
+    The function also works as a class decorator.
 
     Args:
-        architecture: a class with the table of the architecture.
+        architecture: Class with the table of the architecture.
 
     Returns:
         The same class.
 
     Raises:
-        UnsupportedModelError: no config class is registered for `architecture.model_type`.
+        UnsupportedModelError: No config class is registered for `architecture.model_type`.
     """
     model_type = architecture.model_type
     if model_type not in configuration_auto.CONFIG_MAPPING:
@@ -140,18 +141,18 @@ def register_architecture(architecture: type[Architecture]) -> type[Architecture
 
 
 def check_shipping(config: PreTrainedConfig) -> None:
-    """Raise `UnsupportedModelError` where the code of the fused class of a model, or of its config, is not all here."""
+    """Raise `UnsupportedModelError` unless the code of the fused class of a config belongs to this package."""
     model_type = config.model_type.removeprefix(FUSED_PREFIX)
     if type(ARCHITECTURES.get(model_type)) not in BUILTIN:
         known = ", ".join(architecture.model_type for architecture in BUILTIN)
         raise UnsupportedModelError(
-            f"the code of {model_type!r} is not in this package, and cannot be put beside a checkpoint; that can be: "
-            f"{known}. Save without with_code, and publish your code as a package."
+            f"the code of {model_type!r} is not in this package, so it cannot be saved with a checkpoint; supported "
+            f"are {known}. Save without with_code, and publish your code as a package."
         )
 
 
 def _ship(model: FusedMixin, directory: str | os.PathLike) -> dict[str, str]:
-    """Put the code of a model beside its weights. Returns `auto_map`: Auto class -> where its class is."""
+    """Save the code of a model with its weights. Returns `auto_map`: Auto class -> module and class."""
     check_shipping(model.config)
     module, config_class = ship(__name__, directory), type(model.config)
     classes = {"AutoConfig": config_class}
@@ -170,7 +171,7 @@ def _fused_config(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         "__annotations__": {"layerfuse_plan": dict[str, Any] | None},
         "model_type": FUSED_PREFIX + base.model_type,
         "layerfuse_plan": None,
-        # the model ships its code, see FusedMixin
+        # the model saves the code, see FusedMixin
         "register_for_auto_class": classmethod(lambda cls, auto_class="AutoConfig": None),
     }
     return _publish(type(f"Fused{base.__name__}", (base,), fields))
@@ -178,7 +179,7 @@ def _fused_config(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 @functools.cache
 def fused_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The fused counterpart of a stock model class, `FusedGPT2LMHeadModel` for `GPT2LMHeadModel`."""
+    """Fused counterpart of a stock model class, such as `FusedGPT2LMHeadModel` for `GPT2LMHeadModel`."""
     fields = {
         "__module__": __name__,
         "__doc__": f"{base.__name__}, reshaped by the plan in its config.",
@@ -186,59 +187,61 @@ def fused_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     }
     fused = _publish(type(f"Fused{base.__name__}", (FusedMixin, base), fields))
     renamings = get_checkpoint_conversion_mapping(base.__name__)
-    if renamings is not None:  # ViT has other names on disk than in memory; a fused ViT keeps the same ones on disk
+    if renamings is not None:  # ViT has other names on disk than in memory; a fused ViT uses the same renaming
         register_checkpoint_conversion_mapping(fused.__name__, renamings, overwrite=True)
     return fused
 
 
 def _publish(cls: type) -> type:
-    """Let other processes find a class that was made here, by its name."""
+    """Make a generated class available by name in this module, so that other processes find it."""
     setattr(sys.modules[__name__], cls.__name__, cls)
     return cls
 
 
 def plan_of(config: PreTrainedConfig) -> Plan:
-    """The plan in a fused config.
+    """Plan in a fused config.
 
     Raises:
-        PlanError: no plan, or one of another architecture or newer format.
+        PlanError: The plan is missing, is for another architecture, or has a newer format.
     """
     plan = Plan.from_dict(config.layerfuse_plan)
     if FUSED_PREFIX + plan.model_type != config.model_type:
-        raise PlanError(f"config.json is {config.model_type!r} and holds a plan for {plan.model_type!r}.")
+        raise PlanError(
+            f"config.json is {config.model_type!r}, but its plan is for {plan.model_type!r}: restore the original."
+        )
     return plan
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the stock class and shape that another one had before it was merged, without weights."""
+    """Stock model without weights, in the class and shape that a model had before merging."""
     stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
     with torch.device("meta"):
         return stock(stock.config_class(**_fields(model.config)))
 
 
 def with_plan(cls: type, config: PreTrainedConfig, plan: Plan) -> PreTrainedConfig:
-    """The config of a fused class, as another one is, and with a plan."""
+    """Config of a fused class: a copy of another config with a plan."""
     return cls.config_class(**_fields(config), layerfuse_plan=plan.to_dict(notes=False))
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a config of the same model has, whatever its plan."""
+    """Fields of a config that do not depend on the plan."""
     return {k: v for k, v in config.to_dict().items() if k not in ("model_type", "layerfuse_plan", "auto_map")}
 
 
 def expand(model: PreTrainedModel) -> PreTrainedModel:
-    """A stock model that computes the same: shared weights are copied, removed blocks contribute zero.
+    """Turn a fused model into a stock model that computes the same.
 
-    A stock model is returned as a copy.
+    Shared weights are copied, and removed blocks contribute zero. A stock model is returned as a copy.
 
     Args:
-        model: a fused model, which stays as it is.
+        model: Fused model; it is not changed.
 
     Returns:
-        A model of the stock class, on the same device and of the same dtype, with as many layers as were left.
+        A model of the stock class, on the same device and of the same dtype, with as many layers as the fused model.
 
     Raises:
-        UnsupportedModelError: MLPs have another form, for which a stock model has no place.
+        UnsupportedModelError: MLPs are linearised or convolutions merged, which a stock model cannot represent.
     """
     if not isinstance(model, FusedMixin):
         return copy.deepcopy(model)
@@ -249,7 +252,7 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def build(cls: type, config: PreTrainedConfig, weights: dict[str, Any], like: PreTrainedModel) -> PreTrainedModel:
-    """A `cls` with these weights, through the same loading code that reads a checkpoint."""
+    """Build a `cls` with these weights, using the same loading code as for a checkpoint."""
     config._attn_implementation = like.config._attn_implementation
     generation = {"generation_config": copy.deepcopy(like.generation_config)} if like.can_generate() else {}
     model, report = cls.from_pretrained(
@@ -258,20 +261,20 @@ def build(cls: type, config: PreTrainedConfig, weights: dict[str, Any], like: Pr
     wrong = {key: sorted(report[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
     if wrong:
         raise UnsupportedModelError(
-            f"{type(like).__name__} does not hold the weights that its config asks for: {wrong}. Load the model with "
+            f"the weights of {type(like).__name__} do not match its config: {wrong}. Load the model with "
             "from_pretrained, without arguments that add or remove modules."
         )
-    # names on disk follow the file that the original came from, as they do when that is saved again
+    # names on disk follow the file of the original, as when the original is saved again
     model._weight_conversions = getattr(like, "_weight_conversions", None)
     model.config.name_or_path = model.name_or_path = like.config.name_or_path
     return model.to(like.device).train(like.training)
 
 
 def head_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The model class that a checkpoint was saved from, by `architectures` in its config.
+    """Model class of a checkpoint, from `architectures` in its config.
 
     Raises:
-        CheckpointError: the class is not one of those that transformers or the user registered for this config.
+        CheckpointError: Neither Transformers nor the user has registered the class for this config.
     """
     names = config.architectures or []
     heads = [head for auto_class in _AUTO_CLASSES for head in _heads(auto_class, type(config))]
@@ -280,7 +283,7 @@ def head_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         for head in heads:
             if head.__name__ == name:
                 return head
-        # heads that transformers ships without an Auto class, such as DeiTForImageClassificationWithTeacher
+        # heads of Transformers without an Auto class, such as DeiTForImageClassificationWithTeacher
         head = getattr(transformers, plain, None)
         if isinstance(head, type) and issubclass(head, PreTrainedModel):
             return fused_class(head) if plain != name else head
@@ -297,7 +300,7 @@ def _heads(auto_class: type, config_class: type[PreTrainedConfig]) -> tuple[type
     if config_class not in mapping:
         return ()
     heads = mapping[config_class]
-    # a few Auto classes also list heads that are built from another config, which they make themselves
+    # a few Auto classes also list heads with another config class, which those heads create themselves
     return tuple(h for h in (heads if isinstance(heads, tuple) else (heads,)) if h.config_class is config_class)
 
 

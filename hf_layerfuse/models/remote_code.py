@@ -1,4 +1,4 @@
-"""The code of fused classes beside a checkpoint, for those who have Transformers and not this library."""
+"""Code of fused classes in a checkpoint, for users who have Transformers but not this library."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from importlib.util import resolve_name
 from pathlib import Path
 
 FOLDER = "layerfuse"
-"""Where the code lies in a checkpoint, side by side, because Transformers follows no import into another folder."""
+"""Folder of the code in a checkpoint. It is flat, because Transformers does not follow imports into other folders."""
 
 
 def ship(module: str, directory: str | os.PathLike) -> str:
-    """Write a module of this package, and all that it imports of the package, to a checkpoint.
+    """Write a module of this package, and all modules of the package that it imports, to a checkpoint.
 
-    What was shipped can be shipped again, from a process that has the library or only the shipped code.
+    Shipped code can be shipped again, from a process with the library or with the shipped code only.
 
     Args:
-        module: full name of one that has been imported.
-        directory: the checkpoint.
+        module: Full name of an imported module.
+        directory: Directory of the checkpoint.
 
     Returns:
-        What `auto_map` in `config.json` calls the module; `.Class` is appended to it.
+        The name of the module in `auto_map` of `config.json`; the caller appends `.Class`.
     """
     package = sys.modules[module].__package__
     root = "hf_layerfuse" if package.startswith("hf_layerfuse.") else package
@@ -36,7 +36,7 @@ def ship(module: str, directory: str | os.PathLike) -> str:
         for line, target in _imports(name):
             flat = re.sub(r"from\s+\.\S*\s+import", f"from .{_flat(target, root)} import", line, count=1)
             text = text.replace(line, flat, 1)
-        if not text.startswith("#"):  # which was shipped before
+        if not text.startswith("#"):  # code that was shipped before has this line already
             text = f"# From hf_layerfuse {version('hf-layerfuse')}; SPDX-License-Identifier: Apache-2.0\n{text}"
         (folder / f"{_flat(name, root)}.py").write_text(text, encoding="utf-8")
     return f"{FOLDER}/{_flat(module, root)}"
@@ -44,13 +44,13 @@ def ship(module: str, directory: str | os.PathLike) -> str:
 
 def _needed(module: str) -> list[str]:
     found = [module]
-    for name in found:  # which grows
+    for name in found:  # the list grows during the loop
         found += {target: None for _, target in _imports(name) if target not in found}
     return found
 
 
 def _imports(name: str) -> Iterator[tuple[str, str]]:
-    """The line in which each relative import of a module begins, and what it imports from."""
+    """First line of each relative import of a module, and the full name of the imported module."""
     text, package = _source(name), sys.modules[name].__package__
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
@@ -63,6 +63,6 @@ def _source(name: str) -> str:
 
 
 def _flat(name: str, root: str) -> str:
-    """`hf_layerfuse.math.conv` is `layerfuse_math_conv`."""
+    """Flat name of a module: `hf_layerfuse.math.conv` becomes `layerfuse_math_conv`."""
     flat = name.removeprefix(f"{root}.").replace(".", "_")
     return flat if flat.startswith("layerfuse_") else f"layerfuse_{flat}"

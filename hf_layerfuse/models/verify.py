@@ -1,4 +1,4 @@
-"""Refuse to hand over what cannot be reloaded; say loudly what would do harm."""
+"""Verifying a fused model: refuse checkpoints that do not reload, and warn when the result is worse than chance."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def verify(
     """Save a model, reload it from disk, and compare.
 
     Args:
-        model: any model that `apply` returned, healed or not.
-        path: a checkpoint of it that is already on disk; by default one is written to a temporary directory.
-        inputs: a batch to compare on; by default random inputs of the right shape.
+        model: Model from `apply`, healed or not.
+        path: Existing checkpoint of the model; by default, one is written to a temporary directory.
+        inputs: Batch for the comparison; by default, random inputs of the right shape.
 
     Returns:
-        `reload`, the largest absolute difference of the outputs after reloading (0: nothing else is accepted), and
-        for models that generate `cache`, the largest difference between decoding with a key-value cache and without,
-        relative to the largest logit.
+        `reload`, the largest absolute difference of the outputs after reloading, which must be 0. For models that
+        generate, also `cache`, the largest difference between decoding with and without a key-value cache, relative to
+        the largest logit.
 
     Raises:
-        VerificationError: weights are missing or left over, outputs differ after reloading, are not finite, or differ
-            between cached and uncached decoding.
+        VerificationError: Weights are missing or unexpected, outputs are not finite, or outputs differ after reloading
+            or between cached and uncached decoding.
     """
     inputs = _inputs(model, inputs)
     with eval_mode(model):
@@ -60,9 +60,9 @@ def verify(
 
 
 def _predict(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The prediction, with every weight where torch would allocate it.
+    """Prediction with every weight at an address that torch would allocate.
 
-    Weights that are mapped from a file lie at any address, and some kernels round otherwise where that is unaligned.
+    Weights that are mapped from a file can have any address, and some kernels round differently at unaligned addresses.
     """
     tensors = {
         name: tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
@@ -73,13 +73,13 @@ def _predict(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 
 def _inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     if inputs is None:
-        # decoders that classify a sequence find its end by the padding token, and take one row where there is none
+        # decoders that classify sequences find the end by the padding token; without one, they accept only one row
         return example_inputs(model, 1 if getattr(model.config, "pad_token_id", None) is None else 2)
     return model_inputs(inputs, model)
 
 
 def _decodes(model: PreTrainedModel) -> bool:
-    # BERT with a language-model head can generate, but caches only when it is configured as a decoder
+    # BERT with a language-model head can generate, but uses a cache only if it is configured as a decoder
     return model.can_generate() and getattr(model.config, "is_decoder", None) is not False
 
 
@@ -105,7 +105,7 @@ def _compare_reloaded(model: PreTrainedModel, path: Path, inputs: dict[str, Tens
 @torch.inference_mode()
 def _compare_cached(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
     ids = inputs["input_ids"]
-    ids = ids.reshape(-1, ids.shape[-1])[:1, :16]  # double heads have a dimension for choices
+    ids = ids.reshape(-1, ids.shape[-1])[:1, :16]  # double-head models have an extra dimension for choices
     prefix = max(1, ids.shape[1] // 2)
     whole = model(input_ids=ids, use_cache=False).logits
     logits, cache = decode(model, ids[:, :prefix])
@@ -125,10 +125,11 @@ def _compare_cached(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
 
 @torch.inference_mode()
 def warn_if_useless(original: PreTrainedModel, fused: PreTrainedModel, batches: Batches | None) -> None:
-    """Warn where fusing changed nothing, or left a model that is worse than chance on the calibration batches.
+    """Warn if fusing changed nothing, or if the fused model is worse than chance on the calibration batches.
 
-    With class labels, chance is the loss of a uniform guess, ln(classes). Without, it is the mean cosine with the
-    original's outputs for other inputs: a fused model no nearer to those for its own inputs has lost its content.
+    With class labels, chance is the loss of a uniform guess, ln(classes). Without labels, chance is the mean cosine
+    with the original's outputs for other inputs. A fused model must be closer to the original's outputs for its own
+    inputs than that; otherwise it has lost its content.
     """
     tree = getattr(fused.config, "layerfuse_plan", None)
     saves = not tree or family_of(Plan.from_dict(tree)).saves_parameters
@@ -151,19 +152,19 @@ def warn_if_useless(original: PreTrainedModel, fused: PreTrainedModel, batches: 
                 chances.append(torch.nn.functional.cosine_similarity(theirs.roll(1, 0), ours, dim=-1).mean().item())
     if losses and not (loss := math.fsum(losses) / len(losses)) < math.log(classes):
         _warn(
-            f"the fused model is worse than chance on the calibration batches: loss {loss:.2f}, a uniform guess over "
-            f"{classes} classes has {math.log(classes):.2f}. Fuse less, or heal it before use."
+            f"the fused model is worse than chance on the calibration batches: loss {loss:.2f}, but a uniform guess "
+            f"over {classes} classes has loss {math.log(classes):.2f}. Fuse less, or heal before use."
         )
     if matches and not math.fsum(matches) > math.fsum(chances):
         match, chance = math.fsum(matches) / len(matches), math.fsum(chances) / len(chances)
         _warn(
             f"the fused model is worse than chance on the calibration batches: cosine {match:.2f} with the original's "
-            f"outputs for its inputs, {chance:.2f} with those for others. Fuse less, or heal it."
+            f"outputs for its inputs, {chance:.2f} with those for other inputs. Fuse less, or heal before use."
         )
 
 
 def _cross_entropy(model: PreTrainedModel, logits: Tensor, labels: Tensor | None) -> float | None:
-    """Loss of class labels under logits, in nats; None where the labels are not classes for these logits."""
+    """Cross-entropy of class labels in nats, or None if the labels are not classes for these logits."""
     if labels is None or labels.is_floating_point() or logits.ndim != labels.ndim + 1 or logits.shape[-1] < 2:
         return None
     labels = labels.to(logits.device)
@@ -175,7 +176,7 @@ def _cross_entropy(model: PreTrainedModel, logits: Tensor, labels: Tensor | None
 
 
 def _vectors(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """(batch, features), averaged over the tokens that are not padding."""
+    """Output averaged over all tokens except padding, (batch, features)."""
     mask = inputs.get("attention_mask")
     if mask is not None and output.shape[: mask.ndim] == mask.shape and output.ndim == mask.ndim + 1:
         weights = mask[..., None].to(output.dtype)

@@ -190,7 +190,7 @@ def test_homotopy_end_to_end(tmp_path, capsys):
     """Activations become lines while the model heals, and are merged; as a regulariser they stay what they are."""
     words = [*collapsing(text_classification(tmp_path)), "--collapse.method", "homotopy", "--heal.steps", "6"]
     assert main([*words, "--collapse.threshold", "0.001"]) == 1
-    assert "no lines yet: the activation of layer" in capsys.readouterr().err
+    assert "not a line yet: the activation of layer" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(words) == 0
     out = tmp_path / "out"

@@ -59,7 +59,7 @@ def test_at_the_start_it_is_the_original(model_type):
     model, bent = blended(model_type)
     assert torch.equal(predicted(bent), predicted(model))
     assert verify(bent)["reload"] == 0
-    with pytest.raises(UnsupportedModelError, match="layers 1, 4 are linear, or on the way"):
+    with pytest.raises(UnsupportedModelError, match="layers 1, 4 are linear, or becoming linear"):
         expand(bent)
 
 

@@ -235,10 +235,10 @@ def test_what_cannot_become_linear_is_refused(monkeypatch):
     """An architecture that does not say where the activation is; and a stock class has no place for a linear MLP."""
     model = tiny_model("bert")
     small = apply(model, Plan("bert", LAYERS, (Linearize(1), Linearize(4))))
-    with pytest.raises(UnsupportedModelError, match="MLPs of layers 1, 4 are linear, or on the way"):
+    with pytest.raises(UnsupportedModelError, match="MLPs of layers 1, 4 are linear, or becoming linear"):
         expand(small)
     monkeypatch.setattr(type(ARCHITECTURES["bert"]), "activation", None)
-    with pytest.raises(UnsupportedModelError, match="name its maps 'in', 'out' and 'gate', and its activation"):
+    with pytest.raises(UnsupportedModelError, match="name the maps 'in', 'out' and 'gate', and set the path"):
         apply(model, Plan("bert", LAYERS, (Linearize(1),)))
 
 
