@@ -1,9 +1,8 @@
-"""The residual networks for CIFAR-10 of He et al. (2016, section 4.2) as a model of transformers, with its
-architecture.
+"""CIFAR-10 residual networks (He et al. 2016, section 4.2) as a transformers model, with its architecture tables.
 
-Importing this file registers both, from outside of the package: it is the worked example of "Add an architecture" in
-CONTRIBUTING for convolutions. A fused model has fewer layers, or layers that share their kernels, and loads wherever
-this file was imported.
+Importing this file registers the model and both tables from outside the package. It is the worked example of "Add an
+architecture" in CONTRIBUTING for convolutions. A fused model has fewer layers, or layers that share their kernels. It
+loads in every program that imports this file.
 """
 
 from pathlib import Path

@@ -1,15 +1,15 @@
-"""MLPs made linear: our fit against dropping them and against W2 W1, without training, and all of that retrained.
+"""Linear MLPs: our fit against dropping MLPs and against W2 W1, without training and after retraining.
 
     python benchmarks/collapse.py [JOB ...] [--threads 2] [--train] [--counts 4 ...] [--methods fitted ...]
 
-Data and checkpoints come from LAYERFUSE_DATA (default ../shared), and are those of the fusion benchmark; a small ViT is
-trained here on CIFAR-10, as long as CPUs allow, and kept in outputs/grown. Which MLPs, and with what weights, is
-decided on calibration data (training text or images), and test data are reported. Every method takes the MLPs that cost
-it least when each alone is changed, on the same calibration sequences. With `--train`, nothing of that is measured, and
-models are retrained instead, on the budgets of benchmarks/heal.py; its retrained originals stand beside.
+Data and checkpoints come from LAYERFUSE_DATA (default ../shared), as in the fusion benchmark. In addition, a small ViT
+is trained here on CIFAR-10, for as long as CPUs allow, and kept in outputs/grown. MLPs and weights are chosen on
+calibration data (training text or images), and results are reported on test data. Each method changes the MLPs that
+cost it least when each is changed alone, measured on the same calibration sequences. With `--train`, models are
+retrained instead, on the budgets of benchmarks/heal.py, and compared with the retrained originals of that benchmark.
 
-A row that is in benchmarks/results/collapse.json, or collapse_heal.json, already is not measured again; delete the
-files to start afresh.
+Rows that benchmarks/results/collapse.json or collapse_heal.json already has are not measured again; delete the files to
+start afresh.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -217,9 +217,9 @@ def tables(results: dict[str, Any]) -> list[list[list[str]]]:
 
 def main() -> None:
     parser = common.command_line(__doc__, COUNTS)
-    parser.add_argument("--train", action="store_true", help="retrain models, and measure nothing without training")
-    parser.add_argument("--counts", nargs="*", type=int, help="of MLPs, to retrain only these models")
-    parser.add_argument("--methods", nargs="*", help="to retrain only these: dropped, fitted, homotopy")
+    parser.add_argument("--train", action="store_true", help="retrain the models instead of measuring them untrained")
+    parser.add_argument("--counts", nargs="*", type=int, help="numbers of linear MLPs to retrain; default: all")
+    parser.add_argument("--methods", nargs="*", help="methods to retrain: dropped, fitted, homotopy; default: all")
     options = common.parsed(parser)
     for name in options.jobs or COUNTS:
         if options.train:

@@ -1,11 +1,11 @@
-"""Fusing without training: every stage of the engine against what else there is, in one run.
+"""Fusing without training: every stage of the engine against the alternatives, in one run.
 
     python benchmarks/fusion.py [JOB ...] [--targets "8 layers" ...] [--threads 2]
 
-Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Everything is chosen on calibration data (training
-text) or validation data, and reported on test data: WikiText-2 test lines and windows, SST-2 validation sentences (the
-split that everybody reports; what has to be chosen is chosen on rows of train). A row that is in
-benchmarks/results/fusion.json already is not measured again; delete the file to start afresh.
+Data and checkpoints come from LAYERFUSE_DATA (default ../shared). All choices are made on calibration data (training
+text) or validation data, and results are reported on test data: WikiText-2 test lines and windows, and SST-2 validation
+sentences (the split that is usually reported; choices for SST-2 use rows of train). Rows that
+benchmarks/results/fusion.json already has are not measured again; delete the file to start afresh.
 """
 
 from collections.abc import Callable, Iterator
@@ -171,7 +171,9 @@ def plot(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = common.command_line(__doc__, JOBS)
-    parser.add_argument("--targets", nargs="*", help="only these, such as '8 layers' or 'share, 6 blocks'")
+    parser.add_argument(
+        "--targets", nargs="*", help="targets to measure, such as '8 layers' or 'share, 6 blocks'; default: all"
+    )
     options = common.parsed(parser)
     results = common.load(RESULT)
     for name in options.jobs or JOBS:

@@ -1,13 +1,13 @@
-"""What `fuse` costs: forward passes of the original over the calibration data, and memory, as depth and tokens grow.
+"""Cost of `fuse`: forward passes of the original over the calibration data, and memory, as depth and tokens grow.
 
     python benchmarks/fusion_cost.py [--threads 2]
 
-Random GPT-2s, half of whose layers are kept: costs depend on shapes alone. Every row is a process of its own. Memory is
-anonymous memory, without mapped files such as the states of the tokens; from the peak of a search are taken what a
-forward pass of the original needs for a batch, and the moments. It is measured in runs of their own, in which glibc is
-told to give back what is freed (MALLOC_MMAP_THRESHOLD_), which takes time. Writes benchmarks/results/fusion_cost.json
-and exits with 1 where a limit is missed. Rows that are there already are not measured again; delete the file to start
-afresh.
+The models are random GPT-2s, and half of their layers are kept, because costs depend on shapes alone. Each row runs in
+a process of its own. Memory is anonymous memory, without mapped files such as the states of the tokens. The memory that
+a forward pass of the original needs for a batch, and the moments, are subtracted from the peak of a search. Memory is
+measured in separate runs, in which glibc returns freed memory (MALLOC_MMAP_THRESHOLD_); this takes time. The benchmark
+writes benchmarks/results/fusion_cost.json, and exits with 1 if a limit is exceeded. Rows that the file already has are
+not measured again; delete the file to start afresh.
 """
 
 import argparse

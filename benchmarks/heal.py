@@ -1,18 +1,19 @@
-"""Fuse and retrain: the original, a dropped, and our fused models on the same budget, in one run.
+"""Fuse and retrain: the original, a dropped model and our fused models on the same budget, in one run.
 
     python benchmarks/heal.py [JOB ...] [--targets "depth 50%" ...] [--methods ours ...] [--threads 2]
 
-Several jobs can run side by side, each with a part of the threads, and so can targets of one whose original is done.
+Several jobs can run side by side, each with a part of the threads. So can targets of one job, once its original is
+done.
 
-Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Every model is trained on the same batches, for the
-same number of steps, with cross-entropy and the original as teacher; the weights that are kept are those of the least
-validation loss. Each method has the rate and losses, of the same few, that do best for it on validation data after a
-shorter training. Where there are rounds of fusing and retraining, their steps add up to the same number.
+Data and checkpoints come from LAYERFUSE_DATA (default ../shared). All models are trained on the same batches, for the
+same number of steps, with cross-entropy and with the original as teacher. The weights with the lowest validation loss
+are kept. All methods choose among the same few rates and losses, by validation data after a shorter training. The steps
+of several rounds of fusing and retraining add up to the same number.
 
-Everything is chosen on training or validation data and reported on test data: WikiText-2 test windows, CIFAR-10 test
-images, SST-2 validation sentences (the split that everybody reports; what has to be chosen is chosen on rows of train).
-A row that is in benchmarks/results/heal.json already is not measured again; an interrupted training goes on from its
-last checkpoint in outputs/heal.
+All choices are made on training or validation data, and results are reported on test data: WikiText-2 test windows,
+CIFAR-10 test images, and SST-2 validation sentences (the split that is usually reported; choices for SST-2 use rows of
+train). Rows that benchmarks/results/heal.json already has are not measured again. An interrupted training resumes from
+its last checkpoint in outputs/heal.
 """
 
 from collections.abc import Iterator
@@ -72,8 +73,12 @@ def run(name: str, targets: list[str] | None, wanted: list[str] | None) -> None:
 
 def main() -> None:
     parser = common.command_line(__doc__, JOBS)
-    parser.add_argument("--targets", nargs="*", help="only these, such as '3 layers' or 'share 50%%'")
-    parser.add_argument("--methods", nargs="*", help="only these, such as ours, or 'ours, 3 rounds'")
+    parser.add_argument(
+        "--targets", nargs="*", help="targets to train, such as '3 layers' or 'share 50%%'; default: all"
+    )
+    parser.add_argument(
+        "--methods", nargs="*", help="methods to train, such as ours, or 'ours, 3 rounds'; default: all"
+    )
     options = common.parsed(parser)
     for name in options.jobs or JOBS:
         run(name, options.targets, options.methods)

@@ -1,15 +1,16 @@
-"""What depth fusing and linear MLPs buy in time, and what loading through `AutoFusedModel` costs.
+"""Speed-up of depth fusing and linear MLPs, and cost of loading through `AutoFusedModel`.
 
     python benchmarks/latency.py [--repeats 30] [--threads 2]
 
-Speed: a model of 12 layers, the same fused to 6, and the same without any layer (embeddings, final norm and head) are
-timed in turn in one run. Were layers all that counts, 6 of 12 would leave t0 + (t12 - t0) / 2; `of ideal` is the
-speed-up that was had over that one. Collapse: an MLP and the linear map that it becomes are timed in turn by
-themselves, then the model with 6 of 12 linear MLPs beside the original. What that ought to give is known from the
-original alone, in which its MLPs are timed too: they take the share of it that their maps have of their operations.
-`of predicted` is the speed-up over that one. Loading: the stock class and `AutoFusedModel` read one file in turn.
+Speed: a model of 12 layers, the same model fused to 6, and the same model without layers (embeddings, final norm and
+head) are timed in turn, in one run. If only the number of layers mattered, 6 of 12 layers would take
+t0 + (t12 - t0) / 2; `of ideal` is the measured speed-up divided by this ideal one. Collapse: an MLP and the linear map
+that replaces it are timed in turn by themselves. Then the model with 6 of 12 linear MLPs is timed beside the original.
+The prediction uses the original alone: its MLPs are timed inside it, and linear MLPs take the share of that time that
+their maps have of the operations. `of predicted` is the measured speed-up divided by the predicted one. Loading: the
+stock class and `AutoFusedModel` read one file in turn.
 
-Weights are random: they do not change the time. Writes benchmarks/results/latency.json and prints a table.
+Weights are random, because they do not change the time. Writes benchmarks/results/latency.json and prints a table.
 """
 
 import argparse

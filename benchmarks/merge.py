@@ -1,14 +1,14 @@
-"""Models within a latency budget: convolutions merged, and blocks of transformers chosen for, against baselines.
+"""Models within a latency budget, against baselines: merged convolutions, and edits chosen per transformer block.
 
     python benchmarks/merge.py [JOB ...] [--device cuda] [--train] [--budgets 0.5 ...] [--methods ours ...]
 
-Data and checkpoints come from LAYERFUSE_DATA (default ../shared). What is merged is decided on 512 training images and
-on latencies that are measured here, for each device and number of threads once (outputs/merge); test images are
-reported. Latencies of a model and of the original are measured in turn, on a machine that ought to do nothing else.
-With `--train`, models are retrained, and so is the original, on the same budget.
+Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Merges are chosen by 512 training images and by
+latencies measured here, once for each device and number of threads (outputs/merge). Results are reported on test
+images. The latencies of a model and of the original are measured in turn, on an otherwise idle machine. With `--train`,
+models and the original are retrained on the same budget.
 
-A row that is in benchmarks/results/merge.json, or merge_heal.json, already is not measured again; delete the files to
-start afresh. Those of a GPU are beside them, in merge_cuda.json and merge_heal_cuda.json.
+Rows that benchmarks/results/merge.json or merge_heal.json already has are not measured again; delete the files to start
+afresh. Rows of a GPU are in merge_cuda.json and merge_heal_cuda.json.
 """
 
 import argparse
@@ -323,9 +323,9 @@ def main() -> None:
     parser.add_argument("jobs", nargs="*", choices=[*JOBS, []], help=f"default: all of {', '.join(JOBS)}")
     parser.add_argument("--device", choices=BATCH, default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--train", action="store_true", help="retrain models, and measure nothing without training")
+    parser.add_argument("--train", action="store_true", help="retrain the models instead of measuring them untrained")
     parser.add_argument("--budgets", nargs="*", type=float, default=BUDGETS)
-    parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--methods", nargs="*", help="methods to measure; default: all")
     options = common.parsed(parser)
     for name in options.jobs or JOBS:
         measure = train if options.train else run

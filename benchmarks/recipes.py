@@ -1,12 +1,11 @@
-"""Run the shipped recipes on real checkpoints and data: the figures of the README.
+"""Run the shipped recipes on real checkpoints and data, for the figures of the README.
 
     python benchmarks/recipes.py [JOB ...] [--threads 2] [--latency]
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Each job runs `fuse.py` as a user would, then
-retrains the untouched original on the same budget, because a retrained model compares with nothing else. Jobs whose
-result is there are skipped; delete benchmarks/results/JOB.json to run one again. The cards go to model_cards/JOB, with
-their pictures.
-`--latency` times the checkpoints of finished jobs again, for when the machine was busy while they ran.
+retrains the untouched original on the same budget, for a fair comparison with the retrained result. Jobs that have a
+result are skipped; delete benchmarks/results/JOB.json to run one again. The cards and their pictures go to
+model_cards/JOB. `--latency` times the checkpoints of finished jobs again, for example if the machine was busy before.
 """
 
 import argparse

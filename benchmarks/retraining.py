@@ -1,4 +1,4 @@
-"""Fused models retrained on the budget of the original: jobs, training, result files and tables."""
+"""Jobs, training, result files and tables for fused models that are retrained on the budget of the original."""
 
 import contextlib
 import copy

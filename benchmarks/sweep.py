@@ -2,10 +2,11 @@
 
     python benchmarks/sweep.py [JOB ...] [--threads 2]
 
-The models, data and budgets of benchmarks/heal.py, at every depth; what that benchmark has measured already is not
-trained again. The knee is where the healed curve is farthest above its chord (Satopaa et al. 2011, "Kneedle"): with
-less removed, quality is left on the table, with more, it falls faster than size. It is found on validation losses, the
-curves show test data. Writes benchmarks/results/sweep.json and sweep.png.
+The models, data and budgets are those of benchmarks/heal.py, at every depth. Models that heal.py has trained are not
+trained again. The knee is the point where the healed curve is farthest above its chord (Satopaa et al. 2011,
+"Kneedle"): removing less gives up compression at little gain in quality, and removing more costs quality faster than
+size. The knee is found on validation losses; the curves show test data. Writes benchmarks/results/sweep.json and
+sweep.png.
 """
 
 from functools import partial
@@ -88,7 +89,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = common.command_line(__doc__, KEEPS)
-    parser.add_argument("--draw", action="store_true", help="train nothing: the table and picture of what is there")
+    parser.add_argument(
+        "--draw", action="store_true", help="make the table and the picture from existing results, without training"
+    )
     options = common.parsed(parser)
     for name in () if options.draw else options.jobs or KEEPS:
         run(name)

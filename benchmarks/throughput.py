@@ -1,9 +1,10 @@
-"""How fast the healing loop is beside `transformers.Trainer`: same model, batches, optimiser and precision.
+"""Speed of the healing loop against `transformers.Trainer`: same model, batches, optimiser and precision.
 
     python benchmarks/throughput.py [--threads 2] [--steps 40]
 
-Cross-entropy alone, since the Trainer has no teacher. The two take turns in both orders, several times, in one process;
-the figure is the ratio of the medians. Writes benchmarks/results/throughput.json and exits with 1 below 0.95.
+The loss is cross-entropy alone, because the Trainer has no teacher. The two loops take turns in both orders, several
+times, in one process; the figure is the ratio of the medians. Writes benchmarks/results/throughput.json, and exits with
+1 if the ratio is below 0.95.
 """
 
 import argparse

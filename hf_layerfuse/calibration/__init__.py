@@ -1,1 +1,1 @@
-"""Calibration data, and hidden states of a model one layer at a time."""
+"""Calibration data, and the layer-wise forward of a model on it."""

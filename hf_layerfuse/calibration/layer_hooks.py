@@ -1,4 +1,4 @@
-"""Places inside a layer where hidden states are seen while it runs."""
+"""Hook points: places inside a layer where its hidden states are recorded while it runs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from ..plan import Kind
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A place inside a layer where a hook sees the hidden states.
+    """A place inside a layer where a hook records the hidden states.
 
     Attributes:
-        kind: Kind of block that the place belongs to.
-        place: `read`, the input of the block's first maps; `features`, the input of its output projection; `residual`,
-            the stream that its output is added to; `sum`, the result, before a norm or an activation that follows. The
-            blocks of a convolutional network also have `in_norm` and `norm`, the inputs of their batch norms.
+        kind: Kind of the block that contains the place.
+        place: Name of the place: `read`, the input of the block's first maps; `features`, the input of its output
+            projection; `residual`, the stream to which its output is added; `sum`, the result of that addition, before
+            any norm or activation. The blocks of a convolutional network also have `in_norm` and `norm`, the inputs of
+            their batch norms.
     """
 
     kind: Kind
@@ -32,13 +33,15 @@ class HookPoint:
 def layer_hooks(
     layer: nn.Module, architecture: LayerArchitecture, points: Sequence[HookPoint | None]
 ) -> Iterator[dict[HookPoint | None, Tensor]]:
-    """Hooks on one layer; `with` gives the dict that they fill, and ends the pass once it is full.
+    """Record the hidden states at hook points of one layer, in the dict that `with` returns.
+
+    The forward pass stops once the dict has all points.
 
     Args:
         layer: Layer that runs inside the `with` block.
         architecture: Architecture table of its model.
-        points: Places to see. None stands for the output of the layer, which the caller adds to the dict: with None,
-            the layer runs to its end.
+        points: Hook points to record. None stands for the output of the layer. The caller adds the output to the dict,
+            so that with None the layer runs to its end.
     """
     places = {point: architecture.place(point.kind, point.place) for point in points if point is not None}
     residuals = {HookPoint(point.kind, "residual") for point, place in places.items() if place.when == "added"}

@@ -1,4 +1,4 @@
-"""Hidden states of calibration tokens, one layer at a time: a model is walked through once, front to back."""
+"""Layer-wise forward: the hidden states of the calibration tokens, in one pass through a model, layer by layer."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class LayerwiseForward:
     """The calibration tokens at one depth of a model.
 
     Args:
-        model: in eval mode; its layers may change between calls, but not in number.
+        model: Model in eval mode. Its layers may change between calls, but their number may not.
         sample: Calibration sequences to run.
 
     Attributes:
-        depth: the layer that comes next.
-        states: what enters it, (batch, tokens, hidden) per batch; of convolutions (batch, hidden, height, width), whose
-            pixels are tokens.
+        depth: Index of the next layer to run.
+        states: Inputs of that layer, one tensor per batch: (batch, tokens, hidden), or (batch, hidden, height, width)
+            in a convolutional network, whose pixels count as tokens.
 
     Raises:
-        UnsupportedModelError: the model does not run each of its layers once, in order.
+        UnsupportedModelError: The model does not run each of its layers once, in order.
     """
 
     def __init__(self, model: PreTrainedModel, sample: Sample) -> None:
@@ -51,7 +51,7 @@ class LayerwiseForward:
 
     @torch.inference_mode()
     def _enter(self, batch: Mapping[str, Tensor], held_out: Tensor, selection: Tensor) -> None:
-        """Record what enters the first layer, and with which masks and positions each layer is called."""
+        """Record the inputs of the first layer, and the masks and positions that each layer receives."""
         calls: list[tuple[tuple, dict[str, Any]]] = []
         first: list[Tensor] = []
 
@@ -63,26 +63,26 @@ class LayerwiseForward:
                 raise StopForward
             return states
 
-        # layers that only record: the arguments of a layer do not depend on what the layers before it compute
+        # the layers only record here, because their other arguments do not depend on the hidden states
         inputs = model_inputs(batch, self.model)
         with self._layers_replaced(record), contextlib.suppress(StopForward):
             self.model(**inputs)
         if len(calls) != len(self.layers):
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} called {len(calls)} of its {len(self.layers)} layers: refit needs a "
-                "model that runs each layer once, in order."
+                f"{type(self.model).__name__} called {len(calls)} of its {len(self.layers)} layers: use a model that "
+                "runs each layer once, in order."
             )
         self.states.append(first[0].float())
-        # one for all pixels, whose number changes on the way
+        # images get one mask entry for all pixels, because the number of pixels changes from layer to layer
         mask, shape = inputs.get("attention_mask"), (len(first[0]), 1) if first[0].ndim == 4 else first[0].shape[:-1]
         if mask is None or mask.numel() != math.prod(shape):
             mask = torch.ones(shape, device=first[0].device)
-        mask = mask.reshape(shape).bool()  # the choices of a multiple choice input are rows here
+        mask = mask.reshape(shape).bool()  # each choice of a multiple-choice input is one row here
         held_out, selection = (
             _per_sequence(chosen.to(mask.device), mask).unsqueeze(1) for chosen in (held_out, selection)
         )
         if not any(chosen.any() for chosen in self.sample.selection):
-            # of n tokens, the last n // 5
+            # the selection split is then the last n // 5 of a sequence's n tokens
             selection = SELECTION_EVERY * (mask.sum(1, keepdim=True) - mask.cumsum(1) + 1) <= mask.sum(1, keepdim=True)
         self._fitted.append(mask & ~held_out)
         self._selection.append(selection & mask)
@@ -98,12 +98,12 @@ class LayerwiseForward:
         finally:
             for layer, before in zip(self.layers, own, strict=True):
                 del layer.forward
-                if before is not None:  # such as the hooks that accelerate puts around it
+                if before is not None:  # for example a forward that accelerate wrapped in its hooks
                     layer.forward = before
 
     @torch.inference_mode()
     def outputs(self) -> Iterator[tuple[Any, Tensor | None]]:
-        """The outputs of the model for the held-out sequences, after the last layer: (output, mask) per batch."""
+        """Yield the model's outputs for the held-out sequences, once all layers have run: (output, mask) per batch."""
         for index, batch in enumerate(self.sample.batches):
             chosen = self.sample.evaluated[index]
             if not chosen.any():
@@ -116,7 +116,7 @@ class LayerwiseForward:
             yield output, inputs.get("attention_mask")
 
     def advance(self) -> None:
-        """Go through the layer at `depth`."""
+        """Run the layer at `depth` on all batches, and move to the next layer."""
         after = MappedActivations()
         for _, tensors in self.look(None):
             after.append(tensors[None])
@@ -127,10 +127,14 @@ class LayerwiseForward:
     def look(
         self, *points: HookPoint | None, layer: nn.Module | None = None, tokens: float = math.inf
     ) -> Iterator[tuple[int, dict[HookPoint | None, Tensor]]]:
-        """Run the layer at `depth`, or another in its place, on every batch; yield (batch index, what was seen).
+        """Run the layer at `depth` on the batches, and yield (batch index, states by hook point).
 
-        The point None is the output of the layer, which runs no further than the points need. Where fewer `tokens` are
-        enough, the batches are evenly spread ones.
+        The layer stops once all points are recorded.
+
+        Args:
+            points: Hook points to record. None stands for the output of the layer.
+            layer: Layer that replaces the one at `depth`.
+            tokens: Number of fitted tokens that are enough. With fewer than all, the batches are evenly spread.
         """
         layer = layer or self.layers[self.depth]
         for index in self.spread(tokens):
@@ -144,27 +148,32 @@ class LayerwiseForward:
             yield index, found
 
     def spread(self, tokens: float) -> list[int]:
-        """Batches, evenly spread, that hold about so many tokens that are fitted."""
+        """Indices of evenly spread batches that hold about `tokens` fitted tokens."""
         every = len(self.states)
         held = sum(mask.sum().item() for mask in self._fitted)
         count = max(1, math.ceil(every * min(1.0, tokens / max(held, 1))))
         return [place * every // count for place in range(count)]
 
     def rows(self, index: int, states: Tensor) -> Tensor:
-        """The tokens of a batch that are fitted, (tokens, width) float32: no padding, nothing held out."""
+        """The fitted tokens of a batch, (tokens, width) float32, without padding and the held-out split."""
         states = tokens_of(states)
         return states[self._fitted[index].to(states.device).expand(states.shape[:2])].float()
 
     def split(self, index: int, states: Tensor) -> tuple[Tensor, Tensor]:
-        """`rows` in two: those to fit at first, and the selection split, which sets the strength of a penalty."""
+        """`rows` in two parts: the training rows, and the selection split, which sets the strength of a penalty."""
         shape = tokens_of(states).shape[:2]
         fitted, selection = (masks[index].to(states.device).expand(shape) for masks in (self._fitted, self._selection))
         selected, rows = selection[fitted], self.rows(index, states)
         return rows[~selected], rows[selected]
 
     def moments(self, rows: Callable[..., tuple[Tensor, ...]], *points: HookPoint | None) -> list[Moments]:
-        """Moments of the rows (inputs, targets), or (inputs, targets, scale), that `rows` makes of a batch's index and
-        what is seen: those to fit at first, and those of the selection split."""
+        """Moments of the training rows and of the selection split, as a list of two.
+
+        Args:
+            rows: Function of a batch index and the states at `points`. It returns the rows (inputs, targets), or
+                (inputs, targets, scale).
+            points: Hook points to record. None stands for the output of the layer.
+        """
         found: list[Moments] = []
         for index, seen in self.look(*points):
             x, y, *scale = rows(index, *(seen[point].float() for point in points))
@@ -172,16 +181,17 @@ class LayerwiseForward:
             del seen
             for part, *split in zip(found, *(self.split(index, of) for of in (x, y, *scale)), strict=True):
                 part.add(*split)
-            del x, y, scale, split  # before the next batch is read
+            del x, y, scale, split  # frees memory before the next batch is read
         return found
 
 
 class TeacherStates:
-    """A teacher walked through once, for several students: its states at every depth are kept, on disk, and so is what
-    was seen of it.
+    """Hidden states of a teacher, from one layer-wise forward that several students share.
+
+    The states at every depth, and at every hook point that a student asked for, are kept on disk.
 
     Args:
-        walk: at the first layer.
+        walk: Layer-wise forward of the teacher, at the first layer.
     """
 
     def __init__(self, walk: LayerwiseForward) -> None:
@@ -190,13 +200,13 @@ class TeacherStates:
         self._seen: dict[tuple[int, HookPoint], MappedActivations] = {}
 
     def states(self, depth: int) -> MappedActivations:
-        """What enters a layer."""
+        """The inputs of the layer at `depth`; at the number of layers, the output of the last one."""
         while len(self._at) <= depth:
             self._look(len(self._at) - 1, ())
         return self._at[depth]
 
     def see(self, places: Collection[tuple[int, HookPoint]]) -> dict[tuple[int, HookPoint], MappedActivations]:
-        """The states at each (layer, point)."""
+        """The states at each (layer, hook point). Layers run only for points that are not recorded yet."""
         known = {place: self._depth(*place) for place in places}
         for layer in sorted({layer for layer, _ in places}):
             fresh = {point for depth, point in places if depth == layer and known[depth, point] is None}
@@ -207,13 +217,13 @@ class TeacherStates:
         return {place: self._seen[place] if depth is None else self.states(depth) for place, depth in known.items()}
 
     def ahead(self, points: Collection[HookPoint]) -> None:
-        """Go on to the end, and keep what is seen in every layer on the way, so that no layer need run again."""
+        """Run all remaining layers and keep the states at `points` in each, so that no layer has to run again."""
         while len(self._at) <= len(self.layers):
             layer = len(self._at) - 1
             self._look(layer, sorted((point for point in points if self._depth(layer, point) is None), key=str))
 
     def _depth(self, layer: int, point: HookPoint) -> int | None:
-        """The depth whose states a point shows; None is something inside of the layer."""
+        """The depth whose states equal those at a hook point; None for a point inside the layer."""
         post = self.architecture.post_norm
         if point in (HookPoint("attention", "residual"), *([HookPoint("attention", "read")] if post else [])):
             return layer
@@ -221,15 +231,15 @@ class TeacherStates:
 
     @property
     def whole(self) -> bool:
-        """Whether the end of the teacher has been reached, so that a loss costs the student alone."""
+        """Whether all layers of the teacher have run, so that a loss costs a pass of the student alone."""
         return len(self._at) > len(self.layers)
 
     def loss(self, student: LayerwiseForward) -> float:
-        """Mean divergence of a student that has been walked through, see `prediction.divergence`."""
+        """Mean divergence (`evaluation.divergence`) of a student whose layer-wise forward has reached the end."""
         return self._divergence(student.outputs())
 
     def loss_of(self, student: PreTrainedModel) -> float:
-        """The same of a student as a whole, in eval mode."""
+        """Mean divergence of a student in eval mode, from ordinary forward passes."""
         return self._divergence(_answers(student, self.walk.sample))
 
     def _divergence(self, outputs: Iterable[tuple[Any, Tensor | None]]) -> float:
@@ -241,7 +251,7 @@ class TeacherStates:
         return total / count
 
     def _look(self, layer: int, points: Sequence[HookPoint]) -> None:
-        """Run a layer and keep what was seen, and what comes out where that is not known yet."""
+        """Run a layer and keep the states at `points`, and its output unless that is known already."""
         walk, after = self.walk, MappedActivations()
         walk.depth, walk.states = layer, self._at[layer]
         whole = len(self._at) == layer + 1
@@ -258,17 +268,17 @@ class TeacherStates:
 
 @torch.inference_mode()
 def _answers(model: PreTrainedModel, sample: Sample) -> Iterator[tuple[Any, Tensor | None]]:
-    """The outputs of a model for the held-out sequences: (output, mask) per batch, as `LayerwiseForward.outputs`."""
+    """Yield a model's outputs for the held-out sequences, as `LayerwiseForward.outputs`: (output, mask) per batch."""
     for batch in sample.held_out_batches:
         inputs = model_inputs(batch, model)
         yield model(**inputs), inputs.get("attention_mask")
 
 
 def _per_sequence(chosen: Tensor, states: Tensor) -> Tensor:
-    """The same choice for states, which have a row for each choice of a multiple choice input."""
+    """Expand a mask of sequences to the rows of `states`, which has one row per choice of a multiple-choice input."""
     return chosen.repeat_interleave(len(states) // len(chosen))
 
 
 def _uncached(argument: Any) -> Any:
-    """What a layer is called with; a cache would hold the tokens of an earlier call, so there is none."""
+    """An argument of a layer; None replaces a cache, which would hold the tokens of an earlier call."""
     return None if isinstance(argument, Cache) else argument

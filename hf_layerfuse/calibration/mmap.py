@@ -1,4 +1,4 @@
-"""Tensors that live in files, mapped into memory: hidden states of calibration data, and the weights of a model."""
+"""Memory-mapped tensors: activations on calibration data, and the weights of a model."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 
 class PerBatch(Protocol):
-    """A tensor for each batch, by its index."""
+    """One tensor per batch, by batch index."""
 
     def __getitem__(self, index: int) -> Tensor: ...
 
 
 class MappedActivations:
-    """One tensor per batch, kept in files that are mapped into memory, so that they need no memory of the process."""
+    """Memory-mapped activations, one tensor per batch. Their data is in files, and not in the process's memory."""
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
 
     def append(self, tensor: Tensor) -> None:
-        with tempfile.NamedTemporaryFile(prefix="layerfuse-") as file:  # the mapping outlives the name
+        with tempfile.NamedTemporaryFile(prefix="layerfuse-") as file:  # the mapping outlives the file name
             kept = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         self._tensors.append(kept.view(tensor.shape).copy_(tensor))
 
@@ -34,7 +34,7 @@ class MappedActivations:
 
 
 class WeightSnapshot:
-    """The weights of a model in mapped files, which need no memory of the process."""
+    """Memory-mapped copy of a model's weights, to restore them later."""
 
     def __init__(self, model: nn.Module) -> None:
         self._states = MappedActivations()
@@ -43,6 +43,6 @@ class WeightSnapshot:
 
     @torch.no_grad()
     def restore(self, model: nn.Module) -> None:
-        """Copy the weights back, to the same model or one of the same shapes."""
+        """Copy the weights back to the same model, or to one with the same shapes."""
         for place, tensor in enumerate(model.state_dict().values()):
             tensor.copy_(self._states[place])

@@ -1,4 +1,4 @@
-"""One pass over calibration batches that shows the residual stream after every block."""
+"""The residual stream after every block, in one pass over the calibration batches."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def observe(
     batches: Batches,
     observers: Mapping[Kind, Callable[[Tensor], None]],
 ) -> None:
-    """Run batches once, and show each observer the residual stream after every block of its kind.
+    """Run the batches once, and pass the residual stream after every block to the observer of its kind.
 
-    Nothing is kept here: memory grows with the largest batch only.
+    This function keeps no states, so its memory depends only on the largest batch.
 
     Args:
         model: Model to run.
         architecture: Architecture table of the model.
-        batches: Calibration batches, dicts of model inputs such as `{"input_ids", "attention_mask"}`. Padding is left
-            out.
-        observers: Functions by kind of block. Each is called once a batch with (blocks, tokens, stream) float32 on the
-            model's device, with the same tokens for every block.
+        batches: Calibration batches, dicts of model inputs such as `{"input_ids", "attention_mask"}`. Padding is
+            skipped.
+        observers: Functions by kind of block. Each is called once per batch with a tensor (blocks, tokens, stream),
+            float32 on the model's device, with the same tokens for every block.
 
     Raises:
         DataError: There are no batches, or every token in them is padding.
@@ -56,7 +56,7 @@ def observe(
 def _stream(
     model: PreTrainedModel, architecture: LayerArchitecture, kind: Kind
 ) -> dict[tuple[Kind, int, bool], tuple[nn.Module, When]]:
-    """The modules to watch for the stream after every block: (kind, block, whether the tensor is added) -> module."""
+    """Modules that show the stream after every block, with the side to watch, by (kind, layer, is the tensor added)."""
     if kind == "layer":
         return {(kind, index, False): (layer, "after") for index, layer in enumerate(architecture.layer_list(model))}
     found: dict[tuple[Kind, int, bool], tuple[nn.Module, When]] = {}
@@ -66,7 +66,7 @@ def _stream(
             if architecture.post_norm:
                 found[kind, block.layer, False] = norm, "after"
             else:
-                # the norm reads the stream before the block; the stream after it is that plus the output of the block
+                # the norm reads the stream before the block; adding the block's output gives the stream after it
                 found[kind, block.layer, False] = norm, "before"
                 found[kind, block.layer, True] = model.get_submodule(block.modules["out"]), "after"
     return found

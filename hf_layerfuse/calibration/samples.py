@@ -1,4 +1,4 @@
-"""Calibration batches without labels, and their splits: fitted, selection and held out."""
+"""Calibration batches without labels, and their splits: fitted, selection and held-out."""
 
 from __future__ import annotations
 
@@ -17,31 +17,35 @@ from ..errors import DataError
 from ..evaluation.batches import Batches, take, without_labels
 
 HELD_OUT_EVERY = 8
-"""One calibration sequence in so many is held out."""
+"""Number of calibration sequences per held-out one."""
 
 SELECTION_EVERY = 5
-"""Of the fitted sequences, one in so many is in the selection split, which sets the strength of a penalty."""
+"""Number of fitted sequences per sequence of the selection split, which sets the strength of a penalty."""
 
 ROWS = 16
-"""Rows of a data set that make one batch."""
+"""Rows of a data set in one batch."""
 
 
 def read(batches: Batches | Dataset, model: PreTrainedModel) -> list[dict[str, Any]]:
-    """Calibration data as a list of batches.
+    """Read calibration data as a list of batches.
 
-    The rows of a data set become batches of 16 with the columns that the model takes; token sequences of different
-    length are padded on the right, with a mask.
+    The rows of a data set become batches of 16, with the columns that the model takes. Token sequences of different
+    lengths are padded on the right, with a mask.
+
+    Args:
+        batches: Calibration batches, or a data set with a column for each model input.
+        model: Model that reads the batches.
 
     Raises:
-        DataError: the data set has no column that is the main input of the model.
+        DataError: The data set has no column for the main input of the model.
     """
     if not isinstance(batches, Dataset):
         return list(batches)
     main = model.main_input_name
     if main not in batches.column_names:
         raise DataError(
-            f"the calibration data set has the columns {', '.join(batches.column_names)} and not {main!r}: tokenise "
-            "it (or process its images) first."
+            f"the calibration data set has the columns {', '.join(batches.column_names)} but not {main!r}: tokenise "
+            "its texts, or process its images, first."
         )
     takes = inspect.signature(model.forward).parameters
     rows = batches.select_columns([name for name in batches.column_names if name in takes and name != "labels"])
@@ -50,17 +54,17 @@ def read(batches: Batches | Dataset, model: PreTrainedModel) -> list[dict[str, A
 
 
 def _collate(columns: Mapping[str, Any], pad: int) -> dict[str, Tensor]:
-    """One tensor per column, ragged ones filled with zeros, or the padding token, and a mask where there was none."""
+    """One tensor per column. Ragged columns are filled with zeros or the padding token, and get a mask if needed."""
     found = {name: _filled(values, 0) for name, values in columns.items()}
     if isinstance(columns.get("input_ids"), list):
         ids = _filled(columns["input_ids"], -1)
-        found["input_ids"] = ids.masked_fill(ids < 0, pad)  # where heads look for the end of a sequence
+        found["input_ids"] = ids.masked_fill(ids < 0, pad)  # some heads look for padding to find the last token
         found.setdefault("attention_mask", (ids >= 0).long())
     return found
 
 
 def _filled(rows: Tensor | Sequence[Any], value: int) -> Tensor:
-    """Tensors of different sizes, in lists that may hold lists, as one tensor."""
+    """Combine tensors of different sizes, in possibly nested lists, into one tensor."""
     if isinstance(rows, Tensor):
         return rows
     rows = [_filled(row, value) for row in rows]
@@ -73,14 +77,14 @@ def _filled(rows: Tensor | Sequence[Any], value: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Sample:
-    """Calibration sequences, of which some are held out to evaluate a fit.
+    """Calibration sequences, some of them held out to evaluate a fit.
 
     Attributes:
         batches: Dicts of model inputs, tensors only, without labels.
-        held_out: Masks of the held-out split, (batch,) per batch. Nothing is fitted to its sequences.
-        selection: Masks of the selection split, (batch,) per batch. It sets the strength of the penalty of a fit, and
-            is fitted afterwards. It is empty where fewer than five sequences are fitted: the end of each sequence then
-            takes its place.
+        held_out: Masks of the held-out split, (batch,) per batch. Fits never use its sequences.
+        selection: Masks of the selection split, (batch,) per batch. The split sets the strength of the penalty of a
+            fit, and is then fitted too. It is empty if fewer than five sequences are fitted; the end of each sequence
+            then replaces it.
     """
 
     batches: Sequence[Mapping[str, Tensor]]
@@ -89,12 +93,12 @@ class Sample:
 
     @classmethod
     def of(cls, batches: Batches, share: float = 1.0) -> Sample:
-        """Hold out every eighth sequence; of fewer than eight, the last one. A single one is fitted and evaluated.
+        """Hold out every eighth sequence, or the last of fewer than eight. A single sequence is fitted and evaluated.
 
-        The splits depend on the order of the sequences, and not on the batches that they come in.
+        The splits depend on the order of the sequences, not on their division into batches.
 
         Args:
-            batches: Calibration batches.
+            batches: Calibration batches, dicts of model inputs.
             share: Share of the sequences to use, evenly spread.
 
         Raises:
@@ -102,7 +106,7 @@ class Sample:
         """
         every = [batch for batch in map(_tensors, batches) if len(next(iter(batch.values())))]
         if not every:
-            raise DataError("the calibration batches hold no sequences: give `batches` with at least one of inputs.")
+            raise DataError("the calibration batches hold no sequences: give `batches` with at least one sequence.")
         if share < 1:
             sizes = [len(next(iter(batch.values()))) for batch in every]
             total = sum(sizes)
@@ -123,28 +127,28 @@ class Sample:
 
     @property
     def evaluated(self) -> list[Tensor]:
-        """Masks of the sequences that evaluate, (batch,) per batch: the held-out split, or a single sequence."""
+        """Masks of the sequences for evaluation, (batch,) per batch: the held-out split, or a single sequence."""
         alone = not any(mask.any() for mask in self.held_out)
         return [torch.ones_like(mask) if alone else mask for mask in self.held_out]
 
     @property
     def fitted_batches(self) -> list[dict[str, Tensor]]:
-        """The batches without the held-out split, on which models are fitted."""
+        """The batches without the held-out split, for fitting."""
         return [take(batch, ~mask) for batch, mask in zip(self.batches, self.held_out, strict=True) if not mask.all()]
 
     @property
     def held_out_batches(self) -> list[dict[str, Tensor]]:
-        """The batches of the sequences that evaluate, and of no others."""
+        """The batches with only the sequences for evaluation."""
         return [take(batch, mask) for batch, mask in zip(self.batches, self.evaluated, strict=True) if mask.any()]
 
 
 def _tensors(batch: Any) -> dict[str, Tensor]:
-    """The inputs of a batch, without labels and what belongs to no sequence."""
+    """The tensors of a batch that have at least one axis, without labels."""
     inputs = without_labels(batch) if isinstance(batch, Mapping) else {}
     found = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
     if not found:
         raise DataError(
-            f"a calibration batch is a {type(batch).__name__} without tensors: give dicts of model inputs, as "
-            "`tokenizer(texts, padding=True, return_tensors='pt')` makes them, or a tokenised `datasets.Dataset`."
+            f"a calibration batch is a {type(batch).__name__} without tensors: give dicts of model inputs, such as "
+            "`tokenizer(texts, padding=True, return_tensors='pt')` returns, or a tokenised `datasets.Dataset`."
         )
     return found

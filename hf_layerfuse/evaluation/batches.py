@@ -1,4 +1,4 @@
-"""Batches of model inputs: what they are, and what is done to them before a forward pass."""
+"""Batches of model inputs: their type, and their preparation for a forward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 _Value = TypeVar("_Value")
 
 Batches = Iterable[Mapping[str, Any]]
-"""Any iterable of dicts of model inputs; read more than once, so not a generator."""
+"""Iterable of dicts of model inputs. It is read more than once, so it must not be a generator."""
 
 
 def without_labels(batch: Mapping[str, _Value]) -> dict[str, _Value]:
@@ -20,16 +20,21 @@ def without_labels(batch: Mapping[str, _Value]) -> dict[str, _Value]:
 
 
 def model_inputs(batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Tensor]:
-    """Tensors of a batch on the device of a model, without labels."""
+    """The tensors of a batch on the device of a model, without labels."""
     inputs = without_labels(batch)
     return {name: value.to(model.device) for name, value in inputs.items() if isinstance(value, Tensor)}
 
 
 def take(batch: Mapping[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
-    """Some sequences of a batch; tensors that are not per sequence stay whole."""
+    """The chosen sequences of a batch. Tensors without one row per sequence stay whole.
+
+    Args:
+        batch: Model inputs.
+        chosen: Mask of the sequences, (batch,).
+    """
     return {k: v[chosen.to(v.device)] if len(v) == len(chosen) else v for k, v in batch.items()}
 
 
 def tokens_of(states: Tensor) -> Tensor:
-    """States as (batch, tokens, width); the pixels of (batch, width, height, width of the image) are tokens."""
+    """States as (batch, tokens, width). The pixels of states (batch, channels, height, width) become tokens."""
     return states.flatten(2).transpose(1, 2) if states.ndim == 4 else states

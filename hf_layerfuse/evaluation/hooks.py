@@ -1,4 +1,4 @@
-"""Forward hooks that show the tensors at modules while a model runs, and are always removed afterwards."""
+"""Forward hooks that record the tensors at modules while a model runs. They are always removed afterwards."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class StopForward(Exception):
-    """Raised in a forward pass that has shown everything asked for: the rest of the model need not run."""
+    """Stops a forward pass once all requested tensors are recorded, so that the rest of the model does not run."""
 
 
 @contextmanager
 def watch(modules: Mapping[Key, tuple[nn.Module, When]], record: Callable[[Key, Tensor], None]) -> Iterator[None]:
-    """Show the tensors at modules during every forward pass inside the `with` block.
+    """Pass the tensors at modules to `record` during every forward pass inside the `with` block.
 
-    The hooks are removed at the end of the block, also after an error. Where `record` raises `StopForward`, the block
-    ends there without an error.
+    The hooks are removed at the end of the block, also after an error. If `record` raises `StopForward`, the block ends
+    without an error.
 
     Args:
-        modules: Modules by any key. Each comes with the side to watch: `before` is its first positional input, `after`
-            its output, or the first element of an output that is a tuple.
-        record: Function that is called with a key and its tensor, in the order in which the modules run. The tensor is
-            not copied.
+        modules: Modules by any key, each with the side to watch. `before` is the first positional input of the module.
+            `after` is its output, or the first element of a tuple.
+        record: Function that receives a key and its tensor, in the order in which the modules run. The tensor is not
+            copied.
     """
 
     def add_hook(key: Key, module: nn.Module, when: When) -> Any:
@@ -61,16 +61,16 @@ def watch_tokens(
     record: Callable[[Key, Tensor], None],
     after_batch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run batches in eval mode, and show the tokens at modules, without padding.
+    """Run batches in eval mode, and pass the tokens at modules to `record`, without padding.
 
-    Nothing is kept here, so memory depends on `record` alone.
+    This function keeps no tensors, so its memory depends on `record` alone.
 
     Args:
         model: Model that contains the modules.
         batches: Calibration batches, dicts of model inputs such as `{"input_ids", "attention_mask"}`.
         modules: Modules to watch, as in `watch`.
-        record: Function that is called with a key and its tokens, (tokens, width). Pixels of images are tokens.
-        after_batch: Function that is called after each batch with at least one token.
+        record: Function that receives a key and its tokens, (tokens, width). The pixels of images count as tokens.
+        after_batch: Function called after each batch with at least one token.
 
     Raises:
         DataError: There are no batches, or every token in them is padding.

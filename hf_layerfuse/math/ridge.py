@@ -204,24 +204,24 @@ class Fit:
     strength: float | None
 
 
-def fit(train: Moments, held_out: Moments, start: Tensor, strengths: Sequence[float] = STRENGTHS) -> Fit:
-    """The ridge fit whose strength does best on held-out rows; `start` itself is among the candidates.
+def fit(train: Moments, selection: Moments, start: Tensor, strengths: Sequence[float] = STRENGTHS) -> Fit:
+    """The ridge fit whose strength does best on the selection split; `start` itself is among the candidates.
 
     Once the strength is chosen, all rows are fitted.
 
     Args:
         train: what the map is fitted to.
-        held_out: moments of other rows, which choose the strength.
+        selection: moments of the selection split, which choose the strength.
         start: (in + 1, out) float64, the map as it is.
         strengths: candidates, relative to the mean square of the inputs.
     """
-    before = held_out.error(start)
+    before = selection.error(start)
     strengths = sorted(strengths)
     found: dict[int, float] = {}
 
     def error(place: int) -> float:
         if place not in found:
-            found[place] = held_out.error(train.ridge(start, strengths[place]))
+            found[place] = selection.error(train.ridge(start, strengths[place]))
         return found[place]
 
     # the error falls and then rises with the penalty, so the least one is down the hill from wherever one starts
@@ -232,4 +232,4 @@ def fit(train: Moments, held_out: Moments, start: Tensor, strengths: Sequence[fl
     after = error(best)
     if not after < before * (1 - 1e-6):  # rounding is no reason to change a map
         return Fit(start, before, before, None)
-    return Fit((train + held_out).ridge(start, strengths[best]), before, after, strengths[best])
+    return Fit((train + selection).ridge(start, strengths[best]), before, after, strengths[best])

@@ -1,4 +1,4 @@
-"""A plan: which blocks of a model become what. Readable JSON, no torch, no parameter names."""
+"""Plans: edits of a model's blocks, as readable JSON without parameter names. This package does not need torch."""
 
 from .edit import Align, Blend, Drop, Edit, Fuse, Kind, Linearize, MergeConvs, Mode
 from .layout import BlendedForm, Layout, LinearForm, MergedForm, Operator, Slot, Source, Tie

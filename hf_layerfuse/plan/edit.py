@@ -1,4 +1,4 @@
-"""What can be done to blocks, and how that is written as JSON."""
+"""Edits of blocks, and their JSON form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Align = Literal["none", "permutation", "activation", "transport", "rotation"]
 
 def _layer_indices(layers: tuple[int, ...], what: str) -> None:
     if not all(type(layer) is int for layer in layers):
-        raise PlanError(f"{what} is {layers!r}; layers are counted from 0 in whole numbers.")
+        raise PlanError(f"{what} is {layers!r}: use whole numbers, counted from 0.")
 
 
 def _one_of(value: object, allowed: object, what: str) -> None:
@@ -25,23 +25,23 @@ def _one_of(value: object, allowed: object, what: str) -> None:
 
 
 class _Edit:
-    """What a plan asks of every edit."""
+    """Interface that a plan requires of every edit."""
 
     layers: tuple[int, ...]
     source: Source | None
     shares: ClassVar[bool] = False
-    """Whether the blocks stay where they are, and share weights."""
+    """Whether the blocks stay at their depths and share weights."""
 
     def becomes(self) -> dict[int, Source | None]:
-        """Layer -> where its block comes from in the result, or None for a block that is gone.
+        """Source of each layer's block in the result, by layer; None for a removed block.
 
-        Blocks that share weights are not in it: they stay, and a `Tie` says where their weights come from.
+        Blocks that share weights are omitted. They stay, and a `Tie` names the source of their weights.
         """
         return dict.fromkeys(self.layers, self.source)
 
 
 class _OneLayer(_Edit):
-    """An edit of a block of one layer."""
+    """An edit of one layer's block."""
 
     layer: int
 
@@ -54,30 +54,29 @@ class _OneLayer(_Edit):
 class Fuse(_Edit):
     """Several blocks become one.
 
-    In `depth` mode the fused block runs once, at the depth of the first of `layers`, which must be neighbours.
-    In `share` mode one set of weight matrices serves every one of these depths; norms and biases stay per depth, and
-    so does a residual of `rank` on every matrix (Relaxed Recursive Transformers, Bae et al. 2024).
-    In `basis` mode the matrices of the group are combinations, per depth, of one shared basis of `rank` vectors
-    (Basis Sharing, Wang et al. 2024). A rank is for every linear map of the blocks; a map with fewer dimensions gets
-    as many as it has, and then loses nothing.
+    In `depth` mode, the fused block runs once, at the depth of the first of `layers`. The layers must be neighbours.
+    In `share` mode, one set of weight matrices serves all these depths. Norms and biases stay per depth, and so does a
+    residual of `rank` on every matrix (Relaxed Recursive Transformers, Bae et al. 2024).
+    In `basis` mode, the matrices at each depth are combinations of one shared basis of `rank` vectors (Basis Sharing,
+    Wang et al. 2024). The rank applies to every linear map of the blocks. A map with fewer dimensions uses all of
+    them, and is then exact.
 
-    `operator` says how the weights of the group become one, save for a basis, which is made of all of them: `keep` is
-    the layer that `freeze` keeps, by default the one nearest the middle; `weights` are the shares that `weighted`
-    gives to the layers, which sum to one. `align` is the symmetry of the blocks that is undone before their weights
-    are combined.
+    `operator` combines the weights of the group; a basis always uses all of them. `keep` is the layer that `freeze`
+    keeps, by default the one nearest the middle. `weights` are the shares of the layers for `weighted`; they sum to
+    one. `align` removes a symmetry of the blocks before their weights are combined.
 
     Attributes:
-        kind: of the blocks: `attention`, `mlp` or `conv`; or whole `layer`s.
-        layers: of the original, counted from 0, in ascending order: two or more.
-        mode: what runs: one block (`depth`), or all with weights in common (`share`, `basis`).
-        operator: how the weights become one.
-        keep: one of `layers`, for the operators `freeze` and `select`.
-        weights: a share for each of `layers`, for the operator `weighted`.
-        align: symmetry that is undone first.
-        rank: of the residual of each depth, or size of the basis.
+        kind: Kind of the blocks: `attention`, `mlp` or `conv`, or `layer` for whole layers.
+        layers: Two or more layers of the original, counted from 0, in ascending order.
+        mode: Result of the edit: one block (`depth`), or all blocks with shared weights (`share`, `basis`).
+        operator: Operator that combines the weights.
+        keep: One of `layers`, for the operators `freeze` and `select`.
+        weights: Share of each of `layers`, for the operator `weighted`.
+        align: Symmetry to remove first.
+        rank: Rank of the residual at each depth, or size of the basis.
 
     Raises:
-        PlanError: values that contradict each other.
+        PlanError: The values contradict each other.
     """
 
     kind: Kind
@@ -103,8 +102,8 @@ class Fuse(_Edit):
             raise PlanError(f"Fuse.layers is {self.layers}: give two or more different layers in ascending order.")
         if self.mode == "depth" and self.layers[-1] - self.layers[0] != len(self.layers) - 1:
             raise PlanError(
-                f"Fuse.layers is {self.layers}: in depth mode they must be neighbours, because the fused block runs "
-                "once. Use mode='share' for blocks that are apart."
+                f"Fuse.layers is {self.layers}: in depth mode the layers must be neighbours, because the fused block "
+                "runs once. Use mode='share' for blocks that are apart."
             )
         self._check_operator()
         self._check_rank()
@@ -112,31 +111,36 @@ class Fuse(_Edit):
     def _check_operator(self) -> None:
         if self.keep is not None and (self.operator not in ("freeze", "select") or self.keep not in self.layers):
             raise PlanError(
-                f"Fuse.keep is {self.keep!r}: it names the one of layers {self.layers} that operator 'freeze' keeps, "
-                f"or 'select' starts from, and the operator is {self.operator!r}."
+                f"Fuse.keep is {self.keep!r} with operator {self.operator!r}: use one of layers {self.layers}, with "
+                "operator 'freeze', which keeps that layer, or 'select', which starts from it."
             )
         if self.operator == "select" and self.mode != "depth":
-            raise PlanError(f"operator 'select' chooses what runs once, and the mode is {self.mode!r}: use 'depth'.")
+            raise PlanError(f"Fuse.mode is {self.mode!r}: operator 'select' needs mode='depth'.")
         if (self.weights is not None) != (self.operator == "weighted"):
-            raise PlanError(f"Fuse.weights is {self.weights}, the operator {self.operator!r}: 'weighted' needs them.")
+            raise PlanError(
+                f"Fuse.weights is {self.weights} with operator {self.operator!r}: give weights exactly if the operator "
+                "is 'weighted'."
+            )
         if self.weights is not None and not (
             len(self.weights) == len(self.layers)
             and all(isinstance(w, float | int) and w >= 0 for w in self.weights)
             and abs(sum(self.weights) - 1) < 1e-6
         ):
-            raise PlanError(f"Fuse.weights is {self.weights}: give {len(self.layers)} shares that sum to one.")
+            raise PlanError(
+                f"Fuse.weights is {self.weights}: give {len(self.layers)} shares of 0 or more that sum to one."
+            )
 
     def _check_rank(self) -> None:
         if type(self.rank) is not int or self.rank < 0:
             raise PlanError(f"Fuse.rank is {self.rank!r}: use a whole number of 0 or more.")
         if self.mode == "depth" and self.rank:
-            raise PlanError(f"Fuse.rank is {self.rank} in depth mode, where nothing is shared: use mode='share'.")
+            raise PlanError(f"Fuse.rank is {self.rank} in depth mode, which shares no weights: use mode='share'.")
         if self.mode == "basis" and not self.rank:
             raise PlanError("mode='basis' needs Fuse.rank, the number of basis vectors that the layers share.")
 
     @property
     def source(self) -> Source:
-        """Where the weights of the fused block come from."""
+        """Source of the fused block's weights."""
         return Source(self.layers, self.operator, self.keep, self.weights)
 
     @property
@@ -151,14 +155,14 @@ class Fuse(_Edit):
 
 @dataclass(frozen=True)
 class Drop(_OneLayer):
-    """A block is removed; the residual stream passes through.
+    """A block is removed, and the residual stream passes through.
 
-    The norm in front of the block goes with it; a norm that follows the residual sum (BERT) stays, unless the whole
-    layer goes.
+    The norm before the block is removed too. A norm that follows the residual sum (BERT) stays, unless the whole layer
+    is removed.
 
     Attributes:
-        kind: of the block: `attention`, `mlp` or `conv`; or a whole `layer`.
-        layer: of the original, counted from 0.
+        kind: Kind of the block: `attention`, `mlp` or `conv`, or `layer` for a whole layer.
+        layer: Layer of the original, counted from 0.
     """
 
     kind: Kind
@@ -171,27 +175,27 @@ class Drop(_OneLayer):
 
     @property
     def source(self) -> None:
-        """None: the block is gone."""
+        """None, because the block is removed."""
         return None
 
 
 @dataclass(frozen=True)
 class Linearize(_OneLayer):
-    """The MLP of a layer becomes one linear map of the stream (LayerCollapse, Shabgahi et al. 2023).
+    """The MLP of a layer becomes one linear map of the residual stream (LayerCollapse, Shabgahi et al. 2023).
 
-    With a `rank`, that is the product of two maps, which is smaller below half the width of the stream. An MLP of fewer
-    units than that is such a product in any case.
+    With a `rank`, the map is a product of two maps. The product is smaller than one map if the rank is below half the
+    width of the stream. An MLP with fewer hidden units than that always becomes a product.
 
-    With `fold`, the map becomes I + A and takes the residual sum in, which is exact where a norm follows the sum
-    (BERT, RoBERTa). A dropout in front of the sum has no place in it, so that such a model is to be trained before.
+    With `fold`, the map becomes I + A and includes the residual sum. This is exact if a norm follows the sum (BERT,
+    RoBERTa). The folded map cannot contain the dropout before the sum, so train such a model before folding.
 
     Attributes:
-        layer: of the original, counted from 0.
-        rank: of the map; None is one full map.
-        fold: the map takes in the residual sum behind it.
+        layer: Layer of the original, counted from 0.
+        rank: Rank of the map; None gives one full map.
+        fold: Whether the map includes the residual sum that follows it.
 
     Raises:
-        PlanError: a rank that is no rank, or beside `fold`.
+        PlanError: The rank is not a positive whole number, or is combined with `fold`.
     """
 
     layer: int
@@ -208,28 +212,28 @@ class Linearize(_OneLayer):
             )
         if self.fold and self.rank is not None:
             raise PlanError(
-                f"Linearize.rank is {self.rank}, and with fold the map is the identity and more, of full rank: leave "
-                "one of them out."
+                f"Linearize.rank is {self.rank}, and with fold the map contains the identity, which has full rank: "
+                "leave out the rank or fold."
             )
 
     @property
     def source(self) -> Source:
-        """Where the weights of the map come from."""
+        """Source of the map's weights."""
         return Source(self.layers, form=LinearForm(self.rank, self.fold))
 
 
 @dataclass(frozen=True)
 class Blend(_OneLayer):
-    """The activation of an MLP is on its way to a line: (1 - a) act(z) + a (s z + t), with one a that is trained.
+    """The activation of an MLP moves towards a line: (1 - a) act(z) + a (s z + t), with one trainable a.
 
-    At a = 0, where it starts, the model is the original, and at a = 1 the MLP is linear: `straighten` puts one map in
-    its place. That is the homotopy of LayerCollapse (Shabgahi et al. 2023). Slope and offset of each unit come from
-    calibration batches, or are 1 and 0. A `faithful` one is PReLU, as published: of a ReLU in the place of whatever
-    was there, with slope 1, offset 0 and a = 0.01 at first.
+    At a = 0, the start, the model is the original. At a = 1 the MLP is linear, and `straighten` replaces it by one map.
+    This is the homotopy of LayerCollapse (Shabgahi et al. 2023). The slope s and the offset t of each unit come from
+    calibration batches; without batches they are 1 and 0. With `faithful`, the activation is a PReLU, as published: a
+    ReLU replaces the original activation, with slope 1, offset 0 and a = 0.01 at the start.
 
     Attributes:
-        layer: of the original, counted from 0.
-        faithful: PReLU, as published.
+        layer: Layer of the original, counted from 0.
+        faithful: Whether the activation is a PReLU, as published.
     """
 
     layer: int
@@ -242,33 +246,33 @@ class Blend(_OneLayer):
 
     @property
     def source(self) -> Source:
-        """Where the weights of the MLP come from."""
+        """Source of the MLP's weights."""
         return Source(self.layers, form=BlendedForm(self.faithful))
 
 
 @dataclass(frozen=True)
 class MergeConvs(_Edit):
-    """Convolutions start + 1 to end of a chain become one (LayerMerge, Kim et al. 2024).
+    """Convolutions start + 1 to end of a chain become one convolution (LayerMerge, Kim et al. 2024).
 
-    Activations between them go, and of the convolutions themselves all but those in `keep`. What is left is linear, and
-    one convolution computes it, once all padding is put around the input of the first: that differs at the borders of
-    images. Behind the segment comes an activation, also where there was none.
+    The edit removes the activations inside the segment, and all convolutions except those in `keep`. The rest is
+    linear, so one convolution computes it. All padding moves in front of the first convolution, which changes the
+    result at the borders of images. An activation follows the segment, even if the original has none there.
 
-    A segment of one convolution has its batch norm folded, and nothing else changes; also the first convolution of all,
-    between boundaries -1 and 0, can be one. Without any in `keep`, its one convolution is taken out, and the activation
-    behind it stays.
+    In a segment of one convolution, the batch norm is folded and nothing else changes. The first convolution of the
+    chain, between boundaries -1 and 0, can be such a segment. If `keep` is empty, the one convolution is removed and
+    the activation after it stays.
 
-    With `merged=False`, the convolutions in `keep` remain for now, to be trained; `merge_convs` makes them one then,
+    With `merged=False`, the convolutions in `keep` remain separate for training. `merge_convs` then merges them
     exactly.
 
     Attributes:
-        start: boundary in front of the segment; boundary i is behind convolution i, and -1 is the input.
-        end: boundary behind it.
-        keep: convolutions that it is made of, in ascending order.
-        merged: whether they are one already.
+        start: Boundary before the segment. Boundary i follows convolution i, and -1 is the input.
+        end: Boundary after the segment.
+        keep: Convolutions that make up the merged one, in ascending order.
+        merged: Whether the convolutions are already one.
 
     Raises:
-        PlanError: no segment, or convolutions outside of it.
+        PlanError: The boundaries enclose no segment, or `keep` has convolutions outside the segment.
     """
 
     start: int
@@ -283,8 +287,7 @@ class MergeConvs(_Edit):
         _layer_indices((self.start, self.end, *self.keep), "MergeConvs.start, end and keep")
         if self.start < -1 or self.end <= self.start:
             raise PlanError(
-                f"MergeConvs.start is {self.start} and end {self.end}: segments are from a boundary, -1 or more, to a "
-                "later one."
+                f"MergeConvs.start is {self.start} and end is {self.end}: use a start of -1 or more, and a later end."
             )
         if (
             not (self.keep or len(self.layers) == 1)
@@ -292,8 +295,8 @@ class MergeConvs(_Edit):
             or not set(self.keep) <= set(self.layers)
         ):
             raise PlanError(
-                f"MergeConvs.keep is {self.keep}: name one convolution or more of {self.start + 1} to {self.end}, in "
-                "ascending order."
+                f"MergeConvs.keep is {self.keep}: give one or more of the convolutions {self.start + 1} to {self.end}, "
+                "in ascending order."
             )
 
     @property
@@ -302,7 +305,7 @@ class MergeConvs(_Edit):
 
     @property
     def source(self) -> Source:
-        """Where the weights of one of the convolutions come from."""
+        """Source of the merged convolution's weights."""
         return Source(self.layers, form=MergedForm())
 
 
@@ -313,17 +316,17 @@ _RARE = frozenset({"weights", "align", "rank", "faithful", "fold", "merged"})
 
 
 def write_edit(edit: Edit) -> dict[str, Any]:
-    """JSON types of an edit; what few edits have, such as `rank`, is left out of those that have it not."""
+    """Convert an edit to JSON types. Rare fields, such as `rank`, are omitted at their defaults."""
     rare = {f.name: f.default for f in fields(edit) if f.name in _RARE or f.default is None}
     values = {k: v for k, v in asdict(edit).items() if k not in rare or v != rare[k]}
     return {"edit": edit.edit, **values}
 
 
 def read_edit(tree: Mapping[str, Any]) -> Edit:
-    """Read what `write_edit` gives.
+    """Read an edit from the JSON types that `write_edit` returns.
 
     Raises:
-        PlanError: an edit that this release does not know, or one that contradicts itself.
+        PlanError: This release does not know the edit, or its values contradict each other.
     """
     values = dict(tree)
     name = values.pop("edit")

@@ -1,4 +1,4 @@
-"""The shape of the model that a plan leads to: which layers there are, and where their blocks come from."""
+"""The shape of a plan's result: its layers, and the source of each block."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ Operator = Literal["mean", "weighted", "freeze", "mix", "telescope", "select"]
 
 @dataclass(frozen=True)
 class LinearForm:
-    """What a block is that has become linear: one map, or with a `rank` the product of two; with `fold`, the one map
-    also gives what the residual sum would add to it."""
+    """Form of a linearised block: one map, or with a `rank` a product of two; with `fold`, the map includes the
+    residual sum."""
 
     rank: int | None = None
     fold: bool = False
@@ -20,20 +20,20 @@ class LinearForm:
 
 @dataclass(frozen=True)
 class BlendedForm:
-    """What an MLP is whose activation is on its way to a line; `faithful` as published, from a ReLU."""
+    """Form of an MLP whose activation moves towards a line; with `faithful`, from a ReLU, as published."""
 
     faithful: bool = False
 
 
 @dataclass(frozen=True)
 class MergedForm:
-    """What a convolution is that is one with others of its segment."""
+    """Form of a convolution that is merged with others of its segment."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The original layers whose blocks make one block of the result, how their weights become one, and the `form` that
-    the block has then, if it is another than it had."""
+    """Origin of one block of the result: the original layers, the operator that combines their weights, and the new
+    `form` of the block, if its form changes."""
 
     layers: tuple[int, ...]
     operator: Operator = "freeze"
@@ -43,12 +43,12 @@ class Source:
 
     @property
     def linear(self) -> LinearForm | None:
-        """The form of a block that has become linear."""
+        """The form of a linearised block; None for any other block."""
         return self.form if isinstance(self.form, LinearForm) else None
 
     @property
     def kept(self) -> int:
-        """The layer that `freeze` keeps: `keep`, or the one nearest the middle, the later of two."""
+        """The layer that `freeze` keeps: `keep`, or the layer nearest the middle (the later of two)."""
         return self.layers[len(self.layers) // 2] if self.keep is None else self.keep
 
 
@@ -57,22 +57,22 @@ class Slot:
     """One layer of the result.
 
     Attributes:
-        layers: the original depths it stands for.
-        blocks: kind -> where that block comes from, in the order in which they run; None is a block that is gone.
+        layers: Original depths that this layer replaces.
+        blocks: Source of each block, by kind, in the order in which the blocks run; None for a removed block.
     """
 
     layers: tuple[int, ...]
     blocks: Mapping[str, Source | None]
 
     def source(self, kind: str | None) -> Source | None:
-        """Where the block `kind` comes from; None asks for what belongs to no block, such as cross-attention."""
+        """Source of the block `kind`; None stands for modules outside the blocks, such as cross-attention."""
         if kind is not None:
             return self.blocks.get(kind)
         return self.whole or Source(self.layers[:1])
 
     @property
     def whole(self) -> Source | None:
-        """Where all blocks come from; None where they come from different layers, or one is gone."""
+        """Common source of all blocks; None if their sources differ or a block is removed."""
         first, *others = self.blocks.values()
         return first if all(other == first for other in others) else None
 
@@ -81,7 +81,7 @@ class Slot:
 class Tie:
     """Blocks of the result, by position, that share one set of weight matrices made from `source`.
 
-    With mode `share` and a `rank`, each depth adds a residual of that rank; with mode `basis`, the matrices are
+    In mode `share` with a `rank`, each depth adds a residual of that rank. In mode `basis`, the matrices are
     combinations of a shared basis of `rank` vectors.
     """
 
@@ -94,13 +94,13 @@ class Tie:
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape of the model that a plan leads to."""
+    """The shape of a plan's result: its layers, and the blocks that share weights."""
 
     slots: tuple[Slot, ...]
     ties: tuple[Tie, ...]
 
     @property
     def is_stock(self) -> bool:
-        """Whether the stock class with fewer layers can hold it: every layer whole and of its form, nothing shared."""
+        """Whether the stock class with fewer layers fits: no block is removed, changes its form or shares weights."""
         sources = [source for slot in self.slots for source in slot.blocks.values()]
         return not self.ties and all(source is not None and source.form is None for source in sources)

@@ -1,4 +1,4 @@
-"""Which modules of a fused model ought to agree with which of the original."""
+"""Pairs of modules of a fused model and its original whose outputs should agree."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Match:
-    """Two modules, by their live paths, whose outputs (batch, tokens, width) ought to be alike.
+    """Two modules, by their paths in the loaded models, whose outputs (batch, tokens, width) should agree.
 
-    They are whole layers (`hidden`), or the output projections of attention (`attention`).
+    The modules are whole layers (`hidden`) or the output projections of attention (`attention`).
     """
 
     kind: Literal["hidden", "attention"]

@@ -1,4 +1,4 @@
-"""All decisions of one compression, and the shape that they lead to."""
+"""All decisions of one compression, and the shape of its result."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from .layout import Layout, Slot, Source, Tie
 FORMAT_VERSION = 1
 
 TRANSFORMER = ("attention", "mlp")
-"""The kinds of blocks that a layer of a transformer has."""
+"""Kinds of blocks in a transformer layer."""
 
 CHAIN = ("convolution",)
-"""What a plan that merges convolutions is of: its layers are the convolutions of a chain, each one block."""
+"""Kinds of blocks in a plan that merges convolutions: each convolution of the chain is a layer of one block."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """All decisions of one compression: `edits` on a model of `num_layers` layers of architecture `model_type`.
 
-    `kinds` are the blocks of a layer, in the order in which they run. `notes` holds what the edits were decided from
-    (recipe, distances, scores); nothing reads it to apply the plan.
+    `notes` records the basis of the edits (recipe, distances, scores). Applying the plan does not read it.
 
     Attributes:
         model_type: `config.model_type` of the original.
-        num_layers: of the original; for a chain, its convolutions.
-        edits: what becomes of which blocks.
-        notes: JSON types.
-        kinds: `("attention", "mlp")`, `("conv",)`, or of a chain `("convolution",)`.
+        num_layers: Number of layers of the original; for a chain, number of its convolutions.
+        edits: Edits of the blocks. Blocks without an edit stay as they are.
+        notes: Recipe, distances and scores behind the edits, as JSON types.
+        kinds: Kinds of blocks in a layer, in the order in which they run: `("attention", "mlp")`, `("conv",)`, or for
+            a chain `("convolution",)`.
 
     Raises:
-        PlanError: an edit names a layer or a kind of block that is not there, two edits claim the same block, or
-            nothing is left.
+        PlanError: An edit names a layer or a kind of block that does not exist, two edits claim the same block, or the
+            edits remove all blocks of a kind.
     """
 
     model_type: str
@@ -58,7 +58,7 @@ class Plan:
                     if (kind, layer) in claimed:
                         raise PlanError(
                             f"{edit} and {claimed[kind, layer]} both claim the {kind} block of layer {layer}: "
-                            "keep one of them."
+                            "keep one edit."
                         )
                     claimed[kind, layer] = edit
         slots = self.layout().slots
@@ -67,7 +67,7 @@ class Plan:
                 raise PlanError(f"the plan removes every {kind} block: keep at least one.")
 
     def layout(self) -> Layout:
-        """The shape of the result. A layer that loses all of its blocks is removed as a whole."""
+        """The shape of the result. A layer without any remaining block is removed."""
         blocks: dict[str, list[Source | None]] = {
             kind: [Source((layer,)) for layer in range(self.num_layers)] for kind in self.kinds
         }
@@ -94,16 +94,20 @@ class Plan:
                 yield kind, edit
 
     def _kinds(self, edit: Edit) -> tuple[str, ...]:
-        """The kinds of blocks that an edit is of."""
+        """Kinds of the blocks that an edit changes."""
         if edit.kind != "layer" and edit.kind not in self.kinds:
             raise PlanError(
-                f"{edit} is of a kind that layers of {self.model_type!r} do not have: use 'layer', or one of "
+                f"{edit} has a kind that layers of {self.model_type!r} do not have: use 'layer', or one of "
                 f"{', '.join(self.kinds)}."
             )
         return self.kinds if edit.kind == "layer" else (edit.kind,)
 
     def to_dict(self, *, notes: bool = True) -> dict[str, Any]:
-        """The plan as JSON types, `notes` included or not."""
+        """The plan as JSON types.
+
+        Args:
+            notes: Whether to include the notes.
+        """
         tree = {
             "format_version": FORMAT_VERSION,
             "model_type": self.model_type,
@@ -118,14 +122,14 @@ class Plan:
         """Read a plan from JSON types.
 
         Raises:
-            PlanError: written by a newer format, or not a plan.
+            PlanError: The JSON is not a valid plan, or its format is newer than this release.
         """
         if not isinstance(tree, Mapping) or "format_version" not in tree:
             raise PlanError(f"not a plan: {str(tree)[:80]!r} has no format_version.")
         if tree["format_version"] != FORMAT_VERSION:
             raise PlanError(
-                f"the plan has format version {tree['format_version']!r}, this release of hf_layerfuse reads "
-                f"{FORMAT_VERSION}: for a newer one, upgrade with `pip install -U hf-layerfuse`."
+                f"the plan has format version {tree['format_version']!r}, and this release of hf_layerfuse reads "
+                f"version {FORMAT_VERSION}: for a newer one, upgrade with `pip install -U hf-layerfuse`."
             )
         try:
             edits = tuple(read_edit(edit) for edit in tree["edits"])
@@ -141,7 +145,11 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read what `to_json` wrote. Raises `PlanError` as `from_dict` does."""
+        """Read a plan from JSON text, as `to_json` returns it.
+
+        Raises:
+            PlanError: The text is not JSON or not a valid plan, or its format is newer than this release.
+        """
         try:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
@@ -149,7 +157,12 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a `plan.json`. Raises `PlanError` as `from_dict` does, or when there is no such file."""
+        """Read a `plan.json`.
+
+        Raises:
+            PlanError: The file does not exist, is not text, JSON or a valid plan, or its format is newer than this
+                release.
+        """
         path = Path(path)
         if not path.is_file():
             raise PlanError(f"no plan at {path}: give the path of a plan.json that fuse.py wrote.")

@@ -1,4 +1,4 @@
-"""What healing minimises: cross-entropy with the labels, and distance from the teacher."""
+"""The loss that healing minimises: cross-entropy with the labels, and distance from the teacher."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,13 +26,13 @@ class Objective:
     """The loss of a batch, for training and for validation.
 
     Args:
-        recipe: the weights of its parts.
-        student: the model, not wrapped by anything.
-        teacher: None where no part asks for one.
-        matches: what `hidden_weight` and `attention_weight` compare.
+        recipe: Recipe with the weights of the loss terms.
+        student: Student model, without wrappers.
+        teacher: Teacher model, or None if no loss term needs it.
+        matches: Pairs of modules that `hidden_weight` and `attention_weight` compare.
 
     Attributes:
-        reads_outputs: a part of the loss depends on the outputs; otherwise nothing depends on the head.
+        reads_outputs: Whether a loss term depends on the model's outputs. Otherwise no term depends on the head.
     """
 
     def __init__(
@@ -56,18 +56,19 @@ class Objective:
 
     def train(self, model: nn.Module, batch: Batch) -> Tensor:
         answers, batch = _stored(batch)
-        if not self.count(batch):  # no loss can be taken, and all parameters need a gradient all the same
+        if not self.count(batch):  # no target gives a loss, but all parameters still need a gradient
             return 0.0 * prediction(model(**without_labels(batch))).float().sum()
         labelled = self.recipe.ce_weight > 0 and "labels" in batch
         if not labelled and self.teacher is None:
             raise DataError(
-                f"nothing to learn from batches of {', '.join(batch)} with ce_weight={self.recipe.ce_weight} and no "
-                "teacher: give labels, or a teacher and heal.kl_weight, heal.hidden_weight or heal.attention_weight."
+                f"nothing to learn from batches of {', '.join(batch)} with ce_weight={self.recipe.ce_weight} and "
+                "without a teacher: give labels, or a teacher and heal.kl_weight, heal.hidden_weight or "
+                "heal.attention_weight."
             )
         with _outputs_of(self._ours) as ours:
             outputs = model(**(batch if labelled else without_labels(batch)))
         losses = []
-        if not self.reads_outputs:  # data parallelism wants a gradient of all that a model gives
+        if not self.reads_outputs:  # data parallelism needs a gradient of every output
             losses.append(0.0 * prediction(outputs).float().sum())
         if labelled:
             losses.append(self.recipe.ce_weight * outputs.loss)
@@ -87,12 +88,12 @@ class Objective:
         if "labels" in batch:
             return model(**batch).loss
         if self.teacher is None:
-            raise DataError("the validation batches have no labels and there is no teacher: give labels, or a teacher.")
+            raise DataError("the validation batches have no labels, and no teacher is given: give labels or a teacher.")
         targets, _ = self._taught(batch)
         return self._distil(model(**batch), targets, batch)
 
     def _taught(self, batch: Batch) -> tuple[ModelOutput, list[Tensor]]:
-        """The teacher's outputs, and those of its modules that are compared."""
+        """The teacher's outputs, and the outputs of its matched modules."""
         with torch.inference_mode(), _outputs_of(self._theirs) as seen:
             return self.teacher(**without_labels(batch)), seen
 
@@ -102,7 +103,7 @@ class Objective:
         if ours.shape != theirs.shape:
             raise LayerFuseError(
                 f"{name} has shape {tuple(ours.shape)} in the student and {tuple(theirs.shape)} in the teacher: "
-                "take the model that the student was made from as teacher."
+                "use the student's original as teacher."
             )
         if name == "last_hidden_state":
             mask = batch["attention_mask"].bool() if "attention_mask" in batch else ...
@@ -111,20 +112,20 @@ class Objective:
         return distillation_loss(ours, theirs, self.recipe.temperature, rows)
 
     def _recall(self, outputs: ModelOutput, answers: Batch, batch: Batch) -> Tensor:
-        """Distillation from what the teacher said before."""
+        """Distillation from stored outputs of the teacher."""
         parts = [outputs["logits"], answers[TEACHER_IDS], answers[TEACHER_LOGPROBS]]
         rows = self._rows(batch) if parts[0].dim() == 3 else slice(None)
         ours, ids, logprobs = (part.reshape(-1, part.shape[-1])[rows] for part in parts)
         return top_k_loss(ours, ids, logprobs, self.recipe.temperature)
 
     def count(self, batch: Batch) -> int:
-        """How many targets a batch holds, which weigh its loss among those of other batches."""
+        """Number of targets in a batch. It weights the loss of the batch."""
         if "labels" in batch and batch["labels"].dim() != 2:
             return len(batch["labels"])
         return int(self._positions(batch).sum()) if "input_ids" in batch else len(next(iter(batch.values())))
 
     def _positions(self, batch: Batch) -> Tensor:
-        """Which positions predict something that counts: (batch, tokens), one less for causal models."""
+        """Mask of the positions whose predictions count, (batch, tokens), or one token less for causal models."""
         if "labels" in batch:
             counts = batch["labels"] != -100
         elif "attention_mask" in batch:
@@ -134,18 +135,18 @@ class Objective:
         return counts[:, 1:] if self.causal else counts
 
     def _rows(self, batch: Batch) -> Tensor:
-        """Numbers of these positions among all tokens of a batch; the last one predicts nothing in causal models."""
+        """Indices of these positions among all tokens of a batch. In causal models the last position never counts."""
         return pad(self._positions(batch), (0, int(self.causal))).flatten().nonzero().squeeze(1)
 
     def _tokens(self, batch: Batch) -> Tensor | None:
-        """Which tokens are no padding, (rows, tokens); None is all of them."""
+        """Mask of the tokens that are not padding, (rows, tokens); None stands for all tokens."""
         mask = batch.get("attention_mask")
         return None if mask is None else mask.reshape(-1, mask.shape[-1]).bool()
 
 
 @contextmanager
 def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """What modules return inside the `with` block, in their order; a tuple's first element."""
+    """Record the outputs of modules inside the `with` block, in the modules' order; of a tuple, the first element."""
     found: list[Tensor] = [torch.empty(0)] * len(modules)
 
     def keep(place: int, output: Tensor) -> None:
@@ -156,6 +157,6 @@ def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def _stored(batch: Batch) -> tuple[Batch, Batch]:
-    """A batch in two: the teacher's answers, if they are in it, and the rest."""
+    """Split a batch into the stored outputs of the teacher, if any, and the other inputs."""
     answers = {name: batch[name] for name in (TEACHER_IDS, TEACHER_LOGPROBS) if name in batch}
     return answers, {name: value for name, value in batch.items() if name not in answers}

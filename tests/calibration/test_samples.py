@@ -158,7 +158,7 @@ def test_images():
 
 def test_a_data_set_that_was_not_tokenised():
     """Where the main input is missing, the columns that are there are named."""
-    with pytest.raises(DataError, match="has the columns text and not 'input_ids': tokenise"):
+    with pytest.raises(DataError, match="has the columns text but not 'input_ids': tokenise"):
         read(Dataset.from_dict({"text": ["a"]}), tiny_model("bert"))
 
 

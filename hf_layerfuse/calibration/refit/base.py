@@ -1,4 +1,4 @@
-"""What all closed-form repairs have in common: a walk of the student beside its teacher, and what is kept of it."""
+"""Common base of the closed-form repairs: a layer-wise forward of the student beside its teacher, and a report."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from ..mmap import MappedActivations, WeightSnapshot
 
 @dataclass(frozen=True)
 class RefitReport:
-    """What a refit did.
+    """Result of a refit.
 
     Attributes:
-        before: calibration loss, on sequences that took no part in the repair, of the model as it was given.
-        after: that of the model as it is now, never more.
-        kept: whether the repair was kept; otherwise it made things worse and was undone.
-        blocks: per repaired map, its layer, kind and role, and its mean squared error on held-out tokens before and
-            after. For `heads` of a selected layer, what the MLPs of its group miss the end of the group by, with heads
-            of the kept layer and with those in use. For a linear map that was an MLP, errors are relative to the
-            variance of the stream at each token, and `r2` is the share of the variance of what it ought to give that
-            it explains on held-out tokens. A merged convolution has its `segment` in the place of those names.
+        before: Calibration loss of the given model, on the held-out split, which the repair did not use.
+        after: Calibration loss of the model now, never more than `before`.
+        kept: Whether the repair was kept. A repair that raised the loss, or that was not tried, is not kept.
+        blocks: One row per repaired map: its layer, kind and role, and its mean squared error on the selection split
+            before and after. For the `heads` of a selected layer, the errors are the mean squared distances of the
+            stream after the group's MLPs from the end of the group, with the heads of the kept layer and with the
+            heads in use. For a linearised MLP, the errors are relative to the variance of the stream at each token, and
+            `r2` is the explained share of the variance of its targets, on the selection split. A row of a merged
+            convolution has its `segment` instead of layer, kind and role.
     """
 
     before: float
@@ -39,12 +40,15 @@ class RefitReport:
 def unless_worse(
     student: PreTrainedModel, before: float, carry_out: Callable[[], tuple[Sequence[Mapping[str, Any]], float]]
 ) -> RefitReport:
-    """Repair a student, and take that back where its calibration loss is more than before.
+    """Repair a student, and undo the repair if the calibration loss rises.
 
     Args:
-        student: changed in place.
-        before: its calibration loss.
-        carry_out: repairs it; gives a row for each map, and the calibration loss then.
+        student: Model to repair, changed in place.
+        before: Calibration loss of the student before the repair.
+        carry_out: Function that repairs the student, and returns a row for each map and the new calibration loss.
+
+    Returns:
+        The calibration loss before and after, and the rows of a repair that was kept.
     """
     kept = WeightSnapshot(student)
     blocks, after = carry_out()
@@ -55,12 +59,18 @@ def unless_worse(
 
 
 class Repair(ABC):
-    """`step` repairs the student's next layer and leads the student through it.
+    """Repair of a student, one layer at a time, in its layer-wise forward.
 
-    Layers in front of the first edit are those of the original, and stay as they are.
+    Layers before the first edit equal those of the original, and stay as they are.
+
+    Args:
+        student: Layer-wise forward of the model to repair, at any layer.
+        teacher: States of the original.
+        plan: Plan that led from the original to the student.
+        method: Method of `refit`.
 
     Attributes:
-        blocks: a row for each map that was refitted so far.
+        blocks: One row for each map refitted so far.
     """
 
     def __init__(self, student: LayerwiseForward, teacher: TeacherStates, plan: Plan, method: str) -> None:
@@ -72,7 +82,7 @@ class Repair(ABC):
         self._differs = any(map(self._edited, range(student.depth)))
 
     def step(self) -> None:
-        """Repair the student's next layer, and lead the student through it."""
+        """Repair the student's next layer, and run it."""
         index = self.student.depth
         self._differs = self._differs or self._edited(index)
         if self._differs:
@@ -89,7 +99,7 @@ class Repair(ABC):
 
     @abstractmethod
     def _wanted(self, slot: Slot) -> set[tuple[int, HookPoint]]:
-        """What the repair of a slot has to know of the teacher: (layer, point)."""
+        """The (layer, hook point) pairs of the teacher that the repair of a slot needs."""
 
     @abstractmethod
     def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], MappedActivations]) -> None:

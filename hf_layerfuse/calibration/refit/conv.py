@@ -1,4 +1,4 @@
-"""Closed-form repair of residual convolutional layers: statistics of batch norms, and the convolution that writes."""
+"""Closed-form repair of residual convolutional layers: batch-norm statistics, and the output convolution."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SUM = HookPoint("conv", "sum")
 
 
 class ConvRepair(Repair):
-    """Repairs layers in three steps, each on what those before it have led to.
+    """Repair of residual layers, in steps that each use the results of the steps before.
 
-    The first batch norm takes the statistics of what it reads now (REPAIR, Jordan et al. 2023, section 4). Then the
-    second convolution and its norm are led to the original's sum, before the last activation, at the end of the slot:
-    all weights of the convolution, where they belong to this depth alone, by a ridge fit as a linear map of patches;
-    else the gain and the bias of the norm, and the residual of this depth, if it has one.
+    The first batch norm takes the statistics of its new inputs (REPAIR, Jordan et al. 2023, section 4). Then the second
+    convolution and its norm are fitted to the original's sum, before the last activation, at the end of the slot. A
+    convolution that belongs to this depth alone is refitted as a whole, by a ridge fit as a linear map of patches. For
+    a shared convolution, the fit sets the gain and the bias of the norm, and the residual of this depth, if it has one.
     """
 
     def _wanted(self, slot: Slot) -> set[tuple[int, HookPoint]]:
@@ -59,19 +59,20 @@ class ConvRepair(Repair):
             _store(conv, norm, found.theta, every)
 
     def _fit_residual(self, index: int, conv: ResidualConv2d, norm: nn.BatchNorm2d, target: MappedActivations) -> None:
-        """Refit what this depth adds to the shared convolution: the fit of all weights, projected on its rank."""
-        train, held_out = self._moments(norm, HookPoint("conv", "features"), target, lambda x: _patches(conv, x))
-        start, every = _theta(conv, norm), train + held_out
+        """Refit the residual of this depth on the shared convolution: the free fit of all weights, projected on its
+        rank."""
+        train, selection = self._moments(norm, HookPoint("conv", "features"), target, lambda x: _patches(conv, x))
+        start, every = _theta(conv, norm), train + selection
         gain = _gain(norm)
-        # a channel that is switched off could have no residual of its own
+        # the residual is divided by the gain, which is 0 for a channel that is switched off
         gain = torch.where(gain.abs() < 1e-3 * gain.abs().mean(), 1e-3 * gain.abs().mean(), gain).unsqueeze(1)
         shared = gain * out_in(conv, conv.weight.double())
-        free = fit(train, held_out, start).theta[:-1].T
+        free = fit(train, selection, start).theta[:-1].T
         left, right = low_rank(free - shared, len(conv.residual_in), every.centred()[0])
         weight = shared + left @ right
         bias = (every.xy[-1] - weight @ every.xx[-1, :-1]) / every.rows
         theta = torch.cat([weight.T, bias.unsqueeze(0)])
-        before, after = held_out.error(start), held_out.error(theta)
+        before, after = selection.error(start), selection.error(theta)
         self._note(index, "conv", "residual", before, min(before, after))
         if after < before:
             conv.residual_out.copy_(left / gain)
@@ -79,7 +80,7 @@ class ConvRepair(Repair):
             _set_norm(conv, norm, theta, gain.squeeze(1), every)
 
     def _fit_outputs(self, index: int, conv: nn.Conv2d, norm: nn.BatchNorm2d, target: MappedActivations) -> None:
-        """Refit what the layer adds to the stream by one map of it, folded into the convolution (ReplaceMe)."""
+        """Refit the layer's output by one linear map, folded into the convolution (ReplaceMe)."""
         moments = self._moments(norm, HookPoint("conv", "norm"), target, norm)
         found = fit(*moments, identity(moments[0]))
         self._note(index, "conv", "linear", found.before, found.after)
@@ -89,7 +90,7 @@ class ConvRepair(Repair):
             _store(conv, norm, chain(theta, found.theta), patches[0] + patches[1])
 
     def _moments(self, norm: nn.BatchNorm2d, point: HookPoint, target: MappedActivations, inputs) -> list[Moments]:
-        """Moments of `inputs` of what is seen at a point, and of what the layer has to add to the stream."""
+        """Moments of `inputs` of the states at a hook point, and of the layer's target output."""
 
         def rows(index: int, total: Tensor, given: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
             residual = total - norm(given)
@@ -98,7 +99,7 @@ class ConvRepair(Repair):
         return self.student.moments(rows, SUM, HookPoint("conv", "norm"), point)
 
     def _take_statistics(self, norm: nn.BatchNorm2d, place: str) -> None:
-        """Let a batch norm have the mean and the variance of what it reads, as it would in training."""
+        """Set the statistics of a batch norm to the mean and the variance of its inputs, as training would."""
         moments = None
         for x in self._read(place):
             moments = moments or Moments.empty(x.shape[1], 0, x.device)
@@ -114,26 +115,26 @@ class ConvRepair(Repair):
 
 
 def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """What each output of a convolution reads, (batch, outputs, channels x height x width of the kernel)."""
+    """The input patch of each output of a convolution, (batch, outputs, channels x height x width of the kernel)."""
     return F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride).transpose(1, 2)
 
 
 def _gain(norm: nn.BatchNorm2d) -> Tensor:
-    """What a batch norm multiplies each channel by in evaluation."""
+    """The factor by which a batch norm multiplies each channel in eval mode."""
     return norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
 
 
 def _theta(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """A convolution and the batch norm behind it as a map of patches, (in + 1, out) float64."""
+    """A convolution and the batch norm after it as one linear map of patches, (in + 1, out) float64."""
     theta, gain = theta_of(conv), _gain(norm)
     constant = norm.bias.double() + gain * (theta[-1] - norm.running_mean.double())
     return torch.cat([theta[:-1] * gain, constant.unsqueeze(0)])
 
 
 def _store(conv: nn.Conv2d, norm: nn.BatchNorm2d, theta: Tensor, every: Moments) -> None:
-    """Write a map of patches to a convolution and the batch norm behind it.
+    """Write a linear map of patches to a convolution and the batch norm after it.
 
-    The weight keeps its size, by which its steps in training are scaled.
+    The weight keeps its norm, because the norm scales the steps of later training.
     """
     weight, old = theta[:-1].T, conv.weight.double().flatten(1)
     scale = (weight.norm() / old.norm().clamp_min(1e-30)).clamp_min(1e-30)
@@ -142,10 +143,17 @@ def _store(conv: nn.Conv2d, norm: nn.BatchNorm2d, theta: Tensor, every: Moments)
 
 
 def _set_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, theta: Tensor, gain: Tensor, every: Moments) -> None:
-    """Let a batch norm make `theta` of a convolution whose weight is that of theta divided by `gain` (out).
+    """Set a batch norm so that it and its convolution give `theta`; the convolution's weight is theta's over `gain`.
 
-    It has the statistics of what the convolution gives for the patches that `every` was taken of, so that training and
+    The norm takes the statistics of the convolution's outputs on the patches in `every`, so that training and
     evaluation agree.
+
+    Args:
+        conv: Convolution before the norm.
+        norm: Batch norm to set.
+        theta: Linear map of patches, (in + 1, out) float64.
+        gain: Factor of each channel between the convolution's weight and that of theta, (out,).
+        every: Moments of the patches.
     """
     weight = theta[:-1].T / gain.unsqueeze(1)
     variance = (weight @ every.centred()[0] * weight).sum(1) / every.rows

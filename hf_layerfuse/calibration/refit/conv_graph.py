@@ -1,4 +1,4 @@
-"""Closed-form repair of convolutions that became one: front to back, the original as teacher."""
+"""Closed-form repair of merged convolutions, front to back, with the original as teacher."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ..samples import Sample
 from .base import RefitReport, unless_worse
 
 ROWS = 24
-"""About so many patches are read for each number that a fit looks for in an output."""
+"""Approximate number of patches per weight of one output channel."""
 
 PIXELS = 2**24
-"""Numbers that the patches of a few images have, at most."""
+"""Largest number of values in the patches that are held at once."""
 
 
 def before_activation(model: PreTrainedModel, convs: Convolutions, boundary: int) -> Place:
-    """Where a boundary of a chain is seen, before its activation if it has one."""
+    """The place of a boundary of a chain: before its activation if it has one, else after its last module."""
     unit = convs.units[boundary]
     if module_at(model, unit.act) is not None:
         return Place("before", unit.act)
@@ -42,17 +42,20 @@ def before_activation(model: PreTrainedModel, convs: Convolutions, boundary: int
 
 @torch.no_grad()
 def see(model: PreTrainedModel, batch: Mapping[str, Tensor], places: Sequence[Place]) -> list[Tensor]:
-    """What a model has at some places for a batch, without running what comes behind them.
+    """Record the tensors of a model at some places for one batch. The forward pass stops after the last place.
 
     Args:
-        model: in eval mode.
-        batch: its inputs.
-        places: before or after modules, by their live paths.
+        model: Model in eval mode.
+        batch: Model inputs.
+        places: Places before or after modules, by the modules' paths in the model.
+
+    Returns:
+        One tensor per place.
     """
     found: dict[Place, Tensor] = {}
 
     def keep(place: Place, tensor: Tensor) -> None:
-        found[place] = tensor.clone()  # transformers adds to it in place
+        found[place] = tensor.clone()  # transformers modifies the tensor in place
         if len(found) == len(set(places)):
             raise StopForward
 
@@ -64,14 +67,17 @@ def see(model: PreTrainedModel, batch: Mapping[str, Tensor], places: Sequence[Pl
 def refit_chain(
     student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, sample: Sample, *, fitted: bool = True
 ) -> RefitReport:
-    """Fit all merged convolutions of a student, in place, unless that leaves it further from its teacher.
+    """Fit all merged convolutions of a student, in place, and undo the fit if the calibration loss rises.
 
     Args:
-        student: what `apply(teacher, plan)` gave.
-        teacher: the original.
-        plan: of merges.
-        sample: calibration images.
-        fitted: False only measures.
+        student: Result of `apply(teacher, plan)`.
+        teacher: Original model.
+        plan: Plan whose edits are all merges.
+        sample: Calibration images.
+        fitted: Whether to fit; False only measures the calibration loss.
+
+    Returns:
+        The calibration loss before and after, and the errors of each merged convolution.
     """
     edits = [edit for edit in plan.edits if edit.merged and len(edit.layers) > 1]
 
@@ -88,20 +94,21 @@ def refit_chain(
 def repair(
     student: PreTrainedModel, teacher: PreTrainedModel, edits: Sequence[MergeConvs], sample: Sample
 ) -> list[dict[str, Any]]:
-    """Fit the one convolution of each segment, in place, so that the segment ends where it did.
+    """Fit the merged convolution of each segment, in place, so that the segment gives the original's output.
 
-    A ridge fit of the original's state behind the segment, before its activation, less what a skip adds there, by the
-    patches that the convolution reads now; it is held towards the kernel as it is. One channel group is fitted after
-    the other.
+    The inputs of this ridge fit are the patches that the convolution reads in the student. The targets are the
+    original's states after the segment, before its activation and without the sum of a skip. The penalty holds the fit
+    towards the current kernel. Channel groups are fitted one after another.
 
     Args:
-        student: in eval mode, in which the segments are one convolution each.
-        teacher: the original.
-        edits: segments, front to back.
-        sample: calibration images.
+        student: Model in eval mode, whose segments are one convolution each.
+        teacher: Original model.
+        edits: Segments, front to back.
+        sample: Calibration images.
 
     Returns:
-        For each convolution that was fitted, `segment` and its mean squared error on held-out images `before`, `after`.
+        One row per fitted convolution: its `segment`, and its mean squared error on the selection split, `before` and
+        `after`.
     """
     convs = architecture_for(teacher, ConvGraphArchitecture).convolutions(teacher)
     rows = []
@@ -121,7 +128,8 @@ def repair(
 def _moments(
     student: PreTrainedModel, teacher: PreTrainedModel, convs: Convolutions, edit: MergeConvs, sample: Sample
 ) -> tuple[list[Moments], list[Moments]]:
-    """Moments of patches and their targets, for each group: of fitted images, and of the selection split."""
+    """Moments of patches and their targets, for each group: one list of the training images, one of the selection
+    split."""
     path = convs.units[edit.start + 1].conv
     conv = student.get_submodule(path)
     places = [Place("before", path), Place("after", path), Place("before", convs.units[edit.end].act)]
@@ -151,7 +159,13 @@ class _Sums:
         self.parts = [torch.zeros(conv.groups, *size, **make) for size in sizes]
 
     def add(self, images: Tensor, wanted: Tensor, each: int) -> None:
-        """Add about so many patches of each image, evenly spread; a few images at a time, of which all are made."""
+        """Add about `each` evenly spread patches of every image. To limit memory, a few images are unfolded at a time.
+
+        Args:
+            images: Inputs of the convolution.
+            wanted: Target outputs of the convolution.
+            each: Approximate number of patches per image.
+        """
         conv = self.conv
         pixels = wanted.shape[2] * wanted.shape[3] * conv.weight[0].numel() * conv.groups
         if not len(images):

@@ -1,4 +1,4 @@
-"""Linear maps of a model, fitted to moments within what their weights are free to be."""
+"""Fits of a model's linear maps and norms to moments, within the freedom of their weights."""
 
 from __future__ import annotations
 
@@ -14,34 +14,44 @@ from ...models.modules.shared_linear import BasisLinear, Relaxed, out_in, theta_
 
 
 @torch.no_grad()
-def fit_map(module: nn.Module, train: Moments, held_out: Moments, *, tied: bool) -> Fit:
-    """Fit a map to moments and store it, where that is better on the held-out ones than the map as it is.
+def fit_map(module: nn.Module, train: Moments, selection: Moments, *, tied: bool) -> Fit:
+    """Fit a map to moments, and store the fit if it beats the current map on the selection split.
 
-    A weight that is `tied` to other depths stays as it is: the bias is free, and beside it the residual, (the fit
-    projected on its rank, which is reduced-rank regression), or the coefficients of a shared basis.
+    A weight that is `tied` to other depths stays as it is. The fit then sets the bias, and the residual or the
+    coefficients of a shared basis. For the residual, the free fit is projected on the rank of the residual
+    (reduced-rank regression).
+
+    Args:
+        module: Map to fit, changed in place.
+        train: Moments of the inputs and the targets of the map.
+        selection: Moments of the selection split, which choose the strength of the penalty.
+        tied: Whether other depths share the weight.
+
+    Returns:
+        The fit, with a strength of None if the map was left as it was.
     """
     if isinstance(module, BasisLinear):
-        return _fit_coefficients(module, train, held_out)
+        return _fit_coefficients(module, train, selection)
     start = theta_of(module)
     if not tied:
         if module.bias is None:
-            train, held_out = train.linear(), held_out.linear()
-        found = fit(train, held_out, start)
+            train, selection = train.linear(), selection.linear()
+        found = fit(train, selection, start)
         if found.strength is not None:
             store(module, found.theta)
         return found
-    every = train + held_out
-    before = held_out.error(start)
+    every = train + selection
+    before = selection.error(start)
     weight, factors, strength = start[:-1].T, None, 0.0
     if isinstance(module, Relaxed):
-        free = fit(train, held_out, start)
+        free = fit(train, selection, start)
         shared = out_in(module, module.weight.detach().double())
         factors = low_rank(free.theta[:-1].T - shared, len(module.residual_in), every.centred()[0])
         weight, strength = shared + factors[0] @ factors[1], free.strength
     mean = every.xx[-1:] / every.rows
     bias = every.xy[-1:] / every.rows - mean[:, :-1] @ weight.T
     theta = torch.cat([weight.T, start[-1:] if module.bias is None else bias])
-    after = held_out.error(theta)
+    after = selection.error(theta)
     if not after < before:
         return Fit(start, before, before, None)
     if factors is not None:
@@ -53,32 +63,35 @@ def fit_map(module: nn.Module, train: Moments, held_out: Moments, *, tied: bool)
 
 
 @torch.no_grad()
-def fit_linear(maps: Sequence[nn.Module], train: Moments, held_out: Moments) -> Fit:
-    """Fit the one map, or the product of two, that an MLP has become, and store it where that is better.
+def fit_linear(maps: Sequence[nn.Module], train: Moments, selection: Moments) -> Fit:
+    """Fit the map, or the product of two maps, of a linearised MLP, and store the fit if it is better.
 
-    Of two, the product is the nearest one of their rank to the free fit, in what comes out (`low_rank` with the
-    covariance of the inputs).
+    The product of two maps is the one of their rank whose outputs are nearest to those of the free fit (`low_rank`
+    with the covariance of the inputs).
 
     Args:
-        maps: one with a bias; or one without and one with.
-        train: moments of what the first reads and of what the last ought to give.
-        held_out: those of other rows, which choose the strength of the penalty.
+        maps: One map with a bias, or two maps of which the last has a bias.
+        train: Moments of the inputs of the first map and the targets of the last.
+        selection: Moments of the selection split, which choose the strength of the penalty.
+
+    Returns:
+        The fit, with a strength of None if the maps were left as they were.
     """
     *first, last = maps
     start = theta_of(last)
     if first:
         start = chain(theta_of(first[0]), start)
-    found = fit(train, held_out, start)
+    found = fit(train, selection, start)
     if found.strength is None:
         return found
     if not first:
         store(last, found.theta)
         return found
-    every = train + held_out
+    every = train + selection
     left, right = low_rank(found.theta[:-1].T, first[0].out_features, every.centred()[0])
     weight, mean = (left @ right).T, every.xx[-1:] / every.rows
     theta = torch.cat([weight, every.xy[-1:] / every.rows - mean[:, :-1] @ weight])
-    after = held_out.error(theta)
+    after = selection.error(theta)
     if not after < found.before:
         return Fit(start, found.before, found.before, None)
     first[0].weight.copy_(right)
@@ -86,10 +99,10 @@ def fit_linear(maps: Sequence[nn.Module], train: Moments, held_out: Moments) -> 
     return Fit(theta, found.before, after, found.strength)
 
 
-def _fit_coefficients(module: BasisLinear, train: Moments, held_out: Moments) -> Fit:
+def _fit_coefficients(module: BasisLinear, train: Moments, selection: Moments) -> Fit:
     basis = torch.cat([module.basis.T.double(), module.basis.new_zeros(1, len(module.basis), dtype=torch.float64)])
     bias = theta_of(module)[-1:]
-    found = fit(train.through(basis), held_out.through(basis), torch.cat([module.coefficients.T.double(), bias]))
+    found = fit(train.through(basis), selection.through(basis), torch.cat([module.coefficients.T.double(), bias]))
     if found.strength is not None:
         module.coefficients.copy_(found.theta[:-1].T)
         if module.bias is not None:
@@ -98,22 +111,22 @@ def _fit_coefficients(module: BasisLinear, train: Moments, held_out: Moments) ->
 
 
 @torch.no_grad()
-def fit_gain(norm: nn.Module, readers: Sequence[tuple[nn.Module, Tensor]], train: Moments, held_out: Moments) -> Fit:
-    """Scale each output of a norm so that the maps that read it come nearer to what they should give.
+def fit_gain(norm: nn.Module, readers: Sequence[tuple[nn.Module, Tensor]], train: Moments, selection: Moments) -> Fit:
+    """Scale each output of a norm so that the maps that read it come nearer to their targets.
 
-    min_s sum_maps ||W diag(s) x + b - [y, 1] aim||^2: (W^T W o x x^T) s = diag(W^T aim^T y x^T), with the bias b free
-    where a map has one. The scale is folded into the norm's weight and bias, where that is better on the held-out rows.
+    min_s sum_maps ||W diag(s) x + b - [y, 1] aim||^2: (W^T W o x x^T) s = diag(W^T aim^T y x^T). The bias b is free if
+    a map has one. The scale is folded into the norm's weight and bias if it is better on the selection split.
 
     Args:
-        norm: what gives x.
-        readers: each map and its aim (in + 1, out) float64.
-        train: moments of x (in) in the student and y (in) in the original.
-        held_out: those of other rows, which choose the strength of a penalty on s - 1.
+        norm: Norm whose output is x.
+        readers: Maps that read x, each with its aim, (in + 1, out) float64.
+        train: Moments of x (in) in the student and y (in) in the original.
+        selection: Moments of the selection split, which choose the strength of a penalty on s - 1.
 
     Returns:
         The fit, whose theta is [s, 0], (in + 1, 1).
     """
-    parts = [_gain_moments(readers, part) for part in (train, held_out)]
+    parts = [_gain_moments(readers, part) for part in (train, selection)]
     start = torch.ones_like(parts[0].xy)
     start[-1] = 0
     found = fit(*parts, start)
@@ -125,21 +138,21 @@ def fit_gain(norm: nn.Module, readers: Sequence[tuple[nn.Module, Tensor]], train
     for tensor in norm.parameters():
         tensor.copy_(scale * tensor)
     if not torch.allclose(norm(probe), aim, rtol=1e-2, atol=1e-2 * aim.abs().max().item()):
-        norm.load_state_dict(old)  # its weight is no gain: Gemma's norms multiply by 1 + weight
+        norm.load_state_dict(old)  # the weight is not the gain: Gemma's norms multiply by 1 + weight
         return Fit(start, found.before, found.before, None)
     return found
 
 
 @torch.no_grad()
-def fit_norm(norm: nn.Module, train: Moments, held_out: Moments) -> Fit:
-    """Scale and shift each output of a norm towards a target: min_{s, c} ||diag(s) x + c - y||^2, for each by itself.
+def fit_norm(norm: nn.Module, train: Moments, selection: Moments) -> Fit:
+    """Scale and shift each output of a norm towards its target: min_{s, c} ||diag(s) x + c - y||^2, separately.
 
-    The scale and the shift are folded into the norm's weight and bias, where that is better on the held-out rows.
+    The scale and the shift are folded into the norm's weight and bias if they are better on the selection split.
 
     Args:
-        norm: what gives x; with a weight that multiplies and a bias.
-        train: moments of x (in) in the student and y (in) in the original.
-        held_out: those of other rows, which choose the strength of a penalty on s - 1.
+        norm: Norm whose output is x, with a multiplying weight and a bias.
+        train: Moments of x (in) in the student and y (in) in the original.
+        selection: Moments of the selection split, which choose the strength of a penalty on s - 1.
 
     Returns:
         The fit, whose theta is diag(s) over c, (in + 1, in).
@@ -153,11 +166,11 @@ def fit_norm(norm: nn.Module, train: Moments, held_out: Moments) -> Fit:
         return torch.cat([scale.diag(), shift.unsqueeze(0)])
 
     start = identity(train)
-    before = held_out.error(start)
-    after, strength = min((held_out.error(at(train, strength)), strength) for strength in STRENGTHS)
+    before = selection.error(start)
+    after, strength = min((selection.error(at(train, strength)), strength) for strength in STRENGTHS)
     if not after < before * (1 - 1e-6):
         return Fit(start, before, before, None)
-    theta = at(train + held_out, strength)
+    theta = at(train + selection, strength)
     scale, shift = theta[:-1].diagonal(), theta[-1]
     norm.weight.copy_(scale * norm.weight)
     norm.bias.copy_(scale * norm.bias + shift)
@@ -165,7 +178,7 @@ def fit_norm(norm: nn.Module, train: Moments, held_out: Moments) -> Fit:
 
 
 def _gain_moments(readers: Sequence[tuple[nn.Module, Tensor]], part: Moments) -> Moments:
-    """The normal equations of `fit_gain`, as the moments of a fit of one output."""
+    """The normal equations of `fit_gain`, written as the moments of a fit with one output."""
     system, right, total = torch.zeros_like(part.xx), part.xx.new_zeros(len(part.xx), 1), part.yy.new_zeros(1, 1)
     system[-1, -1] = part.xx[-1, -1]
     for module, aim in readers:
@@ -180,7 +193,10 @@ def _gain_moments(readers: Sequence[tuple[nn.Module, Tensor]], part: Moments) ->
 
 @torch.no_grad()
 def fold(module: nn.Module, before: Tensor) -> None:
-    """Let a stock map read [x, 1] @ before, (in + 1, in), instead of x. Without a bias, the constant is lost."""
+    """Fold an input map `before`, (in + 1, in), into a stock map, which then reads [x, 1] @ before instead of x.
+
+    Without a bias, the constant is lost.
+    """
     store(module, chain(before, theta_of(module)))
 
 

@@ -1,4 +1,4 @@
-"""Operator `select`: a block of those heads or hidden units, of all layers of its group, that lead best to a target."""
+"""Operator `select`: a block made of the heads or hidden units of its whole group that fit a target best."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from ..mmap import MappedActivations, PerBatch
 from .linear import store
 
 TOKENS_PER_INPUT = 4
-"""For each input that may be selected, so many tokens are looked at: to tell inputs apart takes far fewer than to fit
-their weights, and moments of so many inputs are the largest of a repair."""
+"""Number of tokens per candidate input. Ranking inputs takes far fewer tokens than fitting their weights, and the
+moments of all candidates are the largest of a repair."""
 
 WIDTHS = 2
-"""Of a group of many layers, so many times the MLP's width may be selected, by what each unit adds to the stream."""
+"""Largest number of candidate units, in widths of the MLP. In larger groups, the candidates are the units that add
+most to the stream."""
 
 
 class Selection:
-    """The blocks of several layers of the original, in the place of one of the student.
+    """Selection of a student's block from the blocks of several layers of the original.
 
-    Those of each layer read the student's stream through the ridge fit of what they read in the original, by what is
-    read here. What they write starts from what they wrote there, all of them at once. The rest of the layer is the
-    student's own.
+    A ridge fit predicts the inputs of each original block from the student's stream, and is folded into the maps of
+    that block. The output projections start from the original weights, and all blocks write at once. The rest of the
+    layer is the student's own.
 
     Args:
-        walk: of the student, at the layer of the block.
-        block: the student's.
-        stocks: the original's layers, by depth.
-        originals: what the block of each depth read there.
+        walk: Layer-wise forward of the student, at the layer of the block.
+        block: Block of the student.
+        stocks: Layers of the original, by depth.
+        originals: Inputs of the block in the original, by depth.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Selection:
         self.layer = walk.layers[block.layer]
         self.variants: list[nn.Module] = []
         own = {id(p) for path in self.table.values() for p in self.layer.get_submodule(path).parameters()}
-        # what deepcopy takes as copied already
+        # deepcopy treats these parameters as already copied
         shared = {id(p): p for p in self.layer.parameters() if id(p) not in own}
         for depth, reading in self._readings(originals).items():
             variant = copy.deepcopy(self.layer, shared.copy())
@@ -62,7 +63,7 @@ class Selection:
         self.start = torch.cat([*(theta[:-1] for theta in parts), sum(theta[-1:] for theta in parts)])
 
     def _readings(self, originals: Mapping[int, PerBatch]) -> dict[int, Tensor]:
-        """For each layer, the map from what is read here to what was read there, (in + 1, in)."""
+        """For each depth, the map from the student's inputs to the original's inputs, (in + 1, in)."""
         found: dict[int, list[Moments]] = {}
         point = HookPoint(self.block.kind, "read")
         for index, seen in self.walk.look(point):
@@ -78,7 +79,7 @@ class Selection:
         return {depth: fit(*moments, identity(moments[0])).theta for depth, moments in found.items()}
 
     def missed(self, target: PerBatch) -> float:
-        """Mean squared distance from a target at which all of them lead the stream, before anything is refitted."""
+        """Mean squared distance between a target and the stream after all candidate units, before any refit."""
         total = count = 0.0
         for x, y in self._rows(target, TOKENS_PER_INPUT * self.start.shape[1]):
             start = self.start.to(x)
@@ -89,14 +90,15 @@ class Selection:
 
     @torch.no_grad()
     def choose(self, target: PerBatch) -> None:
-        """Make the student's block of those that a fit of the target can least do without, as many as it had.
+        """Fill the student's block with the units that matter most for a fit of the target.
 
-        They are found by backward elimination. A head goes together with the others that share its keys and values.
+        The block keeps its number of units. Backward elimination removes the others. Heads that share keys and values
+        stay or go together.
         """
         keep, size = self._units(self.variants[0])["out"].shape[:2]
         able = self._able(target, keep, size)
         columns = _columns(able, size)
-        # single precision is enough to rank them, and these moments are the largest of all
+        # single precision is enough to rank units, and these moments are the largest of all
         moments = Moments.empty(len(columns), self.start.shape[1], columns.device, torch.float32)
         for x, y in self._rows(target, TOKENS_PER_INPUT * len(columns)):
             moments.add(x if len(columns) == x.shape[1] else x[:, columns], y)
@@ -104,7 +106,7 @@ class Selection:
         kept = able[eliminate(moments, torch.cat([self.start[columns], self.start[-1:]]), keep, size=size)]
         del moments
         chosen: dict[str, list[Tensor]] = {}
-        for place, variant in enumerate(self.variants):  # in double precision, so one layer at a time
+        for place, variant in enumerate(self.variants):  # one layer at a time, because rows are in double precision
             own = kept[kept // keep == place] - place * keep
             for role, rows in self._units(variant).items():
                 chosen.setdefault(role, []).append(rows[own])
@@ -117,21 +119,21 @@ class Selection:
 
     @property
     def _part(self) -> Block:
-        """The block, with paths that start at its layer."""
+        """The block, with paths relative to its layer."""
         return Block(self.block.layer, self.block.kind, self.table)
 
     def _heads(self, layer: nn.Module) -> dict[str, Tensor]:
         return rows_of(layer, self._part, heads_of(self.walk.model) if self.block.kind == "attention" else None)
 
     def _units(self, layer: nn.Module) -> dict[str, Tensor]:
-        """Role -> (units, rows of a unit, features): what is kept or left as a whole."""
-        axis = 1 if self.block.kind == "attention" else 2  # what shares keys and values; a hidden unit
+        """Weights of the units, (units, rows of a unit, features), by role. A unit is kept or removed as a whole."""
+        axis = 1 if self.block.kind == "attention" else 2  # heads that share keys and values; a hidden unit
         return {role: rows.flatten(0, axis - 1).flatten(1, -2) for role, rows in self._heads(layer).items()}
 
     def _able(self, target: PerBatch, keep: int, size: int) -> Tensor:
-        """The units that may be selected: of very many, those that add most to the stream.
+        """The candidate units: all of them, or in large groups those that add most to the stream.
 
-        The matrix of moments of all would take longer to fill than everything else.
+        With all units of a large group, filling the moments would take longer than the rest of the repair.
         """
         total = (len(self.start) - 1) // size
         width = theta_of(self.variants[0].get_submodule(self.walk.architecture.mlp["out"])).shape[0] - 1
@@ -143,10 +145,15 @@ class Selection:
         return energy.view(total, size).sum(1).topk(most).indices.sort().values
 
     def _rows(self, target: PerBatch, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """What enters the output projections side by side, and the rest of the target, for at least so many tokens."""
+        """Yield the inputs of all output projections side by side, and the target less the residual, per batch.
+
+        Args:
+            target: Target states of the stream, by batch.
+            tokens: Number of fitted tokens that are enough.
+        """
         features, residual = HookPoint(self.block.kind, "features"), HookPoint(self.block.kind, "residual")
         walks = [self.walk.look(features, residual, layer=variant, tokens=tokens) for variant in self.variants]
-        # what is wide is let go of before the next batch is read
+        # wide tensors are freed before the next batch is read
         while (steps := [next(walk, None) for walk in walks])[0] is not None:
             index, first = steps[0]
             x = torch.cat([self.walk.rows(index, step[features]) for _, step in steps], dim=-1)
@@ -157,9 +164,10 @@ class Selection:
 
 
 def alike(model: PreTrainedModel, source: Source) -> list[int]:
-    """The layers of a group whose heads can stand beside those of the kept one.
+    """The layers of a group whose heads can be combined with those of the kept layer.
 
-    They see what it sees: a sliding window, or everything. Norms inside the heads belong to all heads of a layer.
+    They have the same kind of attention, sliding-window or full, and no norms inside the heads, because all heads of a
+    layer share such norms. The kept layer is always included.
     """
     types = getattr(model.config, "layer_types", None) or [None] * (max(source.layers) + 1)
     normed = any(role in architecture_for(model).attention for role in HEAD_NORMS)
@@ -171,7 +179,7 @@ def _columns(units: Tensor, size: int) -> Tensor:
 
 
 class Total:
-    """The original's states with all that the attention of some layers adds, as if they ran at once; by batch."""
+    """The original's states plus the attention outputs of some layers, as if these layers ran at once, by batch."""
 
     def __init__(self, seen: Mapping[tuple[int, HookPoint], MappedActivations], layers: Sequence[int]) -> None:
         self._before, self._after = (

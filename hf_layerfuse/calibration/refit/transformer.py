@@ -1,4 +1,7 @@
-"""Closed-form repair of a fused model on calibration data: front to back, the original as teacher, no gradients."""
+"""Closed-form repair of a fused model on calibration data, front to back, without gradients.
+
+The original is the teacher.
+"""
 
 from __future__ import annotations
 
@@ -35,42 +38,45 @@ Method = Literal["full", "maps", "linear", "none"]
 def refit(
     student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, batches: Batches, method: Method = "full"
 ) -> RefitReport:
-    """Repair a fused model in closed form, in place. It never leaves a model of higher calibration loss.
+    """Repair a fused model in closed form, in place. The repair is undone if the calibration loss rises.
 
-    The blocks from the first edit on are walked through front to back. Each reads other states than its original did,
-    so that its input maps are refitted to give what the original's gave (a ridge fit of the original's input by the
-    student's, folded into the maps), and its output projection to lead to the original's state at the end of the
-    group: min ||X (W + dW)^T + b + db - R||^2 + lambda ||dW||^2, X what enters the projection, R the original's state
-    less what the projection is added to. Attention is led to where the MLP of its group stood. Operator `select` makes
-    a layer of those heads and hidden units of its whole group that lead best there (backward elimination); its
-    attention is led to all that the attention of the group adds, where the MLPs can make more of that.
+    The repair visits the blocks front to back, from the first edit on. A block of the student reads other states than
+    its original. Its input maps are therefore refitted to give the original's outputs: a ridge fit predicts the
+    original's inputs from the student's, and is folded into the maps. Its output projection is refitted to reach the
+    original's state at the end of the group: min ||X (W + dW)^T + b + db - R||^2 + lambda ||dW||^2. X is the input of
+    the projection, and R is the original's state less the residual to which the projection is added.
 
-    An MLP that has become linear is fitted as a whole: the stream less what it is added to by what it reads, held
-    towards the map that it was. Tokens count by what norms make of them, 1 / variance of the stream.
+    Attention targets the input of its MLP in the original. Operator `select` builds a layer from the heads and hidden
+    units of its whole group that reach these targets best (backward elimination). If that lets the MLPs come closer to
+    the end of the group, its attention instead targets the sum of all attention outputs of the group.
 
-    Shared matrices stay as they are. Refitted per depth are norms that follow a sum, gains of those in front of MLPs,
-    biases, and residuals and coefficients of relaxed sharing: the fit is projected on the rank that they have.
+    A linearised MLP is fitted as a whole. Its inputs predict the target state less the residual, and the penalty holds
+    the fit towards the current map. Each token has the weight 1 / variance of the stream, as in norms.
 
-    The one convolution of a merged segment is fitted, with any `method` but `none`, to end where the segment did.
+    Shared matrices stay as they are. At each depth, the fit sets the norms that follow a sum, the gains of the norms
+    before MLPs, the biases, and the residuals and coefficients of relaxed sharing. Fits of residuals are projected on
+    their rank.
 
-    It takes one pass of the original over the batches, and about three of the student, or with `select` five.
+    With any `method` except `none`, the merged convolution of a segment is fitted to the output of the segment.
+
+    The repair takes one pass of the original over the batches, and about three of the student, or five with `select`.
 
     Args:
-        student: what `apply(teacher, plan)` gave.
-        teacher: the original.
-        plan: the plan that led from one to the other.
-        batches: calibration batches, dicts of model inputs. One sequence in eight is held out to evaluate the result.
-        method: `full`; `maps` fits nothing but what MLPs have become that are linear; `linear` fits one map on the
-            outputs of the last block before removed ones, and folds it into that block's output projection (ReplaceMe,
-            Shopkhoev et al. 2025); `none` leaves the model as it is.
+        student: Result of `apply(teacher, plan)`.
+        teacher: Original model.
+        plan: Plan that led from the original to the student.
+        batches: Calibration batches, dicts of model inputs. One sequence in eight is held out to evaluate the result.
+        method: Extent of the repair. `full` repairs all blocks. `maps` fits only the maps of linearised MLPs. `linear`
+            fits one map on the outputs of the last block before removed ones, and folds it into that block's output
+            projection (ReplaceMe, Shopkhoev et al. 2025). `none` leaves the model as it is.
 
     Returns:
         The calibration loss before and after, and the errors of each map.
 
     Raises:
-        DataError: there are no calibration batches.
-        PlanError: the plan is for another architecture or number of layers.
-        UnsupportedModelError: the teacher cannot be fused, or the model does not run each of its layers once, in order.
+        DataError: There are no calibration batches.
+        PlanError: The plan is for another architecture or number of layers.
+        UnsupportedModelError: The teacher cannot be fused, or the model does not run each of its layers once, in order.
     """
     return _REFITS[family_of(plan)](student, teacher, plan, Sample.of(batches), method)
 
@@ -98,7 +104,15 @@ _REFITS = {LAYERS: _refit_layers, CONV_GRAPH: _refit_convolutions}
 
 
 def refit_by(student: PreTrainedModel, trace: TeacherStates, plan: Plan, before: float, method: Method) -> RefitReport:
-    """`refit` with the states of a checked teacher, which several students may share, and the loss before it."""
+    """Run `refit` with the states of a checked teacher, which several students may share.
+
+    Args:
+        student: Result of applying the plan, changed in place.
+        trace: States of the teacher.
+        plan: Plan that led from the original to the student.
+        before: Calibration loss of the student before the repair.
+        method: Extent of the repair, as in `refit`.
+    """
 
     def carry_out() -> tuple[list[dict[str, Any]], float]:
         walk = LayerwiseForward(student, trace.walk.sample)
@@ -111,21 +125,21 @@ def refit_by(student: PreTrainedModel, trace: TeacherStates, plan: Plan, before:
 
 
 def repair_of(student: LayerwiseForward, teacher: TeacherStates, plan: Plan, method: Method) -> Repair:
-    """What repairs the blocks of a student's architecture."""
+    """The repair for the blocks of a student's architecture."""
     kind = ConvRepair if student.architecture.kinds == ConvArchitecture.kinds else TransformerRepair
     return kind(student, teacher, plan, method)
 
 
 SELECTING = tuple(HookPoint(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum"))
-"""What `select` has to know of every layer of a group, beside the states."""
+"""Hook points that `select` needs from every layer of a group, besides the states."""
 
 
 class TransformerRepair(Repair):
-    """Repairs attention and MLP blocks."""
+    """Repair of attention and MLP blocks."""
 
     def __init__(self, student: LayerwiseForward, teacher: TeacherStates, plan: Plan, method: Method) -> None:
         super().__init__(student, teacher, plan, method)
-        # units, heads and turns of shared weights are those of the aligned original
+        # shared weights have the units, heads and rotations of the aligned original
         original = aligned(teacher.walk.model, plan, student.sample.batches) if self.tied else teacher.walk.model
         self._aligned = student.architecture.layer_list(original)
 
@@ -150,7 +164,7 @@ class TransformerRepair(Repair):
         for block in blocks:
             depth, point = _target(slot, block.kind)
             if architecture.post_norm and len(slot.layers) > 1:
-                # the sum is led to one that this norm of the original follows
+                # the target of the sum is the input of this norm of the original
                 path = architecture.table(point.kind)["norm"]
                 own = architecture.table(block.kind)["norm"]
                 layer.get_submodule(own).load_state_dict(self.teacher.layers[depth].get_submodule(path).state_dict())
@@ -174,11 +188,11 @@ class TransformerRepair(Repair):
                 self._fit_norm(block, slot)
 
     def _readers(self, block: Block) -> dict[str, str]:
-        """Role -> path of the maps that read what enters a block."""
+        """Paths of the maps that read the inputs of a block, by role."""
         return {role: path for role, path in block.modules.items() if role in READERS}
 
     def _reading(self, block: Block, original: MappedActivations) -> list[Moments]:
-        """Moments of what a block reads in the student, and what one read in the original."""
+        """Moments of the inputs of a block in the student, with the inputs of the original block as targets."""
 
         def rows(index: int, read: Tensor) -> tuple[Tensor, Tensor]:
             return read, original[index].to(read.device)
@@ -186,12 +200,12 @@ class TransformerRepair(Repair):
         return self.student.moments(rows, HookPoint(block.kind, "read"))
 
     def _fit_inputs(self, block: Block, source: int, original: MappedActivations) -> None:
-        """Refit the maps that read the stream, so that they give what they gave for the original's."""
+        """Refit the maps that read the stream, so that they give their outputs in the original."""
         moments = self._reading(block, original)
         if (block.layer, block.kind) in self.tied:
             table, stock = self.student.architecture.table(block.kind), self._aligned[source]
             aims = {role: theta_of(stock.get_submodule(table[role])) for role in self._readers(block)}
-            # a gain for queries and keys, whose errors multiply, was measured to do more harm than good
+            # in measurements, a gain for queries and keys made models worse, because their errors multiply
             if block.kind == "mlp" and not self.student.architecture.post_norm:
                 moments = self._fit_gain(block, aims, moments)
             for role, path in self._readers(block).items():
@@ -207,7 +221,7 @@ class TransformerRepair(Repair):
                 fold(module, found.theta)
 
     def _fit_gain(self, block: Block, aims: Mapping[str, Tensor], moments: list[Moments]) -> list[Moments]:
-        """Refit the norm in front of shared maps; returns the moments with what it gives now."""
+        """Refit the norm before shared maps, and return the moments of its new outputs."""
         norm = self.student.model.get_submodule(block.modules["norm"])
         if getattr(norm, "weight", None) is None:
             return moments
@@ -217,7 +231,7 @@ class TransformerRepair(Repair):
         return [part.through(identity(part) * found.theta[:-1].T) for part in moments]
 
     def _fit_norm(self, block: Block, slot: Slot) -> None:
-        """Refit the norm that follows a block, so that it gives what that of the original gave."""
+        """Refit the norm that follows a block, so that it gives the output of the original's norm."""
         depth, point = _target(slot, block.kind)
         if point.kind == "attention":
             after = HookPoint("mlp", "residual")
@@ -234,7 +248,7 @@ class TransformerRepair(Repair):
         self._note(block.layer, block.kind, "norm", found.before, found.after)
 
     def _fit_projection(self, block: Block, target: PerBatch) -> None:
-        """Refit the output projection, so that the stream becomes the target."""
+        """Refit the output projection, so that the stream after the block fits the target."""
 
         def rows(index: int, features: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
             return features, target[index].to(residual.device) - residual
@@ -243,9 +257,9 @@ class TransformerRepair(Repair):
         self._fit(block, "out", block.modules["out"], moments)
 
     def _fit_linear(self, block: Block, form: LinearForm, target: PerBatch) -> None:
-        """Fit what an MLP has become, so that the stream becomes the target.
+        """Fit the maps of a linearised MLP, so that the stream after the block fits the target.
 
-        All that reads the stream divides it by its deviation at each token, and so are errors counted.
+        Errors are divided by the standard deviation of the stream at each token, as in the norms that read the stream.
         """
 
         def rows(index: int, read: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,11 +276,12 @@ class TransformerRepair(Repair):
     def _select(
         self, slot: Slot, attention: Block | None, mlp: Block, seen: Mapping[tuple[int, HookPoint], MappedActivations]
     ) -> None:
-        """Make a layer of the heads and hidden units of its whole group.
+        """Build a layer from the heads and hidden units of its whole group.
 
-        Where attention is led to decides what the MLP can make of it. With all that the attention of the group adds,
-        later MLPs find what they read; but they read it beside what the first ones add, and where that is much of the
-        stream, as in the first layers of GPT-2, it is better led to where that of the kept layer stood. Both are tried.
+        The target of attention limits how well the MLP can fit the end of the group, so two targets are tried. The sum
+        of all attention outputs of the group contains the states that the later MLPs read. However, these MLPs then
+        miss the outputs of the first MLPs. If those are a large part of the stream, as in the first layers of GPT-2,
+        the state after the attention of the kept layer is the better target.
         """
         target = seen[_target(slot, "mlp")]
         if attention is not None:
@@ -295,7 +310,7 @@ class TransformerRepair(Repair):
         return Selection(self.student, block, self.teacher.layers, reads)
 
     def _fit_outputs(self, block: Block, target: MappedActivations) -> None:
-        """Refit what the block adds to the stream by one map of it, folded into the output projection."""
+        """Refit the output of a block by one linear map, folded into the output projection."""
 
         def rows(index: int, total: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
             return total - residual, target[index].to(residual.device) - residual
@@ -316,15 +331,16 @@ class TransformerRepair(Repair):
 
 
 def _selects(slot: Slot) -> bool:
-    """Whether the layer of a slot is chosen from all layers of its group. Attention that is fused alone is not."""
+    """Whether the layer of a slot is selected from all layers of its group. Attention that is fused alone is not."""
     mlp = slot.source("mlp")
     return mlp is not None and mlp.operator == "select"
 
 
 def _target(slot: Slot, kind: Kind) -> tuple[int, HookPoint]:
-    """Where a block is to lead the stream: (layer of the original, point).
+    """The target of the stream after a block: (layer of the original, hook point).
 
-    Attention leads to where its MLP stood, the MLP, or a block that is alone, to the end of the slot.
+    The target of attention is the stream before its MLP. The target of an MLP, or of a single block, is the end of the
+    slot.
     """
     mlp = slot.source("mlp")
     if kind == "attention" and mlp is not None:

@@ -154,7 +154,7 @@ def test_sums_that_cannot_be_folded_are_refused(model_type, changes, error, reas
     model = tiny_model(model_type, **changes)
     with pytest.raises(error, match=reason):
         apply(model, plan_of(model, Linearize(1, fold=True)))
-    with pytest.raises(PlanError, match="with fold the map is the identity and more"):
+    with pytest.raises(PlanError, match="with fold the map contains the identity"):
         Linearize(1, rank=2, fold=True)
     with pytest.raises(RecipeError, match="only one full map can include the residual sum"):
         CollapseRecipe(count=1, rank=2, fold=True)

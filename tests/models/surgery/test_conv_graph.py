@@ -201,7 +201,7 @@ def test_plans_that_fit_nothing_are_refused():
         ((MergeConvs(0, 3, (1, 2, 3)),), "cannot become one"),
         ((MergeConvs(2, 5, (3,)),), "cannot become one"),
         ((MergeConvs(0, 2, (1,)), MergeConvs(1, 4, (2,))), "both claim the convolution block of layer 2"),
-        ((Drop("mlp", 1),), "of a kind that layers of 'resnet' do not have"),
+        ((Drop("mlp", 1),), "has a kind that layers of 'resnet' do not have"),
         ((Drop("layer", 1),), "use MergeConvs"),
     ):
         with pytest.raises(PlanError, match=reason):
@@ -210,12 +210,12 @@ def test_plans_that_fit_nothing_are_refused():
     with pytest.raises(PlanError, match="which changes the shape: keep it"):
         apply(network("bottleneck"), chain_plan(network("bottleneck"), MergeConvs(*wide, (wide[1] - 1,))))
     for values, reason in (
-        ((2, 2, (2,)), "to a later one"),
-        ((-2, 0, (0,)), "to a later one"),
-        ((0, 2, ()), "name one convolution or more of 1 to 2"),
-        ((1, 2, (1,)), "name one convolution or more of 2 to 2"),
+        ((2, 2, (2,)), "a later end"),
+        ((-2, 0, (0,)), "a later end"),
+        ((0, 2, ()), "one or more of the convolutions 1 to 2"),
+        ((1, 2, (1,)), "one or more of the convolutions 2 to 2"),
         ((0, 2, (2, 1)), "in ascending order"),
-        ((0, 2, (3,)), "name one convolution or more"),
+        ((0, 2, (3,)), "one or more of the convolutions"),
     ):
         with pytest.raises(PlanError, match=reason):
             MergeConvs(*values)
