@@ -31,11 +31,12 @@ from .report.card import licence_of, model_card
 from .report.hub import check_publish, publish
 from .report.plots import draw
 from .report.tables import rows, text_table
+from .results import RunResults
 from .rounds import auto_class_of, fuse_and_heal, identity_of, round_to
 from .run_data import RunData, save_weights, say
 
 
-def run(recipe: Recipe, command: str) -> dict[str, Any]:
+def run(recipe: Recipe, command: str) -> RunResults:
     """Carry out a recipe and write its output directory: checkpoint, processor, plan, results and card.
 
     Args:
@@ -43,7 +44,7 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
         command: what the user typed, for the card.
 
     Returns:
-        What `results.json` holds: `before`, `fused` and, with `heal.steps` above 0, `healed`.
+        The results, which `results.json` holds too; `healed` is set with `heal.steps` above 0.
 
     Raises:
         LayerFuseError: one of its children, for each thing that the user can mend. Where a finished result cannot be
@@ -68,12 +69,21 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
     # one fused model serves every way to heal it; what is fused further depends on how it was healed before
     other = ("overwrite", "output_dir", "with_code", "hub", *(("heal",) if recipe.heal.schedule == "one-shot" else ()))
     work = unfinished(recipe.output_dir, [files, identity_of(recipe, *other)])
-    fused, plan, results = fuse_and_heal(recipe, original, inputs, work)
+    outcome = fuse_and_heal(recipe, original, inputs, work)
+    fused, plan, healed = outcome.model, outcome.plan, None
     if recipe.heal.steps > 0:
         round_to(fused, inputs.dtype)
-        results["healed"] = inputs.measure(fused, original, "the healed model")
-    results |= {"metrics_on": inputs.reported, "recipe": dataclasses.asdict(recipe), "command": command}
-    results |= {"environment": _environment()}
+        healed = inputs.measure(fused, original, "the healed model")
+    results = RunResults(
+        before=outcome.before,
+        fused=outcome.fused,
+        rounds=outcome.rounds,
+        healed=healed,
+        metrics_on=inputs.reported,
+        recipe=dataclasses.asdict(recipe),
+        command=command,
+        environment=_environment(),
+    )
 
     if state.is_main_process:
         _save(recipe, fused, processor, inputs.dtype, plan, results, command)
@@ -152,15 +162,15 @@ def _save(
     processor: Any,
     dtype: torch.dtype,
     plan: Plan,
-    results: dict[str, Any],
+    results: RunResults,
     command: str,
 ) -> None:
     with new_directory(recipe.output_dir, overwrite=recipe.overwrite) as path:
         save_weights(model, dtype, path, with_code=recipe.with_code)
         processor.save_pretrained(path)
         (path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-        pictures = draw(plan, results, path)
-        (path / MARK).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        pictures = draw(plan, results.heal, path)
+        (path / MARK).write_text(json.dumps(results.to_dict(), indent=1) + "\n", encoding="utf-8")
         card = model_card(recipe, plan, results, command, pictures=pictures, licence=licence_of(recipe.model))
         card.save(path / "README.md")
         verify(model, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -14,6 +13,7 @@ from ...models.families import family_of
 from ...plan import Plan
 from ...recipe import Recipe
 from ...recipe.tasks import TASKS
+from ..results import RunResults
 from .tables import (
     METRIC_NAMES,
     change_table,
@@ -24,7 +24,6 @@ from .tables import (
     name_of,
     recipe_text,
     rows,
-    stages,
 )
 
 _LICENCE = ("license", "license_name", "license_link")
@@ -51,7 +50,7 @@ def licence_of(model: str) -> dict[str, str]:
 def model_card(
     recipe: Recipe,
     plan: Plan,
-    results: Mapping[str, Any],
+    results: RunResults,
     command: str,
     *,
     pictures: Mapping[str, str] | None = None,
@@ -62,7 +61,7 @@ def model_card(
     Args:
         recipe: of the run.
         plan: that was carried out.
-        results: what `results.json` holds.
+        results: Results of the run.
         command: what the user typed.
         pictures: name of each file beside the card -> what it shows.
         licence: of the original, as `licence_of` finds it, which is that of the result.
@@ -71,7 +70,7 @@ def model_card(
         The card, with the metrics of the last stage as `model-index`.
     """
     name = name_of(recipe)
-    environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    environment = ", ".join(f"{key} {value}" for key, value in results.environment.items())
     data = _front(recipe, results, licence or {})
     body = "\n".join(
         [
@@ -125,10 +124,10 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
-def _front(recipe: Recipe, results: Mapping[str, Any], licence: Mapping[str, str]) -> ModelCardData:
+def _front(recipe: Recipe, results: RunResults, licence: Mapping[str, str]) -> ModelCardData:
     method = method_of(recipe)
     dataset, split = measured_on(recipe, results)
-    metrics = results[stages(results)[-1]]["metrics"]
+    metrics = results.last.metrics
     evaluations = [
         EvalResult(
             task_type=TASKS[recipe.task].pipeline,

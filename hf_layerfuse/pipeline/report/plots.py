@@ -12,6 +12,7 @@ import numpy as np
 
 from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...plan import Kind, LinearForm, Plan
+from ...training.heal import HealReport
 
 _GREY = "#7d7d7d"
 """Seen on white as well as on black."""
@@ -39,13 +40,13 @@ def _picture(path: str | Path, width: float, height: float, **grid: Any) -> Iter
         figure.savefig(path, dpi=130, transparent=True)
 
 
-def draw(plan: Plan, results: Mapping[str, Any], folder: Path) -> dict[str, str]:
+def draw(plan: Plan, healed: HealReport | None, folder: Path) -> dict[str, str]:
     """Write the pictures that there are of a run.
 
     Args:
-        plan: that was carried out.
-        results: what `results.json` holds.
-        folder: to write to.
+        plan: Plan that was carried out.
+        healed: Report of the last healing; None without healing.
+        folder: Folder to write to.
 
     Returns:
         Name of each file -> what it shows.
@@ -57,12 +58,11 @@ def draw(plan: Plan, results: Mapping[str, Any], folder: Path) -> dict[str, str]
         drawn["distances.png"] = (
             "How far the blocks of the original are from each other: dark pairs are alike, marked ones grouped"
         )
-    healed = results.get("heal") or {}
-    if healed.get("train_loss"):
-        plot_training(healed["train_loss"], healed["validation_loss"], folder / "training.png")
+    if healed and healed.train_loss:
+        plot_training(healed.train_loss, healed.validation_loss, folder / "training.png")
         drawn["training.png"] = "Losses of healing"
-    if healed.get("homotopy"):
-        plot_homotopy(healed["homotopy"], folder / "homotopy.png")
+    if healed and healed.homotopy:
+        plot_homotopy(healed.homotopy, folder / "homotopy.png")
         drawn["homotopy.png"] = "How far each activation is on its way to a line"
     return drawn
 
