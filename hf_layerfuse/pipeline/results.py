@@ -15,7 +15,7 @@ from .output import MARK
 FORMAT_VERSION = 1
 """Format of the results that this release writes. Release 0.1.0 wrote the same keys without a `format_version`."""
 
-_DAMAGED = (LookupError, TypeError, AttributeError, ValueError)
+DAMAGED = (LookupError, TypeError, AttributeError, ValueError)
 """Errors of reading a tree that is not the results of a run."""
 
 
@@ -228,7 +228,7 @@ class RunResults:
             )
         except CheckpointError:
             raise
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise not_a_result(source, error) from error
 
     @classmethod
@@ -254,6 +254,6 @@ def not_a_result(source: str | Path, error: Exception) -> CheckpointError:
     """
     what = f"{error!s} is missing" if isinstance(error, KeyError) else str(error)
     return CheckpointError(
-        f"{str(source)!r} is no result of a run: {what}. Name a folder that fuse.py has written, with its plan.json "
-        f"and {MARK}."
+        f"{str(source)!r} is not the result of a run: {what}. Name a folder that fuse.py has written, with its "
+        f"plan.json and {MARK}."
     )

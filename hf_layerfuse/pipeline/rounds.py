@@ -1,4 +1,4 @@
-"""Fuse and heal, in as many rounds as the recipe asks for; what is done is kept, so that a run can go on from there."""
+"""Fuse and heal in as many rounds as the recipe asks for. Finished rounds are kept, so that a run can resume."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def fuse_and_heal(recipe: Recipe, original: PreTrainedModel, inputs: RunData, wo
         measured |= {name: Measurement.from_dict(figures) for name, figures in tree.items()}
         if steps > 0:
             healing = dataclasses.replace(method.healing(recipe.method, recipe.heal), steps=steps)
-            seed = recipe.seed + number - 1  # no round reads what the one before it has read, as long as there is more
+            seed = recipe.seed + number - 1  # rounds read different rows, as long as there are enough
             mixed = mixed_weights(fused, source, step, inputs.calibration()) if healing.mix else None
             say(f"healing for {steps} steps; where it is interrupted, the same command goes on")
             report = heal(
@@ -112,13 +112,13 @@ def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> lis
 
 
 def target_of(goal: Goal, source: PreTrainedModel, original: PreTrainedModel) -> dict[str, Any]:
-    """Fields of a fusion recipe that lead from a model, the result of earlier rounds, to a goal."""
+    """Target fields of a fusion recipe that lead from the model of the earlier rounds to a goal."""
     if goal.ratio is not None:
         here, whole = (
             sum(p.numel() for p in architecture_for(model).layer_list(model).parameters())
             for model in (source, original)
         )
-        # where a round before went too far, this one takes the least step
+        # where an earlier round removed too much, this one takes the smallest step
         goal = Goal(ratio=max(1 - (1 - goal.ratio) * whole / here, 1e-6))
     target = goal.to_dict()
     return dict.fromkeys(TARGETS) | target if target else {}
@@ -132,13 +132,13 @@ def _compress(
     inputs: RunData,
     stage: Path,
 ) -> None:
-    """Make a model smaller, measure it, and leave it, its plan and its figures in a folder, whole or not at all."""
+    """Make a model smaller, measure it, and write the model, its plan and its figures to a folder, or nothing."""
     state = process_state()
     batches = inputs.calibration()
     say(method.doing)
     found = method.search(source, recipe, batches)
     fused = round_to(found.model, inputs.dtype)
-    if not method.needs_training(recipe):  # otherwise how good it is shows after the training
+    if not method.needs_training(recipe):  # otherwise its quality shows only after the training
         warn_if_useless(original, fused, batches)
     measured = {} if source is not original else {"before": inputs.measure(original, original, "the original")}
     measured["fused"] = inputs.measure(fused, original, "the fused model")
@@ -157,13 +157,13 @@ def auto_class_of(recipe: Recipe) -> Any:
 
 
 def identity_of(recipe: Any, *without: str) -> dict[str, Any]:
-    """What makes a run what it is."""
+    """The settings that identify a run: two runs with the same ones share their unfinished work."""
     fields = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in without}
     return {**fields, "version": version("hf-layerfuse"), "processes": process_state().num_processes}
 
 
 def round_to(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Round weights to what the file will hold, so that the figures are those of the file."""
+    """Round weights to the data type of the file, so that the figures hold for the file."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))

@@ -33,7 +33,7 @@ class RunData:
     def __init__(self, recipe: Recipe, processor: Any, model: PreTrainedModel) -> None:
         say("reading the data")
         self.recipe, self.processor = recipe, processor
-        # the result is saved in the data type of the original's file, whatever it was computed in
+        # the result is saved in the data type of the original's file; computation may use another one
         self.dtype = _file_dtype(recipe)
         label2id = model.config.label2id if TASKS[recipe.task].labels else None
         self.splits = load_splits(recipe.data, recipe.task, recipe.seed, label2id=label2id)
@@ -71,7 +71,7 @@ class RunData:
         return self._batches("validation")
 
     def measure(self, model: PreTrainedModel, original: PreTrainedModel, name: str) -> Measurement | None:
-        """Size, speed and quality of a model whose weights are rounded already; on the main process alone."""
+        """Measure a model whose weights are rounded already; the result is None except on the main process."""
         state = process_state()
         figures = None
         if state.is_main_process:
@@ -141,7 +141,7 @@ def _file_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def save_weights(model: PreTrainedModel, dtype: torch.dtype, path: Path, *, with_code: bool = False) -> None:
-    """Save a model in a data type, which may be another than it is in; one of a fused class `with_code`, if asked."""
+    """Save a model in the given data type. A model of a fused class is saved with its code where `with_code` is set."""
     if model.dtype != dtype:
         model = copy.deepcopy(model).to(dtype)
     model.save_pretrained(path, **({"with_code": True} if with_code and isinstance(model, FusedMixin) else {}))

@@ -78,7 +78,7 @@ def test_a_newer_format_is_refused(tmp_path):
         RunResults.load(tmp_path)
     assert f"format version {FORMAT_VERSION + 1}" in str(caught.value)
     assert f"up to {FORMAT_VERSION}" in str(caught.value)
-    assert "no result of a run" not in str(caught.value)
+    assert "not the result of a run" not in str(caught.value)
 
 
 def test_unknown_keys_are_ignored():
@@ -91,10 +91,10 @@ def test_unknown_keys_are_ignored():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"before": None}, "no result of a run"),
+        ({"before": None}, "not the result of a run"),
         ({"before": {}}, "'latency_ms' is missing"),
         ({"heal": {"train_loss": 5}}, "'steps' is missing"),
-        ({"recipe": 5}, "no result of a run"),
+        ({"recipe": 5}, "not the result of a run"),
         ({"format_version": 0}, "format_version=0 is not a known version"),
         ({"format_version": "1"}, "format_version='1' is not a known version"),
     ],

@@ -32,17 +32,17 @@ _NO_LICENCE = "The card of the original states no licence, or could not be read.
 
 
 def licence_of(model: str) -> dict[str, str]:
-    """What the card of a model says of its licence; nothing where it has no card, or none that can be read.
+    """Licence of a model, from its card; empty where it has no readable card.
 
     Args:
         model: Hub name, or path of a checkpoint with a `README.md`.
 
     Returns:
-        Those of `license`, `license_name` and `license_link` that are there.
+        The fields among `license`, `license_name` and `license_link` that the card has.
     """
     try:
         data = ModelCard.load(Path(model) / "README.md" if Path(model).exists() else model).data.to_dict()
-    except (OSError, ValueError, yaml.YAMLError):  # errors of the Hub are of the operating system to its client
+    except (OSError, ValueError, yaml.YAMLError):  # the Hub client's errors are OSErrors
         return {}
     return {name: data[name] for name in _LICENCE if data.get(name)}
 
@@ -56,15 +56,15 @@ def model_card(
     pictures: Mapping[str, str] | None = None,
     licence: Mapping[str, str] | None = None,
 ) -> ModelCard:
-    """The card of a run: what became of which layers, the figures, the limits, and how it was made.
+    """The card of a run: the change of each layer, the figures, the limits, and the recipe.
 
     Args:
-        recipe: of the run.
-        plan: that was carried out.
+        recipe: Recipe of the run.
+        plan: Plan that was carried out.
         results: Results of the run.
-        command: what the user typed.
-        pictures: name of each file beside the card -> what it shows.
-        licence: of the original, as `licence_of` finds it, which is that of the result.
+        command: Command line of the user.
+        pictures: Captions by the name of the file beside the card.
+        licence: Licence of the original, from `licence_of`; the result has the same.
 
     Returns:
         The card, with the metrics of the last stage as `model-index`.
@@ -160,7 +160,7 @@ def _size_of(plan: Plan) -> str:
 
 
 def _timed(plan: Plan) -> list[str]:
-    """What a plan was chosen to take, if it was chosen for that."""
+    """Latency that the plan was chosen for, if it was chosen for one."""
     if "latency_ms" not in plan.notes:
         return []
     times = plan.notes["latency_ms"]
@@ -173,7 +173,7 @@ def _timed(plan: Plan) -> list[str]:
 
 
 def _use(recipe: Recipe, plan: Plan) -> list[str]:
-    """What loads the result, as Python."""
+    """Python lines that load the result."""
     auto_class = TASKS[recipe.task].auto_class
     arguments = ['"path/to/this/model"' if recipe.hub.push_to_hub is None else f'"{recipe.hub.push_to_hub}"']
     if recipe.hub.revision is not None:

@@ -1,4 +1,4 @@
-"""A page about a run: one HTML file that needs nothing beside it."""
+"""Report page of a run: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from ...plan.edit import read_edit
 from ...recipe import Recipe, recipe_of
 from ...training.heal import HealReport
 from ..output import MARK, write_whole
-from ..results import RunResults, not_a_result
+from ..results import DAMAGED, RunResults, not_a_result
 from . import tables as report
 from .plots import draw
 
 _TEMPLATE = (files(__package__) / "page.html").read_text(encoding="utf-8")
 
 _HEAD = _TEMPLATE.partition("<title>")[0]
-"""How a page begins, by which an earlier one is known: others may speak of one in their text."""
+"""Beginning of a page, which identifies an earlier one; other files may quote a page further down."""
 
 
 def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
     """Write the page of a run.
 
     Args:
-        folder: what `fuse.py` wrote; of it, the plan and the results are read.
-        output: HTML file to write, by default `report.html` in the folder. An earlier page there is replaced, anything
-            else never.
+        folder: Output directory of a run; only its plan and its results are read.
+        output: HTML file to write, by default `report.html` in the folder. An earlier page there is replaced; any other
+            file is not.
 
     Returns:
         The path of the page.
 
     Raises:
-        CheckpointError: the folder holds no results, or what it holds is damaged; or the file cannot be written.
-        RecipeError: the results are of a recipe that this version does not know.
+        CheckpointError: The results are missing, damaged, or of a newer format; or the file cannot be written.
+        RecipeError: The results have a recipe that this version does not know.
     """
     target = Path(output) if output is not None else Path(folder) / "report.html"
     try:
         if target.exists() and not _is_page(target):
-            raise CheckpointError(f"{str(target)!r} is there and no page of a run: name another file by --output.")
+            raise CheckpointError(f"{str(target)!r} exists and is not a report: name another file by --output.")
         plan, results, recipe = _read(Path(folder))
         try:
             text = page(plan, results, recipe)
-        except (LookupError, TypeError, AttributeError, ValueError) as error:  # what is there is not what a run writes
+        except DAMAGED as error:  # some damage shows only in rendering
             raise not_a_result(folder, error) from error
         write_whole(target, text)
     except OSError as error:
@@ -72,9 +72,9 @@ def page(plan: Plan, results: RunResults, recipe: Recipe) -> str:
     """The page of a run as HTML. Everything that comes from the run is escaped.
 
     Args:
-        plan: that was carried out.
+        plan: Plan that was carried out.
         results: Results of the run.
-        recipe: of the run.
+        recipe: Recipe of the run.
     """
     dataset, split = report.measured_on(recipe, results)
     environment = ", ".join(f"{key} {value}" for key, value in results.environment.items())
@@ -112,7 +112,7 @@ def _how_many(results: RunResults) -> str:
 
 
 def _trained(results: RunResults) -> list[str]:
-    """What there is to say of the training, or of each where there were rounds."""
+    """One sentence about the training of each round."""
     said = []
     for healed in (each.report for each in results.rounds):
         after = f"{healed.steps:,} steps in {healed.seconds:,.0f} s, mixed precision: {healed.mixed_precision}"
@@ -149,11 +149,11 @@ def _pictures(plan: Plan, healed: HealReport | None) -> list[dict[str, Any]]:
 
 
 _COSTS_OF = {LAYERS: "layer", CONV_GRAPH: "segment: begin, end, kernel, depthwise"}
-"""Family of a plan -> what its notes have a cost of, each by its name."""
+"""Header of the costs in the notes of a plan, by its family."""
 
 
 def _reasons(plan: Plan) -> list[dict[str, Any]]:
-    """What the notes of a plan have on how it was chosen: words, and rows of text."""
+    """Reasons for the choice of a plan, from its notes: words, and rows of text."""
     notes, found = plan.notes, []
 
     def add(words: str, *rows: list[str]) -> None:
@@ -182,7 +182,7 @@ def _reasons(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _edits_of(plan: Plan, entry: Mapping[str, Any]) -> str:
-    """In words, what competed: edits, or layers whose MLPs become linear."""
+    """A candidate in words: its edits, or the layers whose MLPs become linear."""
     if "layers" in entry:
         return f"linear MLPs of layers {', '.join(map(str, entry['layers']))}"
     edits = tuple(map(read_edit, entry["edits"]))

@@ -1,4 +1,4 @@
-"""What a run of `fuse.py` tells the user, in words and tables: for the terminal, a model card and a page."""
+"""Words and tables of a run, for the terminal, the model card and the page."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def text_table(table: list[list[str]]) -> str:
 
 
 def markdown_table(table: list[list[str]], *, numbers: bool = True) -> str:
-    """Rows of text as a Markdown table, in which all columns but the first are `numbers`, or text too."""
+    """Rows of text as a Markdown table; `numbers` aligns all columns but the first to the right."""
     header, *body = table
     rule = ["---", *["---:" if numbers else "---"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
 
 
 def changes(plan: Plan) -> list[tuple[str, str]]:
-    """Blocks of the original, and what becomes of them, in words: a pair for each edit that changes more than norms."""
+    """Blocks of the original and their change, in words: one pair for each edit that changes more than norms."""
     pairs = []
     for edit in plan.edits:
         if become := _WORDS[type(edit)](edit):
@@ -81,7 +81,7 @@ _BLOCKS = {
     "conv": ("the convolutions of layer", "the convolutions of layers"),
     "convolution": ("convolution", "convolutions"),
 }
-"""Kind of block -> what one is called, and several."""
+"""Singular and plural name by kind of block."""
 
 _BECOME = {
     "depth": "become one, which runs once",
@@ -122,11 +122,11 @@ _WORDS: dict[type, Callable[[Any], str | None]] = {
     Blend: lambda _: "its activation is on the way to a line",
     MergeConvs: _merged,
 }
-"""Type of an edit -> what becomes of its blocks, in words; None where only batch norms are folded."""
+"""Change of the blocks in words, by the type of the edit; None where only batch norms are folded."""
 
 
 def name_of(recipe: Recipe) -> str:
-    """Of the original: that on the Hub, or of its folder."""
+    """Name of the original: its Hub name, or the name of its folder."""
     return Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
 
 
@@ -161,7 +161,7 @@ def change_table(plan: Plan) -> list[list[str]]:
 
 
 def limits_of(plan: Plan, results: RunResults) -> list[str]:
-    """What to know before the result is used."""
+    """Limits that a user of the result should know."""
     limits = []
     if plan.layout().ties:
         limits.append("Sharing weights makes the file and the memory smaller. It does not make the model faster.")

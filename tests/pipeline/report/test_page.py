@@ -139,19 +139,19 @@ def test_the_page_of_a_run(tmp_path, capsys):
 
 
 def test_nothing_else_is_replaced(tmp_path, capsys):
-    """A file that is no page of a run stays, as does everything where the results are damaged."""
+    """A file that is not a report stays, as does everything where the results are damaged."""
     folder = written(tmp_path / "out")
     (tmp_path / "notes.html").write_text("mine")
     assert main(["report", str(folder), "--output", str(tmp_path / "notes.html")]) == 1
-    assert "no page of a run: name another file by --output" in capsys.readouterr().err
+    assert "exists and is not a report: name another file by --output" in capsys.readouterr().err
     assert (tmp_path / "notes.html").read_text() == "mine"
     speaks_of_it = f"<!doctype html>\n<p>How a page begins:</p>\n<!-- {write_page(folder).read_text()} -->"
     (tmp_path / "notes.html").write_text(speaks_of_it)
-    with pytest.raises(CheckpointError, match="no page of a run"):
+    with pytest.raises(CheckpointError, match="is not a report"):
         write_page(folder, tmp_path / "notes.html")
     assert (tmp_path / "notes.html").read_text() == speaks_of_it
     for taken in (tmp_path, os.devnull):  # neither of which is a file
-        with pytest.raises(CheckpointError, match="no page of a run"):
+        with pytest.raises(CheckpointError, match="is not a report"):
             write_page(folder, taken)
     with pytest.raises(CheckpointError, match="cannot be written"):
         write_page(folder, tmp_path / "nowhere" / "page.html")
@@ -159,7 +159,7 @@ def test_nothing_else_is_replaced(tmp_path, capsys):
         damaged = written(tmp_path / "damaged")
         (damaged / name).write_text(content)
         assert main(["report", str(damaged)]) == 1
-        assert "is no result of a run" in capsys.readouterr().err
+        assert "is not the result of a run" in capsys.readouterr().err
         assert not (damaged / "report.html").exists()
     half = [{name: None} for name in ("before", "metrics_on", "environment")]
     for changes in (*half, {"fused": None, "healed": None}, {"before": {}}, {"heal": {"train_loss": 5}}):
@@ -168,7 +168,7 @@ def test_nothing_else_is_replaced(tmp_path, capsys):
         kept = {name: value for name, value in tree.items() if value is not None}
         (damaged / "results.json").write_text(json.dumps(kept))
         assert main(["report", str(damaged)]) == 1, changes
-        assert "is no result of a run" in capsys.readouterr().err
+        assert "is not the result of a run" in capsys.readouterr().err
         assert {path.name for path in damaged.iterdir()} == {"plan.json", "results.json"}
     strange = written(tmp_path / "strange", dataclasses.replace(PLAN, notes={"competition": [{"plan": 1}]}))
     assert main(["report", str(strange)]) == 1
