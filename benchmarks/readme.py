@@ -4,7 +4,6 @@ python benchmarks/readme.py
 """
 
 import importlib
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -32,17 +31,17 @@ def recipes() -> list[list[str]]:
         ["model and task", "metric", "bytes", "speed-up, batch 8", "original", "fused", "healed", "original, retrained"]
     ]
     for name, label in _RUNS.items():
-        results = json.loads((RESULTS / f"{name}.json").read_text())
-        metric = "accuracy" if "accuracy" in results["before"]["metrics"] else "token_perplexity"
+        job = script("recipes").JobResults.load(name)
+        before, fused, healed = job.run.before, job.run.fused, job.run.healed
+        metric = "accuracy" if "accuracy" in before.metrics else "token_perplexity"
         form = "{:.2%}" if metric == "accuracy" else "{:.1f}"
-        stages = ("before", "fused", "healed", "original_healed")
         table.append(
             [
                 label,
                 metric.replace("_", " "),
-                f"{results['healed']['bytes'] / results['before']['bytes']:.0%}",
-                f"{results['healed']['latency']['8']['speedup']:.2f}",
-                *(form.format(results[stage]["metrics"][metric]) for stage in stages),
+                f"{healed.bytes / before.bytes:.0%}",
+                f"{healed.latency[8].speedup:.2f}",
+                *(form.format(stage.metrics[metric]) for stage in (before, fused, healed, job.original)),
             ]
         )
     return table

@@ -14,7 +14,10 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -30,6 +33,8 @@ from hf_layerfuse.models.loading import load_checkpoint
 from hf_layerfuse.pipeline.report.card import licence_of, model_card
 from hf_layerfuse.pipeline.report.plots import draw
 from hf_layerfuse.pipeline.report.tables import rows, text_table
+from hf_layerfuse.pipeline.results import RunResults
+from hf_layerfuse.pipeline.run_data import against
 from hf_layerfuse.recipe import Recipe, load_recipe
 from hf_layerfuse.recipe.tasks import TASKS
 from hf_layerfuse.training.heal import heal
@@ -59,17 +64,42 @@ JOBS = {
 }
 
 
-def run(name: str, threads: int) -> dict:
-    """Carry out one job and return its results, the retrained original among them."""
+@dataclass(frozen=True)
+class Retraining:
+    """Test metrics of the retrained original, and the seconds that its training took."""
+
+    metrics: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class JobResults:
+    """Results of one job: those of its run, and the retrained original."""
+
+    run: RunResults
+    original: Retraining
+
+    @classmethod
+    def load(cls, name: str) -> "JobResults":
+        path = RESULTS / f"{name}.json"
+        tree = json.loads(path.read_text())
+        return cls(RunResults.from_dict(tree, path), Retraining(**tree["original_healed"]))
+
+    def save(self, name: str) -> None:
+        tree = self.run.to_dict() | {"original_healed": asdict(self.original)}
+        (RESULTS / f"{name}.json").write_text(json.dumps(tree, indent=1) + "\n")
+
+
+def run(name: str, threads: int) -> JobResults:
+    """Carry out one job and retrain the original."""
     output, arguments = ROOT / "outputs" / name, _arguments(name)
     if not (output / "results.json").is_file():
         launch = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launch += ["--num_cpu_threads_per_process", str(threads)]
         command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "fuse.py", *arguments]
         subprocess.run(command, check=True, cwd=ROOT)
-    results = json.loads((output / "results.json").read_text())
-    recipe = _recipe(name)
-    return results | {"original_healed": _known_retraining(results["recipe"]) or retrain_original(recipe, threads)}
+    results = RunResults.load(output)
+    return JobResults(results, _known_retraining(results.recipe) or retrain_original(_recipe(name), threads))
 
 
 def _arguments(name: str) -> list[str]:
@@ -81,18 +111,17 @@ def _recipe(name: str) -> Recipe:
     return load_recipe(ROOT / arguments[0], parse_overrides(arguments[1:]))
 
 
-def _known_retraining(recipe: dict) -> dict | None:
-    """What another job has measured already: jobs that differ in the fusion alone share one retrained original."""
-    for path in sorted(RESULTS.glob("*.json")):
-        other = json.loads(path.read_text())
-        if "original_healed" in other and all(
-            other["recipe"][key] == recipe[key] for key in ("model", "data", "heal", "seed")
-        ):
-            return other["original_healed"]
+def _known_retraining(recipe: Mapping[str, Any]) -> Retraining | None:
+    """The retrained original of another job, if there is one: jobs that differ in the fusion alone share it."""
+    for name in sorted(JOBS):
+        if (RESULTS / f"{name}.json").is_file():
+            other = JobResults.load(name)
+            if all(other.run.recipe[key] == recipe[key] for key in ("model", "data", "heal", "seed")):
+                return other.original
     return None
 
 
-def retrain_original(recipe: Recipe, threads: int) -> dict:
+def retrain_original(recipe: Recipe, threads: int) -> Retraining:
     """Heal the original on the same batches, steps and losses as the fused model had, and measure it."""
     torch.set_num_threads(threads)
     data, task = recipe.data, recipe.task
@@ -114,11 +143,11 @@ def retrain_original(recipe: Recipe, threads: int) -> dict:
     else:
         test = prepare(splits["test"], tokenizer, data, task, training=False)
         metrics = evaluate.classification(model, loader(test, tokenizer, size, shuffle=False, seed=0, task=task))
-    return {"metrics": metrics, "seconds": report.seconds}
+    return Retraining(metrics, report.seconds)
 
 
-def time_again(name: str, results: dict, threads: int) -> None:
-    """Replace the latencies in results by those of the original and the result side by side."""
+def time_again(name: str, results: RunResults, threads: int) -> RunResults:
+    """The results with new latencies, those of the original and the result side by side."""
     torch.set_num_threads(threads)
     recipe, output = _recipe(name), ROOT / "outputs" / name
     original = load_checkpoint(
@@ -127,21 +156,21 @@ def time_again(name: str, results: dict, threads: int) -> None:
     model = AutoFusedModel.from_pretrained(output, dtype=torch.float32)
     models = {"before": original, "fused": model, "healed": model}  # healing changes no shape
     timed = latency_side_by_side(models, sequence_length=recipe.data.max_length, repeats=20)
-    for stage, batches in timed.items():
-        results[stage]["latency_ms"] = {str(batch): row["median_ms"] for batch, row in batches.items()}
-        results[stage]["latency"] = {
-            str(batch): {**row, "speedup": timed["before"][batch]["median_ms"] / row["median_ms"]}
-            for batch, row in batches.items()
-        }
-    results["environment"]["threads"] = str(threads)  # that of the times; what was trained had its own
+    stages = {}
+    for stage, figures in results.stages.items():
+        latency = against(timed["before"], timed[stage])
+        times = {batch: row.median_ms for batch, row in latency.items()}
+        stages[stage] = replace(figures, latency_ms=times, latency=latency)
+    # the number of threads is that of the times; the training had its own
+    return replace(results, **stages, environment={**results.environment, "threads": str(threads)})
 
 
-def write_card(name: str, results: dict) -> None:
+def write_card(name: str, results: RunResults) -> None:
     """The card of a finished job, with its pictures, as the run wrote it."""
     recipe, plan, folder = _recipe(name), Plan.load(ROOT / "outputs" / name / "plan.json"), ROOT / "model_cards" / name
     folder.mkdir(exist_ok=True)
     command = shlex.join(["accelerate", "launch", "fuse.py", *_arguments(name)])
-    pictures = draw(plan, results, folder)
+    pictures = draw(plan, results.heal, folder)
     card = model_card(recipe, plan, results, command, pictures=pictures, licence=licence_of(recipe.model))
     card.save(folder / "README.md")
 
@@ -155,16 +184,16 @@ def main() -> None:
     os.chdir(ROOT)
     RESULTS.mkdir(exist_ok=True)
     for name in options.jobs or JOBS:
-        path = RESULTS / f"{name}.json"
-        if not path.is_file():
-            path.write_text(json.dumps(run(name, options.threads), indent=1) + "\n")
-            write_card(name, json.loads(path.read_text()))
+        if not (RESULTS / f"{name}.json").is_file():
+            results = run(name, options.threads)
+            results.save(name)
+            write_card(name, results.run)
+        results = JobResults.load(name)
         if options.latency:
-            results = json.loads(path.read_text())
-            time_again(name, results, options.threads)
-            path.write_text(json.dumps(results, indent=1) + "\n")
-            write_card(name, results)
-        print(f"\n{name}\n{text_table(rows(json.loads(path.read_text())))}")
+            results = replace(results, run=time_again(name, results.run, options.threads))
+            results.save(name)
+            write_card(name, results.run)
+        print(f"\n{name}\n{text_table(rows(results.run))}")
 
 
 if __name__ == "__main__":

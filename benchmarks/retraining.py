@@ -41,6 +41,7 @@ from hf_layerfuse.evaluation.metrics import classification, parameter_counts
 from hf_layerfuse.evaluation.timing import device_name
 from hf_layerfuse.methods.fusion.search import search
 from hf_layerfuse.models.architectures import architecture_for
+from hf_layerfuse.pipeline.results import Goal
 from hf_layerfuse.pipeline.rounds import target_of
 from hf_layerfuse.training.schedule import compose, shares_of, steps_of
 from hf_layerfuse.training.teacher_cache import with_teacher
@@ -337,7 +338,7 @@ def retrained(
     model, source, plan, parts = job.base.model, job.base.model, None, []
     shares = shares_of(replace(job.recipe, schedule="exponential", rounds=rounds))
     for number, (share, steps) in enumerate(zip(shares, steps_of(job.recipe, rounds), strict=True)):
-        goal = target_of({"ratio": share * asked["ratio"]}, source, model) if "ratio" in asked else {}
+        goal = target_of(Goal(ratio=share * asked["ratio"]), source, model) if "ratio" in asked else {}
         student, made = step(source, asked | goal)
         plan = made if plan is None else compose(plan, made)
         start = {"weights": fingerprint(student), "option": option}

@@ -11,8 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from hf_layerfuse import Drop, Fuse, FusionRecipe, Linearize, MergeConvs, Plan
+from hf_layerfuse.pipeline.results import Goal, HealRound, Measurement, RunResults
 from hf_layerfuse.plan import CHAIN
 from hf_layerfuse.recipe import DataRecipe, Recipe
+from hf_layerfuse.training.heal import HealReport
 
 WORDS = [f"w{i}" for i in range(3, 60)]
 
@@ -104,19 +106,26 @@ def local(path: Path, task: str, suffix: str | None) -> list[str]:
     return [str(path / "recipe.yaml")]
 
 
-STAGE = {
-    "parameters": 1000,
-    "non_embedding_parameters": 800,
-    "bytes": 4000,
-    "latency_ms": {"1": 5.0, "8": 30.0},
-    "metrics": {"accuracy": 0.9},
-}
+STAGE = Measurement(
+    parameters=1000,
+    non_embedding_parameters=800,
+    bytes=4000,
+    latency_ms={1: 5.0, 8: 30.0},
+    metrics={"accuracy": 0.9},
+)
 
 
-SMALLER = {**STAGE, "parameters": 750, "latency_ms": {"1": 4.0, "8": 20.0}, "metrics": {"accuracy": 0.875}}
+SMALLER = dataclasses.replace(STAGE, parameters=750, latency_ms={1: 4.0, 8: 20.0}, metrics={"accuracy": 0.875})
 
 
-RESULTS = {"before": STAGE, "fused": SMALLER, "metrics_on": "test", "environment": {"device": "cpu"}}
+RESULTS = RunResults(
+    before=STAGE,
+    fused=SMALLER,
+    metrics_on="test",
+    recipe={},
+    command="accelerate launch fuse.py x",
+    environment={"device": "cpu"},
+)
 
 
 PLAN = Plan("bert", 12, (Fuse("layer", (2, 3)), Drop("attention", 7)))
@@ -140,21 +149,32 @@ def recipe(**changes) -> Recipe:
     return Recipe(**{**given, "data": DataRecipe(**given["data"])})
 
 
-HEALED = {"heal": {"train_loss": [(1, 3.0), (2, 2.5)], "validation_loss": [(0, 3.1), (2, 2.6)], "homotopy": []}}
+REPORT = HealReport(
+    steps=2,
+    best_step=2,
+    train_loss=[(1, 3.0), (2, 2.5)],
+    validation_loss=[(0, 3.1), (2, 2.6)],
+    homotopy=[],
+    seconds=71.6,
+    mixed_precision="bf16",
+    num_processes=1,
+    distributed_type="NO",
+)
 
 
-REPORT = {**HEALED["heal"], "steps": 2, "best_step": 2, "seconds": 71.6, "mixed_precision": "bf16"}
+def healed_by(*reports: HealReport) -> tuple[HealRound, ...]:
+    """Rounds of healing with these reports."""
+    return tuple(HealRound(Goal(), report) for report in reports)
 
 
-def results(**changes) -> dict:
-    made = {"heal": REPORT, "healed": SMALLER, "recipe": None, "command": "accelerate launch fuse.py x"}
-    return {**RESULTS, **made, **changes}
+def results(**changes) -> RunResults:
+    return dataclasses.replace(RESULTS, **{"rounds": healed_by(REPORT), "healed": SMALLER, **changes})
 
 
-def written(folder: Path, plan: Plan = PLAN, made=None, **changes) -> Path:
-    """A folder with what a page is made of."""
+def written(folder: Path, plan: Plan = PLAN, made=None) -> Path:
+    """A folder with the files that a page is made of."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.json").write_text(plan.to_json())
-    tree = {**results(**changes), "recipe": dataclasses.asdict(made or recipe())}
+    tree = results(recipe=dataclasses.asdict(made or recipe())).to_dict()
     (folder / "results.json").write_text(json.dumps(tree))
     return folder

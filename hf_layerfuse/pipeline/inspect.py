@@ -1,4 +1,4 @@
-"""What a model is made of, and what can be done with it, before anything is done."""
+"""Tables that describe a model and a planned fusion, before anything is changed."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def inspect_tables(name: str, similarity: str | None = None, text: Path | None =
         similarity = similarity or "cosine"
     elif similarity is not None:
         raise CheckpointError(
-            f"{name!r} is a config without weights, of which nothing is alike: leave --similarity out, or "
-            "name a checkpoint."
+            f"{name!r} is a config, and a config has no weights to compare: leave --similarity out, or name a "
+            "checkpoint."
         )
     return overview(model, similarity, _batches(name, text, similarity))
 
@@ -84,16 +84,16 @@ def plan_tables(name: str, recipe: FusionRecipe, text: Path | None = None) -> li
 
 
 def overview(model: PreTrainedModel, similarity: str | None = None, batches: Batches | None = None) -> list[Rows]:
-    """Tables of a model: how large it is, and if it has weights what can be done with it; its layers; its convolutions.
+    """Tables of a model: its size and, if it has weights, the methods that support it; its layers; its convolutions.
 
     Args:
-        model: a stock one, whose weights may be on the meta device.
-        similarity: one of `FusionRecipe.similarity`, by which layers are compared with the next; None compares none.
-        batches: calibration batches, for a similarity of activations.
+        model: Stock model, whose weights may be on the meta device.
+        similarity: Similarity of `FusionRecipe` that compares each layer with the next one; None compares none.
+        batches: Calibration batches, for a similarity of activations.
 
     Raises:
-        UnsupportedModelError: an unknown architecture.
-        RecipeError: the similarity compares activations and there are no batches.
+        UnsupportedModelError: The architecture is unknown.
+        RecipeError: The similarity compares activations and there are no batches.
     """
     layers, chain = _architecture(model, LayerArchitecture), _architecture(model, ConvGraphArchitecture)
     if layers is None and chain is None:
@@ -116,14 +116,14 @@ def _architecture(model: PreTrainedModel, kind: type) -> LayerArchitecture | Con
 
 def _summary(model: PreTrainedModel, layers: LayerArchitecture | None, chain: ConvGraphArchitecture | None) -> Rows:
     sizes = parameter_counts(model)
-    megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6  # shared ones are there once
+    megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6  # parameters() gives shared ones once
     rows = [
         [type(model).__name__, model.config.model_type],
         ["parameters", f"{sizes['parameters']:,}"],
         ["  outside embeddings", f"{sizes['non_embedding_parameters']:,}"],
         [f"  megabytes in {str(model.dtype).removeprefix('torch.')}", f"{megabytes:,.1f}"],
     ]
-    if model.device.type == "meta":  # what can be done depends on the weights too
+    if model.device.type == "meta":  # the checks need the weights
         return rows
 
     def collapses() -> None:
@@ -155,7 +155,7 @@ def _can(check: Callable[[], None]) -> str:
 
 
 def _layers(model: PreTrainedModel, architecture: LayerArchitecture, distances: Mapping[Kind, Tensor]) -> Rows:
-    """Parameters of each layer and its blocks, and how far each block is from that of the next layer."""
+    """Parameters of each layer and its blocks, and the distance of each block to that of the next layer."""
     sizes: dict[tuple[int, str], int] = {}
     for block in architecture.blocks(model):
         modules = {id(module): module for module in map(model.get_submodule, block.modules.values())}
@@ -169,7 +169,7 @@ def _layers(model: PreTrainedModel, architecture: LayerArchitecture, distances: 
 
 
 def _chain(model: PreTrainedModel, architecture: ConvGraphArchitecture) -> Rows:
-    """What of a chain of convolutions can be merged."""
+    """Number of convolutions of a chain that can be merged."""
     chain = architecture.convolutions(model).chain(model)
     entries = [(end - start, merged.kernel) for start, end, merged, _ in chain.table()]
     return [
@@ -182,7 +182,7 @@ def _chain(model: PreTrainedModel, architecture: ConvGraphArchitecture) -> Rows:
 
 
 def _load(name: str) -> PreTrainedModel:
-    """A checkpoint; or a model without weights, where there is a config alone."""
+    """The model of a checkpoint, or one without weights where there is only a config."""
     path = Path(name)
     folder = path if path.is_dir() else path.parent
     weights = any(any(folder.glob(f"*.{ending}")) for ending in ("safetensors", "bin", "h5", "msgpack"))

@@ -14,21 +14,20 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 
-MARK = "results.json"  # the file by which an earlier result is known
+MARK = "results.json"  # the file that identifies an earlier result
 
 
 def check_output(path: str | Path, overwrite: bool, keep: Iterable[str | None] = ()) -> None:
     """Refuse an output directory that cannot be written, or whose replacement would destroy something.
 
     Args:
-        path: directory to be, see `new_directory`.
-        overwrite: the user allows to replace an earlier result there. Only that: a directory with anything else in it
-            is never replaced.
-        keep: paths that must not lie inside `path`, such as the model and the data of a run. What is not a path is
-            passed over.
+        path: Output directory, see `new_directory`.
+        overwrite: Permission to replace an earlier result there. A directory without one is never replaced.
+        keep: Paths that must not lie inside `path`, such as the model and the data of a run. Names that do not exist
+            as paths are ignored.
 
     Raises:
-        CheckpointError: for each of these.
+        CheckpointError: The directory cannot be written or must not be replaced.
     """
     target = Path(path).absolute()
     for source in keep:
@@ -56,11 +55,11 @@ def check_output(path: str | Path, overwrite: bool, keep: Iterable[str | None] =
 
 
 def unfinished(path: str | Path, run: object) -> Path:
-    """Where a run that will write to `path` keeps what it has done so far, so that the same one can go on from there.
+    """The directory where a run keeps its unfinished work, so that the same run can resume.
 
     Args:
-        path: directory to be.
-        run: JSON types that make a run what it is: another one has another place.
+        path: Output directory of the run.
+        run: JSON types that identify the run; another run has another directory.
     """
     path = Path(path).absolute()
     digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:10]
@@ -82,11 +81,11 @@ def write_whole(path: Path, text: str) -> None:
 def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A fresh directory to write to, which takes the name `path` when the block ends without an exception.
 
-    On an error, or Ctrl-C, what was written is removed and what was at `path` before is still there. What killed
-    processes have left of it is removed when the block has ended well.
+    On an error, or Ctrl-C, the new files are removed and the earlier content of `path` stays. Leftovers of killed
+    processes are removed when the block ends without an exception.
 
     Raises:
-        CheckpointError: as `check_output` does.
+        CheckpointError: As for `check_output`.
     """
     path = Path(path).absolute()
     check_output(path, overwrite)

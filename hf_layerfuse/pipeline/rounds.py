@@ -1,4 +1,4 @@
-"""Fuse and heal, in as many rounds as the recipe asks for; what is done is kept, so that a run can go on from there."""
+"""Fuse and heal in as many rounds as the recipe asks for. Finished rounds are kept, so that a run can resume."""
 
 from __future__ import annotations
 
@@ -29,17 +29,35 @@ from ..training.distributed import process_state
 from ..training.heal import heal
 from ..training.schedule import compose, keeps_of, shares_of, steps_of
 from .output import MARK, new_directory, unfinished
+from .results import Goal, HealRound, Measurement
 from .run_data import RunData, say
 
 
-def fuse_and_heal(
-    recipe: Recipe, original: PreTrainedModel, inputs: RunData, work: Path
-) -> tuple[PreTrainedModel, Plan, dict[str, Any]]:
-    """All rounds of fusing and healing: the model, one plan for all of them, and what was measured."""
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Outcome of all rounds of fusing and healing.
+
+    Attributes:
+        model: Model after the last round.
+        plan: One plan for all rounds.
+        before: Measurement of the original.
+        fused: Measurement of the model after the last fusing.
+        rounds: Rounds of healing, in order.
+    """
+
+    model: PreTrainedModel
+    plan: Plan
+    before: Measurement
+    fused: Measurement
+    rounds: tuple[HealRound, ...]
+
+
+def fuse_and_heal(recipe: Recipe, original: PreTrainedModel, inputs: RunData, work: Path) -> Outcome:
+    """Carry out all rounds of fusing and healing."""
     method = method_of(recipe)
     finish = method.finish(recipe.method)
     rounds = rounds_of(recipe, original, inputs)
-    fused, plan, results, reports = original, None, {}, []
+    fused, plan, measured, healed = original, None, {}, []
     for number, (goal, steps) in enumerate(rounds, 1):
         source = expand(fused) if plan else original
         stage = work / f"fused-{number}"
@@ -50,10 +68,11 @@ def fuse_and_heal(
         fused.config.name_or_path = fused.name_or_path = original.name_or_path
         step = Plan.load(stage / "plan.json")
         plan = compose(plan, step) if plan else step
-        results |= json.loads((stage / MARK).read_text(encoding="utf-8"))
+        tree = json.loads((stage / MARK).read_text(encoding="utf-8"))
+        measured |= {name: Measurement.from_dict(figures) for name, figures in tree.items()}
         if steps > 0:
             healing = dataclasses.replace(method.healing(recipe.method, recipe.heal), steps=steps)
-            seed = recipe.seed + number - 1  # no round reads what the one before it has read, as long as there is more
+            seed = recipe.seed + number - 1  # rounds read different rows, as long as there are enough
             mixed = mixed_weights(fused, source, step, inputs.calibration()) if healing.mix else None
             say(f"healing for {steps} steps; where it is interrupted, the same command goes on")
             report = heal(
@@ -69,48 +88,40 @@ def fuse_and_heal(
                 seed=seed,
                 checkpoints=unfinished(work / f"heal-{number}", identity_of(healing)),
             )
-            reports.append({**goal, **dataclasses.asdict(report)})
+            healed.append(HealRound(goal, report))
             if finish:
                 say(finish.doing)
                 fused, plan = finish.apply(fused, plan, inputs.calibration())
-    if reports:
-        results["heal"] = reports[-1]
-    if len(reports) > 1:
-        results["rounds"] = reports
-    return fused, plan, results
-
-
-Goal = dict[str, Any]
-"""What a round leads to: `keep_layers` blocks that stay distinct, or a `ratio` of the original's block parameters that
-are gone; nothing is what the recipe asks for."""
+    return Outcome(fused, plan, measured["before"], measured["fused"], tuple(healed))
 
 
 def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> list[tuple[Goal, int]]:
     """The goal of each round, and its steps of healing."""
     healing = recipe.heal
     if healing.schedule == "one-shot":
-        return [({}, healing.steps)]
+        return [(Goal(), healing.steps)]
     fusion = recipe.fusion  # no other method has rounds
     by_size = fusion.rank == "auto" or are_unlike(original)  # a number of blocks says little about it
     if fusion.ratio is not None and by_size:
-        goals: list[Goal] = [{"ratio": fusion.ratio * share} for share in shares_of(healing)]
+        goals = [Goal(ratio=fusion.ratio * share) for share in shares_of(healing)]
     else:
         plan = plan_fusion(original, fusion, inputs.calibration())
         keeps = keeps_of(plan.num_layers, len(groups_of(plan, plan.edits[0].kind)), healing)
-        goals = [{"keep_layers": keep} for keep in keeps]
+        goals = [Goal(keep_layers=keep) for keep in keeps]
     return list(zip(goals, steps_of(healing, len(goals)), strict=True))
 
 
 def target_of(goal: Goal, source: PreTrainedModel, original: PreTrainedModel) -> dict[str, Any]:
-    """Fields of a fusion recipe that lead from a model, the result of earlier rounds, to a goal."""
-    if "ratio" in goal:
+    """Target fields of a fusion recipe that lead from the model of the earlier rounds to a goal."""
+    if goal.ratio is not None:
         here, whole = (
             sum(p.numel() for p in architecture_for(model).layer_list(model).parameters())
             for model in (source, original)
         )
-        # where a round before went too far, this one takes the least step
-        goal = {"ratio": max(1 - (1 - goal["ratio"]) * whole / here, 1e-6)}
-    return dict.fromkeys(TARGETS) | goal if goal else {}
+        # where an earlier round removed too much, this one takes the smallest step
+        goal = Goal(ratio=max(1 - (1 - goal.ratio) * whole / here, 1e-6))
+    target = goal.to_dict()
+    return dict.fromkeys(TARGETS) | target if target else {}
 
 
 def _compress(
@@ -121,21 +132,22 @@ def _compress(
     inputs: RunData,
     stage: Path,
 ) -> None:
-    """Make a model smaller, measure it, and leave it, its plan and its figures in a folder, whole or not at all."""
+    """Make a model smaller, measure it, and write the model, its plan and its figures to a folder, or nothing."""
     state = process_state()
     batches = inputs.calibration()
     say(method.doing)
     found = method.search(source, recipe, batches)
     fused = round_to(found.model, inputs.dtype)
-    if not method.needs_training(recipe):  # otherwise how good it is shows after the training
+    if not method.needs_training(recipe):  # otherwise its quality shows only after the training
         warn_if_useless(original, fused, batches)
-    results = {} if source is not original else {"before": inputs.measure(original, original, "the original")}
-    results["fused"] = inputs.measure(fused, original, "the fused model")
+    measured = {} if source is not original else {"before": inputs.measure(original, original, "the original")}
+    measured["fused"] = inputs.measure(fused, original, "the fused model")
     if state.is_main_process:
         with new_directory(stage) as path:
             fused.save_pretrained(path)
             (path / "plan.json").write_text(found.plan.to_json(), encoding="utf-8")
-            (path / MARK).write_text(json.dumps(results) + "\n", encoding="utf-8")
+            tree = {name: figures.to_dict() for name, figures in measured.items()}
+            (path / MARK).write_text(json.dumps(tree) + "\n", encoding="utf-8")
     state.wait_for_everyone()
 
 
@@ -145,13 +157,13 @@ def auto_class_of(recipe: Recipe) -> Any:
 
 
 def identity_of(recipe: Any, *without: str) -> dict[str, Any]:
-    """What makes a run what it is."""
+    """The settings that identify a run: two runs with the same ones share their unfinished work."""
     fields = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in without}
     return {**fields, "version": version("hf-layerfuse"), "processes": process_state().num_processes}
 
 
 def round_to(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Round weights to what the file will hold, so that the figures are those of the file."""
+    """Round weights to the data type of the file, so that the figures hold for the file."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))

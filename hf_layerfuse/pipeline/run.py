@@ -1,4 +1,4 @@
-"""A recipe carried out: load, calibrate, plan, apply, verify, heal, evaluate, save."""
+"""A run carries out a recipe: load, calibrate, plan, apply, verify, heal, evaluate, save."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ from .report.card import licence_of, model_card
 from .report.hub import check_publish, publish
 from .report.plots import draw
 from .report.tables import rows, text_table
+from .results import RunResults
 from .rounds import auto_class_of, fuse_and_heal, identity_of, round_to
 from .run_data import RunData, save_weights, say
 
 
-def run(recipe: Recipe, command: str) -> dict[str, Any]:
+def run(recipe: Recipe, command: str) -> RunResults:
     """Carry out a recipe and write its output directory: checkpoint, processor, plan, results and card.
 
     Args:
-        recipe: the whole run.
-        command: what the user typed, for the card.
+        recipe: Recipe of the whole run.
+        command: Command line of the user, for the card.
 
     Returns:
-        What `results.json` holds: `before`, `fused` and, with `heal.steps` above 0, `healed`.
+        The results, which `results.json` holds too; `healed` is set with `heal.steps` above 0.
 
     Raises:
-        LayerFuseError: one of its children, for each thing that the user can mend. Where a finished result cannot be
-            published, it stays in its directory.
+        LayerFuseError: One of its subclasses, for each problem that the user can fix. A finished result that cannot be
+            published stays in its directory.
     """
     state = process_state()
     data = recipe.data
@@ -65,15 +66,24 @@ def run(recipe: Recipe, command: str) -> dict[str, Any]:
         check_shipping(original.config)
     inputs = RunData(recipe, processor, original)
     files = [_stamp(path) for path in (recipe.model, data.train, data.validation, data.test)]
-    # one fused model serves every way to heal it; what is fused further depends on how it was healed before
+    # one fused model serves every way to heal it; later rounds of fusing depend on the healing before them
     other = ("overwrite", "output_dir", "with_code", "hub", *(("heal",) if recipe.heal.schedule == "one-shot" else ()))
     work = unfinished(recipe.output_dir, [files, identity_of(recipe, *other)])
-    fused, plan, results = fuse_and_heal(recipe, original, inputs, work)
+    outcome = fuse_and_heal(recipe, original, inputs, work)
+    fused, plan, healed = outcome.model, outcome.plan, None
     if recipe.heal.steps > 0:
         round_to(fused, inputs.dtype)
-        results["healed"] = inputs.measure(fused, original, "the healed model")
-    results |= {"metrics_on": inputs.reported, "recipe": dataclasses.asdict(recipe), "command": command}
-    results |= {"environment": _environment()}
+        healed = inputs.measure(fused, original, "the healed model")
+    results = RunResults(
+        before=outcome.before,
+        fused=outcome.fused,
+        rounds=outcome.rounds,
+        healed=healed,
+        metrics_on=inputs.reported,
+        recipe=dataclasses.asdict(recipe),
+        command=command,
+        environment=_environment(),
+    )
 
     if state.is_main_process:
         _save(recipe, fused, processor, inputs.dtype, plan, results, command)
@@ -92,7 +102,7 @@ def _publish(recipe: Recipe) -> str:
         return publish(Path(recipe.output_dir), recipe.hub, f"{Path(recipe.model).name}, made smaller")
     except PublishError as error:
         words = ["hf", "upload", recipe.hub.push_to_hub, recipe.output_dir, "."]
-        words += ["--private"] * recipe.hub.private  # which makes one that is not there yet
+        words += ["--private"] * recipe.hub.private  # used only where the command creates the repository
         words += [] if recipe.hub.revision is None else ["--revision", recipe.hub.revision]
         command = shlex.join(words)
         raise PublishError(
@@ -101,7 +111,7 @@ def _publish(recipe: Recipe) -> str:
 
 
 def _stamp(path: str | None) -> list[int] | None:
-    """Number, size and date of the files that a path names, which change when they do; None is no path."""
+    """Number, total size and latest date of the files under a path, to detect changes; None without such a path."""
     if path is None or not Path(path).exists():
         return None
     stats = [file.stat() for file in (Path(path), *Path(path).rglob("*")) if file.is_file()]
@@ -152,15 +162,15 @@ def _save(
     processor: Any,
     dtype: torch.dtype,
     plan: Plan,
-    results: dict[str, Any],
+    results: RunResults,
     command: str,
 ) -> None:
     with new_directory(recipe.output_dir, overwrite=recipe.overwrite) as path:
         save_weights(model, dtype, path, with_code=recipe.with_code)
         processor.save_pretrained(path)
         (path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-        pictures = draw(plan, results, path)
-        (path / MARK).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        pictures = draw(plan, results.heal, path)
+        (path / MARK).write_text(json.dumps(results.to_dict(), indent=1) + "\n", encoding="utf-8")
         card = model_card(recipe, plan, results, command, pictures=pictures, licence=licence_of(recipe.model))
         card.save(path / "README.md")
         verify(model, path)

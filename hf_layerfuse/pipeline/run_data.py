@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..recipe import Recipe
 from ..recipe.tasks import TASKS
 from ..training.distributed import process_state
 from ..training.teacher_cache import with_teacher
+from .results import Latency, Measurement
 
 
 class RunData:
@@ -31,7 +33,7 @@ class RunData:
     def __init__(self, recipe: Recipe, processor: Any, model: PreTrainedModel) -> None:
         say("reading the data")
         self.recipe, self.processor = recipe, processor
-        # the result is saved in the data type of the original's file, whatever it was computed in
+        # the result is saved in the data type of the original's file; computation may use another one
         self.dtype = _file_dtype(recipe)
         label2id = model.config.label2id if TASKS[recipe.task].labels else None
         self.splits = load_splits(recipe.data, recipe.task, recipe.seed, label2id=label2id)
@@ -68,8 +70,8 @@ class RunData:
     def validation_batches(self) -> Any:
         return self._batches("validation")
 
-    def measure(self, model: PreTrainedModel, original: PreTrainedModel, name: str) -> dict[str, Any] | None:
-        """Size, speed and quality of a model whose weights are rounded already; on the main process alone."""
+    def measure(self, model: PreTrainedModel, original: PreTrainedModel, name: str) -> Measurement | None:
+        """Measure a model whose weights are rounded already; the result is None except on the main process."""
         state = process_state()
         figures = None
         if state.is_main_process:
@@ -78,28 +80,28 @@ class RunData:
                 save_weights(model, self.dtype, Path(directory))
                 if model is not original:
                     verify(model, Path(directory))
-                figures = {**evaluate.parameter_counts(model), "bytes": evaluate.bytes_on_disk(directory)}
-            figures |= self._latency(model, original) | {"metrics": self._metrics(model, original)}
+                size = {**evaluate.parameter_counts(model), "bytes": evaluate.bytes_on_disk(directory)}
+            latency = self._latency(model, original)
+            figures = Measurement(
+                **size,
+                latency_ms=latency and {batch: row.median_ms for batch, row in latency.items()},
+                latency=latency,
+                metrics=self._metrics(model, original),
+            )
         state.wait_for_everyone()
         return figures
 
-    def _latency(self, model: PreTrainedModel, original: PreTrainedModel) -> dict[str, Any]:
+    def _latency(self, model: PreTrainedModel, original: PreTrainedModel) -> dict[int, Latency] | None:
         settings = self.recipe.evaluate
         if not settings.latency:
-            return {"latency_ms": None}
+            return None
         # side by side with the original, so that a busy machine does not look like a slower model
         timed = latency_side_by_side(
             {"original": original, "model": model},
             sequence_length=self.recipe.data.max_length,
             repeats=settings.latency_repeats,
         )
-        return {
-            "latency_ms": {str(batch): figures["median_ms"] for batch, figures in timed["model"].items()},
-            "latency": {
-                str(batch): {**figures, "speedup": timed["original"][batch]["median_ms"] / figures["median_ms"]}
-                for batch, figures in timed["model"].items()
-            },
-        }
+        return against(timed["original"], timed["model"])
 
     def _metrics(self, model: PreTrainedModel, original: PreTrainedModel) -> dict[str, Any]:
         data, settings = self.recipe.data, self.recipe.evaluate
@@ -120,6 +122,18 @@ class RunData:
         return evaluate.classification(model, self._report_batches)
 
 
+def against(original: Mapping[int, dict[str, Any]], model: Mapping[int, dict[str, Any]]) -> dict[int, Latency]:
+    """Times of a model with its speed-up over the original.
+
+    Args:
+        original: Times of the original by batch size, from `latency_side_by_side`.
+        model: Times of the model from the same call.
+    """
+    return {
+        batch: Latency(**row, speedup=original[batch]["median_ms"] / row["median_ms"]) for batch, row in model.items()
+    }
+
+
 def _file_dtype(recipe: Recipe) -> torch.dtype:
     trust = {"trust_remote_code": True} if recipe.trust_remote_code else {}
     dtype = transformers.AutoConfig.from_pretrained(recipe.model, **trust).dtype
@@ -127,7 +141,7 @@ def _file_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def save_weights(model: PreTrainedModel, dtype: torch.dtype, path: Path, *, with_code: bool = False) -> None:
-    """Save a model in a data type, which may be another than it is in; one of a fused class `with_code`, if asked."""
+    """Save a model in the given data type. A model of a fused class is saved with its code where `with_code` is set."""
     if model.dtype != dtype:
         model = copy.deepcopy(model).to(dtype)
     model.save_pretrained(path, **({"with_code": True} if with_code and isinstance(model, FusedMixin) else {}))

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import some_batches, tiny_model
+from runs import STAGE
 from torch.utils.data import DataLoader
 
 import hf_layerfuse
@@ -131,19 +132,20 @@ def test_a_new_method_runs_in_the_pipeline(model, monkeypatch, tmp_path, capsys,
     inputs = SimpleNamespace(
         calibration=lambda: batches,
         dtype=torch.float32,
-        measure=lambda model, original, name: {"parameters": model.num_parameters()},
+        measure=lambda model, original, name: dataclasses.replace(STAGE, parameters=model.num_parameters()),
         train_loader=lambda teacher, seed: DataLoader(rows, batch_size=2),
         validation_batches=lambda: DataLoader(rows, batch_size=2),
     )
     heal = HealRecipe(steps=2, batch_size=2)
     recipe = SimpleNamespace(method=ToyRecipe(last=2, late=late), heal=heal, task="causal-lm", seed=0)
-    fused, plan, results = fuse_and_heal(recipe, model, inputs, tmp_path)
+    outcome = fuse_and_heal(recipe, model, inputs, tmp_path)
+    fused, plan = outcome.model, outcome.plan
     said = capsys.readouterr().err
     assert "toying" in said
     assert ("filling" in said) is plan.notes.get("finished", False) is late
     assert bool((fused.lm_head.weight == 0.5).all()) is late
-    assert results["fused"]["parameters"] < results["before"]["parameters"]
-    assert [step for step, _ in results["heal"]["validation_loss"]] == ([0, 1, 2] if late else [0, 2])
+    assert outcome.fused.parameters < outcome.before.parameters
+    assert [step for step, _ in outcome.rounds[-1].report.validation_loss] == ([0, 1, 2] if late else [0, 2])
 
 
 def test_the_name_of_a_result_in_0_1():

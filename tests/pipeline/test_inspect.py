@@ -67,7 +67,7 @@ def test_a_checkpoint_and_a_config_alone(tmp_path, capsys) -> None:
     assert "attention to the next" not in sizes
     assert sizes.splitlines()[1].split() == whole.splitlines()[1].split()  # parameters
     assert main(["inspect", str(checkpoint / "config.json"), "--similarity", "cosine"]) == 1
-    assert "a config without weights" in capsys.readouterr().err
+    assert "a config has no weights to compare" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--keep_layers", "4"], ["--ratio", "0.4", "--mode", "share", "--rank", "auto"]])

@@ -308,7 +308,7 @@ def test_interrupted_while_healing(tmp_path, monkeypatch, interrupt, streaming):
     interruption = interrupt(4, KeyboardInterrupt)
     with monkeypatch.context() as patch:
         assert main(words) == 130
-        patch.setattr(rounds, "search", lambda *arguments: pytest.fail("it fused again"))
+        patch.setattr(rounds, "_compress", lambda *arguments: pytest.fail("it fused again"))
         assert main(words) == 0
     assert interruption.passes == 4 + 4
     results = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -14,6 +13,7 @@ from ...models.families import family_of
 from ...plan import Plan
 from ...recipe import Recipe
 from ...recipe.tasks import TASKS
+from ..results import RunResults
 from .tables import (
     METRIC_NAMES,
     change_table,
@@ -24,7 +24,6 @@ from .tables import (
     name_of,
     recipe_text,
     rows,
-    stages,
 )
 
 _LICENCE = ("license", "license_name", "license_link")
@@ -33,17 +32,17 @@ _NO_LICENCE = "The card of the original states no licence, or could not be read.
 
 
 def licence_of(model: str) -> dict[str, str]:
-    """What the card of a model says of its licence; nothing where it has no card, or none that can be read.
+    """Licence of a model, from its card; empty where it has no readable card.
 
     Args:
         model: Hub name, or path of a checkpoint with a `README.md`.
 
     Returns:
-        Those of `license`, `license_name` and `license_link` that are there.
+        The fields among `license`, `license_name` and `license_link` that the card has.
     """
     try:
         data = ModelCard.load(Path(model) / "README.md" if Path(model).exists() else model).data.to_dict()
-    except (OSError, ValueError, yaml.YAMLError):  # errors of the Hub are of the operating system to its client
+    except (OSError, ValueError, yaml.YAMLError):  # the Hub client's errors are OSErrors
         return {}
     return {name: data[name] for name in _LICENCE if data.get(name)}
 
@@ -51,27 +50,27 @@ def licence_of(model: str) -> dict[str, str]:
 def model_card(
     recipe: Recipe,
     plan: Plan,
-    results: Mapping[str, Any],
+    results: RunResults,
     command: str,
     *,
     pictures: Mapping[str, str] | None = None,
     licence: Mapping[str, str] | None = None,
 ) -> ModelCard:
-    """The card of a run: what became of which layers, the figures, the limits, and how it was made.
+    """The card of a run: the change of each layer, the figures, the limits, and the recipe.
 
     Args:
-        recipe: of the run.
-        plan: that was carried out.
-        results: what `results.json` holds.
-        command: what the user typed.
-        pictures: name of each file beside the card -> what it shows.
-        licence: of the original, as `licence_of` finds it, which is that of the result.
+        recipe: Recipe of the run.
+        plan: Plan that was carried out.
+        results: Results of the run.
+        command: Command line of the user.
+        pictures: Captions by the name of the file beside the card.
+        licence: Licence of the original, from `licence_of`; the result has the same.
 
     Returns:
         The card, with the metrics of the last stage as `model-index`.
     """
     name = name_of(recipe)
-    environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    environment = ", ".join(f"{key} {value}" for key, value in results.environment.items())
     data = _front(recipe, results, licence or {})
     body = "\n".join(
         [
@@ -125,10 +124,10 @@ def model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
 
 
-def _front(recipe: Recipe, results: Mapping[str, Any], licence: Mapping[str, str]) -> ModelCardData:
+def _front(recipe: Recipe, results: RunResults, licence: Mapping[str, str]) -> ModelCardData:
     method = method_of(recipe)
     dataset, split = measured_on(recipe, results)
-    metrics = results[stages(results)[-1]]["metrics"]
+    metrics = results.last.metrics
     evaluations = [
         EvalResult(
             task_type=TASKS[recipe.task].pipeline,
@@ -161,7 +160,7 @@ def _size_of(plan: Plan) -> str:
 
 
 def _timed(plan: Plan) -> list[str]:
-    """What a plan was chosen to take, if it was chosen for that."""
+    """Latency that the plan was chosen for, if it was chosen for one."""
     if "latency_ms" not in plan.notes:
         return []
     times = plan.notes["latency_ms"]
@@ -174,7 +173,7 @@ def _timed(plan: Plan) -> list[str]:
 
 
 def _use(recipe: Recipe, plan: Plan) -> list[str]:
-    """What loads the result, as Python."""
+    """Python lines that load the result."""
     auto_class = TASKS[recipe.task].auto_class
     arguments = ['"path/to/this/model"' if recipe.hub.push_to_hub is None else f'"{recipe.hub.push_to_hub}"']
     if recipe.hub.revision is not None:

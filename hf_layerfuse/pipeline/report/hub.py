@@ -1,4 +1,4 @@
-"""A finished result, published on the Hub in one commit."""
+"""Publish a finished result on the Hub in one commit."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ...errors import PublishError
 from ...recipe import HubRecipe
 
 _STALE = ["*.safetensors", "*.safetensors.index.json"]
-"""Files of an earlier result that must not stay beside those of a new one, which may be split in other ways."""
+"""Files of an earlier result to delete, because a new one may be split into other files."""
 
 
 def check_publish(recipe: HubRecipe) -> None:
-    """Raise where it can be known before a long run that it cannot be published.
+    """Raise before a long run where its result could not be published.
 
     Raises:
-        PublishError: the Hub cannot be reached, nobody is logged in, or the repository would be another's, or is public
-            where it is to be private.
+        PublishError: The Hub cannot be reached, nobody is logged in, the owner of the repository is someone else, or
+            the repository is public and `private` is set.
     """
     with _explained(recipe, "find out who is logged in"):
         user = HfApi().whoami()
@@ -38,25 +38,25 @@ def check_publish(recipe: HubRecipe) -> None:
 
 
 def publish(folder: Path, recipe: HubRecipe, message: str) -> str:
-    """Publish a directory in one commit, which either has all of it or is not there.
+    """Publish a directory in one commit, completely or not at all.
 
-    Weights of an earlier result that have no successor go in the same commit; whatever else is there stays.
+    The same commit deletes weights of an earlier result that have no successor; all other files stay.
 
     Args:
-        folder: a finished output directory.
-        recipe: where to.
-        message: of the commit.
+        folder: Finished output directory.
+        recipe: Repository to publish to.
+        message: Message of the commit.
 
     Returns:
         The address of the commit.
 
     Raises:
-        PublishError: the Hub refuses, or cannot be reached, or the repository is public where it is to be private.
+        PublishError: The Hub refuses or cannot be reached, or the repository is public and `private` is set.
     """
     api = HfApi()
     with _explained(recipe, "publish"):
         name = api.create_repo(recipe.push_to_hub, private=recipe.private or None, exist_ok=True).repo_id
-        _check_private(recipe, name)  # one that was there before is as it was
+        _check_private(recipe, name)  # an existing repository keeps its visibility
         if recipe.revision is not None:
             api.create_branch(name, branch=recipe.revision, exist_ok=True)
         commit = api.upload_folder(
@@ -70,18 +70,18 @@ def publish(folder: Path, recipe: HubRecipe, message: str) -> str:
 
 
 def _check_private(recipe: HubRecipe, name: str) -> None:
-    """Raise where a repository is there that everybody sees, and the result is to be private."""
+    """Raise where the repository exists and is public, and `private` is set."""
     with suppress(RepositoryNotFoundError):
         if recipe.private and not HfApi().repo_info(name).private:
             raise PublishError(
-                f"hub.private=True, and {name!r} is there and public: make it private in its settings, or publish "
+                f"hub.private=True, but {name!r} exists and is public: make it private in its settings, or publish "
                 "under another name."
             )
 
 
 @contextmanager
 def _explained(recipe: HubRecipe, what: str) -> Iterator[None]:
-    """Whatever the Hub or the way to it raises, as a `PublishError`."""
+    """Turn every error of the Hub or the network into a `PublishError`."""
     failed = f"hub.push_to_hub={recipe.push_to_hub!r}: cannot {what}"
     try:
         yield
@@ -95,5 +95,5 @@ def _explained(recipe: HubRecipe, what: str) -> Iterator[None]:
         code = error.response.status_code
         hint = "Log in by `hf auth login` with a token that may write." if code in (401, 403) else "Try again later."
         raise PublishError(f"{failed}: the Hub answers {code}. {hint}") from error
-    except Exception as error:  # what its HTTP library raises is of another name in each version of the client
+    except Exception as error:  # each version of the client raises other errors of its HTTP library
         raise PublishError(f"{failed}: {type(error).__name__}. Is there a network? Try again.") from error

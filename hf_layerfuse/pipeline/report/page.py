@@ -1,9 +1,8 @@
-"""A page about a run: one HTML file that needs nothing beside it."""
+"""Report page of a run: one self-contained HTML file."""
 
 from __future__ import annotations
 
 import base64
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,46 +13,48 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from ...errors import CheckpointError, PlanError
+from ...errors import CheckpointError
 from ...methods import method_of
 from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...plan import Plan
 from ...plan.edit import read_edit
 from ...recipe import Recipe, recipe_of
+from ...training.heal import HealReport
 from ..output import MARK, write_whole
+from ..results import DAMAGED, RunResults, not_a_result
 from . import tables as report
 from .plots import draw
 
 _TEMPLATE = (files(__package__) / "page.html").read_text(encoding="utf-8")
 
 _HEAD = _TEMPLATE.partition("<title>")[0]
-"""How a page begins, by which an earlier one is known: others may speak of one in their text."""
+"""Beginning of a page, which identifies an earlier one; other files may quote a page further down."""
 
 
 def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
     """Write the page of a run.
 
     Args:
-        folder: what `fuse.py` wrote; of it, the plan and the results are read.
-        output: HTML file to write, by default `report.html` in the folder. An earlier page there is replaced, anything
-            else never.
+        folder: Output directory of a run; only its plan and its results are read.
+        output: HTML file to write, by default `report.html` in the folder. An earlier page there is replaced; any other
+            file is not.
 
     Returns:
         The path of the page.
 
     Raises:
-        CheckpointError: the folder holds no results, or what it holds is damaged; or the file cannot be written.
-        RecipeError: the results are of a recipe that this version does not know.
+        CheckpointError: The results are missing, damaged, or of a newer format; or the file cannot be written.
+        RecipeError: The results have a recipe that this version does not know.
     """
     target = Path(output) if output is not None else Path(folder) / "report.html"
     try:
         if target.exists() and not _is_page(target):
-            raise CheckpointError(f"{str(target)!r} is there and no page of a run: name another file by --output.")
+            raise CheckpointError(f"{str(target)!r} exists and is not a report: name another file by --output.")
         plan, results, recipe = _read(Path(folder))
         try:
             text = page(plan, results, recipe)
-        except (LookupError, TypeError, AttributeError, ValueError) as error:  # what is there is not what a run writes
-            raise _no_result(Path(folder), error) from error
+        except DAMAGED as error:  # some damage shows only in rendering
+            raise not_a_result(folder, error) from error
         write_whole(target, text)
     except OSError as error:
         raise CheckpointError(f"{str(target)!r} cannot be written: {error}. Name another file by --output.") from error
@@ -67,16 +68,16 @@ def _is_page(path: Path) -> bool:
         return file.read(len(_HEAD.encode())) == _HEAD.encode()
 
 
-def page(plan: Plan, results: Mapping[str, Any], recipe: Recipe) -> str:
+def page(plan: Plan, results: RunResults, recipe: Recipe) -> str:
     """The page of a run as HTML. Everything that comes from the run is escaped.
 
     Args:
-        plan: that was carried out.
-        results: what `results.json` holds.
-        recipe: of the run.
+        plan: Plan that was carried out.
+        results: Results of the run.
+        recipe: Recipe of the run.
     """
     dataset, split = report.measured_on(recipe, results)
-    environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    environment = ", ".join(f"{key} {value}" for key, value in results.environment.items())
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return template.from_string(_TEMPLATE).render(
         title=f"{report.name_of(recipe)}, {method_of(recipe).done}",
@@ -84,49 +85,39 @@ def page(plan: Plan, results: Mapping[str, Any], recipe: Recipe) -> str:
         measured_on=f"Measured on {dataset} ({split}){_how_many(results)}.",
         figures=_with_shares(report.rows(results)),
         changes=report.change_table(plan),
-        pictures=_pictures(plan, results),
+        pictures=_pictures(plan, results.heal),
         reasons=_reasons(plan),
         trained=_trained(results),
         limits=report.limits_of(plan, results),
-        command=results.get("command"),
+        command=results.command,
         environment=f"Seed {recipe.seed}; {environment}.",
         recipe=report.recipe_text(recipe),
     )
 
 
-def _read(folder: Path) -> tuple[Plan, dict[str, Any], Recipe]:
+def _read(folder: Path) -> tuple[Plan, RunResults, Recipe]:
     try:
-        plan, results = Plan.load(folder / "plan.json"), json.loads((folder / MARK).read_text(encoding="utf-8"))
-        tree = {name: value for name, value in results["recipe"].items() if value is not None}
-        if len(report.stages(results)) < 2:
-            raise KeyError("fused")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, PlanError) as error:
-        raise _no_result(folder, error) from error
+        plan = Plan.load(folder / "plan.json")
+    except (OSError, ValueError) as error:
+        raise not_a_result(folder, error) from error
+    results = RunResults.load(folder)
+    tree = {name: value for name, value in results.recipe.items() if value is not None}
     return plan, results, recipe_of(tree, folder / MARK)
 
 
-def _no_result(folder: Path, error: Exception) -> CheckpointError:
-    what = f"{error!s} is missing" if isinstance(error, KeyError) else str(error)
-    return CheckpointError(
-        f"{str(folder)!r} is no result of a run: {what}. Name a folder that fuse.py has written, with its plan.json "
-        f"and {MARK}."
-    )
-
-
-def _how_many(results: Mapping[str, Any]) -> str:
-    metrics = results["before"]["metrics"]
+def _how_many(results: RunResults) -> str:
+    metrics = results.before.metrics
     counts = [f"{metrics[name]:,} {name}" for name in ("examples", "tokens") if name in metrics]
     return "".join(f", {count}" for count in counts)
 
 
-def _trained(results: Mapping[str, Any]) -> list[str]:
-    """What there is to say of the training, or of each where there were rounds."""
+def _trained(results: RunResults) -> list[str]:
+    """One sentence about the training of each round."""
     said = []
-    reports = results.get("rounds") or [results.get("heal")]
-    for healed in filter(None, reports):
-        after = f"{healed['steps']:,} steps in {healed['seconds']:,.0f} s, mixed precision: {healed['mixed_precision']}"
-        kept = f"the weights of step {healed['best_step']:,} were kept"
-        if healed["validation_loss"] and healed["best_step"] == 0:
+    for healed in (each.report for each in results.rounds):
+        after = f"{healed.steps:,} steps in {healed.seconds:,.0f} s, mixed precision: {healed.mixed_precision}"
+        kept = f"the weights of step {healed.best_step:,} were kept"
+        if healed.validation_loss and healed.best_step == 0:
             kept = "no later weights validated better than those before the first step, which were kept"
         said.append(f"{after}; {kept}.")
     return said
@@ -145,10 +136,10 @@ def _share(first: str, cell: str, label: str) -> str:
     return f"{cell} ({after / before:.0%})" if before else cell
 
 
-def _pictures(plan: Plan, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _pictures(plan: Plan, healed: HealReport | None) -> list[dict[str, Any]]:
     found = []
     with tempfile.TemporaryDirectory(prefix="layerfuse-") as folder:
-        for name, shows in draw(plan, results, Path(folder)).items():
+        for name, shows in draw(plan, healed, Path(folder)).items():
             path = Path(folder, name)
             with Image.open(path) as image:
                 width, height = image.size
@@ -158,11 +149,11 @@ def _pictures(plan: Plan, results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 _COSTS_OF = {LAYERS: "layer", CONV_GRAPH: "segment: begin, end, kernel, depthwise"}
-"""Family of a plan -> what its notes have a cost of, each by its name."""
+"""Header of the costs in the notes of a plan, by its family."""
 
 
 def _reasons(plan: Plan) -> list[dict[str, Any]]:
-    """What the notes of a plan have on how it was chosen: words, and rows of text."""
+    """Reasons for the choice of a plan, from its notes: words, and rows of text."""
     notes, found = plan.notes, []
 
     def add(words: str, *rows: list[str]) -> None:
@@ -191,7 +182,7 @@ def _reasons(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _edits_of(plan: Plan, entry: Mapping[str, Any]) -> str:
-    """In words, what competed: edits, or layers whose MLPs become linear."""
+    """A candidate in words: its edits, or the layers whose MLPs become linear."""
     if "layers" in entry:
         return f"linear MLPs of layers {', '.join(map(str, entry['layers']))}"
     edits = tuple(map(read_edit, entry["edits"]))

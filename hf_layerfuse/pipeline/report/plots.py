@@ -1,4 +1,4 @@
-"""Pictures of a run, which can be read on light and dark pages, and by those who see few colours."""
+"""Pictures of a run, readable on light and dark pages and by colour-blind readers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import numpy as np
 
 from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...plan import Kind, LinearForm, Plan
+from ...training.heal import HealReport
 
 _GREY = "#7d7d7d"
-"""Seen on white as well as on black."""
+"""Visible on white and on black."""
 
 _COLOURS = ("#2f87c8", "#cf7a00", "#009e73", "#b86ba8", "#d4552f", "#5b6fd6", "#8a8a00", "#00a3a3")
-"""After Okabe and Ito, for pages of both kinds."""
+"""Colours after Okabe and Ito, adjusted for light and dark pages."""
 
 
 @contextmanager
 def _picture(path: str | Path, width: float, height: float, **grid: Any) -> Iterator[Any]:
     """Axes of a figure, in inches, that is written as a PNG file when the block ends."""
-    # here, because a picture needs no window, and most runs need no picture
+    # imported here, because the import is slow and most runs draw nothing else; Agg needs no window
     from matplotlib import cycler, rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -39,16 +40,16 @@ def _picture(path: str | Path, width: float, height: float, **grid: Any) -> Iter
         figure.savefig(path, dpi=130, transparent=True)
 
 
-def draw(plan: Plan, results: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Write the pictures that there are of a run.
+def draw(plan: Plan, healed: HealReport | None, folder: Path) -> dict[str, str]:
+    """Write the pictures of a run.
 
     Args:
-        plan: that was carried out.
-        results: what `results.json` holds.
-        folder: to write to.
+        plan: Plan that was carried out.
+        healed: Report of the last healing; None without healing.
+        folder: Folder to write to.
 
     Returns:
-        Name of each file -> what it shows.
+        Captions by the name of the file.
     """
     plot_plan(plan, folder / "plan.png")
     drawn = {"plan.png": "Which blocks of the original became which"}
@@ -57,26 +58,25 @@ def draw(plan: Plan, results: Mapping[str, Any], folder: Path) -> dict[str, str]
         drawn["distances.png"] = (
             "How far the blocks of the original are from each other: dark pairs are alike, marked ones grouped"
         )
-    healed = results.get("heal") or {}
-    if healed.get("train_loss"):
-        plot_training(healed["train_loss"], healed["validation_loss"], folder / "training.png")
+    if healed and healed.train_loss:
+        plot_training(healed.train_loss, healed.validation_loss, folder / "training.png")
         drawn["training.png"] = "Losses of healing"
-    if healed.get("homotopy"):
-        plot_homotopy(healed["homotopy"], folder / "homotopy.png")
+    if healed and healed.homotopy:
+        plot_homotopy(healed.homotopy, folder / "homotopy.png")
         drawn["homotopy.png"] = "How far each activation is on its way to a line"
     return drawn
 
 
 class Quality(NamedTuple):
-    """Curves of one model, of which `plot_quality` draws a panel.
+    """Curves of one model for a panel of `plot_quality`.
 
     Attributes:
-        title: of the panel.
-        metric: what the curves are of.
-        removed: share of the block parameters that each point lacks, from 0 on.
-        curves: name of each curve -> its values.
-        knee: index of the point that is marked; None marks none.
-        log: for perplexities, which grow by factors.
+        title: Title of the panel.
+        metric: Name of the metric.
+        removed: Share of the block parameters removed at each point, from 0 on.
+        curves: Values by the name of the curve.
+        knee: Index of the marked point; None marks none.
+        log: Logarithmic axis, for perplexities.
     """
 
     title: str
@@ -91,8 +91,8 @@ def plot_quality(panels: Sequence[Quality], path: str | Path) -> None:
     """Write a picture of quality against size.
 
     Args:
-        panels: one for each model.
-        path: of a PNG file.
+        panels: Panels, one for each model.
+        path: Path of a PNG file.
     """
     with _picture(path, 4.3 * len(panels), 3.6, ncols=len(panels)) as [axes]:
         for axis, panel in zip(axes, panels, strict=True):
@@ -113,12 +113,13 @@ def plot_homotopy(rows: Sequence[tuple[int, Mapping[str, float]]], path: str | P
     """Write a picture of how activations became lines: the a of each, step by step.
 
     Args:
-        rows: `HealReport.homotopy`.
-        path: of a PNG file.
+        rows: Rows of `HealReport.homotopy`.
+        path: Path of a PNG file.
     """
     with _picture(path, 6, 3.6) as [[axis]]:
         steps = [step for step, _ in rows]
-        looks = cycle(product(("-", "--", ":"), "osD^vP*X"))  # of the colours there are as many as of markers
+        # there are as many colours as markers: after both, the line style changes
+        looks = cycle(product(("-", "--", ":"), "osD^vP*X"))
         for name, (line, marker) in zip(rows[-1][1], looks, strict=False):
             style = {"linestyle": line, "marker": marker, "markersize": 4}
             axis.plot(steps, [values[name] for _, values in rows], label=name, **style)
@@ -132,9 +133,9 @@ def plot_training(
     """Write a picture of a training: the loss of each step, its running mean, and the validations.
 
     Args:
-        train: `HealReport.train_loss`.
-        validation: `HealReport.validation_loss`.
-        path: of a PNG file.
+        train: Pairs of `HealReport.train_loss`.
+        validation: Pairs of `HealReport.validation_loss`.
+        path: Path of a PNG file.
     """
     with _picture(path, 6, 3.2, ncols=2 if validation else 1) as [axes]:
         steps, losses = zip(*train, strict=True)
@@ -152,12 +153,12 @@ def plot_training(
 
 
 def plot_distances(distances: Mapping[Kind, Sequence[Sequence[float | None]]], plan: Plan, path: str | Path) -> None:
-    """Write a picture of how far the blocks of each kind are from each other, with the groups of a plan marked.
+    """Write a picture of the distances between the blocks of each kind, with the groups of a plan marked.
 
     Args:
-        distances: `plan.notes["distances"]`; None between blocks that can never be one.
-        plan: whose groups are marked.
-        path: of a PNG file.
+        distances: Matrices of `plan.notes["distances"]`; None between blocks that can never become one.
+        plan: Plan whose groups are marked.
+        path: Path of a PNG file.
     """
     from matplotlib.patches import Rectangle
 
@@ -165,7 +166,7 @@ def plot_distances(distances: Mapping[Kind, Sequence[Sequence[float | None]]], p
     with _picture(path, 4.2 * len(distances), 3.4, ncols=len(distances)) as [axes]:
         for axis, (kind, matrix) in zip(axes, distances.items(), strict=True):
             known = np.array(matrix, dtype=float)
-            np.fill_diagonal(known, np.nan)  # of each from itself, which would take up half of the colours
+            np.fill_diagonal(known, np.nan)  # zeros on the diagonal would take up half of the colours
             image = axis.imshow(known, cmap="viridis")
             # after several rounds, distances are between the layers that the last one began with
             whole = len(known) == plan.num_layers
@@ -187,11 +188,11 @@ def plot_distances(distances: Mapping[Kind, Sequence[Sequence[float | None]]], p
 
 
 def plot_plan(plan: Plan, path: str | Path) -> None:
-    """Write a picture of a plan: the blocks of the original above, those of the result below, and what became of which.
+    """Write a picture of a plan: blocks of the original above, blocks of the result below, and lines between them.
 
     Args:
-        plan: of any method.
-        path: of a PNG file.
+        plan: Plan of any method.
+        path: Path of a PNG file.
     """
     width = max(6.0, min(12.0, 0.45 * plan.num_layers))
     height = 1.6 if plan.layout().ties else 1.2
@@ -240,7 +241,7 @@ def _draw_flow(axis: Any, plan: Plan, kind: str, colour: str) -> None:
 
 
 def _made_of(plan: Plan, kind: str) -> list[tuple[tuple[int, ...], bool]]:
-    """For each block of the result, the original ones that it was made of, and whether it is linear."""
+    """For each block of the result, its original blocks and whether it is linear."""
     return _MADE_OF[family_of(plan)](plan, kind)
 
 

@@ -1,9 +1,9 @@
-"""What a run of `fuse.py` tells the user, in words and tables: for the terminal, a model card and a page."""
+"""Words and tables of a run, for the terminal, the model card and the page."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 
 from ...plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
 from ...recipe import Recipe
+from ..results import RunResults
 
 METRIC_NAMES = {
     "token_perplexity": "perplexity (token)",
@@ -21,28 +22,24 @@ METRIC_NAMES = {
 }
 
 
-def stages(results: dict[str, Any]) -> list[str]:
-    """The stages that a run went through, in order."""
-    return [stage for stage in ("before", "fused", "healed") if results.get(stage)]
-
-
-def rows(results: dict[str, Any]) -> list[list[str]]:
+def rows(results: RunResults) -> list[list[str]]:
     """The figures of a run as rows of text, a header first: one row a figure, one column a stage."""
-    names = stages(results)
-    # with rounds, what was fused last had been healed before
-    table = [["", *("fused in the last round" if name == "fused" and "rounds" in results else name for name in names)]]
+    before, measured = results.before, results.stages.values()
+    # with rounds, the model that was fused last had been healed before
+    fused = "fused in the last round" if len(results.rounds) > 1 else "fused"
+    table = [["", *(fused if name == "fused" else name for name in results.stages)]]
 
     def add(label: str, values: list[Any], form: str) -> None:
         table.append([label, *(form.format(value) for value in values)])
 
-    add("parameters", [results[s]["parameters"] for s in names], "{:,}")
-    add("  outside embeddings", [results[s]["non_embedding_parameters"] for s in names], "{:,}")
-    add("bytes on disk", [results[s]["bytes"] for s in names], "{:,}")
-    for batch in results["before"]["latency_ms"] or {}:
-        add(f"latency, batch {batch} (ms)", [results[s]["latency_ms"][batch] for s in names], "{:.1f}")
+    add("parameters", [stage.parameters for stage in measured], "{:,}")
+    add("  outside embeddings", [stage.non_embedding_parameters for stage in measured], "{:,}")
+    add("bytes on disk", [stage.bytes for stage in measured], "{:,}")
+    for batch in before.latency_ms or {}:
+        add(f"latency, batch {batch} (ms)", [stage.latency_ms[batch] for stage in measured], "{:.1f}")
     for metric, label in METRIC_NAMES.items():
-        if metric in results["before"]["metrics"]:
-            add(label, [results[s]["metrics"][metric] for s in names], "{:.4g}")
+        if metric in before.metrics:
+            add(label, [stage.metrics[metric] for stage in measured], "{:.4g}")
     return table
 
 
@@ -56,14 +53,14 @@ def text_table(table: list[list[str]]) -> str:
 
 
 def markdown_table(table: list[list[str]], *, numbers: bool = True) -> str:
-    """Rows of text as a Markdown table, in which all columns but the first are `numbers`, or text too."""
+    """Rows of text as a Markdown table; `numbers` aligns all columns but the first to the right."""
     header, *body = table
     rule = ["---", *["---:" if numbers else "---"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
 
 
 def changes(plan: Plan) -> list[tuple[str, str]]:
-    """Blocks of the original, and what becomes of them, in words: a pair for each edit that changes more than norms."""
+    """Blocks of the original and their change, in words: one pair for each edit that changes more than norms."""
     pairs = []
     for edit in plan.edits:
         if become := _WORDS[type(edit)](edit):
@@ -84,7 +81,7 @@ _BLOCKS = {
     "conv": ("the convolutions of layer", "the convolutions of layers"),
     "convolution": ("convolution", "convolutions"),
 }
-"""Kind of block -> what one is called, and several."""
+"""Singular and plural name by kind of block."""
 
 _BECOME = {
     "depth": "become one, which runs once",
@@ -125,29 +122,29 @@ _WORDS: dict[type, Callable[[Any], str | None]] = {
     Blend: lambda _: "its activation is on the way to a line",
     MergeConvs: _merged,
 }
-"""Type of an edit -> what becomes of its blocks, in words; None where only batch norms are folded."""
+"""Change of the blocks in words, by the type of the edit; None where only batch norms are folded."""
 
 
 def name_of(recipe: Recipe) -> str:
-    """Of the original: that on the Hub, or of its folder."""
+    """Name of the original: its Hub name, or the name of its folder."""
     return Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
 
 
-def measured_on(recipe: Recipe, results: Mapping[str, Any]) -> tuple[str, str]:
+def measured_on(recipe: Recipe, results: RunResults) -> tuple[str, str]:
     """Data set and split of the figures."""
-    part = results["metrics_on"]
+    part = results.metrics_on
     source = getattr(recipe.data, part) or recipe.data.train  # rows held out of train, where there is no validation
     return (recipe.data.name, source) if recipe.data.name else (Path(source).name, part)
 
 
-def in_short(results: Mapping[str, Any]) -> str:
+def in_short(results: RunResults) -> str:
     """The result in one sentence, by its share of parameters, its speed, and its first metric."""
-    before, after = results["before"], results[stages(results)[-1]]
-    said = [f"{after['parameters'] / before['parameters']:.0%} of the parameters"]
-    for batch, milliseconds in list((before["latency_ms"] or {}).items())[-1:]:
-        said.append(f"{milliseconds / after['latency_ms'][batch]:.2f} times as fast at batch {batch}")
-    for metric in [metric for metric in METRIC_NAMES if metric in before["metrics"]][:1]:
-        values = (f"{stage['metrics'][metric]:.4g}" for stage in (after, before))
+    before, after = results.before, results.last
+    said = [f"{after.parameters / before.parameters:.0%} of the parameters"]
+    for batch, milliseconds in list((before.latency_ms or {}).items())[-1:]:
+        said.append(f"{milliseconds / after.latency_ms[batch]:.2f} times as fast at batch {batch}")
+    for metric in [metric for metric in METRIC_NAMES if metric in before.metrics][:1]:
+        values = (f"{stage.metrics[metric]:.4g}" for stage in (after, before))
         said.append("{} {} (before: {})".format(METRIC_NAMES[metric], *values))
     return ", ".join(said)
 
@@ -163,23 +160,23 @@ def change_table(plan: Plan) -> list[list[str]]:
     return [["of the original", "in the result"], *pairs]
 
 
-def limits_of(plan: Plan, results: Mapping[str, Any]) -> list[str]:
-    """What to know before the result is used."""
+def limits_of(plan: Plan, results: RunResults) -> list[str]:
+    """Limits that a user of the result should know."""
     limits = []
     if plan.layout().ties:
         limits.append("Sharing weights makes the file and the memory smaller. It does not make the model faster.")
-    if results["before"]["latency_ms"]:
+    if results.before.latency_ms:
         limits.append("Latency was measured on the machine named below; ratios carry over better than milliseconds.")
     limits.append(
         "Nothing was chosen on the data that are reported here."
-        if results["metrics_on"] == "test"
+        if results.metrics_on == "test"
         else "The recipe names no test data: the figures are from those that healing was watched on."
     )
-    if "healed" not in results:
+    if results.healed is None:
         limits.append("It was not retrained after its layers were changed.")
-    elif (results.get("heal") or {}).get("best_step") == 0 and "rounds" not in results:
+    elif len(results.rounds) == 1 and results.rounds[0].report.best_step == 0:
         limits.append("Retraining found no weights that validated better than those before it, which are the result.")
-    metrics = results["before"]["metrics"]
+    metrics = results.before.metrics
     if "stride" in metrics:
         limits.append(f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}.")
     limits.append("What the original gets wrong, and what it is biased in, is not mended, and may be worse.")

@@ -34,6 +34,7 @@ from hf_layerfuse import (
 from hf_layerfuse.evaluation.divergence import calibration_loss
 from hf_layerfuse.math.cluster import partition_within
 from hf_layerfuse.math.ridge import Moments
+from hf_layerfuse.pipeline.results import Goal
 from hf_layerfuse.pipeline.rounds import rounds_of, target_of
 from hf_layerfuse.recipe import DataRecipe, Recipe
 from hf_layerfuse.training.schedule import compose
@@ -311,7 +312,7 @@ def test_rounds_of_fusing_and_healing(mode):
     fusion = FusionRecipe(ratio=0.5, mode=mode, effort="low")
     asked = Recipe(**common, fusion=fusion, heal=HealRecipe(steps=6, schedule="uniform", rounds=2))
     rounds = rounds_of(asked, model, None)
-    assert rounds == [({"ratio": 0.25}, 3), ({"ratio": 0.5}, 3)]
+    assert rounds == [(Goal(ratio=0.25), 3), (Goal(ratio=0.5), 3)]
     source, plan = model, None
     for goal, steps in rounds:
         step = search(source, replace(fusion, **target_of(goal, source, model)), batches)
@@ -321,7 +322,7 @@ def test_rounds_of_fusing_and_healing(mode):
         heal(fused, DataLoader(rows, 16, shuffle=True), recipe, teacher=model, matches=layer_map(fused, model, plan))
         assert all(not torch.equal(tensor, before[name]) for name, tensor in fused.named_parameters())
         left = sum(p.numel() for p in {p for layer in fused.layers for p in layer.parameters()})
-        assert (1 - goal["ratio"]) * whole - 2000 < left <= (1 - goal["ratio"]) * whole
+        assert (1 - goal.ratio) * whole - 2000 < left <= (1 - goal.ratio) * whole
         assert len({id(layer.conv1.weight) for layer in fused.layers}) < LAYERS
         source = expand(fused)
     assert plan.num_layers == LAYERS

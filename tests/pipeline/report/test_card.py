@@ -7,7 +7,7 @@ import pytest
 import yaml
 from helpers import ROOT
 from huggingface_hub import ModelCard
-from runs import MERGED, PLAN, RESULTS, SHARED, SMALLER, recipe
+from runs import MERGED, PLAN, REPORT, RESULTS, SHARED, SMALLER, healed_by, recipe, results
 
 from hf_layerfuse import Drop, Fuse, FusionRecipe, MergeRecipe, Plan
 from hf_layerfuse.pipeline.report.card import licence_of, model_card
@@ -23,10 +23,12 @@ def test_says_what_became_of_what():
     assert "| The attention of layer 7 | dropped |" in text
     assert "| All others | as they are |" in text
     assert "It was not retrained" in text
-    healed = model_card(recipe(), PLAN, {**RESULTS, "healed": {**SMALLER, "metrics": {"accuracy": 0.89}}}, "x").content
+    better = dataclasses.replace(SMALLER, metrics={"accuracy": 0.89})
+    healed = model_card(recipe(), PLAN, results(healed=better), "x").content
     assert "accuracy 0.89 (before: 0.9)" in healed
     assert "It was not retrained" not in healed
-    kept = model_card(recipe(), PLAN, {**RESULTS, "healed": SMALLER, "heal": {"best_step": 0}}, "x").content
+    worse = healed_by(dataclasses.replace(REPORT, best_step=0))
+    kept = model_card(recipe(), PLAN, results(rounds=worse), "x").content
     assert "no weights that validated better" in kept
     assert "no weights that validated better" not in healed
 

@@ -192,7 +192,7 @@ def test_what_is_to_be_private_never_becomes_public(tmp_path, site, folder) -> N
         assert "DONE" in python(site, tmp_path, "-c", PUBLISH, "someone/small", str(folder)).stdout
         before = dict(site.repositories["models", "someone/small"].branches)
         refused = python(site, tmp_path, "-c", PUBLISH, "someone/small", str(folder), "private", how)
-        assert "is there and public" in refused.stdout, refused.stdout + refused.stderr
+        assert "exists and is public" in refused.stdout, refused.stdout + refused.stderr
         assert site.repositories["models", "someone/small"].branches == before
 
 

@@ -12,7 +12,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
-from runs import MERGED, PLAN, REPORT, RESULTS, SHARED, causal_lm, recipe, results, written
+from runs import MERGED, PLAN, REPORT, SHARED, STAGE, causal_lm, healed_by, recipe, results, written
 
 from hf_layerfuse import CheckpointError, CollapseRecipe, Linearize, MergeRecipe, Plan, cli
 from hf_layerfuse.cli import main
@@ -113,13 +113,13 @@ def test_says_why(tmp_path):
 def test_says_what_training_did():
     """Each round has its sentence, one that did not help says so, and a run without training has none; how much the
     figures were measured on is said where it is known."""
-    rounds = [{**REPORT, "best_step": 0}, {**REPORT, "steps": 5000, "best_step": 5000}]
-    counted = {**RESULTS["before"], "metrics": {"accuracy": 0.9, "examples": 1234}}
-    shown = page(PLAN, results(rounds=rounds, heal=rounds[-1], before=counted), recipe())
+    reports = dataclasses.replace(REPORT, best_step=0), dataclasses.replace(REPORT, steps=5000, best_step=5000)
+    counted = dataclasses.replace(STAGE, metrics={"accuracy": 0.9, "examples": 1234})
+    shown = page(PLAN, results(rounds=healed_by(*reports), before=counted), recipe())
     assert "no later weights validated better than those before the first step" in shown
     assert "5,000 steps in 72 s" in shown
     assert "Measured on glue (validation), 1,234 examples." in shown
-    assert "Training</h2>" not in page(PLAN, results(heal=None), recipe())
+    assert "Training</h2>" not in page(PLAN, results(rounds=(), healed=None), recipe())
 
 
 @pytest.mark.filterwarnings("ignore::hf_layerfuse.errors.LayerFuseWarning")
@@ -139,19 +139,19 @@ def test_the_page_of_a_run(tmp_path, capsys):
 
 
 def test_nothing_else_is_replaced(tmp_path, capsys):
-    """A file that is no page of a run stays, as does everything where the results are damaged."""
+    """A file that is not a report stays, as does everything where the results are damaged."""
     folder = written(tmp_path / "out")
     (tmp_path / "notes.html").write_text("mine")
     assert main(["report", str(folder), "--output", str(tmp_path / "notes.html")]) == 1
-    assert "no page of a run: name another file by --output" in capsys.readouterr().err
+    assert "exists and is not a report: name another file by --output" in capsys.readouterr().err
     assert (tmp_path / "notes.html").read_text() == "mine"
     speaks_of_it = f"<!doctype html>\n<p>How a page begins:</p>\n<!-- {write_page(folder).read_text()} -->"
     (tmp_path / "notes.html").write_text(speaks_of_it)
-    with pytest.raises(CheckpointError, match="no page of a run"):
+    with pytest.raises(CheckpointError, match="is not a report"):
         write_page(folder, tmp_path / "notes.html")
     assert (tmp_path / "notes.html").read_text() == speaks_of_it
     for taken in (tmp_path, os.devnull):  # neither of which is a file
-        with pytest.raises(CheckpointError, match="no page of a run"):
+        with pytest.raises(CheckpointError, match="is not a report"):
             write_page(folder, taken)
     with pytest.raises(CheckpointError, match="cannot be written"):
         write_page(folder, tmp_path / "nowhere" / "page.html")
@@ -159,16 +159,16 @@ def test_nothing_else_is_replaced(tmp_path, capsys):
         damaged = written(tmp_path / "damaged")
         (damaged / name).write_text(content)
         assert main(["report", str(damaged)]) == 1
-        assert "is no result of a run" in capsys.readouterr().err
+        assert "is not the result of a run" in capsys.readouterr().err
         assert not (damaged / "report.html").exists()
     half = [{name: None} for name in ("before", "metrics_on", "environment")]
     for changes in (*half, {"fused": None, "healed": None}, {"before": {}}, {"heal": {"train_loss": 5}}):
-        damaged = written(tmp_path / "half", **changes)
-        tree = json.loads((damaged / "results.json").read_text())
+        damaged = written(tmp_path / "half")
+        tree = json.loads((damaged / "results.json").read_text()) | changes
         kept = {name: value for name, value in tree.items() if value is not None}
         (damaged / "results.json").write_text(json.dumps(kept))
         assert main(["report", str(damaged)]) == 1, changes
-        assert "is no result of a run" in capsys.readouterr().err
+        assert "is not the result of a run" in capsys.readouterr().err
         assert {path.name for path in damaged.iterdir()} == {"plan.json", "results.json"}
     strange = written(tmp_path / "strange", dataclasses.replace(PLAN, notes={"competition": [{"plan": 1}]}))
     assert main(["report", str(strange)]) == 1

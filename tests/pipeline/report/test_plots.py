@@ -1,10 +1,12 @@
 """Pictures show what a plan does, and can be read on pages of both kinds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import TINY, network, tiny_model
 from PIL import Image
-from runs import HEALED
+from runs import REPORT
 
 from hf_layerfuse import Drop, Fuse, FusionRecipe, Linearize, MergeConvs, Plan, apply, architecture_for, plan_fusion
 from hf_layerfuse.pipeline.report.plots import _COLOURS, _GREY, Quality, _made_of, draw, plot_quality
@@ -34,13 +36,13 @@ def test_as_many_blocks_as_the_result_has(model_type) -> None:
 
 
 @pytest.mark.parametrize("plan", [MIXED, SHARED, CHAINED], ids=["mixed", "shared", "chain"])
-@pytest.mark.parametrize("results", [{}, HEALED, {"heal": {**HEALED["heal"], "homotopy": [(0, {"a": 0.9})]}}])
-def test_pictures_are_written(tmp_path, plan, results) -> None:
+@pytest.mark.parametrize("healed", [None, REPORT, replace(REPORT, homotopy=[(0, {"a": 0.9})])])
+def test_pictures_are_written(tmp_path, plan, healed) -> None:
     """Those that there is something to show for, with a transparent ground, no wider than twice a card."""
-    drawn = draw(plan, results, tmp_path)
+    drawn = draw(plan, healed, tmp_path)
     assert set(drawn) == {path.name for path in tmp_path.iterdir()}
-    expected = {"plan.png"} | ({"training.png"} if results else set())
-    assert expected | ({"homotopy.png"} if results and results["heal"]["homotopy"] else set()) == set(drawn)
+    expected = {"plan.png"} | ({"training.png"} if healed else set())
+    assert expected | ({"homotopy.png"} if healed and healed.homotopy else set()) == set(drawn)
     for name in drawn:
         with Image.open(tmp_path / name) as picture:
             assert picture.getpixel((0, 0))[3] == 0
@@ -51,11 +53,11 @@ def test_distances_are_drawn_with_what_was_grouped(tmp_path) -> None:
     """Also where groups are not runs, and where some layers can never be one."""
     for cluster in ("adjacent", "global"):
         plan = plan_fusion(tiny_model("bert"), FusionRecipe(ratio=0.5, mode="share", cluster=cluster))
-        assert "distances.png" in draw(plan, {}, tmp_path)
+        assert "distances.png" in draw(plan, None, tmp_path)
     model = network("cifar").to(torch.float32)
     plan = plan_fusion(model, FusionRecipe(keep_layers=4))
     assert any(None in row for row in plan.notes["distances"]["conv"])
-    assert "distances.png" in draw(plan, {}, tmp_path)
+    assert "distances.png" in draw(plan, None, tmp_path)
 
 
 @pytest.mark.parametrize("spread", [0, 1e-9, 1e-3, 1e9])
@@ -64,14 +66,14 @@ def test_distances_of_any_size_are_drawn(tmp_path, spread) -> None:
     for count in (2, 6):
         apart = [[0.0 if i == j else 0.985 + spread * (i + j) for i in range(count)] for j in range(count)]
         plan = Plan("gpt2", count, (Fuse("layer", (0, 1)),), notes={"distances": {"layer": apart}})
-        assert "distances.png" in draw(plan, {}, tmp_path)
+        assert "distances.png" in draw(plan, None, tmp_path)
 
 
 def test_groups_of_the_original_are_not_marked_among_fewer_layers(tmp_path) -> None:
     """After several rounds, distances are between layers that were fused before: the picture has those alone."""
     apart = [[0.0, 0.989371, 0.992524], [0.989371, 0.0, 0.993531], [0.992524, 0.993531, 0.0]]
     for edit in (Fuse("layer", (1, 2, 3, 4, 5)), Fuse("layer", (0, 5), mode="share")):
-        assert "distances.png" in draw(Plan("gpt2", 6, (edit,), notes={"distances": {"layer": apart}}), {}, tmp_path)
+        assert "distances.png" in draw(Plan("gpt2", 6, (edit,), notes={"distances": {"layer": apart}}), None, tmp_path)
 
 
 def test_quality_is_drawn_against_size(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from typing import get_args
 
 import pytest
+from runs import REPORT, healed_by, results
 
 from hf_layerfuse import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
 from hf_layerfuse.pipeline.report.tables import describe, rows
@@ -46,7 +47,6 @@ def test_a_shared_block_without_residuals_has_none():
 
 def test_what_was_healed_before_is_not_called_fused():
     """With rounds, the last fusing starts from a healed model."""
-    stage = {"parameters": 1, "non_embedding_parameters": 1, "bytes": 1, "latency_ms": None, "metrics": {}}
-    results = {"before": stage, "fused": stage, "healed": stage}
-    assert rows(results)[0] == ["", "before", "fused", "healed"]
-    assert rows({**results, "rounds": [{}, {}]})[0] == ["", "before", "fused in the last round", "healed"]
+    assert rows(results())[0] == ["", "before", "fused", "healed"]
+    twice = results(rounds=healed_by(REPORT, REPORT))
+    assert rows(twice)[0] == ["", "before", "fused in the last round", "healed"]
