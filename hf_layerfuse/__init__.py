@@ -1,6 +1,6 @@
 """Make a pretrained Hugging Face model smaller and faster by fusing its layers.
 
-The names are listed in `__init__.pyi`. Each is imported when it is first used, so that importing the package is quick.
+`__init__.pyi` lists the public names. Each is imported on first use, so that importing the package is fast.
 """
 
 from importlib.metadata import version
@@ -21,7 +21,7 @@ _NAMES_OF_0_1 = {
     "adapter_for": "architecture_for",
     "register_adapter": "register_architecture",
 }
-"""Names that 0.1 has for public classes and functions, kept for one release."""
+"""Names of public classes and functions in 0.1, kept for one release."""
 
 
 def __getattr__(name: str) -> Any:
@@ -34,8 +34,8 @@ def _register_fused_classes(read: Any, instance: Any, args: tuple, kwargs: dict[
     return read(*args, **kwargs)
 
 
-# Every Auto class reads the config of a checkpoint first. Registering at that moment, and not when transformers is
-# imported, means that neither library is half imported when it happens.
+# Every Auto class first reads the config of a checkpoint. The fused classes are registered at that moment, when both
+# libraries are fully imported. During the import of transformers, they would not be.
 @wrapt.when_imported("transformers.models.auto.configuration_auto")
 def _register_before_reading(configuration_auto: Any) -> None:
     wrapt.wrap_function_wrapper(configuration_auto, "AutoConfig.from_pretrained", _register_fused_classes)

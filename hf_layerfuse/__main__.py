@@ -1,4 +1,4 @@
-"""`accelerate launch -m hf_layerfuse RECIPE ...`, where there is no `fuse.py`."""
+"""`accelerate launch -m hf_layerfuse RECIPE ...`, for installations without `fuse.py`."""
 
 import sys
 

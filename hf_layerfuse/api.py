@@ -1,4 +1,4 @@
-"""The front doors: `fuse`, `collapse`, `merge` for a model in memory, `AutoFusedModel` for one on disk or the Hub."""
+"""The public entry points: `fuse`, `collapse` and `merge` take a model, `AutoFusedModel` loads a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,27 +29,26 @@ def fuse(
     check: bool = True,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Make a model smaller: plan, apply, refit, verify.
+    """Fuse layers of a model into fewer: plan, apply, refit, verify.
 
-    With calibration `batches`, candidates compete on how near they stay to the original, and the result is repaired in
-    closed form. Without, everything is decided from the weights alone, and nothing is repaired: heal such a model
-    before use.
+    With calibration `batches`, the candidate that stays closest to the original wins, and the result is refitted in
+    closed form. Without `batches`, the weights alone decide and nothing is refitted. Heal such a model before use.
 
     Args:
-        model: a stock model with any head; never changed.
-        recipe: what is asked for; `FusionRecipe(keep_layers=6)`, say.
-        batches: calibration data: any iterable of dicts of model inputs, or a tokenised `datasets.Dataset`. A few
-            hundred sequences like those the model will see; labels are not needed.
-        check: save, reload and compare the result before it is returned, as `verify` does.
-        overrides: fields of `FusionRecipe`, in place of the recipe or on top of it.
+        model: Stock model with any head; it is not changed.
+        recipe: Settings of the fusion, such as `FusionRecipe(keep_layers=6)`.
+        batches: Calibration data, as an iterable of dicts of model inputs or a tokenised `datasets.Dataset`. A few
+            hundred sequences like those in use are enough. Labels are not needed.
+        check: Whether to save, reload and compare the result before returning it, as `verify` does.
+        overrides: Fields of `FusionRecipe` that replace those of `recipe`, or form the recipe if there is none.
 
     Returns:
-        A new model: of the stock class where whole layers were fused in depth, else of its fused counterpart.
+        A new model. It has the stock class if whole layers were fused in depth, and its fused counterpart otherwise.
 
     Raises:
-        RecipeError: unknown field or impossible target.
-        UnsupportedModelError: an unknown architecture, or a model that cannot be fused.
-        VerificationError: the result does not survive saving and loading, or caching.
+        RecipeError: Unknown field or impossible target.
+        UnsupportedModelError: Unknown architecture, or a model that cannot be fused.
+        VerificationError: Result that changes when it is saved and loaded, or when it decodes with a cache.
 
     Examples:
         >>> small = fuse(model, keep_layers=8, batches=batches)  # doctest: +SKIP
@@ -65,26 +64,27 @@ def collapse(
     check: bool = True,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Make MLPs of a model linear: choose them, apply, fit, verify.
+    """Replace MLPs of a model with linear maps: choose, apply, fit, verify.
 
-    With method `homotopy`, what is returned computes what `model` does, with activations that can become lines: train
-    it by `heal` with `HealRecipe(straighten="auto")` and `threshold=0.05`; `straighten(result)` is the smaller one.
+    With method `homotopy`, the returned model still computes the same outputs as `model`. Its activations can become
+    linear during training. Train it with `heal`, `HealRecipe(straighten="auto")` and `threshold=0.05`, then call
+    `straighten(result)` to get the smaller model.
 
     Args:
-        model: a stock model with any head; never changed.
-        recipe: what is asked for; `CollapseRecipe(count=4)`, say.
-        batches: calibration data, as for `fuse`. Without them, MLPs are taken from the last layer on, if the recipe
-            says `order='deepest'`, and nothing is fitted.
-        check: save, reload and compare the result before it is returned, as `verify` does.
-        overrides: fields of `CollapseRecipe`, in place of the recipe or on top of it.
+        model: Stock model with any head; it is not changed.
+        recipe: Settings of the collapse, such as `CollapseRecipe(count=4)`.
+        batches: Calibration data, as for `fuse`. Without them, nothing is fitted, and the recipe must have
+            `order='deepest'`, which starts at the last layer.
+        check: Whether to save, reload and compare the result before returning it, as `verify` does.
+        overrides: Fields of `CollapseRecipe` that replace those of `recipe`, or form the recipe if there is none.
 
     Returns:
-        A new model, of the fused counterpart of the class of `model`.
+        A new model, whose class is the fused counterpart of the class of `model`.
 
     Raises:
-        RecipeError: unknown field or impossible target.
-        UnsupportedModelError: an unknown architecture, or a model whose MLPs cannot become linear.
-        VerificationError: the result does not survive saving and loading, or caching.
+        RecipeError: Unknown field or impossible target.
+        UnsupportedModelError: Unknown architecture, or a model whose MLPs cannot become linear.
+        VerificationError: Result that changes when it is saved and loaded, or when it decodes with a cache.
 
     Examples:
         >>> small = collapse(model, count=4, batches=batches)  # doctest: +SKIP
@@ -100,25 +100,25 @@ def merge(
     check: bool = True,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """Make convolutions of a model one: measure segments, choose those that keep a latency budget, fit, verify.
+    """Merge convolutions of a model within a latency budget: measure segments, choose, fit, verify.
 
-    Latency is measured on the device that the model is on, with the number of threads that torch has.
+    Latency is measured on the device of the model, with the current number of torch threads.
 
     Args:
-        model: a stock model with any head; never changed.
-        recipe: what is asked for; `MergeRecipe(latency_budget=0.6)`, say.
-        batches: calibration images, as for `fuse`.
-        check: save, reload and compare the result before it is returned, as `verify` does.
-        overrides: fields of `MergeRecipe`, in place of the recipe or on top of it.
+        model: Stock model with any head; it is not changed.
+        recipe: Settings of the merge, such as `MergeRecipe(latency_budget=0.6)`.
+        batches: Calibration images, as for `fuse`.
+        check: Whether to save, reload and compare the result before returning it, as `verify` does.
+        overrides: Fields of `MergeRecipe` that replace those of `recipe`, or form the recipe if there is none.
 
     Returns:
-        A new model, of the fused counterpart of the class of `model`. With method `open`, one to be trained, of which
-        `merge_convs` makes the fast one.
+        A new model, whose class is the fused counterpart of the class of `model`. With method `open`, its segments are
+        still to be trained. `merge_convs` then turns the trained model into the fast one.
 
     Raises:
-        RecipeError: unknown field, a budget that cannot be met, or no batches.
-        UnsupportedModelError: an unknown architecture, or nothing in it that can be merged.
-        VerificationError: the result does not survive saving and loading.
+        RecipeError: Unknown field, latency budget that cannot be met, or missing batches.
+        UnsupportedModelError: Unknown architecture, or a model without convolutions that can be merged.
+        VerificationError: Result that changes when it is saved and loaded.
 
     Examples:
         >>> fast = merge(model, latency_budget=0.6, batches=batches)  # doctest: +SKIP
@@ -134,19 +134,19 @@ def _compress(
     check: bool,
     overrides: dict[str, Any],
 ) -> PreTrainedModel:
-    """What `fuse`, `collapse` and `merge` do, each with its method."""
+    """Run the search of a method, then check its result, as `fuse`, `collapse` and `merge` do."""
     recipe = _asked(method, recipe, overrides)
     sequences = None if batches is None else read(batches, model)
     result = method.search(model, recipe, sequences).model
     if check:
         verify(result)
-    if not method.needs_training(recipe):  # otherwise how good it is shows after the training
+    if not method.needs_training(recipe):  # the quality of other results shows only after training
         warn_if_useless(model, result, sequences)
     return result
 
 
 def _asked(method: Method[_Recipe], recipe: _Recipe | None, overrides: dict[str, Any]) -> _Recipe:
-    """The recipe, with overrides; one of its targets replaces the one that the recipe has."""
+    """Apply overrides to a recipe. A target among the overrides replaces the target of the recipe."""
     kind = method.recipe_type
     if recipe is None:
         return kind(**overrides)
@@ -159,10 +159,10 @@ def _asked(method: Method[_Recipe], recipe: _Recipe | None, overrides: dict[str,
 
 
 class AutoFusedModel:
-    """Loads any checkpoint that hf_layerfuse or transformers saved, with the head it was saved with."""
+    """Loader for any checkpoint that hf_layerfuse or transformers saved, with its head."""
 
     def __init__(self) -> None:
-        raise TypeError("AutoFusedModel is not instantiated: call AutoFusedModel.from_pretrained(path).")
+        raise TypeError("AutoFusedModel cannot be instantiated: call AutoFusedModel.from_pretrained(path).")
 
     @classmethod
     def from_pretrained(
@@ -173,22 +173,24 @@ class AutoFusedModel:
         batches: Batches | None = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
-        """Load a fused or stock checkpoint, and fuse it on the way when there is a recipe.
+        """Load a fused or stock checkpoint, and fuse it if a recipe is given.
 
         Args:
-            path: directory or Hub name.
-            recipe: fuse the loaded model by this recipe, as `fuse` does.
-            batches: calibration batches for the recipe.
-            kwargs: as for `PreTrainedModel.from_pretrained`: `dtype`, `device_map`, `revision`, `token`, ...
+            path: Directory or Hub name.
+            recipe: Recipe to fuse the loaded model with, as `fuse` does; None loads the model unchanged.
+            batches: Calibration batches for the recipe.
+            kwargs: Options of `PreTrainedModel.from_pretrained`: `dtype`, `device_map`, `revision`, `token`, ...
 
         Raises:
-            CheckpointError: nothing there, not a model, damaged, or with weights missing.
-            PlanError: a plan of a newer format, or one that does not fit the config.
+            CheckpointError: Checkpoint that does not exist, is not a model, is damaged or lacks weights.
+            PlanError: Plan that has a newer format, or does not fit the config.
         """
         if recipe is None:
             if batches is not None:
-                raise RecipeError("batches= without recipe=: calibration batches are only used to fuse at load.")
+                raise RecipeError(
+                    "batches= without recipe=: they are used only to fuse while loading. Pass recipe= too."
+                )
             return load_checkpoint(path, **kwargs)
         if kwargs.get("output_loading_info"):
-            raise RecipeError("output_loading_info=True describes a file, not a model fused at load: leave it out.")
+            raise RecipeError("output_loading_info=True describes a file, not a fused model: leave it out.")
         return fuse(load_checkpoint(path, **kwargs), recipe, batches=batches)

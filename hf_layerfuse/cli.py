@@ -1,6 +1,6 @@
 """The command line: `hf-layerfuse` and its subcommands. `fuse.py` runs `hf-layerfuse run` under its own name.
 
-The modules that do the work are imported after the words are parsed, so that help does not wait for torch.
+Modules that need torch are imported only after the arguments are parsed, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .recipe import SECTIONS, FusionRecipe, Recipe, add_fields, load_recipe
 _EXAMPLES = """examples:
   hf-layerfuse run recipes/gpt2-wikitext2.yaml --heal.steps 0
   hf-layerfuse inspect openai-community/gpt2
-  hf-layerfuse inspect path/to/config.json                          sizes alone, from a config
+  hf-layerfuse inspect path/to/config.json                          only sizes, from a config
   hf-layerfuse inspect path/to/bert --similarity cka --text lines.txt
   hf-layerfuse plan openai-community/gpt2 --keep_layers 8
   hf-layerfuse plan path/to/config.json --ratio 0.5 --mode share
-  hf-layerfuse report outputs/demo                                  of what a run wrote there
+  hf-layerfuse report outputs/demo                                  one HTML page about a run
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand of `hf-layerfuse`. Returns 0, 130 after Ctrl-C, or 1 after an error that the user can fix.
 
-    Errors go to standard error.
+    Error messages go to standard error.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser()
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = arguments[1:]
         return _run("hf-layerfuse run", words, known, rest, ["hf-layerfuse", "run", *words])
     try:
-        if rest and known.command != "plan":  # whose recipe says what is wrong with them
+        if rest and known.command != "plan":  # FusionRecipe reports unknown fields of a plan
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         _show(known, rest)
     except LayerFuseError as error:
@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a recipe, as `fuse.py` does. Returns 0, 130 after Ctrl-C, or 1 after an error that the user can fix.
 
-    Those errors are every `LayerFuseError`, and every `OSError`, such as a full disk. The message goes to standard
-    error, from the process that met the error.
+    Every `LayerFuseError` and every `OSError`, such as a full disk, counts as such an error. The process that raised
+    it prints the message to standard error.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
@@ -69,7 +69,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(prog: str, words: Sequence[str], known: argparse.Namespace, rest: Sequence[str], command: list[str]) -> int:
-    """Run a recipe from parsed words; `words` are all of them, and `rest` those that the parser does not know."""
+    """Run a recipe from parsed arguments: `words` holds all of them, `rest` those unknown to the parser."""
     try:
         if words[0].startswith("-"):
             raise RecipeError(f"the recipe comes first, before {words[0]}: {prog} RECIPE.yaml {words[0]} ...")
@@ -84,19 +84,19 @@ def _run(prog: str, words: Sequence[str], known: argparse.Namespace, rest: Seque
         _complain(prog, str(error))
         return 1
     except OSError as error:
-        _complain(prog, f"{error}. When that is mended, the same command goes on from where it was.")
+        _complain(prog, f"{error}. Fix this, then rerun the same command to resume.")
         return 1
     except KeyboardInterrupt:
         from .training.distributed import process_state
 
         if process_state().is_main_process:
-            print(f"{prog}: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+            print(f"{prog}: interrupted. Rerun the same command to resume from the last checkpoint.", file=sys.stderr)
         return 130
     return 0
 
 
 def _show(known: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Do what `inspect`, `plan` or `report` asks for, and print the result."""
+    """Run `inspect`, `plan` or `report`, and print the result."""
     if known.command == "report":
         from .pipeline.report.page import write_page
 
@@ -117,35 +117,35 @@ def _show(known: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 _TEXT = ("model", "output_dir", "hub.push_to_hub", "hub.revision")
-"""Options whose value is text as it stands; that of others is YAML."""
+"""Options whose value is plain text. The values of all other options are YAML."""
 
 _RUN_USAGE = (
     "RECIPE [--model M] [--output_dir DIR] [--overwrite] [--with_code] "
     "[--push_to_hub NAME [--private] [--revision BRANCH]] [--section.field VALUE]"
 )
 _RUN_DESCRIPTION = (
-    "Make a pretrained model smaller by a recipe (fuse its layers, make MLPs linear, or merge convolutions), heal it, "
-    "evaluate it and save it."
+    "Make a pretrained model smaller with a recipe (fuse its layers, make MLPs linear, or merge convolutions), "
+    "heal it, evaluate it and save it."
 )
 _RUN_OPTIONS: dict[str, Any] = {
     "allow_abbrev": False,
     "argument_default": argparse.SUPPRESS,
-    "epilog": "What is given here takes the place of what the file has: --fusion.keep_layers 8, --heal.steps 0, "
-    "--data.name null. In brackets is what holds where neither says anything.",
+    "epilog": "Options replace the values in the file: --fusion.keep_layers 8, --heal.steps 0, --data.name null. "
+    "Brackets show the default.",
 }
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Declare the words of a run: the recipe, and an option for each of its fields."""
+    """Add the arguments of a run: the recipe, and an option for each of its fields."""
     recipe = parser.add_argument("recipe", help="YAML file, such as recipes/gpt2-wikitext2.yaml")
     recipe.complete = shtab.FILE
-    parser.add_argument("--model", help="Hub name or path, in place of the recipe's")
-    parser.add_argument("--output_dir", help="where to write, in place of the recipe's")
+    parser.add_argument("--model", help="Hub name or path that replaces the model of the recipe")
+    parser.add_argument("--output_dir", help="directory that replaces the output_dir of the recipe")
     parser.add_argument("--overwrite", action="store_true", help="replace output_dir if it is not empty")
-    parser.add_argument("--with_code", action="store_true", help="let the result be loaded without this library")
-    parser.add_argument("--push_to_hub", dest="hub.push_to_hub", metavar="NAME", help="publish it as user/name")
-    parser.add_argument("--private", dest="hub.private", action="store_true", help="where not everybody can see it")
-    parser.add_argument("--revision", dest="hub.revision", metavar="BRANCH", help="publish it on a branch")
+    parser.add_argument("--with_code", action="store_true", help="save the code needed to load without this library")
+    parser.add_argument("--push_to_hub", dest="hub.push_to_hub", metavar="NAME", help="publish the result as user/name")
+    parser.add_argument("--private", dest="hub.private", action="store_true", help="publish to a private repository")
+    parser.add_argument("--revision", dest="hub.revision", metavar="BRANCH", help="branch to publish on")
     add_fields(parser, "the run", Recipe, skip=("model", "output_dir", "overwrite", "with_code"))
     for section, fields_of_section in SECTIONS.items():
         add_fields(parser, f"section {section}", fields_of_section, f"{section}.")
@@ -153,59 +153,60 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="hf-layerfuse", description="Make models smaller by recipes, and look at models and runs."
+        prog="hf-layerfuse", description="Make models smaller with recipes, and inspect models and runs."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser(
         "run",
         usage=f"hf-layerfuse run {_RUN_USAGE}",
-        help="make a model smaller by a recipe, in one process",
+        help="make a model smaller with a recipe, in one process",
         description=f"{_RUN_DESCRIPTION} For several processes: accelerate launch -m hf_layerfuse RECIPE ...",
         **_RUN_OPTIONS,
     )
     _add_recipe(run_parser)
     inspect = commands.add_parser(
         "inspect",
-        help="the layers of a model, their sizes and how alike they are",
-        description="Show what a model is made of, how alike its layers are, and what can be done with it.",
+        help="show the layers of a model, their sizes and their similarity",
+        description="Show the layers of a model, their sizes, their similarity, and the applicable methods.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    model = inspect.add_argument("model", help="checkpoint or Hub name; or a config: config.json, or its directory")
+    model = inspect.add_argument("model", help="checkpoint, Hub name, config.json, or directory of a config")
     inspect.add_argument(
         "--similarity",
         choices=get_args(get_type_hints(FusionRecipe)["similarity"]),
-        help="distance of each layer to the next; default: cosine, of weights. 0 is equal, and independent random "
-        "weights are about 1 apart. cka, cka_unbiased, angular, block_influence compare what layers compute, and need "
-        "--text",
+        help="distance between each layer and the next (default: cosine, of weights). Equal layers have distance 0, "
+        "independent random weights about 1. These compare activations and need --text: cka, cka_unbiased, angular, "
+        "block_influence",
     )
-    text = inspect.add_argument("--text", type=Path, metavar="FILE", help="lines of text to compare activations on")
+    text = inspect.add_argument(
+        "--text", type=Path, metavar="FILE", help="text file whose lines are used to compare activations"
+    )
     model.complete = text.complete = shtab.FILE
     plan = commands.add_parser(
         "plan",
         usage="hf-layerfuse plan MODEL [--text FILE] --keep_layers N [--field VALUE ...]",
-        help="which layers a fusion would make one, and how large the result would be",
-        description="Show what a fusion would do, and do nothing. What is chosen by measuring (a latency budget, "
-        "collapse, merge) is planned by fuse.py alone.",
+        help="show which layers a fusion would fuse, and the size of the result",
+        description="Show the plan of a fusion without applying it. A latency budget, collapse and merge need "
+        "measurements: only fuse.py plans them.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    model = plan.add_argument("model", help="as for inspect; of a config alone, runs of even length become one")
-    text = plan.add_argument("--text", type=Path, metavar="FILE", help="lines of text, for a similarity of activations")
+    model = plan.add_argument("model", help="as for inspect; for a config, layers are grouped into runs of even length")
+    text = plan.add_argument("--text", type=Path, metavar="FILE", help="text file for a similarity of activations")
     model.complete = text.complete = shtab.FILE
     report = commands.add_parser(
         "report",
-        help="a page about what fuse.py has done",
-        description="Write one HTML file with the figures, pictures, plan and recipe of a run, which needs nothing "
-        "beside it.",
+        help="write an HTML page about a run",
+        description="Write one self-contained HTML file with the numbers, plots, plan and recipe of a run.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    report.add_argument("output_dir", help="what fuse.py wrote").complete = shtab.DIRECTORY
-    report.add_argument("--output", metavar="FILE", help="where to; default: report.html in output_dir")
-    add_fields(plan, "what it is to be (fields of FusionRecipe)", FusionRecipe)
-    shtab.add_argument_to(parser, "--print-completion", help="print what completes this command in a shell")
+    report.add_argument("output_dir", help="output directory of a run").complete = shtab.DIRECTORY
+    report.add_argument("--output", metavar="FILE", help="file to write (default: report.html in output_dir)")
+    add_fields(plan, "the fusion (fields of FusionRecipe)", FusionRecipe)
+    shtab.add_argument_to(parser, "--print-completion", help="print the completion script of this command for a shell")
     return parser
 
 
@@ -218,10 +219,10 @@ def _complain(prog: str, what: str) -> None:
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """`["--heal.steps", "0", "--data.name=null"]` to `{"heal.steps": 0, "data.name": None}`; values are YAML.
+    """Turn `["--heal.steps", "0", "--data.name=null"]` into `{"heal.steps": 0, "data.name": None}`; values are YAML.
 
     Raises:
-        RecipeError: a word that is not an option, or an option without a value.
+        RecipeError: Argument that is not an option, or option without a value.
     """
     overrides: dict[str, Any] = {}
     rest = list(words)

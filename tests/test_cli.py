@@ -74,7 +74,7 @@ def test_similarities_in_the_help(capsys) -> None:
         main(["inspect", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "{" + ",".join([*ON_WEIGHTS, *ON_ACTIVATIONS]) + "}" in text
-    assert ", ".join(ON_ACTIVATIONS) + " compare what layers compute" in text
+    assert "These compare activations and need --text: " + ", ".join(ON_ACTIVATIONS) in text
 
 
 def test_import_is_light() -> None:

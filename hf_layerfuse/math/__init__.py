@@ -1,1 +1,1 @@
-"""Pure functions on tensors: torch and scipy only; no modules, no files, no configs."""
+"""Pure functions on tensors. They use only torch, NumPy and SciPy: no modules, files or configs."""

@@ -1,4 +1,4 @@
-"""From a matrix of distances to groups of blocks."""
+"""Groups of blocks from a matrix of distances."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Groups = list[tuple[int, ...]]
 
 
 def inside_runs(distance: Tensor) -> np.ndarray:
-    """The sum of the distances between all pairs of the run i .. j-1 at [i, j], (n + 1, n + 1).
+    """Compute the sum of the distances between all pairs of the run i .. j-1 at [i, j], (n + 1, n + 1).
 
     Args:
-        distance: (n, n), symmetric.
+        distance: Symmetric distances, (n, n).
     """
     matrix = distance.cpu().numpy()
     count = len(matrix)
@@ -28,14 +28,14 @@ def inside_runs(distance: Tensor) -> np.ndarray:
 
 
 def partition(inside: np.ndarray, groups: int) -> Groups | None:
-    """The partition of 0 .. n-1 into `groups` runs with the least total cost, by dynamic programming: O(n^2 groups).
+    """Find the partition of 0 .. n-1 into `groups` runs of least total cost, by dynamic programming: O(n^2 groups).
 
     Args:
-        inside: (n + 1, n + 1), the cost of the run i .. j-1 at [i, j]; infinite where it is not allowed.
-        groups: from 1 to n.
+        inside: Cost of the run i .. j-1 at [i, j], (n + 1, n + 1); infinite where the run is not allowed.
+        groups: Number of runs, from 1 to n.
 
     Returns:
-        Runs in order, which together are 0 .. n-1, or None where none are allowed.
+        Runs in order, which together are 0 .. n-1, or None if no partition is allowed.
     """
     count = len(inside) - 1
     cost = np.full((groups + 1, count + 1), np.inf)
@@ -59,17 +59,17 @@ def partition(inside: np.ndarray, groups: int) -> Groups | None:
 
 
 def partition_within(inside: np.ndarray, sizes: np.ndarray, most: float) -> Groups | None:
-    """The partition of 0 .. n-1 into runs of least total cost whose runs take no more than `most` together.
+    """Find the partition of 0 .. n-1 into runs of least total cost with a total size of at most `most`.
 
-    Exact: of all ways to end a run at one place, those are kept that no other one undercuts in both cost and size.
+    The result is exact: for each end of a run, all Pareto-optimal partitions in cost and size are kept.
 
     Args:
-        inside: (n + 1, n + 1), the cost of the run i .. j-1 at [i, j]; infinite where it is not allowed.
-        sizes: (n + 1, n + 1), what the run i .. j-1 takes at [i, j].
-        most: what all runs may take.
+        inside: Cost of the run i .. j-1 at [i, j], (n + 1, n + 1); infinite where the run is not allowed.
+        sizes: Size of the run i .. j-1 at [i, j], (n + 1, n + 1).
+        most: Largest total size.
 
     Returns:
-        Runs in order, or None where no partition is that small.
+        Runs in order, or None if no partition is that small.
     """
     fronts: list[list[tuple[int, float, Groups]]] = [[(0, 0.0, [])]]
     for end in range(1, len(inside)):
@@ -88,13 +88,13 @@ def partition_within(inside: np.ndarray, sizes: np.ndarray, most: float) -> Grou
 
 
 def connected(distance: Tensor, groups: int) -> Groups:
-    """Connect the closest pairs, wherever they are, until `groups` connected components remain.
+    """Connect the closest pairs, adjacent or not, until `groups` connected components remain.
 
     This is the clustering of O'Neill et al. (2021), alg. 1, which is single linkage.
 
     Args:
-        distance: (n, n), symmetric.
-        groups: from 1 to n.
+        distance: Symmetric distances, (n, n).
+        groups: Number of groups, from 1 to n.
 
     Returns:
         Groups in order of their first member.
@@ -105,13 +105,13 @@ def connected(distance: Tensor, groups: int) -> Groups:
 def agglomerative(
     distance: Tensor, groups: int, method: Literal["single", "average", "complete"] = "average"
 ) -> Groups:
-    """Merge the two closest groups, wherever they are, until `groups` remain.
+    """Merge the two closest groups, adjacent or not, until `groups` remain.
 
     Args:
-        distance: (n, n), symmetric.
-        groups: from 1 to n.
-        method: the distance between two groups is the mean distance of their members, that of the closest (`single`),
-            or that of the farthest (`complete`).
+        distance: Symmetric distances, (n, n).
+        groups: Number of groups, from 1 to n.
+        method: Distance between two groups: the mean distance of their members (`average`), the smallest (`single`) or
+            the largest (`complete`).
 
     Returns:
         Groups in order of their first member.
@@ -119,7 +119,7 @@ def agglomerative(
     if len(distance) == 1:
         return [(0,)]
     tree = linkage(squareform(distance.cpu().numpy(), checks=False), method=method)
-    # fcluster's maxclust merges ties together and may fall short, so the tree is cut by number of merges
+    # maxclust of fcluster merges ties together and may return fewer groups, so the tree is cut by number of merges
     members: dict[int, list[int]] = {i: [i] for i in range(len(distance))}
     for step, (left, right) in enumerate(tree[: len(distance) - groups, :2].astype(int)):
         members[len(distance) + step] = sorted(members.pop(int(left)) + members.pop(int(right)))

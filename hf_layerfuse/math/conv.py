@@ -17,12 +17,12 @@ Sides = tuple[int, int, int, int]
 
 
 class Window(NamedTuple):
-    """What a convolution looks at, along one side of an image.
+    """Window of a convolution along one side of an image.
 
     Attributes:
-        size: of its kernel, gaps of a dilation included.
-        stride: pixels from one to the next.
-        padding: zeros before and behind; None is as many as TensorFlow's SAME puts there, by the size of the image.
+        size: Size of the kernel, gaps of a dilation included.
+        stride: Step in pixels.
+        padding: Zeros before and after the side; None is TensorFlow's SAME padding, which depends on the image size.
     """
 
     size: int
@@ -30,7 +30,7 @@ class Window(NamedTuple):
     padding: tuple[int, int] | None = None
 
     def around(self, length: int) -> tuple[int, int]:
-        """Zeros before and behind a side of some length."""
+        """Return the zeros before and after a side of a length."""
         if self.padding is not None:
             return self.padding
         total = max(self.size - (length % self.stride or self.stride), 0)
@@ -38,10 +38,10 @@ class Window(NamedTuple):
 
 
 def around(windows: Sequence[Window], height: int, width: int) -> Sides:
-    """Zeros that convolutions in a row put around an image together, if the first of them puts them all.
+    """Return the padding of consecutive convolutions, if all of it moves in front of the first one.
 
-    p1 + s1 p2 + s1 s2 p3 + ..., on each side (LayerMerge, Kim et al. 2024, appendix A). Without a `Window` that goes by
-    the size of the image, that does not matter.
+    It is p1 + s1 p2 + s1 s2 p3 + ..., on each side (LayerMerge, Kim et al. 2024, appendix A). It depends on the image
+    size only if a `Window` does.
     """
     found: list[int] = []
     for length in (width, height):
@@ -57,13 +57,13 @@ def around(windows: Sequence[Window], height: int, width: int) -> Sides:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A convolution with zeros around its input, without groups or dilation; float64.
+    """A convolution with zero padding, without groups or dilation; float64.
 
     Attributes:
-        weight: (out, in, height, width).
-        bias: (out,).
-        stride: down and right.
-        padding: zeros on each side of the input; fewer than none cut it.
+        weight: Weight, (out, in, height, width).
+        bias: Bias, (out,).
+        stride: Vertical and horizontal stride.
+        padding: Zeros on each side of the input; negative values crop it.
     """
 
     weight: Tensor
@@ -81,14 +81,15 @@ class Kernel:
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
     ) -> Kernel:
-        """The same as a convolution with groups and dilation, written out.
+        """Write a convolution with groups and dilation as a dense kernel.
 
         Args:
-            weight: (out, in / groups, height, width).
-            bias: (out,); None is 0.
-            stride: down and right, and so is `dilation`.
-            padding: zeros on each side.
-            groups: of channels.
+            weight: Weight, (out, in / groups, height, width).
+            bias: Bias, (out,); None is 0.
+            stride: Vertical and horizontal stride.
+            padding: Zeros on each side.
+            dilation: Vertical and horizontal dilation.
+            groups: Number of channel groups.
         """
         weight = weight.detach().double()
         outs, ins, *size = weight.shape
@@ -102,26 +103,26 @@ class Kernel:
 
     @classmethod
     def identity(cls, channels: int, like: Tensor) -> Kernel:
-        """What gives its input, on the device of a tensor."""
+        """Return the identity kernel, on the device of a tensor."""
         eye = torch.eye(channels, dtype=torch.float64, device=like.device)
         return cls(eye[:, :, None, None], torch.zeros_like(eye[0]))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Of images (batch, in, height, width) float64."""
+        """Apply the kernel to images (batch, in, height, width) float64."""
         return F.conv2d(F.pad(x, self.padding), self.weight, self.bias, self.stride)
 
     def folded(self, mean: Tensor, variance: Tensor, gain: Tensor, shift: Tensor, epsilon: float) -> Kernel:
-        """With the batch norm that follows it: W <- g W, b <- g (b - mean) + shift, g = gain / sqrt(var + epsilon)."""
+        """Fold the next batch norm: W <- g W, b <- g (b - mean) + shift, g = gain / sqrt(var + epsilon)."""
         mean, variance, gain, shift = (tensor.detach().double() for tensor in (mean, variance, gain, shift))
         scale = gain / (variance + epsilon).sqrt()
         return replace(self, weight=scale[:, None, None, None] * self.weight, bias=scale * (self.bias - mean) + shift)
 
     def then(self, other: Kernel) -> Kernel:
-        """The one kernel that does this and then the other.
+        """Return the single kernel that applies this kernel and then the other.
 
-        W[o, c, u] = sum_m sum_v W2[o, m, v] W1[m, c, u - s1 v], stride s1 s2, padding p1 + s1 p2. It is what the two do
-        where all zeros are put around the input of the first; between them, the second would put zeros around what the
-        first gives there, which is not zero.
+        W[o, c, u] = sum_m sum_v W2[o, m, v] W1[m, c, u - s1 v], stride s1 s2, padding p1 + s1 p2. It equals the two
+        kernels if all padding is in front of the first. Padding between them would replace outputs of the first kernel,
+        which are not zero there, with zeros.
         """
         down, right = self.stride
         steps = (right, right, down, down)
@@ -134,10 +135,10 @@ class Kernel:
         )
 
     def plus(self, other: Kernel) -> Kernel:
-        """The one kernel that gives the sum of this and another, such as the identity of a skip, for the same input.
+        """Return the single kernel that gives the sum of this kernel and another, such as the identity of a skip.
 
         Raises:
-            LayerFuseError: what they give is not of one size.
+            LayerFuseError: Kernels whose outputs differ in size.
         """
         left, _, top, _ = (max(sides) for sides in zip(self.padding, other.padding, strict=True))
         height = max(top - kernel.padding[2] + kernel.weight.shape[2] for kernel in (self, other))
@@ -146,12 +147,12 @@ class Kernel:
         if (ours.stride, ours.padding, len(ours.bias)) != (theirs.stride, theirs.padding, len(theirs.bias)):
             raise LayerFuseError(
                 f"kernels of {len(self.bias)} and {len(other.bias)} channels, strides {self.stride} and {other.stride} "
-                f"and padding {self.padding} and {other.padding} do not give images of one size, and have no sum."
+                f"and padding {self.padding} and {other.padding} do not give images of one size, and cannot be added."
             )
         return replace(ours, weight=ours.weight + theirs.weight, bias=ours.bias + theirs.bias)
 
     def _grown(self, left: int, top: int, height: int, width: int) -> Kernel:
-        """The same, with taps of zero around: so much padding before, and so large."""
+        """Pad the weight with zeros, to a padding of `left` and `top` and a size of `height` and `width`."""
         before = left - self.padding[0], top - self.padding[2]
         after = width - before[0] - self.weight.shape[3], height - before[1] - self.weight.shape[2]
         taps = (before[0], after[0], before[1], after[1])
@@ -159,10 +160,10 @@ class Kernel:
         return replace(self, weight=F.pad(self.weight, taps), padding=sides)
 
     def in_groups(self, groups: int) -> Tensor:
-        """The weight of a convolution with groups, (out, in / groups, height, width).
+        """Return the weight of a convolution with groups, (out, in / groups, height, width).
 
         Raises:
-            LayerFuseError: a weight between two groups is not zero.
+            LayerFuseError: Nonzero weight between two groups.
         """
         blocks = self.weight.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))
         kept = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)

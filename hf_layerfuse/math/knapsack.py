@@ -1,4 +1,4 @@
-"""What to choose for each part of a chain so that the whole is worth most within a budget: one dynamic program."""
+"""Options for each part of a chain with the largest total value within a budget, by one dynamic program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import LayerFuseError
 
 UNITS = 2000
-"""Parts into which a budget is divided: each choice is rounded up to one of them."""
+"""Number of units of a budget. The cost of each choice is rounded up to whole units."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Option:
     """One way to do a part of a chain.
 
     Attributes:
-        cost: 0 or more, such as milliseconds.
-        value: what is maximised in sum.
-        label: of the caller.
+        cost: Cost, 0 or more, such as milliseconds.
+        value: Value, whose sum is maximised.
+        label: Object of the caller.
     """
 
     cost: float
@@ -32,46 +32,45 @@ class Option:
 
 
 Step = tuple[int, int, Option]
-"""A part of the chain, from one boundary to a later one, and what was chosen for it."""
+"""A part of the chain, from one boundary to a later one, and its chosen option."""
 
 
 class Frontier:
-    """The chains of most value for every budget up to one (LayerMerge, Kim et al. 2024, section 3.3).
+    """The chains of largest value for every budget up to a maximum (LayerMerge, Kim et al. 2024, section 3.3).
 
     M[j, t] = max over i < j and the options of (i, j) of M[i, t - cost] + value, M[0, t] = 0. Costs are rounded up to
-    units of the budget, so that no chain costs more than it may; of chains of equal value, the cheaper one is taken.
+    units of the budget, so that no chain exceeds its budget. Among chains of equal value, the cheapest wins.
 
     Args:
-        length: the last boundary; a chain leads from 0 to it.
-        options: (i, j) -> what can be chosen between these boundaries, 0 <= i < j <= length.
-        budget: the most that a chain may cost, above 0.
-        units: in which costs are counted. With one part in `units` of the budget for each step, rounding gives away at
-            most steps / units of it.
+        length: Last boundary; a chain leads from 0 to it.
+        options: Options between each pair of boundaries (i, j), 0 <= i < j <= length.
+        budget: Largest cost of a chain, above 0.
+        units: Number of units of the budget. Rounding loses at most steps / units of the budget.
 
     Attributes:
-        cheapest: the least that any chain costs, without rounding; infinite where none leads to the end.
+        cheapest: Least cost of any chain, without rounding; infinite if no chain reaches the end.
 
     Raises:
-        LayerFuseError: the budget is not above 0, a cost is negative, a cost or value is no finite number, or a part
-            does not lead forward.
+        LayerFuseError: Budget that is not above 0, negative cost, cost or value that is not finite, or part that does
+            not lead forward.
     """
 
     def __init__(
         self, length: int, options: Mapping[tuple[int, int], Sequence[Option]], budget: float, units: int = UNITS
     ) -> None:
         if not 0 < budget < math.inf:
-            raise LayerFuseError(f"a budget of {budget} is no limit that anything could keep: use a number above 0.")
+            raise LayerFuseError(f"the budget is {budget}: use a finite number above 0.")
         for (i, j), ways in options.items():
             wrong = [way for way in ways if not (0 <= way.cost < math.inf and math.isfinite(way.value))]
             if wrong or not 0 <= i < j <= length:
                 raise LayerFuseError(
                     f"the options between boundaries {i} and {j} of {length} are {list(ways)}: use costs of 0 or more, "
-                    "values that are numbers, and parts that lead forward."
+                    "finite values, and parts that lead forward."
                 )
         self.length, self.options, self.budget, self.unit = length, options, budget, budget / units
         self.value = np.full((length + 1, units + 1), -np.inf)
         self.value[0] = 0.0
-        self._cost = np.full_like(self.value, np.inf)  # without rounding, which decides between equal values
+        self._cost = np.full_like(self.value, np.inf)  # unrounded costs break ties between equal values
         self._cost[0] = 0.0
         self._last: dict[int, list[Step]] = {}
         self._chosen = np.full(self.value.shape, -1)
@@ -79,7 +78,7 @@ class Frontier:
             self._reach(end)
 
     def _units(self, cost: float) -> int:
-        return math.ceil(cost / self.unit * (1 - 1e-12))  # a cost of whole units is not one more by rounding
+        return math.ceil(cost / self.unit * (1 - 1e-12))  # rounding errors do not add a unit to a cost of whole units
 
     def _reach(self, end: int) -> None:
         ways = [(i, j, way) for (i, j), found in sorted(self.options.items()) if j == end for way in found]
@@ -95,19 +94,19 @@ class Frontier:
             value[shift:][better], cost[shift:][better], chosen[shift:][better] = worth[better], price[better], place
 
     def best(self, budget: float | None = None) -> list[Step]:
-        """The chain of most value that costs no more than a budget, its steps in order.
+        """Return the chain of largest value within a budget, as steps in order.
 
         Args:
-            budget: no more than that of the frontier, which is the default.
+            budget: Budget, up to that of the frontier, which is the default.
 
         Raises:
-            LayerFuseError: none costs so little.
+            LayerFuseError: Budget below the cheapest chain.
         """
         budget = self.budget if budget is None else budget
         at = min(math.floor(budget / self.unit * (1 + 1e-12)), self.value.shape[1] - 1)
         if at < 0 or self.value[self.length, at] == -np.inf:
             raise LayerFuseError(
-                f"nothing costs {budget:.6g} or less: the cheapest choice costs {self.cheapest:.6g}. Use a budget that "
+                f"no chain costs {budget:.6g} or less: the cheapest one costs {self.cheapest:.6g}. Use a budget that "
                 "is larger than that."
             )
         steps: list[Step] = []
@@ -126,7 +125,7 @@ class Frontier:
         return least[-1]
 
     def chains(self) -> list[list[Step]]:
-        """Every chain that is the best one for some budget, the cheapest first."""
+        """Return every chain that is the best one for some budget, the cheapest first."""
         found, before = [], -np.inf
         for at, worth in enumerate(self.value[self.length]):
             if worth > before:

@@ -1,4 +1,4 @@
-"""The point of a curve past which it bends away."""
+"""The knee of a curve: the point after which it rises steeply."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 
 def knee(x: Sequence[float], y: Sequence[float]) -> int:
-    """The place of the knee of a rising, convex curve: the point that is farthest below its chord.
+    """Return the index of the knee of a rising, convex curve: the point farthest below its chord.
 
-    Both axes are scaled to 0 .. 1 first (Satopaa et al. 2011, "Finding a Kneedle in a Haystack"). Of a straight line,
-    or one that bends the other way, it is the first point; of one that does not rise, the last.
+    Both axes are first scaled to 0 .. 1 (Satopaa et al. 2011, "Finding a Kneedle in a Haystack"). The knee of a
+    straight or concave line is its first point. The knee of a line that does not rise is its last point.
 
     Args:
-        x: what it costs, such as the share of parameters that are removed; ascending.
-        y: what is lost, such as a validation loss.
+        x: Ascending values of the horizontal axis, such as the share of removed parameters.
+        y: Values of the vertical axis, such as a validation loss.
     """
     x, y = (np.asarray(values, dtype=float) for values in (x, y))
     if y[-1] <= y[0]:

@@ -1,4 +1,4 @@
-"""How far a student's outputs are from its teacher's."""
+"""Distances between the outputs of a student and its teacher."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _NUMBERS = 1 << 20
-"""Logits that become probabilities at a time: those of all tokens and a large vocabulary would fill gigabytes."""
+"""Logits that become probabilities at a time. All tokens of a large vocabulary would fill gigabytes."""
 
 
 def distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, rows: Tensor | None = None
 ) -> Tensor:
-    """T^2 x KL(teacher || student), averaged over rows, in float32 nats.
+    """Compute T^2 x KL(teacher || student), averaged over rows, in float32 nats.
 
     Args:
-        student_logits: (..., classes), any floating dtype.
-        teacher_logits: the same shape; it gets no gradient.
-        temperature: T, which divides both logits first.
-        rows: the distributions that count, numbers among all but the last dimension, flattened; None is all of them.
+        student_logits: Logits of the student, (..., classes), any floating dtype.
+        teacher_logits: Logits of the teacher, of the same shape; they get no gradient.
+        temperature: Temperature T, which first divides both logits.
+        rows: Indices of the distributions that count, over all dimensions but the last, flattened; None is all.
     """
     ours, theirs = (logits.reshape(-1, logits.shape[-1]) for logits in (student_logits, teacher_logits))
     rows = torch.arange(len(ours), device=ours.device) if rows is None else rows
@@ -31,14 +31,14 @@ def distillation_loss(
 class _Divergence(torch.autograd.Function):
     """Mean of KL(teacher || student) over rows of logits / T, and its gradient, (softmax - the teacher's) / T.
 
-    Both are taken in one pass, of a few rows at a time: what autograd would keep are several copies of all logits.
+    Both are computed in one pass, a few rows at a time. Autograd would keep several copies of all logits.
     """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor, temperature: float) -> Tensor:
         gradient = None
         if ctx.needs_input_grad[0]:
-            # in float16 it would be too small for any digit: what scales the loss comes later
+            # float16 would round the gradient to zero, because loss scaling comes later
             wide = torch.float32 if student.dtype == torch.float16 else student.dtype
             gradient = torch.zeros_like(student, dtype=wide)
         total = torch.zeros((), device=student.device)
@@ -60,16 +60,16 @@ class _Divergence(torch.autograd.Function):
 
 
 def top_k_loss(student_logits: Tensor, ids: Tensor, logprobs: Tensor, temperature: float) -> Tensor:
-    """`distillation_loss` where the teacher's answer is known for k classes, and the rest of them is taken as one.
+    """Compute `distillation_loss` from the teacher's top k classes; all other classes count as one.
 
-    It is never more than the loss of all classes (the divergence of two distributions falls when classes are merged),
-    and equal to it where k is all of them.
+    The result is at most the loss over all classes, because merging classes lowers the divergence of two
+    distributions. It is equal if k is the number of classes.
 
     Args:
-        student_logits: (rows, classes), any floating dtype.
-        ids: (rows, k), classes.
-        logprobs: (rows, k), the teacher's log-probabilities of them at temperature T.
-        temperature: T.
+        student_logits: Logits of the student, (rows, classes), any floating dtype.
+        ids: Top classes of the teacher, (rows, k).
+        logprobs: Log-probabilities of these classes by the teacher at temperature T, (rows, k).
+        temperature: Temperature T.
     """
     ours = F.log_softmax(student_logits.float() / temperature, dim=-1).gather(-1, ids.long())
     theirs = logprobs.float()
@@ -81,11 +81,11 @@ def top_k_loss(student_logits: Tensor, ids: Tensor, logprobs: Tensor, temperatur
 
 
 def relative_mse(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Mean squared error divided by the mean square of `theirs`, in float32: 0 is the same, 1 as far off as zero.
+    """Compute the mean squared error divided by the mean square of `theirs`, in float32; for `ours` of zero, it is 1.
 
     Args:
-        ours: (rows, width), any floating dtype.
-        theirs: (rows, width).
+        ours: States of the student, (rows, width), any floating dtype.
+        theirs: States of the teacher, (rows, width).
     """
     ours, theirs = ours.float(), theirs.float()
     return (ours - theirs).square().mean() / theirs.square().mean().clamp_min(1e-12)

@@ -11,20 +11,20 @@ from torch import Tensor
 ROUNDS = 4
 
 _BLOCK = 256
-"""Columns of a block of the moments: of those of many inputs, only blocks on and above the diagonal are computed."""
+"""Columns of a block of the moments. For many inputs, only blocks on and above the diagonal are computed."""
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 
 
 class Moments:
-    """Sums over rows x, y of inputs and targets: sufficient for every linear fit of y by x, and for its error.
+    """Sums over rows x, y of inputs and targets: sufficient statistics for linear fits of y by x, and for their errors.
 
     Inputs get a last column of ones, so that every fit has a free constant. Memory does not grow with the rows.
 
     Attributes:
-        xx: sum of [x, 1]^T [x, 1], (in + 1, in + 1) float64.
-        xy: sum of [x, 1]^T y, (in + 1, out) float64.
-        yy: sum of y^T y, (out, out) float64.
+        xx: Sum of [x, 1]^T [x, 1], (in + 1, in + 1) float64.
+        xy: Sum of [x, 1]^T y, (in + 1, out) float64.
+        yy: Sum of y^T y, (out, out) float64.
     """
 
     def __init__(self, xx: Tensor, xy: Tensor, yy: Tensor) -> None:
@@ -34,19 +34,19 @@ class Moments:
     def empty(
         cls, inputs: int, outputs: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
     ) -> Moments:
-        """No rows yet, of `inputs` and `outputs` columns; single precision is enough to rank inputs."""
+        """Return moments of zero rows, for `inputs` and `outputs` columns. float32 is enough to rank inputs."""
         shapes = ((inputs + 1, inputs + 1), (inputs + 1, outputs), (outputs, outputs))
         return cls(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
 
     @property
     def rows(self) -> float:
-        """How many, or the sum of the squares of their scales."""
+        """Number of rows, or the sum of the squares of their scales."""
         return self.xx[-1, -1].item()
 
     def add(self, x: Tensor, y: Tensor, scale: Tensor | None = None) -> None:
         """Add rows x (rows, in) and y (rows, out): products in their data type, sums in float64.
 
-        With `scale`, (rows, 1), the error of a row is counted so many times: sums are weighted by its square.
+        `scale`, (rows, 1), multiplies the error of each row, so that sums are weighted by its square.
         """
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         if scale is not None:
@@ -56,7 +56,7 @@ class Moments:
             for columns in parts[place:]:
                 product = x[:, rows].T @ x[:, columns]
                 self.xx[rows, columns] += product
-                if rows != columns:  # the other half is the same
+                if rows != columns:  # the matrix is symmetric
                     self.xx[columns, rows] += product.T
         self.xy += x.T @ y
         self.yy += y.T @ y
@@ -65,29 +65,29 @@ class Moments:
         return Moments(self.xx + other.xx, self.xy + other.xy, self.yy + other.yy)
 
     def error(self, theta: Tensor) -> float:
-        """Mean over the rows of ||[x, 1] theta - y||^2; 0 where there are none, so that no map looks better there.
+        """Return the mean of ||[x, 1] theta - y||^2 over the rows; 0 without rows, so that all maps are equal there.
 
         Args:
-            theta: (in + 1, out) float64, the constant in its last row.
+            theta: Map, (in + 1, out) float64, with the constant in its last row.
         """
         total = self.yy.trace()
         left = (theta * (self.xx @ theta - 2 * self.xy)).sum() + total
-        return torch.where(left < 1e-12 * total, 0, left).item() / max(self.rows, 1.0)  # less is rounding
+        return torch.where(left < 1e-12 * total, 0, left).item() / max(self.rows, 1.0)  # less is a rounding error
 
     def ridge(self, start: Tensor, strength: float) -> Tensor:
-        """The theta that minimises sum ||[x, 1] theta - y||^2 + strength tr(x^T x)/in ||theta - start||^2.
+        """Return the theta that minimises sum ||[x, 1] theta - y||^2 + strength tr(x^T x)/in ||theta - start||^2.
 
-        The constant is not held back. Where not even the penalty makes the system regular, that is `start`.
+        The constant is not penalised. If the system is singular despite the penalty, the result is `start`.
 
         Args:
-            start: (in + 1, out) float64.
-            strength: relative to the mean square of the inputs.
+            start: Map that the fit is pulled towards, (in + 1, out) float64.
+            strength: Penalty, relative to the mean square of the inputs.
         """
         factor, failed = torch.linalg.cholesky_ex(self._penalised(strength))
         return start if failed else start + torch.cholesky_solve(self.xy - self.xx @ start, factor)
 
     def inverse(self, strength: float) -> Tensor:
-        """The inverse of the system that `ridge` solves, (in + 1, in + 1), or where it has none its pseudoinverse."""
+        """Return the inverse of the system that `ridge` solves, (in + 1, in + 1), or its pseudoinverse if singular."""
         system = self._penalised(strength)
         torch.linalg.cholesky_ex(
             system, out=(system, failed := torch.zeros((), dtype=torch.int32, device=system.device))
@@ -103,53 +103,53 @@ class Moments:
         return system
 
     def only(self, inputs: Tensor) -> Moments:
-        """The moments of the same rows with some of the inputs, given by their indices."""
+        """Return the moments of the same rows with only the inputs at some indices."""
         chosen = torch.cat([inputs, inputs.new_tensor([len(self.xx) - 1])])
         return Moments(self.xx[chosen][:, chosen], self.xy[chosen], self.yy)
 
     def single(self) -> Moments:
-        """The same in float32; the moments themselves where they are that."""
+        """Return the moments in float32, without a copy if they are float32 already."""
         return Moments(self.xx.float(), self.xy.float(), self.yy.float())
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of squares and products about the means: inputs (in, in), both (in, out), targets (out, out)."""
+        """Return centred sums of products: inputs (in, in), inputs and targets (in, out), targets (out, out)."""
         mean, x, y = self.xx[-1:, :-1] / self.rows, self.xx[-1:, :-1], self.xy[-1:]
         return self.xx[:-1, :-1] - mean.T @ x, self.xy[:-1] - mean.T @ y, self.yy - y.T @ y / self.rows
 
     def linear(self) -> Moments:
-        """As if the inputs and targets were uncorrelated with the constant, so that fits from 0 leave that at 0."""
+        """Remove the correlation of inputs and targets with the constant, so that fits from 0 keep a constant of 0."""
         xx, xy = self.xx.clone(), self.xy.clone()
         xx[-1, :-1] = xx[:-1, -1] = xy[-1] = 0
         return Moments(xx, xy, self.yy)
 
     def through(self, theta: Tensor) -> Moments:
-        """The moments of the same rows with [x, 1] @ theta, theta (in + 1, width), in place of x."""
+        """Return the moments of the same rows with the inputs [x, 1] @ theta, theta (in + 1, width), instead of x."""
         full = _with_one(theta)
         return Moments(full.T @ self.xx @ full, full.T @ self.xy, self.yy)
 
     def towards(self, theta: Tensor) -> Moments:
-        """The moments of the same rows with the targets [y, 1] @ theta, (out + 1, width), in place of y."""
+        """Return the moments of the same rows with the targets [y, 1] @ theta, theta (out + 1, width), instead of y."""
         total = self.xy[-1:]
         yy = torch.cat([torch.cat([self.yy, total.T], dim=1), torch.cat([total, self.xx[-1:, -1:]], dim=1)])
         return Moments(self.xx, torch.cat([self.xy, self.xx[:, -1:]], dim=1) @ theta, theta.T @ yy @ theta)
 
 
 def eliminate(moments: Moments, start: Tensor, keep: int, strength: float = 0.1, size: int = 1) -> Tensor:
-    """The units, each of `size` neighbouring inputs, that a ridge fit of the targets can least do without.
+    """Return the most important units, each of `size` neighbouring inputs, for a ridge fit of the targets.
 
-    Backward elimination in four rounds: each drops those whose removal, made up for by the others, costs least,
+    Backward elimination in four rounds: each drops the units whose removal, after refitting the others, costs least,
     tr(theta_u^T [(xx + penalty)^-1]_uu^-1 theta_u) (Optimal Brain Surgeon, Hassibi and Stork 1993, eq. 5, for a block
-    of weights). To rank units, single precision is enough, and halves what these inverses need.
+    of weights). float32 is enough to rank units, and halves the memory of these inverses.
 
     Args:
-        moments: of all inputs.
-        start: (in + 1, out) float64, towards which the fits are held.
-        keep: how many units stay.
-        strength: of the ridge, see `Moments.ridge`.
-        size: inputs of a unit.
+        moments: Moments of all inputs.
+        start: Map that the fits are pulled towards, (in + 1, out) float64.
+        keep: Number of kept units.
+        strength: Penalty, see `Moments.ridge`.
+        size: Number of inputs of a unit.
 
     Returns:
-        The numbers of the kept units, ascending.
+        The indices of the kept units, ascending.
     """
     total = (len(start) - 1) // size
     left = torch.arange(total, device=start.device)
@@ -165,23 +165,23 @@ def eliminate(moments: Moments, start: Tensor, keep: int, strength: float = 0.1,
         own = within.diagonal(dim1=0, dim2=2).movedim(-1, 0)
         cost = (theta * torch.linalg.solve_ex(own, theta).result).sum((1, 2)).nan_to_num(0)  # dead units: 0 / 0
         left = left[cost.topk(round(total * (keep / total) ** (step / ROUNDS))).indices].sort().values
-        del part, inverse, within, own  # the largest things of a repair, of which there should not be two
+        del part, inverse, within, own  # the largest tensors of a refit must not exist twice
     return left
 
 
 def chain(first: Tensor, then: Tensor) -> Tensor:
-    """The one theta, (in + 1, out), that does [[x, 1] @ first, 1] @ then."""
+    """Return the single theta, (in + 1, out), that computes [[x, 1] @ first, 1] @ then."""
     return _with_one(first) @ then
 
 
 def identity(moments: Moments) -> Tensor:
-    """The map that gives x for [x, 1], (in + 1, in)."""
+    """Return the map from [x, 1] to x, (in + 1, in)."""
     width = len(moments.xx) - 1
     return torch.eye(width + 1, width, dtype=torch.float64, device=moments.xx.device)
 
 
 def _with_one(theta: Tensor) -> Tensor:
-    """(in + 1, width + 1): the same map, which passes the constant on."""
+    """Extend a map to (in + 1, width + 1), so that it also returns the constant."""
     one = torch.zeros(len(theta), 1, dtype=theta.dtype, device=theta.device)
     one[-1] = 1
     return torch.cat([theta, one], dim=1)
@@ -192,10 +192,10 @@ class Fit:
     """A linear map fitted to moments.
 
     Attributes:
-        theta: (in + 1, out) float64, the constant in its last row.
-        before: mean squared error on held-out rows of the map as it was.
-        after: that of the map that the other rows gave, at the chosen strength.
-        strength: the penalty that was chosen; None where leaving the map as it was is best.
+        theta: Map, (in + 1, out) float64, with the constant in its last row.
+        before: Mean squared error of the original map on held-out rows.
+        after: Mean squared error on held-out rows of the map that was fitted to the other rows, at the best strength.
+        strength: Chosen penalty; None if the original map is best.
     """
 
     theta: Tensor
@@ -205,15 +205,15 @@ class Fit:
 
 
 def fit(train: Moments, selection: Moments, start: Tensor, strengths: Sequence[float] = STRENGTHS) -> Fit:
-    """The ridge fit whose strength does best on the selection split; `start` itself is among the candidates.
+    """Return the ridge fit with the best strength on the selection split; `start` itself is a candidate.
 
-    Once the strength is chosen, all rows are fitted.
+    The returned map is fitted to all rows with the chosen strength.
 
     Args:
-        train: what the map is fitted to.
-        selection: moments of the selection split, which choose the strength.
-        start: (in + 1, out) float64, the map as it is.
-        strengths: candidates, relative to the mean square of the inputs.
+        train: Moments of the rows for fitting.
+        selection: Moments of the selection split, for choosing the strength.
+        start: Original map, (in + 1, out) float64.
+        strengths: Candidate penalties, relative to the mean square of the inputs.
     """
     before = selection.error(start)
     strengths = sorted(strengths)
@@ -224,12 +224,12 @@ def fit(train: Moments, selection: Moments, start: Tensor, strengths: Sequence[f
             found[place] = selection.error(train.ridge(start, strengths[place]))
         return found[place]
 
-    # the error falls and then rises with the penalty, so the least one is down the hill from wherever one starts
+    # the error falls and then rises with the penalty, so descent from any start finds the minimum
     best = len(strengths) // 2
     for step in (1, -1):
         while 0 <= best + step < len(strengths) and error(best + step) < error(best):
             best += step
     after = error(best)
-    if not after < before * (1 - 1e-6):  # rounding is no reason to change a map
+    if not after < before * (1 - 1e-6):  # rounding errors do not justify a new map
         return Fit(start, before, before, None)
     return Fit((train + selection).ridge(start, strengths[best]), before, after, strengths[best])

@@ -1,11 +1,11 @@
-"""Distances between blocks, from their weights or from the activations they lead to.
+"""Distances between blocks, from their weights or from their activations.
 
-Weights are compared map by map. A measure takes, one linear map after the other, the matrices that this map has in all
-blocks: rows are units (hidden units, coordinates of heads), columns are coordinates of the residual stream, which all
-blocks of a model have in common. Each unit is a sample for the measures that compare distributions, so these do not
-depend on the order of the units, which says nothing about what a block computes.
+Weights are compared map by map. For each linear map, a measure takes the matrices of this map in all blocks. Rows are
+units (hidden units, coordinates of heads). Columns are coordinates of the residual stream, which all blocks of a model
+share. Measures of distributions use each unit as a sample, so they do not depend on the order of the units, which does
+not change the outputs of a block.
 
-Activations are seen in batches and accumulated, so memory does not grow with their number.
+Activations are accumulated batch by batch, so memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -20,87 +20,87 @@ from torch import Tensor
 from ..errors import DataError
 
 Maps = Iterable[Tensor]
-"""One linear map after the other: (blocks, units, stream), computed with in float64."""
+"""Matrices (blocks, units, stream) of each linear map; computations use float64."""
 
 
 def euclidean(maps: Maps) -> Tensor:
-    """||W_i - W_j|| over all matrices of a block together (O'Neill et al. 2021).
+    """Compute ||W_i - W_j|| over all matrices of a block together (O'Neill et al. 2021).
 
     Args:
-        maps: (blocks, units, stream) for each linear map of a block.
+        maps: Matrices of each linear map of a block, (blocks, units, stream).
 
     Returns:
-        (blocks, blocks) float64, symmetric, zero diagonal.
+        Distances, (blocks, blocks) float64, symmetric, zero diagonal.
     """
-    # not from squares and products, which leave noise where blocks are equal
+    # expanding the square would leave rounding noise for equal blocks
     return _total(_pairs(weights, lambda a, b: (a - b).square().sum()) for weights in maps).sqrt()
 
 
 def cosine(maps: Maps) -> Tensor:
-    """1 - cos(vec W_i, vec W_j), averaged over the matrices of a block.
+    """Compute 1 - cos(vec W_i, vec W_j), averaged over the matrices of a block.
 
     Args:
-        maps: (blocks, units, stream) for each linear map of a block.
+        maps: Matrices of each linear map of a block, (blocks, units, stream).
 
     Returns:
-        (blocks, blocks) float64 in [0, 2], symmetric, zero diagonal.
+        Distances, (blocks, blocks) float64 in [0, 2], symmetric, zero diagonal.
     """
     return torch.stack([_from_gram(_gram(weights.double())) for weights in maps]).mean(0)
 
 
 def covariance(maps: Maps) -> Tensor:
-    """1 - tr(S_i S_j) / (||S_i||_F ||S_j||_F), averaged over the matrices of a block (O'Neill et al. 2021).
+    """Compute 1 - tr(S_i S_j) / (||S_i||_F ||S_j||_F), averaged over the matrices of a block (O'Neill et al. 2021).
 
-    S is the covariance of the columns of a matrix, its rows the samples.
+    S is the covariance of the columns of a matrix. Its rows are the samples.
 
     Args:
-        maps: (blocks, units, stream) for each linear map of a block.
+        maps: Matrices of each linear map of a block, (blocks, units, stream).
 
     Returns:
-        (blocks, blocks) float64 in [0, 1], symmetric, zero diagonal.
+        Distances, (blocks, blocks) float64 in [0, 1], symmetric, zero diagonal.
     """
     return torch.stack([_from_gram(_gram(_covariances(_moments(weights)[1]))) for weights in maps]).mean(0)
 
 
 def kl(maps: Maps) -> Tensor:
-    """(KL(i || j) + KL(j || i)) / 2 of the Gaussians of the rows of each matrix, added over the matrices of a block.
+    """Compute (KL(i || j) + KL(j || i)) / 2 of the Gaussians of the rows, summed over the matrices of a block.
 
     KL(i || j) = 1/2 [tr(S_j^-1 S_i) - n - ln(|S_i|/|S_j|) + (m_j - m_i)^T S_j^-1 (m_j - m_i)] (O'Neill et al. 2021),
     whose logarithms cancel in the sum. A matrix may have fewer rows than columns, so its covariance S is shrunk towards
-    a multiple of the identity, as far as Ledoit & Wolf (2004) find best for so many samples.
+    a multiple of the identity, with the optimal share of Ledoit & Wolf (2004).
 
     Args:
-        maps: (blocks, units, stream) for each linear map of a block.
+        maps: Matrices of each linear map of a block, (blocks, units, stream).
 
     Returns:
-        (blocks, blocks) float64 in nats, symmetric, zero diagonal.
+        Distances, (blocks, blocks) float64 in nats, symmetric, zero diagonal.
     """
     return _as_distance(_total(_kl(*_moments(weights)) for weights in maps))
 
 
 def wasserstein(maps: Maps) -> Tensor:
-    """Squared 2-Wasserstein distance of the Gaussians of the rows of each matrix, added over the matrices of a block.
+    """Compute the squared 2-Wasserstein distance of the Gaussians of the rows, summed over the matrices of a block.
 
     ||m_i - m_j||^2 + tr S_i + tr S_j - 2 tr (S_i^1/2 S_j S_i^1/2)^1/2, exact (O'Neill et al. 2021). The last term is
-    the sum of the singular values of R_i R_j^T, where S = R^T R: no root of a singular matrix is taken. One singular
-    value decomposition of (stream, stream) for each pair of blocks and each map.
+    the sum of the singular values of R_i R_j^T, where S = R^T R, so that no root of a singular matrix is needed. The
+    cost is one singular value decomposition of (stream, stream) for each pair of blocks and each map.
 
     Args:
-        maps: (blocks, units, stream) for each linear map of a block.
+        maps: Matrices of each linear map of a block, (blocks, units, stream).
 
     Returns:
-        (blocks, blocks) float64, symmetric, zero diagonal.
+        Distances, (blocks, blocks) float64, symmetric, zero diagonal.
     """
     return _as_distance(_total(_bures(*_moments(weights)) for weights in maps))
 
 
 class ActivationMeasure(ABC):
-    """A distance between blocks that is accumulated over activations, seen batch after batch.
+    """A distance between blocks, accumulated over batches of activations.
 
-    However the tokens are split into batches, they are taken in by chunks of one size.
+    Tokens are processed in chunks of one size, so the result does not depend on the batches.
 
     Args:
-        chunk: tokens that are taken in together.
+        chunk: Number of tokens per chunk.
     """
 
     def __init__(self, chunk: int = 512) -> None:
@@ -108,10 +108,10 @@ class ActivationMeasure(ABC):
         self._rest: Tensor | None = None
 
     def update(self, states: Tensor) -> None:
-        """Take in more tokens.
+        """Add tokens.
 
         Args:
-            states: (blocks, tokens, stream), the residual stream after each block, the same tokens for every block.
+            states: Residual stream after each block, (blocks, tokens, stream), with the same tokens for every block.
         """
         states = states if self._rest is None else torch.cat([self._rest, states], dim=1)
         *whole, rest = states.split(self.chunk, dim=1)
@@ -120,10 +120,10 @@ class ActivationMeasure(ABC):
         self._rest = rest.clone()  # a view would keep the whole batch alive
 
     def distance(self) -> Tensor:
-        """The distance over all tokens taken in; ends the stream.
+        """Return the distance over all added tokens. No tokens can be added afterwards.
 
         Returns:
-            (blocks, blocks) float64, symmetric, zero diagonal.
+            Distances, (blocks, blocks) float64, symmetric, zero diagonal.
         """
         if self._rest is not None:
             self._add(self._rest.double())
@@ -132,7 +132,7 @@ class ActivationMeasure(ABC):
 
     @abstractmethod
     def _add(self, states: Tensor) -> None:
-        """Take in a chunk, in float64; only the last one is smaller than `chunk`."""
+        """Add a chunk, in float64. Only the last one is smaller than `chunk`."""
 
     @abstractmethod
     def _finish(self) -> Tensor: ...
@@ -164,7 +164,7 @@ class BlockInfluence(ActivationMeasure):
 class Angular(BlockInfluence):
     """E arccos(cos(h_i, h_j)) / pi, in [0, 1], of the residual stream h before and after the blocks i+1 .. j.
 
-    Gromov et al. (2024), eq. 6, which takes the last token of each text; here all tokens count.
+    The formula is eq. 6 of Gromov et al. (2024), who use only the last token of each text. Here all tokens count.
     """
 
     def _of(self, cosines: Tensor) -> Tensor:
@@ -174,8 +174,8 @@ class Angular(BlockInfluence):
 class CKA(ActivationMeasure):
     """1 - linear centred kernel alignment (Kornblith et al. 2019, eq. 3), in [0, 1].
 
-    Exact over all tokens, from the cross moments of all pairs of blocks: their memory is
-    4 blocks (blocks + 1) stream^2 bytes, 0.4 GB for GPT-2. `UnbiasedCKA` needs next to none.
+    It is exact over all tokens, from the cross moments of all pairs of blocks. Their memory is
+    4 blocks (blocks + 1) stream^2 bytes, 0.4 GB for GPT-2. `UnbiasedCKA` needs almost none.
     """
 
     def __init__(self, chunk: int = 512) -> None:
@@ -185,7 +185,7 @@ class CKA(ActivationMeasure):
     def _add(self, states: Tensor) -> None:
         count, tokens, width = states.shape
         if self._tokens == 0:
-            # some coordinates of a residual stream are large and hardly vary: sums of squares would lose what they do
+            # sums of squares would lose the variation of large, nearly constant coordinates of the stream
             self._origin = states.mean(1, keepdim=True)
             self._sum = states.new_zeros(count, width)
             self._cross = [states.new_zeros(count - i, width, width) for i in range(count)]
@@ -208,7 +208,7 @@ class CKA(ActivationMeasure):
 class UnbiasedCKA(ActivationMeasure):
     """1 - linear CKA from the unbiased estimator of HSIC, averaged over chunks of tokens (Nguyen et al. 2021, eq. 2-3).
 
-    Tokens that do not fill a chunk are left out, unless there are no others. As an estimate it may exceed 1 a little.
+    Tokens that do not fill a chunk are ignored, unless there are no others. The estimate may slightly exceed 1.
     """
 
     def __init__(self, chunk: int = 512) -> None:
@@ -219,7 +219,7 @@ class UnbiasedCKA(ActivationMeasure):
         tokens = states.shape[1]
         if tokens < 4 or (self._sum is not None and tokens < self.chunk):
             return
-        # the estimator is blind to the mean, float64 is not: kernels of states far from zero are all nearly the same
+        # the mean does not change the estimator, but without centring, large means would lose precision
         states = states - states.mean(1, keepdim=True)
         kernels = states @ states.transpose(1, 2)
         kernels.diagonal(dim1=1, dim2=2).zero_()
@@ -231,9 +231,7 @@ class UnbiasedCKA(ActivationMeasure):
 
     def _finish(self) -> Tensor:
         if self._sum is None:
-            raise DataError(
-                "similarity='cka_unbiased' needs at least 4 tokens in `batches`: give it more, or use 'cka'."
-            )
+            raise DataError("similarity='cka_unbiased' needs at least 4 tokens in `batches`: pass more, or use 'cka'.")
         return _from_gram(self._sum)
 
 
@@ -253,7 +251,7 @@ ON_ACTIVATIONS: Mapping[str, type[ActivationMeasure]] = {
 
 
 def _moments(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Means (blocks, stream) of the rows of matrices, and the rows without them."""
+    """Return the means (blocks, stream) of the rows of matrices, and the centred rows."""
     mean = weights.double().mean(1)
     return mean, weights - mean.unsqueeze(1)
 
@@ -273,10 +271,10 @@ def _kl(mean: Tensor, centred: Tensor) -> Tensor:
 
 
 def _shrunk(centred: Tensor) -> Tensor:
-    """Covariances (1 - a) S + a tr(S)/n I with the share a of Ledoit & Wolf (2004); always invertible."""
+    """Return the covariances (1 - a) S + a tr(S)/n I with the share a of Ledoit & Wolf (2004); always invertible."""
     units, width = centred.shape[1:]
     sample = _covariances(centred)
-    # the floors are for matrices that hold one row only, over and over: those of a block that was emptied are zero
+    # the floors are for matrices whose rows are all equal, such as the zero matrices of an emptied block
     variance = centred.square().mean((1, 2)).clamp_min(torch.finfo(sample.dtype).eps)
     norm = sample.square().sum((1, 2))
     spread = (centred.square().sum(2).square().mean(1) - norm) / units
@@ -295,7 +293,7 @@ def _bures(mean: Tensor, centred: Tensor) -> Tensor:
 
 
 def _pairs(items: Tensor, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """(n, n) float64 of a symmetric function of two items, zero on the diagonal; holds one pair at a time."""
+    """Apply a symmetric function to all pairs of items, one at a time: (n, n) float64, zero on the diagonal."""
     matrix = torch.zeros(len(items), len(items), dtype=torch.float64, device=items.device)
     for i, j in combinations(range(len(items)), 2):
         matrix[i, j] = matrix[j, i] = of(items[i].double(), items[j].double())
@@ -308,7 +306,7 @@ def _gram(items: Tensor) -> Tensor:
 
 
 def _from_gram(gram: Tensor) -> Tensor:
-    """1 - cosine from inner products. What has no length, or by an estimate less than none, is like nothing else."""
+    """Compute 1 - cosine from inner products; 1 for items whose squared norm is zero, or estimated below zero."""
     norm = gram.diagonal().clamp_min(0).sqrt()
     scale = torch.outer(norm, norm)
     return _as_distance(1 - gram / scale.masked_fill(scale == 0, torch.inf))
@@ -319,5 +317,5 @@ def _total(matrices: Iterable[Tensor]) -> Tensor:
 
 
 def _as_distance(matrix: Tensor) -> Tensor:
-    """Without what rounding left: symmetric, nothing below zero, zero on the diagonal."""
+    """Remove rounding errors: the result is symmetric, nonnegative, and zero on the diagonal."""
     return ((matrix + matrix.T) / 2).clamp_min(0).fill_diagonal_(0)

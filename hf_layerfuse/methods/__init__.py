@@ -1,4 +1,4 @@
-"""Model and recipe in, plan out: one folder per method, and one entry here."""
+"""Methods turn a model and a recipe into a plan. Each method has one folder, and one entry here."""
 
 from ..recipe import Recipe
 from .base import Method
@@ -10,5 +10,5 @@ METHODS: tuple[Method, ...] = (FUSION, COLLAPSE, MERGE)
 
 
 def method_of(recipe: Recipe) -> Method:
-    """The method that a run's recipe asks for."""
+    """Return the method that the recipe of a run selects."""
     return next(method for method in METHODS if method.recipe_type is type(recipe.method))

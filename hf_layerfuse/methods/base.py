@@ -1,4 +1,4 @@
-"""What a method is to the rest of the package, and what its search comes to."""
+"""The interface of a method, and the result of its search."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ _Recipe = TypeVar("_Recipe")
 
 @dataclass(frozen=True)
 class SearchResult:
-    """A fused model and how it came about. `report` is None where there was no calibration data."""
+    """Result of a search.
+
+    Attributes:
+        model: Smaller model.
+        plan: Plan that was applied.
+        report: Report of the refit. None without calibration data, or where the result is still to be trained.
+    """
 
     model: PreTrainedModel
     plan: Plan
@@ -28,13 +34,13 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Finish:
-    """What a method does to a model once it is trained.
+    """Last step of a method, after training.
 
     Attributes:
-        doing: line that tells the user what happens.
-        apply: function of the trained model, its plan and calibration batches; it returns the final model and plan.
-        threshold: distance from a line that an activation may have to be merged, which training has to know when it
-            chooses the best weights; None where no activation is on its way to a line.
+        doing: Progress message for the user.
+        apply: Function of the trained model, its plan and calibration batches that returns the final model and plan.
+        threshold: Largest distance from linear at which an activation is merged. Training needs it to choose the best
+            weights. None where no activation becomes linear by training.
     """
 
     doing: str
@@ -56,20 +62,20 @@ def _nothing(recipe: Any) -> Finish | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Method(Generic[_Recipe]):
-    """A way to make a model smaller, and all that a run and the front doors have to know about it.
+    """A way to make a model smaller, with all that runs and the public entry points need to know about it.
 
     Attributes:
-        name: section of a run's recipe that asks for it.
-        recipe_type: class of that section.
-        targets: fields of it that say how far to go, of which a recipe has one.
-        architecture_type: kind of architecture that the architecture must have.
-        doing: word that tells the user what happens, such as `fusing`.
-        done: word for what its results are, such as `fused`.
-        tag: tag of their cards.
-        search: function of a model, a recipe and calibration batches that makes the smaller model.
-        needs_training: whether the result of a recipe is of use only once it is trained.
-        healing: settings to train the result of a recipe with, from those that the user gives.
-        finish: what is done to the result of a recipe once it is trained; None is nothing.
+        name: Section of the recipe of a run that selects this method.
+        recipe_type: Class of that section.
+        targets: Fields of that section that set the target. A recipe has exactly one of them.
+        architecture_type: Class that the table of the model's architecture must have.
+        doing: Verb for progress messages, such as `fusing`.
+        done: Participle that describes the results, such as `fused`.
+        tag: Tag of the model cards.
+        search: Function of a model, a recipe and calibration batches that makes the smaller model.
+        needs_training: Function of a recipe; true if its result must be trained before use.
+        healing: Function of a recipe and the user's heal recipe that returns the heal recipe to train with.
+        finish: Function of a recipe that returns the last step after training, or None.
     """
 
     name: str

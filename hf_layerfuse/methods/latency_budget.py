@@ -1,4 +1,4 @@
-"""What is best within a limit of milliseconds, by the times of the parts and then of the whole."""
+"""The best combination within a latency budget, by the latencies of the parts and then of the whole model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,22 @@ from ..math.knapsack import Frontier, Option
 _Chosen = TypeVar("_Chosen")
 
 UNITS = 10_000
-"""Parts of the budget: each choice is rounded up to one of them."""
+"""Number of units of the budget. The cost of each choice is rounded up to whole units."""
 
 NEAR = 1.02
-"""A model that takes so much more than the budget is within what its timing is worth."""
+"""Measured latency, relative to the budget, up to which a model counts as within it: timing noise is 2%."""
 
 TRIES = 3
-"""More programs, with a smaller and smaller budget, where what they choose takes longer than they think."""
+"""Number of further searches, each with a smaller budget, when a chosen model is slower than predicted."""
 
 
 class Times(Protocol):
-    """What a model takes, in milliseconds, and what of that is no choice."""
+    """Latency of a model, in milliseconds.
+
+    Attributes:
+        original: Latency of the whole model.
+        rest: Latency of the parts that no choice changes.
+    """
 
     original: float
     rest: float
@@ -31,23 +36,23 @@ class Times(Protocol):
 def affordable(
     length: int, options: Mapping[tuple[int, int], Sequence[Option]], limit: float, times: Times
 ) -> list[Any]:
-    """The labels of the options of most value in sum that together take no more than some milliseconds.
+    """Return the labels of the options with the largest total value within a latency limit.
 
     Args:
-        length: of the chain.
-        options: (i, j) -> what can be chosen between these boundaries; costs are milliseconds.
-        limit: for the options, without the rest.
-        times: for the message of the error.
+        length: Length of the chain.
+        options: Options between each pair of boundaries (i, j); costs are milliseconds.
+        limit: Milliseconds for all options together, without the rest.
+        times: Latency of the model, for the error message.
 
     Raises:
-        RecipeError: none take so little.
+        RecipeError: Limit below the cheapest combination.
     """
     try:
         steps = Frontier(length, options, max(limit, 1e-9), UNITS).best()
     except LayerFuseError as error:
         least = Frontier(length, options, 1e9).cheapest + times.rest
         raise RecipeError(
-            f"no choice takes {limit + times.rest:.3g} ms or less: the least that can be had is {least:.3g} ms, "
+            f"no plan takes {limit + times.rest:.3g} ms or less: the fastest available plan takes {least:.3g} ms, "
             f"{least / times.original:.0%} of the original's {times.original:.3g} ms. Use a larger budget."
         ) from error
     return [option.label for _, _, option in steps]
@@ -56,19 +61,19 @@ def affordable(
 def within(
     choose: Callable[[float], _Chosen], measure: Callable[[_Chosen], float], limit: float, allowed: float
 ) -> tuple[_Chosen, float]:
-    """What is chosen for a limit, or where the whole takes longer than its parts, for a smaller one.
+    """Choose within a limit, and again within smaller limits while the whole model is slower than its parts predict.
 
     Args:
-        choose: for a limit of milliseconds.
-        measure: milliseconds of the model that a choice leads to.
-        limit: at first.
-        allowed: milliseconds of the model.
+        choose: Function of a limit in milliseconds that returns the best choice within it.
+        measure: Function of a choice that returns the latency of its model, in milliseconds.
+        limit: First limit, in milliseconds.
+        allowed: Latency budget of the model, in milliseconds.
 
     Returns:
-        The choice, and the limit that it was chosen for. What takes too long all the same is said in the log.
+        The choice, and the limit that it was chosen for. If the model still exceeds the budget, a warning is logged.
 
     Raises:
-        RecipeError: nothing is chosen for the first limit.
+        RecipeError: First limit that no choice keeps.
     """
     chosen = choose(limit)
     took, tries = measure(chosen), 0
@@ -76,12 +81,12 @@ def within(
         smaller, tries = limit * allowed / took, tries + 1
         try:
             chosen = choose(smaller)
-        except RecipeError:  # nothing is that fast
+        except RecipeError:  # no choice is that fast
             break
         limit, took = smaller, measure(chosen)
     if took > NEAR * allowed:
         logging.getLogger(__name__).warning(
-            "what was chosen takes %.3g ms, and %.3g were asked for: parts together take longer than each alone. Use a "
+            "the chosen model takes %.3g ms, the budget is %.3g ms: its parts are slower together than alone. Use a "
             "smaller budget, or more timed rounds.",
             took,
             allowed,

@@ -1,4 +1,4 @@
-"""What a few edits cost: candidates are compared before they are put together."""
+"""The calibration loss of a few edits alone, to compare candidates before combining them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from ..models.architectures import architecture_for
 from ..plan import Edit, Plan
 
 TRIAL_SEQUENCES = 12
-"""Fewer sequences than these, if there are more, tell edits apart too badly."""
+"""Minimum number of sequences to rank edits reliably."""
 
 
 def share_of(sample: Sample, depth: int, trials: int, cost: float) -> float:
-    """The share of the calibration sequences with which so many trials together take no more than some forward passes.
+    """Return the share of the calibration sequences that keeps the cost of a number of trials within a limit.
 
     Args:
-        sample: all of them.
-        depth: layers of the model.
-        trials: each costs about six layers to refit and what is left of the model to judge, two thirds with its head.
-        cost: forward passes of the model over all sequences.
+        sample: All calibration sequences.
+        depth: Number of layers of the model.
+        trials: Number of trials. Each costs about six layers to refit, plus the rest of the model to evaluate, which
+            is two thirds of the model with its head.
+        cost: Limit, in forward passes of the model over all sequences.
     """
     sequences = sum(map(len, sample.held_out))
     share = min(0.5, cost / trials / (6 / depth + 0.67))
@@ -37,15 +38,14 @@ def share_of(sample: Sample, depth: int, trials: int, cost: float) -> float:
 
 
 class Trials:
-    """Calibration losses of models that differ by a few edits from one that is there, and are refitted only in between.
+    """Calibration losses of models that differ from a base model by a few edits; only changed layers are refitted.
 
     Args:
-        model: in eval mode.
-        method: of the refit, of the layers that differ alone.
-        batches: calibration batches.
-        trace: of the model, on those of them that are used.
-        base: a student of the model and its plan, from which trials differ; None is the model itself. Only plans in
-            which nothing is shared have one.
+        model: Original model, in eval mode.
+        method: Refit method for the layers that differ.
+        batches: Calibration batches.
+        trace: States of the original on the calibration sequences in use.
+        base: Base model, a student, and its plan. None is the original itself. The plan must not share weights.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Trials:
         self.losses: dict[tuple[Edit, ...], float] = {}
 
     def loss(self, *edits: Edit) -> float:
-        """Calibration loss when these edits are all that is done to the model; infinite where that cannot be."""
+        """Return the calibration loss with only these edits; infinite where they cannot be applied."""
         if edits not in self.losses:
             self.losses[edits] = self._measure(edits)
         return self.losses[edits]
@@ -81,11 +81,11 @@ class Trials:
         try:
             plan = self._plan(edits)
             student = applied(self.model, plan, self.batches)
-        except (PlanError, UnsupportedModelError):  # the average of layers of different types; heads of unknown number
+        except (PlanError, UnsupportedModelError):  # layers of different types, unknown number of heads
             return math.inf
         parts = _parts(plan)
         first, behind = _common(parts, self.parts), _common(parts[::-1], self.parts[::-1])
-        # without its first layer, a model has no layer that is another
+        # after a drop no remaining layer differs, and the one behind it is refitted
         last = min(max(len(parts) - behind, first + 1), len(parts))
         with eval_mode(student):
             walk = LayerwiseForward(student, self.trace.walk.sample)
@@ -104,11 +104,11 @@ class Trials:
 
 
 def _parts(plan: Plan) -> list[tuple[Any, ...]]:
-    """The layers that a plan leads to, each with what it shares: those of two plans are compared."""
+    """Describe each layer of the result of a plan, with its shared weights, to compare two plans."""
     layout = plan.layout()
     return [(slot, *(tie for tie in layout.ties if index in tie.slots)) for index, slot in enumerate(layout.slots)]
 
 
 def _common(some: Sequence[Any], others: Sequence[Any]) -> int:
-    """How many of the first ones are equal."""
+    """Count the equal items at the start of both sequences."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(some, others, strict=False)))

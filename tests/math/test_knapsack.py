@@ -51,7 +51,7 @@ def test_it_is_the_best_of_all_chains(chain, share):
     within = [(value, -cost) for value, cost in known if cost <= budget + 1e-9]
     assert frontier.cheapest == pytest.approx(min(cost for _, cost in known))
     if not within:
-        with pytest.raises(LayerFuseError, match="the cheapest choice costs"):
+        with pytest.raises(LayerFuseError, match="the cheapest one costs"):
             frontier.best(budget)
         return
     steps = frontier.best(budget)
@@ -97,5 +97,5 @@ def test_costs_that_mean_nothing_are_refused(wrong):
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, math.nan, math.inf])
 def test_budgets_that_limit_nothing_are_refused(budget):
-    with pytest.raises(LayerFuseError, match="use a number above 0"):
+    with pytest.raises(LayerFuseError, match="use a finite number above 0"):
         Frontier(1, {(0, 1): [Option(1.0, 1.0)]}, budget)

@@ -168,7 +168,7 @@ def test_merge_end_to_end(tmp_path, capsys, method):
     path.write_text(json.dumps(recipe))
     out = tmp_path / "out"
     assert main([*words, "--merge.latency_budget", "0.01"]) == 1
-    assert "the least that can be had is" in capsys.readouterr().err
+    assert "the fastest available plan takes" in capsys.readouterr().err
     assert main(words) == 0
     plan = Plan.load(out / "plan.json")
     assert all(edit.edit == "merge" and edit.merged for edit in plan.edits)

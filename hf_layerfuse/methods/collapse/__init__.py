@@ -1,1 +1,1 @@
-"""LayerCollapse: which MLPs become linear."""
+"""LayerCollapse: choose which MLPs become linear."""

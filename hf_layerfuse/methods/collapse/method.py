@@ -1,4 +1,4 @@
-"""LayerCollapse, as the rest of the package sees it."""
+"""The `Method` entry of LayerCollapse."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .search import search_collapse
 
 
 def _needs_training(recipe: CollapseRecipe) -> bool:
-    """Whether activations become lines by training: until then, the result is the original, and nothing is gone."""
+    """Return whether activations become linear by training. Until then, the result equals the original."""
     return recipe.method == "homotopy"
 
 
 def _healing(recipe: CollapseRecipe, heal: HealRecipe) -> HealRecipe:
-    """Settings that pull activations to lines, however the user leaves that open."""
+    """Return heal settings that make activations linear, unless the user set `straighten`."""
     return replace(heal, straighten=heal.straighten or "auto") if _needs_training(recipe) else heal
 
 
 def _finish(recipe: CollapseRecipe) -> Finish | None:
-    """Merge the two maps around each activation that has become a line."""
+    """Return the step that merges the two maps around each activation that has become linear."""
     if not (_needs_training(recipe) and recipe.merge):
         return None
 
@@ -34,7 +34,7 @@ def _finish(recipe: CollapseRecipe) -> Finish | None:
         model, straight = straighten(model, threshold=recipe.threshold, fold=recipe.fold, batches=batches)
         return model, replace(straight, notes={**plan.notes, **straight.notes})
 
-    return Finish("merging the maps whose activation has become a line", merge_maps, recipe.threshold)
+    return Finish("merging the maps around activations that have become linear", merge_maps, recipe.threshold)
 
 
 COLLAPSE = Method(

@@ -1,4 +1,4 @@
-"""MLPs compete on calibration loss to become linear: which of them, in which order, how many."""
+"""MLPs compete on calibration loss to become linear: their order and their number."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ from ..trials import Trials
 
 
 def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Batches | None = None) -> SearchResult:
-    """Make MLPs of a model linear by a recipe: choose them, apply, fit.
+    """Replace MLPs of a model with linear maps by a recipe: choose, apply, fit.
 
-    An MLP is judged by the calibration loss of the model in which it alone has become linear, and was fitted, for each
-    parameter that this saves. They are taken in that order, and fitted front to back, each on what those before it
-    have led to. With method `homotopy`, they get activations that `heal` leads to lines, and `straighten` merges.
+    The cost of an MLP is the calibration loss after making it alone linear and fitting it, per parameter saved. MLPs
+    are chosen in order of cost and fitted front to back, each on the outputs of the changed layers before it. With
+    method `homotopy`, the chosen MLPs get activations that `heal` makes linear and `straighten` merges.
 
     Args:
-        model: a stock model with a registered architecture; never changed.
-        recipe: what is asked for.
-        batches: calibration batches, read once.
+        model: Stock model with a registered architecture; it is not changed.
+        recipe: Settings of the collapse.
+        batches: Calibration batches, read once.
 
     Returns:
-        The new `model`, its `plan`, and as `report` what the refit did, which is None where nothing was fitted.
+        The new `model`, its `plan`, and the `report` of the refit, which is None without batches and with `homotopy`.
 
     Raises:
-        RecipeError: the target cannot be met, or what is asked for needs batches and there are none.
-        PlanError: the rank saves nothing.
-        UnsupportedModelError: an unknown architecture, or one without an activation; a model that cannot
-            be fused; or gated MLPs, which are not linear without a fit, and nothing to fit them to.
+        RecipeError: Target that cannot be met, or recipe that needs missing batches.
+        PlanError: Rank that saves no parameters.
+        UnsupportedModelError: Unknown architecture, or one without an activation; model that cannot be fused; or gated
+            MLPs without batches or a refit, which become linear only by a fit.
     """
     architecture = architecture_for(model)
     check_model(model, architecture)
@@ -64,12 +64,12 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
         )
     if batches is None and (recipe.order == "measured" or recipe.max_loss is not None):
         raise RecipeError(
-            f"order={recipe.order!r} with {_asked(recipe)} measures on calibration batches: pass batches=, or use "
+            f"order={recipe.order!r} with {_asked(recipe)} needs calibration batches: pass batches=, or use "
             "order='deepest' and another target."
         )
     if batches is None and not homotopy:
         logging.getLogger(__name__).warning(
-            "no calibration batches: the linear maps are MLPs without their activation, and nothing is fitted. Pass "
+            "no calibration batches: each linear map is the MLP without its activation, and nothing is fitted. Pass "
             "batches=, or heal the result before use."
         )
     if batches is None:
@@ -118,7 +118,7 @@ def _searched(
         found = SearchResult(student, plan, report)
     if found is None:
         raise RecipeError(
-            f"{_asked(recipe)} allows no linear MLP: the one that costs least, in layer {order[0].layer}, costs "
+            f"{_asked(recipe)} allows no linear MLP: the cheapest one, in layer {order[0].layer}, costs "
             f"{tried[0]['loss']:.3g}. Use that or more."
         )
     notes |= {"competition": tried, "refit": asdict(found.report)}
@@ -126,12 +126,12 @@ def _searched(
 
 
 def _bent(plan: Plan, recipe: CollapseRecipe) -> Plan:
-    """The plan that leads to one of linear MLPs by training."""
+    """Return the plan whose result becomes the one of `plan` by training."""
     return replace(plan, edits=[Blend(edit.layer, recipe.faithful) for edit in plan.edits])
 
 
 def _plans(model: PreTrainedModel, recipe: CollapseRecipe, nothing: Plan, order: Sequence[Linearize]) -> Sequence[Plan]:
-    """The plans to carry out, of the first few MLPs of an order: one, or with `max_loss` one after the other."""
+    """Return the plans to try, each of the first few MLPs of an order: one plan, or with `max_loss` all of them."""
     most = len(order)
     plans = [replace(nothing, edits=sorted(order[:count], key=lambda edit: edit.layer)) for count in range(most + 1)]
     if recipe.max_loss is not None:
@@ -155,8 +155,8 @@ def _plans(model: PreTrainedModel, recipe: CollapseRecipe, nothing: Plan, order:
     if met is None or not met.edits:
         what = "changes nothing" if met else "is out of reach"
         raise RecipeError(
-            f"{_asked(recipe)} {what}: the model has {sizes[0]} {unit}, {sizes[-1]} with all {most} MLPs linear. Ask "
-            "for something between."
+            f"{_asked(recipe)} {what}: the model has {sizes[0]} {unit}, {sizes[-1]} with all {most} MLPs linear. Use "
+            "a target between these."
         )
     return [met]
 

@@ -1,1 +1,1 @@
-"""Layer Fusion: which layers become one."""
+"""Layer Fusion: choose which layers to fuse."""

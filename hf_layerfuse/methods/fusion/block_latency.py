@@ -1,4 +1,4 @@
-"""How long each block of a model takes, and what is left of that when it becomes linear."""
+"""The latency of each block of a model, as it is and when it is linear."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from ...plan import Drop, Edit, Linearize, Plan
 
 
 class BlockTimes:
-    """Milliseconds of the blocks of a model, in the model as a whole.
+    """Latency of each block of a model, in milliseconds, measured inside the whole model.
 
-    Layers of one shape and type take the same time. It is what a model is faster by without them, for each that is
-    gone: models without such layers, without their attention or MLPs, with linear MLPs, and the original run in turn.
-    What the two blocks of a layer take are shares of what it takes.
+    Layers of one shape and type have the same latency: the time that the model saves per removed layer. It is measured
+    by running variants and the original in turn: without such layers, without their attention or MLPs, and with
+    linear MLPs. The latency of a layer is divided between its two blocks in proportion to their own savings.
 
     Args:
-        model: a stock one.
-        inputs: a batch as it will be used.
-        path: of a file that keeps what was measured.
-        repeats: timed rounds.
-        warmup: rounds before those, not timed.
+        model: Stock model.
+        inputs: Batch of the size in use.
+        path: Measurement cache; None keeps the measurements in memory.
+        repeats: Number of timed rounds.
+        warmup: Number of untimed rounds before them.
 
     Attributes:
-        original: milliseconds of the whole model.
-        rest: milliseconds of what is in no layer, such as embeddings and the head.
+        original: Latency of the whole model, in milliseconds.
+        rest: Latency outside the layers, such as embeddings and the head, in milliseconds.
 
     Raises:
-        LayerFuseError: the file was measured on another device or model.
+        LayerFuseError: Measurement cache of another device or model.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class BlockTimes:
         self.measure()
 
     def measure(self, *plans: Plan) -> None:
-        """Time what is not known yet: the blocks, and the models that some plans lead to."""
+        """Measure the missing latencies: those of the blocks, and those of the models of some plans."""
         probes = [plan for layer, group in self._alike.items() if layer == group[0] for plan in self._probes(layer)]
         todo = {self._key(plan): plan for plan in (*probes, *plans)}
         todo = {key: plan for key, plan in todo.items() if key not in self.table.values}
@@ -84,24 +84,24 @@ class BlockTimes:
         return max(self.original - sum(map(self.layer, self._alike)), 0.0)
 
     def model_of(self, plan: Plan) -> float:
-        """What a model takes that was measured."""
+        """Return the measured latency of the model of a plan."""
         return self.table.values[self._key(plan)]["ms"]
 
     def layer(self, layer: int) -> float:
-        """What a layer takes; 0 of one that has to stay, whose time is in the rest."""
+        """Return the latency of a layer; 0 for a layer that cannot be removed, whose latency is part of `rest`."""
         return self._saved(layer, Drop("layer", layer))
 
     def block(self, layer: int, kind: str) -> float:
-        """What the block of a kind takes in a layer."""
+        """Return the latency of the block of a kind in a layer."""
         saved = {name: self._saved(layer, Drop(name, layer)) for name in self.architecture.kinds}
         return self.layer(layer) * saved[kind] / (sum(saved.values()) or 1.0)
 
     def linear(self, layer: int) -> float:
-        """What the MLP of a layer takes when it is linear."""
+        """Return the latency of the MLP of a layer when it is linear."""
         return max(self.block(layer, "mlp") - self._saved(layer, Linearize(layer)), 0.0)
 
     def _saved(self, layer: int, edit: Edit) -> float:
-        """What a model is faster by, for each layer that this was done to."""
+        """Return the time that the model saves, per layer with this edit."""
         plan = self._probe(layer, edit)
         found = self.table.values.get(self._key(plan))
         return 0.0 if found is None else max(self.original - found["ms"], 0.0) / max(len(plan.edits), 1)
@@ -112,7 +112,7 @@ class BlockTimes:
         return [plan for plan in plans if can_be(self.model, self.architecture, plan)]
 
     def _probe(self, layer: int, edit: Edit) -> Plan:
-        """The edit in all layers that are like this one; something has to be left."""
+        """Return a plan with the edit in all layers like this one. A plan of drops keeps at least one layer."""
         group = self._alike[layer]
         if isinstance(edit, Drop) and len(group) == len(self._alike):
             group = group[1:]
@@ -120,7 +120,7 @@ class BlockTimes:
         return Plan(self.architecture.model_type, len(self._alike), tuple(edits), kinds=self.architecture.kinds)
 
     def _key(self, plan: Plan) -> str:
-        """What plans have in common that lead to models of one speed: shape and type of the layers, and their forms."""
+        """Return the key of a plan: shape, type and form of its layers. Plans with one key have the same latency."""
         slots = plan.layout().slots
         forms = [
             {kind: str(source.form) for kind, source in slot.blocks.items() if source is not None} for slot in slots

@@ -1,4 +1,4 @@
-"""What can become of each block of a transformer, and what that costs in quality."""
+"""Candidate edits of each block of a transformer, and their cost in quality."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .planner import candidates
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of blocks start + 1 to end, counted through all layers; without an edit, they stay as they are."""
+    """Candidate edit of blocks start + 1 to end, counted across all layers. Without an edit, they are kept."""
 
     start: int
     end: int
     edit: Edit | None = None
 
     def touches(self, other: Choice) -> bool:
-        """Whether there is a block that both are of."""
+        """Return whether both candidates change a common block."""
         return self.start < other.end and other.start < self.end
 
     def exceeds(self, other: Choice) -> bool:
-        """Whether this does what the other does, and more, so that it is taken to lose no less."""
+        """Return whether this edit includes the other, so that its loss is expected to be at least as large."""
         if self == other or other.edit is None or not (self.start <= other.start and other.end <= self.end):
             return False
         if isinstance(self.edit, Drop):
@@ -46,16 +46,16 @@ def choices_of(
     *,
     runs_only: bool,
 ) -> list[Choice]:
-    """All that there is to choose from.
+    """List all candidates.
 
-    A block stays, an MLP becomes linear, a block or a layer is dropped, a run of layers becomes one. The first layer
-    is never dropped, so that something is left.
+    Each block is kept, linearised (MLPs), dropped alone or with its layer, or fused with a run of layers. The first
+    layer is never dropped, so that the model keeps at least one.
 
     Args:
-        model: a stock transformer.
-        architecture: of its architecture.
-        edits_of_runs: what a run of layers becomes.
-        runs_only: nothing but runs, and blocks as they are.
+        model: Stock transformer.
+        architecture: Architecture table of the model.
+        edits_of_runs: Function of a run of layers that returns the edit which fuses it.
+        runs_only: Whether to offer only kept blocks and fused runs.
     """
     depth, kinds = len(architecture.layer_list(model)), architecture.kinds
     found = [Choice(block, block + 1) for block in range(depth * len(kinds))]
@@ -76,25 +76,25 @@ def choices_of(
 
 
 def edits_of(choices: Iterable[Choice]) -> tuple[Edit, ...]:
-    """The edits of some choices, front to back."""
+    """Return the edits of some candidates, front to back."""
     chosen = sorted((choice for choice in choices if choice.edit is not None), key=lambda choice: choice.start)
     return tuple(choice.edit for choice in chosen)
 
 
 class Worth:
-    """What each choice adds to the calibration loss of a model in which some others are made already.
+    """Increase of the calibration loss by each candidate, on top of a base combination.
 
-    The others that it takes the place of, because they are of the same blocks, are not made then.
+    A candidate replaces those of the base that change the same blocks.
 
     Args:
-        choices: all that there is.
-        trials: which differ from the model in which `base` is made.
-        table: of losses, which keeps them.
-        recipe: of the operators that compete.
-        base: what is made already.
-        prior: the same where nothing is made, which knows all that competes here. Until a choice was measured here, it
-            is taken to add as much as there, or less, in the proportion in which what is made already does: repairs of
-            what comes later make up for much.
+        choices: All candidates.
+        trials: Trials that differ from the model of the base combination.
+        table: Measurement cache of losses.
+        recipe: Recipe that defines the competing operators.
+        base: Candidates of the base combination.
+        prior: Losses without a base combination, which are known for all candidates that compete here. An unmeasured
+            candidate is expected to add its loss in `prior`, scaled by the ratio of the losses of the base
+            combination here and there, which is at most 1: the refit of later layers makes up for much.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Worth:
     ) -> None:
         self.trials, self.table, self.recipe, self.prior = trials, table, recipe, prior
         self.base = [choice for choice in base if choice.edit is not None]
-        # what was not worth measuring alone is not worth it here
+        # a candidate that was not measured alone does not compete here either
         able = [choice for choice in choices if prior is None or prior.knows(choice)]
         self.choices = [*able, *(choice for choice in self.base if choice not in able)]
         self.known: dict[Choice, float] = {}
@@ -122,7 +122,7 @@ class Worth:
         return choice.edit is None or choice in self.known
 
     def of(self, choice: Choice) -> float:
-        """What was measured, else what `prior` leads to expect, else the most of all that the choice includes."""
+        """Return the measured loss, else the one expected from `prior`, else the largest of the included candidates."""
         if self.knows(choice):
             return self.known.get(choice, 0.0)
         if self.prior is not None:
@@ -130,7 +130,7 @@ class Worth:
         return max((loss for other, loss in self.known.items() if choice.exceeds(other)), default=0.0)
 
     def first(self, choice: Choice) -> list[Choice]:
-        """What to measure where a choice is wanted: the least of what it includes, which may rule it out."""
+        """Return the candidates to measure first: the smallest that this one includes, which may rule it out."""
         inside = [other for other in self.choices if choice.exceeds(other) and not self.knows(other)]
         if not inside:
             return [choice]
@@ -138,13 +138,13 @@ class Worth:
         return [other for other in inside if other.end - other.start == least]
 
     def measure(self, choice: Choice) -> None:
-        """Carry it out, and see what that adds."""
+        """Measure the loss that a candidate adds."""
         if choice not in self.known:
             others = [other for other in self.base if not other.touches(choice)]
             self.known[choice] = self._loss([*others, choice]) - self._loss(others)
 
     def best(self, choice: Choice) -> Choice:
-        """The same with the operator of least loss, where several layers become one."""
+        """Return the candidate with the operator of least loss, if it fuses layers."""
         if not isinstance(choice.edit, Fuse):
             return choice
         options = [replace(choice, edit=edit) for edit in candidates(choice.edit, self.recipe)]
@@ -153,7 +153,7 @@ class Worth:
         return min(options, key=self.of)
 
     def total(self, chosen: Iterable[Choice]) -> float:
-        """The calibration loss that is expected of a combination."""
+        """Return the expected calibration loss of a combination."""
         return self._loss(self.base) + sum(map(self.of, chosen)) - sum(map(self.of, self.base))
 
     def _loss(self, choices: Sequence[Choice]) -> float:

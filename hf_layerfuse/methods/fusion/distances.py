@@ -1,4 +1,4 @@
-"""How far the blocks of a model are from each other, by what they compute or by their weights."""
+"""Distances between the blocks of a model, by their activations or by their weights."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from ...plan import Kind
 def block_distances(
     model: PreTrainedModel, kinds: Sequence[Kind], similarity: str, batches: Batches | None
 ) -> dict[Kind, Tensor]:
-    """Distances between all blocks of each of these kinds, by a similarity: (depth, depth) float64.
+    """Return the distances between all blocks of each kind, by a similarity: (depth, depth) float64.
 
     Raises:
-        RecipeError: the similarity compares activations and there are no batches.
-        DataError: the batches hold no tokens, or too few for the similarity.
+        RecipeError: Similarity of activations without batches, or for layers of different shapes.
+        DataError: Batches without tokens, or with too few for the similarity.
     """
     architecture = architecture_for(model)
     if similarity in ON_WEIGHTS:
@@ -38,12 +38,12 @@ def block_distances(
     if architecture.resizes:
         raise RecipeError(
             f"similarity={similarity!r} compares the stream after different layers, whose shapes differ in "
-            f"{model.config.model_type!r}: use one that compares weights: {', '.join(ON_WEIGHTS)}."
+            f"{model.config.model_type!r}: use a similarity of weights: {', '.join(ON_WEIGHTS)}."
         )
     if batches is None:
         raise RecipeError(
             f"similarity={similarity!r} compares activations: pass batches=, an iterable of model inputs, "
-            f"or use one that compares weights: {', '.join(ON_WEIGHTS)}."
+            f"or use a similarity of weights: {', '.join(ON_WEIGHTS)}."
         )
     measures = {kind: ON_ACTIVATIONS[similarity]() for kind in kinds}
     observe(model, architecture, batches, {kind: measure.update for kind, measure in measures.items()})
@@ -51,10 +51,10 @@ def block_distances(
 
 
 def _aligned_maps(model: PreTrainedModel, architecture: LayerArchitecture, kind: Kind) -> Iterator[Tensor]:
-    """For each linear map of a kind of block, its matrices in all layers: (layers, units, stream) float64.
+    """Yield the matrices in all layers of each linear map of a kind of block: (layers, units, stream) float64.
 
-    The columns are coordinates of the residual stream, also for maps that write to it. A norm in front of the block
-    scales these coordinates, which is part of what the maps behind it compute.
+    The columns are coordinates of the residual stream, also for maps that write to it. The gain of a norm in front of
+    the block is multiplied into the maps that read its output.
     """
     for part in ("attention", "mlp") if kind == "layer" else (kind,):
         blocks = [block for block in architecture.blocks(model) if block.kind == part]
@@ -72,10 +72,10 @@ def _aligned_maps(model: PreTrainedModel, architecture: LayerArchitecture, kind:
 
 
 def _between_shapes(model: PreTrainedModel, architecture: LayerArchitecture, measure: Callable) -> Tensor:
-    """Distances between convolutional layers, infinite between those of different shapes.
+    """Return the distances between convolutional layers; infinite between layers of different shapes.
 
-    A map is a convolution with the batch norm that follows folded into it: rows are what it gives, or of the second
-    one what it reads, so that columns belong to the stream.
+    A map is a convolution into which the following batch norm is folded. Rows are output channels, for the second
+    convolution input channels, so that columns belong to the stream.
     """
     layers = architecture.layer_list(model)
     shapes = [shapes_of(layer) for layer in layers]
@@ -94,7 +94,7 @@ _CONVS = (("in", "in_norm"), ("out", "norm"))
 
 
 def _folded(layer: torch.nn.Module, architecture: LayerArchitecture, conv: str, norm: str) -> Tensor:
-    """The kernel of a convolution, (out, in, pixels) float64, times the gain of the batch norm that follows."""
+    """Return the kernel of a convolution, (out, in, pixels) float64, times the gain of the following batch norm."""
     conv, norm = (layer.get_submodule(architecture.table("conv")[role]) for role in (conv, norm))
     gain = batch_norm_gain(norm.weight.detach().double(), norm.running_var.double())
     return conv.weight.detach().double().flatten(2) * gain[:, None, None]

@@ -1,4 +1,4 @@
-"""Which layers of a model are grouped: runs of even length, of a plan, or by how far they are from a linear map."""
+"""Groups of layers: runs of even length, those of a plan, and the nonlinearity of each run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ...math.ridge import Moments, identity
 from ...plan import Kind, Plan
 
 TOKENS_PER_STATE = 16
-"""For each dimension of the stream, so many tokens tell how far a run of layers is from a linear map."""
+"""Tokens per dimension of the stream that are needed to measure how nonlinear a run of layers is."""
 
 Groups = Sequence[tuple[int, ...]]
 
 
 def even(layers: int, groups: int) -> list[tuple[int, ...]]:
-    """Runs of as equal length as can be; the longer ones in the middle, where layers are most alike."""
+    """Return runs of nearly equal length. Longer ones are in the middle, where layers are most alike."""
     size, longer = divmod(layers, groups)
     before = (groups - longer) // 2
     sizes = [size + (before <= i < before + longer) for i in range(groups)]
@@ -28,29 +28,30 @@ def even(layers: int, groups: int) -> list[tuple[int, ...]]:
 
 
 def groups_of(plan: Plan, kind: Kind) -> list[tuple[int, ...]]:
-    """The groups of a plan, blocks that are alone among them, in order of their first layer."""
+    """Return the groups of a plan, single blocks included, in order of their first layer."""
     groups = [edit.layers for edit in plan.edits if edit.kind == kind]
     alone = set(range(plan.num_layers)).difference(*groups)
     return sorted([*groups, *((layer,) for layer in alone)])
 
 
 def longest(layers: int, groups: int) -> int:
-    """The most layers that a group may have: two more than an even one, so that what is compared is linear in depth."""
+    """Return the most layers of a group: two more than an even one, so that comparisons grow linearly with depth."""
     return min(layers - groups + 1, math.ceil(layers / groups) + 2)
 
 
 def unexplained(trace: TeacherStates, size: int) -> np.ndarray:
-    """What runs of layers do to the stream that one layer would leave undone, as far as a linear map tells.
+    """Estimate the cost of fusing each run of layers, from the nonlinearity of the run.
 
-    The states behind a run are fitted by those in front of it. The share of their variance that the fit leaves is what
-    nonlinear maps have to make, and all layers of the run but one are lost.
+    The states after a run are fitted linearly to the states before it. The cost is the unexplained share of their
+    variance, which needs nonlinear maps, times the number of layers that are lost: all but one.
 
     Args:
-        trace: of the original.
-        size: the most layers of a run.
+        trace: States of the original.
+        size: Largest number of layers of a run.
 
     Returns:
-        (layers + 1, layers + 1), for the run i .. j-1 at [i, j], infinite where that is no run or a longer one.
+        Cost of the run i .. j-1 at [i, j], (layers + 1, layers + 1); infinite where there is no such run, or where it
+        is longer than `size`.
     """
     depth = len(trace.layers)
     states = [trace.states(layer) for layer in range(depth + 1)]

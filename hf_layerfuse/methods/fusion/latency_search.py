@@ -1,4 +1,4 @@
-"""What becomes of each block of a transformer within a latency budget: one exact multiple-choice program."""
+"""Choose one edit per block of a transformer within a latency budget, by an exact multiple-choice knapsack."""
 
 from __future__ import annotations
 
@@ -41,35 +41,37 @@ from .choices import Choice, Worth, choices_of, edits_of
 from .planner import group_edit, importance_of
 
 ROUNDS = {"low": 0, "medium": 2, "high": 6}
-"""By effort, how often choices are judged anew, on top of the best combination so far."""
+"""Number of rounds, by effort, that measure candidates again on top of the best combination so far."""
 
 COST = 10
-"""Forward passes of the original, over all of the calibration data, that judging choices may take at first."""
+"""Cost limit of the first round of measurements, in forward passes of the original over all calibration data."""
 
 
 def search_budget(model: PreTrainedModel, recipe: FusionRecipe, batches: Sequence[Any] | None) -> SearchResult:
-    """Make a transformer faster by a recipe with a latency budget: measure choices, choose, apply, refit.
+    """Make a transformer faster with a recipe that has a latency budget: measure candidates, choose, apply, refit.
 
-    A choice costs milliseconds, and what it adds to the calibration loss when it is all that is done to the model and
-    its layer was refitted. The program takes the choices of the least sum that keep the budget: a multiple-choice
-    knapsack over blocks and runs of layers. A choice is measured when the program wants it; until then it is taken to
-    lose as much as the most that was measured of what it includes.
+    Each candidate has a latency, and a loss: the calibration loss after applying and refitting that candidate alone.
+    The program, a multiple-choice knapsack over blocks and runs of layers, chooses the candidates of least total loss
+    within the budget. It measures a candidate only when it chooses it. Until then, the expected loss of a candidate is
+    the largest measured loss of the candidates that it includes.
 
-    Such sums mislead: of two choices, one can be harmless and both not. So with effort `medium` and `high`, choices are
-    judged anew by what they add to the best combination that was refitted so far, without what they take the place of,
-    and the program runs again. Combinations compete on the calibration loss, refitted as a whole. What is chosen is
-    timed; where it takes longer than the budget, the program gets a smaller one.
+    Losses do not always add up: two candidates can be harmless alone and harmful together. Efforts `medium` and `high`
+    therefore measure candidates again on top of the best refitted combination, in which they replace candidates for
+    the same blocks, and run the program again. Combinations compete on the calibration loss, each refitted as a whole.
+    The latency of each chosen combination is measured. If it exceeds the budget, the program runs with a smaller one.
 
     Args:
-        model: a stock transformer with a registered architecture; never changed.
-        recipe: with `latency_budget` or `latency_ms`.
-        batches: calibration batches.
+        model: Stock transformer with a registered architecture; it is not changed.
+        recipe: Settings of the fusion, with `latency_budget` or `latency_ms`.
+        batches: Calibration batches.
+
+    Returns:
+        The new `model`, its `plan`, and the `report` of the refit.
 
     Raises:
-        RecipeError: the budget cannot be met, or there are no batches.
-        UnsupportedModelError: an unknown architecture, one of convolutions, or a model that cannot be
-        fused.
-        LayerFuseError: the tables are of another device, other weights or other data.
+        RecipeError: Latency budget that cannot be met, or missing batches.
+        UnsupportedModelError: Unknown architecture, convolutional model, or a model that cannot be fused.
+        LayerFuseError: Measurement cache of another device, other weights or other data.
     """
     architecture = architecture_for(model)
     check_model(model, architecture)
@@ -79,7 +81,7 @@ def search_budget(model: PreTrainedModel, recipe: FusionRecipe, batches: Sequenc
             "merge(model, latency_budget=...) for convolutions, or a target other than latency."
         )
     if batches is None:
-        raise RecipeError("what a choice is worth is measured on calibration batches: pass batches=.")
+        raise RecipeError("a latency budget needs calibration batches to measure the candidates: pass batches=.")
     with eval_mode(model):
         found = _Budget(model, architecture, recipe, list(batches)).run()
     found.model.train(model.training)
@@ -87,7 +89,7 @@ def search_budget(model: PreTrainedModel, recipe: FusionRecipe, batches: Sequenc
 
 
 class _Budget:
-    """One search; the best combination so far is kept, its weights on disk."""
+    """One search. It keeps the best combination so far, with its weights on disk."""
 
     def __init__(
         self, model: PreTrainedModel, architecture: LayerArchitecture, recipe: FusionRecipe, batches: list[Any]
@@ -116,7 +118,7 @@ class _Budget:
         self.allowed = recipe.latency_ms or recipe.latency_budget * self.times.original
         if self.allowed >= self.times.original:
             raise RecipeError(
-                f"latency_ms={self.allowed:.6g} is met as it is: the model takes {self.times.original:.3g} ms. Ask for "
+                f"latency_ms={self.allowed:.6g} is met already: the model takes {self.times.original:.3g} ms. Ask for "
                 "less."
             )
         self.limit = self.allowed - self.times.rest
@@ -164,7 +166,7 @@ class _Budget:
         return SearchResult(student, replace(plan, notes=notes), report)
 
     def cost(self, choice: Choice) -> float:
-        """Milliseconds of what a choice leads to."""
+        """Return the latency of the blocks of a candidate after its edit, in milliseconds."""
         layer, place = divmod(choice.start, len(self.architecture.kinds))
         if isinstance(choice.edit, Drop):
             return 0.0
@@ -185,7 +187,7 @@ class _Budget:
         return Worth(self.choices, trials, self.losses, self.recipe, base, prior)
 
     def _program(self, worth: Worth) -> list[Choice]:
-        """The choices of the least sum of losses that keep the budget when they are timed together."""
+        """Return the candidates of least total loss whose measured latency together is within the budget."""
         chosen, self.limit = within(partial(self._settled, worth), self._milliseconds, self.limit, self.allowed)
         return chosen
 
@@ -195,7 +197,7 @@ class _Budget:
         return self.times.model_of(plan)
 
     def _settled(self, worth: Worth, limit: float) -> list[Choice]:
-        """The program, until all that it chooses has been measured."""
+        """Run the program until all the candidates that it chooses are measured."""
         with tqdm(desc="Comparing choices", unit="choice", disable=None, leave=False) as progress:
             while True:
                 options: dict[tuple[int, int], list[Option]] = {}
@@ -213,7 +215,7 @@ class _Budget:
                     progress.update()
 
     def _try(self, worth: Worth, chosen: list[Choice]) -> None:
-        """Apply and refit what was chosen, and that with the best operator for each run, on all calibration data."""
+        """Apply and refit a combination, also with the best operator for each run, on all calibration data."""
         every = [chosen] if self.recipe.effort == "low" else [chosen, [*map(worth.best, chosen)]]
         for choices in every:
             plan = self.plan(choices)
@@ -231,7 +233,7 @@ class _Budget:
                 self.best = choices, plan, report, WeightSnapshot(student)
 
     def _rank(self, plan: Plan, report: RefitReport) -> tuple[float, float]:
-        """The least is the best: a model within the budget before any that is not, and then the nearer one."""
+        """Return a sort key, least first: models within the budget before slower ones, then by calibration loss."""
         return max(self.times.model_of(plan), NEAR * self.allowed), report.after
 
     def _carried_out(self, plan: Plan) -> tuple[PreTrainedModel, RefitReport]:
@@ -244,7 +246,7 @@ class _Budget:
 
 
 def batch_of(sample: Sample, size: int) -> dict[str, Tensor]:
-    """So many sequences of middle length, as a model is given them; they repeat where there are too few."""
+    """Return a batch of `size` sequences of middle length. Sequences repeat if there are too few."""
     batches = sorted(sample.batches, key=lambda batch: next(iter(batch.values())).shape[-1])
     batch = batches[len(batches) // 2]
     rows = torch.arange(size) % len(next(iter(batch.values())))

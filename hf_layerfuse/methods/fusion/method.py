@@ -1,4 +1,4 @@
-"""Layer Fusion, as the rest of the package sees it."""
+"""The `Method` entry of Layer Fusion."""
 
 from ...recipe import TARGETS, FusionRecipe
 from ..base import Method

@@ -1,4 +1,4 @@
-"""Layer Fusion (O'Neill, Ver Steeg, Galstyan, ACML 2021): cluster similar blocks and make each cluster one."""
+"""Layer Fusion (O'Neill, Ver Steeg, Galstyan, ACML 2021): cluster similar blocks and fuse each cluster."""
 
 from __future__ import annotations
 
@@ -36,36 +36,35 @@ _CLUSTERS = {
 Importance = Callable[[], Sequence[float]] | None
 
 _PART = 0.25
-"""Of the calibration batches, the share that the importance of layers is taken from."""
+"""Share of the calibration batches that the importance of layers is measured on."""
 
 
 _LAST_RESORT = 1e9
-"""The cost of a run that cannot be measured, where there is no way around it."""
+"""Cost of a run whose loss is infinite, where every partition contains such a run."""
 
 
 def plan_fusion(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None = None) -> Plan:
     """Decide which blocks of a model to fuse.
 
     Args:
-        model: a stock model with a registered architecture.
-        recipe: what is asked for.
-        batches: calibration batches, needed by the similarities that compare activations; read once.
+        model: Stock model with a registered architecture.
+        recipe: Settings of the fusion.
+        batches: Calibration batches, which similarities of activations need; read once.
 
     Returns:
-        A plan of `Fuse` edits; its `notes` hold the recipe and, for each kind of block, the matrix of distances it was
-        decided from.
+        A plan of `Fuse` edits. Its `notes` hold the recipe and the matrix of distances for each kind of block.
 
     Raises:
-        RecipeError: the target cannot be met, or the similarity needs batches and there are none.
-        DataError: the batches hold no tokens, or too few for the similarity.
-        UnsupportedModelError: an unknown architecture, or a model that cannot be fused.
+        RecipeError: Target that cannot be met, or similarity that needs missing batches.
+        DataError: Batches without tokens, or with too few for the similarity.
+        UnsupportedModelError: Unknown architecture, or a model that cannot be fused.
     """
     check_model(model, architecture_for(model))
     return planned(model, settled(model, recipe), batches)
 
 
 def planned(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None = None) -> Plan:
-    """`plan_fusion` for a model that `check_model` accepted, and a recipe from `settled`."""
+    """Plan as `plan_fusion` does, for a model that passed `check_model` and a recipe from `settled`."""
     architecture = architecture_for(model)
     depth = len(architecture.layer_list(model))
     keeps = counts_of(model, recipe)
@@ -91,17 +90,17 @@ def planned(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | Non
     found = next((found for keep in keeps if fits(model, recipe, found := plan(keep))), None)
     if found is None:
         raise RecipeError(
-            f"{recipe.mode} fusion by cluster {recipe.cluster!r} cannot be that small with layers of different shapes: "
+            f"{recipe.mode} fusion by cluster {recipe.cluster!r} misses the target with layers of different shapes: "
             "keep more, or use cluster='adjacent'."
         )
     return found
 
 
 def plan_evenly(model: PreTrainedModel, recipe: FusionRecipe) -> Plan:
-    """What a target comes to by shapes alone, in runs of as equal length as can be: for a model without weights.
+    """Plan a fusion from shapes alone, in runs of nearly equal length, for a model without weights.
 
     Raises:
-        RecipeError: the target cannot be met, or needs a measurement.
+        RecipeError: Target that cannot be met, or that needs a measurement.
     """
     architecture, recipe = architecture_for(model), settled(model, recipe)
     depth = len(architecture.layer_list(model))
@@ -110,16 +109,16 @@ def plan_evenly(model: PreTrainedModel, recipe: FusionRecipe) -> Plan:
         found = Plan(architecture.model_type, depth, _edits(recipe, groups, None), kinds=architecture.kinds)
         if fits(model, recipe, found):
             return found
-    raise RecipeError("no runs of even length are that small: keep less, or choose for a model with weights.")
+    raise RecipeError("no runs of even length meet the target: keep less, or plan for a model with weights.")
 
 
 def divider(model: PreTrainedModel, recipe: FusionRecipe) -> Callable[[np.ndarray, int], cluster.Groups]:
-    """What divides layers into runs, by the costs of runs and the number of runs, so that the target is met.
+    """Return a function that divides layers into runs that meet the target, by the costs and the number of runs.
 
-    Where layers differ in size, a `ratio` is of what is removed, and not of how many are left.
+    Where layers differ in size, a `ratio` limits the removed parameters, not the number of remaining layers.
 
     Raises:
-        RecipeError: no division of layers of one shape into runs meets the target.
+        RecipeError: Target that no division into runs of one shape meets.
     """
     layers = architecture_for(model).layer_list(model)
     unlike = are_unlike(model)
@@ -131,15 +130,15 @@ def divider(model: PreTrainedModel, recipe: FusionRecipe) -> Callable[[np.ndarra
         if unlike and recipe.ratio is not None:
             found = cluster.partition_within(cost, sizes, (1 - recipe.ratio) * whole - kept)
             if found is None:
-                raise RecipeError(f"ratio={recipe.ratio} is out of reach: only layers of one shape become one.")
+                raise RecipeError(f"ratio={recipe.ratio} is out of reach: only layers of one shape can be fused.")
             return found
         found = cluster.partition(cost, count)
-        if found is None and not unlike:  # the best that there is, by an operator that works for all layers
+        if found is None and not unlike:  # the best partition, by an operator that works for all layers
             found = cluster.partition(np.where(np.isfinite(cost), cost, _LAST_RESORT), count)
         if found is None:
             raise RecipeError(
                 f"{count} groups are too few for the shapes of these {len(layers)} layers: only those of one shape "
-                "become one. Keep more."
+                "can be fused. Keep more."
             )
         return found
 
@@ -147,32 +146,36 @@ def divider(model: PreTrainedModel, recipe: FusionRecipe) -> Callable[[np.ndarra
 
 
 def _rounded(value: float) -> float | None:
-    """Six digits for the notes; None between layers that can never be one."""
+    """Round to six digits for the notes; None for layers that can never be fused."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _finite(distance: Tensor) -> Tensor:
-    """Distances in which those that are infinite are far larger than all others."""
+    """Replace infinite distances with values far larger than all others."""
     known = distance[distance.isfinite()].max()
     return distance.where(distance.isfinite(), 1e6 * (1 + known))
 
 
 def group_edit(kind: Kind, group: tuple[int, ...], recipe: FusionRecipe, importance: Importance) -> Fuse:
-    """What becomes of a group by the operator of a recipe.
+    """Return the edit that fuses a group by the operator of a recipe.
 
-    Operator `auto` starts from one that the refit works well with. In depth mode that is `select`, or where the refit
-    does not choose, the first layer of the group: it alone reads what it was trained to read, and the refit leads its
-    outputs to the end of the group. Where nothing is refitted, it is the layer nearest the middle. Weights that are
-    shared are averaged after their heads and units were matched.
+    Operator `auto` starts from one that the refit improves well. In depth mode that is `select`. Where the refit cannot
+    select, it is `freeze`, which keeps the first layer of the group: only this layer still reads the states it was
+    trained on, and the refit fits its outputs to the end of the group. Without a refit, the layer nearest the middle is
+    kept. Shared weights are averaged after matching their heads and units.
 
     Args:
-        importance: per layer of the model, see `importances`; None where there are no calibration batches.
+        kind: Kind of block.
+        group: Layers of the group.
+        recipe: Settings of the fusion.
+        importance: Function that returns the importance of each layer of the model, see `importances`; None without
+            calibration batches.
     """
     rest = {"mode": recipe.mode, "align": recipe.align, "rank": recipe.rank}
     if recipe.operator == "weighted":
         if importance is None:
             raise RecipeError(
-                "operator='weighted' weighs layers by how much they change the residual stream: pass batches=, or use "
+                "operator='weighted' weights layers by their change of the residual stream: pass batches=, or use "
                 "operator='mean'."
             )
         shares = [importance()[layer] for layer in group]
@@ -181,7 +184,7 @@ def group_edit(kind: Kind, group: tuple[int, ...], recipe: FusionRecipe, importa
     if recipe.operator == "select":
         if importance is None:
             raise RecipeError(
-                "operator='select' chooses heads and units by calibration: pass batches=, or use 'freeze'."
+                "operator='select' selects heads and units on calibration batches: pass batches=, or use 'freeze'."
             )
         return Fuse(kind, group, operator="select", keep=group[0], **rest)
     if recipe.operator != "auto":
@@ -195,7 +198,7 @@ def group_edit(kind: Kind, group: tuple[int, ...], recipe: FusionRecipe, importa
 
 
 def candidates(edit: Fuse, recipe: FusionRecipe) -> list[Fuse]:
-    """What may become of a group: the edit itself, and with operator `auto` each layer kept, and averages."""
+    """Return the candidates for a group: its edit and, with operator `auto`, kept layers and the mean."""
     if recipe.operator != "auto":
         return [edit]
     plain = replace(edit, operator="freeze", keep=None, align="none")
@@ -205,26 +208,26 @@ def candidates(edit: Fuse, recipe: FusionRecipe) -> list[Fuse]:
 
 
 def matching(kind: Kind) -> Align:
-    """The alignment that an average loses least with; channels between convolutions have no coordinates to turn."""
+    """Return the alignment with the least loss of averages. Channels of convolutions cannot be rotated."""
     return "permutation" if kind == "conv" else "rotation"
 
 
 def importance_of(model: PreTrainedModel, batches: Batches | None) -> Importance:
-    """`importances` when they are asked for, taken once; None without batches."""
+    """Return a function that measures `importances` once, on first use; None without batches."""
     if batches is None:
         return None
     return functools.cache(lambda: importances(model, Sample.of(batches, _PART)))
 
 
 def importances(model: PreTrainedModel, sample: Sample) -> list[float]:
-    """Per layer, 1 - E cos of what enters and what leaves it (block influence, ShortGPT, Men et al. 2024, eq. 1)."""
+    """Return 1 - E cos of the states around each layer (block influence, ShortGPT, Men et al. 2024, eq. 1)."""
     found = []
     with eval_mode(model):
         walk = LayerwiseForward(model, sample)
         while walk.depth < len(walk.layers):
             before = walk.states
             walk.advance()
-            if before[0].shape != walk.states[0].shape:  # nothing else can do what this layer does
+            if before[0].shape != walk.states[0].shape:  # no other layer can replace this one
                 found.append(1.0)
                 continue
             cosines = [

@@ -1,4 +1,4 @@
-"""Candidates compete on calibration loss: which blocks are fused, and how the weights of each group become one."""
+"""Candidates compete on calibration loss: groups of blocks, and the operator that fuses each group."""
 
 from __future__ import annotations
 
@@ -35,39 +35,39 @@ from .planner import Importance, candidates, divider, group_edit, importance_of,
 from .targets import fits, kinds_of, settled
 
 TABLE_COST = 5
-"""Forward passes of the original, over all of the calibration data, that a table of costs may take."""
+"""Cost limit of a table of losses, in forward passes of the original over all calibration data."""
 
 MOVES = 12
-"""Plans next to the best one that are tried with effort `high`."""
+"""Number of plans next to the best one that effort `high` tries."""
 
 
 def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None = None) -> SearchResult:
-    """Make a model smaller by a recipe: choose the groups and the operators, apply, refit.
+    """Make a model smaller with a recipe: choose the groups and the operators, apply, refit.
 
-    With calibration data, `effort` says how much is tried:
+    With calibration data, `effort` sets the number of candidates:
 
-    - `low`: groups by similarity (with cluster `auto`, by how far runs of layers are from linear), one refit;
-    - `medium`: also groups by an exact dynamic program over the calibration loss that each run of layers costs when it
-      alone is fused and refitted. For each group, the operators compete on that loss, and the two results compete,
+    - `low`: groups by similarity (with cluster `auto`, by the nonlinearity of runs of layers), and one refit;
+    - `medium`: also groups by an exact dynamic program over the calibration loss of each run of layers when it alone is
+      fused and refitted. The operators of each group compete on that loss. The two results then compete, each
       refitted as a whole;
-    - `high`: plans next to the best one compete too, refitted as a whole.
+    - `high`: also plans next to the best one, each refitted as a whole.
 
-    With a latency budget, each block of a transformer is chosen for: see `search_budget`.
+    With a latency budget, each block of a transformer is kept, dropped, linearised or fused: see `search_budget`.
 
-    Without calibration data, groups and operators come from the weights alone and nothing is repaired; the plan's
-    notes say so.
+    Without calibration data, groups and operators come from the weights alone and nothing is refitted. The notes of the
+    plan record this.
 
     Args:
-        model: a stock model with a registered architecture; never changed.
-        recipe: what is asked for.
-        batches: calibration batches, read once.
+        model: Stock model with a registered architecture; it is not changed.
+        recipe: Settings of the fusion.
+        batches: Calibration batches, read once.
 
     Returns:
-        The new `model`, its `plan`, and as `report` what the refit did, which is None where nothing was fitted.
+        The new `model`, its `plan`, and the `report` of the refit, which is None without batches.
 
     Raises:
-        RecipeError: the target cannot be met, or what is asked for needs batches and there are none.
-        UnsupportedModelError: an unknown architecture, or a model that cannot be fused.
+        RecipeError: Target that cannot be met, or recipe that needs missing batches.
+        UnsupportedModelError: Unknown architecture, or a model that cannot be fused.
     """
     batches = None if batches is None else list(batches)
     if recipe.is_timed:
@@ -77,7 +77,7 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
     first = planned(model, recipe, batches)
     if batches is None:
         logging.getLogger(__name__).warning(
-            "no calibration batches: decided from the weights alone, nothing is repaired. Pass batches=, or heal the "
+            "no calibration batches: the weights alone decide, and nothing is refitted. Pass batches=, or heal the "
             "result before use."
         )
         notes = {**first.notes, "recipe": asdict(recipe), "calibration": "none: from the weights alone"}
@@ -89,7 +89,7 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
 
 
 class _Search:
-    """One search; `scores` keeps what was tried, for the notes of the plan."""
+    """One search. `tried` holds all refitted plans, for the notes of the plan."""
 
     def __init__(self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], first: Plan) -> None:
         self.model, self.recipe, self.batches, self.first = model, recipe, batches, first
@@ -144,7 +144,7 @@ class _Search:
         if self.recipe.refit == "none":
             return even(self.first.num_layers, self._count(kind))
         if self.recipe.refit == "full" and self.recipe.operator in ("auto", "select") and kind != "attention":
-            self.trace.ahead(SELECTING)  # for whichever groups there will be
+            self.trace.ahead(SELECTING)  # for any groups that will be chosen
         count = self._count(kind)
         return cluster.partition(unexplained(self.trace, longest(self.first.num_layers, count)), count)
 
@@ -158,8 +158,10 @@ class _Search:
         return replace(self.first, edits=tuple(edits))
 
     def _try(self, plan: Plan) -> RefitReport | None:
-        """Apply and refit a plan on all calibration data; the best so far is kept, its weights on disk. None: it is
-        not tried."""
+        """Apply and refit a plan on all calibration data. The best so far is kept, with its weights on disk.
+
+        Returns None for a plan that was tried before or does not meet the target.
+        """
         if plan.edits in self.tried or not fits(self.model, self.recipe, plan):
             return None
         student = applied(self.model, plan, self.batches)
@@ -177,7 +179,7 @@ class _Search:
         return report
 
     def _climb(self, table: _Table) -> None:
-        """Move the borders of groups by one, as long as that helps."""
+        """Move the borders of groups by one layer, as long as the loss falls."""
         left = MOVES
         improved = True
         while improved and left:
@@ -190,7 +192,7 @@ class _Search:
                     break
 
     def _neighbours(self, plan: Plan) -> Iterator[Plan]:
-        """Plans in which one border between two groups has moved by one layer; other groups keep their edits."""
+        """Yield plans in which one border between two groups moves by one layer. Other groups keep their edits."""
         edits = {(edit.kind, edit.layers): edit for edit in plan.edits}
         for kind in self._kinds():
             groups = groups_of(plan, kind)
@@ -204,10 +206,10 @@ class _Search:
 
 
 class _Table:
-    """Calibration losses of models in which one group alone is fused and refitted, on a part of the data.
+    """Calibration losses of models in which a single group is fused and refitted, on a part of the data.
 
-    Such losses add up well enough to be minimised over partitions: what one group breaks, the next one's refit
-    repairs only in part.
+    The sum of these losses is a good enough objective for partitions, because the refit of one group repairs only part
+    of the error of the group before it.
     """
 
     def __init__(
@@ -222,10 +224,11 @@ class _Table:
         self.trials = Trials(model, recipe.refit, batches, TeacherStates(LayerwiseForward(model, sample)))
 
     def groups(self, kind: Kind, count: int) -> Groups:
-        """The partition into so many runs with the least sum of losses, by dynamic programming.
+        """Return the partition into `count` runs with the least sum of losses, by dynamic programming.
 
-        A run is taken to lose no less than the runs inside it. Those of two layers are measured; of longer ones only
-        what is in the best partition that there could be, until all of that is measured.
+        Runs of two layers are measured. A longer run is expected to lose at least as much as the runs inside it, and is
+        measured only if it is in the best partition by these lower bounds. This repeats until all runs of the best
+        partition are measured.
         """
         cost = np.full((self.depth + 1, self.depth + 1), np.inf)
         cost[range(self.depth), range(1, self.depth + 1)] = 0
@@ -247,12 +250,12 @@ class _Table:
         return found
 
     def operators(self, plan: Plan) -> Plan:
-        """For each group, the operator and alignment of least loss."""
+        """Choose the operator and alignment of least loss for each group."""
         loss = self.trials.loss
         return replace(plan, edits=tuple(min(candidates(edit, self.recipe), key=loss) for edit in plan.edits))
 
     def scores(self) -> list[dict[str, Any]]:
-        """All losses that were taken, group by group."""
+        """Return all measured losses, group by group."""
         found: dict[tuple, dict[str, float]] = {}
         for (edit,), loss in self.trials.losses.items():
             if math.isfinite(loss):

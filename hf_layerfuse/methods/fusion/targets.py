@@ -1,4 +1,4 @@
-"""What the target of a recipe means for a model: how many blocks, of which rank, and whether a plan meets it."""
+"""Targets of a recipe, applied to a model: number of blocks, rank, and whether a plan meets the target."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .grouping import even
 
 
 def kinds_of(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[Kind, ...]:
-    """The kinds of block that are grouped, each on its own.
+    """Return the kinds of block that are grouped, each independently.
 
     Raises:
-        RecipeError: layers of this architecture have one block only, and the recipe asks for parts of them.
+        RecipeError: Recipe for parts of layers, where layers have a single kind of block.
     """
     kinds = architecture_for(model).kinds
     if len(kinds) == 1:
         if recipe.blocks != "layer":
             raise RecipeError(
-                f"blocks={recipe.blocks!r}: layers of {model.config.model_type!r} have {kinds[0]} blocks only; use "
+                f"blocks={recipe.blocks!r}: layers of {model.config.model_type!r} have only {kinds[0]} blocks; use "
                 "'layer'."
             )
         return kinds
@@ -38,14 +38,14 @@ def kinds_of(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[Kind, ...]:
 
 
 def settled(model: PreTrainedModel, recipe: FusionRecipe) -> FusionRecipe:
-    """A recipe with rank `auto` as one with a number of blocks and a rank; another one as it is.
+    """Replace rank `auto` of a recipe with a number of blocks and a rank. Other recipes are returned unchanged.
 
     Raises:
-        RecipeError: the target is a latency; or it is out of reach although all layers of a shape share one set of
-            weights, or the model meets it as it is.
+        RecipeError: Latency target; or target that the model already meets, or that is out of reach even if all layers
+            of a shape share one set of weights.
     """
     if recipe.is_timed:
-        raise RecipeError("what a latency budget leads to is measured: use search or fuse, with batches=.")
+        raise RecipeError("a plan for a latency budget needs measurements: use search or fuse, with batches=.")
     if recipe.rank != "auto":
         return recipe
     asked = next(f"{name}={value:.12g}" for name in TARGETS if (value := getattr(recipe, name)) is not None)
@@ -55,29 +55,30 @@ def settled(model: PreTrainedModel, recipe: FusionRecipe) -> FusionRecipe:
     def shared(rank: int) -> Plan:
         return _plan_of_runs(model, replace(recipe, rank=rank), runs)
 
-    # no group may have a rank that none of its maps can use
+    # the rank of a group must be usable by at least one of its maps
     ties = shared(sys.maxsize).layout().ties
     maps = [relaxed_maps(layers[tie.source.layers[0]], architecture, tie).values() for tie in ties]
     ranks = range(1, 1 + min((max(rank for _, rank in found) for found in maps), default=0))
     met = bisect.bisect_left(ranks, True, key=lambda rank: not _meets(model, recipe, shared(rank)))
     if _meets(model, recipe, replace(shared(1), edits=())):
-        raise RecipeError(f"{asked} fuses nothing, the model is as small as that: use less.")
+        raise RecipeError(f"{asked} fuses nothing, the model already meets it: ask for a smaller model.")
     if not met:
         raise RecipeError(
-            f"{asked} is out of reach with rank='auto': where all blocks of a shape share their weights, and each "
-            "depth adds rank 1, more than that is left. Let more be left, or use rank=0."
+            f"{asked} is out of reach with rank='auto': even if all blocks of a shape share their weights and each "
+            "depth adds rank 1, the model is larger. Ask for a larger model, or use rank=0."
         )
     return replace(recipe, **dict.fromkeys(TARGETS) | {"keep_layers": len(runs)}, rank=ranks[met - 1])
 
 
 def counts_of(model: PreTrainedModel, recipe: FusionRecipe) -> Sequence[int]:
-    """How many blocks of each kind may stay distinct, the best first; the first whose plan fits is taken.
+    """Return the candidate numbers of distinct blocks of each kind, the best first. The first whose plan fits is used.
 
-    Raises `RecipeError` where none can, before minutes of calibration are spent.
+    Raises:
+        RecipeError: Target that no number meets. It is raised before minutes of calibration are spent.
     """
     depth = len(architecture_for(model).layer_list(model))
     if depth < 2:
-        raise RecipeError(f"the model has {depth} layer: there is nothing to fuse.")
+        raise RecipeError(f"the model has {depth} layer: there is nothing to fuse. Use a model with 2 layers or more.")
     if recipe.keep_layers is not None:
         if recipe.keep_layers >= depth:
             raise RecipeError(
@@ -97,7 +98,7 @@ def counts_of(model: PreTrainedModel, recipe: FusionRecipe) -> Sequence[int]:
             )
         return [keep]
 
-    # one group of everything of one shape is the least, whatever the distances will be
+    # one group per shape is the smallest result, whatever the distances are
     least = _plan_of_runs(model, recipe, _runs_of_one_shape(model))
     smallest, whole = (planned_size(model, plan) for plan in (least, replace(least, edits=())))
     kinds = " and ".join(kinds_of(model, recipe))
@@ -109,7 +110,7 @@ def counts_of(model: PreTrainedModel, recipe: FusionRecipe) -> Sequence[int]:
             )
         if smallest[unit] > most:
             raise RecipeError(
-                f"{name}={most:.12g} is out of reach: with all {depth} {kinds} blocks as one "
+                f"{name}={most:.12g} is out of reach: with all {depth} {kinds} blocks fused "
                 f"in mode {recipe.mode!r}, {smallest[unit]} {unit} remain. Use that or more, or other blocks or mode."
             )
     return range(depth - 1, 0, -1)
@@ -121,7 +122,7 @@ def _runs_of_one_shape(model: PreTrainedModel) -> list[tuple[int, ...]]:
 
 
 def _plan_of_runs(model: PreTrainedModel, recipe: FusionRecipe, runs: list[tuple[int, ...]]) -> Plan:
-    """One block of each run of layers. How their weights become one does not matter here."""
+    """Return a plan that fuses each run of layers. The operator does not affect the size."""
     architecture = architecture_for(model)
     groups = [run for run in runs if len(run) > 1]
     edits = [Fuse(kind, run, recipe.mode, rank=recipe.rank) for kind in kinds_of(model, recipe) for run in groups]
@@ -129,13 +130,13 @@ def _plan_of_runs(model: PreTrainedModel, recipe: FusionRecipe, runs: list[tuple
 
 
 def _limits(recipe: FusionRecipe) -> list[tuple[str, str, float]]:
-    """Name, unit and value of each target that limits the size of the whole model."""
+    """Return name, unit and value of each target that limits the size of the whole model."""
     limits = [("max_parameters", "parameters", recipe.max_parameters), ("max_bytes", "bytes", recipe.max_bytes)]
     return [limit for limit in limits if limit[2] is not None]
 
 
 def fits(model: PreTrainedModel, recipe: FusionRecipe, plan: Plan) -> bool:
-    """Whether what a plan leads to is as small as the recipe asks for, and no group holds layers that cannot be one."""
+    """Return whether the result of a plan meets the target, and each group has layers of a single shape."""
     shapes = [shapes_of(layer) for layer in architecture_for(model).layer_list(model)]
     if any(shapes[layer] != shapes[edit.layers[0]] for edit in plan.edits for layer in edit.layers):
         return False
@@ -144,7 +145,7 @@ def fits(model: PreTrainedModel, recipe: FusionRecipe, plan: Plan) -> bool:
 
 
 def _meets(model: PreTrainedModel, recipe: FusionRecipe, plan: Plan) -> bool:
-    """Whether what a plan leads to is no larger than the target, norms and biases included."""
+    """Return whether the result of a plan is no larger than the target, norms and biases included."""
     size = planned_size(model, plan)
     if recipe.ratio is not None:
         whole = sum(parameter.numel() for parameter in model.parameters())

@@ -1,1 +1,1 @@
-"""LayerMerge: which convolutions become one."""
+"""LayerMerge: choose which convolutions to merge."""

@@ -1,4 +1,4 @@
-"""A short training, so that candidates are judged by what they can become."""
+"""Short training of candidates, so that they compete on the loss that they reach after training."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ...evaluation.eval_mode import eval_mode
 from ...math.losses import distillation_loss
 
 RATE = 1e-3
-"""The learning rate at first, of Adam; it falls to zero on a line."""
+"""Initial learning rate of Adam; it decays linearly to zero."""
 
 
 def tune(student: PreTrainedModel, teacher: PreTrainedModel, sample: Sample, steps: int) -> None:
-    """Train a student on what its teacher says of the calibration data that are not held out, in place.
+    """Train a student in place on the outputs of its teacher, on the calibration data that are not held out.
 
     Both stay in eval mode, so that batch norms keep their statistics.
 
     Args:
-        student: any whose main output are logits.
-        teacher: the original.
-        sample: calibration data; each batch is a step, and they come round in order.
-        steps: 0 changes nothing.
+        student: Model whose main output is logits.
+        teacher: Original model.
+        sample: Calibration data. Each batch is one step, in order and repeated.
+        steps: Number of steps; 0 changes nothing.
     """
     optimizer = torch.optim.Adam(student.parameters(), lr=RATE)
     rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(steps, 1))

@@ -1,4 +1,4 @@
-"""LayerMerge, as the rest of the package sees it."""
+"""The `Method` entry of LayerMerge."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .search import search_merge
 
 
 def _needs_training(recipe: MergeRecipe) -> bool:
-    """Whether segments stay open, so that they are trained before they are merged."""
+    """Return whether segments stay open, so that they are trained before they are merged."""
     return recipe.method == "open"
 
 
 def _finish(recipe: MergeRecipe) -> Finish | None:
-    """Make one convolution of each open segment."""
+    """Return the step that merges each open segment into one convolution."""
     return Finish("merging convolutions", _merge_segments) if _needs_training(recipe) else None
 
 

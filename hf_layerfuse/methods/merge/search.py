@@ -1,4 +1,4 @@
-"""Segments of convolutions compete for a latency budget: which of them become one, and of which kernel."""
+"""Segments of convolutions compete for a latency budget: merged segments, and their kernel sizes."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ from .segments import Entry, Latencies, Losses, Magnitudes, entries_of, folded_p
 
 
 def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches | None) -> SearchResult:
-    """Merge convolutions of a model by a recipe: measure segments, choose them by the exact program, apply, fit.
+    """Merge convolutions of a model with a recipe: measure segments, choose by an exact program, apply, fit.
 
-    An entry, a segment with a kernel, costs the milliseconds of its one convolution, and the calibration loss of the
-    model in which nothing else was changed. The program takes the entries of the least sum of losses that keep the
-    budget, and where the result takes longer than that when it is timed, a smaller one. Batch norms of all other
-    convolutions are folded.
+    An entry is a segment with a kernel. It has the latency of its single convolution, and the calibration loss of the
+    model with only this change. The program chooses the entries of least total loss within the budget. If the measured
+    latency of the result exceeds the budget, the program runs with a smaller one. Batch norms of all other convolutions
+    are folded.
 
     Args:
-        model: a stock model whose architecture knows its chain of convolutions; never changed.
-        recipe: what is asked for.
-        batches: calibration batches, read once.
+        model: Stock model whose architecture table has a chain of convolutions; it is not changed.
+        recipe: Settings of the merge.
+        batches: Calibration batches, read once.
 
     Returns:
-        The new `model`, its `plan`, and as `report` what the refit did, which is None where nothing was fitted.
+        The new `model`, its `plan`, and the `report` of the refit, which is None with method `open`.
 
     Raises:
-        RecipeError: the budget cannot be met, or there are no batches.
-        UnsupportedModelError: an unknown architecture, a model that cannot be merged, or one in which no
-            two convolutions can become one.
-        LayerFuseError: the tables are of another device, other weights or other data.
+        RecipeError: Latency budget that cannot be met, or missing batches.
+        UnsupportedModelError: Unknown architecture, model that cannot be merged, or model in which no two convolutions
+            can be merged.
+        LayerFuseError: Measurement cache of another device, other weights or other data.
     """
     architecture = architecture_for(model, ConvGraphArchitecture)
     check_model(model, architecture)
     architecture.check_chain(model)
     if batches is None:
-        raise RecipeError("what a segment is worth is measured on calibration batches: pass batches=.")
+        raise RecipeError("merging needs calibration batches to measure the segments: pass batches=.")
     sample = Sample.of(batches)
     entries = _entries(model, recipe)
     if not any(entry.changes for entry in entries):
         raise UnsupportedModelError(
-            f"no two convolutions of this {type(model).__name__} can become one with kernels of {recipe.max_kernel} or "
-            "less: a stride, a pooling or a shortcut is between any two. Raise max_kernel, or fuse another model."
+            f"no two convolutions of this {type(model).__name__} can be merged with kernels of {recipe.max_kernel} or "
+            "less: a stride, a pooling or a shortcut separates any two. Raise max_kernel, or fuse another model."
         )
     folder = None if recipe.tables is None else Path(recipe.tables)
     images = sample.batches[0][model.main_input_name][:1]
@@ -92,7 +92,7 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
             "rest": latencies.rest,
         },
         "losses": {entry.key: losses.of(entry) for entry in chosen if entry.changes},
-        "frontier": {  # of those that round to the same share, the best
+        "frontier": {  # the best chain for each rounded share
             f"{(latencies.rest + sum(map(latencies.of, chain))) / whole:.0%}": sum(map(losses.of, chain))
             for chain in frontier(entries, latencies, losses, whole, length, published=published)
         },
@@ -114,18 +114,18 @@ def choose(
     *,
     published: bool = False,
 ) -> list[Entry]:
-    """The entries of the least sum of losses that together take no more than some milliseconds.
+    """Return the entries of least total loss within a latency limit.
 
     Args:
-        entries: what is chosen from.
-        latencies: of them.
-        losses: of them.
-        limit: in milliseconds.
-        length: the last boundary of the chain.
-        published: the most of a sum of exp(-loss) in place of the least of losses.
+        entries: Candidate entries.
+        latencies: Latencies of the entries.
+        losses: Losses of the entries.
+        limit: Latency limit, in milliseconds.
+        length: Last boundary of the chain.
+        published: Whether to maximise the sum of exp(-loss), as published, instead of minimising the sum of losses.
 
     Raises:
-        RecipeError: none take so little.
+        RecipeError: Limit below the fastest combination.
     """
     return affordable(length, _options(entries, latencies, losses, published), limit, latencies)
 
@@ -139,7 +139,7 @@ def frontier(
     *,
     published: bool = False,
 ) -> list[list[Entry]]:
-    """What `choose` would choose for each limit of up to so many milliseconds, the fastest first; from one program."""
+    """Return the results of `choose` for all limits up to `most` milliseconds, fastest first, from one program."""
     chains = Frontier(length, _options(entries, latencies, losses, published), most).chains()
     return [[option.label for _, _, option in chain] for chain in chains]
 
@@ -168,7 +168,7 @@ def _losses(
 
 
 def _useful(entries: Sequence[Entry], latencies: Latencies) -> list[Entry]:
-    """Those that are faster than the convolutions that they stand for: nothing else is ever chosen."""
+    """Return the entries that are faster than the convolutions they replace. Others are never chosen."""
     ones = {entry.end: latencies.of(entry) for entry in entries if not entry.changes}
     return [
         entry
@@ -178,7 +178,7 @@ def _useful(entries: Sequence[Entry], latencies: Latencies) -> list[Entry]:
 
 
 def _entries(model: PreTrainedModel, recipe: MergeRecipe) -> list[Entry]:
-    """What is chosen from."""
+    """Return the candidate entries."""
     if recipe.choose in ("convolutions", "magnitude"):
         return removals_of(model)
     entries = entries_of(model, recipe.max_kernel)

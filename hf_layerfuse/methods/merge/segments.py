@@ -1,4 +1,4 @@
-"""What each segment of a chain costs and what it is worth, measured, and kept in files (LayerMerge, section 3.3)."""
+"""Measured latency and loss of each segment of a chain, kept in measurement caches (LayerMerge, section 3.3)."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from ...plan import CHAIN, MergeConvs, Plan
 from .finetune import tune
 
 ROW = 10
-"""Calls in a row when a GPU is timed, on which a part alone takes some microseconds."""
+"""Consecutive calls per timing on a GPU, where a single part takes only microseconds."""
 
 
 class Entry(NamedTuple):
     """One segment with one kernel.
 
     Attributes:
-        start: the boundary in front of it.
-        end: the boundary behind it.
-        merged: the kernel.
-        keep: the convolutions that stay for it.
+        start: Boundary before the segment.
+        end: Boundary after the segment.
+        merged: Kernel of the segment.
+        keep: Convolutions that are kept in the segment.
     """
 
     start: int
@@ -52,12 +52,12 @@ class Entry(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Segment, size of the kernel, and whether it is depthwise."""
+        """Key of the entry: boundaries, size of the kernel, and whether it is depthwise."""
         return f"{self.start},{self.end},{self.merged.kernel},{int(self.merged.depthwise)}"
 
     @property
     def changes(self) -> bool:
-        """Whether it is more than a convolution as it is."""
+        """Whether the entry differs from a single unchanged convolution."""
         return self.end - self.start > 1 or not self.keep
 
     @property
@@ -66,7 +66,7 @@ class Entry(NamedTuple):
 
 
 def removals_of(model: PreTrainedModel) -> list[Entry]:
-    """All convolutions as they are, and all that may go taken out, with their activations as they are."""
+    """List all unchanged convolutions, and the removals of those that can be removed. Activations are kept."""
     chain = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
     found = []
     for place, link in enumerate(chain.links[1:], 1):
@@ -77,32 +77,32 @@ def removals_of(model: PreTrainedModel) -> list[Entry]:
 
 
 def entries_of(model: PreTrainedModel, max_kernel: int) -> list[Entry]:
-    """All segments with all kernels of at most some size; those of one convolution are as they are."""
+    """List all segments with all kernels of at most `max_kernel`, and all single convolutions."""
     chain = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
     return [Entry(*entry) for entry in chain.table() if entry[1] - entry[0] == 1 or entry[2].kernel <= max_kernel]
 
 
 class Latencies:
-    """How long each entry takes: one convolution of its shape, the sum that it ends with, and the activation.
+    """Latency of each entry: one convolution of its shape, the sum at its end, and the activation.
 
-    Each shape is measured once, on the device of the model, in turn with the others. Parts that are timed alone leave
-    out what is between them, and wait for nothing. So two whole models are timed too, the original with its batch norms
-    folded and the one that is fastest by its parts, and on the line through both lies what others are thought to take.
+    Each shape is measured once, on the device of the model, in turn with the others. Parts alone do not include the
+    overhead between them. Two whole models are therefore measured too: the original with folded batch norms, and the
+    model with the fastest parts. The latencies of other models are interpolated linearly between these two.
 
     Args:
-        model: a stock one.
-        images: a batch as it will be used.
-        path: of a file.
-        repeats: timed rounds.
-        warmup: rounds before those, not timed.
+        model: Stock model.
+        images: Batch of the size in use.
+        path: Measurement cache; None keeps the measurements in memory.
+        repeats: Number of timed rounds.
+        warmup: Number of untimed rounds before them.
 
     Attributes:
-        original: milliseconds of the whole model.
-        rest: milliseconds of all that is no entry: the first convolution, poolings, the head, and what lies between.
-        pace: what a part takes in a whole model, as a share of what it takes alone.
+        original: Latency of the whole model, in milliseconds.
+        rest: Latency outside the entries, in milliseconds: first convolution, poolings, head, and overhead.
+        pace: Latency of a part inside a whole model, as a share of its latency alone.
 
     Raises:
-        LayerFuseError: the file was measured on another device or network.
+        LayerFuseError: Measurement cache of another device or network.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Latencies:
         self.windows = windows_of(model, self.architecture, self.convs)
         self.images, self.repeats, self.warmup = images.to(model.device, model.dtype), repeats, warmup
         with eval_mode(model):
-            # a layer may put padding around what its convolution reads
+            # a layer may pad the input of its convolution
             reads = [Place("before", unit.layer or unit.conv) for unit in self.convs.units]
             self.shapes = [tensor.shape for tensor in see(model, {model.main_input_name: self.images}, reads)]
         self.table = Table(path, timed_on(model, {model.main_input_name: images}))
@@ -125,7 +125,7 @@ class Latencies:
         return self.table.values["original"]["ms"]
 
     def of(self, entry: Entry) -> float:
-        """Milliseconds of an entry among others."""
+        """Return the latency of an entry inside a model, in milliseconds."""
         return self.pace * self._alone(entry)
 
     def _alone(self, entry: Entry) -> float:
@@ -135,7 +135,7 @@ class Latencies:
 
     @torch.inference_mode()
     def model_of(self, plan: Plan) -> float:
-        """Milliseconds of the model that a plan leads to, timed in turn with the original."""
+        """Return the latency of the model of a plan, in milliseconds, measured in turn with the original."""
         name = f"model {hashlib.sha256(json.dumps(plan.to_dict(notes=False)).encode()).hexdigest()[:16]}"
         if name not in self.table.values:
             self._time({name: partial(applied(self.model, plan).eval(), self.images)})
@@ -143,7 +143,7 @@ class Latencies:
 
     @torch.inference_mode()
     def measure(self, entries: Sequence[Entry]) -> None:
-        """Measure what is not known yet: the shapes of entries that lead through the chain, and whole models."""
+        """Measure the missing latencies: shapes of entries, which must cover the chain, and whole models."""
         runs: dict[str, Callable[[], object]] = {part.name: part for part in map(self._part, entries)}
         if "folded" not in self.table.values:
             runs["folded"] = partial(applied(self.model, folded_plan(self.model)).eval(), self.images)
@@ -151,7 +151,7 @@ class Latencies:
         self._settle(entries)
 
     def _settle(self, entries: Sequence[Entry]) -> None:
-        """Find how long parts take in a whole model, and what it takes beside them."""
+        """Compute `pace` and `rest` from the latencies of parts and of whole models."""
         length, folded = len(self.convs.units) - 1, self.table.values["folded"]["ms"]
         fastest = cheapest(length, entries, self._alone)
         parts = sum(map(self._alone, fastest))
@@ -159,7 +159,7 @@ class Latencies:
         self.pace = min(1.0, folded / ones)
         if parts < ones:
             gained = folded - self.model_of(folded_plan(self.model, [entry.edit for entry in fastest if entry.changes]))
-            # a line below nothing at no parts is none that could be measured
+            # a steeper line, with negative latency at zero parts, is timing noise
             if 0 < gained / (ones - parts) <= folded / ones:
                 self.pace = gained / (ones - parts)
         self.rest = folded - self.pace * ones
@@ -184,7 +184,7 @@ class Latencies:
 
 
 class _Part:
-    """What runs in the place of a segment: a convolution, unless it is taken out; a sum; an activation."""
+    """Replacement of a segment: a convolution, unless it is removed; a sum; an activation."""
 
     def __init__(
         self,
@@ -223,7 +223,7 @@ class _Part:
 
 
 def cheapest(length: int, entries: Sequence[Entry], cost: Callable[[Entry], float]) -> list[Entry]:
-    """Those entries that lead from the first boundary to the last and cost the least in sum."""
+    """Return the entries of least total cost that cover the chain from the first boundary to the last."""
     options: dict[tuple[int, int], list[Option]] = {}
     for entry in entries:
         options.setdefault((entry.start, entry.end), []).append(Option(0.0, -cost(entry), entry))
@@ -231,7 +231,7 @@ def cheapest(length: int, entries: Sequence[Entry], cost: Callable[[Entry], floa
 
 
 def folded_plan(model: PreTrainedModel, edits: Sequence[MergeConvs] = ()) -> Plan:
-    """Some merges, and all other batch norms of the chain folded."""
+    """Return a plan of some merges that also folds all other batch norms of the chain."""
     architecture = architecture_for(model, ConvGraphArchitecture)
     units = architecture.convolutions(model).units
     taken = {place for edit in edits for place in edit.layers}
@@ -241,29 +241,29 @@ def folded_plan(model: PreTrainedModel, edits: Sequence[MergeConvs] = ()) -> Pla
 
 
 class Magnitudes:
-    """How large the weights are that an entry takes away, per weight: what pruning goes by that measures nothing."""
+    """Mean absolute weight of the removed convolutions of an entry: a pruning criterion without measurements."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         links = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model).links
         self.means = [link.norm / (link.outs * (1 if link.depthwise else link.ins) * link.kernel**2) for link in links]
 
     def of(self, entry: Entry) -> float:
-        """The mean of the absolute weights of the convolutions that go."""
+        """Return the mean absolute weight of the removed convolutions."""
         return sum(self.means[place] for place in entry.edit.layers if place not in entry.keep)
 
 
 class Losses:
-    """What each entry costs in quality: the calibration loss when it is all that is done to the model, and fitted.
+    """Cost of each entry in quality: the calibration loss after applying and fitting that entry alone.
 
     Args:
-        model: a stock one.
-        sample: calibration images.
-        path: of a file.
-        fitted: fit the convolution of the entry first.
-        tuned: steps of training that follow.
+        model: Stock model.
+        sample: Calibration images.
+        path: Measurement cache; None keeps the measurements in memory.
+        fitted: Whether to fit the convolution of the entry first.
+        tuned: Number of training steps after the fit.
 
     Raises:
-        LayerFuseError: the file was measured on other weights or images.
+        LayerFuseError: Measurement cache of other weights or images.
     """
 
     def __init__(
@@ -287,11 +287,11 @@ class Losses:
         self.table = Table(path, about)
 
     def of(self, entry: Entry) -> float:
-        """The mean divergence from the original, in nats; 0 for a convolution that stays as it is."""
+        """Return the mean divergence from the original, in nats; 0 for an unchanged convolution."""
         return self.table.values[entry.key] if entry.changes else 0.0
 
     def measure(self, entries: Sequence[Entry]) -> None:
-        """Measure what is not known yet; each is written as soon as it is."""
+        """Measure the missing losses. Each is written to the cache at once."""
         units = architecture_for(self.model, ConvGraphArchitecture).convolutions(self.model).units
         todo = [entry for entry in entries if entry.changes and entry.key not in self.table.values]
         for entry in tqdm(todo, "Measuring segments", disable=None):
