@@ -112,7 +112,7 @@ def test_bad_input_is_refused(tmp_path, capsys) -> None:
     for words, reason in (
         (["--keep_layers", "40"], "fuses nothing"),
         (["--keep_layer", "2"], "Did you mean 'keep_layers'?"),
-        (["--latency_budget", "0.5"], "is measured"),
+        (["--latency_budget", "0.5"], "needs measurements"),
         ([], "exactly one target"),
     ):
         assert main(["plan", str(tmp_path / "model"), *words]) == 1
