@@ -164,7 +164,7 @@ def test_merge_end_to_end(tmp_path, capsys, method):
     path = tmp_path / "recipe.yaml"
     recipe = json.loads(path.read_text())
     del recipe["fusion"]
-    recipe["merge"] = {"budget": 0.9, "batch_size": 2, "repeats": 3, "method": method}
+    recipe["merge"] = {"latency_budget": 0.9, "latency_batch_size": 2, "latency_repeats": 3, "method": method}
     path.write_text(json.dumps(recipe))
     out = tmp_path / "out"
     assert main([*words, "--merge.latency_budget", "0.01"]) == 1
