@@ -146,7 +146,7 @@ def test_the_result_is_retrained(compress, precision, tmp_path, steady, accelera
     """In each precision, from float32 weights, with the original as teacher; it reloads as it is."""
     if compress is merge:
         model = copy.deepcopy(network("cifar")).float()
-        batches, asked = some_batches(model), {"budget": 0.8}
+        batches, asked = some_batches(model), {"latency_budget": 0.8}
     else:
         model = tiny_model("bert", "BertForSequenceClassification")
         batches, asked = batches_of(model), {"keep_layers": 3} if compress is fuse else {"count": 2}

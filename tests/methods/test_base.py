@@ -20,7 +20,7 @@ from hf_layerfuse.recipe.run import METHOD_TARGETS
 from hf_layerfuse.recipe.strict import require_one, strict_recipe
 
 COMMON = {"model": "m", "task": "image-classification", "output_dir": "o", "data": DataRecipe(train="t")}
-ASKED = {"fusion": {"keep_layers": 4}, "collapse": {"count": 2}, "merge": {"budget": 0.5}}
+ASKED = {"fusion": {"keep_layers": 4}, "collapse": {"count": 2}, "merge": {"latency_budget": 0.5}}
 
 
 def test_methods_are_those_of_recipes():

@@ -287,7 +287,7 @@ def test_interrupted_while_saving(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(job, "model_card", interrupt)
         assert main(words) == 130
-        assert "the same command goes on" in capsys.readouterr().err
+        assert "the same command to resume" in capsys.readouterr().err
         assert [path.suffix for path in set(tmp_path.iterdir()) - before] == [".unfinished"]
         out.mkdir()
         (out / "results.json").write_text("old")
@@ -538,7 +538,7 @@ def test_bad_input(tmp_path, capsys, words, message):
 
 
 def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch, capsys):
-    """The result cannot be written; nothing of it is left, and the same command goes on when there is room."""
+    """The result cannot be written; nothing of it is left, and the same command resumes when there is room."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false"]
 
     def fill(model, dtype, path, **more):
@@ -550,7 +550,7 @@ def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("fuse.py: ")
     assert "No space left on device" in error
-    assert "the same command goes on" in error
+    assert "the same command to resume" in error
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out-*.partial"))
     assert main(words) == 0
