@@ -186,7 +186,7 @@ def test_it_is_trained_while_it_is_open():
 
 def test_a_checkpoint_is_loaded_as_it_was_saved(tmp_path):
     """By `AutoFusedModel` and by the Auto class alike, with the plan in its config."""
-    model = network("mobilenet").float()
+    model = copy.deepcopy(network("mobilenet")).float()
     small = apply(model, some_chain_plan(model, 7))
     small.save_pretrained(tmp_path)
     loaded = AutoFusedModel.from_pretrained(tmp_path)

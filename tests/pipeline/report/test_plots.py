@@ -1,9 +1,9 @@
 """Pictures show what a plan does, and can be read on pages of both kinds."""
 
+import copy
 from dataclasses import replace
 
 import pytest
-import torch
 from helpers import TINY, network, tiny_model
 from PIL import Image
 from runs import REPORT
@@ -54,7 +54,7 @@ def test_distances_are_drawn_with_what_was_grouped(tmp_path) -> None:
     for cluster in ("adjacent", "global"):
         plan = plan_fusion(tiny_model("bert"), FusionRecipe(ratio=0.5, mode="share", cluster=cluster))
         assert "distances.png" in draw(plan, None, tmp_path)
-    model = network("cifar").to(torch.float32)
+    model = copy.deepcopy(network("cifar")).float()
     plan = plan_fusion(model, FusionRecipe(keep_layers=4))
     assert any(None in row for row in plan.notes["distances"]["conv"])
     assert "distances.png" in draw(plan, None, tmp_path)
