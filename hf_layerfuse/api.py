@@ -16,7 +16,7 @@ from .methods.fusion.method import FUSION
 from .methods.merge.method import MERGE
 from .models.loading import load_checkpoint
 from .models.verify import verify, warn_if_useless
-from .recipe import CollapseRecipe, FusionRecipe, MergeRecipe
+from .recipe import CollapseRecipe, FusionRecipe, MergeRecipe, current_names
 
 _Recipe = TypeVar("_Recipe", FusionRecipe, CollapseRecipe, MergeRecipe)
 
@@ -154,6 +154,7 @@ def _asked(method: Method[_Recipe], recipe: _Recipe | None, overrides: dict[str,
         raise RecipeError(f"recipe is {type(recipe).__name__}: pass a {kind.__name__}, or its fields as keywords.")
     if not overrides:
         return recipe
+    overrides = current_names(kind, overrides)
     target = dict.fromkeys(method.targets) if overrides.keys() & set(method.targets) else {}
     return kind(**{**vars(recipe), **target, **overrides})
 

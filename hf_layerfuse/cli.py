@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="hf-layerfuse plan MODEL [--text FILE] --keep_layers N [--field VALUE ...]",
         help="show which layers a fusion would fuse, and the size of the result",
         description="Show the plan of a fusion without applying it. A latency budget, collapse and merge need "
-        "measurements: only fuse.py plans them.",
+        "measurements, so only a run plans them.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -8,6 +8,7 @@ from .heal import HealRecipe
 from .hub import HubRecipe
 from .merge import MERGE_TARGETS, MergeRecipe
 from .run import SECTIONS, EvaluateRecipe, Recipe, load_recipe, recipe_of
+from .strict import current_names
 
 __all__ = [
     "COLLAPSE_TARGETS",
@@ -23,6 +24,7 @@ __all__ = [
     "MergeRecipe",
     "Recipe",
     "add_fields",
+    "current_names",
     "load_recipe",
     "recipe_of",
 ]

@@ -1,6 +1,7 @@
 """Recipe of a whole run, read from a file and the command line."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from .fusion import TARGETS, FusionRecipe
 from .heal import HealRecipe
 from .hub import HubRecipe
 from .merge import MERGE_TARGETS, MergeRecipe
-from .strict import require, strict_recipe
+from .strict import current_names, require, strict_recipe
 from .tasks import Task
 
 
@@ -177,7 +178,11 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} holds {type(tree).__name__}, not a mapping of recipe fields to values.")
 
-    for name, value in (overrides or {}).items():
+    for section in SECTIONS.keys() & tree.keys():
+        if isinstance(tree[section], dict):
+            tree[section] = current_names(SECTIONS[section], tree[section])
+    overrides = _current_overrides(overrides or {})
+    for name, value in overrides.items():
         section, _, field = name.rpartition(".")
         if section and section not in SECTIONS:
             raise RecipeError(f"--{name}: no section {section!r}. The sections are: {', '.join(SECTIONS)}.")
@@ -193,11 +198,24 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
         target[field] = value
 
     data = tree.get("data")
-    named = (overrides or {}).keys()
-    if "data.name" in named and "data.config" not in named and isinstance(data, dict) and data.get("name") is None:
+    if (
+        "data.name" in overrides
+        and "data.config" not in overrides
+        and isinstance(data, dict)
+        and data.get("name") is None
+    ):
         data.pop("config", None)  # belongs to the Hub data set that local files replace
 
     return recipe_of(tree, path)
+
+
+def _current_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides by dotted name, with the current name of each field."""
+    found = {name: value for name, value in overrides.items() if name.rpartition(".")[0] not in SECTIONS}
+    for section, kind in SECTIONS.items():
+        given = {name.partition(".")[2]: value for name, value in overrides.items() if name.startswith(f"{section}.")}
+        found |= {f"{section}.{field}": value for field, value in current_names(kind, given).items()}
+    return found
 
 
 def recipe_of(tree: dict[Any, Any], source: str | Path) -> Recipe:

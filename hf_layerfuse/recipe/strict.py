@@ -34,11 +34,7 @@ def _strict(cls: type[_T], renamed: Mapping[str, str]) -> type[_T]:
     hints = get_type_hints(cls)
 
     def __init__(self, **values: Any) -> None:
-        for earlier in renamed.keys() & values.keys():
-            name = renamed[earlier]
-            if name in values:
-                raise RecipeError(f"{cls.__name__}: {earlier!r} is the earlier name of {name!r}. Give only {name!r}.")
-            values[name] = values.pop(earlier)
+        values = current_names(cls, values)
         for name in values:
             if name not in hints:
                 close = difflib.get_close_matches(name, hints, n=1)
@@ -54,8 +50,23 @@ def _strict(cls: type[_T], renamed: Mapping[str, str]) -> type[_T]:
             reason = str(error).splitlines()[-1].strip().rstrip(".")
             raise RecipeError(f"{cls.__name__}: {reason}. Correct this value in the recipe.") from error
 
-    cls.__init__ = __init__
+    cls.__init__, cls._renamed = __init__, renamed
     return cls
+
+
+def current_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a recipe with the current name of each field, in place of the name that an earlier release had.
+
+    Raises:
+        RecipeError: A field is given by both names.
+    """
+    found = dict(values)
+    for earlier, name in cls._renamed.items():
+        if earlier in found:
+            if name in found:
+                raise RecipeError(f"{cls.__name__}: {earlier!r} is the earlier name of {name!r}. Give only {name!r}.")
+            found[name] = found.pop(earlier)
+    return found
 
 
 def _as_float(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from typing import get_args, get_type_hints
 
 import pytest
@@ -245,3 +246,14 @@ def test_earlier_field_names_still_load():
     assert earlier == MergeRecipe(latency_budget=0.5, latency_batch_size=4, latency_repeats=3)
     with pytest.raises(RecipeError, match="'budget' is the earlier name of 'latency_budget'"):
         MergeRecipe(budget=0.5, latency_budget=0.5)
+
+
+def test_earlier_field_names_meet_current_ones(tmp_path):
+    """A file of 0.1 takes overrides by the current names, and a current file takes overrides by the earlier ones."""
+    path = tmp_path / "recipe.yaml"
+    for inside, given in (("budget", "latency_budget"), ("latency_budget", "budget"), ("budget_ms", "latency_budget")):
+        tree = {"model": "m", "task": "image-classification", "output_dir": "out", "data": {"name": "cifar10"}}
+        path.write_text(json.dumps(tree | {"merge": {inside: 0.9, "batch_size": 4}}))
+        assert load_recipe(path, {f"merge.{given}": 0.5}).merge == MergeRecipe(latency_budget=0.5, latency_batch_size=4)
+    with pytest.raises(RecipeError, match="Give only 'latency_budget'"):
+        load_recipe(path, {"merge.budget": 0.5, "merge.latency_budget": 0.6})

@@ -324,6 +324,8 @@ def test_what_lies_between_parts_is_counted(cifar, steady, monkeypatch):
 def test_bad_input_is_refused(cifar):
     with pytest.raises(RecipeError, match="pass batches="):
         merge(cifar, latency_budget=0.5)
+    with pytest.raises(RecipeError, match="must be between 0 and 1"):  # an earlier name replaces the target too
+        merge(cifar, MergeRecipe(latency_ms=3.0), budget=1.5, batches=[])
     for values, reason in (
         ({}, "exactly one target"),
         ({"latency_budget": 0.5, "latency_ms": 3.0}, "exactly one target"),
