@@ -41,7 +41,7 @@ def inspect_tables(name: str, similarity: str | None = None, text: Path | None =
     Raises:
         CheckpointError: The model cannot be loaded, or a config has no weights to compare.
         DataError: The text is missing or cannot be read.
-        UnsupportedModelError: No architecture knows the architecture.
+        UnsupportedModelError: The architecture is unknown.
     """
     model = _load(name)
     if model.device.type != "meta":
