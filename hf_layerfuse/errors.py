@@ -1,20 +1,20 @@
-"""Every error of the package: each names the value, what is allowed and the next step."""
+"""All errors and warnings. Each error names the value, the allowed values and the next step."""
 
 
 class LayerFuseError(ValueError):
-    """Base of all errors raised on purpose by hf_layerfuse."""
+    """Base class of all errors that hf_layerfuse raises."""
 
 
 class RecipeError(LayerFuseError):
-    """What the user asks for is unknown, contradictory or out of reach."""
+    """A recipe has unknown fields or contradictory values, or its target cannot be met."""
 
 
 class PlanError(LayerFuseError):
-    """A plan cannot be read, or does not fit the model it is applied to."""
+    """A plan cannot be read, or does not fit the model."""
 
 
 class UnsupportedModelError(LayerFuseError):
-    """No architecture knows the architecture, or the model is in a state that cannot be fused."""
+    """The architecture is unknown, or the model cannot be fused in its current state."""
 
 
 class CheckpointError(LayerFuseError):
@@ -22,11 +22,11 @@ class CheckpointError(LayerFuseError):
 
 
 class DataError(LayerFuseError):
-    """A data set is missing, empty, or lacks the columns a task needs."""
+    """A data set is missing or empty, or lacks the columns that the task needs."""
 
 
 class TrainingError(LayerFuseError):
-    """The loss of a training is not finite, or explodes."""
+    """The training loss is not finite, or explodes."""
 
 
 class PublishError(LayerFuseError):
@@ -34,8 +34,8 @@ class PublishError(LayerFuseError):
 
 
 class VerificationError(LayerFuseError):
-    """A fused model does not survive saving and loading, or computes something else when cached."""
+    """A fused model changes when it is saved and loaded, or when it decodes with a cache."""
 
 
 class LayerFuseWarning(UserWarning):
-    """A result that is valid but most likely not what the user wants."""
+    """A result is valid, but probably not the result that the user wants."""

@@ -191,12 +191,12 @@ class TeacherStates:
     The states at every depth, and at every hook point that a student asked for, are kept on disk.
 
     Args:
-        walk: Layer-wise forward of the teacher, at the first layer.
+        layerwise: Layer-wise forward of the teacher, at the first layer.
     """
 
-    def __init__(self, walk: LayerwiseForward) -> None:
-        self.walk, self.layers, self.architecture = walk, walk.layers, walk.architecture
-        self._at = [walk.states]
+    def __init__(self, layerwise: LayerwiseForward) -> None:
+        self.layerwise, self.layers, self.architecture = layerwise, layerwise.layers, layerwise.architecture
+        self._at = [layerwise.states]
         self._seen: dict[tuple[int, HookPoint], MappedActivations] = {}
 
     def states(self, depth: int) -> MappedActivations:
@@ -240,23 +240,23 @@ class TeacherStates:
 
     def loss_of(self, student: PreTrainedModel) -> float:
         """Mean divergence of a student in eval mode, from ordinary forward passes."""
-        return self._divergence(_answers(student, self.walk.sample))
+        return self._divergence(_answers(student, self.layerwise.sample))
 
     def _divergence(self, outputs: Iterable[tuple[Any, Tensor | None]]) -> float:
-        self.walk.states = self.states(len(self.layers))
+        self.layerwise.states = self.states(len(self.layers))
         total = count = 0.0
-        for (ours, mask), (theirs, _) in zip(outputs, self.walk.outputs(), strict=True):
+        for (ours, mask), (theirs, _) in zip(outputs, self.layerwise.outputs(), strict=True):
             found = divergence(ours, theirs, mask)
             total, count = total + found[0], count + found[1]
         return total / count
 
     def _look(self, layer: int, points: Sequence[HookPoint]) -> None:
         """Run a layer and keep the states at `points`, and its output unless that is known already."""
-        walk, after = self.walk, MappedActivations()
-        walk.depth, walk.states = layer, self._at[layer]
+        layerwise, after = self.layerwise, MappedActivations()
+        layerwise.depth, layerwise.states = layer, self._at[layer]
         whole = len(self._at) == layer + 1
         found = {(layer, point): MappedActivations() for point in points}
-        for _, seen in walk.look(*points, *([None] if whole else [])):
+        for _, seen in layerwise.look(*points, *([None] if whole else [])):
             for point in points:
                 found[layer, point].append(seen[point].float())
             if whole:

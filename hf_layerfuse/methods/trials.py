@@ -44,7 +44,7 @@ class Trials:
         model: Original model, in eval mode.
         method: Refit method for the layers that differ.
         batches: Calibration batches.
-        trace: States of the original on the calibration sequences in use.
+        teacher_states: States of the original on the calibration sequences in use.
         base: Base model, a student, and its plan. None is the original itself. The plan must not share weights.
     """
 
@@ -53,18 +53,18 @@ class Trials:
         model: PreTrainedModel,
         method: Method,
         batches: Sequence[Any],
-        trace: TeacherStates,
+        teacher_states: TeacherStates,
         base: tuple[PreTrainedModel, Plan] | None = None,
     ) -> None:
         self.model, self.method, self.batches = model, method, batches
         self.architecture = architecture_for(model)
         self.depth = len(self.architecture.layer_list(model))
-        self.trace = trace
-        trace.states(self.depth)
-        self.base, plan = trace, self._plan()
+        self.teacher_states = teacher_states
+        teacher_states.states(self.depth)
+        self.base, plan = teacher_states, self._plan()
         if base is not None:
             student, plan = base
-            self.base = TeacherStates(LayerwiseForward(student, trace.walk.sample))
+            self.base = TeacherStates(LayerwiseForward(student, teacher_states.layerwise.sample))
         self.parts = _parts(plan)
         self.losses: dict[tuple[Edit, ...], float] = {}
 
@@ -88,19 +88,19 @@ class Trials:
         # after a drop no remaining layer differs, and the one behind it is refitted
         last = min(max(len(parts) - behind, first + 1), len(parts))
         with eval_mode(student):
-            walk = LayerwiseForward(student, self.trace.walk.sample)
-            walk.depth, walk.states = first, self.base.states(first)
-            if self.base is not self.trace:
+            layerwise = LayerwiseForward(student, self.teacher_states.layerwise.sample)
+            layerwise.depth, layerwise.states = first, self.base.states(first)
+            if self.base is not self.teacher_states:
                 for index in range(last, len(parts)):
                     theirs = self.base.layers[index - len(parts)]
-                    walk.layers[index].load_state_dict(theirs.state_dict())
+                    layerwise.layers[index].load_state_dict(theirs.state_dict())
             if self.method != "none":
-                repair = repair_of(walk, self.trace, plan, self.method)
-                while walk.depth < last:
+                repair = repair_of(layerwise, self.teacher_states, plan, self.method)
+                while layerwise.depth < last:
                     repair.step()
-            while walk.depth < len(walk.layers):
-                walk.advance()
-            return self.trace.loss(walk)
+            while layerwise.depth < len(layerwise.layers):
+                layerwise.advance()
+            return self.teacher_states.loss(layerwise)
 
 
 def _parts(plan: Plan) -> list[tuple[Any, ...]]:

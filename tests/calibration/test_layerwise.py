@@ -1,4 +1,4 @@
-"""A walk shows what the model computes, layer by layer, and leaves the model as it was."""
+"""A layer-wise forward shows what the model computes, layer by layer, and leaves the model as it was."""
 
 import copy
 import gc
@@ -53,10 +53,10 @@ def hidden_states(model, batch):
     return model(**batch, output_hidden_states=True).hidden_states
 
 
-def finish(walk):
-    while walk.depth < len(walk.layers):
-        walk.advance()
-    return walk
+def finish(layerwise):
+    while layerwise.depth < len(layerwise.layers):
+        layerwise.advance()
+    return layerwise
 
 
 @every_kind
@@ -64,20 +64,20 @@ def test_states_are_the_hidden_states(model_type, changes):
     """At every depth the states are the hidden states of the model, to the bit, however often one looks before."""
     model = body(model_type, **changes)
     batches = batches_of(model, 3, 2)
-    walk = LayerwiseForward(model, Sample.of(batches))
+    layerwise = LayerwiseForward(model, Sample.of(batches))
     expected = [hidden_states(model, batch) for batch in batches]
     for depth in range(LAYERS):
-        assert walk.depth == depth
+        assert layerwise.depth == depth
         for index, states in enumerate(expected):
-            assert torch.equal(walk.states[index], states[depth])
-        list(walk.look(*POINTS))
-        list(walk.look(HookPoint("mlp", "features")))
-        walk.advance()
+            assert torch.equal(layerwise.states[index], states[depth])
+        list(layerwise.look(*POINTS))
+        list(layerwise.look(HookPoint("mlp", "features")))
+        layerwise.advance()
 
 
 @every_head
 def test_outputs_at_the_end_are_those_of_the_model(model_type, head):
-    """At the end of a walk the head gives what the model gives, for the held-out sequences."""
+    """At the end of a layer-wise forward the head gives what the model gives, for the held-out sequences."""
     model = tiny_model(model_type, head)
     batches = batches_of(model, 5, 4, 3)
     sample = Sample.of(batches)
@@ -96,16 +96,16 @@ def test_rows_are_the_tokens_that_are_fitted(model_type, head):
     model = tiny_model(model_type, head)
     batches = batches_of(model, 9, 8)
     sample = Sample.of(batches)
-    walk = LayerwiseForward(model, sample)
+    layerwise = LayerwiseForward(model, sample)
     for index, batch in enumerate(batches):
-        states = walk.states[index]
+        states = layerwise.states[index]
         choices = len(states) // len(sample.held_out[index])
         kept = ~sample.held_out[index].repeat_interleave(choices)[:, None].expand(states.shape[:-1])
         if "attention_mask" in batch:
             kept = kept & batch["attention_mask"].view(kept.shape).bool()
         selection = sample.selection[index].repeat_interleave(choices)[:, None].expand(states.shape[:-1])
-        assert torch.equal(walk.rows(index, states), states[kept])
-        fitted, chosen = walk.split(index, states)
+        assert torch.equal(layerwise.rows(index, states), states[kept])
+        fitted, chosen = layerwise.split(index, states)
         assert torch.equal(fitted, states[kept & ~selection])
         assert torch.equal(chosen, states[kept & selection])
         assert len(chosen)
@@ -116,9 +116,9 @@ def test_few_sequences_hold_out_their_ends():
     padding behind them."""
     model = body("llama")
     batches = batches_of(model, 4)
-    walk = LayerwiseForward(model, Sample.of(batches))
-    states = walk.states[0]
-    fitted, chosen = walk.split(0, states)
+    layerwise = LayerwiseForward(model, Sample.of(batches))
+    states = layerwise.states[0]
+    fitted, chosen = layerwise.split(0, states)
     assert torch.equal(fitted, torch.cat([states[0, :8], states[1, :10], states[2, :10]]))
     assert torch.equal(chosen, torch.cat([states[0, 8:9], states[1, 10:], states[2, 10:]]))
 
@@ -130,9 +130,9 @@ def test_points_fit_together(model_type, changes):
     model = body(model_type, **changes)
     architecture, batches = architecture_for(model), batches_of(model, 3)
     expected = hidden_states(model, batches[0])
-    walk = LayerwiseForward(model, Sample.of(batches))
-    for depth, layer in enumerate(walk.layers):
-        ((_, seen),) = walk.look(*POINTS)
+    layerwise = LayerwiseForward(model, Sample.of(batches))
+    for depth, layer in enumerate(layerwise.layers):
+        ((_, seen),) = layerwise.look(*POINTS)
         with torch.inference_mode():
             for kind in ("attention", "mlp"):
                 table = getattr(architecture, kind)
@@ -148,30 +148,30 @@ def test_points_fit_together(model_type, changes):
             assert torch.equal(seen[HookPoint("attention", "residual")], expected[depth])
             if depth + 1 < LAYERS:
                 assert torch.equal(total, expected[depth + 1])
-        walk.advance()
+        layerwise.advance()
 
 
 def test_points_alone_are_what_they_are_together(model_type):
     """A single point shows the same as all at once."""
     model = body(model_type)
-    walk = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
-    ((_, together),) = walk.look(*POINTS)
+    layerwise = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
+    ((_, together),) = layerwise.look(*POINTS)
     for point in POINTS:
-        ((_, alone),) = walk.look(point)
+        ((_, alone),) = layerwise.look(point)
         assert torch.equal(alone[point], together[point])
 
 
 def test_layers_run_no_further_than_asked(model_type):
     """Points in the attention block never run the MLP; without points the output is there."""
     model = body(model_type)
-    walk = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
+    layerwise = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
     ran = []
-    out = walk.layers[0].get_submodule(walk.architecture.mlp["out"])
+    out = layerwise.layers[0].get_submodule(layerwise.architecture.mlp["out"])
     handle = out.register_forward_pre_hook(lambda module, args: ran.append(module))
-    list(walk.look(HookPoint("attention", "sum"), HookPoint("attention", "read")))
-    list(walk.look(HookPoint("mlp", "residual")))
+    list(layerwise.look(HookPoint("attention", "sum"), HookPoint("attention", "read")))
+    list(layerwise.look(HookPoint("mlp", "residual")))
     assert not ran
-    ((_, found),) = walk.look()
+    ((_, found),) = layerwise.look()
     assert ran
     assert list(found) == [None]
     handle.remove()
@@ -180,10 +180,10 @@ def test_layers_run_no_further_than_asked(model_type):
 def test_another_layer_in_its_place(model_type):
     """What another layer would make of the states is that layer's output for them."""
     model = body(model_type)
-    walk = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
-    ((_, found),) = walk.look(layer=copy.deepcopy(walk.layers[4]))
+    layerwise = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
+    ((_, found),) = layerwise.look(layer=copy.deepcopy(layerwise.layers[4]))
     model_with = copy.deepcopy(model)
-    layers_of(model_with)[0].load_state_dict(walk.layers[4].state_dict())
+    layers_of(model_with)[0].load_state_dict(layerwise.layers[4].state_dict())
     assert torch.equal(found[None], hidden_states(model_with, batches_of(model, 2)[0])[1])
 
 
@@ -192,13 +192,13 @@ def test_layers_that_change_are_walked_as_they_are(model_type):
     and values."""
     model = body(model_type)
     batches = [*batches_of(model, 2), example_inputs(model, 2)]
-    walk = LayerwiseForward(model, Sample.of(batches))
-    list(walk.look())
-    for parameter in walk.layers[0].parameters():
+    layerwise = LayerwiseForward(model, Sample.of(batches))
+    list(layerwise.look())
+    for parameter in layerwise.layers[0].parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    walk.advance()
+    layerwise.advance()
     for index, batch in enumerate(batches):
-        assert torch.equal(walk.states[index], hidden_states(model, batch)[1])
+        assert torch.equal(layerwise.states[index], hidden_states(model, batch)[1])
 
 
 REMOVED = {
@@ -210,31 +210,33 @@ REMOVED = {
 
 @pytest.mark.parametrize("name", REMOVED)
 def test_edited_models_are_walked(model_type, name):
-    """Models with removed blocks or shared weights walk as stock models do."""
+    """Models with removed blocks or shared weights layerwise as stock models do."""
     model = apply(body(model_type), Plan(model_type, LAYERS, REMOVED[name]))
     batches = batches_of(model, 3)
-    walk = LayerwiseForward(model, Sample.of(batches))
+    layerwise = LayerwiseForward(model, Sample.of(batches))
     expected = hidden_states(model, batches[0])
     for states in expected[:-1]:
-        assert torch.equal(walk.states[0], states)
-        walk.advance()
-    ((output, _),) = walk.outputs()
+        assert torch.equal(layerwise.states[0], states)
+        layerwise.advance()
+    ((output, _),) = layerwise.outputs()
     with torch.inference_mode():
-        expected = prediction(model(**walk.sample.held_out_batches[0]))
+        expected = prediction(model(**layerwise.sample.held_out_batches[0]))
     torch.testing.assert_close(prediction(output), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions(model_type, dtype):
-    """A model computes in its own data type along the walk, and the states are float32."""
+    """A model computes in its own data type along the layerwise, and the states are float32."""
     model = body(model_type).to(dtype)
     batches = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in b.items()} for b in batches_of(model, 3)]
-    walk = LayerwiseForward(model, Sample.of(batches))
+    layerwise = LayerwiseForward(model, Sample.of(batches))
     for states in hidden_states(model, batches[0])[:-1]:
-        assert walk.states[0].dtype == torch.float32
-        torch.testing.assert_close(walk.states[0], states.float(), rtol=0, atol=0 if dtype != torch.float64 else 1e-4)
-        walk.advance()
-    assert walk.rows(0, walk.states[0]).dtype == torch.float32
+        assert layerwise.states[0].dtype == torch.float32
+        torch.testing.assert_close(
+            layerwise.states[0], states.float(), rtol=0, atol=0 if dtype != torch.float64 else 1e-4
+        )
+        layerwise.advance()
+    assert layerwise.rows(0, layerwise.states[0]).dtype == torch.float32
 
 
 def snapshot(model):
@@ -255,15 +257,15 @@ def same(one, other):
 
 
 def test_the_model_is_left_as_it_was(model_type):
-    """No hook, attribute or weight of the model is different after a walk, nor while outputs are consumed."""
+    """A layer-wise forward leaves hooks, attributes and weights as they were, also while outputs are consumed."""
     model = tiny_model(model_type)
     before = snapshot(model)
-    walk = LayerwiseForward(model, Sample.of(batches_of(model, 9, 8)))
-    for _ in walk.look(*POINTS):
+    layerwise = LayerwiseForward(model, Sample.of(batches_of(model, 9, 8)))
+    for _ in layerwise.look(*POINTS):
         pass
-    next(walk.look(HookPoint("mlp", "sum")))
-    finish(walk)
-    for _ in walk.outputs():
+    next(layerwise.look(HookPoint("mlp", "sum")))
+    finish(layerwise)
+    for _ in layerwise.outputs():
         assert same(snapshot(model), before)
     assert same(snapshot(model), before)
     model(**example_inputs(model))
@@ -274,7 +276,7 @@ def fail(*args, **kwargs):
 
 
 def test_the_model_is_left_as_it_was_by_exceptions(model_type):
-    """An error inside the model, whether on entering, inside a layer or in the head, leaves no trace in it."""
+    """An error inside the model, whether on entering, inside a layer or in the head, leaves no teacher_states in it."""
     model = tiny_model(model_type)
     before = snapshot(model)
     batches = batches_of(model, 2)
@@ -286,17 +288,17 @@ def test_the_model_is_left_as_it_was_by_exceptions(model_type):
     handle.remove()
     assert same(snapshot(model), before)
 
-    walk = LayerwiseForward(model, Sample.of(batches))
-    handle = walk.layers[0].get_submodule(walk.architecture.mlp["out"]).register_forward_pre_hook(fail)
+    layerwise = LayerwiseForward(model, Sample.of(batches))
+    handle = layerwise.layers[0].get_submodule(layerwise.architecture.mlp["out"]).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
-        list(walk.look(HookPoint("mlp", "sum")))
+        list(layerwise.look(HookPoint("mlp", "sum")))
     handle.remove()
     assert same(snapshot(model), before)
 
-    finish(walk)
+    finish(layerwise)
     handle = embeddings.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
-        list(walk.outputs())
+        list(layerwise.outputs())
     handle.remove()
     assert same(snapshot(model), before)
 
@@ -312,10 +314,10 @@ def test_wrapped_layers_are_given_back():
         return stock(*args, **kwargs)
 
     layer.forward = wrapped
-    walk = finish(LayerwiseForward(model, Sample.of(batches_of(model, 2))))
+    layerwise = finish(LayerwiseForward(model, Sample.of(batches_of(model, 2))))
     assert layer.forward is wrapped
     assert used == [True]
-    torch.testing.assert_close(walk.states[0], states_before_norm(model, batches_of(model, 2)[0]))
+    torch.testing.assert_close(layerwise.states[0], states_before_norm(model, batches_of(model, 2)[0]))
 
 
 @torch.inference_mode()

@@ -36,18 +36,22 @@ class Selection:
     layer is the student's own.
 
     Args:
-        walk: Layer-wise forward of the student, at the layer of the block.
+        layerwise: Layer-wise forward of the student, at the layer of the block.
         block: Block of the student.
         stocks: Layers of the original, by depth.
         originals: Inputs of the block in the original, by depth.
     """
 
     def __init__(
-        self, walk: LayerwiseForward, block: Block, stocks: Mapping[int, nn.Module], originals: Mapping[int, PerBatch]
+        self,
+        layerwise: LayerwiseForward,
+        block: Block,
+        stocks: Mapping[int, nn.Module],
+        originals: Mapping[int, PerBatch],
     ) -> None:
-        self.walk, self.block = walk, block
-        self.table = walk.architecture.table(block.kind)
-        self.layer = walk.layers[block.layer]
+        self.layerwise, self.block = layerwise, block
+        self.table = layerwise.architecture.table(block.kind)
+        self.layer = layerwise.layers[block.layer]
         self.variants: list[nn.Module] = []
         own = {id(p) for path in self.table.values() for p in self.layer.get_submodule(path).parameters()}
         # deepcopy treats these parameters as already copied
@@ -66,10 +70,10 @@ class Selection:
         """For each depth, the map from the student's inputs to the original's inputs, (in + 1, in)."""
         found: dict[int, list[Moments]] = {}
         point = HookPoint(self.block.kind, "read")
-        for index, seen in self.walk.look(point):
-            x = self.walk.split(index, seen[point])
+        for index, seen in self.layerwise.look(point):
+            x = self.layerwise.split(index, seen[point])
             for depth, original in originals.items():
-                y = self.walk.split(index, original[index].to(x[0].device))
+                y = self.layerwise.split(index, original[index].to(x[0].device))
                 if depth not in found:
                     found[depth] = [Moments.empty(x[0].shape[1], y[0].shape[1], x[0].device) for _ in range(2)]
                 for part, *pair in zip(found[depth], x, y, strict=True):
@@ -123,7 +127,7 @@ class Selection:
         return Block(self.block.layer, self.block.kind, self.table)
 
     def _heads(self, layer: nn.Module) -> dict[str, Tensor]:
-        return rows_of(layer, self._part, heads_of(self.walk.model) if self.block.kind == "attention" else None)
+        return rows_of(layer, self._part, heads_of(self.layerwise.model) if self.block.kind == "attention" else None)
 
     def _units(self, layer: nn.Module) -> dict[str, Tensor]:
         """Weights of the units, (units, rows of a unit, features), by role. A unit is kept or removed as a whole."""
@@ -136,7 +140,7 @@ class Selection:
         With all units of a large group, filling the moments would take longer than the rest of the repair.
         """
         total = (len(self.start) - 1) // size
-        width = theta_of(self.variants[0].get_submodule(self.walk.architecture.mlp["out"])).shape[0] - 1
+        width = theta_of(self.variants[0].get_submodule(self.layerwise.architecture.mlp["out"])).shape[0] - 1
         most = max(keep, WIDTHS * width // size)
         if total <= most:
             return torch.arange(total, device=self.start.device)
@@ -152,12 +156,12 @@ class Selection:
             tokens: Number of fitted tokens that are enough.
         """
         features, residual = HookPoint(self.block.kind, "features"), HookPoint(self.block.kind, "residual")
-        walks = [self.walk.look(features, residual, layer=variant, tokens=tokens) for variant in self.variants]
+        passes = [self.layerwise.look(features, residual, layer=variant, tokens=tokens) for variant in self.variants]
         # wide tensors are freed before the next batch is read
-        while (steps := [next(walk, None) for walk in walks])[0] is not None:
+        while (steps := [next(one, None) for one in passes])[0] is not None:
             index, first = steps[0]
-            x = torch.cat([self.walk.rows(index, step[features]) for _, step in steps], dim=-1)
-            y = self.walk.rows(index, target[index].to(x.device) - first[residual].float())
+            x = torch.cat([self.layerwise.rows(index, step[features]) for _, step in steps], dim=-1)
+            y = self.layerwise.rows(index, target[index].to(x.device) - first[residual].float())
             del steps, first
             yield x, y
             del x, y

@@ -103,23 +103,25 @@ def _refit_convolutions(
 _REFITS = {LAYERS: _refit_layers, CONV_GRAPH: _refit_convolutions}
 
 
-def refit_by(student: PreTrainedModel, trace: TeacherStates, plan: Plan, before: float, method: Method) -> RefitReport:
+def refit_by(
+    student: PreTrainedModel, teacher_states: TeacherStates, plan: Plan, before: float, method: Method
+) -> RefitReport:
     """Run `refit` with the states of a checked teacher, which several students may share.
 
     Args:
         student: Result of applying the plan, changed in place.
-        trace: States of the teacher.
+        teacher_states: States of the teacher.
         plan: Plan that led from the original to the student.
         before: Calibration loss of the student before the repair.
         method: Extent of the repair, as in `refit`.
     """
 
     def carry_out() -> tuple[list[dict[str, Any]], float]:
-        walk = LayerwiseForward(student, trace.walk.sample)
-        repair = repair_of(walk, trace, plan, method)
+        layerwise = LayerwiseForward(student, teacher_states.layerwise.sample)
+        repair = repair_of(layerwise, teacher_states, plan, method)
         for _ in tqdm(repair.slots, "Refitting", unit="layer", disable=None, leave=False):
             repair.step()
-        return repair.blocks, trace.loss(walk)
+        return repair.blocks, teacher_states.loss(layerwise)
 
     return unless_worse(student, before, carry_out)
 
@@ -140,7 +142,9 @@ class TransformerRepair(Repair):
     def __init__(self, student: LayerwiseForward, teacher: TeacherStates, plan: Plan, method: Method) -> None:
         super().__init__(student, teacher, plan, method)
         # shared weights have the units, heads and rotations of the aligned original
-        original = aligned(teacher.walk.model, plan, student.sample.batches) if self.tied else teacher.walk.model
+        original = (
+            aligned(teacher.layerwise.model, plan, student.sample.batches) if self.tied else teacher.layerwise.model
+        )
         self._aligned = student.architecture.layer_list(original)
 
     def _wanted(self, slot: Slot) -> set[tuple[int, HookPoint]]:
@@ -290,7 +294,9 @@ class TransformerRepair(Repair):
         if attention is not None:
             before = units.missed(target)
             total = Total(seen, slot.source("attention").layers)
-            self._selection(attention, alike(self.teacher.walk.model, slot.source("attention")), seen).choose(total)
+            self._selection(attention, alike(self.teacher.layerwise.model, slot.source("attention")), seen).choose(
+                total
+            )
             self._fit_projection(attention, total)
             found = self._selection(mlp, slot.source("mlp").layers, seen)
             after = found.missed(target)

@@ -87,11 +87,11 @@ def _searched(
     model: PreTrainedModel, recipe: CollapseRecipe, batches: list[Any], nothing: Plan, edits: list[Linearize]
 ) -> SearchResult:
     sample = Sample.of(batches)
-    trace = TeacherStates(LayerwiseForward(model, sample))
+    teacher_states = TeacherStates(LayerwiseForward(model, sample))
     losses = {}
     order = edits[::-1]
     if recipe.order == "measured":
-        trials = Trials(model, "none" if recipe.refit == "none" else "maps", batches, trace)
+        trials = Trials(model, "none" if recipe.refit == "none" else "maps", batches, teacher_states)
         losses = {edit: trials.loss(edit) for edit in tqdm(edits, "Measuring MLPs", disable=None, leave=False)}
         whole = planned_size(model, nothing)["parameters"]
         saved = {edit: whole - planned_size(model, replace(nothing, edits=(edit,)))["parameters"] for edit in edits}
@@ -108,10 +108,10 @@ def _searched(
     for plan in _plans(model, recipe, nothing, order):
         student = applied(model, plan)
         with eval_mode(student):
-            before = trace.loss_of(student)
+            before = teacher_states.loss_of(student)
             report = RefitReport(before, before, kept=False)
             if recipe.refit != "none":
-                report = refit_by(student, trace, plan, before, recipe.refit)
+                report = refit_by(student, teacher_states, plan, before, recipe.refit)
         tried.append({"layers": [edit.layer for edit in plan.edits], "loss": report.after})
         if recipe.max_loss is not None and report.after > recipe.max_loss:
             break

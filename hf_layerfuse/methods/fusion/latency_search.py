@@ -96,7 +96,7 @@ class _Budget:
     ) -> None:
         self.model, self.architecture, self.recipe, self.batches = model, architecture, recipe, batches
         self.sample = Sample.of(batches)
-        self.trace = TeacherStates(LayerwiseForward(model, self.sample))
+        self.teacher_states = TeacherStates(LayerwiseForward(model, self.sample))
         self.depth = len(architecture.layer_list(model))
         few = Sample.of(batches, share_of(self.sample, self.depth, 5 * self.depth, COST))
         self.few = TeacherStates(LayerwiseForward(model, few))
@@ -239,10 +239,10 @@ class _Budget:
     def _carried_out(self, plan: Plan) -> tuple[PreTrainedModel, RefitReport]:
         student = applied(self.model, plan, self.batches)
         with eval_mode(student):
-            before = self.trace.loss_of(student)
+            before = self.teacher_states.loss_of(student)
             if self.recipe.refit == "none":
                 return student, RefitReport(before, before, kept=False)
-            return student, refit_by(student, self.trace, plan, before, self.recipe.refit)
+            return student, refit_by(student, self.teacher_states, plan, before, self.recipe.refit)
 
 
 def batch_of(sample: Sample, size: int) -> dict[str, Tensor]:

@@ -223,15 +223,15 @@ def importances(model: PreTrainedModel, sample: Sample) -> list[float]:
     """Return 1 - E cos of the states around each layer (block influence, ShortGPT, Men et al. 2024, eq. 1)."""
     found = []
     with eval_mode(model):
-        walk = LayerwiseForward(model, sample)
-        while walk.depth < len(walk.layers):
-            before = walk.states
-            walk.advance()
-            if before[0].shape != walk.states[0].shape:  # no other layer can replace this one
+        layerwise = LayerwiseForward(model, sample)
+        while layerwise.depth < len(layerwise.layers):
+            before = layerwise.states
+            layerwise.advance()
+            if before[0].shape != layerwise.states[0].shape:  # no other layer can replace this one
                 found.append(1.0)
                 continue
             cosines = [
-                cosine_similarity(walk.rows(i, before[i]), walk.rows(i, walk.states[i]), dim=-1)
+                cosine_similarity(layerwise.rows(i, before[i]), layerwise.rows(i, layerwise.states[i]), dim=-1)
                 for i in range(len(before))
             ]
             found.append(max(0.0, 1 - torch.cat(cosines).double().mean().item()))

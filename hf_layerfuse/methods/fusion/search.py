@@ -94,7 +94,7 @@ class _Search:
     def __init__(self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], first: Plan) -> None:
         self.model, self.recipe, self.batches, self.first = model, recipe, batches, first
         self.sample = Sample.of(batches)
-        self.trace = TeacherStates(LayerwiseForward(model, self.sample))
+        self.teacher_states = TeacherStates(LayerwiseForward(model, self.sample))
         self.importance = importance_of(model, batches)
         self.tried: dict[tuple, tuple[Plan, RefitReport]] = {}
         self.best: tuple[Plan, RefitReport, WeightSnapshot] | None = None
@@ -144,9 +144,9 @@ class _Search:
         if self.recipe.refit == "none":
             return even(self.first.num_layers, self._count(kind))
         if self.recipe.refit == "full" and self.recipe.operator in ("auto", "select") and kind != "attention":
-            self.trace.ahead(SELECTING)  # for any groups that will be chosen
+            self.teacher_states.ahead(SELECTING)  # for any groups that will be chosen
         count = self._count(kind)
-        return cluster.partition(unexplained(self.trace, longest(self.first.num_layers, count)), count)
+        return cluster.partition(unexplained(self.teacher_states, longest(self.first.num_layers, count)), count)
 
     def _with_groups(self, groups: dict[Kind, Groups]) -> Plan:
         edits = [
@@ -166,13 +166,13 @@ class _Search:
             return None
         student = applied(self.model, plan, self.batches)
         with eval_mode(student):
-            if self.trace.whole:
-                before = self.trace.loss_of(student)
+            if self.teacher_states.whole:
+                before = self.teacher_states.loss_of(student)
             else:
                 before = calibration_loss(student, self.model, self.sample.held_out_batches)
             report = RefitReport(before, before, kept=False)
             if self.recipe.refit != "none":
-                report = refit_by(student, self.trace, plan, before, self.recipe.refit)
+                report = refit_by(student, self.teacher_states, plan, before, self.recipe.refit)
         self.tried[plan.edits] = plan, report
         if self.best is None or report.after < self.best[1].after:
             self.best = plan, report, WeightSnapshot(student)

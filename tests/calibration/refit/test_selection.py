@@ -41,12 +41,16 @@ def block_of(model, layer, kind):
 def at(model, layer, kind, *depths):
     """A selection for a block of a model that is its own original, and where that block leads the stream."""
     sample = Sample.of(batches_of(model))
-    trace, walk = TeacherStates(LayerwiseForward(model, sample)), LayerwiseForward(model, sample)
-    while walk.depth < layer:
-        walk.advance()
-    seen = trace.see([(depth, HookPoint(kind, place)) for depth in (layer, *depths) for place in ("read", "sum")])
+    teacher_states, layerwise = TeacherStates(LayerwiseForward(model, sample)), LayerwiseForward(model, sample)
+    while layerwise.depth < layer:
+        layerwise.advance()
+    seen = teacher_states.see(
+        [(depth, HookPoint(kind, place)) for depth in (layer, *depths) for place in ("read", "sum")]
+    )
     originals = {depth: seen[depth, HookPoint(kind, "read")] for depth in depths}
-    return Selection(walk, block_of(model, layer, kind), trace.layers, originals), seen[layer, HookPoint(kind, "sum")]
+    return Selection(layerwise, block_of(model, layer, kind), teacher_states.layers, originals), seen[
+        layer, HookPoint(kind, "sum")
+    ]
 
 
 def state_of(model):
@@ -178,9 +182,9 @@ def test_heads_that_can_stand_side_by_side():
 def test_few_tokens_are_evenly_spread(tokens):
     """As many batches as hold the tokens asked for, from all over the data."""
     model = body("gpt2")
-    walk = LayerwiseForward(model, Sample.of([example_inputs(model, 1, 12, seed=seed) for seed in range(32)]))
-    found = [index for index, _ in walk.look(HookPoint("mlp", "read"), tokens=tokens)]
-    held = sum(len(walk.rows(index, walk.states[index])) for index in range(32))
+    layerwise = LayerwiseForward(model, Sample.of([example_inputs(model, 1, 12, seed=seed) for seed in range(32)]))
+    found = [index for index, _ in layerwise.look(HookPoint("mlp", "read"), tokens=tokens)]
+    held = sum(len(layerwise.rows(index, layerwise.states[index])) for index in range(32))
     assert len(found) == max(1, math.ceil(32 * min(1.0, tokens / held)))
     assert max(later - one for one, later in itertools.pairwise([*found, 32])) <= math.ceil(32 / len(found))
 

@@ -394,8 +394,8 @@ def test_what_makes_it_worse_is_undone(monkeypatch, name, value):
     given, ties = state_of(student), ties_of(student)
     seen = []
 
-    def fake(trace, walk):
-        seen.append(state_of(walk.model))
+    def fake(teacher_states, layerwise):
+        seen.append(state_of(layerwise.model))
         return value
 
     monkeypatch.setattr(transformer, "calibration_loss", lambda model, reference, batches: 1.0)
@@ -564,9 +564,9 @@ def test_a_trace_can_be_asked_in_any_order():
     points = [HookPoint(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum")]
     places = [(layer, point) for layer in range(LAYERS) for point in points]
     expected = TeacherStates(LayerwiseForward(teacher, sample)).see(places)  # from front to back
-    trace = TeacherStates(LayerwiseForward(teacher, sample))
+    teacher_states = TeacherStates(LayerwiseForward(teacher, sample))
     for some in ([places[9], places[1]], [places[2]], [places[14], places[1], places[3]], places):
-        found = trace.see(some)
+        found = teacher_states.see(some)
         assert found.keys() == set(some)
         for key, states in found.items():
             for one, other in zip(states, expected[key], strict=True):
@@ -579,20 +579,20 @@ def test_a_trace_that_went_ahead_runs_no_layer_again(model_type, monkeypatch):
     sample = Sample.of(batches_of(teacher))
     points = [HookPoint(kind, place) for kind in ("attention", "mlp") for place in ("read", "residual", "sum")]
     inner = [point for point in points if point != HookPoint("mlp", "residual")]
-    walk = LayerwiseForward(teacher, sample)
+    layerwise = LayerwiseForward(teacher, sample)
     hooked = {(layer, point): [] for layer in range(LAYERS) for point in inner}
     for layer in range(LAYERS):
-        for _, seen in walk.look(*inner):
+        for _, seen in layerwise.look(*inner):
             for point in inner:
                 hooked[layer, point].append(seen[point].float())
-        walk.advance()
-    trace = TeacherStates(LayerwiseForward(teacher, sample))
-    trace.ahead(SELECTING)
+        layerwise.advance()
+    teacher_states = TeacherStates(LayerwiseForward(teacher, sample))
+    teacher_states.ahead(SELECTING)
     monkeypatch.setattr(LayerwiseForward, "look", lambda *args, **options: pytest.fail("a layer ran again"))
-    for key, states in trace.see(hooked).items():
+    for key, states in teacher_states.see(hooked).items():
         for one, other in zip(states, hooked[key], strict=True):
             assert torch.equal(one, other)
-    trace.ahead(SELECTING)
+    teacher_states.ahead(SELECTING)
 
 
 @pytest.mark.parametrize("name", ["attention", "mlp"])
@@ -602,9 +602,9 @@ def test_the_teacher_is_seen_where_it_should_be(name):
     teacher = whole("llama")
     plan, batches = plan_for(teacher, *PLANS[name]), batches_of(teacher)
     _, report, _, before = refitted(teacher, plan, batches)
-    trace = TeacherStates(LayerwiseForward(teacher, Sample.of(batches)))
-    trace.states(LAYERS)
-    assert transformer.refit_by(apply(teacher, plan), trace, plan, before, "full") == report
+    teacher_states = TeacherStates(LayerwiseForward(teacher, Sample.of(batches)))
+    teacher_states.states(LAYERS)
+    assert transformer.refit_by(apply(teacher, plan), teacher_states, plan, before, "full") == report
 
 
 def test_rows_of_the_report():

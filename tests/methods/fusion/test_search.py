@@ -336,7 +336,7 @@ def test_the_table_measures_the_model_with_one_group_fused():
     for edit in (Fuse("layer", (1, 2)), Fuse("mlp", (0, 1, 2)), Fuse("layer", (0, 1), "share", "mean")):
         fused = apply(model, Plan("qwen2", LAYERS, (edit,)))
         assert table.trials.loss(edit) == pytest.approx(
-            calibration_loss(fused, model, table.trials.trace.walk.sample.held_out_batches), rel=1e-4
+            calibration_loss(fused, model, table.trials.teacher_states.layerwise.sample.held_out_batches), rel=1e-4
         )
     repaired = _Table(model, FusionRecipe(keep_layers=3), batches, None)
     assert repaired.trials.loss(Fuse("layer", (1, 2))) < table.trials.loss(Fuse("layer", (1, 2)))
@@ -354,15 +354,15 @@ def test_runs_that_are_linear_come_first(model_type):
         for kind in (architecture.attention, architecture.mlp):
             for parameter in layer.get_submodule(kind["out"]).parameters():
                 parameter.data.zero_()
-    trace = TeacherStates(LayerwiseForward(model, Sample.of(batches_of(model, 32))))
-    cost = unexplained(trace, LAYERS)
+    teacher_states = TeacherStates(LayerwiseForward(model, Sample.of(batches_of(model, 32))))
+    cost = unexplained(teacher_states, LAYERS)
     assert cost.shape == (LAYERS + 1, LAYERS + 1)
     assert all(cost[i, i + 1] == 0 for i in range(LAYERS))
     assert np.isinf(cost[np.tril_indices(LAYERS + 1)]).all()
     assert cost[1, 3] < 1e-3 < min(cost[0, 2], cost[2, 4])
     assert cost[0, 3] == pytest.approx(2 * cost[0, 2], rel=1e-3)
     assert partition(cost, LAYERS - 1) == [(0,), (1, 2), (3,)]
-    assert np.isinf(unexplained(trace, 2)[0, 3])
+    assert np.isinf(unexplained(teacher_states, 2)[0, 3])
     plan = search(model, FusionRecipe(keep_layers=3, effort="low"), batches_of(model, 32)).plan
     assert [edit.layers for edit in plan.edits] == [(1, 2)]
 
