@@ -1,5 +1,7 @@
 """The notebooks run in a kernel, and what they show is kept in them."""
 
+import ast
+import importlib
 import importlib.util
 import re
 from itertools import zip_longest
@@ -100,6 +102,20 @@ def test_is_kept_as_it_ran(path):
         assert shown(cell) or not asks, cell.source
         for _, text in shown(cell):
             assert not re.search(r"(?<![\w.])(/\w+){2}|[A-Z]:\\| at 0x", text), text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_it_imports_is_there(path):
+    """Each name that a notebook imports from this package is where the notebook looks for it."""
+    found = 0
+    for cell in code(nbformat.read(path, as_version=4)):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "hf_layerfuse":
+                module = importlib.import_module(node.module)
+                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert not missing, f"{node.module} has no {missing}"
+                found += 1
+    assert found, "no import of this package was found: this test is blind"
 
 
 @pytest.mark.slow
