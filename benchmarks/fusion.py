@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_layerfuse import Fuse, FusionRecipe, Plan, apply
 from hf_layerfuse.calibration.recorder import observe
-from hf_layerfuse.calibration.refit.transformer import refit
+from hf_layerfuse.calibration.refit.refit import refit
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.metrics import parameter_counts
 from hf_layerfuse.math.similarity import Angular

@@ -2,7 +2,7 @@
 
 from .api import AutoFusedModel, collapse, fuse, merge
 from .calibration.refit.base import RefitReport
-from .calibration.refit.transformer import refit
+from .calibration.refit.refit import refit
 from .errors import (
     CheckpointError,
     DataError,

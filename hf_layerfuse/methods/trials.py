@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..calibration.layerwise import LayerwiseForward, TeacherStates
-from ..calibration.refit.transformer import Method, repair_of
+from ..calibration.refit.base import RefitMethod
+from ..calibration.refit.refit import repair_of
 from ..calibration.samples import Sample
 from ..errors import PlanError, UnsupportedModelError
 from ..evaluation.eval_mode import eval_mode
@@ -51,7 +52,7 @@ class Trials:
     def __init__(
         self,
         model: PreTrainedModel,
-        method: Method,
+        method: RefitMethod,
         batches: Sequence[Any],
         teacher_states: TeacherStates,
         base: tuple[PreTrainedModel, Plan] | None = None,

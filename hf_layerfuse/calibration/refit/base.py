@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -13,6 +13,9 @@ from ...plan import Plan, Slot
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward, TeacherStates
 from ..mmap import MappedActivations, WeightSnapshot
+
+RefitMethod = Literal["full", "maps", "linear", "none"]
+"""Extent of a repair, see `refit`."""
 
 
 @dataclass(frozen=True)

@@ -1,136 +1,22 @@
-"""Closed-form repair of a fused model on calibration data, front to back, without gradients.
-
-The original is the teacher.
-"""
+"""Closed-form repair of attention and MLP blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
 
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
-from ...evaluation.batches import Batches
-from ...evaluation.divergence import calibration_loss
-from ...evaluation.eval_mode import eval_mode
 from ...math.ridge import Moments, chain, fit, identity
 from ...models.align import aligned
-from ...models.architectures import READERS, Block, ConvArchitecture, architecture_for
-from ...models.families import CONV_GRAPH, LAYERS, family_of
+from ...models.architectures import READERS, Block
 from ...models.modules.shared_linear import theta_of
-from ...models.surgery.checks import check_model, check_plan
 from ...plan import Kind, LinearForm, Plan, Slot
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward, TeacherStates
 from ..mmap import MappedActivations, PerBatch, WeightSnapshot
-from ..samples import Sample
-from .base import RefitReport, Repair, unless_worse
-from .conv import ConvRepair
-from .conv_graph import refit_chain
+from .base import RefitMethod, Repair
 from .linear import fit_gain, fit_linear, fit_map, fit_norm, fold, store
 from .selection import Selection, Total, alike
-
-Method = Literal["full", "maps", "linear", "none"]
-
-
-def refit(
-    student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, batches: Batches, method: Method = "full"
-) -> RefitReport:
-    """Repair a fused model in closed form, in place. The repair is undone if the calibration loss rises.
-
-    The repair visits the blocks front to back, from the first edit on. A block of the student reads other states than
-    its original. Its input maps are therefore refitted to give the original's outputs: a ridge fit predicts the
-    original's inputs from the student's, and is folded into the maps. Its output projection is refitted to reach the
-    original's state at the end of the group: min ||X (W + dW)^T + b + db - R||^2 + lambda ||dW||^2. X is the input of
-    the projection, and R is the original's state less the residual to which the projection is added.
-
-    Attention targets the input of its MLP in the original. Operator `select` builds a layer from the heads and hidden
-    units of its whole group that reach these targets best (backward elimination). If that lets the MLPs come closer to
-    the end of the group, its attention instead targets the sum of all attention outputs of the group.
-
-    A linearised MLP is fitted as a whole. Its inputs predict the target state less the residual, and the penalty holds
-    the fit towards the current map. Each token has the weight 1 / variance of the stream, as in norms.
-
-    Shared matrices stay as they are. At each depth, the fit sets the norms that follow a sum, the gains of the norms
-    before MLPs, the biases, and the residuals and coefficients of relaxed sharing. Fits of residuals are projected on
-    their rank.
-
-    With any `method` except `none`, the merged convolution of a segment is fitted to the output of the segment.
-
-    The repair takes one pass of the original over the batches, and about three of the student, or five with `select`.
-
-    Args:
-        student: Result of `apply(teacher, plan)`.
-        teacher: Original model.
-        plan: Plan that led from the original to the student.
-        batches: Calibration batches, dicts of model inputs. One sequence in eight is held out to evaluate the result.
-        method: Extent of the repair. `full` repairs all blocks. `maps` fits only the maps of linearised MLPs. `linear`
-            fits one map on the outputs of the last block before removed ones, and folds it into that block's output
-            projection (ReplaceMe, Shopkhoev et al. 2025). `none` leaves the model as it is.
-
-    Returns:
-        The calibration loss before and after, and the errors of each map.
-
-    Raises:
-        DataError: There are no calibration batches.
-        PlanError: The plan is for another architecture or number of layers.
-        UnsupportedModelError: The teacher cannot be fused, or the model does not run each of its layers once, in order.
-    """
-    return _REFITS[family_of(plan)](student, teacher, plan, Sample.of(batches), method)
-
-
-def _refit_layers(
-    student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, sample: Sample, method: Method
-) -> RefitReport:
-    before = calibration_loss(student, teacher, sample.held_out_batches)
-    if method == "none":
-        return RefitReport(before, before, kept=False)
-    architecture = architecture_for(teacher)
-    check_model(teacher, architecture)
-    check_plan(teacher, architecture, plan)
-    with eval_mode(student, teacher):
-        return refit_by(student, TeacherStates(LayerwiseForward(teacher, sample)), plan, before, method)
-
-
-def _refit_convolutions(
-    student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, sample: Sample, method: Method
-) -> RefitReport:
-    return refit_chain(student, teacher, plan, sample, fitted=method != "none")
-
-
-_REFITS = {LAYERS: _refit_layers, CONV_GRAPH: _refit_convolutions}
-
-
-def refit_by(
-    student: PreTrainedModel, teacher_states: TeacherStates, plan: Plan, before: float, method: Method
-) -> RefitReport:
-    """Run `refit` with the states of a checked teacher, which several students may share.
-
-    Args:
-        student: Result of applying the plan, changed in place.
-        teacher_states: States of the teacher.
-        plan: Plan that led from the original to the student.
-        before: Calibration loss of the student before the repair.
-        method: Extent of the repair, as in `refit`.
-    """
-
-    def carry_out() -> tuple[list[dict[str, Any]], float]:
-        layerwise = LayerwiseForward(student, teacher_states.layerwise.sample)
-        repair = repair_of(layerwise, teacher_states, plan, method)
-        for _ in tqdm(repair.slots, "Refitting", unit="layer", disable=None, leave=False):
-            repair.step()
-        return repair.blocks, teacher_states.loss(layerwise)
-
-    return unless_worse(student, before, carry_out)
-
-
-def repair_of(student: LayerwiseForward, teacher: TeacherStates, plan: Plan, method: Method) -> Repair:
-    """The repair for the blocks of a student's architecture."""
-    kind = ConvRepair if student.architecture.kinds == ConvArchitecture.kinds else TransformerRepair
-    return kind(student, teacher, plan, method)
-
 
 SELECTING = tuple(HookPoint(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum"))
 """Hook points that `select` needs from every layer of a group, besides the states."""
@@ -139,7 +25,7 @@ SELECTING = tuple(HookPoint(kind, place) for kind in ("attention", "mlp") for pl
 class TransformerRepair(Repair):
     """Repair of attention and MLP blocks."""
 
-    def __init__(self, student: LayerwiseForward, teacher: TeacherStates, plan: Plan, method: Method) -> None:
+    def __init__(self, student: LayerwiseForward, teacher: TeacherStates, plan: Plan, method: RefitMethod) -> None:
         super().__init__(student, teacher, plan, method)
         # shared weights have the units, heads and rotations of the aligned original
         original = (

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ...calibration.layerwise import LayerwiseForward, TeacherStates
 from ...calibration.refit.base import RefitReport
-from ...calibration.refit.transformer import refit_by
+from ...calibration.refit.refit import refit_by
 from ...calibration.samples import Sample
 from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.batches import Batches

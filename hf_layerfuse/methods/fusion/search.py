@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from ...calibration.layerwise import LayerwiseForward, TeacherStates
 from ...calibration.mmap import WeightSnapshot
 from ...calibration.refit.base import RefitReport
-from ...calibration.refit.transformer import SELECTING, refit_by
+from ...calibration.refit.refit import refit_by
+from ...calibration.refit.transformer import SELECTING
 from ...calibration.samples import Sample
 from ...evaluation.batches import Batches
 from ...evaluation.divergence import calibration_loss

@@ -26,7 +26,7 @@ from hf_layerfuse import (
 )
 from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
 from hf_layerfuse.calibration.refit.base import RefitReport
-from hf_layerfuse.calibration.refit.transformer import refit
+from hf_layerfuse.calibration.refit.refit import refit
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.cache import Table
 from hf_layerfuse.evaluation.divergence import calibration_loss

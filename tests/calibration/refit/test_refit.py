@@ -12,9 +12,11 @@ from helpers import TINY, tiny_model
 from hf_layerfuse import AutoFusedModel, Drop, Fuse, Plan, apply, expand, verify
 from hf_layerfuse.calibration.layer_hooks import HookPoint
 from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
+from hf_layerfuse.calibration.refit import refit as refit_module
 from hf_layerfuse.calibration.refit import transformer
 from hf_layerfuse.calibration.refit.linear import store
-from hf_layerfuse.calibration.refit.transformer import SELECTING, refit
+from hf_layerfuse.calibration.refit.refit import refit
+from hf_layerfuse.calibration.refit.transformer import SELECTING
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.errors import DataError
 from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
@@ -398,8 +400,8 @@ def test_what_makes_it_worse_is_undone(monkeypatch, name, value):
         seen.append(state_of(layerwise.model))
         return value
 
-    monkeypatch.setattr(transformer, "calibration_loss", lambda model, reference, batches: 1.0)
-    monkeypatch.setattr(transformer.TeacherStates, "loss", fake)
+    monkeypatch.setattr(refit_module, "calibration_loss", lambda model, reference, batches: 1.0)
+    monkeypatch.setattr(refit_module.TeacherStates, "loss", fake)
     report = refit(student, teacher, plan, batches_of(teacher))
     assert (report.before, report.after, report.kept) == (1.0, 1.0, False)
     assert report.blocks
@@ -604,7 +606,7 @@ def test_the_teacher_is_seen_where_it_should_be(name):
     _, report, _, before = refitted(teacher, plan, batches)
     teacher_states = TeacherStates(LayerwiseForward(teacher, Sample.of(batches)))
     teacher_states.states(LAYERS)
-    assert transformer.refit_by(apply(teacher, plan), teacher_states, plan, before, "full") == report
+    assert refit_module.refit_by(apply(teacher, plan), teacher_states, plan, before, "full") == report
 
 
 def test_rows_of_the_report():
