@@ -178,7 +178,7 @@ def test_what_is_no_line_yet_is_refused():
     z = seen_by(bent, 4, batches)[0].float()
     with torch.inference_mode():
         lost = 0.31 * (homotopy.act(z) - homotopy.line(z)) @ out.weight.T
-        assert rows[1]["lost"] == pytest.approx((lost.norm() / out(homotopy(z)).norm()).item(), rel=1e-3)
+        assert rows[1].relative_error == pytest.approx((lost.norm() / out(homotopy(z)).norm()).item(), rel=1e-3)
     model = tiny_model("bert")
     for other in (model, apply(model, Plan("bert", LAYERS, (Linearize(1),)))):
         with pytest.raises(PlanError, match="apply Blend edits first"):

@@ -321,8 +321,8 @@ def test_operators_are_those_of_least_loss(monkeypatch, table):
         assert best == min(options, key=lambda edit: costs[(edit,)])
         assert best.layers == edit.layers
     scores = table.scores()
-    assert [tuple(row["layers"]) for row in scores] == [(0, 1), (3, 4, 5)]
-    assert sorted(loss for row in scores for loss in row["losses"].values()) == sorted(costs.values())
+    assert list(dict.fromkeys(row.layers for row in scores)) == [(0, 1), (3, 4, 5)]
+    assert sorted(row.loss for row in scores) == sorted(costs.values())
 
 
 def test_the_table_measures_the_model_with_one_group_fused():
