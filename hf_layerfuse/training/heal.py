@@ -90,8 +90,8 @@ def heal(
             on the `set_epoch` of a sampler such as `ByLength`. `heal` keeps the batch size.
         recipe: Settings of the training.
         teacher: Model with the same outputs; it is moved to the device and otherwise unchanged.
-        scope: Parts of the student that are compared, frozen and mixed: `heal_scope(student, teacher, plan, recipe)`.
-            Without it, no layers are compared and every parameter is trained.
+        scope: Parts of the student that are compared, frozen and mixed: `heal_scope(student, teacher, plan, recipe)`,
+            with a threshold for `Blend` edits. Without it, no layers are compared and every parameter is trained.
         validation_batches: Batches of the held-out split, the same every time. Their loss is reported and selects the
             weights: cross-entropy, or distillation without labels.
         seed: Seed of the order of batches, and of dropout, which differs in each process and step.
