@@ -30,7 +30,7 @@ from hf_layerfuse import (
     apply,
     expand,
     heal,
-    layer_map,
+    heal_scope,
     merge_convs,
     straighten,
 )
@@ -296,14 +296,14 @@ def chosen(job: Job, name: str, asked: dict[str, Any], step: Step, choices: list
     for option in job.options:
         student = copy.deepcopy(fused)
         recipe = recipe_of(job, plan, steps=job.pilot, eval_every=job.pilot, **option)
-        matches = layer_map(student, job.base.model, plan)
+        scope = heal_scope(student, job.base.model, plan, recipe)
         try:
             report = heal(
                 student,
                 job.loader(0),
                 recipe,
                 teacher=job.base.model,
-                matches=matches,
+                scope=scope,
                 validation_batches=job.validation,
             )
         except TrainingError:
@@ -346,14 +346,15 @@ def retrained(
         if known:
             return known[0]
         before = job.base.score(student.eval())
+        recipe = recipe_of(job, plan, steps=steps, **option)
+        scope = heal_scope(student, model, plan, recipe)
         report = heal(
             student,
             job.loader(number),
-            recipe_of(job, plan, steps=steps, **option),
+            recipe,
             teacher=model,
-            matches=layer_map(student, model, plan),
+            scope=replace(scope, threshold=THRESHOLD if bends(plan) else None),
             validation_batches=job.validation,
-            threshold=THRESHOLD if bends(plan) else None,
             seed=number,
             checkpoints=CHECKPOINTS / f"{name}-{number}",
         )

@@ -32,10 +32,11 @@ from .models.architectures import (
     architecture_for,
 )
 from .models.finalize import merge_convs, straighten
-from .models.layer_map import fused_parameters, layer_map, mixed_weights
+from .models.layer_map import fused_parameters, heal_scope, layer_map, mixed_weights
 from .models.modeling import expand, register_architecture
 from .models.verify import verify
 from .plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan, PlanNotes
+from .plan.heal_scope import HealScope
 from .recipe import CollapseRecipe, FusionRecipe, HealRecipe, MergeRecipe
 from .training.heal import HealReport, heal
 
@@ -56,6 +57,7 @@ __all__ = [
     "FusionRecipe",
     "HealRecipe",
     "HealReport",
+    "HealScope",
     "LayerFuseError",
     "LayerFuseWarning",
     "Linearize",
@@ -81,6 +83,7 @@ __all__ = [
     "fuse",
     "fused_parameters",
     "heal",
+    "heal_scope",
     "layer_map",
     "merge",
     "merge_convs",

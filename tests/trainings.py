@@ -6,7 +6,7 @@ import torch
 from helpers import LAYERS, some_batches, tiny_model
 from torch.utils.data import DataLoader
 
-from hf_layerfuse import Blend, Fuse, HealRecipe, Plan, apply, heal, layer_map
+from hf_layerfuse import Blend, Fuse, HealRecipe, HealScope, Plan, apply, heal, heal_scope
 from hf_layerfuse.data.sampler import ByLength
 
 
@@ -40,7 +40,7 @@ def healed(folder: Path | None, recipe: HealRecipe | None = None, batches=shuffl
     recipe = recipe or recipe_of(hidden_weight=0.5)
     plain = {
         "teacher": teacher,
-        "matches": layer_map(student, teacher, plan),
+        "scope": heal_scope(student, teacher, plan, recipe),
         "validation_batches": DataLoader(rows(4)),
     }
     report = heal(student, batches(), recipe, checkpoints=folder, **{**plain, **options})
@@ -63,6 +63,7 @@ def trained(steps: int = 12, strength: float | str = "auto", folder=None, thresh
     recipe = HealRecipe(
         steps=steps, learning_rate=2e-3, eval_every=4, mixed_precision="no", straighten=strength, **options
     )
-    settings = {"teacher": model, "validation_batches": DataLoader(rows(4)), "threshold": threshold}
-    report = heal(student, DataLoader(rows(12), 4, shuffle=True), recipe, checkpoints=folder, **settings)
+    settings = {"scope": HealScope(threshold=threshold), "validation_batches": DataLoader(rows(4))}
+    batches = DataLoader(rows(12), 4, shuffle=True)
+    report = heal(student, batches, recipe, teacher=model, checkpoints=folder, **settings)
     return student, report

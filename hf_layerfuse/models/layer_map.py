@@ -1,4 +1,4 @@
-"""Correspondence of a fused model to its original: matching modules, and fused or mixed parameters."""
+"""Correspondence of a fused model to its original: matching modules, fused or mixed parameters, scope of healing."""
 
 from __future__ import annotations
 
@@ -8,12 +8,47 @@ from transformers import PreTrainedModel
 from ..errors import PlanError
 from ..evaluation.batches import Batches
 from ..plan import Plan
+from ..plan.heal_scope import HealScope
 from ..plan.match import Match
+from ..recipe import HealRecipe
 from .align import align
 from .architectures import ConvGraphArchitecture, architecture_for
 from .families import CONV_GRAPH, LAYERS, family_of
 from .modeling import skeleton
 from .modules.conv import module_at
+
+
+def heal_scope(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    plan: Plan,
+    recipe: HealRecipe,
+    *,
+    batches: Batches | None = None,
+    source: tuple[PreTrainedModel, Plan] | None = None,
+) -> HealScope:
+    """Parts of a fused model that `heal` compares, freezes and mixes.
+
+    Args:
+        student: Fused model from `apply(teacher, plan, batches)`.
+        teacher: Original model.
+        plan: Plan that leads from the teacher to the student.
+        recipe: Settings of the training. Fused parameters are frozen with `freeze_fused` and mixed with `mix`.
+        batches: Calibration batches that were passed to `apply`, for `mix`.
+        source: Model and plan of the last round, where `plan` composes several, for `mix`.
+
+    Returns:
+        Pairs of layers, frozen parameters and source weights; no threshold.
+
+    Raises:
+        PlanError: The plan does not lead from this teacher to this student.
+        UnsupportedModelError: One of the models has an unknown architecture.
+    """
+    return HealScope(
+        matches=layer_map(student, teacher, plan),
+        frozen=fused_parameters(student, plan) if recipe.freeze_fused else (),
+        mixed=mixed_weights(student, *(source or (teacher, plan)), batches) if recipe.mix else None,
+    )
 
 
 def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) -> tuple[Match, ...]:

@@ -17,7 +17,7 @@ from ..methods.base import Method
 from ..methods.fusion.grouping import groups_of
 from ..methods.fusion.planner import plan_fusion
 from ..models.architectures import architecture_for
-from ..models.layer_map import fused_parameters, layer_map, mixed_weights
+from ..models.layer_map import heal_scope
 from ..models.loading import load_checkpoint
 from ..models.modeling import expand
 from ..models.surgery.size import are_unlike
@@ -73,18 +73,16 @@ def fuse_and_heal(recipe: Recipe, original: PreTrainedModel, inputs: RunData, wo
         if steps > 0:
             healing = dataclasses.replace(method.healing(recipe.method, recipe.heal), steps=steps)
             seed = recipe.seed + number - 1  # rounds read different rows, as long as there are enough
-            mixed = mixed_weights(fused, source, step, inputs.calibration()) if healing.mix else None
+            batches = inputs.calibration() if healing.mix else None
+            scope = heal_scope(fused, original, plan, healing, batches=batches, source=(source, step))
             say(f"healing for {steps} steps; where it is interrupted, the same command goes on")
             report = heal(
                 fused,
                 inputs.train_loader(original, seed),
                 healing,
                 teacher=original,
-                matches=layer_map(fused, original, plan),
-                frozen=fused_parameters(fused, plan) if healing.freeze_fused else (),
-                mixed=mixed,
+                scope=dataclasses.replace(scope, threshold=finish.threshold if finish else None),
                 validation_batches=inputs.validation_batches(),
-                threshold=finish.threshold if finish else None,
                 seed=seed,
                 checkpoints=unfinished(work / f"heal-{number}", identity_of(healing)),
             )

@@ -3,27 +3,25 @@
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..errors import LayerFuseError, RecipeError
 from ..evaluation.eval_mode import dropout_of
 from ..evaluation.fingerprint import fingerprint
-from ..plan.match import Match
+from ..plan.heal_scope import HealScope
 from ..recipe import HealRecipe
 from .accelerator import accelerator_of, finish_trackers, one_training
 from .homotopy import Pull
 from .loop import Loop
 from .lora import low_rank
-from .mixture import Mixture
 from .objective import Batch
 from .sharding import whole_again
 
@@ -65,11 +63,8 @@ def heal(
     recipe: HealRecipe,
     *,
     teacher: PreTrainedModel | None = None,
-    matches: Sequence[Match] = (),
-    frozen: Collection[str] = (),
-    mixed: Mapping[str, Sequence[Tensor]] | None = None,
+    scope: HealScope | None = None,
     validation_batches: Iterable[Batch] | None = None,
-    threshold: float | None = None,
     seed: int = 0,
     accelerator: Accelerator | None = None,
     checkpoints: Path | str | None = None,
@@ -95,13 +90,10 @@ def heal(
             on the `set_epoch` of a sampler such as `ByLength`. `heal` keeps the batch size.
         recipe: Settings of the training.
         teacher: Model with the same outputs; it is moved to the device and otherwise unchanged.
-        matches: Pairs of layers for `hidden_weight` and `attention_weight`: `layer_map(student, teacher, plan)`.
-        frozen: Names of parameters that are not trained, such as `fused_parameters(student, plan)`.
-        mixed: Source weights of mixed parameters, by name: `mixed_weights(student, teacher, plan)`; see `Mixture`.
+        scope: Parts of the student that are compared, frozen and mixed: `heal_scope(student, teacher, plan, recipe)`,
+            with a threshold for `Blend` edits. Without it, no layers are compared and every parameter is trained.
         validation_batches: Batches of the held-out split, the same every time. Their loss is reported and selects the
             weights: cross-entropy, or distillation without labels.
-        threshold: Threshold of the later `straighten`, for `Blend` edits. Checkpoints with any a < 1 - threshold are
-            not eligible as best.
         seed: Seed of the order of batches, and of dropout, which differs in each process and step.
         accelerator: Accelerator to use with its own mixed precision, compilation and trackers. `heal` sets its
             accumulation and the seed of its samplers.
@@ -112,50 +104,49 @@ def heal(
         Losses by step, the step whose weights were kept, and how it was trained.
 
     Raises:
-        RecipeError: The recipe requests distillation without a teacher, or of layers without `matches`; a tracker that
-            is not installed; gradient checkpointing that the model does not support; or straightening without `Blend`
-            edits. Also raised for `mixed` weights under FSDP or DeepSpeed.
+        RecipeError: The recipe requests distillation without a teacher, or of layers without pairs in `scope`; a
+            tracker that is not installed; gradient checkpointing that the model does not support; or straightening
+            without `Blend` edits. Also raised for mixed weights under FSDP or DeepSpeed.
         DataError: There are no batches, or they allow no loss.
         CheckpointError: The checkpoints belong to another run or are damaged.
         TrainingError: A loss or a gradient is not finite, or the loss explodes; the previous checkpoint is kept.
         LayerFuseError: The student is in float16, its outputs do not fit the teacher's, or a checkpoint cannot be
             written; the previous one is kept.
     """
-    _check(student, recipe, teacher, matches)
-    if not any(p.requires_grad for name, p in student.named_parameters() if name not in frozen):
+    scope = scope or HealScope()
+    _check(student, recipe, teacher, scope)
+    if not any(p.requires_grad for name, p in student.named_parameters() if name not in scope.frozen):
         raise RecipeError("every parameter is frozen, so there is nothing to train: freeze fewer of them.")
     own = accelerator is None
     accelerator = accelerator or accelerator_of(student, recipe)
-    if mixed and accelerator.distributed_type in _OWN_PARAMETERS:
+    if scope.mixed and accelerator.distributed_type in _OWN_PARAMETERS:
         raise RecipeError(
             f"heal.mix trains the source weights of the student's, and {accelerator.distributed_type.value} "
             "trains the student's alone: launch with recipes/accelerate/multi-gpu.yaml, or set heal.mix to false."
         )
     run = {}
     if checkpoints is not None and accelerator.is_main_process:  # only the main process compares
-        run = _identity(student, train_batches, recipe, teacher, frozen, seed, accelerator.num_processes)
-        run["threshold"] = threshold
+        run = _identity(student, train_batches, recipe, teacher, scope)
+        run |= {"seed": seed, "number of processes": accelerator.num_processes}
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_training(accelerator, recipe, seed))
         stack.enter_context(dropout_of(student, recipe.dropout))
         stack.enter_context(low_rank(student, recipe.lora_rank))
-        stack.enter_context(_training(student, recipe, teacher, frozen))
+        stack.enter_context(_training(student, recipe, teacher, scope))
         stack.enter_context(whole_again(student, accelerator.distributed_type == DistributedType.FSDP))
         folder = checkpoints
         if folder is None and validation_batches is not None:
             folder = stack.enter_context(_temporary_folder(accelerator))
-        mixture = Mixture(student, mixed) if mixed else None
-        if mixture is not None:
-            stack.callback(mixture.settle)  # also after an error in the middle of a step
-        rest = validation_batches, threshold, seed, accelerator
-        loop = Loop(student, train_batches, recipe, teacher, matches, mixture, *rest)
+        loop = Loop(student, train_batches, recipe, teacher, scope, accelerator)
+        if loop.mixture is not None:
+            stack.callback(loop.mixture.settle)  # also after an error in the middle of a step
         if folder is not None:
             loop.resume(Path(folder), run)
             stack.callback(loop.checkpoints.close)
         if own and recipe.log_with:
             accelerator.init_trackers("hf_layerfuse", config=dataclasses.asdict(recipe))
             stack.callback(finish_trackers, accelerator)
-        progress = loop.run()
+        progress = loop.run(validation_batches, seed)
     return HealReport(
         steps=progress.step,
         best_step=progress.best_step,
@@ -174,20 +165,17 @@ def _identity(
     train_batches: DataLoader,
     recipe: HealRecipe,
     teacher: PreTrainedModel | None,
-    frozen: Collection[str],
-    seed: int,
-    processes: int,
+    scope: HealScope,
 ) -> dict[str, Any]:
-    """Identity of a training; checkpoints with another identity are not resumed."""
+    """Models, data and settings that identify a training; checkpoints of others are not resumed."""
     run = {f"heal.{name}": value for name, value in dataclasses.asdict(recipe).items()}
     run |= {f"config.{name}": value for name, value in student.config.to_dict().items()}
     size = len(train_batches) if hasattr(train_batches.dataset, "__len__") else None
     return run | {
-        "seed": seed,
-        "number of processes": processes,
         "weights at the start": fingerprint(student),
         "weights of the teacher": fingerprint(teacher) if teacher is not None and recipe.needs_teacher else None,
-        "frozen parameters": sorted(frozen),
+        "frozen parameters": sorted(scope.frozen),
+        "threshold": scope.threshold,
         "batches of an epoch": size,
         "batch size": train_batches.batch_size,
     }
@@ -195,15 +183,15 @@ def _identity(
 
 @contextlib.contextmanager
 def _training(
-    student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedModel | None, frozen: Collection[str]
+    student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedModel | None, scope: HealScope
 ) -> Iterator[None]:
     """Change the models for training inside the `with` block, and restore them at its end."""
-    trained = [name for name in frozen if student.get_parameter(name).requires_grad]
+    trained = [name for name in scope.frozen if student.get_parameter(name).requires_grad]
     forward, caches = vars(student).get("forward"), getattr(student.config, "use_cache", None)
     recomputes = any(getattr(module, "gradient_checkpointing", False) for module in student.modules())
     teacher_modes = [] if teacher is None else [(module, module.training) for module in teacher.modules()]
     try:
-        for name in frozen:
+        for name in scope.frozen:
             student.get_parameter(name).requires_grad_(False)
         if caches:
             student.config.use_cache = False  # nothing is generated here
@@ -245,17 +233,15 @@ def _temporary_folder(accelerator: Accelerator) -> Iterator[str]:
         accelerator.wait_for_everyone()
 
 
-def _check(
-    student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedModel | None, matches: Sequence[Match]
-) -> None:
+def _check(student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedModel | None, scope: HealScope) -> None:
     for field, needed in (("kl_weight", None), ("hidden_weight", "hidden"), ("attention_weight", "attention")):
         weight = getattr(recipe, field)
         if weight > 0 and teacher is None:
             raise RecipeError(f"heal.{field}={weight} needs a teacher: pass teacher=, or set heal.{field} to 0.")
-        if weight > 0 and needed and not any(match.kind == needed for match in matches):
+        if weight > 0 and needed and not any(match.kind == needed for match in scope.matches):
             raise RecipeError(
                 f"heal.{field}={weight} needs pairs of layers: pass "
-                f"matches=layer_map(student, teacher, plan), or set heal.{field} to 0."
+                f"scope=heal_scope(student, teacher, plan, recipe), or set heal.{field} to 0."
             )
     if recipe.straighten and not Pull(student, 0.0).activations:
         raise RecipeError(

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from ..errors import DataError, TrainingError
-from ..plan.match import Match
+from ..plan.heal_scope import HealScope
 from ..recipe import HealRecipe
 from .checkpoint import Checkpoints, Progress
 from .homotopy import Pull
@@ -39,16 +39,12 @@ class Loop:
         train_batches: DataLoader,
         recipe: HealRecipe,
         teacher: PreTrainedModel | None,
-        matches: Sequence[Match],
-        mixture: Mixture | None,
-        validation_batches: Iterable[Batch] | None,
-        threshold: float | None,
-        seed: int,
+        scope: HealScope,
         accelerator: Accelerator,
     ) -> None:
-        self.student, self.recipe, self.seed, self.accelerator = student, recipe, seed, accelerator
-        self.mixture, self.validation_batches, self.threshold = mixture, validation_batches, threshold
+        self.student, self.recipe, self.scope, self.accelerator = student, recipe, scope, accelerator
         self.pull = pull_of(student, recipe)
+        self.mixture = mixture = Mixture(student, scope.mixed) if scope.mixed else None
         mixed = set(map(id, mixture.targets if mixture else ()))
         trained = [p for p in student.parameters() if p.requires_grad and id(p) not in mixed]
         if mixture is not None:
@@ -71,7 +67,7 @@ class Loop:
         self.model, self.optimizer, self.loader, self.scheduler = prepared
         if teacher is not None:
             teacher.to(accelerator.device).eval()
-        self.objective = Objective(recipe, student, teacher, matches)
+        self.objective = Objective(recipe, student, teacher, scope.matches)
         self.progress, self.checkpoints = Progress(), None
 
     def resume(self, folder: Path, run: Mapping[str, Any]) -> None:
@@ -79,7 +75,7 @@ class Loop:
         self.checkpoints = Checkpoints(folder, self.accelerator, run)
         self.progress = self.checkpoints.resume()
 
-    def run(self) -> Progress:
+    def run(self, validation_batches: Iterable[Batch] | None, seed: int) -> Progress:
         """Train to the end and return the progress."""
         recipe, progress = self.recipe, self.progress
         start = time.perf_counter() - progress.seconds
@@ -88,10 +84,10 @@ class Loop:
         hidden = None if self.accelerator.is_main_process else True
         with tqdm(total=recipe.steps, initial=progress.step, desc="Healing", unit="step", disable=hidden) as bar:
             if progress.step == 0 and not progress.validation_loss:
-                self._evaluate()
+                self._evaluate(validation_batches)
             while progress.step < recipe.steps and not self._stalled():
                 rate = self.optimizer.param_groups[0]["lr"]
-                loss = self._step(batches)
+                loss = self._step(batches, seed)
                 progress.step += 1
                 progress.train_loss.append((progress.step, loss))
                 progress.seconds = time.perf_counter() - start
@@ -100,7 +96,7 @@ class Loop:
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.4f}")
                 if progress.step % recipe.eval_every == 0 or progress.step == recipe.steps:
-                    self._evaluate()
+                    self._evaluate(validation_batches)
         progress.seconds = time.perf_counter() - start
         if progress.best_step != progress.step:
             self.checkpoints.load(progress.best_step)
@@ -123,20 +119,20 @@ class Loop:
                 raise DataError("there are no training batches: use more rows or a smaller batch size.")
             progress.epoch, progress.batch = progress.epoch + 1, 0
 
-    def _step(self, batches: Iterator[Batch]) -> float:
+    def _step(self, batches: Iterator[Batch], seed: int) -> float:
         """Take one optimiser step and return the loss before it, averaged over the targets of all processes."""
         accelerator, recipe = self.accelerator, self.recipe
         parts = [next(batches) for _ in range(recipe.gradient_accumulation_steps)]
         shares = self._shares(parts)
         self.model.train()
         if self.mixture is not None:
-            set_seed(self.seed + self.progress.step)  # the same weights in all processes
+            set_seed(seed + self.progress.step)  # the same weights in all processes
             self.mixture.draw()
         total = torch.zeros((), device=accelerator.device)
         for place, (batch, share) in enumerate(zip(parts, shares, strict=True)):
             # after the random draws of the loader, so that the place of an interruption does not matter
             done = self.progress.step * recipe.gradient_accumulation_steps + place
-            set_seed(self.seed + done * accelerator.num_processes + accelerator.process_index)
+            set_seed(seed + done * accelerator.num_processes + accelerator.process_index)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
                     loss = self.objective.train(self.model, batch) * share
@@ -187,19 +183,19 @@ class Loop:
             f"heal.mixed_precision to 'no'.{kept}"
         )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, batches: Iterable[Batch] | None) -> None:
         """Measure the validation loss and write a checkpoint."""
-        progress = self.progress
+        progress, threshold = self.progress, self.scope.threshold
         if self.mixture is not None:
             self.mixture.settle()
-        if self.validation_batches is not None:
-            loss = _validate(self.student, self.validation_batches, self.objective, self.accelerator)
+        if batches is not None:
+            loss = _validate(self.student, batches, self.objective, self.accelerator)
             self._check(loss, "the validation loss")  # before a checkpoint of such weights is written
             progress.validation_loss.append((progress.step, loss))
             values = self.pull.values
             if values:
                 progress.homotopy.append((progress.step, values))
-            if self.threshold is not None and any(a < 1 - self.threshold for a in values.values()):
+            if threshold is not None and any(a < 1 - threshold for a in values.values()):
                 progress.counts_from = progress.step + 1
             self.accelerator.log({"validation/loss": loss}, step=progress.step)
         if self.checkpoints is not None:

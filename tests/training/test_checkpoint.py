@@ -1,5 +1,6 @@
 """A training that was interrupted goes on as if nothing had been, and loses nothing."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -21,14 +22,16 @@ from trainings import by_length, healed, models, recipe_of, rows, shuffled, weig
 from hf_layerfuse import (
     CheckpointError,
     Drop,
+    HealRecipe,
     LayerFuseError,
     Plan,
     RecipeError,
     TrainingError,
     apply,
     heal,
-    layer_map,
+    heal_scope,
 )
+from hf_layerfuse.evaluation.fingerprint import fingerprint
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -235,6 +238,24 @@ def test_another_run_is_refused(tmp_path, change):
     with pytest.raises(CheckpointError, match=rf"{next(iter({**change, **options}))}.* was .* and is "):
         healed(tmp_path / "run", recipe_of(hidden_weight=0.5, **change), **options)
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_run_is_known_by_the_same_things_as_ever(tmp_path):
+    """Checkpoints name their run as those of 0.1.0 do, so that earlier ones resume."""
+    healed(tmp_path, recipe_of(steps=0, hidden_weight=0.5), seed=3)
+    run = json.loads((tmp_path / "run.json").read_text())
+    own = {name: value for name, value in run.items() if not name.startswith(("heal.", "config."))}
+    assert {f"heal.{field.name}" for field in dataclasses.fields(HealRecipe)} <= run.keys()
+    assert own == {
+        "seed": 3,
+        "number of processes": 1,
+        "weights at the start": fingerprint(models()[0]),
+        "weights of the teacher": fingerprint(models()[1]),
+        "frozen parameters": [],
+        "threshold": None,
+        "batches of an epoch": 4,
+        "batch size": 3,
+    }
 
 
 def test_another_model_is_refused(tmp_path):
@@ -461,7 +482,7 @@ def test_compiled_training_is_the_same(tmp_path):
         GradientState._reset_state()
         student, teacher, plan = models(**NO_DROPOUT)
         recipe = recipe_of(steps=4, gradient_accumulation_steps=1, hidden_weight=0.5, compile=compiled)
-        options = {"teacher": teacher, "matches": layer_map(student, teacher, plan)}
+        options = {"teacher": teacher, "scope": heal_scope(student, teacher, plan, recipe)}
         loader, watched = DataLoader(rows(12), 3), DataLoader(rows(4))
         report = heal(
             student, loader, recipe, validation_batches=watched, checkpoints=tmp_path / f"{compiled}", **options

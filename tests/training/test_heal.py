@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from helpers import TINY, tiny_config, tiny_model
 from torch.utils.data import DataLoader
 
-from hf_layerfuse import Fuse, Plan, apply, fused_parameters, layer_map
+from hf_layerfuse import Fuse, HealScope, Plan, apply, fused_parameters, heal_scope, layer_map
 from hf_layerfuse.errors import DataError, LayerFuseError, RecipeError, TrainingError
 from hf_layerfuse.evaluation.divergence import prediction
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
@@ -155,7 +155,7 @@ def test_a_head_that_nothing_depends_on_stays() -> None:
     path = "bert.encoder.layer.5"
     recipe = _recipe(steps=3, ce_weight=0.0, kl_weight=0.0, hidden_weight=1.0, weight_decay=0.1)
     rows = [{"input_ids": torch.arange(3, 12), "labels": torch.tensor(i % 2)} for i in range(8)]
-    heal(student, _loader(rows), recipe, teacher=teacher, matches=[Match("hidden", path, path)])
+    heal(student, _loader(rows), recipe, teacher=teacher, scope=HealScope([Match("hidden", path, path)]))
     for name, value in student.state_dict().items():
         assert torch.equal(value, before[name]) == name.startswith(("classifier", "bert.pooler")), name
 
@@ -349,7 +349,7 @@ def test_inner_states_come_nearer_to_those_they_answer_to(model, weight) -> None
             return objective.train(student, torch.utils.data.default_collate(rows)).item()
 
     before = distance()
-    heal(student, _loader(rows), recipe, teacher=teacher, matches=matches)
+    heal(student, _loader(rows), recipe, teacher=teacher, scope=HealScope(matches))
     assert distance() < 0.8 * before
 
 
@@ -383,6 +383,8 @@ def test_what_cannot_work_is_refused() -> None:
     batches = _loader(_rows("causal-lm"))
     with pytest.raises(RecipeError, match="needs a teacher"):
         heal(student, batches, _recipe())
+    with pytest.raises(RecipeError, match="needs pairs of layers: pass scope=heal_scope"):
+        heal(student, batches, _recipe(hidden_weight=1.0), teacher=student)
     with pytest.raises(LayerFuseError, match=r"torch\.float32"):
         heal(tiny_model("gpt2", "GPT2LMHeadModel").half(), batches, _recipe(kl_weight=0.0))
     with pytest.raises(DataError, match="nothing to learn"):
@@ -406,6 +408,7 @@ from hf_layerfuse.training.heal import heal
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.evaluation.eval_mode import dropout_of
 from hf_layerfuse.training.objective import Objective
+from hf_layerfuse.plan.heal_scope import HealScope
 from hf_layerfuse.plan.match import Match
 from hf_layerfuse.evaluation.divergence import prediction
 from hf_layerfuse.recipe import HealRecipe
@@ -442,9 +445,9 @@ def hidden(config, batch_size):
     models = [torch.manual_seed(seed) and GPT2LMHeadModel(config) for seed in (1, 2)]
     ids = torch.randint(3, 64, (24, 10), generator=torch.Generator().manual_seed(0))
     recipe = HealRecipe(steps=3, mixed_precision="no", ce_weight=0.0, kl_weight=0.0, hidden_weight=1.0)
-    match = Match("hidden", "transformer.h.0", "transformer.h.0")
+    scope = HealScope([Match("hidden", "transformer.h.0", "transformer.h.0")])
     rows = [{"input_ids": row, "labels": row} for row in ids]
-    return dataclasses.asdict(heal(models[0], DataLoader(rows, batch_size), recipe, teacher=models[1], matches=[match]))
+    return dataclasses.asdict(heal(models[0], DataLoader(rows, batch_size), recipe, teacher=models[1], scope=scope))
 
 def main(batch_size):
     bert = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -543,9 +546,11 @@ def test_frozen_parameters_stay_as_they_are() -> None:
     student = apply(teacher, plan)
     names = fused_parameters(student, plan)
     before = {name: value.detach().clone() for name, value in student.named_parameters(remove_duplicate=False)}
-    heal(student, _loader(_rows("causal-lm")), _recipe(steps=3), teacher=teacher, frozen=names)
+    recipe = _recipe(steps=3, freeze_fused=True)
+    scope = heal_scope(student, teacher, plan, recipe)
+    heal(student, _loader(_rows("causal-lm")), recipe, teacher=teacher, scope=scope)
     for name, value in student.named_parameters(remove_duplicate=False):
         assert torch.equal(value, before[name]) == (name in names), name
         assert value.requires_grad
     with pytest.raises(RecipeError, match="nothing to train"):
-        heal(student, _loader(_rows("causal-lm")), _recipe(kl_weight=0.0), frozen=before)
+        heal(student, _loader(_rows("causal-lm")), _recipe(kl_weight=0.0), scope=HealScope(frozen=before))

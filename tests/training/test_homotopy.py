@@ -17,6 +17,7 @@ from hf_layerfuse import (
     Drop,
     Fuse,
     HealRecipe,
+    HealScope,
     LayerFuseError,
     Linearize,
     Plan,
@@ -71,7 +72,7 @@ def test_from_the_front_door():
     assert torch.equal(predicted(student), predicted(model))
     chosen = [edit.layer for edit in search_collapse(model, CollapseRecipe(count=2), some_batches(model)).plan.edits]
     recipe = HealRecipe(steps=6, learning_rate=1e-3, straighten="auto", mixed_precision="no")
-    heal(student, DataLoader(rows(12), 4), recipe, teacher=model, threshold=0.05)
+    heal(student, DataLoader(rows(12), 4), recipe, teacher=model, scope=HealScope(threshold=0.05))
     small, plan = straighten(student)
     assert plan.edits == tuple(map(Linearize, chosen))
     assert small.num_parameters() < model.num_parameters()

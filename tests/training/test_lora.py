@@ -8,7 +8,7 @@ import torch
 from helpers import LAYERS, tiny_model
 from torch.utils.data import DataLoader
 
-from hf_layerfuse import Fuse, HealRecipe, Plan, RecipeError, apply, heal, layer_map
+from hf_layerfuse import Fuse, HealRecipe, Plan, RecipeError, apply, heal, heal_scope
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.training.lora import low_rank
 
@@ -61,7 +61,8 @@ def test_healing_by_residuals(kind, tmp_path):
         recipe = HealRecipe(
             steps=10, learning_rate=3e-2, eval_every=5, mixed_precision="no", lora_rank=4, hidden_weight=1.0
         )
-        options = {"matches": layer_map(student, teacher, plan), "validation_batches": DataLoader(rows, 4)}
+        scope = heal_scope(student, teacher, plan, recipe)
+        options = {"scope": scope, "validation_batches": DataLoader(rows, 4)}
         report = heal(student, DataLoader(rows, 4), recipe, teacher=teacher, checkpoints=tmp_path / "run", **options)
         return student, report
 

@@ -1,5 +1,7 @@
 """Operator `mix` goes on while training: elements are drawn anew in each step, and averaged in the end."""
 
+import dataclasses
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,7 +9,20 @@ from accelerate.utils import DistributedType
 from helpers import LAYERS, tiny_model
 from torch.utils.data import DataLoader
 
-from hf_layerfuse import Fuse, HealRecipe, Plan, RecipeError, align, apply, heal, mixed_weights
+from hf_layerfuse import (
+    Fuse,
+    HealRecipe,
+    HealScope,
+    Plan,
+    RecipeError,
+    align,
+    apply,
+    fused_parameters,
+    heal,
+    heal_scope,
+    layer_map,
+    mixed_weights,
+)
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.recipe import DataRecipe, FusionRecipe, Recipe
@@ -62,6 +77,24 @@ def test_parts_are_those_of_the_aligned_layers(model_type, name):
     assert mixed == {id(p) for p in owned if edit.mode == "depth" or p.ndim == 2}
 
 
+def test_a_scope_has_what_the_recipe_asks_for():
+    """Layers are always matched; fused parameters are frozen or mixed by the recipe, of the last of several rounds."""
+    student, teacher, plan, parts = made("gpt2", "share")
+    plain = heal_scope(student, teacher, plan, HealRecipe())
+    assert plain == HealScope(matches=layer_map(student, teacher, plan))
+    frozen = heal_scope(student, teacher, plan, HealRecipe(freeze_fused=True))
+    assert frozen == dataclasses.replace(plain, frozen=fused_parameters(student, plan))
+    last = tiny_model("gpt2", seed=1)
+    mixing, theirs = HealRecipe(mix=True), mixed_weights(student, last, plan)
+    for options, expected in (({}, parts), ({"source": (last, plan)}, theirs)):
+        scope = heal_scope(student, teacher, plan, mixing, **options)
+        assert scope.matches == plain.matches
+        assert scope.mixed.keys() == expected.keys()
+        for name, tensors in expected.items():
+            assert torch.equal(torch.stack(scope.mixed[name]), torch.stack(tensors))
+    assert not torch.equal(next(iter(parts.values()))[0], next(iter(theirs.values()))[0])
+
+
 def test_a_step_by_hand():
     """Outside steps the weight is the mean; in a step it is mixed, and each part gets the gradient of its elements."""
     student, _, _, parts = made("gpt2", "share", "GPT2Model")
@@ -95,10 +128,10 @@ def healed(folder=None, steps: int = 6):
     ids = torch.randint(3, 64, (12, 8), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": row, "labels": row} for row in ids]
     recipe = HealRecipe(steps=steps, learning_rate=3e-3, eval_every=2, mixed_precision="no", mix=True)
-    parts = mixed_weights(student, teacher, plan)
-    options = {"teacher": teacher, "mixed": parts, "validation_batches": DataLoader(rows[:4]), "checkpoints": folder}
+    scope = heal_scope(student, teacher, plan, recipe)
+    options = {"teacher": teacher, "scope": scope, "validation_batches": DataLoader(rows[:4]), "checkpoints": folder}
     report = heal(student, DataLoader(rows, 4, shuffle=True), recipe, **options)
-    return student, parts, report
+    return student, scope.mixed, report
 
 
 def test_healing_trains_the_parts():
@@ -132,12 +165,13 @@ def test_an_error_leaves_the_mean(interrupt):
     teacher = tiny_model("gpt2", "GPT2LMHeadModel")
     plan = Plan("gpt2", LAYERS, PLANS["share"])
     student = apply(teacher, plan)
-    parts = mixed_weights(student, teacher, plan)
+    recipe = HealRecipe(steps=2, mix=True, kl_weight=0.0)
+    scope = heal_scope(student, teacher, plan, recipe)
     rows = [{"input_ids": torch.arange(3, 11), "labels": torch.arange(3, 11)}] * 4
     interrupt(1)
     with pytest.raises(InterruptedError):
-        heal(student, DataLoader(rows, 4), HealRecipe(steps=2, mix=True, kl_weight=0.0), mixed=parts)
-    for name, tensors in parts.items():
+        heal(student, DataLoader(rows, 4), recipe, scope=scope)
+    for name, tensors in scope.mixed.items():
         torch.testing.assert_close(student.get_parameter(name), torch.stack(list(tensors)).mean(0))
 
 
@@ -147,7 +181,7 @@ def test_launchers_that_train_the_student_alone_are_refused(monkeypatch, kind):
     student, _, _, parts = made("gpt2", "share", "GPT2LMHeadModel")
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
     with pytest.raises(RecipeError, match=f"{kind}.*multi-gpu"):
-        heal(student, DataLoader([]), HealRecipe(steps=2, mix=True, kl_weight=0.0), mixed=parts)
+        heal(student, DataLoader([]), HealRecipe(steps=2, mix=True, kl_weight=0.0), scope=HealScope(mixed=parts))
 
 
 def test_recipes_that_mix_nothing_are_refused():

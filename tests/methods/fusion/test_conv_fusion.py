@@ -26,7 +26,7 @@ from hf_layerfuse import (
     expand,
     fuse,
     heal,
-    layer_map,
+    heal_scope,
     plan_fusion,
     refit,
     search,
@@ -319,7 +319,8 @@ def test_rounds_of_fusing_and_healing(mode):
         fused, plan = step.model, compose(plan, step.plan) if plan else step.plan
         before = {name: tensor.clone() for name, tensor in fused.named_parameters()}
         recipe = HealRecipe(steps=steps, learning_rate=1e-2, kl_weight=1.0, hidden_weight=1.0, warmup_ratio=0.0)
-        heal(fused, DataLoader(rows, 16, shuffle=True), recipe, teacher=model, matches=layer_map(fused, model, plan))
+        scope = heal_scope(fused, model, plan, recipe)
+        heal(fused, DataLoader(rows, 16, shuffle=True), recipe, teacher=model, scope=scope)
         assert all(not torch.equal(tensor, before[name]) for name, tensor in fused.named_parameters())
         left = sum(p.numel() for p in {p for layer in fused.layers for p in layer.parameters()})
         assert (1 - goal.ratio) * whole - 2000 < left <= (1 - goal.ratio) * whole
