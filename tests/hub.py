@@ -62,8 +62,8 @@ class Hub:
     """All that a Hub has. Repositories that are folders below `root`, `models/OWNER/NAME`, are there at first.
 
     Attributes:
-        root: of these folders.
-        url: what HF_ENDPOINT has to be.
+        root: Folder with the repositories.
+        url: Value for HF_ENDPOINT.
         repositories: (`models` or `datasets`, `OWNER/NAME`) -> what there is.
         objects: large files that were uploaded whole, by their SHA-256.
         drops: kind of request -> how many more of them end with a dropped connection.

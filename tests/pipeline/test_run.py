@@ -179,7 +179,7 @@ def test_merge_end_to_end(tmp_path, capsys, method):
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.resnet.embedder.modules())
     card = (out / "README.md").read_text()
     assert "layer-merge" in card
-    assert "What became of its 11 convolutions" in card
+    assert "Changes to its 11 convolutions" in card
     assert "when it was timed as a whole" in card
     if method == "open":
         assert main([*words, "--output_dir", str(tmp_path / "other"), "--heal.steps", "0"]) == 1

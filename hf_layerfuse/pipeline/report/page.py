@@ -28,7 +28,7 @@ from .plots import draw
 _TEMPLATE = (files(__package__) / "page.html").read_text(encoding="utf-8")
 
 _HEAD = _TEMPLATE.partition("<title>")[0]
-"""Beginning of a page, which identifies an earlier one; other files may quote a page further down."""
+"""Beginning of a page, which identifies earlier pages. Other files may quote a page, but not at their beginning."""
 
 
 def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
@@ -118,7 +118,7 @@ def _trained(results: RunResults) -> list[str]:
         after = f"{healed.steps:,} steps in {healed.seconds:,.0f} s, mixed precision: {healed.mixed_precision}"
         kept = f"the weights of step {healed.best_step:,} were kept"
         if healed.validation_loss and healed.best_step == 0:
-            kept = "no later weights validated better than those before the first step, which were kept"
+            kept = "the validation loss did not improve, so the initial weights were kept"
         said.append(f"{after}; {kept}.")
     return said
 
@@ -162,7 +162,7 @@ def _reasons(plan: Plan) -> list[dict[str, Any]]:
     if competition := notes.get("competition"):
         ranked = sorted(competition, key=lambda entry: entry["loss"])
         rivals = [[_edits_of(plan, entry), f"{entry['loss']:.4g}"] for entry in ranked]
-        add("What competed on calibration data, the best first.", ["plan", "calibration loss"], *rivals)
+        add("Candidates that competed on calibration data, best first.", ["plan", "calibration loss"], *rivals)
     if losses := notes.get("losses"):
         if isinstance(losses, dict):  # an MLP by its layer, or a segment of convolutions
             head = _COSTS_OF[family_of(plan)]
@@ -170,13 +170,13 @@ def _reasons(plan: Plan) -> list[dict[str, Any]]:
         else:
             head = "choice"
             single = [[_edits_of(plan, {"edits": [row["edit"]]}), f"{row['loss']:.4g}"] for row in losses]
-        add("What each costs when nothing else is changed.", [head, "calibration loss"], *single)
+        add("Calibration loss when only this edit is applied.", [head, "calibration loss"], *single)
     if frontier := notes.get("frontier"):
         points = [[share, f"{loss:.4g}"] for share, loss in frontier.items()]
-        add("What other budgets would cost, by the sum.", ["of the original's time", "calibration loss"], *points)
+        add("Sum of the losses at other latency budgets.", ["of the original's time", "calibration loss"], *points)
     if refit := notes.get("refit"):
         values = ["calibration loss", *(f"{refit[name]:.4g}" for name in ("before", "after"))]
-        kept = "It was kept." if refit["kept"] else "It did not help, and was undone."
+        kept = "It was kept." if refit["kept"] else "It did not lower the loss, so it was undone."
         add(f"Closed-form repair on calibration data. {kept}", ["", "before", "after"], values)
     return found
 

@@ -21,7 +21,7 @@ def test_says_what_became_of_what():
     assert "75% of the parameters, 1.50 times as fast at batch 8, accuracy 0.875 (before: 0.9)" in text
     assert "| Layers 2, 3 | become one, which runs once (freeze) |" in text
     assert "| The attention of layer 7 | dropped |" in text
-    assert "| All others | as they are |" in text
+    assert "| All others | unchanged |" in text
     assert "It was not retrained" in text
     better = dataclasses.replace(SMALLER, metrics={"accuracy": 0.89})
     healed = model_card(recipe(), PLAN, results(healed=better), "x").content
@@ -29,14 +29,14 @@ def test_says_what_became_of_what():
     assert "It was not retrained" not in healed
     worse = healed_by(dataclasses.replace(REPORT, best_step=0))
     kept = model_card(recipe(), PLAN, results(rounds=worse), "x").content
-    assert "no weights that validated better" in kept
-    assert "no weights that validated better" not in healed
+    assert "did not lower the validation loss" in kept
+    assert "did not lower the validation loss" not in healed
 
 
 def test_blocks_that_stay_have_a_row():
     """Also where each layer has an edit, of its attention alone."""
     halves = Plan("bert", 4, (*(Drop("attention", layer) for layer in range(3)), Fuse("mlp", (0, 1, 2, 3))))
-    assert change_table(halves)[-1] == ["All others", "as they are"]
+    assert change_table(halves)[-1] == ["All others", "unchanged"]
     whole = Plan("bert", 4, (Fuse("layer", (0, 1)), Fuse("layer", (2, 3))))
     assert change_table(whole)[-1][0] == "Layers 2, 3"
 
@@ -44,9 +44,9 @@ def test_blocks_that_stay_have_a_row():
 def test_merged_convolutions_have_a_row_each():
     made = recipe(fusion=None, merge=MergeRecipe(latency_budget=0.5), task="image-classification")
     text = model_card(made, MERGED, RESULTS, "x").content
-    assert "## What became of its 3 convolutions" in text
+    assert "## Changes to its 3 convolutions" in text
     assert "| Convolutions 1, 2 | become one, made of 2 |" in text
-    assert "| All others | as they are, with batch norms folded |" in text
+    assert "| All others | batch norms folded |" in text
 
 
 def test_metrics_are_in_the_model_index():
@@ -123,6 +123,6 @@ def test_shipped_cards_are_of_this_form():
         card = ModelCard.load(path)
         assert card.data.eval_results
         assert card.data.license or "states no licence" in card.content
-        assert "The recipe, all of it" in card.content
+        assert "Full recipe" in card.content
         for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", card.content):
             assert (path.parent / picture).is_file()

@@ -29,14 +29,14 @@ def test_linear_and_merged_parts_have_words():
     lines = describe(Plan("bert", 12, (Linearize(1), Linearize(2, rank=4), Linearize(3, fold=True), Blend(4))))
     assert "layer 1: becomes one linear map" in lines[0]
     assert "rank 4" in lines[1]
-    assert "takes in the residual sum" in lines[2]
-    assert "on the way to a line" in lines[3]
+    assert "includes the residual sum" in lines[2]
+    assert "becomes a line in training" in lines[3]
     edits = MergeConvs(-1, 0, (0,)), MergeConvs(0, 2, (2,)), MergeConvs(2, 3, ()), MergeConvs(3, 5, (4,), merged=False)
     lines = describe(Plan("resnet", 6, edits, kinds=CHAIN))
     assert lines == [
         "convolutions 1, 2: become one, made of 2",
-        "convolution 3: taken out",
-        "convolutions 4, 5: become one, made of 4, open yet",
+        "convolution 3: removed",
+        "convolutions 4, 5: become one, made of 4, not merged yet",
     ]
 
 
