@@ -37,7 +37,7 @@ def block_distances(
         return {kind: measure(_aligned_maps(model, architecture, kind)).cpu() for kind in kinds}
     if architecture.resizes:
         raise RecipeError(
-            f"similarity={similarity!r} compares the stream after different layers, whose shapes differ in "
+            f"similarity={similarity!r} compares states after different layers, but their shapes differ in "
             f"{model.config.model_type!r}: use a similarity of weights: {', '.join(ON_WEIGHTS)}."
         )
     if batches is None:

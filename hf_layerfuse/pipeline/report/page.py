@@ -49,7 +49,7 @@ def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
     target = Path(output) if output is not None else Path(folder) / "report.html"
     try:
         if target.exists() and not _is_page(target):
-            raise CheckpointError(f"{str(target)!r} exists and is not a report: name another file by --output.")
+            raise CheckpointError(f"{str(target)!r} exists and is not a report: name another file with --output.")
         plan, results, recipe = _read(Path(folder))
         try:
             text = page(plan, results, recipe)
@@ -57,7 +57,7 @@ def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
             raise not_a_result(folder, error) from error
         write_whole(target, text)
     except OSError as error:
-        raise CheckpointError(f"{str(target)!r} cannot be written: {error}. Name another file by --output.") from error
+        raise CheckpointError(f"{str(target)!r} cannot be written: {error}. Use another --output.") from error
     return target
 
 

@@ -236,12 +236,12 @@ def test_tables_are_kept(monkeypatch, tmp_path):
     again = search(model, recipe, batches)
     assert again.plan.edits == found.plan.edits
     assert all(torch.equal(tensor, state_of(again.model)[name]) for name, tensor in state_of(found.model).items())
-    with pytest.raises(LayerFuseError, match="measured on something else: batches was"):
+    with pytest.raises(LayerFuseError, match="measured under other conditions: batches was"):
         search(model, recipe, batches_of(model, 17))
     other = whole("gpt2", seed=1)
-    with pytest.raises(LayerFuseError, match="measured on something else: weights was"):
+    with pytest.raises(LayerFuseError, match="measured under other conditions: weights was"):
         search(other, recipe, batches)
-    with pytest.raises(LayerFuseError, match="measured on something else: inputs was"):
+    with pytest.raises(LayerFuseError, match="measured under other conditions: inputs was"):
         search(model, FusionRecipe(latency_budget=0.7, latency_batch_size=3, tables=str(tmp_path)), batches)
 
 

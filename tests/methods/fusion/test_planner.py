@@ -557,7 +557,7 @@ def test_sizes_out_of_reach_are_refused_before_calibration():
             assert all(group == tuple(range(LAYERS)) for group in groups(plan))
             assert planned_size(model, plan)[unit] == smallest
             whole = planned_size(model, Plan("gpt2", LAYERS))[unit]
-            message = rf"{name}={whole} fuses nothing, the model has {whole} {unit}: use less, down to {smallest}"
+            message = rf"{name}={whole} fuses nothing, because the model has {whole} {unit}: use less, .* {smallest}"
             with pytest.raises(RecipeError, match=message):
                 plan_fusion(model, FusionRecipe(**{name: whole}, **options), unread)
     assert next(unread) is pytest.fail

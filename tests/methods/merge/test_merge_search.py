@@ -183,9 +183,9 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
     assert len(measured) == 1 + sum(entry.end - entry.start > 1 for entry in entries)
     other = copy.deepcopy(cifar)
     other.classifier.bias.data += 1
-    with pytest.raises(LayerFuseError, match=r"measured on something else: weights was"):
+    with pytest.raises(LayerFuseError, match=r"measured under other conditions: weights was"):
         Losses(other, sample, tmp_path / "losses.json")
-    with pytest.raises(LayerFuseError, match=r"measured on something else: images was"):
+    with pytest.raises(LayerFuseError, match=r"measured under other conditions: images was"):
         Losses(cifar, Sample.of(images(cifar, 8)), tmp_path / "losses.json")
     path = tmp_path / "latency.json"
     latencies = Latencies(cifar, torch.randn(2, 3, 32, 32), path, repeats=2, warmup=1)

@@ -199,7 +199,7 @@ def test_what_is_to_be_private_never_becomes_public(tmp_path, site, folder) -> N
 @pytest.mark.slow
 def test_what_cannot_be_published_is_said_before_the_work(tmp_path, site, folder) -> None:
     for name, token, reason in (
-        ("another/small", TOKEN, "someone is logged in, who may write to someone"),
+        ("another/small", TOKEN, "the logged-in user someone can write only to someone"),
         ("someone/small", "hf_of_nobody", "the Hub answers 401. Log in by `hf auth login`"),
         ("someone/small", None, "nobody is logged in"),
     ):

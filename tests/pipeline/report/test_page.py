@@ -143,7 +143,7 @@ def test_nothing_else_is_replaced(tmp_path, capsys):
     folder = written(tmp_path / "out")
     (tmp_path / "notes.html").write_text("mine")
     assert main(["report", str(folder), "--output", str(tmp_path / "notes.html")]) == 1
-    assert "exists and is not a report: name another file by --output" in capsys.readouterr().err
+    assert "exists and is not a report: name another file with --output" in capsys.readouterr().err
     assert (tmp_path / "notes.html").read_text() == "mine"
     speaks_of_it = f"<!doctype html>\n<p>How a page begins:</p>\n<!-- {write_page(folder).read_text()} -->"
     (tmp_path / "notes.html").write_text(speaks_of_it)
