@@ -123,7 +123,8 @@ def test_operators_round_once(dtype):
 
 
 def test_knee_is_where_a_curve_bends():
-    """The knee is the corner of two straight lines, in any units. A straight or a falling curve has no knee."""
+    """The knee is the corner of two straight lines, in any units. A straight or concave curve has it at the first
+    point, and a falling one at the last."""
     x = [0, 10, 20, 30, 40, 50]
     assert knee(x, [2.0, 2.1, 2.2, 2.3, 3.3, 4.3]) == 3
     assert knee([v / 100 for v in x], [200, 210, 220, 230, 330, 430]) == 3

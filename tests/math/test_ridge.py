@@ -259,7 +259,7 @@ def test_inputs_that_are_dead():
 
 
 def test_eliminate_drops_what_costs_least(data):
-    """The removed input is the one whose loss, after the others adapt, raises the penalised error least."""
+    """Elimination picks the input whose removal raises the penalised error least, after the others adapt."""
     x, y = data
     moments, start, strength = moments_of(x, y), random(IN + 1, OUT, seed=4), 0.1
     penalty = strength * x.square().mean() * ROWS
@@ -277,7 +277,7 @@ def test_eliminate_drops_what_costs_least(data):
 
 
 def test_eliminate_drops_units_as_a_whole(data):
-    """The removed pair of inputs is the one whose loss, after the others adapt, raises the error least."""
+    """Elimination picks the pair of inputs whose removal raises the error least, after the others adapt."""
     x, y = data
     moments, start, strength = moments_of(x, y), random(IN + 1, OUT, seed=4), 0.1
     penalty = strength * x.square().mean() * ROWS

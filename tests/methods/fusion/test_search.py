@@ -348,7 +348,7 @@ def test_the_table_measures_the_model_with_one_group_fused():
 
 @pytest.mark.parametrize("model_type", ["gpt2", "vit", "llama"])
 def test_runs_that_are_linear_come_first(model_type):
-    """Fusing layers that are linear costs nothing; the cost counts the nonlinear part of every removed layer."""
+    """Fusing linear layers costs nothing. Otherwise, the nonlinear part counts once for each removed layer."""
     model = whole(model_type)
     architecture = architecture_for(model)
     for layer in architecture.layer_list(model)[1:3]:  # the second and the third add nothing
