@@ -60,9 +60,9 @@ def same_number(kept: str, now: str) -> bool:
 
 
 def difference(kept, now) -> str:
-    """How what a cell shows now differs from what is kept of it; nothing where it does not.
+    """Difference between the stored and the new outputs of a cell, in words; empty if there is none.
 
-    The numbers of a cell with the tag `varies` depend on the machine, and the words of one with the tag `free` too.
+    In a cell with the tag `varies`, the numbers depend on the machine; with the tag `free`, the words do too.
     """
     tags = kept.metadata.get("tags", [])
     for (kind, before), (kind_now, after) in zip_longest(shown(kept), shown(now), fillvalue=("nothing", "")):
