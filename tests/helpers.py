@@ -57,7 +57,7 @@ _VIT = {
 _LLAMA = {**_TEXT, **_TOKENS, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
 
 
-# one row an architecture: what makes it tiny
+# one row per architecture: its tiny config
 TINY = {
     "gpt2": {**_TOKENS, "vocab_size": 64, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64},
     "bert": _BERT,
@@ -152,7 +152,7 @@ _RESNET = {"depths": [2, 3, 2], "hidden_sizes": [8, 16, 16], "embedding_size": 8
 _MOBILE = {"depth_multiplier": 0.25, "depth_divisible_by": 4, "min_depth": 4, "expand_ratio": 2, "image_size": 48}
 
 
-# one row a chain of convolutions: the class and the config
+# one row per convolutional network: its class and its config
 NETWORKS = {
     "basic": (ResNetForImageClassification, ResNetConfig(layer_type="basic", **_RESNET)),
     "bottleneck": (ResNetForImageClassification, ResNetConfig(**_RESNET)),

@@ -411,7 +411,7 @@ def test_everything_public_is_in_the_reference():
     for path in shown:
         module, _, name = path.rpartition(".")
         assert getattr(importlib.import_module(module), name) is getattr(hf_layerfuse, name)
-        # what reads the source takes a module where there is one
+        # the reader of the source prefers a module of this name
         assert not (ROOT / f"{path.replace('.', '/')}.py").exists(), f"{path} is a module"
 
 

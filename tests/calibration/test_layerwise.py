@@ -333,7 +333,7 @@ def states_before_norm(model, batch):
 def test_models_that_skip_layers_are_refused():
     """A model that does not run each of its layers once is refused by name, and no layer runs in a wrong order."""
     model = body("llama")
-    model.config.num_hidden_layers = LAYERS - 2  # what the loop over the layers stops at
+    model.config.num_hidden_layers = LAYERS - 2  # the exception that ends the loop over the layers
     with pytest.raises(UnsupportedModelError, match=f"called 4 of its {LAYERS} layers"):
         LayerwiseForward(model, Sample.of(batches_of(model, 2)))
 

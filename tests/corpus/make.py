@@ -66,7 +66,7 @@ _TEXT = {
 _LLAMA = {**_TEXT, **_SPECIAL, "num_key_value_heads": 1}
 _RESNET = {"depths": [3, 2], "hidden_sizes": [8, 8], "embedding_size": 8, "layer_type": "basic"}
 
-# an architecture -> its Auto class, its head, and what makes it tiny
+# an architecture -> its Auto class, its head, and its tiny config
 TINY = {
     "gpt2": (
         "AutoModelForCausalLM",
@@ -332,7 +332,7 @@ def main() -> None:
     make_plans(plans, checkpoints, tables)
     make_merges(plans, checkpoints, tables)
     make_runs(runs)
-    # of several rounds, which the library alone composes
+    # plans of several rounds, which only the library makes
     shutil.copy(runs / "fusion-rounds" / "plan.json", plans / "composed-rounds.json")
     # shipped code is kept to the byte
     lines = ('extend = "../../../pyproject.toml"', 'cache-dir = "../../../.ruff_cache"', 'exclude = ["checkpoints"]')

@@ -87,7 +87,7 @@ def test_padding_within_changes_nothing_but_the_border(first, second, size):
     merged, x = first.then(second), randn(1, 3, size, size)
     ours, theirs = merged(x), second(first(x))
     assert ours.shape == theirs.shape
-    rim = 4  # of the second's zeros, up to 3
+    rim = 4  # padding of the second convolution, up to 3
     assume(min(ours.shape[2:]) > 2 * rim)
     close(ours[..., rim:-rim, rim:-rim], theirs[..., rim:-rim, rim:-rim])
 

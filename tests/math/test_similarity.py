@@ -116,7 +116,7 @@ def test_wasserstein(maps):
 
     tall, wide = maps
     compare(wasserstein([tall]), lambda i, j: bures(tall[i], tall[j]))
-    # roots of singular matrices are beyond scipy, but a little more of everything changes little
+    # scipy cannot take roots of singular matrices; a small multiple of the identity changes little
     ridge = 1e-4 * torch.eye(6, dtype=torch.float64)
     padded = torch.cat([wide - wide.mean(1, keepdim=True)] + [sign * ridge.expand(BLOCKS, 6, 6) for sign in (1, -1)], 1)
     scale = len(padded[0]) / len(wide[0])

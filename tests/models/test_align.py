@@ -93,7 +93,7 @@ def test_the_function_stays_and_the_weights_change(model_type, head, changes, ho
         for n in before
         if not torch.equal(before[n], after[n])
     }
-    # the order of few heads can be best as it is
+    # with few heads, their order may already be best
     assert {(0, "mlp"), (2, "mlp"), (4, "mlp")} <= changed
     assert changed <= {(0, "attention"), (0, "mlp"), (2, "attention"), (2, "mlp"), (5, "attention"), (4, "mlp")}
 

@@ -155,7 +155,7 @@ def test_every_parameter_is_reached_by_gradients(model_type, head, name):
 
     architecture = architecture_for(model)
     outside = {n for n in without_gradient(model) if not n.startswith(architecture.layers_path(model) + ".")}
-    # key biases shift all scores of a query alike, which the softmax takes back: their gradient is zero up to rounding
+    # key biases shift all scores of a query alike, which the softmax cancels: their gradient is zero up to rounding
     inside = {n for n in without_gradient(fused) if n not in outside and not n.endswith(("key.bias", "k_lin.bias"))}
     assert not inside
     assert torch.isfinite(torch.stack([p.grad.norm() for p in fused.parameters() if p.grad is not None])).all()

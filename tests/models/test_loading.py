@@ -268,7 +268,7 @@ def test_bad_checkpoints(tmp_path):
     damage(tmp_path / "depth", n_layer=4)
     with pytest.raises(PlanError, match="num_hidden_layers is 4"):
         load("depth")
-    # a plan that shares less than the file was saved with: weights that it wants are not there
+    # a plan that shares less than the saved file, so that weights are missing
     damage(tmp_path / "less", plan={"edits": []})
     with pytest.raises(CheckpointError, match="lacks weights"):
         load("less")

@@ -218,10 +218,10 @@ def test_warns_without_labels_where_the_content_is_lost(padded):
     if padded:
         batch["attention_mask"] = torch.tensor([[1] * 5 + [0] * 3]).repeat(4, 1)
     warn_if_useless(model, fused, [batch])
-    fused.wte.weight.data[3:7] = fused.wte.weight.data[3:7].roll(1, 0)  # each input answered as the one before it
+    fused.wte.weight.data[3:7] = fused.wte.weight.data[3:7].roll(1, 0)  # outputs moved by one input
     with pytest.warns(LayerFuseWarning, match=r"worse than chance .* for its inputs, 1\.00 with those for other"):
         warn_if_useless(model, fused, [batch])
-    # one input has no other to be told from
+    # a single input has no other to compare with
     warn_if_useless(model, fused, [{name: tensor[:1] for name, tensor in batch.items()}])
     warn_if_useless(model, fused, None)
 

@@ -442,7 +442,7 @@ def test_killed_at_any_moment_and_started_again(tmp_path):
     while not (tmp_path / "out").exists():
         process = start("out")
         with contextlib.suppress(subprocess.TimeoutExpired):
-            # the first one early, so that it is killed although the machine may be faster by then
+            # early, so that a faster machine is also killed in time
             share = rng.uniform(0.3, 1.0) if killed else 0.3
             process.wait(timeout=None if killed == 6 else share * whole)
         if process.poll() is None:
@@ -601,7 +601,7 @@ def test_overrides():
             parse_overrides(wrong)
 
 
-MODELS = {  # what the models of the shipped recipes are, but tiny
+MODELS = {  # tiny versions of the models in the shipped recipes
     "gpt2-wikitext2": ("gpt2", "GPT2LMHeadModel", {"n_layer": 12}),
     "bert-sst2": ("bert", "BertForSequenceClassification", {"num_hidden_layers": 12}),
     "latency-bert-sst2": ("bert", "BertForSequenceClassification", {"num_hidden_layers": 4}),

@@ -193,7 +193,7 @@ def test_the_best_weights_are_the_result(tmp_path):
     """The result has the weights of the lowest validation loss, not the last ones, with and without a folder."""
     recipe = recipe_of(
         steps=40, learning_rate=0.01, warmup_ratio=0.0, kl_weight=0.0, eval_every=8
-    )  # it learns noise by heart
+    )  # it memorises noise
     for folder in (None, tmp_path / "run"):
         student, report = healed(folder, recipe, validation_batches=DataLoader(rows(4, seed=1)))
         losses = dict(report.validation_loss)

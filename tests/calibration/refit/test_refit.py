@@ -151,7 +151,7 @@ def test_never_worse_and_mostly_better(model_type, name):
     student, report, given, before = refitted(teacher, plan, batches)
     check(student, teacher, batches, report, given, before)
     assert same(state_of(teacher), original)
-    # a third more than measured: what gated units of random weights compute is harder to make up for
+    # a third above the measured value; gated units with random weights are harder to repair
     assert report.after < (0.97 if layers_of(teacher)[0].__class__.__name__ in GATED else 0.6) * before
 
 
@@ -331,7 +331,7 @@ def test_repair_of_a_removed_layer_is_the_formula(monkeypatch, model_type, metho
     constant = torch.ones(len(inputs), 1) * float(outs_of(teacher, 1)[1].bias is not None)
     ones = torch.cat([inputs, constant], dim=1)
     held = strength * inputs.square().sum() / width * torch.eye(width + 1).double()
-    held[-1, -1] = 1 if not constant.any() else 0  # a constant that is not there stays 0
+    held[-1, -1] = 1 if not constant.any() else 0  # without a bias, the constant stays 0
     change = torch.linalg.solve(ones.T @ ones + held, ones.T @ (aim - ones @ start))
     expected = start + change
     if method == "linear":

@@ -120,7 +120,7 @@ def test_a_fit_never_makes_things_worse(model_type, method):
         for name, tensor in small.state_dict().items():
             if not name.startswith(tuple(inside)):
                 assert torch.equal(tensor, before[name]), f"{name} is no map that an MLP has become"
-    # in float32, weights that were fitted to a few random tokens make much of the rounding of cached decoding
+    # in float32, weights fitted to a few random tokens amplify the rounding of cached decoding
     assert verify(small.double())["reload"] == 0
 
 
@@ -345,7 +345,7 @@ def test_linear_mlps_are_exported(model_type):
     model = tiny_model(model_type)
     bent = () if model_type in GATED else (Blend(5),)
     small = apply(model, plan_of(model, Linearize(1), Linearize(3, rank=8), *bent)).eval()
-    small.config.use_cache = False  # a cache in the output is no tensor
+    small.config.use_cache = False  # a cache in the output is not a tensor
     inputs = dict(example_inputs(small))
     exported = torch.export.export(small, (), inputs, strict=False).module()
     torch.testing.assert_close(prediction(exported(**inputs)), predicted(small))

@@ -106,7 +106,7 @@ def test_reload_is_bit_equal(name, tmp_path):
     assert type(again) is type(fused)
     stock = AutoFusedModel.from_pretrained(tmp_path / "expanded")
     assert type(stock) is type(model)
-    if name == "residual":  # multiplied out, so that it is the same but for rounding
+    if name == "residual":  # multiplied out, so equal only up to rounding
         torch.testing.assert_close(logits(stock, batch), logits(fused, batch), rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(logits(stock, batch), logits(fused, batch))
@@ -161,7 +161,7 @@ def test_a_shuffled_copy_is_recovered(how):
         for name, tensor in other.bn1.state_dict().items():
             if tensor.ndim:
                 tensor.copy_(one.bn1.state_dict()[name][order])
-        if how == "activation":  # compared is what each computes in its own place, so layer 5 adds nothing
+        if how == "activation":  # each layer computes at its own depth, so layer 5 must add nothing
             one.bn2.weight.zero_()
             one.bn2.bias.zero_()
     before = logits(model, batches[0])
@@ -213,7 +213,7 @@ def test_what_is_stored_is_what_was_fitted():
 def test_search_meets_a_ratio(mode, rank, effort):
     """The ratio of block parameters is removed, and no more than necessary; no group has layers of different shapes."""
     model, batches = tiny(), images()
-    ratio = 0.3 if rank else 0.5  # a rank of one is much of so small kernels
+    ratio = 0.3 if rank else 0.5  # for kernels this small, rank 1 is already large
     found = search(model, FusionRecipe(ratio=ratio, mode=mode, rank=rank, effort=effort), batches)
     total, left = (sum(p.numel() for p in m.layers.parameters()) for m in (model, found.model))
     assert left <= (1 - ratio) * total

@@ -566,7 +566,7 @@ def test_sizes_out_of_reach_are_refused_before_calibration():
     assert next(unread) is pytest.fail
 
 
-# the models are random, so that fusing them may well be worse than chance: what is said of it is not the claim here
+# fused random models may be worse than chance; the warning about this is not tested here
 @pytest.mark.filterwarnings("ignore::hf_layerfuse.LayerFuseWarning")
 @pytest.mark.parametrize("mode", ["depth", "share"])
 def test_fuse_leaves_its_input_as_it_was(model_type, mode):

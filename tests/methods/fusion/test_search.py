@@ -99,7 +99,7 @@ def test_climbing_tries_neighbours(monkeypatch):
     """With effort `high`, borders of groups move by one while this helps: at the end, every plan next to the winner has
     been tried."""
     model = whole("vit", 6)
-    monkeypatch.setattr(Trials, "loss", lambda self, edit: 0.0)  # the table has no opinion
+    monkeypatch.setattr(Trials, "loss", lambda self, edit: 0.0)  # the table prefers no group
     recipe = FusionRecipe(keep_layers=3, effort="high", operator="freeze", refit="none")
     found = search(model, recipe, batches_of(model, 8))
     tried = [borders(edits) for edits in edits_of(found)]

@@ -319,7 +319,7 @@ def test_what_lies_between_parts_is_counted(cifar, steady, monkeypatch):
         latencies.measure(entries)
         assert (latencies.rest, latencies.pace) == pytest.approx((rest, pace))
         assert latencies.rest + sum(map(latencies.of, ones)) == pytest.approx(latencies.table.values["folded"]["ms"])
-    # a model that gains more than its parts do: no less than nothing is beside them
+    # if a model gains more than its parts, the time between parts is 0, not negative
     monkeypatch.setattr(latencies, "model_of", lambda plan: 0.0)
     latencies.measure(entries)
     assert latencies.rest >= 0

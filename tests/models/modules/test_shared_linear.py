@@ -100,7 +100,7 @@ def test_low_rank_is_the_best(numbers, shape, weighted):
         assert (left.shape, right.shape) == ((shape[0], rank), (rank, shape[1]))
         torch.testing.assert_close(right @ right.T, torch.eye(rank, dtype=torch.float64))
         ours = cost(inputs, delta - left @ right)
-        # the singular values that are left out are the least cost that there is (Eckart and Young)
+        # the singular values left out give the lowest possible cost (Eckart and Young)
         least = torch.linalg.svdvals(inputs @ delta.T)[rank:].norm().item()
         assert ours == pytest.approx(least, rel=1e-4, abs=1e-10)
         for _ in range(3):
@@ -144,7 +144,7 @@ def test_singular_gram_matrices(numbers):
     plain = low_rank(delta, 4)
     nothing = low_rank(delta, 4, torch.zeros(8, 8))
     torch.testing.assert_close(nothing[0] @ nothing[1], plain[0] @ plain[1])
-    # three tokens decide about three directions; the others are those of what remains, in the plain norm
+    # three tokens determine three directions; the plain norm determines the others
     left, right = low_rank(delta, 5, inputs.T @ inputs)
     decided = torch.linalg.svd(delta @ inputs.T).U[:, :3]
     rest = delta - decided @ decided.T @ delta
