@@ -146,7 +146,7 @@ def test_latency_end_to_end(tmp_path, capsys):
     assert results["healed"]["parameters"] < results["before"]["parameters"]
     assert AutoFusedModel.from_pretrained(out).num_parameters() == results["healed"]["parameters"]
     card = (out / "README.md").read_text()
-    assert f"{times['measured'] / times['original']:.0%} when it was timed as a whole" in card
+    assert f"The whole model was measured at {times['measured'] / times['original']:.0%}" in card
     assert main([*words, "--overwrite", "--fusion.latency_budget", "0.7", "--heal.schedule", "uniform"]) == 1
     assert "a latency target is met in one step" in capsys.readouterr().err
 
@@ -180,7 +180,7 @@ def test_merge_end_to_end(tmp_path, capsys, method):
     card = (out / "README.md").read_text()
     assert "layer-merge" in card
     assert "Changes to its 11 convolutions" in card
-    assert "when it was timed as a whole" in card
+    assert "The whole model was measured" in card
     if method == "open":
         assert main([*words, "--output_dir", str(tmp_path / "other"), "--heal.steps", "0"]) == 1
         assert "merges convolutions after healing" in capsys.readouterr().err

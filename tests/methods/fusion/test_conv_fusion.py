@@ -290,7 +290,7 @@ def test_what_cannot_be_done_is_refused():
         plan_fusion(model, FusionRecipe(keep_layers=2))
     with pytest.raises(RecipeError, match="out of reach"):
         plan_fusion(model, FusionRecipe(ratio=0.95, mode="share"))
-    with pytest.raises(RecipeError, match="compares the stream"):
+    with pytest.raises(RecipeError, match="compares states"):
         plan_fusion(model, FusionRecipe(keep_layers=6, similarity="cka"), batches)
     with pytest.raises(UnsupportedModelError, match="rank 0"):
         apply(model, plan_of(Fuse("conv", (0, 1), mode="basis", rank=2)))
