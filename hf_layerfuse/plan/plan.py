@@ -31,7 +31,7 @@ class Plan:
         model_type: `config.model_type` of the original.
         num_layers: Number of layers of the original; for a chain, number of its convolutions.
         edits: Edits of the blocks. Blocks without an edit stay as they are.
-        notes: Recipe, distances and scores behind the edits, as JSON types.
+        notes: Recipe, distances and scores that led to the edits, as JSON types.
         kinds: Kinds of blocks in a layer, in the order in which they run: `("attention", "mlp")`, `("conv",)`, or for
             a chain `("convolution",)`.
 

@@ -137,7 +137,7 @@ class TransformerArchitecture(LayerArchitecture):
         table = self.table(kind)
         if name == "features":
             return Place("before", table["out"])
-        if name == "sum":  # without a norm behind it, only the addition itself sees the sum
+        if name == "sum":  # without a norm after it, only the addition itself sees the sum
             return Place("before", table["norm"]) if self.post_norm else Place("added", table["out"])
         if name == "read" and not self.post_norm:
             return Place("after", table["norm"])
