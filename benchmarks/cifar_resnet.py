@@ -20,7 +20,7 @@ from hf_layerfuse import ConvArchitecture, ConvGraphArchitecture, Convolutions, 
 
 
 class CifarResNetConfig(PreTrainedConfig):
-    """Width and stride of each layer of two convolutions; the first reads `widths[0]` channels."""
+    """Width and stride of each layer of two convolutions; the first layer reads `widths[0]` channels."""
 
     model_type = "cifar_resnet"
     image_size: int = 32
@@ -37,7 +37,7 @@ class CifarResNetConfig(PreTrainedConfig):
 
 
 class Shortcut(nn.Module):
-    """Fewer pixels and more channels, without parameters."""
+    """A shortcut without parameters: it skips pixels and pads channels with zeros."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ AutoModelForImageClassification.register(CifarResNetConfig, CifarResNetForImageC
 
 @register_architecture
 class CifarResNetArchitecture(ConvArchitecture, ConvGraphArchitecture):
-    """Its layers can be fused, and its convolutions merged."""
+    """Architecture table for fusing layers and for merging convolutions."""
 
     model_type = "cifar_resnet"
     layers = "layers"
@@ -116,11 +116,11 @@ class CifarResNetArchitecture(ConvArchitecture, ConvGraphArchitecture):
 
 
 def cifar10(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, 32, 32), normalised as those that the checkpoints were trained on, and their labels (n,).
+    """Images (n, 3, 32, 32), normalised as for the training of the checkpoints, and their labels (n,).
 
     Args:
-        folder: with lossless sheets `{split}_*.webp` of 32 x 32 images, row by row, and `{split}_labels.npy`.
-        split: `train` or `test`.
+        folder: Folder with lossless sheets `{split}_*.webp` of 32 x 32 images, row by row, and `{split}_labels.npy`.
+        split: Name of the split, `train` or `test`.
     """
     images = []
     for path in sorted(folder.glob(f"{split}_*.webp")):

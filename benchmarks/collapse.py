@@ -3,13 +3,13 @@
     python benchmarks/collapse.py [JOB ...] [--threads 2] [--train] [--counts 4 ...] [--methods fitted ...]
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared), as in the fusion benchmark. In addition, a small ViT
-is trained here on CIFAR-10, for as long as CPUs allow, and kept in outputs/grown. MLPs and weights are chosen on
-calibration data (training text or images), and results are reported on test data. Each method changes the MLPs that
-cost it least when each is changed alone, measured on the same calibration sequences. With `--train`, models are
-retrained instead, on the budgets of benchmarks/heal.py, and compared with the retrained originals of that benchmark.
+is trained on CIFAR-10 and kept in outputs/grown; its training is short enough for CPUs. MLPs and weights are chosen on
+calibration data (training text or images), and results are reported on test data. Each method changes the MLPs with the
+lowest cost when changed alone, measured on the same calibration sequences. With `--train`, models are retrained
+instead, with the budgets of benchmarks/heal.py, and compared with the retrained originals of that benchmark.
 
-Rows that benchmarks/results/collapse.json or collapse_heal.json already has are not measured again; delete the files to
-start afresh.
+Rows that are already in benchmarks/results/collapse.json or collapse_heal.json are not measured again. Delete these
+files to start afresh.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,14 +34,14 @@ RESULT, TRAINED = (common.RESULTS.joinpath(name) for name in ("collapse.json", "
 CHECKPOINTS = retraining.CHECKPOINTS.with_name("collapse")
 COUNTS = {"minilm-sst2": (1, 2, 3, 4), "gpt2": (1, 2, 3, 4, 6), "vit-cifar10": (1, 2, 3, 4)}
 TRAINED_COUNTS = {"minilm-sst2": (4, 3, 2, 1), "gpt2": (4, 6, 2, 1), "vit-cifar10": (2, 4)}
-"""MLPs of the models that are retrained; rates are chosen at the first number."""
+"""Numbers of MLPs in the models to retrain. The first number selects the learning rate."""
 
 Make = Callable[[int], retraining.Made]
-"""From a number of MLPs that are changed to a model and its plan."""
+"""Function of the number of MLPs to change. It returns the model and its plan."""
 
 
 def vit_cifar10() -> retraining.Job:
-    """A ViT of 6 layers of 128 on 64 patches."""
+    """A ViT of 6 layers of width 128 that reads 64 patches."""
     config = ViTConfig(
         hidden_size=128,
         num_hidden_layers=6,
@@ -58,9 +58,10 @@ def vit_cifar10() -> retraining.Job:
 
 
 def minilm_sst2() -> retraining.Job:
-    """With losses that hardly learn labels by heart, which the original knows: it was trained on the same sentences.
+    """MiniLM with losses mostly of hidden states.
 
-    They led the fitted model with four linear MLPs to a lower validation loss than the options of benchmarks/heal.py.
+    The original was trained on the same sentences and has memorised their labels. With these losses, the fitted model
+    with four linear MLPs has a lower validation loss than with the options of benchmarks/heal.py.
     """
     option = {"learning_rate": 5e-5, "dropout": 0.0, "hidden_weight": 5.0, "ce_weight": 0.3}
     return replace(retraining.minilm_sst2(), options=[option])
@@ -70,7 +71,7 @@ JOBS = {"minilm-sst2": minilm_sst2, "gpt2": retraining.gpt2, "vit-cifar10": vit_
 
 
 def dropping(job: common.Job) -> Make:
-    """Leaves out MLPs."""
+    """Baseline that drops MLPs, those with the lowest calibration loss first."""
     depth, kind = job.model.config.num_hidden_layers, architecture_for(job.model).model_type
     held_out = Sample.of(job.calibration).held_out_batches
 
@@ -86,11 +87,11 @@ def dropping(job: common.Job) -> Make:
 
 
 class Collapsing:
-    """MLPs of a job that become linear, by what each alone costs: that is measured once, for any number of them.
+    """Models of a job whose cheapest MLPs are linear. The cost of each MLP is measured once, for any number of MLPs.
 
     Args:
-        job: a checkpoint with calibration data.
-        refit: as in `CollapseRecipe`.
+        job: Checkpoint with calibration data.
+        refit: Extent of the repair, as in `CollapseRecipe`.
     """
 
     def __init__(self, job: common.Job, refit: str = "full") -> None:
@@ -98,7 +99,7 @@ class Collapsing:
 
     @cached_property
     def order(self) -> list[int]:
-        """Layers as `collapse` takes them; all MLPs of these models are of one size."""
+        """Layers in the order in which `collapse` selects them. All MLPs of these models have the same size."""
         losses = self.searched(1).plan.notes.losses
         return [row.edit.layer for row in sorted(losses, key=lambda row: row.loss)]
 
@@ -126,7 +127,7 @@ class Collapsing:
 
 
 def methods(job: common.Job) -> Iterator[tuple[str, Make]]:
-    """Name of each method, and what it makes of a number of MLPs; baselines first."""
+    """Name of each method, and its function of the number of MLPs; baselines first."""
     ours = Collapsing(job)
     yield "dropped", dropping(job)
     yield "W2 W1", Collapsing(job, "none").fitted
@@ -135,7 +136,7 @@ def methods(job: common.Job) -> Iterator[tuple[str, Make]]:
 
 
 def run(name: str) -> None:
-    """Measure all rows of a job that are not there yet, and save after each."""
+    """Measure all missing rows of a job, and save after each."""
     job = common.JOBS[name]() if name in common.JOBS else JOBS[name]().base
     rows = common.load(RESULT).get(name, {})
 
@@ -159,10 +160,10 @@ def run(name: str) -> None:
 
 
 def train(name: str, counts: Sequence[int], methods: Sequence[str] | None) -> None:
-    """Retrain what is not there yet, or some methods of it, and save after each model."""
+    """Retrain all missing models, or those of some methods, and save after each model."""
     job = JOBS[name]()
     before = retraining.current(job, common.load(common.RESULTS / "heal.json").get(name, {}))
-    if any(choice["options"] != job.options for choice in before["chosen"].values()):  # another way to train
+    if any(choice["options"] != job.options for choice in before["chosen"].values()):  # trained in another way
         before = retraining.current(job, {})
     targets = {f"{count} MLPs": {"count": count} for count in TRAINED_COUNTS[name]}
     job = replace(job, targets=targets, pilots=tuple(targets)[:1])
@@ -186,7 +187,7 @@ def train(name: str, counts: Sequence[int], methods: Sequence[str] | None) -> No
 
 
 def table(results: dict[str, Any], name: str) -> list[list[str]]:
-    """One row a method, one column a number of MLPs; beside accuracy stands the cross-entropy."""
+    """One row per method, one column per number of MLPs; the cross-entropy follows an accuracy in brackets."""
     rows, (metric, form) = results[name], retraining.HEADLINE[name]
     original = rows["original"]
 
@@ -211,7 +212,7 @@ def table(results: dict[str, Any], name: str) -> list[list[str]]:
 
 
 def tables(results: dict[str, Any]) -> list[list[list[str]]]:
-    """A table for each checkpoint."""
+    """One table per checkpoint."""
     return [table(results, name) for name in results]
 
 

@@ -31,11 +31,11 @@ Batches = list[dict[str, torch.Tensor]]
 
 @dataclass
 class Job:
-    """A checkpoint, its data, and the depths it is brought to.
+    """A checkpoint, its data, and the numbers of layers to keep.
 
     Attributes:
-        score: the figures of a model on test data; the first one is the headline.
-        removed: layers in the order in which greedy removal takes them.
+        score: Function that measures a model on test data. Tables show its first metric.
+        removed: Layers that greedy removal has dropped so far, in order.
     """
 
     model: PreTrainedModel
@@ -47,12 +47,12 @@ class Job:
     removed: tuple[int, ...] = ()
 
     def choose(self, model: PreTrainedModel) -> float:
-        """What baselines are chosen by, on validation data; less is better."""
+        """Validation loss that selects the baselines; lower is better."""
         return calibration_loss(model, self.model, self.validation)
 
 
 def lines(split: str, count: int) -> list[str]:
-    """The first lines of more than 30 words of a WikiText-2 split."""
+    """Up to `count` lines from the start of a WikiText-2 split, each longer than 30 words."""
     text = lzma.decompress((DATA / "data" / "wikitext2" / f"{split}.txt.xz").read_bytes()).decode()
     return [line.strip() for line in text.split("\n") if len(line.split()) > 30][:count]
 
@@ -90,7 +90,7 @@ def minilm_sst2() -> Job:
     path = DATA / "models" / "minilm-l6-sst2"
     model = AutoFusedModel.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    # half of the rows are phrases of a few words, which the sentences that are tested are not like
+    # half of the rows are phrases of a few words, unlike the test sentences
     sentences = [text for text in (row[0] for row in sst2_train()) if len(text.split()) >= 10]
     dev = [row.split("\t") for row in (DATA / "data" / "sst2" / "dev.tsv").read_text().splitlines()[1:]]
     test = []
@@ -148,7 +148,7 @@ def drops(job: Job, layers: Any) -> Plan:
 
 
 def best_drop(job: Job, keep: int) -> Plan:
-    """The best of all subsets on validation data, or where there are too many, greedy removal."""
+    """The subset with the lowest validation loss, or a greedy one if there are too many subsets to try."""
     depth = job.model.config.num_hidden_layers
     if math.comb(depth, keep) <= 20:
         plans = [drops(job, gone) for gone in itertools.combinations(range(depth), depth - keep)]
@@ -174,12 +174,12 @@ HEADLINE = {
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The results in a file; none where there is no file."""
+    """The results in a file; an empty dict if the file does not exist."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def command_line(doc: str, jobs: Iterable[str]) -> argparse.ArgumentParser:
-    """A parser of the options that all benchmarks have: which jobs, and how many threads."""
+    """A parser of the options that all benchmarks share: jobs, and number of threads."""
     names = list(jobs)
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("jobs", nargs="*", choices=[*names, []], help=f"default: all of {', '.join(names)}")
@@ -188,7 +188,7 @@ def command_line(doc: str, jobs: Iterable[str]) -> argparse.ArgumentParser:
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options, once threads and seed are set."""
+    """The options of the command line; this also sets the number of threads and the seed."""
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

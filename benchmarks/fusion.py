@@ -1,11 +1,11 @@
-"""Fusing without training: every stage of the engine against the alternatives, in one run.
+"""Fusion without training: every stage of the engine, compared with the baselines in one run.
 
     python benchmarks/fusion.py [JOB ...] [--targets "8 layers" ...] [--threads 2]
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). All choices are made on calibration data (training
 text) or validation data, and results are reported on test data: WikiText-2 test lines and windows, and SST-2 validation
-sentences (the split that is usually reported; choices for SST-2 use rows of train). Rows that
-benchmarks/results/fusion.json already has are not measured again; delete the file to start afresh.
+sentences (the split that is usually reported; choices for SST-2 use rows of train). Rows that are already in
+benchmarks/results/fusion.json are not measured again. Delete the file to start afresh.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,7 +50,7 @@ def angular_run(job: Job, count: int) -> range:
 
 
 def depth_methods(job: Job, keep: int) -> Iterator[tuple[str, Callable[[], PreTrainedModel]]]:
-    """Name and maker of a model of `keep` layers, baselines first."""
+    """Name of each method, and the function that makes its model of `keep` layers; baselines first."""
     depth = job.model.config.num_hidden_layers
     made = lambda plan: apply(job.model, plan)  # noqa: E731
 
@@ -82,13 +82,13 @@ def searched(job: Job, **options: Any) -> PreTrainedModel:
 
 
 def measure(job: Job, make: Callable[[], PreTrainedModel]) -> dict[str, Any]:
-    """Scores on test data, and size."""
+    """Metrics on test data, and numbers of parameters."""
     student = make().eval()
     return {**job.score(student), **parameter_counts(student)}
 
 
 def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
-    """Measure all rows of a job, or those of some targets, that are not there yet, and save after each."""
+    """Measure all missing rows of a job, or those of some targets, and save after each."""
     job = JOBS[name]()
     rows = results.setdefault(name, {})
     if "original" not in rows:
@@ -111,9 +111,9 @@ def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
 
 
 def table(results: dict[str, Any], name: str, targets: str) -> list[list[str]]:
-    """One row a method, one column a target, whose name has `targets` in it.
+    """One row per method, one column per target whose name contains `targets`.
 
-    Where weights are shared, methods differ in size: the share of block parameters that is left stands beside.
+    With shared weights, sizes differ: the share of block parameters that is left follows in brackets.
     """
     rows, (metric, form) = results[name], HEADLINE[name]
     columns = sorted((target for target in rows if targets in target), key=_size, reverse=True)
@@ -131,7 +131,7 @@ def table(results: dict[str, Any], name: str, targets: str) -> list[list[str]]:
 
 
 def tables(results: dict[str, Any]) -> list[list[list[str]]]:
-    """A table for each checkpoint and way to be smaller."""
+    """One table per checkpoint and kind of target."""
     kinds = [(name, kind) for name in results for kind in ("layers", "share")]
     return [table(results, *pair) for pair in kinds if any(pair[1] in target for target in results[pair[0]])]
 
@@ -141,7 +141,7 @@ def _size(target: str) -> int:
 
 
 def plot(results: dict[str, Any]) -> None:
-    """Quality against size, every method a line."""
+    """Plot quality against size, with one line per method."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -159,7 +159,7 @@ def plot(results: dict[str, Any]) -> None:
         axis.axhline(rows["original"][metric], color="grey", linewidth=0.8)
         axis.set(title=name, xlabel="share of the parameters", ylabel=metric.replace("_", " "))
         if "perplexity" in metric:
-            # averages that break the model would press all others into one line
+            # without a limit, averages that break the model would compress all other lines into one
             most = 10 * rows["original"][metric]
             axis.set_yscale("log")
             axis.set_ylim(0.95 * rows["original"][metric], most)

@@ -1,13 +1,13 @@
-"""Cost of `fuse`: forward passes of the original over the calibration data, and memory, as depth and tokens grow.
+"""Cost of `fuse` by depth and tokens: forward passes of the original over the calibration data, and memory.
 
     python benchmarks/fusion_cost.py [--threads 2]
 
-The models are random GPT-2s, and half of their layers are kept, because costs depend on shapes alone. Each row runs in
-a process of its own. Memory is anonymous memory, without mapped files such as the states of the tokens. The memory that
-a forward pass of the original needs for a batch, and the moments, are subtracted from the peak of a search. Memory is
-measured in separate runs, in which glibc returns freed memory (MALLOC_MMAP_THRESHOLD_); this takes time. The benchmark
-writes benchmarks/results/fusion_cost.json, and exits with 1 if a limit is exceeded. Rows that the file already has are
-not measured again; delete the file to start afresh.
+The models are random GPT-2s, because costs depend on shapes alone. Half of their layers are kept. Each row runs in a
+process of its own. Memory is anonymous memory, without mapped files such as the states of the tokens. It is the peak of
+a search, less the moments and the memory for a forward pass of the original on one batch. Memory has separate runs, in
+which glibc returns freed memory (MALLOC_MMAP_THRESHOLD_), because this takes time. The benchmark writes
+benchmarks/results/fusion_cost.json, and exits with 1 if a limit is exceeded. Rows that are already in the file are not
+measured again. Delete the file to start afresh.
 """
 
 import argparse
@@ -33,16 +33,16 @@ from hf_layerfuse.pipeline.report.tables import text_table
 RESULT = Path(__file__).resolve().parent / "results" / "fusion_cost.json"
 TIMED = [(8, 256, 64), (8, 256, 128), (8, 256, 256), (4, 256, 128), (12, 256, 128)]
 WATCHED = [(12, 256, 32), (12, 512, 16)]
-"""Layers, width, and windows of 256 tokens."""
+"""Numbers of layers, widths, and numbers of windows of 256 tokens."""
 
 EFFORTS = {"low": 6, "medium": 25}
-"""The most forward passes that each may cost."""
+"""Largest cost of each effort, in forward passes."""
 
 ROUNDS = {"low": 3, "medium": 1}
-"""How often a time is measured: the speed of a machine varies by a fifth, which long runs average by themselves."""
+"""Number of timed searches. The speed of a machine varies by a fifth; long searches average this out by themselves."""
 
 MEMORY = 2.5
-"""The most that a search may need, in sizes of the model."""
+"""Largest memory of a search, in sizes of the model."""
 
 
 def measure(layers: int, width: int, windows: int, effort: str) -> dict[str, Any]:
@@ -74,14 +74,14 @@ def measure(layers: int, width: int, windows: int, effort: str) -> dict[str, Any
     forward()
     first, activations = peak(forward)
     seconds, needed = peak(searching)
-    # each search between two passes, so that both see the same machine
+    # each search is timed between two passes, so that both run at the same speed of the machine
     passes, searches = [first, forward()], [seconds]
     for _ in range(ROUNDS[effort] - 1):
         searches.append(searching())
         passes.append(forward())
     ratios = [2 * s / (before + after) for s, (before, after) in zip(searches, pairwise(passes), strict=True)]
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    # float64, for the hidden units of two MLPs, to select from
+    # moments in float64 of the hidden units of two MLPs, from which units are selected
     units = 2 * 4 * width + 1
     moments = 8 * (units**2 + units * width + width**2)
     return {
@@ -107,7 +107,7 @@ def _anonymous() -> int:
 
 
 class _Watch:
-    """The most anonymous memory inside a `with` block, looked at every 10 ms."""
+    """Peak of the anonymous memory inside a `with` block, sampled every 10 ms."""
 
     def __enter__(self) -> "_Watch":
         self.peak, self.stop = _anonymous(), threading.Event()
@@ -125,7 +125,7 @@ class _Watch:
 
 
 def tables(results: dict[str, list[dict[str, Any]]]) -> list[list[list[str]]]:
-    """One row a measurement: of time, and of memory."""
+    """A table of times and a table of memory, with one row per measurement."""
     shapes = ["effort", "layers", "width", "tokens"]
     shape = lambda row: [str(row[name]) for name in shapes]  # noqa: E731
     times = [[*shape(row), f"{row['forwards']:.1f}", str(EFFORTS[row["effort"]])] for row in results["time"]]
@@ -135,7 +135,7 @@ def tables(results: dict[str, list[dict[str, Any]]]) -> list[list[list[str]]]:
 
 
 def row(layers: int, width: int, windows: int, effort: str, threads: int, **environment: str) -> dict[str, Any]:
-    """`measure` in a process of its own."""
+    """The row that `measure` returns in a process of its own."""
     words = ["--threads", threads, "--row", layers, width, windows, effort]
     command = [sys.executable, __file__, *map(str, words)]
     found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
@@ -172,7 +172,7 @@ def main() -> None:
     slow = [found for found in results["time"] if found["forwards"] > EFFORTS[found["effort"]]]
     large = [found for found in results["memory"] if found["models"] > MEMORY]
     if slow or large:
-        sys.exit(f"{len(slow)} times and {len(large)} sizes are above what is allowed")
+        sys.exit(f"limits exceeded: {len(slow)} times and {len(large)} sizes")
 
 
 if __name__ == "__main__":

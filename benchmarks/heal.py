@@ -1,19 +1,19 @@
-"""Fuse and retrain: the original, a dropped model and our fused models on the same budget, in one run.
+"""Fuse and retrain: the original, a model with dropped layers and our fused models, all on the same budget.
 
     python benchmarks/heal.py [JOB ...] [--targets "depth 50%" ...] [--methods ours ...] [--threads 2]
 
-Several jobs can run side by side, each with a part of the threads. So can targets of one job, once its original is
-done.
+Several jobs can run at the same time, each with a part of the threads. Targets of one job can do so too, once its
+original is done.
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). All models are trained on the same batches, for the
 same number of steps, with cross-entropy and with the original as teacher. The weights with the lowest validation loss
-are kept. All methods choose among the same few rates and losses, by validation data after a shorter training. The steps
-of several rounds of fusing and retraining add up to the same number.
+are kept. Each method chooses its learning rate and losses, out of the same few, on validation data after a shorter
+training. Several rounds of fusing and retraining share the same number of steps.
 
 All choices are made on training or validation data, and results are reported on test data: WikiText-2 test windows,
 CIFAR-10 test images, and SST-2 validation sentences (the split that is usually reported; choices for SST-2 use rows of
-train). Rows that benchmarks/results/heal.json already has are not measured again. An interrupted training resumes from
-its last checkpoint in outputs/heal.
+train). Rows that are already in benchmarks/results/heal.json are not measured again. An interrupted training resumes
+from its last checkpoint in outputs/heal.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ RESULT = common.RESULTS / "heal.json"
 
 
 def methods(job: Job, asked: dict[str, Any]) -> Iterator[tuple[str, int, Step]]:
-    """Name, rounds and step of each model that is retrained, baselines first."""
+    """Name, number of rounds and fusion step of each model to retrain; baselines first."""
 
     def dropped(model: PreTrainedModel, asked: dict[str, Any]) -> Made:
         plan = common.best_drop(job.base, asked["keep_layers"])
@@ -53,13 +53,13 @@ def methods(job: Job, asked: dict[str, Any]) -> Iterator[tuple[str, int, Step]]:
 
 
 def run(name: str, targets: list[str] | None, wanted: list[str] | None) -> None:
-    """Train all models of a job, or those of some targets and methods, that are not there yet, and save after each."""
+    """Train all missing models of a job, or those of some targets and methods, and save after each."""
     job = JOBS[name]()
     every = [(target, asked, *method) for target, asked in job.targets.items() for method in methods(job, asked)]
     for given, there in ((targets, job.targets), (wanted, [row_of(*model[2:4]) for model in every])):
         names = ["original", *dict.fromkeys(there)]
         if unknown := [other for other in given or () if other not in names]:
-            raise SystemExit(f"{name} has {', '.join(names)}, and not {', '.join(unknown)}.")
+            raise SystemExit(f"{name} does not have {', '.join(unknown)}: choose from {', '.join(names)}.")
     known = save(job, RESULT, {"models": {target: {} for target in ("original", *job.targets)}})
     todo = [
         model

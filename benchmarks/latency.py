@@ -1,16 +1,20 @@
-"""Speed-up of depth fusing and linear MLPs, and cost of loading through `AutoFusedModel`.
+"""Speed-up of fused layers and linear MLPs, and loading time of `AutoFusedModel`.
 
     python benchmarks/latency.py [--repeats 30] [--threads 2]
 
 Speed: a model of 12 layers, the same model fused to 6, and the same model without layers (embeddings, final norm and
 head) are timed in turn, in one run. If only the number of layers mattered, 6 of 12 layers would take
-t0 + (t12 - t0) / 2; `of ideal` is the measured speed-up divided by this ideal one. Collapse: an MLP and the linear map
-that replaces it are timed in turn by themselves. Then the model with 6 of 12 linear MLPs is timed beside the original.
-The prediction uses the original alone: its MLPs are timed inside it, and linear MLPs take the share of that time that
-their maps have of the operations. `of predicted` is the measured speed-up divided by the predicted one. Loading: the
-stock class and `AutoFusedModel` read one file in turn.
+t0 + (t12 - t0) / 2; `of ideal` is the measured speed-up divided by this ideal one.
 
-Weights are random, because they do not change the time. Writes benchmarks/results/latency.json and prints a table.
+Collapse: an MLP and the linear map that replaces it are timed in turn by themselves. Then the model with 6 of 12 linear
+MLPs and the original are timed in turn. The prediction times the MLPs inside the original, and assumes that a linear
+MLP takes less time in proportion to its operations. `of predicted` is the measured speed-up divided by the predicted
+one.
+
+Loading: the stock class and `AutoFusedModel` read one file in turn.
+
+Weights are random, because they do not change the time. The benchmark writes benchmarks/results/latency.json, prints
+tables, and exits with 1 if a limit is missed.
 """
 
 import argparse
@@ -46,8 +50,8 @@ from hf_layerfuse.pipeline.report.tables import text_table
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 
-OF_IDEAL, LOADING = 0.95, 1.15  # what is asked of a quiet machine
-LINEAR_MLP, OF_PREDICTED = 6, 0.05  # an MLP of four times the width; how far the model may be from the prediction
+OF_IDEAL, LOADING = 0.95, 1.15  # limits on an otherwise idle machine
+LINEAR_MLP, OF_PREDICTED = 6, 0.05  # least speed-up of an MLP of four times the width; largest error of the prediction
 TOKENS = 128
 
 MODELS = {
@@ -75,7 +79,7 @@ MODELS = {
 
 
 def without_layers(model: PreTrainedModel) -> PreTrainedModel:
-    """What is left of a model when its list of layers is empty."""
+    """The model with an empty list of layers."""
     architecture = architecture_for(model)
     model.set_submodule(architecture.layers_path(model), nn.ModuleList())
     return model
@@ -121,7 +125,7 @@ def collapsing(repeats: int) -> list[dict]:
         kind = config.model_type
         small = apply(model, Plan(kind, 12, tuple(map(Linearize, layers)))).eval()
         parts = {"mlp": mlp_of(model, 5), "map": mlp_of(small, 5)}
-        left = matrices_of(small, 5) / matrices_of(model, 5)  # an operation for each entry and token
+        left = matrices_of(small, 5) / matrices_of(model, 5)  # share of the operations: one per entry and token
         with mlps_timed(model, layers) as inside:
             timed = latency_side_by_side({"original": model, "linear": small}, sequence_length=TOKENS, repeats=repeats)
         for batch, whole in timed["original"].items():
@@ -152,7 +156,7 @@ def collapsing(repeats: int) -> list[dict]:
 
 @contextmanager
 def mlps_timed(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, list[float]]]:
-    """Milliseconds that each call of one of these MLPs takes inside the model, by the number of tokens."""
+    """Milliseconds of each call of these MLPs inside the model, by the number of tokens."""
     architecture, times, started = architecture_for(model), defaultdict(list), []
 
     def begin(module: nn.Module, args: tuple) -> None:
@@ -171,7 +175,7 @@ def mlps_timed(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[i
 
 
 def matrices_of(model: PreTrainedModel, index: int) -> int:
-    """Entries of the matrices of the MLP of a layer."""
+    """Number of entries in the matrices of a layer's MLP."""
     architecture = architecture_for(model)
     layer = architecture.layer_list(model)[index]
     inside = [layer.get_submodule(path) for role, path in architecture.mlp.items() if role != "norm"]
@@ -179,7 +183,7 @@ def matrices_of(model: PreTrainedModel, index: int) -> int:
 
 
 def mlp_of(model: PreTrainedModel, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The MLP of a layer, or the linear map that it has become, without the norm and the residual."""
+    """The MLP of a layer, or the linear map that replaces it, without norm and residual sum."""
     architecture = architecture_for(model)
     layer = architecture.layer_list(model)[index]
     maps = {role: layer.get_submodule(path) for role, path in architecture.mlp.items() if role != "norm"}
@@ -209,7 +213,7 @@ def loading(repeats: int) -> dict:
         size = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
         order = [("stock", GPT2LMHeadModel), ("AutoFusedModel", AutoFusedModel)]
         for _ in range(repeats + 1):
-            order.reverse()  # neither is always the one that runs on a warm cache
+            order.reverse()  # so that neither always finds a warm cache
             for name, loads in order:
                 start = time.perf_counter()
                 loads.from_pretrained(directory)
@@ -241,20 +245,21 @@ def main() -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     for rows in tables(results):
         print(text_table(rows) + "\n")
-    print(f"loading: AutoFusedModel takes {results['loading']['ratio']:.3f} of the time of the stock class")
+    print(f"loading: AutoFusedModel takes {results['loading']['ratio']:.3f} times as long as the stock class")
     slow = [row for row in results["speed"] if row["of_ideal"] < OF_IDEAL]
-    # of a gated MLP of less than four times the width, less is removed
+    # a gated MLP of less than four times the width has fewer operations to save
     slow += [row for row in results["collapse"] if not row["gated"] and row["mlp_speedup"] < LINEAR_MLP]
     slow += [row for row in results["collapse"] if abs(row["of_predicted"] - 1) > OF_PREDICTED]
     if slow or results["loading"]["ratio"] > LOADING:
         sys.exit(
-            f"missed: speed-up at least {OF_IDEAL} of the ideal; a linear MLP {LINEAR_MLP} times as fast, the model's "
-            f"speed-up within {OF_PREDICTED:.0%} of the prediction; loading at most {LOADING} of the stock class"
+            f"missed a limit: speed-up at least {OF_IDEAL} of the ideal; a linear MLP {LINEAR_MLP} times as fast; the "
+            f"model's speed-up within {OF_PREDICTED:.0%} of the prediction; loading time at most {LOADING} times the "
+            "stock class's"
         )
 
 
 def tables(results: dict) -> list[list[list[str]]]:
-    """What the README shows."""
+    """The tables of the pages: fused layers, and linear MLPs."""
     collapse = [
         [
             "6 of 12 MLPs linear",

@@ -2,13 +2,13 @@
 
     python benchmarks/merge.py [JOB ...] [--device cuda] [--train] [--budgets 0.5 ...] [--methods ours ...]
 
-Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Merges are chosen by 512 training images and by
-latencies measured here, once for each device and number of threads (outputs/merge). Results are reported on test
-images. The latencies of a model and of the original are measured in turn, on an otherwise idle machine. With `--train`,
-models and the original are retrained on the same budget.
+Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Losses on 512 training images and measured latencies
+select the merges. The latencies are measured once per device and number of threads, and kept in outputs/merge. Results
+are reported on test images. A model and the original are timed in turn: leave the machine otherwise idle. With
+`--train`, models and the original are retrained with the same budget.
 
-Rows that benchmarks/results/merge.json or merge_heal.json already has are not measured again; delete the files to start
-afresh. Rows of a GPU are in merge_cuda.json and merge_heal_cuda.json.
+Rows that are already in benchmarks/results/merge.json or merge_heal.json are not measured again. Delete these files to
+start afresh. Rows of a GPU are in merge_cuda.json and merge_heal_cuda.json.
 """
 
 import argparse
@@ -46,29 +46,29 @@ from hf_layerfuse.plan import PlanLatency
 FOLDER = common.ROOT / "outputs" / "merge"
 BUDGETS = (0.75, 0.6, 0.5, 0.4)
 BATCH = {"cpu": 8, "cuda": 128}
-"""Images or texts of a forward pass that is timed."""
+"""Images or texts in a timed forward pass, by device."""
 
 
 def result(device: str, trained: bool = False) -> Path:
-    """Where rows are kept, and those of retrained models."""
+    """The results file of a device, for untrained or retrained models."""
     return common.RESULTS.joinpath(f"merge{'_heal' * trained}{'' if device == 'cpu' else f'_{device}'}.json")
 
 
 Search = Callable[[PreTrainedModel, float], SearchResult]
-"""From a model and a share of its latency to one that is faster."""
+"""Function of a model and the share of its latency to keep. It returns a faster model."""
 
 
 @dataclass
 class Compared:
-    """A checkpoint, what it is timed with, and what competes.
+    """A checkpoint, its inputs for timing, and the competing methods.
 
     Attributes:
-        base: the model, calibration and test data.
-        inputs: a batch of some size.
-        methods: name -> search.
-        free: those that heed no budget.
-        later: the same of models that are only to be trained.
-        trained: makes the job that retrains models on a device; None where there is none.
+        base: The model, calibration and test data.
+        inputs: Function that makes a batch of a given size.
+        methods: Searches by name.
+        free: Searches that ignore the budget, by name.
+        trained: Function of a device that makes the job for retraining; None without retraining.
+        later: Searches by name whose segments are merged after training.
     """
 
     name: str
@@ -85,7 +85,7 @@ def tables_of(name: str, device: str) -> str:
 
 
 def convolutions(name: str, base: common.Job, trained: Callable[[str], retraining.Job] | None = None) -> Compared:
-    """A classifier of images, whose convolutions are merged."""
+    """An image classifier whose convolutions are merged."""
 
     def search(model: PreTrainedModel, budget: float, **options: Any) -> SearchResult:
         device = model.device.type
@@ -93,7 +93,7 @@ def convolutions(name: str, base: common.Job, trained: Callable[[str], retrainin
         return search_merge(model, MergeRecipe(latency_budget=budget, **measured, **options), base.calibration)
 
     def folded(model: PreTrainedModel, budget: float) -> SearchResult:
-        """What every runtime does to a network that is not trained any more, and loses nothing."""
+        """The original with its batch norms folded, as inference runtimes do; it computes the same outputs."""
         plan = folded_plan(model)
         return SearchResult(apply(model, plan), plan, None)
 
@@ -113,13 +113,13 @@ def convolutions(name: str, base: common.Job, trained: Callable[[str], retrainin
     later = {
         f"{method}, merged after training": partial(search, method="open", **options)
         for method, options in methods.items()
-        if options.get("refit") != "none"  # of which nothing is fitted
+        if options.get("refit") != "none"  # merging after training never fits
     }
     return Compared(name, base, inputs, searches, {"batch norms folded": folded}, trained, later)
 
 
 def blocks(name: str, base: common.Job) -> Compared:
-    """A transformer, of whose blocks each is chosen for."""
+    """A transformer with one edit chosen per block."""
     sample = Sample.of(base.calibration)
 
     def chosen(model: PreTrainedModel, budget: float, **more: Any) -> SearchResult:
@@ -128,7 +128,7 @@ def blocks(name: str, base: common.Job) -> Compared:
         return search(model, FusionRecipe(latency_budget=budget, **options, **more), base.calibration)
 
     def fused(model: PreTrainedModel, budget: float) -> SearchResult:
-        """As many layers as the budget allows, whatever else there is."""
+        """Baseline that fuses whole layers, and keeps as many as the budget allows."""
         device = model.device.type
         inputs = batch_of(sample, BATCH[device])
         times = BlockTimes(model, inputs, Path(tables_of(name, device)) / "latency.json", repeats=20)
@@ -147,7 +147,7 @@ def blocks(name: str, base: common.Job) -> Compared:
 
 
 def resnet56_trained(device: str) -> retraining.Job:
-    """With 1,000 batches of training, or many more on a GPU, and the answers of the original beside the labels."""
+    """ResNet-56 trained on labels and on the logits of the original: 1,000 batches, or many more on a GPU."""
     if device == "cpu":
         recipe = HealRecipe(steps=1000, batch_size=64, eval_every=250, temperature=4.0, teacher_top_k=10)
         return retraining.images("resnet56", resnet56_model(), recipe, retraining.rates(1e-4, 3e-4, 1e-3), pilot=100)
@@ -160,7 +160,7 @@ def resnet56_model() -> PreTrainedModel:
 
 
 def resnet34() -> Compared:
-    """The shape of ResNet-34, half as wide and for small images; 62 segments."""
+    """ResNet-34 at half width, for small images; 62 segments."""
     config = ResNetConfig(
         embedding_size=32, hidden_sizes=[32, 64, 128, 256], depths=[3, 4, 6, 3], layer_type="basic", num_labels=10
     )
@@ -171,7 +171,7 @@ def resnet34() -> Compared:
 
 
 def mobilenet_v2() -> Compared:
-    """Half as wide, for small images, which it makes no smaller than 4 x 4: fewer strides, and 306 segments."""
+    """MobileNetV2 at half width, for small images; fewer strides, so that states stay at least 4 x 4; 306 segments."""
     config = MobileNetV2Config(
         image_size=32, depth_multiplier=0.5, output_stride=8, num_labels=10, classifier_dropout_prob=0.1
     )
@@ -179,7 +179,7 @@ def mobilenet_v2() -> Compared:
     model = MobileNetV2ForImageClassification(config)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 0.1  # transformers has TensorFlow's 0.997, which is 0.003 here
+            module.momentum = 0.1  # transformers passes TensorFlow's 0.997, which means 0.003 in PyTorch
     steps = 3500 if torch.cuda.is_available() else 2000
     return convolutions("mobilenet-v2", retraining.images_base(retraining.grown("mobilenet-v2", model, steps)))
 
@@ -194,7 +194,7 @@ JOBS: dict[str, Callable[[], Compared]] = {
 
 
 def timed(job: Compared, model: PreTrainedModel) -> dict[str, Any]:
-    """Milliseconds of a model and of the original for a batch, in turn."""
+    """Milliseconds per batch of a model and of the original, timed in turn."""
     inputs = {name: tensor.to(model.device) for name, tensor in job.inputs(BATCH[model.device.type]).items()}
     with torch.inference_mode():
         runs = {"ms": partial(model, **inputs), "original_ms": partial(job.base.model, **inputs)}
@@ -204,7 +204,7 @@ def timed(job: Compared, model: PreTrainedModel) -> dict[str, Any]:
 
 
 def rows(job: Compared, budgets: Sequence[float], methods: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Budget, method and what was measured without any training."""
+    """Budget, method and measurements of each model, without any training."""
     searches = {**job.methods, **job.free}
     for budget, method in itertools.product(budgets, methods):
         start = time.perf_counter()
@@ -234,14 +234,14 @@ def rows(job: Compared, budgets: Sequence[float], methods: Sequence[str]) -> Ite
 
 
 def asked_of(methods: Sequence[str] | None, known: Iterable[str]) -> list[str]:
-    """Those that were asked for, by default all; an unknown one ends the program."""
+    """The requested methods, by default all; an unknown one ends the program."""
     if unknown := sorted(set(methods or ()) - set(known)):
-        raise SystemExit(f"there is no method {', '.join(unknown)}: there are {', '.join(known)}.")
+        raise SystemExit(f"unknown method {', '.join(unknown)}: choose from {', '.join(known)}.")
     return list(methods or known)
 
 
 def run(name: str, device: str, budgets: Sequence[float], methods: Sequence[str]) -> None:
-    """Measure all rows of a job that are not there yet, and save after each."""
+    """Measure all missing rows of a job, and save after each."""
     job = JOBS[name]()
     job.base.model.to(device)
     known = common.load(result(device)).get(name, {})
@@ -261,7 +261,7 @@ def run(name: str, device: str, budgets: Sequence[float], methods: Sequence[str]
 
 
 def train(name: str, device: str, budgets: Sequence[float], methods: Sequence[str]) -> None:
-    """Retrain what is not there yet, and save after each model; `methods` may have the original among them."""
+    """Retrain all missing models, and save after each; `methods` may include the original."""
     compared, path = JOBS[name](), result(device, trained=True)
     every = {**compared.methods, **compared.later}
     targets = {f"{budget:.0%} of the time": {"budget": budget} for budget in budgets}
@@ -270,10 +270,10 @@ def train(name: str, device: str, budgets: Sequence[float], methods: Sequence[st
     known = retraining.save(job, path, {})
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two are not faster at training small convolutions
+    torch.set_num_threads(1)  # two threads are not faster at training small convolutions
 
     def made(method: str, model: PreTrainedModel, asked: dict[str, Any]) -> tuple[PreTrainedModel, Plan]:
-        torch.set_num_threads(threads)  # for which it is timed
+        torch.set_num_threads(threads)  # the number of threads for timing
         found = every[method](model, asked["budget"])
         torch.set_num_threads(1)
         return found.model, found.plan
@@ -291,11 +291,11 @@ QUALITY = {
     "cross_entropy": ("cross-entropy", "{:.3f}"),
     "token_perplexity": ("perplexity", "{:.1f}"),
 }
-"""Figure -> its name in a table, and its form."""
+"""Heading in a table, and number format, by metric."""
 
 
 def table(results: dict[str, Any], name: str) -> list[list[str]]:
-    """One row a budget and method: quality, and time against the original's, predicted and measured."""
+    """One row per budget and method: quality, and predicted and measured time as shares of the original's."""
     found = results[name]
     original = found["original"]
     shown = {key: form for key, (_, form) in QUALITY.items() if key in original}
@@ -314,7 +314,7 @@ def table(results: dict[str, Any], name: str) -> list[list[str]]:
 
 
 def tables(results: dict[str, Any]) -> list[list[list[str]]]:
-    """A table for each checkpoint."""
+    """One table per checkpoint."""
     return [table(results, name) for name in results]
 
 

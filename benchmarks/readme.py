@@ -26,7 +26,7 @@ _RUNS = {
 
 
 def recipes() -> list[list[str]]:
-    """One row a job: size and speed against the original, and quality before, after fusing and after healing."""
+    """One row per job: size, speed-up, and quality of the original, the fused and the healed model."""
     table = [
         ["model and task", "metric", "bytes", "speed-up, batch 8", "original", "fused", "healed", "original, retrained"]
     ]
@@ -48,7 +48,7 @@ def recipes() -> list[list[str]]:
 
 
 def script(name: str) -> ModuleType:
-    """Another file of this folder."""
+    """The module of another file in this folder."""
     folder = str(ROOT / "benchmarks")
     if folder not in sys.path:  # they import each other
         sys.path.insert(0, folder)
@@ -61,7 +61,7 @@ def benchmark(name: str) -> tuple[ModuleType, dict]:
 
 
 def results(name: str) -> dict:
-    """The results in a file of `benchmarks/results`; none where there is no file."""
+    """The results in a file of `benchmarks/results`; an empty dict if the file does not exist."""
     return script("common").load(RESULTS / f"{name}.json")
 
 
@@ -74,11 +74,11 @@ _HEADLINES = {
     "6 of 12 MLPs linear": ("collapse", "gpt2", "6 MLPs", "fitted"),
     "convolutions merged to 60% of the time": ("merge", "resnet56", "60% of the time", "ours, segments trained"),
 }
-"""What was done -> trained by which benchmark, checkpoint, row and method."""
+"""Benchmark, checkpoint, target and method of each row, by its label."""
 
 
 def headlines(trained: dict[str, list[Table]]) -> Table:
-    """One row for each kind of edit: what is left of the quality after retraining, beside the retrained original."""
+    """One row per kind of edit: quality after retraining, beside the retrained original."""
     rows = [["what was done", "model, metric", "block parameters", "fused", "retrained", "original, retrained"]]
     for done, (name, model, label, method) in _HEADLINES.items():
         table = next(table for table in trained[name] if table[0][0].startswith(f"{model}, "))
@@ -89,7 +89,7 @@ def headlines(trained: dict[str, list[Table]]) -> Table:
 
 
 def of(methods: Sequence[str], tables: list[Table]) -> list[Table]:
-    """The rows of some methods, which stand in the second column."""
+    """The rows of some methods. The second column has the method."""
     return [[table[0], *(row for row in table[1:] if row[1] in methods)] for table in tables]
 
 
@@ -136,7 +136,7 @@ _PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTA
 
 
 def filled(text: str) -> str:
-    """A page with its tables as the JSON files have them."""
+    """A page whose tables are filled from the JSON files."""
     return _PLACE.sub(
         lambda place: place[1] + "\n\n".join(map(markdown_table, tables()[place[2]])) + "\n" + place[3], text
     )

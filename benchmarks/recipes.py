@@ -1,11 +1,11 @@
-"""Run the shipped recipes on real checkpoints and data, for the figures of the README.
+"""Run the shipped recipes on real checkpoints and data, for the tables of the README.
 
     python benchmarks/recipes.py [JOB ...] [--threads 2] [--latency]
 
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Each job runs `fuse.py` as a user would, then
-retrains the untouched original on the same budget, for a fair comparison with the retrained result. Jobs that have a
-result are skipped; delete benchmarks/results/JOB.json to run one again. The cards and their pictures go to
-model_cards/JOB. `--latency` times the checkpoints of finished jobs again, for example if the machine was busy before.
+retrains the untouched original with the same budget, for a fair comparison. Jobs that have a result are skipped. To run
+one again, delete benchmarks/results/JOB.json. Model cards and their pictures go to model_cards/JOB. `--latency` times
+the checkpoints of finished jobs again, for example if the machine was busy before.
 """
 
 import argparse
@@ -74,7 +74,7 @@ class Retraining:
 
 @dataclass(frozen=True)
 class JobResults:
-    """Results of one job: those of its run, and the retrained original."""
+    """Results of one job: its run, and the retrained original."""
 
     run: RunResults
     original: Retraining
@@ -112,7 +112,7 @@ def _recipe(name: str) -> Recipe:
 
 
 def _known_retraining(recipe: Mapping[str, Any]) -> Retraining | None:
-    """The retrained original of another job, if there is one: jobs that differ in the fusion alone share it."""
+    """The retrained original of a finished job that differs only in its method; None if there is no such job."""
     for name in sorted(JOBS):
         if (RESULTS / f"{name}.json").is_file():
             other = JobResults.load(name)
@@ -122,7 +122,7 @@ def _known_retraining(recipe: Mapping[str, Any]) -> Retraining | None:
 
 
 def retrain_original(recipe: Recipe, threads: int) -> Retraining:
-    """Heal the original on the same batches, steps and losses as the fused model had, and measure it."""
+    """Heal the original with the batches, steps and losses of the fused model, and measure it."""
     torch.set_num_threads(threads)
     data, task = recipe.data, recipe.task
     model = load_checkpoint(recipe.model, auto_class=getattr(transformers, TASKS[task].auto_class), dtype=torch.float32)
@@ -147,7 +147,7 @@ def retrain_original(recipe: Recipe, threads: int) -> Retraining:
 
 
 def time_again(name: str, results: RunResults, threads: int) -> RunResults:
-    """The results with new latencies, those of the original and the result side by side."""
+    """The results with new latencies; the original and the result are timed in turn."""
     torch.set_num_threads(threads)
     recipe, output = _recipe(name), ROOT / "outputs" / name
     original = load_checkpoint(
@@ -161,12 +161,12 @@ def time_again(name: str, results: RunResults, threads: int) -> RunResults:
         latency = against(timed["before"], timed[stage])
         times = {batch: row.median_ms for batch, row in latency.items()}
         stages[stage] = replace(figures, latency_ms=times, latency=latency)
-    # the number of threads is that of the times; the training had its own
+    # the number of threads of the timing, not of the training
     return replace(results, **stages, environment={**results.environment, "threads": str(threads)})
 
 
 def write_card(name: str, results: RunResults) -> None:
-    """The card of a finished job, with its pictures, as the run wrote it."""
+    """Write the card of a finished job, with its pictures, as a run does."""
     recipe, plan, folder = _recipe(name), Plan.load(ROOT / "outputs" / name / "plan.json"), ROOT / "model_cards" / name
     folder.mkdir(exist_ok=True)
     command = shlex.join(["accelerate", "launch", "fuse.py", *_arguments(name)])

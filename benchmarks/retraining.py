@@ -1,4 +1,4 @@
-"""Jobs, training, result files and tables for fused models that are retrained on the budget of the original."""
+"""Jobs, training, result files and tables for retraining fused models and the original with the same budget."""
 
 import contextlib
 import copy
@@ -50,7 +50,7 @@ CHECKPOINTS = common.ROOT / "outputs" / "heal"
 
 
 THRESHOLD = 0.05
-"""How far from a line an activation may end that is to be one."""
+"""Largest distance from a line at which an activation counts as linear."""
 
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
@@ -58,23 +58,23 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
 @dataclass
 class Job:
-    """A checkpoint with what it is trained on.
+    """A checkpoint and its training data.
 
     Attributes:
-        name: in JOBS.
-        base: the model, calibration, validation and test data of the fusion benchmark.
-        rows: training rows.
-        collate: makes batches of them.
-        validation: batches with labels.
-        recipe: the budget, of all rounds together.
-        options: what each method chooses from, in place of the recipe's.
-        targets: name -> what is asked for of the fusion.
-        pilots: targets at which it chooses; another one of the job has the choice of the first of its mode.
-        pilot: steps of the trainings that are compared to choose.
-        rounds: of those that are fused and retrained in turn.
-        effort: of our search.
-        ragged: rows are texts of all lengths, which are read with others of about their length.
-        workers: processes that make batches while others are trained on, where a GPU would wait for them.
+        name: Key in JOBS.
+        base: The model, calibration, validation and test data of the fusion benchmark.
+        rows: Training rows.
+        collate: Function that turns rows into a batch.
+        validation: Batches with labels.
+        recipe: Budget of all rounds together.
+        options: Fields of the recipe that each method chooses from.
+        targets: Fields of the fusion recipe, by name of the target.
+        pilots: Targets that make this choice. Any other target uses the choice of the first pilot of its mode.
+        pilot: Number of steps of the short trainings that make the choice.
+        rounds: Number of rounds of fusing and retraining, for methods that alternate.
+        effort: Effort of our search.
+        ragged: Whether rows are texts of different lengths, which are batched with texts of about the same length.
+        workers: Number of processes that prepare batches, for a GPU that would otherwise wait.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Job:
         return DataLoader(self.rows, size, **options)
 
     def pilot_of(self, target: str) -> str:
-        """Where the rate of a target is chosen: at itself, or, if the job leaves it out, at one of the same mode."""
+        """The target whose options a target uses: itself, or the first pilot of its mode."""
         if target in self.pilots or target not in self.targets:
             return target
         mode = self.targets[target].get("mode")
@@ -122,7 +122,7 @@ def gpt2() -> Job:
     targets |= {
         f"share {share}%": {"ratio": share / 100, "mode": "share", "rank": "auto"} for share in (25, 50, 70, 80)
     }
-    # less than an epoch is read, in which nothing can be learnt by heart
+    # under one epoch, overfitting is unlikely
     recipe = HealRecipe(steps=400, batch_size=8, eval_every=100, teacher_top_k=64, dropout=0.0)
     windows = common.windows(tokenizer, "train", recipe.steps * recipe.batch_size)
     ids = torch.cat([batch["input_ids"] for batch in windows]).tolist()
@@ -145,22 +145,22 @@ def gpt2() -> Job:
 def answered(
     name: str, columns: dict[str, list], teacher: PreTrainedModel, recipe: HealRecipe, collate: Collate, batch_size: int
 ) -> Dataset:
-    """Rows with the answers of the teacher, which is asked once for all models, and not in each step."""
+    """Rows with cached outputs of the teacher, which runs once for all models instead of in every step."""
     folder = CHECKPOINTS / f"{name}-{len(columns['labels'])}"
     if not folder.is_dir():
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
         Dataset.from_dict(columns).save_to_disk(temporary)
-        with contextlib.suppress(OSError):  # another process was faster, with the same rows
+        with contextlib.suppress(OSError):  # another process has written the same rows
             temporary.rename(folder)
         shutil.rmtree(temporary, ignore_errors=True)
-    # read from disk, rows know themselves again, and so are the answers found again
+    # rows read from disk have a stable fingerprint, which is the key of the cached outputs
     settings = {"top_k": recipe.teacher_top_k, "temperature": recipe.temperature, "batch_size": batch_size}
     with torch.autocast("cpu", torch.bfloat16):
         return with_teacher(Dataset.load_from_disk(folder), teacher, collate, **settings)
 
 
 def stacked(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch of rows of one length, with the teacher's answers as (rows, tokens, k)."""
+    """A batch of rows of one length, with the outputs of the teacher as (rows, tokens, k)."""
     batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
     shape = (*batch["input_ids"].shape, -1)
     return {name: value.view(shape) if name.startswith("teacher") else value for name, value in batch.items()}
@@ -198,7 +198,7 @@ def resnet56() -> Job:
 
 
 def images(name: str, model: PreTrainedModel, recipe: HealRecipe, options: list[dict[str, float]], pilot: int) -> Job:
-    """A classifier with the images of CIFAR-10, and no targets yet; 40,000 of the training images are trained on."""
+    """An image classifier with 40,000 training images of CIFAR-10, without targets."""
     base = images_base(model)
     train, labels = cifar10(common.DATA / "data" / "cifar10", "train")
     collate, views = Views(train[:40_000]), range(recipe.steps * recipe.batch_size)
@@ -211,9 +211,9 @@ def images(name: str, model: PreTrainedModel, recipe: HealRecipe, options: list[
 
 
 def grown(name: str, model: PreTrainedModel, steps: int) -> PreTrainedModel:
-    """A classifier trained on the images of CIFAR-10 from scratch; it is kept in outputs/grown, and trained once.
+    """A classifier that is trained once on CIFAR-10 from scratch, and kept in outputs/grown.
 
-    Where there is a GPU, with twice as many images in each of its steps; how it was trained is in its config.
+    On a GPU, each batch has twice as many images. The config records the training.
     """
     folder = CHECKPOINTS.with_name("grown") / name
     if not (folder / "config.json").is_file():
@@ -235,7 +235,7 @@ def grown(name: str, model: PreTrainedModel, steps: int) -> PreTrainedModel:
 
 
 def images_base(model: PreTrainedModel) -> common.Job:
-    """A classifier of the images of CIFAR-10, as it is measured without any training."""
+    """A CIFAR-10 classifier with its data for measurements without training."""
     (train, labels), (test, answers) = (cifar10(common.DATA / "data" / "cifar10", split) for split in ("train", "test"))
     held_out = [
         {"pixel_values": x, "labels": y}
@@ -247,7 +247,7 @@ def images_base(model: PreTrainedModel) -> common.Job:
 
 
 class Views:
-    """Batches of images, which are moved and mirrored in another way each time that one of them is read."""
+    """Batches of images, which are shifted and mirrored in a new way each time they are read."""
 
     def __init__(self, images: torch.Tensor) -> None:
         self.images, self.move = images, CollateImages(moves=True)
@@ -265,7 +265,7 @@ Made = tuple[PreTrainedModel, Plan]
 
 
 Step = Callable[[PreTrainedModel, dict[str, Any]], Made]
-"""From a model, and what is asked for of it, to one that is smaller."""
+"""Function of a model and the fields of a target. It returns a smaller model and its plan."""
 
 
 def searched(base: common.Job, model: PreTrainedModel, asked: dict[str, Any], **options: Any) -> Made:
@@ -280,11 +280,9 @@ def untouched(model: PreTrainedModel, asked: dict[str, Any]) -> Made:
 
 
 def chosen(job: Job, name: str, asked: dict[str, Any], step: Step, choices: list[dict]) -> dict[str, Any]:
-    """The validation loss after a short training with each of the options, and the best of them; None: it exploded.
+    """The validation loss after a short training with each option, and the best option; None if training exploded.
 
-    There is nothing to choose of one.
-
-    Where another method came to the same weights, that is known: it is one of the `choices`.
+    A single option needs no training. If another method made the same weights, its entry of `choices` is returned.
     """
     fused, plan = step(job.base.model, asked)
     weights, losses = fingerprint(fused), []
@@ -318,22 +316,22 @@ def chosen(job: Job, name: str, asked: dict[str, Any], step: Step, choices: list
 
 
 def bends(plan: Plan) -> bool:
-    """Whether activations become lines while the model is trained, so that maps are merged in the end."""
+    """Whether activations become lines during training, so that maps are merged at the end."""
     return any(isinstance(edit, Blend) for edit in plan.edits)
 
 
 def recipe_of(job: Job, plan: Plan, **options: Any) -> HealRecipe:
-    """The budget of a job with other options; activations that are to become lines are pulled there."""
+    """The budget of a job with these options, and with `straighten` if activations are to become lines."""
     return replace(job.recipe, **options, straighten="auto" if bends(plan) else 0.0)
 
 
 def retrained(
     job: Job, name: str, asked: dict[str, Any], rounds: int, step: Step, option: dict[str, float], rows: list[dict]
 ) -> dict[str, Any]:
-    """Scores on test data of a model before and after retraining, its size, and how it went.
+    """Metrics on test data before and after retraining, size, and training history of a model.
 
-    Of several rounds, each removes its part of the ratio, as the exponential curriculum has it, and gets as many steps.
-    Where another method came to the same weights and option, that is known: it is one of the `rows`.
+    Each of several rounds removes its part of the ratio, by the exponential schedule, and gets its part of the steps.
+    If another method retrained the same weights with the same option, its entry of `rows` is returned.
     """
     model, source, plan, parts = job.base.model, job.base.model, None, []
     shares = shares_of(replace(job.recipe, schedule="exponential", rounds=rounds))
@@ -380,9 +378,9 @@ def row_of(method: str, rounds: int) -> str:
 def measure(
     job: Job, known: dict[str, Any], target: str, asked: dict[str, Any], method: str, rounds: int, step: Step
 ) -> Iterator[dict[str, Any]]:
-    """Train one model of a target, after its rate was chosen, as far as that is not known.
+    """Choose the options of one model of a target and train it, if the results are not known.
 
-    Yields what is new, for `save`, after it was laid to what is known.
+    This adds new results to `known`, and yields them for `save`.
     """
     row = row_of(method, rounds)
     models = known["models"].setdefault(target, {})
@@ -400,7 +398,7 @@ def measure(
 
 
 def current(job: Job, known: dict[str, Any]) -> dict[str, Any]:
-    """Of results, those of today's budget: what had other steps is measured again."""
+    """Results that have the current budget. Those with other numbers of steps are measured again."""
     models = {
         target: {
             method: row
@@ -415,7 +413,7 @@ def current(job: Job, known: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def updated(path: Path) -> Iterator[dict[str, Any]]:
-    """The results of all jobs, which are written back when the block ends; other processes wait until then."""
+    """The results of all jobs, written back at the end of the block. Other processes wait until then."""
     CHECKPOINTS.mkdir(parents=True, exist_ok=True)
     with (CHECKPOINTS / f"{path.stem}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -425,9 +423,9 @@ def updated(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def save(job: Job, path: Path, news: dict[str, Any]) -> dict[str, Any]:
-    """Lay new rows and choices of a job over its results in a file, and return them; what is not current goes.
+    """Add new rows and choices of a job to its results in a file, remove outdated ones, and return the results.
 
-    Nothing else is touched: other jobs, or other targets of this one, may be running beside it.
+    Other results stay: other jobs, or other targets of this job, may run at the same time.
     """
     with updated(path) as results:
         known = results[job.name] = current(job, results.get(job.name, {}))
@@ -438,7 +436,7 @@ def save(job: Job, path: Path, news: dict[str, Any]) -> dict[str, Any]:
 
 
 def _place(name: str) -> int:
-    """Of a job among others: those of other benchmarks come last."""
+    """Position of a job in a results file; jobs of other benchmarks come last."""
     return [*JOBS, name].index(name)
 
 
@@ -446,7 +444,7 @@ HEADLINE = common.HEADLINE | dict.fromkeys(("resnet56", "vit-cifar10"), ("accura
 
 
 def table(results: dict[str, Any], name: str) -> list[list[str]]:
-    """One row a model: its size, quality before and after retraining, and the difference from the original's."""
+    """One row per model: size, quality before and after retraining, and difference from the retrained original."""
     rows, (metric, form) = results[name]["models"], HEADLINE[name]
     original = rows["original"]["original"]
     found = [[f"{name}, {metric.replace('_', ' ')}", "method", "block parameters", "fused", "retrained", "difference"]]
@@ -460,5 +458,5 @@ def table(results: dict[str, Any], name: str) -> list[list[str]]:
 
 
 def tables(results: dict[str, Any]) -> list[list[list[str]]]:
-    """A table for each checkpoint whose original was trained, which others are compared with."""
+    """One table per checkpoint whose original has been retrained."""
     return [table(results, name) for name in results if results[name]["models"].get("original")]

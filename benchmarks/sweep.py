@@ -5,8 +5,8 @@
 The models, data and budgets are those of benchmarks/heal.py, at every depth. Models that heal.py has trained are not
 trained again. The knee is the point where the healed curve is farthest above its chord (Satopaa et al. 2011,
 "Kneedle"): removing less gives up compression at little gain in quality, and removing more costs quality faster than
-size. The knee is found on validation losses; the curves show test data. Writes benchmarks/results/sweep.json and
-sweep.png.
+size. The knee is found on validation losses; the curves show test data. The benchmark writes
+benchmarks/results/sweep.json and sweep.png.
 """
 
 from functools import partial
@@ -23,11 +23,11 @@ from hf_layerfuse.pipeline.report.tables import text_table
 RESULT = common.RESULTS / "sweep.json"
 PLOT = common.RESULTS / "sweep.png"
 KEEPS = {"minilm-sst2": (5, 4, 3, 2, 1), "gpt2": (9, 6, 4, 2)}
-"""Layers that are kept."""
+"""Numbers of layers to keep."""
 
 
 def run(name: str) -> None:
-    """Train what is not there yet, and save after each model."""
+    """Train all missing models, and save after each."""
     job = retraining.JOBS[name]()
     before = retraining.current(job, common.load(common.RESULTS / "heal.json").get(name, {}))
     known = retraining.save(job, RESULT, {"chosen": before["chosen"]})
@@ -52,7 +52,7 @@ def run(name: str) -> None:
 
 
 def curve(known: dict[str, Any]) -> tuple[list[dict[str, Any]], list[float], int]:
-    """Models from large to small, the share of block parameters that each lacks, and which one is the knee."""
+    """Models from large to small, the share of block parameters removed from each, and the index of the knee."""
     rows = [row for models in known["models"].values() for row in models.values()]
     models = sorted(rows, key=lambda row: -row["non_embedding_parameters"])
     whole = models[0]["non_embedding_parameters"]
@@ -62,7 +62,7 @@ def curve(known: dict[str, Any]) -> tuple[list[dict[str, Any]], list[float], int
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:
-    """One row a model."""
+    """One row per model."""
     found = [["model", "block parameters removed", "metric", "fused", "healed", ""]]
     for name, known in results.items():
         metric, form = retraining.HEADLINE[name]
@@ -75,7 +75,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Two curves a model, and its knee."""
+    """Plot two curves and the knee of each checkpoint."""
     panels = []
     for name, known in results.items():
         metric, _ = retraining.HEADLINE[name]

@@ -1,10 +1,10 @@
-"""Speed of the healing loop against `transformers.Trainer`: same model, batches, optimiser and precision.
+"""Speed of the healing loop and of `transformers.Trainer`, with the same model, batches, optimiser and precision.
 
     python benchmarks/throughput.py [--threads 2] [--steps 40]
 
-The loss is cross-entropy alone, because the Trainer has no teacher. The two loops take turns in both orders, several
-times, in one process; the figure is the ratio of the medians. Writes benchmarks/results/throughput.json, and exits with
-1 if the ratio is below 0.95.
+The loss is cross-entropy alone, because the Trainer has no teacher. The two loops take turns several times, in both
+orders, in one process. The result is the ratio of the medians. The benchmark writes benchmarks/results/throughput.json,
+and exits with 1 if the ratio is below 0.95.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def trainers(model: GPT2LMHeadModel, steps: int, precision: str) -> float:
 
 
 def measure(precision: str, steps: int, rounds: int) -> dict[str, Any]:
-    """Seconds of each in turn, both orders."""
+    """Seconds of both loops, run in turn, in both orders."""
     torch.manual_seed(0)
     tokens = {"n_positions": LENGTH, "vocab_size": 8192, "bos_token_id": 0, "eos_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=256, n_head=4, **tokens))
@@ -78,7 +78,7 @@ def measure(precision: str, steps: int, rounds: int) -> dict[str, Any]:
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
             seconds = runs[name](copy.deepcopy(model), steps, precision)
-            if turn:  # the first one warms up
+            if turn:  # the first round warms up
                 found[name].append(seconds)
     medians = {name: statistics.median(values) for name, values in found.items()}
     return {
@@ -91,7 +91,7 @@ def measure(precision: str, steps: int, rounds: int) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> list[list[str]]:
-    """One row a precision."""
+    """One row per precision."""
     found = [["GPT-2 (6 x 256), 8 x 128 tokens", "Trainer (tokens/s)", "ours (tokens/s)", "ratio"]]
     for row in results:
         speeds = [f"{row['tokens_per_second'][name]:,.0f}" for name in ("Trainer", "ours")]
@@ -113,7 +113,7 @@ def main() -> None:
     print(text_table(table(results)))
     slow = [row for row in results if row["ratio"] < LEAST]
     if slow:
-        sys.exit(f"slower than {LEAST} of the Trainer in {', '.join(row['precision'] for row in slow)}")
+        sys.exit(f"below {LEAST} of the Trainer's speed in {', '.join(row['precision'] for row in slow)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The reference shows the fields of recipes and their defaults, as it does for other dataclasses."""
+"""Show the fields of recipes and their defaults in the API reference, as for other dataclasses."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ DATACLASS = griffe.ExprCall(
 
 
 class StrictRecipes(griffe.Extension):
-    """`strict_recipe` makes a dataclass, which one cannot see without running it."""
+    """Extension for `strict_recipe`, which makes a dataclass only when the code runs."""
 
     def on_class_instance(self, *, cls: griffe.Class, **_: Any) -> None:
-        """Take that decorator for the one of the standard library."""
+        """Treat `strict_recipe` as the decorator of the standard library."""
         if any(str(decorator.value) == "strict_recipe" for decorator in cls.decorators):
             cls.decorators.append(griffe.Decorator(DATACLASS, lineno=cls.lineno, endlineno=cls.lineno))

@@ -1,4 +1,4 @@
-"""What the pages link to outside of this folder is a part of the site, so that a link is the same in a checkout."""
+"""Add the linked files outside docs/ to the site, so that links work there as in a checkout."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ LINKED = ("CONTRIBUTING.md", "notebooks/*.ipynb", "recipes/**/*.yaml", "benchmar
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add files of the checkout, under the paths that they have there."""
+    """Add linked files of the checkout under their own paths."""
     for path in (path for pattern in LINKED for path in sorted(ROOT.glob(pattern))):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """A link that leaves this folder stays in the site, where those files are."""
+    """Point links that leave docs/ to the same files in the site."""
     return markdown.replace("](../", "](")

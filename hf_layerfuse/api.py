@@ -48,7 +48,7 @@ def fuse(
     Raises:
         RecipeError: Unknown field or impossible target.
         UnsupportedModelError: Unknown architecture, or a model that cannot be fused.
-        VerificationError: Result that changes when it is saved and loaded, or when it decodes with a cache.
+        VerificationError: Result whose outputs change after saving and loading, or when decoding with a cache.
 
     Examples:
         >>> small = fuse(model, keep_layers=8, batches=batches)  # doctest: +SKIP
@@ -84,7 +84,7 @@ def collapse(
     Raises:
         RecipeError: Unknown field or impossible target.
         UnsupportedModelError: Unknown architecture, or a model whose MLPs cannot become linear.
-        VerificationError: Result that changes when it is saved and loaded, or when it decodes with a cache.
+        VerificationError: Result whose outputs change after saving and loading, or when decoding with a cache.
 
     Examples:
         >>> small = collapse(model, count=4, batches=batches)  # doctest: +SKIP
@@ -118,7 +118,7 @@ def merge(
     Raises:
         RecipeError: Unknown field, latency budget that cannot be met, or missing batches.
         UnsupportedModelError: Unknown architecture, or a model without convolutions that can be merged.
-        VerificationError: Result that changes when it is saved and loaded.
+        VerificationError: Result whose outputs change after saving and loading.
 
     Examples:
         >>> fast = merge(model, latency_budget=0.6, batches=batches)  # doctest: +SKIP

@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    model = plan.add_argument("model", help="as for inspect; for a config, layers are grouped into runs of even length")
+    model = plan.add_argument("model", help="as for inspect; with a config, layers form runs of about equal length")
     text = plan.add_argument("--text", type=Path, metavar="FILE", help="text file for a similarity of activations")
     model.complete = text.complete = shtab.FILE
     report = commands.add_parser(

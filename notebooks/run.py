@@ -1,8 +1,8 @@
-"""Run notebooks from top to bottom, and keep in them what they show.
+"""Run notebooks from top to bottom, and store their outputs.
 
     python notebooks/run.py [NOTEBOOK ...]
 
-All of them, if none is named; each in a kernel of its own and in an empty directory.
+By default, this runs all notebooks. Each runs in its own kernel and in an empty directory.
 """
 
 import os
@@ -15,12 +15,12 @@ from nbclient import NotebookClient
 
 
 def executed(path: Path, folder: str | Path) -> nbformat.NotebookNode:
-    """The notebook with what it shows now; what it writes goes to the folder."""
+    """The notebook with new outputs; files that it writes go to the folder."""
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(folder)}}
     client = NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, resources=resources)
-    client.execute(env={**os.environ, "DS_ACCELERATOR": "cpu"})  # or DeepSpeed, where it is, prints what it has found
-    notebook.metadata.language_info = {"name": "python"}  # and not the version that it was run with
+    client.execute(env={**os.environ, "DS_ACCELERATOR": "cpu"})  # or DeepSpeed, if installed, prints the device
+    notebook.metadata.language_info = {"name": "python"}  # without the version of Python
     return notebook
 
 

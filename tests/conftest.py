@@ -41,7 +41,8 @@ def causal_lm(request):
 
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions take as long as they have products, transformers as they have parameters: no test is timed."""
+    """Replace timing: convolutions take time in proportion to their multiplications, and transformers to their
+    parameters."""
 
     def milliseconds(name: str, run) -> float:
         if isinstance(run, partial) and run.args:  # images
@@ -59,7 +60,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fresh_accelerate(monkeypatch: pytest.MonkeyPatch):
-    """Accelerate keeps its settings for the whole process; every test has them to itself, and is about a CPU."""
+    """Reset the process-wide settings of Accelerate for every test, and use the CPU."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     yield
@@ -69,14 +70,14 @@ def fresh_accelerate(monkeypatch: pytest.MonkeyPatch):
 
 @dataclass
 class Interruption:
-    """How many backward passes there were."""
+    """Number of backward passes so far."""
 
     passes: int = 0
 
 
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch):
-    """`interrupt(moment, error)` raises an error in the place of one backward pass, counted from 1, of Accelerate."""
+    """`interrupt(moment, error)` raises an error instead of one backward pass of Accelerate, counted from 1."""
 
     def install(moment: int, error: type[BaseException] = InterruptedError) -> Interruption:
         backward, interruption = Accelerator.backward, Interruption()

@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture, their inputs, and what several tests do with them."""
+"""Tiny random models of every architecture, their inputs, and helpers for several tests."""
 
 import copy
 import importlib
@@ -57,7 +57,7 @@ _VIT = {
 _LLAMA = {**_TEXT, **_TOKENS, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
 
 
-# one row an architecture: what makes it tiny
+# one row per architecture: its tiny config
 TINY = {
     "gpt2": {**_TOKENS, "vocab_size": 64, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64},
     "bert": _BERT,
@@ -103,7 +103,7 @@ def tiny_config(model_type: str, head: type[PreTrainedModel] | None = None, **ch
 
 
 def tiny_model(model_type: str, head: type[PreTrainedModel] | str | None = None, seed: int = 0, **changes):
-    """A random model whose blocks all do something: norms and biases are random too."""
+    """A random model in which every parameter has an effect: norms and biases are random too."""
     if head is None:
         head = heads_of(model_type)[0]
     if isinstance(head, str):
@@ -123,7 +123,7 @@ def some_batches(model: PreTrainedModel, count: int = 6) -> list[dict[str, torch
 
 
 def predicted(model: PreTrainedModel) -> torch.Tensor:
-    """What a model makes of random inputs, in its data type."""
+    """Output of a model for random inputs, in its data type."""
     inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in example_inputs(model).items()}
     with torch.inference_mode():
         return prediction(model(**inputs))
@@ -152,7 +152,7 @@ _RESNET = {"depths": [2, 3, 2], "hidden_sizes": [8, 16, 16], "embedding_size": 8
 _MOBILE = {"depth_multiplier": 0.25, "depth_divisible_by": 4, "min_depth": 4, "expand_ratio": 2, "image_size": 48}
 
 
-# one row a chain of convolutions: the class and the config
+# one row per convolutional network: its class and its config
 NETWORKS = {
     "basic": (ResNetForImageClassification, ResNetConfig(layer_type="basic", **_RESNET)),
     "bottleneck": (ResNetForImageClassification, ResNetConfig(**_RESNET)),
@@ -176,7 +176,7 @@ CHAINS = [pytest.param(name, marks=pytest.mark.slow) if name in _VARIANTS else n
 
 @cache
 def network(name: str):
-    """A random model in float64, whose norms have seen some images, so that what they give is of size one."""
+    """A random model in float64. Its norms have statistics of images, so that their outputs have size one."""
     make, config = NETWORKS[name]
     torch.manual_seed(0)
     model = make(copy.deepcopy(config)).double().train()
@@ -195,7 +195,7 @@ WHOLE = {"gpt2": "GPT2LMHeadModel", "vit": "ViTModel", "deit": "DeiTModel"}
 
 
 def whole(model_type, layers=4, **changes):
-    """A model with an output of many dimensions, whose loss few sequences tell."""
+    """A model with an output of many dimensions, whose loss is reliable with few sequences."""
     return tiny_model(model_type, WHOLE.get(model_type), num_hidden_layers=layers, **changes)
 
 
@@ -225,7 +225,7 @@ def chain_plan(model, *edits) -> Plan:
 
 
 def some_chain_plan(model, seed: int, merged: bool = True) -> Plan:
-    """Segments of two or more convolutions, with any of their kernels, one after the other."""
+    """A plan of consecutive segments of two or more convolutions, with any of their kernels."""
     chance, chain, edits, at = random.Random(seed), chain_of(model), [], 0
     while at < chain.length:
         ends = [j for i, j in chain.segments() if i == at and j > at + 1]
@@ -263,7 +263,7 @@ PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType
 
 
 def on_two_processes(folder: Path, program: str, *arguments: str | Path, kind: str = "MULTI_CPU") -> str:
-    """Run a program on two processes of a launcher, and return what they print."""
+    """Run a program on two processes of a launcher, and return their output."""
     folder.mkdir(exist_ok=True)
     path = folder / "program.py"
     path.write_text(_ON_CPU + program if kind == "DEEPSPEED" else program)

@@ -1,4 +1,4 @@
-"""A Hub on loopback that speaks the HTTP endpoints that `huggingface_hub` asks: to read, and to publish."""
+"""A Hub on loopback with the HTTP endpoints that `huggingface_hub` uses to read and to publish."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WRITE = {
 
 @dataclass
 class Repository:
-    """Commits by their names, each of which has all files whole, and branches that point to one of them."""
+    """Commits by name, each with all of its files, and branches that point to commits."""
 
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -52,22 +52,22 @@ class Repository:
         return name
 
     def files(self, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
-        """The commit that a branch or the name of a commit leads to, and its files."""
+        """Name and files of the commit that a branch or a commit name refers to."""
         name = self.branches.get(revision or "main", revision)
         return None if name not in self.commits else (name, self.commits[name])
 
 
 @dataclass
 class Hub:
-    """All that a Hub has. Repositories that are folders below `root`, `models/OWNER/NAME`, are there at first.
+    """Content of a Hub. Folders `models/OWNER/NAME` below `root` are its initial repositories.
 
     Attributes:
-        root: of these folders.
-        url: what HF_ENDPOINT has to be.
-        repositories: (`models` or `datasets`, `OWNER/NAME`) -> what there is.
-        objects: large files that were uploaded whole, by their SHA-256.
-        drops: kind of request -> how many more of them end with a dropped connection.
-        log: method and path of each request.
+        root: Folder with the repositories.
+        url: Value for HF_ENDPOINT.
+        repositories: Repositories by kind (`models` or `datasets`) and `OWNER/NAME`.
+        objects: Large files that were uploaded completely, by their SHA-256.
+        drops: Number of requests that still end with a dropped connection, by kind of request.
+        log: Method and path of each request.
     """
 
     root: Path
@@ -233,7 +233,8 @@ class Handler(BaseHTTPRequestHandler):
         return self._send_json({"commitUrl": f"{self.hub.url}/{asked['name']}/commit/{commit}", "commitOid": commit})
 
     def _own(self, asked: dict[str, str]) -> Repository | None:
-        """The repository that is written to; None, and an answer, where it is not there or another's."""
+        """The repository to write to. If it does not exist or has another owner, this answers the request and returns
+        None."""
         repository = self.hub.repository(asked["kind"], asked["name"])
         if repository is None:
             self._send_error(HTTPStatus.NOT_FOUND, "RepoNotFound")
@@ -269,7 +270,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Silence: what is asked is no news."""
+        """Log nothing."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Runs of recipes on tiny models and data, and what such runs leave: plans, results and the files of a page."""
+"""Runs of recipes on tiny models and data, and their output: plans, results and the files of a page."""
 
 import dataclasses
 import json
@@ -89,7 +89,7 @@ def image_classification(path: Path) -> list[str]:
 
 
 def local(path: Path, task: str, suffix: str | None) -> list[str]:
-    """A recipe file for data in `path`, and the words that run it."""
+    """A recipe file for data in `path`, and the arguments that run it."""
     splits = {
         split: str(path / (f"{split}.{suffix}" if suffix else split)) for split in ("train", "validation", "test")
     }
@@ -172,7 +172,7 @@ def results(**changes) -> RunResults:
 
 
 def written(folder: Path, plan: Plan = PLAN, made=None) -> Path:
-    """A folder with the files that a page is made of."""
+    """A folder with the files that a page needs."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.json").write_text(plan.to_json())
     tree = results(recipe=dataclasses.asdict(made or recipe())).to_dict()

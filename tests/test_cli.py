@@ -1,4 +1,4 @@
-"""Help and a bare import wait for no heavy library, and the Auto classes know fused models all the same."""
+"""Help and a plain import load no heavy library, and the Auto classes still know fused models."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ HEAVY = ("torch", "transformers", "accelerate", "datasets", "scipy", "matplotlib
 
 
 def python(code: str) -> str:
-    """Run code in a fresh process. Returns what it prints."""
+    """Output of code in a new process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -38,7 +38,7 @@ def python(code: str) -> str:
     ],
 )
 def test_help_is_light(function, words) -> None:
-    """Help and completion import the parser and the recipes, and nothing that computes."""
+    """Help and completion import the parser and the recipes, and no library that computes."""
     printed = python(
         "import contextlib, sys\n"
         f"from hf_layerfuse.cli import {function}\n"
@@ -51,7 +51,7 @@ def test_help_is_light(function, words) -> None:
 
 
 def test_run_is_fuse_py(tmp_path, capsys) -> None:
-    """`hf-layerfuse run` and `fuse.py` have the same options, and refuse the same with the same words."""
+    """`hf-layerfuse run` and `fuse.py` have the same options and the same error messages."""
     texts = []
     for command, words in ((main, ["run"]), (run, [])):
         with pytest.raises(SystemExit):
@@ -69,7 +69,7 @@ def test_run_is_fuse_py(tmp_path, capsys) -> None:
 
 
 def test_similarities_in_the_help(capsys) -> None:
-    """The parser takes the measures from the recipe; they are those that can be computed."""
+    """The parser takes the similarities from the recipe, and all of them can be computed."""
     with pytest.raises(SystemExit):
         main(["inspect", "--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -78,7 +78,7 @@ def test_similarities_in_the_help(capsys) -> None:
 
 
 def test_import_is_light() -> None:
-    """The package is imported without heavy libraries; the recipes and the plan need no torch either."""
+    """The package is imported without heavy libraries; recipes and plans do not need torch."""
     code = f"import sys, hf_layerfuse; print([name for name in {HEAVY} if name in sys.modules])"
     assert python(code) == "[]\n"
     code = "import sys; from hf_layerfuse import FusionRecipe, Plan, PlanError; print('torch' in sys.modules)"
@@ -86,7 +86,7 @@ def test_import_is_light() -> None:
 
 
 def test_names() -> None:
-    """Every public name resolves, a star takes them all, and an unknown one is an AttributeError."""
+    """Every public name can be imported, `*` imports all, and an unknown name is an AttributeError."""
     for name in hf_layerfuse.__all__:
         assert getattr(hf_layerfuse, name).__module__.startswith("hf_layerfuse."), name
     space: dict[str, object] = {}
@@ -116,12 +116,12 @@ def checkpoint(tmp_path_factory) -> Path:
     ],
 )
 def test_fused_checkpoints_load_in_a_fresh_process(checkpoint, code) -> None:
-    """The Auto classes know fused models, whichever of the two libraries is imported first."""
+    """The Auto classes know fused models, in either order of importing the two libraries."""
     assert "FusedGPT2" in python(f"{code}; print(type(Auto.from_pretrained({str(checkpoint)!r})).__name__)")
 
 
 def test_a_fused_model_is_unpickled_in_a_fresh_process(checkpoint) -> None:
-    """A pickle names the class by its module, which registers the fused classes when it is imported."""
+    """A pickle names the class by its module, and importing the module registers the fused classes."""
     code = (
         "import pickle, sys, hf_layerfuse, subprocess; from transformers import AutoModel; "
         f"data = pickle.dumps(AutoModel.from_pretrained({str(checkpoint)!r})); "

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md works as it is written: its code makes an architecture known that this package has never seen."""
+"""The guide in CONTRIBUTING.md works as written: its code registers an architecture that is new to the package."""
 
 import os
 import re
@@ -70,7 +70,7 @@ print("done")
 
 
 def test_adding_an_architecture_works_as_written(tmp_path):
-    """The code of the guide, to the letter, is all it takes to fuse, save, reload and verify a model that is new."""
+    """The unchanged code of the guide is enough to fuse, save, reload and verify a new model."""
     code = blocks_of("Add an architecture")
     assert len(code) == 2
     (tmp_path / "toy.py").write_text("\n".join(code), encoding="utf-8")
@@ -86,8 +86,7 @@ def test_adding_an_architecture_works_as_written(tmp_path):
 
 
 def test_an_unknown_architecture_is_refused_with_directions():
-    """A model without an architecture gets an error that lists the known ones and points at the guide, where that
-    is."""
+    """The error for an unknown architecture lists the known ones and refers to the guide, which exists."""
 
     class UnknownConfig(PreTrainedConfig):
         model_type = "unheard-of"
@@ -106,7 +105,7 @@ def test_an_unknown_architecture_is_refused_with_directions():
 
 
 def test_registering_needs_a_config_class():
-    """An architecture for a config that nobody registered is refused with the two calls that are missing."""
+    """An architecture without a registered config is refused with the two missing calls."""
 
     class Architecture(TransformerArchitecture):
         model_type = "unheard-of"
@@ -117,8 +116,7 @@ def test_registering_needs_a_config_class():
 
 
 def test_every_built_in_architecture_is_tested():
-    """Each architecture that comes with the package has its row in `TINY` or `NETWORKS`, and the guide names the
-    place."""
+    """Each built-in architecture has a row in `TINY` or `NETWORKS`, and the guide names this place."""
     chains = {config.model_type for _, config in NETWORKS.values()}
     assert {architecture.model_type for architecture in BUILTIN} == TINY.keys() | chains - {"cifar_resnet"}
     assert "`TINY`" in GUIDE.read_text(encoding="utf-8")

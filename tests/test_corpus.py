@@ -1,4 +1,4 @@
-"""What earlier releases have saved still loads, and computes the same: `corpus/make.py` wrote it with each of them."""
+"""Artifacts of earlier releases still load and compute the same; `corpus/make.py` wrote them with each release."""
 
 import json
 import os
@@ -25,14 +25,14 @@ CORPUS = Path(__file__).parent / "corpus"
 
 
 def report(folder: Path, page: Path) -> int:
-    """The exit status of `hf-layerfuse report`, which writes a page. The one place that knows where the command is."""
+    """Exit status of `hf-layerfuse report`, which writes a page. Only this function knows the path of the command."""
     from hf_layerfuse.cli import main
 
     return main(["report", str(folder), "--output", str(page)])
 
 
 def found(pattern: str) -> list:
-    """What every release wrote of a kind, each under its path; that there is any, a test of its own says."""
+    """Artifacts of a kind from every release, by path. A separate test checks that there are any."""
     paths = sorted(path for path in CORPUS.glob(f"*/{pattern}") if not path.name.startswith("."))
     return [pytest.param(path, id=str(path.relative_to(CORPUS))) for path in paths]
 
@@ -42,14 +42,14 @@ SHIPPED = found("checkpoints/*-with-code")
 
 
 def expected_of(folder: Path) -> tuple[str, dict[str, torch.Tensor], torch.Tensor]:
-    """The Auto class of a checkpoint, inputs, and the logits that the release that wrote it made of them."""
+    """Auto class of a checkpoint, its inputs, and the logits that its release computed."""
     tree = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     inputs = {name: torch.tensor(values) for name, values in tree["inputs"].items()}
     return tree["auto_class"], inputs, torch.tensor(tree["outputs"]["logits"])
 
 
 def test_every_kind_is_there():
-    """A corpus that was moved or lost is no corpus that passes: each release has all four kinds of artifacts."""
+    """Each release has all four kinds of artifacts, so a moved or lost corpus does not pass."""
     releases = [path for path in CORPUS.iterdir() if path.is_dir() and path.name[0].isdigit()]
     assert CORPUS / "0.1.0" in releases
     for release in releases:
@@ -60,7 +60,7 @@ def test_every_kind_is_there():
 
 @pytest.mark.parametrize("folder", CHECKPOINTS)
 def test_a_checkpoint_computes_what_it_did(folder):
-    """Its logits are those that the release computed, loaded by the library as by the Auto class of its head."""
+    """The logits equal those of the release, loaded by this library and by the Auto class of the head."""
     auto_class, inputs, logits = expected_of(folder)
     for loader in (AutoFusedModel, getattr(transformers, auto_class)):
         model = loader.from_pretrained(folder).eval()
@@ -85,7 +85,7 @@ for name in sys.argv[1:]:
 
 
 def test_shipped_code_runs_without_the_library(tmp_path):
-    """The code beside a checkpoint is that of the release: it computes the same where no release is installed."""
+    """The code beside a checkpoint is that of its release, and computes the same without this library."""
     hidden = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-W", "error::UserWarning", "-c", _ALONE]
     command += [str(shutil.copytree(p.values[0], tmp_path / str(i))) for i, p in enumerate(SHIPPED)]
@@ -95,7 +95,7 @@ def test_shipped_code_runs_without_the_library(tmp_path):
 
 @pytest.mark.parametrize("path", PLANS)
 def test_a_plan_is_written_as_it_was_read(path):
-    """Its edits and format are those of the file after reading and writing; nothing of its notes is unknown or lost."""
+    """Reading and writing a plan keeps its edits and format, and loses nothing of its notes."""
     tree = json.loads(path.read_text(encoding="utf-8"))
     plan = Plan.load(path)
     assert plan.edits
@@ -110,7 +110,7 @@ def test_a_plan_is_written_as_it_was_read(path):
 
 @pytest.mark.parametrize("folder", RUNS)
 def test_a_run_has_a_page(folder, tmp_path, capsys):
-    """Its plan, its results and its recipe are read, and a page is written of them; its model has the size it had."""
+    """The plan, results and recipe of a run can be read, and give a page; its model has the same size."""
     page = tmp_path / "report.html"
     assert report(folder, page) == 0, capsys.readouterr().err
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -125,10 +125,8 @@ def test_a_run_has_a_page(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("path", TABLES)
 def test_a_table_is_known_for_what_it_is_of(path, tmp_path):
-    """A table of another model is refused by what it says it was measured on, and neither as damaged nor by its format.
-
-    That its numbers serve another search of the same model cannot be tested on another machine than theirs.
-    """
+    """A table of another model is refused because of its conditions, not as damaged or by its format. That its numbers
+    serve another search of the same model can only be tested on the machine that measured them."""
     shutil.copy(path, tmp_path)
     model, timed = AutoFusedModel.from_pretrained(_stock(path.parent.name, tmp_path)), {"tables": str(tmp_path)}
     if path.parent.name == "merge":
@@ -137,14 +135,14 @@ def test_a_table_is_known_for_what_it_is_of(path, tmp_path):
     else:
         batches = [{"input_ids": torch.arange(8).view(1, 8)}] * 4
         run, recipe = search, FusionRecipe(latency_budget=0.9, latency_repeats=1, **timed)
-    with pytest.raises(LayerFuseError, match="was measured on something else") as caught:
+    with pytest.raises(LayerFuseError, match="was measured under other conditions") as caught:
         run(model, recipe, batches)
     assert path.name in str(caught.value)
     assert "format was" not in str(caught.value)
 
 
 def _stock(kind: str, folder: Path) -> Path:
-    """A checkpoint of another model than those of the tables."""
+    """A checkpoint of a model other than those of the tables."""
     torch.manual_seed(7)
     if kind == "merge":
         config = transformers.ResNetConfig(depths=[2], hidden_sizes=[8], embedding_size=8, layer_type="basic")

@@ -1,4 +1,4 @@
-"""What is done on a GPU is what is done on a CPU: every method, for every architecture."""
+"""A GPU gives the same results as a CPU, for every method and architecture."""
 
 import copy
 import math
@@ -40,7 +40,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions with all bits of float32."""
+    """Run convolutions in full float32 precision."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -54,7 +54,7 @@ def on_gpu(model):
 
 
 def outputs(model) -> torch.Tensor:
-    """What a model makes of random inputs, on the CPU."""
+    """Outputs of a model for random inputs, on the CPU."""
     inputs = example_inputs(model, 4)
     with torch.inference_mode():
         found = prediction(model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}))
@@ -67,7 +67,8 @@ def assert_alike(model, other) -> None:
 
 
 def assert_made_alike(found, original, batches) -> None:
-    """What was found on the GPU stayed there, can be checked there, and is what its plan makes on the CPU."""
+    """Check that the result of a search on the GPU is still there, can be verified there, and equals its plan applied
+    on the CPU."""
     assert found.model.device.type == "cuda"
     verify(found.model)
     student = apply(original, found.plan)
@@ -116,7 +117,7 @@ def test_convolutions_are_merged(name, steady) -> None:
 
 
 def test_blocks_and_convolutions_are_timed(tmp_path) -> None:
-    """On the device of the model, which the tables name."""
+    """Latencies are measured on the device of the model, and the tables name it."""
     model = on_gpu(whole("gpt2"))
     times = BlockTimes(model, example_inputs(model), tmp_path / "blocks.json")
     assert 0 < times.layer(0) < times.original
@@ -129,7 +130,7 @@ def test_blocks_and_convolutions_are_timed(tmp_path) -> None:
 
 
 def test_losses_on_the_gpu_are_those_on_the_cpu() -> None:
-    """So that a table of one can be used on the other."""
+    """Losses agree, so that a table from one device can be used on the other."""
     model = copy.deepcopy(network("cifar")).float()
     sample, entries = Sample.of(some_batches(model)), entries_of(model, 5)
     tables = [Losses(other, sample) for other in (model, on_gpu(model))]
@@ -143,7 +144,7 @@ def test_losses_on_the_gpu_are_those_on_the_cpu() -> None:
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("compress", [fuse, collapse, merge])
 def test_the_result_is_retrained(compress, precision, tmp_path, steady, accelerate) -> None:
-    """In each precision, from float32 weights, with the original as teacher; it reloads as it is."""
+    """Healing works in each precision, from float32 weights, with the original as teacher; the result reloads."""
     if compress is merge:
         model = copy.deepcopy(network("cifar")).float()
         batches, asked = some_batches(model), {"latency_budget": 0.8}

@@ -1,4 +1,4 @@
-"""What the README, the guide and the pages in docs/ show is so: code and commands run, messages are the package's."""
+"""The README, the guide and docs/ are correct: code and commands run, and messages are those of the package."""
 
 import argparse
 import ast
@@ -58,7 +58,8 @@ def classifier(path: Path) -> None:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """The working directory: fuse.py and recipes/ of this checkout, models and texts under the names of the pages."""
+    """A working directory with fuse.py and recipes/ of this checkout, and models and texts under the names in the
+    pages."""
     for name in ("fuse.py", "recipes"):
         (tmp_path / name).symlink_to(ROOT / name)
     save_text_model(tmp_path / "openai-community" / "gpt2", "GPT2LMHeadModel", n_layer=12, n_positions=128)
@@ -85,7 +86,7 @@ def dataset(path: Path, config: str, splits: dict[str, datasets.Dataset]) -> Non
 
 
 def fill_hub(root: Path) -> None:
-    """Models and data that the recipes name."""
+    """Put the models and data of the recipes on the Hub."""
     models, data = root / "models", root / "datasets"
     save_text_model(models / "openai-community" / "gpt2", "GPT2LMHeadModel", n_layer=12)
     save_text_model(models / "textattack" / "bert-base-uncased-SST-2", "BertForSequenceClassification")
@@ -116,7 +117,7 @@ def fill_hub(root: Path) -> None:
     ],
 )
 def test_python_blocks_run(here, capsys, page):
-    """The blocks of a page run one after the other, as they stand."""
+    """The blocks of a page run unchanged, one after the other."""
     names: dict = {}
     for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), names)
@@ -130,7 +131,7 @@ def test_python_blocks_run(here, capsys, page):
 
 
 def test_python_blocks_are_known():
-    """There is no page with Python that no test runs; that of CONTRIBUTING.md is all run by its own."""
+    """Every page with Python has a test; test_contributing.py runs the code in CONTRIBUTING.md."""
     [mark] = [mark for mark in test_python_blocks_run.pytestmark if mark.name == "parametrize"]
     run = {page if isinstance(page, str) else page.values[0] for page in mark.args[1]}
     assert {page for page in PAGES if blocks(page, "python")} == run | {"CONTRIBUTING.md", "docs/sharing.md"}
@@ -138,7 +139,7 @@ def test_python_blocks_are_known():
 
 
 def run(command: list[str], here: Path, url: str | None = None) -> subprocess.CompletedProcess:
-    """Run a command in a fresh process, with this checkout's package, on the CPU, and with a Hub or none."""
+    """Run a command in a new process, with this checkout's package, on the CPU, with or without a Hub."""
     own = {"HF_HOME": str(here / "home"), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     own |= {"PYTHONPATH": str(ROOT), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     own["HF_DATASETS_CACHE"] = str(here / "home" / "datasets")
@@ -151,7 +152,7 @@ def run(command: list[str], here: Path, url: str | None = None) -> subprocess.Co
 
 @pytest.mark.slow
 def test_sharing(here):
-    """What that page shows runs in a process of its own, with a Hub; one block in one where this library is missing."""
+    """The blocks of that page run in their own process, with a Hub; one block runs without this library."""
     code = [block.replace("user/", "someone/") for block in blocks("docs/sharing.md", "python")]
     [elsewhere] = [block for block in code if "trust_remote_code" in block]
     code.remove(elsewhere)
@@ -178,7 +179,7 @@ SMALLER = shlex.split(
 
 
 def existing_target(words: list[str], here: Path) -> None:
-    """`make TARGET`: the rules say what to do, which is not done."""
+    """`make TARGET`: make knows the rules; they are not run."""
     assert len(words) == 2
     planned = subprocess.run(["make", "-n", words[1]], cwd=ROOT, capture_output=True, text=True, check=False)
     assert planned.returncode == 0, planned.stderr
@@ -187,7 +188,7 @@ def existing_target(words: list[str], here: Path) -> None:
 
 
 def requirement(words: list[str], here: Path) -> None:
-    """`pip install -e .[EXTRA]`: this checkout, and an extra that it has."""
+    """`pip install -e .[EXTRA]`: this checkout has the extra."""
     assert words[:3] == ["pip", "install", "-e"]
     [target] = words[3:]
     assert target.startswith(".")
@@ -196,7 +197,7 @@ def requirement(words: list[str], here: Path) -> None:
 
 
 def benchmark(words: list[str], here: Path) -> None:
-    """`python benchmarks/X.py ...`: its parser takes these words; what it does takes hours."""
+    """`python benchmarks/X.py ...`: its parser accepts the arguments; the run itself would take hours."""
     tree = ast.parse((ROOT / words[1]).read_text(encoding="utf-8"))
     added = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and "add_argument" in ast.unparse(node.func)]
     flags = [call.args[0].value for call in added]
@@ -211,13 +212,13 @@ def benchmark(words: list[str], here: Path) -> None:
 
 
 def looked_at(words: list[str], here: Path) -> None:
-    """`hf-layerfuse ...`, for real, on a local checkpoint in the place of that on the Hub."""
+    """`hf-layerfuse ...`: runs on a local checkpoint instead of the one on the Hub."""
     shown = run([str(BIN / words[0]), *words[1:]], here).stdout
     assert "parameters" in shown
 
 
 def reported(words: list[str], here: Path) -> None:
-    """`hf-layerfuse report OUTPUT_DIR`, for real, on what a run would have left there."""
+    """`hf-layerfuse report OUTPUT_DIR`: runs on the output of a run."""
     written(here / words[2])
     run([str(BIN / words[0]), *words[1:]], here)
     assert (here / words[2] / "report.html").is_file()
@@ -243,7 +244,7 @@ def split_launch(words: list[str]) -> tuple[dict[str, str], list[str], list[str]
 
 
 def launched(words: list[str], here: Path) -> None:
-    """A recipe, for real, with few steps on few rows; what is on the Hub is on one that stands in for it."""
+    """A recipe: runs with few steps on few rows; a local Hub replaces the real one."""
     fill_hub(here / "hub")
     shutil.rmtree(here / "openai-community")  # a folder would be taken for the name
     save_text_model(here / "path" / "to" / "your-bert", "BertForSequenceClassification")
@@ -267,7 +268,7 @@ def launched(words: list[str], here: Path) -> None:
 
 
 def private_to_hub(given: list[str]) -> list[str]:
-    """Short options as the fields that they are."""
+    """Short options replaced by the recipe fields that they set."""
     short = {
         "--push_to_hub": ["--hub.push_to_hub"],
         "--revision": ["--hub.revision"],
@@ -277,7 +278,7 @@ def private_to_hub(given: list[str]) -> list[str]:
 
 
 def timed(words: list[str], here: Path) -> None:
-    """A recipe with a latency budget, in this process, where nothing is really timed."""
+    """A recipe with a latency budget: runs in this process, where latencies are simulated."""
     _, launcher, _, given = split_launch(words)
     assert launcher == ["accelerate", "launch"]
     given += [*SMALLER, "--data.name", "null", "--data.config", "null", "--model", str(here / "local" / "model")]
@@ -297,7 +298,8 @@ def timed(words: list[str], here: Path) -> None:
 
 
 def on_several_gpus(words: list[str], here: Path) -> None:
-    """Accelerate reads the configuration, which is for several devices, and the library the recipe."""
+    """A command for several GPUs: Accelerate reads the configuration, which is for several devices, and the library
+    reads the recipe."""
     _, launcher, program, given = split_launch(words)
     assert launcher[:3] == ["accelerate", "launch", "--config_file"]
     assert program == ["fuse.py"]
@@ -306,7 +308,7 @@ def on_several_gpus(words: list[str], here: Path) -> None:
 
 
 def handler(command: str) -> Callable[[list[str], Path], None]:
-    """What a command of a page is checked by."""
+    """Function that checks a command of a page."""
     known = (
         (r"make (demo|test|slow|lint|docs)", existing_target),
         (r"pip install ", requirement),
@@ -336,7 +338,7 @@ COMMANDS = sorted(
 
 
 def test_commands_are_known():
-    """Each line of each `bash` block has a test; there are no other blocks of code but trees."""
+    """Each line of each `bash` block has a check; the only other code blocks are directory trees."""
     assert len(COMMANDS) > 20
     for command in COMMANDS:
         assert handler(command)
@@ -357,7 +359,7 @@ QUICK = ("make", "pip", "python benchmarks/", "accelerate launch --config_file")
     [command if command.startswith(QUICK) else pytest.param(command, marks=pytest.mark.slow) for command in COMMANDS],
 )
 def test_commands_run(request, tmp_path, command):
-    """Every command does what it says on a small scale, or, where it takes hours or several GPUs, exists as written."""
+    """Every command works on a small scale; a command that takes hours or several GPUs exists as written."""
     check = handler(command)
     check(shlex.split(command), tmp_path if command.startswith(QUICK) else request.getfixturevalue("here"))
 
@@ -366,7 +368,7 @@ def test_commands_run(request, tmp_path, command):
 
 
 def templates(path: Path) -> set[str]:
-    """The texts in a file of Python, as the compiler joins them, with … where an expression stands."""
+    """Strings in a Python file, joined as the compiler joins them, with … for expressions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.JoinedStr):
@@ -378,14 +380,14 @@ def templates(path: Path) -> set[str]:
 
 
 def quoted(text: str) -> tuple[list[str], list[str]]:
-    """Messages on the troubleshooting page: those of this package, which are code, and those of others."""
+    """Messages on the troubleshooting page: those of this package, which are in code format, and those of others."""
     lines = re.findall(r"^> (.*)$", text, flags=re.MULTILINE)
     ours = [found[2] for line in lines if (found := re.fullmatch(r"(`+)(.*?)\1", line))]
     return ours, [line for line in lines if not re.fullmatch(r"(`+)(.*?)\1", line)]
 
 
 def test_messages_are_those_of_the_package():
-    """Every message that the troubleshooting page quotes is part of one in the source, value for value."""
+    """Every message on the troubleshooting page is part of a message in the source, word for word."""
     ours, theirs = quoted(PAGES["docs/troubleshooting.md"])
     package = set().union(*(templates(path) for path in (ROOT / "hf_layerfuse").rglob("*.py")))
     assert len(ours) > 30
@@ -403,18 +405,18 @@ def test_messages_are_those_of_the_package():
 
 
 def test_everything_public_is_in_the_reference():
-    """The API page has each name of `__all__`, once and no other, and no module in the place of its function."""
+    """The API page has each name of `__all__` exactly once, and no other, and no module instead of its function."""
     shown = re.findall(r"^::: (\S+)$", PAGES["docs/api.md"], flags=re.MULTILINE)
     assert sorted(path.rpartition(".")[2] for path in shown) == sorted(hf_layerfuse.__all__)
     for path in shown:
         module, _, name = path.rpartition(".")
         assert getattr(importlib.import_module(module), name) is getattr(hf_layerfuse, name)
-        # what reads the source takes a module where there is one
+        # the reader of the source prefers a module of this name
         assert not (ROOT / f"{path.replace('.', '/')}.py").exists(), f"{path} is a module"
 
 
 def test_recipe_fields_are_documented():
-    """Fields of a method are in the table of its page; those of other sections have a line each in what is shown."""
+    """The fields of a method are in the table of its page; the page about running shows all other fields."""
     for page, recipe in (
         ("docs/fusion.md", recipes.FusionRecipe),
         ("docs/collapse.md", recipes.CollapseRecipe),
@@ -433,7 +435,7 @@ def test_recipe_fields_are_documented():
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_links_lead_somewhere(page):
-    """Those of the files that mkdocs does not check: to files that are there, and headings that they have."""
+    """Links in files that mkdocs does not check lead to existing files and headings."""
     links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", PAGES[page])
     assert links
     for target, anchor in links:
@@ -446,7 +448,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.slow
 def test_pages_build(tmp_path):
-    """mkdocs builds the site without a warning, with every link inside of it; and it asks no other site for a font."""
+    """mkdocs builds the site without a warning, every internal link works, and no font comes from another site."""
     # not --quiet, which keeps warnings from being counted
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)

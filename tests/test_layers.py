@@ -1,4 +1,4 @@
-"""Rooms of the package import those below them only, so that each can be read, tested and replaced on its own."""
+"""Rooms of the package import only rooms below them, so that each can be read, tested and replaced on its own."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ RANK = {name: rank for rank, row in enumerate(ROOMS) for name in row}
 
 
 def imports_of(path: Path) -> set[str]:
-    """Absolute names of everything that a file imports, wherever in the file; `from a import b` counts as `a.b`."""
+    """Absolute names of everything that a file imports, anywhere in the file; `from a import b` counts as `a.b`."""
     package = ["hf_layerfuse", *path.relative_to(PACKAGE).parts[:-1]]
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -48,13 +48,14 @@ FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*
 
 
 def test_every_file_is_in_a_room():
-    """A new folder or file at the top of the package says where it belongs: ROOMS names it."""
+    """ROOMS names every folder and file at the top of the package."""
     assert {file.split("/")[0].removesuffix(".py") for file in FILES} == RANK.keys()
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_imports_point_down(file):
-    """No file imports from a room of its own row or above; `training` takes of `models` its modules alone."""
+    """No file imports from another room of its own row or from a higher row; `training` imports only the modules of
+    `models`."""
     room = file.split("/")[0].removesuffix(".py")
     names = {name for name in imports_of(PACKAGE / file) if name.split(".")[0] == "hf_layerfuse"}
     wrong = {name for name in names if room_of(name) != room and RANK[room_of(name)] <= RANK[room]}
@@ -64,7 +65,7 @@ def test_imports_point_down(file):
 
 
 def test_light_rooms_do_without_heavy_libraries():
-    """`math` needs no transformers, `plan` and `errors` need no torch either."""
+    """`math` does not need transformers; `plan` and `errors` do not need torch either."""
     top: dict[str, set[str]] = {}
     for file in FILES:
         room = file.split("/")[0].removesuffix(".py")
@@ -75,14 +76,14 @@ def test_light_rooms_do_without_heavy_libraries():
 
 
 def test_no_public_name_is_a_module():
-    """`import hf_layerfuse.x as x` gives a module, and never the function of that name."""
+    """`import hf_layerfuse.x as x` gives a module, never a function of that name."""
     modules = {path.stem for path in PACKAGE.iterdir()}
     assert not modules & set(hf_layerfuse.__all__)
 
 
 def test_no_test_imports_another():
-    """A test module takes what it shares from `helpers`, `runs`, `trainings` and `hub`, never from a test module; the
-    programs that tests start, which are strings, do the same."""
+    """A test module imports shared code from `helpers`, `runs`, `trainings` and `hub`, never from another test module.
+    The same holds for programs that tests start, which are strings."""
     modules = {path.stem for path in TESTS.rglob("test_*.py")} | {"conftest"}
     wrong, imported = {}, set()
     for path in sorted(TESTS.rglob("*.py")):
@@ -101,6 +102,6 @@ def test_no_test_imports_another():
 
 
 def test_names_of_test_modules_differ():
-    """Test folders are no packages, so pytest needs another name for each file."""
+    """Test folders are not packages, so pytest needs a unique name for each file."""
     names = [path.name for path in TESTS.rglob("test_*.py")]
     assert len(names) == len(set(names))

@@ -1,4 +1,4 @@
-"""The notebooks run in a kernel, and what they show is kept in them."""
+"""The notebooks run in a kernel, and their stored outputs are up to date."""
 
 import ast
 import importlib
@@ -19,7 +19,7 @@ RELATIVE, POINTS = 0.25, 4.0
 
 
 def runner():
-    """`notebooks/run.py`, which writes what is kept."""
+    """`notebooks/run.py`, which stores the outputs."""
     spec = importlib.util.spec_from_file_location("run", FOLDER / "run.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -31,7 +31,7 @@ def code(notebook) -> list:
 
 
 def shown(cell) -> list[tuple[str, str]]:
-    """The outputs of a cell: kind and text, pictures without their pixels; text printed in parts is one."""
+    """Outputs of a cell as (kind, text); pictures have no text, and text printed in parts is joined."""
     found: list[tuple[str, str]] = []
     for output in cell.outputs:
         if output.output_type == "stream":
@@ -47,12 +47,12 @@ def shown(cell) -> list[tuple[str, str]]:
 
 
 def form_of(text: str) -> str:
-    """A text without its numbers, and without the space and the rules that make columns of them."""
+    """A text without numbers, and without the whitespace and rules that align columns."""
     return re.sub(r"\s+", " ", NUMBER.sub("#", text)).strip()
 
 
 def same_number(kept: str, now: str) -> bool:
-    """Whole numbers are counts, and equal; shares and measured figures are near to each other."""
+    """Whether two numbers match: whole numbers are counts and must be equal; shares and measurements must be close."""
     before, after = (float(text.rstrip("%").replace(",", "")) for text in (kept, now))
     if kept.endswith("%"):
         return abs(before - after) <= POINTS
@@ -60,9 +60,9 @@ def same_number(kept: str, now: str) -> bool:
 
 
 def difference(kept, now) -> str:
-    """How what a cell shows now differs from what is kept of it; nothing where it does not.
+    """Difference between the stored and the new outputs of a cell, in words; empty if there is none.
 
-    The numbers of a cell with the tag `varies` depend on the machine, and the words of one with the tag `free` too.
+    In a cell with the tag `varies`, the numbers depend on the machine; with the tag `free`, the words do too.
     """
     tags = kept.metadata.get("tags", [])
     for (kind, before), (kind_now, after) in zip_longest(shown(kept), shown(now), fillvalue=("nothing", "")):
@@ -81,14 +81,14 @@ def difference(kept, now) -> str:
 
 
 def test_there_are_notebooks():
-    """One for each method, and one for the choice of a target."""
+    """There is one notebook for each method, and one for the choice of a target."""
     expected = ["01_fuse_gpt2", "02_collapse_bert", "03_merge_resnet", "04_sweep_and_knee"]
     assert [path.stem for path in NOTEBOOKS] == expected
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_is_kept_as_it_ran(path):
-    """From top to bottom, without errors and noise, without paths of a machine, and small enough to be looked at."""
+    """A notebook was run from top to bottom, without errors, noise or paths of a machine, and is small."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert path.stat().st_size < 300_000
@@ -106,7 +106,7 @@ def test_is_kept_as_it_ran(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_it_imports_is_there(path):
-    """Each name that a notebook imports from this package is where the notebook looks for it."""
+    """Each name that a notebook imports from this package exists."""
     found = 0
     for cell in code(nbformat.read(path, as_version=4)):
         for node in ast.walk(ast.parse(cell.source)):
@@ -121,7 +121,8 @@ def test_what_it_imports_is_there(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_and_shows_what_is_kept(path, tmp_path):
-    """In a kernel of its own, in an empty directory: the same text, and figures that are near to the kept ones."""
+    """In its own kernel and an empty directory, a notebook shows the same text, and numbers close to the stored
+    ones."""
     kept = nbformat.read(path, as_version=4)
     now = runner().executed(path, tmp_path)
     for before, after in zip(code(kept), code(now), strict=True):
@@ -148,7 +149,7 @@ def cell(text: str, *tags: str):
     ],
 )
 def test_differences_are_seen(kept, now, differ):
-    """Words and counts are compared exactly, figures nearly, and tags take back no more than they say."""
+    """Words and counts are compared exactly, and measurements approximately; tags relax only what they say."""
     assert bool(difference(cell(kept), cell(now))) == differ
     assert bool(difference(cell(kept, "varies"), cell(now, "varies"))) == (form_of(kept) != form_of(now))
     assert not difference(cell(kept, "free"), cell(now, "free"))

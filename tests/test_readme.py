@@ -1,4 +1,4 @@
-"""The README and the pages say what the benchmarks measured, and name everything that is there."""
+"""The README and the pages show the measurements of the benchmarks, and name everything that exists."""
 
 import importlib.util
 import re
@@ -22,7 +22,7 @@ def load(path: Path):
 
 
 def test_tables_come_from_the_results():
-    """`python benchmarks/readme.py` would change no page, and every table that it can make has a place on one."""
+    """`python benchmarks/readme.py` would change no page, and every table that it can make is on one."""
     benchmark = load(ROOT / "benchmarks" / "readme.py")
     pages = [path.read_text(encoding="utf-8") for path in benchmark.PAGES]
     assert [benchmark.filled(page) for page in pages] == pages
@@ -30,7 +30,7 @@ def test_tables_come_from_the_results():
 
 
 def test_a_changed_figure_is_written_anew():
-    """A figure that somebody typed does not survive, and a table that there is not is an error."""
+    """A number typed by hand is overwritten, and an unknown table is an error."""
     benchmark = load(ROOT / "benchmarks" / "readme.py")
     [place] = re.findall("<!-- table: headlines -->.*?<!-- end -->", README, flags=re.DOTALL)
     assert benchmark.filled(re.sub(r"\d", "7", place)) == place
@@ -39,7 +39,7 @@ def test_a_changed_figure_is_written_anew():
 
 
 def test_names_everything_that_is_there():
-    """Each architecture and recipe is in the README, and each recipe on the page about running, too."""
+    """Each architecture and recipe is in the README; each recipe is also on the page about running."""
     for name in TINY:
         assert name in README
     for path in (ROOT / "recipes").glob("*.yaml"):
@@ -48,14 +48,14 @@ def test_names_everything_that_is_there():
 
 
 def folders(parent: Path) -> set[Path]:
-    """Folders of the checkout directly inside one: neither hidden nor left out by .gitignore."""
+    """Folders directly inside a folder of the checkout, without hidden and ignored ones."""
     ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").replace("/", "").split()
     found = {path for path in parent.iterdir() if path.is_dir() and path.name not in ignored}
     return {path for path in found if not path.name.startswith((".", "__")) and not path.name.endswith(".egg-info")}
 
 
 def test_the_tree_is_that_of_the_checkout():
-    """The tree in CONTRIBUTING.md names every top-level folder and every room, and nothing that does not exist."""
+    """The tree in CONTRIBUTING.md names every top-level folder and every room, and nothing else."""
     section = CONTRIBUTING[CONTRIBUTING.index("## Where things are") :]
     parents, named = [ROOT], set()
     for line in section.split("```")[1].strip().splitlines():
@@ -79,5 +79,5 @@ def test_public_names_are_documented():
     "name", ["fuse", "plan_fusion", "apply", "verify", "register_architecture", "architecture_for"]
 )
 def test_docstrings_name_their_errors(name):
-    """A public function that can raise says what."""
+    """A public function that can raise has a Raises section."""
     assert "Raises:" in getattr(hf_layerfuse, name).__doc__

@@ -1,4 +1,4 @@
-"""Real checkpoints on real data: the figures that others measured, and what fusing must not break."""
+"""Real checkpoints on real data: published results, and minimum quality after fusing."""
 
 import lzma
 
@@ -30,7 +30,8 @@ def sentiment(shared):
 
 
 def test_bert_and_its_dropped_mlps(sentiment):
-    """The published 89.56%, and 89.79% and 86.70% without the MLP of layer 0 or 2: the norm behind it stays."""
+    """The accuracy is the published 89.56%, and 89.79% and 86.70% without the MLP of layer 0 or 2; the norm after it
+    stays."""
     model, batches = sentiment
     assert classification(model, batches)["accuracy"] == pytest.approx(0.8956, abs=5e-5)
     for layer, accuracy in ((0, 0.8979), (2, 0.8670)):
@@ -40,7 +41,7 @@ def test_bert_and_its_dropped_mlps(sentiment):
 
 @pytest.mark.parametrize("mode", ["depth", "share"])
 def test_bert_with_four_of_six_layers(sentiment, tmp_path, mode):
-    """Without healing it stays far above chance; reloaded from disk it is exactly as good, and smaller."""
+    """Without healing, the result is far above chance; reloaded from disk, it has the same accuracy, and is smaller."""
     model, batches = sentiment
     small = fuse(model, keep_layers=4, mode=mode, effort="low", batches=batches)
     scores = classification(small, batches)
@@ -52,7 +53,7 @@ def test_bert_with_four_of_six_layers(sentiment, tmp_path, mode):
 
 
 def test_gpt2_with_eight_of_twelve_layers(shared):
-    """Calibrated fusing keeps GPT-2 below twice its perplexity, where averaging the same layers does not."""
+    """Fusing with calibration data keeps GPT-2 below twice its perplexity; averaging the same layers does not."""
     path = shared / "models" / "gpt2-wikitext2"
     model = AutoFusedModel.from_pretrained(path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)

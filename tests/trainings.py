@@ -52,7 +52,7 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 
 def blended(model_type, *edits, **changes):
-    """A model, and the same with activations on their way to lines."""
+    """A model, and the same model with `Blend` activations."""
     model = tiny_model(model_type, **changes)
     edits = edits or (Blend(1), Blend(4))
     return model, apply(model, Plan(model_type, LAYERS, edits), some_batches(model))

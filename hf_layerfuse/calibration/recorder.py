@@ -33,7 +33,7 @@ def observe(
             float32 on the model's device, with the same tokens for every block.
 
     Raises:
-        DataError: There are no batches, or every token in them is padding.
+        DataError: No batches, or no tokens but padding.
     """
     states: dict[Kind, list[Tensor]] = {kind: [] for kind in observers}
 

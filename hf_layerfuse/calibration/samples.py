@@ -102,7 +102,7 @@ class Sample:
             share: Share of the sequences to use, evenly spread.
 
         Raises:
-            DataError: There are no sequences, or a batch is not a dict of tensors.
+            DataError: No sequences, or a batch that is not a dict of tensors.
         """
         every = [batch for batch in map(_tensors, batches) if len(next(iter(batch.values())))]
         if not every:

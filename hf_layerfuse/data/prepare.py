@@ -53,7 +53,7 @@ def prepare(dataset: Rows, processor: Processor, data: DataRecipe, task: Task, *
         language models are drawn when rows are batched.
 
     Raises:
-        DataError: `data.max_length` is longer than the model reads, or there is no whole window to train on.
+        DataError: A `data.max_length` longer than the model reads, or too little text for one training window.
     """
     if not isinstance(processor, BaseImageProcessor) and data.max_length > processor.model_max_length:
         raise DataError(
@@ -113,7 +113,7 @@ def loader(
         width); with `labels` (batch, tokens) that are -100 on padding, or (batch,) for classification.
 
     Raises:
-        DataError: There is no full batch to shuffle, or the tokenizer has no padding token.
+        DataError: Too few rows for one shuffled batch, or a tokenizer without a padding token.
     """
     streamed = isinstance(prepared, IterableDataset)
     if shuffle and not streamed and len(prepared) < batch_size:

@@ -117,7 +117,7 @@ def _load(what: str, builder: str, *, split: str = "train", **options: Any) -> R
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"{what} cannot be loaded, or is empty: {error.__cause__ or error}. Check the name and the split, and that "
-            "the file is whole."
+            "the file is complete."
         ) from error
 
 

@@ -41,8 +41,8 @@ class Table:
                     f"{name} was {known.get(name)!r} and is {self.about.get(name)!r}" for name in sorted(changed)
                 )
                 raise LayerFuseError(
-                    f"{path} was measured on something else: {what[:600]}. Delete it to measure anew, or give another "
-                    "folder."
+                    f"{path} was measured under other conditions: {what[:600]}. Delete it to measure anew, or give "
+                    "another folder."
                 )
 
     def put(self, values: Mapping[str, Any]) -> None:

@@ -60,7 +60,7 @@ def calibration_loss(model: nn.Module, reference: nn.Module, batches: Iterable[M
     """Mean divergence of a model from its reference over batches of inputs: see `divergence`.
 
     Raises:
-        DataError: There are no batches.
+        DataError: No batches.
     """
     total = count = 0.0
     with eval_mode(model, reference):

@@ -73,7 +73,7 @@ def watch_tokens(
         after_batch: Function called after each batch with at least one token.
 
     Raises:
-        DataError: There are no batches, or every token in them is padding.
+        DataError: No batches, or no tokens but padding.
     """
     mask: Tensor | None = None
     tokens = 0

@@ -49,7 +49,7 @@ def latency_side_by_side(
         warmup: Number of untimed passes before those.
 
     Returns:
-        For each model and batch size: `median_ms`; `spread_ms`, the distance between the quartiles; `repeats`,
+        Results by model and batch size: `median_ms`; `spread_ms`, the distance between the quartiles; `repeats`,
         `warmup`, `threads`, `device`, `dtype` and `input_shape`.
     """
     results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in models}

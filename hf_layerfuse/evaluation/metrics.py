@@ -79,8 +79,8 @@ def perplexity(
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
     if not 2 <= max_length <= positions or not 1 <= stride <= max_length:
         raise DataError(
-            f"max_length={max_length} and stride={stride} do not fit: the model reads 2 to {positions} tokens, and the "
-            "stride goes from 1 to max_length."
+            f"max_length={max_length} and stride={stride} do not fit: use a max_length of 2 to {positions} tokens, and "
+            "a stride of 1 to max_length."
         )
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if max_windows is not None and len(ids) > max_length + (max_windows - 1) * stride:
@@ -125,7 +125,7 @@ def classification(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
         `accuracy` (share), `cross_entropy` (mean, in nats) and `examples` (rows, or tokens that count).
 
     Raises:
-        DataError: There are no batches.
+        DataError: No batches.
     """
     metric, loss, examples = Accuracy(keep_in_memory=True), 0.0, 0
     with evaluating(model, bf16=bf16) as device:
@@ -161,7 +161,7 @@ def embedding_fidelity(
         `cosine`, the mean over rows of the cosine between the two embeddings.
 
     Raises:
-        DataError: There are no batches.
+        DataError: No batches.
     """
     total, rows = 0.0, 0
     with evaluating(model, bf16=bf16) as device, evaluating(reference, bf16=bf16):

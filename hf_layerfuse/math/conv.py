@@ -147,7 +147,7 @@ class Kernel:
         if (ours.stride, ours.padding, len(ours.bias)) != (theirs.stride, theirs.padding, len(theirs.bias)):
             raise LayerFuseError(
                 f"kernels of {len(self.bias)} and {len(other.bias)} channels, strides {self.stride} and {other.stride} "
-                f"and padding {self.padding} and {other.padding} do not give images of one size, and cannot be added."
+                f"and padding {self.padding} and {other.padding} have outputs of different sizes: they cannot be added."
             )
         return replace(ours, weight=ours.weight + theirs.weight, bias=ours.bias + theirs.bias)
 

@@ -65,7 +65,7 @@ class Frontier:
             if wrong or not 0 <= i < j <= length:
                 raise LayerFuseError(
                     f"the options between boundaries {i} and {j} of {length} are {list(ways)}: use costs of 0 or more, "
-                    "finite values, and parts that lead forward."
+                    "finite values, and boundaries that lead forward."
                 )
         self.length, self.options, self.budget, self.unit = length, options, budget, budget / units
         self.value = np.full((length + 1, units + 1), -np.inf)

@@ -86,8 +86,8 @@ def within(
         limit, took = smaller, measure(chosen)
     if took > NEAR * allowed:
         logging.getLogger(__name__).warning(
-            "the chosen model takes %.3g ms, the budget is %.3g ms: its parts are slower together than alone. Use a "
-            "smaller budget, or more timed rounds.",
+            "the chosen model takes %.3g ms, above the budget of %.3g ms: its parts are slower together than alone. "
+            "Use a smaller budget, or more timed rounds.",
             took,
             allowed,
         )

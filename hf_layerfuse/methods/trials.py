@@ -86,7 +86,7 @@ class Trials:
             return math.inf
         parts = _parts(plan)
         first, behind = _common(parts, self.parts), _common(parts[::-1], self.parts[::-1])
-        # after a drop no remaining layer differs, and the one behind it is refitted
+        # after a drop no remaining layer differs, and the one after it is refitted
         last = min(max(len(parts) - behind, first + 1), len(parts))
         with eval_mode(student):
             layerwise = LayerwiseForward(student, self.teacher_states.layerwise.sample)

@@ -68,7 +68,7 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
       queries with keys, and values with the output projection (orthogonal Procrustes). With rotary positions, queries
       and keys can rotate only by one angle per frequency pair. With norms on queries and keys, they cannot rotate.
 
-    If a fused block runs once (mode `depth`) and has a norm in front of it, the norms of a group are made equal first:
+    If a fused block runs once (mode `depth`) and has a norm before it, the norms of a group are made equal first:
     their difference moves into the maps that read them.
 
     Args:
@@ -147,7 +147,7 @@ def _fit(model: PreTrainedModel, pair: _Pair, reference: Rows, rows: Rows, corre
 
 
 def _folded(rows: Rows) -> Rows:
-    """Rows for comparison: rows of a convolution are multiplied by the gain of the batch norm behind it."""
+    """Rows for comparison: rows of a convolution are multiplied by the gain of the batch norm after it."""
     if "in_norm" not in rows:
         return rows
     weight, _, _, variance = rows["in_norm"].split(1, dim=-1)
@@ -212,7 +212,7 @@ def _correlations(model: PreTrainedModel, pairs: list[_Pair], batches: Batches |
     """Cross-correlations of each block with its reference over all tokens of one pass.
 
     Attention compares the outputs of the heads. MLPs compare the pre-activations of their units, as in the paper:
-    behind the nonlinearity most values are near zero, so a few tokens would dominate. A gated unit is the product of
+    after the nonlinearity, most values are near zero, so a few tokens would dominate. A gated unit is the product of
     two values, and neither is informative alone, so gated MLPs compare the product.
     """
     if not pairs:

@@ -54,8 +54,8 @@ def heal_scope(
 def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) -> tuple[Match, ...]:
     """Pairs of modules of a fused model and its original that should have similar outputs.
 
-    Layer i of the student matches the last original layer of its group, including removed layers behind the group. Its
-    attention matches the attention of the last layer from which it was made. An activation behind merged convolutions
+    Layer i of the student matches the last original layer of its group, including removed layers after the group. Its
+    attention matches the attention of the last layer from which it was made. An activation after merged convolutions
     matches the same activation of the original, if there is one.
 
     Args:

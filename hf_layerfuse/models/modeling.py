@@ -82,7 +82,7 @@ class FusedMixin:
         Args:
             save_directory: Directory of the checkpoint.
             args: Positional arguments of the Transformers method.
-            expanded: Whether to save a stock checkpoint, which is larger, computes the same, and loads everywhere.
+            expanded: Whether to save a stock checkpoint. It is larger, computes the same outputs, and loads everywhere.
             with_code: Whether to save the code of the class with the weights, and `auto_map` in the config. The Auto
                 classes then load the checkpoint with `trust_remote_code=True`. A model that was loaded this way is
                 always saved with its code.

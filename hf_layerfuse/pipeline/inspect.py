@@ -200,7 +200,7 @@ def _batches(name: str, text: Path | None, similarity: str | None) -> Batches | 
     """Lines of a file as batches of 16, cut after 128 tokens; 256 lines at most."""
     if text is None:
         if similarity in ON_ACTIVATIONS:
-            raise DataError(f"--similarity {similarity} compares what layers compute from a text: give --text FILE.")
+            raise DataError(f"--similarity {similarity} compares activations, which need a text: give --text FILE.")
         return None
     try:
         lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()][:256]

@@ -51,7 +51,9 @@ def check_output(path: str | Path, overwrite: bool, keep: Iterable[str | None] =
         target.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(prefix=".layerfuse-", dir=target.parent).cleanup()
     except OSError as error:
-        raise CheckpointError(f"output_dir={str(path)!r} cannot be written: {error}. Choose another.") from error
+        raise CheckpointError(
+            f"output_dir={str(path)!r} cannot be written: {error}. Choose another directory."
+        ) from error
 
 
 def unfinished(path: str | Path, run: object) -> Path:
@@ -85,7 +87,7 @@ def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     processes are removed when the block ends without an exception.
 
     Raises:
-        CheckpointError: As for `check_output`.
+        CheckpointError: Any error of `check_output`.
     """
     path = Path(path).absolute()
     check_output(path, overwrite)

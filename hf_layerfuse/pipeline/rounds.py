@@ -1,4 +1,4 @@
-"""Fuse and heal in as many rounds as the recipe asks for. Finished rounds are kept, so that a run can resume."""
+"""Fuse and heal in the rounds of the recipe. Finished rounds are kept, so that a run can resume."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def fuse_and_heal(recipe: Recipe, original: PreTrainedModel, inputs: RunData, wo
             seed = recipe.seed + number - 1  # rounds read different rows, as long as there are enough
             batches = inputs.calibration() if healing.mix else None
             scope = heal_scope(fused, original, plan, healing, batches=batches, source=(source, step))
-            say(f"healing for {steps} steps; where it is interrupted, the same command goes on")
+            say(f"healing for {steps} steps; if interrupted, rerun the same command to resume")
             report = heal(
                 fused,
                 inputs.train_loader(original, seed),
@@ -99,7 +99,7 @@ def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> lis
     if healing.schedule == "one-shot":
         return [(Goal(), healing.steps)]
     fusion = recipe.fusion  # no other method has rounds
-    by_size = fusion.rank == "auto" or are_unlike(original)  # a number of blocks says little about it
+    by_size = fusion.rank == "auto" or are_unlike(original)  # the number of blocks does not determine the size
     if fusion.ratio is not None and by_size:
         goals = [Goal(ratio=fusion.ratio * share) for share in shares_of(healing)]
     else:
@@ -130,13 +130,13 @@ def _compress(
     inputs: RunData,
     stage: Path,
 ) -> None:
-    """Make a model smaller, measure it, and write the model, its plan and its figures to a folder, or nothing."""
+    """Make a model smaller, measure it, and write the model, its plan and its results to a folder, as a whole."""
     state = process_state()
     batches = inputs.calibration()
     say(method.doing)
     found = method.search(source, recipe, batches)
     fused = round_to(found.model, inputs.dtype)
-    if not method.needs_training(recipe):  # otherwise its quality shows only after the training
+    if not method.needs_training(recipe):  # a model that needs training first is of no use yet
         warn_if_useless(original, fused, batches)
     measured = {} if source is not original else {"before": inputs.measure(original, original, "the original")}
     measured["fused"] = inputs.measure(fused, original, "the fused model")
@@ -161,7 +161,7 @@ def identity_of(recipe: Any, *without: str) -> dict[str, Any]:
 
 
 def round_to(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Round weights to the data type of the file, so that the figures hold for the file."""
+    """Round weights to the data type of the file, so that the results hold for the file."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))

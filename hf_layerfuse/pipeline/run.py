@@ -47,7 +47,7 @@ def run(recipe: Recipe, command: str) -> RunResults:
         The results, which `results.json` holds too; `healed` is set with `heal.steps` above 0.
 
     Raises:
-        LayerFuseError: One of its subclasses, for each problem that the user can fix. A finished result that cannot be
+        LayerFuseError: Problem that the user can fix, as one of its subclasses. A finished result that cannot be
             published stays in its directory.
     """
     state = process_state()
@@ -127,13 +127,13 @@ def _load(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
         processor = auto_class.from_pretrained(recipe.model, **trust)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{recipe.model!r} has no tokenizer or image processor: save the one it was trained with beside it."
+            f"{recipe.model!r} has no tokenizer or image processor: save the one of its training in the same directory."
         ) from error
     if auto_class is AutoTokenizer:
         if len(processor) < model.config.vocab_size // 2:  # from a config alone, transformers makes up an empty one
             raise CheckpointError(
                 f"{recipe.model!r} has no tokenizer: {len(processor)} tokens for a vocabulary of "
-                f"{model.config.vocab_size}. Save the one it was trained with beside it."
+                f"{model.config.vocab_size}. Save the one of its training in the same directory."
             )
         if processor.pad_token is None:
             processor.pad_token = processor.eos_token  # GPT-2 has none; the attention mask hides it

@@ -70,7 +70,7 @@ class Fuse(_Edit):
         layers: Two or more layers of the original, counted from 0, in ascending order.
         mode: Result of the edit: one block (`depth`), or all blocks with shared weights (`share`, `basis`).
         operator: Operator that combines the weights.
-        keep: One of `layers`, for the operators `freeze` and `select`.
+        keep: Member of `layers`, for the operators `freeze` and `select`.
         weights: Share of each of `layers`, for the operator `weighted`.
         align: Symmetry to remove first.
         rank: Rank of the residual at each depth, or size of the basis.
@@ -118,8 +118,8 @@ class Fuse(_Edit):
             raise PlanError(f"Fuse.mode is {self.mode!r}: operator 'select' needs mode='depth'.")
         if (self.weights is not None) != (self.operator == "weighted"):
             raise PlanError(
-                f"Fuse.weights is {self.weights} with operator {self.operator!r}: give weights exactly if the operator "
-                "is 'weighted'."
+                f"Fuse.weights is {self.weights} with operator {self.operator!r}: give weights with operator "
+                "'weighted', and with no other."
             )
         if self.weights is not None and not (
             len(self.weights) == len(self.layers)
@@ -212,7 +212,7 @@ class Linearize(_OneLayer):
             )
         if self.fold and self.rank is not None:
             raise PlanError(
-                f"Linearize.rank is {self.rank}, and with fold the map contains the identity, which has full rank: "
+                f"Linearize.rank is {self.rank}, but with fold the map contains the identity, which has full rank: "
                 "leave out the rank or fold."
             )
 

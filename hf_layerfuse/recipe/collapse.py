@@ -10,10 +10,10 @@ COLLAPSE_TARGETS = ("count", "ratio", "max_parameters", "max_bytes", "max_loss")
 
 @strict_recipe
 class CollapseRecipe:
-    """How MLPs of a model become linear maps (LayerCollapse, Shabgahi et al. 2023).
+    """Settings of a collapse, which makes MLPs linear (LayerCollapse, Shabgahi et al. 2023).
 
     Give exactly one target. `count` is the number of MLPs. `ratio` is the share of all block parameters to remove;
-    `max_parameters` and `max_bytes` limit the size of the whole model: each linearises as many MLPs as it takes.
+    `max_parameters` and `max_bytes` limit the size of the whole model: each linearises as few MLPs as possible.
     `max_loss` limits the divergence from the original: as many MLPs as it allows become linear.
 
     Attributes:
@@ -26,16 +26,16 @@ class CollapseRecipe:
         order: Order in which MLPs become linear. `measured` starts with the cheapest: the one with the lowest
             calibration loss per saved parameter when it alone is linear in the untouched model (needs batches).
             `deepest` starts at the last layer.
-        rank: Rank of the linear maps, which are then the product of two; None is one full map.
-        fold: Whether the linear maps include the residual sum behind them, for BERT and RoBERTa, where a norm follows
-            it.
-        method: Way to the linear maps. `fitted` replaces MLPs at once by maps fitted in closed form. `homotopy` turns
+        rank: Rank of the linear maps, each a product of two maps; None is one full map.
+        fold: Whether the linear maps include the residual sum after them, for BERT and RoBERTa, where a norm follows
+            the sum.
+        method: Way to make MLPs linear. `fitted` replaces MLPs at once by maps fitted in closed form. `homotopy` turns
             their activations into lines during training (`heal.straighten`, `heal.progressive`), and then merges
             the two maps of each MLP, which is exact. Not for gated MLPs.
         faithful: Whether `homotopy` starts from PReLU instead of the model's activation, as published. Otherwise, each
             unit moves to the line that is nearest to its activation on calibration batches.
-        threshold: Maximum 1 - a at which `homotopy` treats an activation as a line; a larger value is an error.
-        merge: Whether `homotopy` replaces the two maps by one in the end. Otherwise it is a regulariser: activations of
+        threshold: Largest distance 1 - a at which `homotopy` treats an activation as a line; more is an error.
+        merge: Whether `homotopy` replaces the two maps by one at the end. Otherwise it is a regulariser: activations of
             the result lie between the original ones and lines.
         refit: Closed-form repair on calibration batches, with `fitted`. `full` fits the linear maps and repairs all
             blocks after the first of them; `maps` fits only the linear maps; `none`, or no batches, leaves

@@ -5,7 +5,7 @@ from .strict import require, strict_recipe
 
 @strict_recipe
 class DataRecipe:
-    """Where the data come from.
+    """Source and preparation of the data.
 
     With `name`, `train`, `validation` and `test` are splits of that Hub data set (slices such as
     `train[:5000]` work); without it they are local files (.txt, .tsv, .csv, .json, .jsonl, each also as .xz or .gz,
@@ -22,7 +22,7 @@ class DataRecipe:
         text_column: Column with the text, or, for token classification, with the words.
         label_column: Column with the class, an int or a string, or, for token classification, with one class per word.
         image_column: Column with the image.
-        max_length: Longest sequence in tokens; for causal language models, the length of the windows.
+        max_length: Maximum sequence length in tokens; for causal language models, the length of the windows.
         calibration_samples: Number of training rows (windows, for causal language models) in the calibration batches.
             Together they should have many times as many tokens as the widest map has inputs: use more of them for
             short texts.

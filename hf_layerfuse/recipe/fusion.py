@@ -10,7 +10,7 @@ TARGETS = ("keep_layers", "ratio", "max_parameters", "max_bytes", "latency_budge
 
 @strict_recipe
 class FusionRecipe:
-    """How a model is made smaller.
+    """Settings of a fusion.
 
     Give exactly one target. `keep_layers` is the number of blocks (of the kind `blocks`) that stay distinct. `ratio` is
     the share of their parameters to remove, met as closely as whole blocks allow. `max_parameters` and `max_bytes`
@@ -25,15 +25,15 @@ class FusionRecipe:
         max_bytes: Maximum size of the weights on disk in bytes, in the dtype of the model, without the file header.
         latency_budget: Share of the original's latency that the result may have on the model's current device,
             0 < latency_budget < 1. Needs batches as long as those that the model will see.
-        latency_ms: Maximum duration of a forward pass in milliseconds, instead of that share.
+        latency_ms: Maximum latency of a forward pass in milliseconds, instead of `latency_budget`.
         mode: Form of a fused block. `depth` runs it once (smaller and faster). `share` uses one set of weights at every
             depth of its group (smaller on disk and in memory, not faster). `basis` combines one shared basis of `rank`
             vectors at every depth of its group (also smaller, not faster).
         rank: Rank of the residual that each depth adds to a shared matrix (`share`), or size of the basis (`basis`).
             With `auto`, all layers of one shape share one set of weights, and the rank is the largest that meets the
             target: a few more numbers per depth help more than a few more sets of weights.
-        blocks: Blocks to fuse: whole layers (`layer`), only their `attention` or `mlp` blocks, or both kinds in groups
-            of their own, to the same number of blocks (`separate`).
+        blocks: Blocks to fuse: whole layers (`layer`), only their `attention` or `mlp` blocks, or both kinds in
+            separate groups, with the same number of blocks (`separate`).
         similarity: Distance between blocks. `euclidean`, `cosine`, `covariance`, `kl` and `wasserstein` compare
             weights; `cka`, `cka_unbiased`, `angular` and `block_influence` compare activations on calibration
             `batches`.

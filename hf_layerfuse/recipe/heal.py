@@ -7,7 +7,7 @@ from .strict import require, strict_recipe
 
 @strict_recipe
 class HealRecipe:
-    """How the fused model is retrained, with the original as teacher.
+    """Settings of healing: the fused model is retrained, with the original as teacher.
 
     The loss is `ce_weight` x cross-entropy + `kl_weight` x KL(teacher || student) at `temperature` (scaled by its
     square, Hinton et al. 2015) + `hidden_weight` and `attention_weight` x the mean squared error of hidden states and
@@ -36,17 +36,17 @@ class HealRecipe:
         kl_weight: Weight of the divergence from the teacher's logits, or, without a head, from its last hidden states.
         hidden_weight: Weight of the error of hidden states, averaged over layers.
         attention_weight: Weight of the error of attention outputs, averaged over layers.
-        teacher_top_k: Number of classes whose teacher log-probabilities are cached on disk, the rest taken as one. The
-            teacher then runs once per training row instead of in every step. For text that is the same in every epoch:
-            causal language models and classification.
+        teacher_top_k: Number of classes whose teacher log-probabilities are cached on disk; the others count as one.
+            The teacher then runs once per training row instead of in every step. Only for text that is the same in
+            every epoch: causal language models and classification.
         temperature: Temperature that softens both distributions in the divergence.
         mixed_precision: Precision of the computation. `auto` is bf16 where the device supports it natively, unless
             `accelerate launch` sets bf16, fp16 or fp8. `no` is float32.
         eval_every: Steps between validations, each with a checkpoint; one more follows at the end. The weights with the
             lowest validation loss are the result.
         patience: Number of validations in a row without improvement after which training stops.
-        lora_rank: Rank of residuals beside each linear map, which alone are trained and merged at the end (needs the
-            extra `peft`).
+        lora_rank: Rank of residuals beside each linear map; only these are trained, and they are merged at the end
+            (needs the extra `peft`).
         mix: Whether every element of a fused weight is drawn anew in each step from its source layers. These are
             trained, and averaged at the end. Needs operator `mix`.
         straighten: Strength g of the pull on activations that are becoming lines (`Blend`): after each step,
@@ -55,7 +55,7 @@ class HealRecipe:
         progressive: Whether activations are straightened one after the other, from the last layer on, each in an equal
             part of the training, instead of all together.
         freeze_fused: Whether fused blocks are frozen, so that only the others are trained.
-        gradient_checkpointing: Whether inner states are computed twice, to train in less memory.
+        gradient_checkpointing: Whether the backward pass recomputes activations, to save memory.
         compile: Whether `torch.compile` (inductor) compiles the model.
         log_with: Installed tracker that Accelerate supports, such as `tensorboard` or `wandb`.
         log_dir: Folder of a tracker that writes to disk.

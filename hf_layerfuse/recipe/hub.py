@@ -9,7 +9,7 @@ from .strict import require, strict_recipe
 
 @strict_recipe
 class HubRecipe:
-    """Where a result is published. Uploads use your Hub login: a recipe holds no token.
+    """Settings for publishing the result. Uploads use your Hub login: a recipe holds no token.
 
     Attributes:
         push_to_hub: Repository `user/name`, created if it does not exist; None publishes nothing.

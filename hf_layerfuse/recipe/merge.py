@@ -17,14 +17,14 @@ MERGE_TARGETS = ("latency_budget", "latency_ms")
     }
 )
 class MergeRecipe:
-    """How segments of convolutions become one convolution each (LayerMerge, Kim et al. 2024).
+    """Settings of a merge: each segment of convolutions becomes one (LayerMerge, Kim et al. 2024).
 
     Give exactly one target: `latency_budget`, a share of the original's latency, or `latency_ms`.
 
     Attributes:
         latency_budget: Share of the original's latency that the result may have on the model's current device,
             0 < latency_budget < 1.
-        latency_ms: Maximum duration of a forward pass in milliseconds.
+        latency_ms: Maximum latency of a forward pass in milliseconds.
         latency_batch_size: Number of images in the timed pass.
         choose: Edits to choose from. `all` removes activations and convolutions. The others are baselines:
             `activations` keeps all convolutions (Kim et al. 2023); `convolutions` removes some by their loss and merges

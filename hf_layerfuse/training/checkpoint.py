@@ -90,8 +90,8 @@ class Checkpoints:
             if changed:
                 what = ", ".join(f"{name} was {known.get(name)!r} and is {run.get(name)!r}" for name in sorted(changed))
                 raise CheckpointError(
-                    f"{self.directory} has checkpoints of another run: {what[:600]}. Give the same settings to go on "
-                    "with it, or another folder, or delete this one, to start afresh."
+                    f"{self.directory} has checkpoints of another run: {what[:600]}. To resume, use the same "
+                    "settings. To start afresh, give another folder, or delete this one."
                 )
         elif any(file.suffix != ".tmp" for file in self.directory.iterdir()):  # left by an interrupted write
             raise CheckpointError(f"{self.directory} is not empty and holds no checkpoints: give another folder.")
@@ -126,7 +126,7 @@ class Checkpoints:
             raise
         except Exception as error:  # damaged files raise a dozen kinds of errors
             others = [self._path(other).name for other in self._steps() if other != step]
-            instead = f"it to go on from {others[-1]}, or " if others else ""
+            instead = f"it to resume from {others[-1]}, or " if others else ""
             what = f"{type(error).__name__}: {str(error)[:300]}"
             raise CheckpointError(
                 f"the checkpoint {path} cannot be read: {what}. Delete {instead}the whole folder to start afresh."

@@ -107,7 +107,7 @@ def heal(
         RecipeError: The recipe requests distillation without a teacher, or of layers without pairs in `scope`; a
             tracker that is not installed; gradient checkpointing that the model does not support; or straightening
             without `Blend` edits. Also raised for mixed weights under FSDP or DeepSpeed.
-        DataError: There are no batches, or they allow no loss.
+        DataError: No batches, or batches without any loss to compute.
         CheckpointError: The checkpoints belong to another run or are damaged.
         TrainingError: A loss or a gradient is not finite, or the loss explodes; the previous checkpoint is kept.
         LayerFuseError: The student is in float16, its outputs do not fit the teacher's, or a checkpoint cannot be
@@ -121,8 +121,9 @@ def heal(
     accelerator = accelerator or accelerator_of(student, recipe)
     if scope.mixed and accelerator.distributed_type in _OWN_PARAMETERS:
         raise RecipeError(
-            f"heal.mix trains the source weights of the student's, and {accelerator.distributed_type.value} "
-            "trains the student's alone: launch with recipes/accelerate/multi-gpu.yaml, or set heal.mix to false."
+            f"heal.mix trains the source weights of fused blocks, but {accelerator.distributed_type.value} "
+            "trains only the weights of the student: launch with recipes/accelerate/multi-gpu.yaml, or set heal.mix to "
+            "false."
         )
     run = {}
     if checkpoints is not None and accelerator.is_main_process:  # only the main process compares
@@ -245,13 +246,13 @@ def _check(student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedMode
             )
     if recipe.straighten and not Pull(student, 0.0).activations:
         raise RecipeError(
-            f"heal.straighten={recipe.straighten} pulls Blend activations to lines, and {type(student).__name__} has "
+            f"heal.straighten={recipe.straighten} pulls Blend activations to lines, but {type(student).__name__} has "
             "none: apply Blend edits first, or leave it out."
         )
     if recipe.gradient_checkpointing and not student.supports_gradient_checkpointing:
-        raise RecipeError(f"{type(student).__name__} has no gradient checkpointing: set it to false.")
+        raise RecipeError(f"{type(student).__name__} does not support heal.gradient_checkpointing: set it to false.")
     if any(parameter.dtype == torch.float16 for parameter in student.parameters()):
         raise LayerFuseError(
             "the student is in float16, whose small updates round to zero: load it with dtype=torch.float32; "
-            "heal.mixed_precision decides what it computes in."
+            "heal.mixed_precision sets the precision of the computation."
         )

@@ -67,8 +67,9 @@ def compose(first: Plan, second: Plan) -> Plan:
         return replace(second, notes=notes)
     if not (before.is_stock and after.is_stock and second.num_layers == len(before.slots)):
         raise PlanError(
-            f"the first plan leads to {len(before.slots)} layers, the second is for {second.num_layers}: plans follow "
-            "each other where whole layers are fused in depth or dropped, or where the second is of the expanded model."
+            f"the first plan leads to {len(before.slots)} layers, the second is for {second.num_layers}: two plans can "
+            "follow each other if the first only fuses or drops whole layers in depth, or the second is for "
+            "`expand(model)`."
         )
     # the second plan describes the layers that it edits, the first all others
     touched = {i: edit for edit in second.edits for i in edit.layers}

@@ -1,4 +1,4 @@
-"""A layer-wise forward shows what the model computes, layer by layer, and leaves the model as it was."""
+"""A layer-wise forward shows the computation of the model layer by layer, and leaves the model unchanged."""
 
 import copy
 import gc
@@ -61,7 +61,7 @@ def finish(layerwise):
 
 @every_kind
 def test_states_are_the_hidden_states(model_type, changes):
-    """At every depth the states are the hidden states of the model, to the bit, however often one looks before."""
+    """At every depth, the states equal the hidden states of the model to the bit, for any number of earlier queries."""
     model = body(model_type, **changes)
     batches = batches_of(model, 3, 2)
     layerwise = LayerwiseForward(model, Sample.of(batches))
@@ -77,7 +77,7 @@ def test_states_are_the_hidden_states(model_type, changes):
 
 @every_head
 def test_outputs_at_the_end_are_those_of_the_model(model_type, head):
-    """At the end of a layer-wise forward the head gives what the model gives, for the held-out sequences."""
+    """At the end of a layer-wise forward, the head gives the outputs of the model for the held-out sequences."""
     model = tiny_model(model_type, head)
     batches = batches_of(model, 5, 4, 3)
     sample = Sample.of(batches)
@@ -92,7 +92,7 @@ def test_outputs_at_the_end_are_those_of_the_model(model_type, head):
 
 @every_head
 def test_rows_are_the_tokens_that_are_fitted(model_type, head):
-    """Neither padding nor held-out sequences are among the rows; the selection split is set apart."""
+    """Rows contain no padding and no held-out sequences; the selection split is separate."""
     model = tiny_model(model_type, head)
     batches = batches_of(model, 9, 8)
     sample = Sample.of(batches)
@@ -112,8 +112,8 @@ def test_rows_are_the_tokens_that_are_fitted(model_type, head):
 
 
 def test_few_sequences_hold_out_their_ends():
-    """Where fewer than five sequences are fitted, the last fifth of the tokens of each chooses penalties, and not the
-    padding behind them."""
+    """With fewer than five sequences to fit, the last fifth of each sequence's tokens, without padding, selects the
+    penalty."""
     model = body("llama")
     batches = batches_of(model, 4)
     layerwise = LayerwiseForward(model, Sample.of(batches))
@@ -125,8 +125,8 @@ def test_few_sequences_hold_out_their_ends():
 
 @every_kind
 def test_points_fit_together(model_type, changes):
-    """In every block the sum is the residual plus what the output projection makes of the features; the norm of the
-    block stands between the residual and what the maps read, or after the sum."""
+    """In every block, the sum is the residual plus the output projection of the features. The norm is between the
+    residual and the first maps, or after the sum."""
     model = body(model_type, **changes)
     architecture, batches = architecture_for(model), batches_of(model, 3)
     expected = hidden_states(model, batches[0])
@@ -152,7 +152,7 @@ def test_points_fit_together(model_type, changes):
 
 
 def test_points_alone_are_what_they_are_together(model_type):
-    """A single point shows the same as all at once."""
+    """A single hook point shows the same as all points together."""
     model = body(model_type)
     layerwise = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
     ((_, together),) = layerwise.look(*POINTS)
@@ -162,7 +162,7 @@ def test_points_alone_are_what_they_are_together(model_type):
 
 
 def test_layers_run_no_further_than_asked(model_type):
-    """Points in the attention block never run the MLP; without points the output is there."""
+    """Hook points in the attention block do not run the MLP. Without hook points, the output is still available."""
     model = body(model_type)
     layerwise = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
     ran = []
@@ -178,7 +178,7 @@ def test_layers_run_no_further_than_asked(model_type):
 
 
 def test_another_layer_in_its_place(model_type):
-    """What another layer would make of the states is that layer's output for them."""
+    """A replacement layer gives its own output for the states."""
     model = body(model_type)
     layerwise = LayerwiseForward(model, Sample.of(batches_of(model, 2)))
     ((_, found),) = layerwise.look(layer=copy.deepcopy(layerwise.layers[4]))
@@ -188,8 +188,8 @@ def test_another_layer_in_its_place(model_type):
 
 
 def test_layers_that_change_are_walked_as_they_are(model_type):
-    """A layer that is changed between two looks is run as it is then: nothing of the first look is left, such as keys
-    and values."""
+    """If a layer changes between two queries, the second query runs the changed layer, without keys and values of the
+    first."""
     model = body(model_type)
     batches = [*batches_of(model, 2), example_inputs(model, 2)]
     layerwise = LayerwiseForward(model, Sample.of(batches))
@@ -210,7 +210,7 @@ REMOVED = {
 
 @pytest.mark.parametrize("name", REMOVED)
 def test_edited_models_are_walked(model_type, name):
-    """Models with removed blocks or shared weights layerwise as stock models do."""
+    """The layer-wise forward also runs models with removed blocks or shared weights."""
     model = apply(body(model_type), Plan(model_type, LAYERS, REMOVED[name]))
     batches = batches_of(model, 3)
     layerwise = LayerwiseForward(model, Sample.of(batches))
@@ -226,7 +226,7 @@ def test_edited_models_are_walked(model_type, name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions(model_type, dtype):
-    """A model computes in its own data type along the layerwise, and the states are float32."""
+    """The model computes in its own data type, and the states are float32."""
     model = body(model_type).to(dtype)
     batches = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in b.items()} for b in batches_of(model, 3)]
     layerwise = LayerwiseForward(model, Sample.of(batches))
@@ -240,7 +240,8 @@ def test_other_precisions(model_type, dtype):
 
 
 def snapshot(model):
-    """All attributes and hooks of the modules, save that transformers notes whether it hooked them, and weights."""
+    """All attributes, hooks and weights of the modules, without the attribute in which transformers records its
+    hooks."""
     parts = {
         name: (
             set(vars(module)) - {"_output_capturing_hooks_installed"},
@@ -257,7 +258,7 @@ def same(one, other):
 
 
 def test_the_model_is_left_as_it_was(model_type):
-    """A layer-wise forward leaves hooks, attributes and weights as they were, also while outputs are consumed."""
+    """A layer-wise forward leaves hooks, attributes and weights unchanged, also while outputs are consumed."""
     model = tiny_model(model_type)
     before = snapshot(model)
     layerwise = LayerwiseForward(model, Sample.of(batches_of(model, 9, 8)))
@@ -276,7 +277,7 @@ def fail(*args, **kwargs):
 
 
 def test_the_model_is_left_as_it_was_by_exceptions(model_type):
-    """An error inside the model, whether on entering, inside a layer or in the head, leaves no teacher_states in it."""
+    """An error on entry, inside a layer or in the head leaves no trace in the model."""
     model = tiny_model(model_type)
     before = snapshot(model)
     batches = batches_of(model, 2)
@@ -304,7 +305,7 @@ def test_the_model_is_left_as_it_was_by_exceptions(model_type):
 
 
 def test_wrapped_layers_are_given_back():
-    """A layer with a forward of its own, as accelerate gives it, has it again afterwards, and it is used."""
+    """A layer whose forward is replaced, as by accelerate, runs that forward and keeps it afterwards."""
     model, used = body("llama"), []
     layer = layers_of(model)[2]
     stock = layer.forward
@@ -330,15 +331,15 @@ def states_before_norm(model, batch):
 
 
 def test_models_that_skip_layers_are_refused():
-    """A model that does not run each of its layers once is named; nothing is walked in a wrong order."""
+    """A model that does not run each of its layers once is refused by name, and no layer runs in a wrong order."""
     model = body("llama")
-    model.config.num_hidden_layers = LAYERS - 2  # what the loop over the layers stops at
+    model.config.num_hidden_layers = LAYERS - 2  # the exception that ends the loop over the layers
     with pytest.raises(UnsupportedModelError, match=f"called 4 of its {LAYERS} layers"):
         LayerwiseForward(model, Sample.of(batches_of(model, 2)))
 
 
 def test_states_leave_no_files(tmp_path, monkeypatch):
-    """States lie in files, of any shape and data type, whose names are gone at once; they outlive what holds them."""
+    """States of any shape and data type are in files that are unlinked at once. They outlive their container."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     states = MappedActivations()
     tensors = [torch.randn(3, 4), torch.randn(2, 1, 5).half(), torch.arange(3)]

@@ -1,4 +1,4 @@
-"""Calibration data become batches and splits, and the loss on them says how far outputs are apart."""
+"""Calibration data become batches and splits, and the calibration loss measures the distance between outputs."""
 
 import math
 
@@ -22,7 +22,7 @@ def numbered(count):
 
 
 def who(sample, roles):
-    """Numbers of the sequences that have a role."""
+    """Indices of the sequences with a role."""
     parts = [batch["input_ids"][:, 0][role] for batch, role in zip(sample.batches, roles, strict=True)]
     return torch.cat(parts).tolist()
 
@@ -40,8 +40,8 @@ def who(sample, roles):
 )
 @pytest.mark.parametrize("size", [1, 3, 24])
 def test_splits_are_decided_by_sequence(count, held_out, selection, size):
-    """Every eighth sequence is held out, every fifth of the others is for selection, however they are batched; of
-    fewer than eight the last one is held out, and a single one is fitted and evaluated."""
+    """Every eighth sequence is held out, and every fifth of the others is for selection, for any batches. With fewer
+    than eight, the last one is held out. A single one is both fitted and evaluated."""
     sequences = numbered(count)
     batches = [{k: v[i : i + size] for k, v in sequences.items()} for i in range(0, count, size)]
     sample = Sample.of(iter(batches))
@@ -55,7 +55,7 @@ def test_splits_are_decided_by_sequence(count, held_out, selection, size):
 @pytest.mark.parametrize(("share", "kept"), [(1.0, 48), (0.5, 24), (0.4, 20), (0.05, 3), (0.001, 1)])
 @pytest.mark.parametrize("size", [8, 16, 48])
 def test_a_share_is_spread_evenly(share, kept, size):
-    """A share of the sequences is taken from all over the data, whatever the batches, and is at least one."""
+    """A share of the sequences is spread over all data, for any batches, and has at least one sequence."""
     sample = Sample.of([{"input_ids": part} for part in torch.arange(48).unsqueeze(1).split(size)], share)
     numbers = torch.cat([batch["input_ids"][:, 0] for batch in sample.batches])
     assert numbers.tolist() == [i * 48 // kept for i in range(kept)]
@@ -63,7 +63,7 @@ def test_a_share_is_spread_evenly(share, kept, size):
 
 
 def test_labels_and_what_is_no_tensor_are_left_out():
-    """Calibration never sees labels, numbers or texts; empty batches are passed over."""
+    """Calibration ignores labels, numbers and texts, and skips empty batches."""
     batch = BatchEncoding({**numbered(3), "texts": ["a", "b", "c"], "scale": torch.tensor(2.0), "flag": True})
     sample = Sample.of([{"input_ids": torch.empty(0, 4)}, batch])
     assert [set(batch) for batch in sample.batches] == [{"input_ids"}]
@@ -72,20 +72,20 @@ def test_labels_and_what_is_no_tensor_are_left_out():
 
 @pytest.mark.parametrize("batches", [[], [{"input_ids": torch.empty(0, 4)}], iter(())])
 def test_no_sequences(batches):
-    """Nothing to calibrate with is an error that says so."""
+    """Empty calibration data are an error that says so."""
     with pytest.raises(DataError, match="no sequences"):
         Sample.of(batches)
 
 
 @pytest.mark.parametrize("batch", [{}, {"labels": torch.ones(2)}, {"input_ids": [[1, 2]]}, torch.ones(2, 3), "text"])
 def test_batches_that_are_none(batch):
-    """What is no dict of tensors is named, with what to give instead."""
+    """Anything other than a dict of tensors is an error that says what to pass."""
     with pytest.raises(DataError, match=f"is a {type(batch).__name__} without tensors: give dicts"):
         Sample.of([batch])
 
 
 def test_take():
-    """Some sequences of a batch; what does not belong to a sequence stays whole."""
+    """Values without a sequence dimension stay whole when some sequences of a batch are taken."""
     batch = {"input_ids": torch.arange(6).view(3, 2), "position_ids": torch.arange(2)[None]}
     some = take(batch, torch.tensor([True, False, True]))
     assert some["input_ids"].tolist() == [[0, 1], [4, 5]]
@@ -120,7 +120,7 @@ def test_ragged_data_sets_are_padded(model_type, pad):
 
 
 def test_masks_and_types_of_the_data_set_are_kept():
-    """A data set that has masks keeps them, padded with zeros as its other columns are."""
+    """A data set keeps its own masks, padded with zeros like its other columns."""
     ragged = rows()
     masks = [[0] + [1] * (len(row) - 1) for row in ragged]
     types = [[1] * len(row) for row in ragged]
@@ -132,7 +132,7 @@ def test_masks_and_types_of_the_data_set_are_kept():
 
 
 def test_equal_lengths_need_no_mask():
-    """Rows of one length are stacked and nothing is added."""
+    """Rows of equal length are stacked without a mask."""
     batch = read(Dataset.from_dict({"input_ids": [[1, 2], [3, 4]]}), tiny_model("llama"))[0]
     assert set(batch) == {"input_ids"}
     assert batch["input_ids"].tolist() == [[1, 2], [3, 4]]
@@ -157,13 +157,13 @@ def test_images():
 
 
 def test_a_data_set_that_was_not_tokenised():
-    """Where the main input is missing, the columns that are there are named."""
+    """If the main input is missing, the error lists the existing columns."""
     with pytest.raises(DataError, match="has the columns text but not 'input_ids': tokenise"):
         read(Dataset.from_dict({"text": ["a"]}), tiny_model("bert"))
 
 
 def test_other_batches_pass_through():
-    """Anything else is taken as batches, once."""
+    """Any other iterable is read once as batches."""
     batches = [numbered(2), numbered(3)]
     assert read(iter(batches), tiny_model("llama")) == batches
 
@@ -179,8 +179,8 @@ def padded(model, count=4):
 
 @every_head
 def test_loss_of_every_head(model_type, head):
-    """Every head is compared, with padding or not: 0 with itself, more with another, and the sum over single
-    sequences is that over the batch."""
+    """Every head is compared, with and without padding. The loss is 0 between equal models and positive between others,
+    and it adds up over single sequences."""
     model, other = tiny_model(model_type, head), tiny_model(model_type, head, seed=1)
     batch = padded(model)
     assert abs(calibration_loss(model, model, [batch])) < 1e-12
@@ -207,7 +207,7 @@ def test_divergence_of_token_logits():
 
 
 def test_classes_are_not_tokens():
-    """Class logits are whole distributions, also where there are as many classes as tokens in the mask."""
+    """Class logits are one distribution per row, even if there are as many classes as tokens in the mask."""
     p, q = distributions(2, 3), distributions(2, 3, seed=1)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     assert divergence({"logits": q}, {"logits": p}, mask) == divergence({"logits": q}, {"logits": p})
@@ -215,7 +215,7 @@ def test_classes_are_not_tokens():
 
 
 def test_positions_of_answers_are_not_padding():
-    """Logits of where an answer starts are one distribution over the tokens that are not padding."""
+    """Logits of answer positions are one distribution over the tokens that are not padding."""
     p, q = distributions(2, 4), distributions(2, 4, seed=1)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     total, count = divergence({"start_logits": q}, {"start_logits": p}, mask)
@@ -237,7 +237,7 @@ def test_divergence_of_numbers(name):
 
 
 def test_the_loss_is_a_mean_over_all_tokens():
-    """Batches of different size count by their tokens, not alike."""
+    """Batches count by their number of tokens."""
     model, other = tiny_model("llama", "LlamaForCausalLM"), tiny_model("llama", "LlamaForCausalLM", seed=1)
     short, long = example_inputs(model, 1, 4), example_inputs(model, 3, 8, seed=1)
     one, two = (calibration_loss(other, model, [batch]) for batch in (short, long))
@@ -245,7 +245,7 @@ def test_the_loss_is_a_mean_over_all_tokens():
 
 
 def test_modes_come_back_after_the_loss():
-    """The loss is taken without dropout, and leaves training mode as it was."""
+    """The loss is measured without dropout, and training mode is restored."""
     model = tiny_model("bert").train()
     batch = example_inputs(model)
     assert calibration_loss(model, model, [batch]) < 1e-12
@@ -253,13 +253,13 @@ def test_modes_come_back_after_the_loss():
 
 
 def test_nothing_to_compare():
-    """Without batches there is no loss."""
+    """Without batches there is an error instead of a loss."""
     model = tiny_model("llama")
     with pytest.raises(DataError, match="nothing to compare"):
         calibration_loss(model, model, [])
 
 
 def test_prediction_skips_the_loss():
-    """The prediction of an output with a loss in front is its logits."""
+    """The prediction of an output that begins with a loss is its logits."""
     logits = torch.ones(2, 3)
     assert prediction({"loss": torch.tensor(1.0), "logits": logits}) is logits

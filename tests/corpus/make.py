@@ -66,7 +66,7 @@ _TEXT = {
 _LLAMA = {**_TEXT, **_SPECIAL, "num_key_value_heads": 1}
 _RESNET = {"depths": [3, 2], "hidden_sizes": [8, 8], "embedding_size": 8, "layer_type": "basic"}
 
-# an architecture -> its Auto class, its head, and what makes it tiny
+# an architecture -> its Auto class, its head, and its tiny config
 TINY = {
     "gpt2": (
         "AutoModelForCausalLM",
@@ -125,7 +125,7 @@ CHECKPOINTS = {
 
 
 def tiny(kind: str, **changes: object) -> PreTrainedModel:
-    """A random model in which all weights do something; what batch norms have seen is random too."""
+    """A random model in which all weights have an effect; the statistics of batch norms are random too."""
     _, head, values = TINY[kind]
     torch.manual_seed(0)
     model = getattr(transformers, head)(CONFIG_MAPPING[kind](**values, **changes)).eval()
@@ -142,7 +142,7 @@ def tiny(kind: str, **changes: object) -> PreTrainedModel:
 
 
 def batches(model: PreTrainedModel, count: int = 6, seed: int = 1) -> list[dict[str, torch.Tensor]]:
-    """Random batches, of which images have three decimals: that many are written."""
+    """Random batches. Images have three decimals, the number that is written to JSON."""
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "input_ids":
         shape = (2, 8)
@@ -153,7 +153,7 @@ def batches(model: PreTrainedModel, count: int = 6, seed: int = 1) -> list[dict[
 
 
 def save(model: PreTrainedModel, folder: Path, kind: str, **options: object) -> None:
-    """A checkpoint, with inputs and what the reloaded model makes of them."""
+    """Write a checkpoint with inputs and the outputs of the reloaded model."""
     auto_class = TINY[kind][0]
     model.save_pretrained(folder, **options)
     inputs = batches(model, 1, seed=2)[0]
@@ -168,19 +168,19 @@ def save(model: PreTrainedModel, folder: Path, kind: str, **options: object) -> 
 
 
 def _short(values: torch.Tensor) -> object:
-    """Nested lists, floats with the seven digits that float32 has."""
+    """Nested lists, with floats of seven digits, the precision of float32."""
     return json.loads(json.dumps(values.tolist()), parse_float=lambda text: float(f"{float(text):.7g}"))
 
 
 def make_checkpoints(folder: Path) -> None:
-    """One checkpoint for each kind of edit; those of merged convolutions are written by `make_merges`."""
+    """Write one checkpoint for each kind of edit; `make_merges` writes those of merged convolutions."""
     for name, (kind, edits) in CHECKPOINTS.items():
         model = apply(tiny(kind), Plan(kind, LAYERS, edits))
         save(model, folder / name, kind, **({"with_code": True} if name.endswith("with-code") else {}))
 
 
 def make_plans(folder: Path, checkpoints: Path, tables: Path) -> None:
-    """Plans with the notes of real searches; the model with bent activations is one of the checkpoints."""
+    """Write plans with the notes of real searches. The model with `Blend` edits is one of the checkpoints."""
     folder.mkdir(parents=True)
     gpt2, llama, bert = (tiny(kind) for kind in ("gpt2", "llama", "bert"))
 
@@ -213,7 +213,7 @@ def make_plans(folder: Path, checkpoints: Path, tables: Path) -> None:
 
 
 def make_merges(plans: Path, checkpoints: Path, tables: Path) -> None:
-    """What merging convolutions leads to: measured, so that which of them become one differs from time to time."""
+    """Write results of merging. Measurements choose the merges, so they differ from run to run."""
     resnet, mobilenet = tiny("resnet"), tiny("mobilenet_v2")
     for name, kind, model, recipe in (
         ("merge-fitted", "resnet", resnet, {"tables": str(tables / "merge")}),
@@ -232,7 +232,7 @@ BUDGETS = (0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
 
 
 def _merged(model: PreTrainedModel, fields: dict[str, object]) -> Found:
-    """What the least budget that can be met leads to, which takes more than to fold batch norms."""
+    """The result of the smallest possible budget, which needs more than folded batch norms."""
     for budget in BUDGETS:
         with contextlib.suppress(RecipeError):
             found = search_merge(model, MergeRecipe(budget=budget, batch_size=1, repeats=3, **fields), batches(model))
@@ -300,7 +300,7 @@ RUNS = {
 
 
 def make_runs(folder: Path) -> None:
-    """Output folders of `fuse.py`, without pictures; each run is where its paths are relative."""
+    """Write output folders of `fuse.py`, without pictures. Each run has a working directory for its relative paths."""
     folder = folder.absolute()
     here = Path.cwd()
     for name, (prepare, recipe) in RUNS.items():
@@ -332,7 +332,7 @@ def main() -> None:
     make_plans(plans, checkpoints, tables)
     make_merges(plans, checkpoints, tables)
     make_runs(runs)
-    # of several rounds, which the library alone composes
+    # plans of several rounds, which only the library makes
     shutil.copy(runs / "fusion-rounds" / "plan.json", plans / "composed-rounds.json")
     # shipped code is kept to the byte
     lines = ('extend = "../../../pyproject.toml"', 'cache-dir = "../../../.ruff_cache"', 'exclude = ["checkpoints"]')

@@ -1,4 +1,4 @@
-"""What is drawn for a row depends on the seed, the epoch and the row alone; the rest of a batch is the rows."""
+"""Random draws for a row depend only on the seed, the epoch and the row; batches otherwise hold the rows unchanged."""
 
 import json
 
@@ -19,7 +19,7 @@ WORDS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *(f"w{i}" for i in range(
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0 to w199, each of which may end in y, a token of its own; sentences between [CLS] and [SEP]."""
+    """Words w0 to w199. Each may end in y, which is a token of its own. Sentences are between [CLS] and [SEP]."""
     ids = {word: i for i, word in enumerate(WORDS)}
     backend = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -35,7 +35,8 @@ def text_rows(count: int, length: int = 40) -> list[dict]:
 
 
 def test_masked_words(tokenizer):
-    """15% of the words are labels, 80% of them hidden, 10% other words, 10% themselves; the rest is as it was."""
+    """15% of the words are labels: 80% of these are hidden, 10% replaced, 10% unchanged. All other words are
+    unchanged."""
     rows = text_rows(400)
     batch = CollateText(tokenizer, masks=True)(rows)
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
@@ -51,7 +52,7 @@ def test_masked_words(tokenizer):
 
 
 def test_short_rows_have_something_to_predict(tokenizer):
-    """A row of one word has that word hidden or to be predicted; one without words has no label."""
+    """In a row of one word, that word is the label; a row without words has no label."""
     batch = CollateText(tokenizer, masks=True)([{"input_ids": [1, 7, 2], ROW: i} for i in range(20)])
     assert (batch["labels"][:, 1] == 7).all()
     assert (CollateText(tokenizer, masks=True)([{"input_ids": [1, 2], ROW: 0}])["labels"] == -100).all()
@@ -64,7 +65,7 @@ def images(count: int = 30) -> list[dict]:
 
 @pytest.mark.parametrize("kind", ["text", "images"])
 def test_draws_belong_to_the_row(tokenizer, kind):
-    """The same row is drawn alike in any batch and at any place; another epoch or seed draws it otherwise."""
+    """A row has the same draws in any batch and at any position. Another epoch or seed has other draws."""
     rows = text_rows(30) if kind == "text" else images()
     name = "input_ids" if kind == "text" else "pixel_values"
 
@@ -84,7 +85,7 @@ def test_draws_belong_to_the_row(tokenizer, kind):
 
 
 def test_images_are_moved_and_mirrored():
-    """Every result is the image, mirrored or not, shifted by up to an eighth, with zeros where nothing was."""
+    """Every result is the image, mirrored or not, shifted by up to an eighth, with zeros at the border."""
     rows, seen = images(200), set()
     for row, moved in zip(rows, CollateImages(moves=True)(rows)["pixel_values"], strict=True):
         found = None
@@ -104,8 +105,8 @@ def test_images_are_moved_and_mirrored():
 
 
 def test_words_have_their_labels(tmp_path, tokenizer):
-    """Of a word of two tokens, the first has the label; special tokens, second ones and padding have none. Names become
-    ids as in any other classification."""
+    """The first token of a word has its label; its other tokens, special tokens and padding have none. Names become ids
+    as in other classification."""
     rows = [
         {"tokens": ["w1", "w2y", "w3"], "tags": ["O", "NAME", "O"]},
         {"tokens": ["w4"], "tags": ["PLACE"]},
@@ -134,7 +135,7 @@ def test_words_have_their_labels(tmp_path, tokenizer):
 
 
 def test_lines_to_fill_in(tmp_path, tokenizer):
-    """Empty lines are left out; what is hidden is the same on every reading of an epoch, with any batch size."""
+    """Empty lines are left out. The hidden words are the same each time an epoch is read, for any batch size."""
     (tmp_path / "a.txt").write_text("w1 w2 w3\n\n   \nw4 w5\nw6\nw7\n")
     data = DataRecipe(train=str(tmp_path / "a.txt"), held_out=1, max_length=16)
     rows = load_splits(data, "masked-lm", seed=0)["train"]
@@ -151,7 +152,7 @@ def test_lines_to_fill_in(tmp_path, tokenizer):
 
 
 def test_rows_are_numbered_where_something_is_drawn(tokenizer):
-    """The number of a row never reaches the model."""
+    """The number of a row does not reach the model."""
     rows = Dataset.from_dict({"input_ids": [[1, 5, 2]] * 2, ROW: [0, 1]})
     (batch,) = loader(rows, tokenizer, 2, shuffle=False, seed=0, task="feature-extraction")
     assert set(batch) == {"input_ids", "attention_mask"}

@@ -1,4 +1,4 @@
-"""Rows become the batches that the recipe asks for: every file type, both label types, windows, and clear errors."""
+"""Rows become the batches that the recipe requests: every file type, both label types, windows, and clear errors."""
 
 import gc
 import gzip
@@ -35,7 +35,7 @@ TEXT = " \n = Title = \n\n caf\u00e9 \u2028 one\ttwo \n" + "".join(f" line {i} o
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte: lossless, and nothing to download."""
+    """One token per byte: lossless, and without a download."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<pad>": 0, **{character: index + 1 for index, character in enumerate(alphabet)}}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -45,7 +45,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _write(path: Path, rows: list[tuple[str, object]]) -> Path:
-    """Write rows as the file name asks."""
+    """Write rows in the format that the file name gives."""
     kind, *compression = path.name.split(".")[1:]
     if kind == "parquet":
         Dataset.from_dict({"text": [r[0] for r in rows], "label": [r[1] for r in rows]}).to_parquet(path)
@@ -86,7 +86,8 @@ def test_every_file_type_gives_the_same_rows(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.xz", "a.txt.gz"])
 def test_text_comes_back_exactly(tmp_path: Path, name: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Joined rows are the file; evaluation windows hold all of it, training windows all but an incomplete last one."""
+    """Joined rows equal the file. Evaluation windows hold all of it; training windows leave out an incomplete last
+    one."""
     data = _recipe(_write(tmp_path / name, [(TEXT, 0)]), test=str(tmp_path / name))
     splits = load_splits(data, "causal-lm", seed=0)
     assert text_of(splits["train"], data) + text_of(splits["validation"], data) == TEXT
@@ -103,7 +104,7 @@ def test_text_comes_back_exactly(tmp_path: Path, name: str, tokenizer: PreTraine
 
 @pytest.mark.parametrize("task", ["causal-lm", "feature-extraction"])
 def test_processes_that_tokenise_do_not_matter(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, task) -> None:
-    """Two processes make the rows that one makes, in the same order."""
+    """Two tokenising processes make the same rows as one, in the same order."""
     rows = load_splits(_recipe(_write(tmp_path / "a.txt", [(TEXT, 0)])), "causal-lm", seed=0)["train"]
     one, two = (
         prepare(rows, tokenizer, _recipe(tmp_path / "a.txt", num_proc=count), task, training=True)
@@ -113,7 +114,7 @@ def test_processes_that_tokenise_do_not_matter(tmp_path: Path, tokenizer: PreTra
 
 
 def test_rows_that_end_with_a_newline_get_no_second_one() -> None:
-    """The Hub's WikiText keeps the newline of each line, local files do not: both give the same text."""
+    """The Hub's WikiText keeps the newline of each line, and local files do not. Both give the same text."""
     rows = Dataset.from_dict({"text": ["a\n", "b", ""]})
     assert text_of(rows, DataRecipe()) == "a\nb\n\n"
 
@@ -155,7 +156,7 @@ def test_classification_batches(tmp_path: Path, tokenizer: PreTrainedTokenizerFa
 
 
 def test_texts_of_a_length_share_a_batch(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Little of a batch is padding; an epoch has every row once, in an order of its own that the seed gives back."""
+    """Batches have little padding. An epoch has every row once, in its own order, which the seed reproduces."""
     lengths = torch.randint(1, 60, (800,), generator=torch.Generator().manual_seed(0)).tolist()
     rows = Dataset.from_dict({"input_ids": [[1] * length for length in lengths], "labels": list(range(800))})
 
@@ -176,7 +177,8 @@ def test_texts_of_a_length_share_a_batch(tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def test_calibration_is_a_seeded_sample_of_train(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """As many windows as asked for, none twice, the same for the same seed; all where fewer exist."""
+    """The requested number of windows is drawn without repetition, and is the same for the same seed. If there are
+    fewer windows, all are used."""
     data = _recipe(_write(tmp_path / "a.txt", [(TEXT, 0)]), calibration_samples=5)
     train = load_splits(data, "causal-lm", seed=0)["train"]
     prepared = prepare(train, tokenizer, data, "causal-lm", training=True)
@@ -194,7 +196,7 @@ def test_calibration_is_a_seeded_sample_of_train(tmp_path: Path, tokenizer: PreT
 
 
 def test_labels_follow_the_model(tmp_path: Path) -> None:
-    """Ids are those of label2id, whatever its case; placeholders say nothing; strange names are an error."""
+    """Ids are those of label2id, in any case of letters. Placeholder names are ignored; unknown names are an error."""
     data = _recipe(_write(tmp_path / "a.tsv", ROWS))
 
     def train_labels(label2id: dict[str, int]) -> list[int]:
@@ -207,7 +209,7 @@ def test_labels_follow_the_model(tmp_path: Path) -> None:
 
 
 def test_unknown_and_missing_classes_are_errors(tmp_path: Path) -> None:
-    """A class that train lacks, an unlabelled split (-1), and a class the model lacks are named."""
+    """Errors name a class that train lacks, a split without labels (-1), and a class that the model lacks."""
     data = _recipe(_write(tmp_path / "a.tsv", ROWS), test=str(_write(tmp_path / "b.tsv", [("x", "maybe")])))
     with pytest.raises(DataError, match=r"test has the classes \['maybe'\]"):
         load_splits(data, "text-classification", seed=0)
@@ -220,7 +222,7 @@ def test_unknown_and_missing_classes_are_errors(tmp_path: Path) -> None:
 
 
 def test_rows_grouped_by_class_are_shuffled_first(tmp_path: Path) -> None:
-    """Sorted data (as IMDB) would be held out one-sidedly; mixed data keep their order."""
+    """Rows sorted by class (as in IMDB) are shuffled before a split; mixed rows keep their order."""
     path = _write(tmp_path / "sorted.tsv", [(f"row {i}", i // 50) for i in range(100)])
     splits = load_splits(_recipe(path, held_out=20), "text-classification", seed=0)
     assert set(splits["validation"]["label"]) == {0, 1}
@@ -230,7 +232,7 @@ def test_rows_grouped_by_class_are_shuffled_first(tmp_path: Path) -> None:
 
 
 def test_image_folder(tmp_path: Path) -> None:
-    """Class subfolders become labels; pixels come as the processor makes them, grey images included."""
+    """Class subfolders become labels. Pixels come from the processor, also for grey images."""
     for split, count in (("train", 6), ("test", 2)):
         for index, animal in enumerate(("cat", "dog")):
             folder = tmp_path / split / animal
@@ -290,14 +292,14 @@ def _broken(tmp_path: Path, case: str) -> tuple[DataRecipe, str]:
     ],
 )
 def test_errors_say_what_is_wrong(tmp_path: Path, case: str) -> None:
-    """Every way to have no data is a DataError that names it."""
+    """Every kind of missing data is a DataError that names it."""
     data, message = _broken(tmp_path, case)
     with pytest.raises(DataError, match=message):
         load_splits(data, "text-classification", seed=0)
 
 
 def test_windows_must_fit_the_model_and_the_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """max_length beyond the model, and a text shorter than one window, are errors."""
+    """A max_length above the model's, and a text shorter than one window, are errors."""
     data = _recipe(_write(tmp_path / "a.txt", [("a\nb\nc\n", 0)]), max_length=65)
     rows = load_splits(data, "causal-lm", seed=0)["train"]
     with pytest.raises(DataError, match="64 tokens"):
@@ -342,7 +344,7 @@ SLOW_TO_CLOSE = pytest.param("rows.parquet", marks=pytest.mark.slow)
 
 @pytest.fixture
 def collected():
-    """What a test left open is found while it runs, and not in the next one."""
+    """Collect garbage, so that files left open by a test are found in this test and not in the next one."""
     yield
     gc.collect()
 
@@ -352,8 +354,8 @@ def collected():
 @pytest.mark.parametrize("name", ["rows.tsv", "rows.csv.gz", "rows.jsonl", SLOW_TO_CLOSE])
 @pytest.mark.parametrize("numbers", [False, True])
 def test_streamed_rows_are_those_of_the_file(tmp_path, tokenizer, name, numbers):
-    """Rows that are read while training are the same as those of a table, labels included; their order is that of the
-    seed and the epoch, in every epoch all of them are there, and calibration rows are some of them."""
+    """Streamed rows equal those of a table, with labels. Their order depends on the seed and the epoch, every epoch has
+    all of them, and calibration rows are among them."""
     rows = [(text, ["neg", "pos"].index(label) if numbers else label) for text, label in ROWS]
     train, other = (_write(tmp_path / f"{split}-{name}", rows) for split in ("train", "validation"))
     batches = {}
@@ -377,7 +379,7 @@ def test_streamed_rows_are_those_of_the_file(tmp_path, tokenizer, name, numbers)
 
 
 def test_streamed_text_is_packed(tmp_path, tokenizer):
-    """Windows of streamed text are those of a table, as far as one piece of lines reaches."""
+    """Windows of streamed text equal those of a table within each chunk of lines."""
     train = tmp_path / "train.txt"
     train.write_text(TEXT, encoding="utf-8")
     found = []
@@ -393,7 +395,7 @@ def test_streamed_text_is_packed(tmp_path, tokenizer):
 
 
 def test_streamed_images_and_masked_words(tmp_path, tokenizer):
-    """What is drawn for a streamed row depends on its number, the seed and the epoch, as for the rows of a table."""
+    """Random draws of a streamed row depend on its number, the seed and the epoch, as in a table."""
     for split in ("train", "validation"):
         for number, name in enumerate("ab"):
             (tmp_path / split / name).mkdir(parents=True)
@@ -423,7 +425,7 @@ def test_streamed_images_and_masked_words(tmp_path, tokenizer):
     ],
 )
 def test_streamed_rows_are_checked_when_they_are_read(tmp_path, tokenizer, row, message):
-    """What is wrong with a row is said in words, and not by whatever reads it."""
+    """An invalid row gives a clear DataError, and not an error of the code that reads it."""
     good = [{"text": "good", "label": 0}, {"text": "bad", "label": 1}]
     for name, lines in (("train", [*good, row]), ("validation", good)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -70,7 +70,7 @@ def test_the_same_seed_gives_the_same_batch_without_padding() -> None:
 
 
 def test_length_is_capped_by_the_positions_that_can_be_used() -> None:
-    """RoBERTa with 24 positions and padding id 1 can read 22 tokens; BERT can read all 24."""
+    """RoBERTa with 24 positions and padding id 1 reads 22 tokens at most; BERT reads all 24."""
     assert example_inputs(_build("roberta", "RobertaModel"), 1, 100)["input_ids"].shape == (1, 22)
     assert example_inputs(_build("bert", "BertModel"), 1, 100)["input_ids"].shape == (1, 24)
     assert example_inputs(_build("gpt2", "GPT2Model"), 1, 10)["input_ids"].shape == (1, 10)
@@ -83,6 +83,6 @@ def test_images_have_the_dtype_of_the_model() -> None:
 
 
 def test_other_inputs_are_refused() -> None:
-    """A module without a main input says what would be accepted."""
+    """A module without a main input gives an error that says which inputs exist."""
     with pytest.raises(UnsupportedModelError, match="pixel_values"):
         example_inputs(nn.Linear(2, 2))

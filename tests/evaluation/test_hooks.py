@@ -1,4 +1,4 @@
-"""Hooks show what a plain forward pass computes, and none is left behind, whatever happens."""
+"""Hooks show the values of a plain forward pass, and no hook is left behind, even after an error."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from hf_layerfuse.models.architectures import architecture_for
 
 
 class Pair(nn.Module):
-    """A module whose output is a tuple, as that of attention is."""
+    """A module whose output is a tuple, like that of attention."""
 
     def forward(self, x):
         return 2 * x, "weights"
@@ -39,7 +39,7 @@ def hooks_of(model):
 
 
 def test_tensors_are_those_of_a_plain_forward(chain):
-    """Inputs and outputs are shown in the order of the pass; of a tuple the first element counts."""
+    """Inputs and outputs appear in the order of the pass; the first element represents a tuple."""
     x, seen = torch.randn(5, 3), {}
     modules = {
         "output": (chain.last, "after"),
@@ -62,7 +62,7 @@ def test_tensors_are_those_of_a_plain_forward(chain):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_hooks_are_removed_after_an_error(chain, when):
-    """An error of the model, or of the function that looks, comes out and leaves no hook."""
+    """An error of the model, or of the recording function, is raised and leaves no hook."""
 
     def fail(*_):
         raise RuntimeError("broken on purpose")
@@ -76,14 +76,14 @@ def test_hooks_are_removed_after_an_error(chain, when):
 
 
 def test_hooks_are_removed_when_one_cannot_be_added(chain):
-    """Where adding a hook fails, those before it are removed."""
+    """If adding a hook fails, the earlier ones are removed."""
     with pytest.raises(AttributeError), watch({0: (chain.first, "after"), 1: (None, "after")}, print):
         pass
     assert not hooks_of(chain)
 
 
 def test_a_pass_can_end_early(chain):
-    """`StopForward` ends the pass and the block, without an error; what lies behind does not run."""
+    """`StopForward` ends the pass and the block without an error; later modules do not run."""
     seen = []
 
     def stop(key, _):
@@ -101,7 +101,7 @@ def blocks_of(model, when="after"):
 
 
 def test_tokens_are_those_without_padding():
-    """Each module shows the tokens that the mask keeps, batch by batch; mode and hooks are as before."""
+    """Each module shows the tokens that the mask keeps, batch by batch; mode and hooks are restored."""
     model = tiny_model("bert").train()
     batch = example_inputs(model, 3, 8)
     mask = torch.ones_like(batch["input_ids"])
@@ -128,7 +128,7 @@ def test_tokens_are_those_without_padding():
 
 @pytest.mark.parametrize("batches", [0, 1])
 def test_padding_alone_is_no_data(batches):
-    """No batches, and batches of padding alone, are an error that says what to pass."""
+    """No batches, or batches of padding alone, are an error that says what to pass."""
     model = tiny_model("bert")
     batch = example_inputs(model, 2, 4)
     empty = batch | {"attention_mask": torch.zeros_like(batch["input_ids"])}

@@ -1,4 +1,4 @@
-"""Every measurement equals what a slow, obvious computation gives."""
+"""Every measurement equals a slow, obvious computation."""
 
 import json
 import lzma
@@ -43,7 +43,7 @@ def model():
 
 
 def _brute_force(model, text: str, max_length: int, stride: int) -> tuple[float, int]:
-    """Score one token at a time, each with the context of the first window that scores it."""
+    """Score one token at a time, each with the context of the first window that contains it as a target."""
     ids = LetterTokenizer()(text)["input_ids"]
     total, scored, done = 0.0, 0, 0
     for start in range(0, len(ids), stride):
@@ -62,7 +62,7 @@ def _brute_force(model, text: str, max_length: int, stride: int) -> tuple[float,
 @pytest.mark.parametrize(("max_length", "stride"), [(16, 16), (16, 5), (16, 1), (64, 64), (12, 11)])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_perplexity_equals_one_token_at_a_time(model, max_length: int, stride: int, batch_size: int) -> None:
-    """Sliding windows in batches, the last one ragged, score every token as the obvious loop does."""
+    """Sliding windows in batches, with an incomplete last one, score every token like the obvious loop."""
     result = perplexity(model, LetterTokenizer(), TEXT, max_length=max_length, stride=stride, batch_size=batch_size)
     total, scored = _brute_force(model, TEXT, max_length, stride)
     assert result["nll"] == pytest.approx(total, rel=1e-5)
@@ -76,7 +76,7 @@ def test_perplexity_equals_one_token_at_a_time(model, max_length: int, stride: i
 
 
 def test_perplexity_of_a_part_is_that_of_the_shorter_text(model) -> None:
-    """max_windows reads the first windows only, and counts only their words."""
+    """max_windows reads only the first windows, and counts only their words."""
 
     class Lossless(LetterTokenizer):
         def decode(self, ids: list[int], **options) -> str:
@@ -97,7 +97,7 @@ def test_perplexity_refuses_what_cannot_be_scored(model) -> None:
 
 @pytest.mark.slow
 def test_published_perplexity_is_reproduced(shared: Path) -> None:
-    """A GPT-2 trained on WikiText-2 scores what its authors report, in tokens and in words."""
+    """A GPT-2 trained on WikiText-2 has the published perplexity, per token and per word."""
     folder = shared / "models" / "gpt2-wikitext2"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     text = lzma.decompress((shared / "data" / "wikitext2" / "test.txt.xz").read_bytes()).decode()
@@ -109,7 +109,7 @@ def test_published_perplexity_is_reproduced(shared: Path) -> None:
 
 
 def test_accuracy_is_a_metric_of_the_evaluate_library() -> None:
-    """Batches add up, and the instance can be used again."""
+    """Batches add up, and the instance can be reused."""
     metric = Accuracy(keep_in_memory=True)
     metric.add_batch(predictions=[0, 1], references=torch.tensor([0, 0]))
     metric.add_batch(predictions=[2, 2], references=[2, 2])
@@ -130,7 +130,7 @@ def _text_batches(model, lengths: list[int], batch_size: int) -> list[dict[str, 
 
 
 def test_classification_does_not_depend_on_the_batches() -> None:
-    """Accuracy and cross-entropy are means over rows: batches of one, of unequal size, padded or not, agree."""
+    """Accuracy and cross-entropy are means over rows: batches of one or of unequal size, padded or not, agree."""
     model = tiny_model("bert", "BertForSequenceClassification").train()
     lengths = [3, 9, 5, 12, 7]
     alone, together = (classification(model, _text_batches(model, lengths, size)) for size in (1, 3))
@@ -148,7 +148,7 @@ def test_classification_does_not_depend_on_the_batches() -> None:
 
 @pytest.mark.parametrize(("kind", "head"), [("bert", "BertModel"), ("vit", "ViTForImageClassification")])
 def test_fidelity_is_one_with_itself_and_less_with_another(kind: str, head: str) -> None:
-    """A model agrees with itself whatever the padding, and not with a model of other weights."""
+    """The fidelity of a model to itself is 1 with any padding, and lower to a model with other weights."""
     model, other = tiny_model(kind, head), tiny_model(kind, head, seed=1)
     if kind == "bert":
         batches = _text_batches(model, [3, 9, 5], 2)
@@ -181,7 +181,7 @@ def test_bytes_on_disk(tmp_path: Path) -> None:
 
 
 def test_latency_names_its_conditions() -> None:
-    """Each batch size has its figures; the model keeps its mode; all models are timed on equal inputs."""
+    """Each batch size has its results; the model keeps its mode; all models are timed on equal inputs."""
     model = tiny_model("gpt2", "GPT2LMHeadModel").train()
     timed = latency(model, (1, 2), sequence_length=8, repeats=1, warmup=0)
     assert set(timed) == {1, 2}
@@ -193,7 +193,7 @@ def test_latency_names_its_conditions() -> None:
 
 
 def test_models_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Side by side means one pass of each model, round after round."""
+    """Each round times one pass of each model."""
     order = []
     models = {name: tiny_model("gpt2", "GPT2Model") for name in ("a", "b")}
     for name, model in models.items():
@@ -204,7 +204,7 @@ def test_models_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_evaluating_restores_every_mode() -> None:
-    """A frozen submodule that was in eval mode stays so, and an error does not leave the model in eval mode."""
+    """A frozen submodule in eval mode stays in it, and an error does not leave the model in eval mode."""
     model = tiny_model("bert", "BertModel").train()
     model.pooler.eval()
 

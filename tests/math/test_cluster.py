@@ -1,4 +1,4 @@
-"""Clusters against brute force and scipy, and how several tensors become one."""
+"""Clusters compared with brute force and scipy, and the operators that combine tensors."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def random_distance(count, seed=0):
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
 def test_adjacent_is_optimal(count):
-    """The dynamic program finds the same least cost as trying every partition into runs."""
+    """The dynamic program finds the lowest cost of all partitions into runs."""
     matrix = random_distance(count, seed=count)
 
     def cost(runs):
@@ -39,7 +39,7 @@ def test_adjacent_is_optimal(count):
 
 @pytest.mark.parametrize("count", [3, 7])
 def test_connected_merges_the_closest_pairs(count):
-    """The groups are the components of the graph of the closest pairs."""
+    """Groups are the connected components of the graph of closest pairs."""
     matrix = random_distance(count)
     pairs = sorted(itertools.combinations(range(count), 2), key=lambda pair: matrix[pair].item())
     label = list(range(count))
@@ -52,7 +52,7 @@ def test_connected_merges_the_closest_pairs(count):
 
 
 def test_connected_joins_what_is_far_apart():
-    """Unlike `adjacent`, it groups the first block with the last where these are closest."""
+    """Unlike `adjacent`, it groups the first block with the last if these are closest."""
     matrix = torch.ones(4, 4, dtype=torch.float64).fill_diagonal_(0)
     matrix[0, 3] = matrix[3, 0] = 0.1
     assert cluster.connected(matrix, 3) == [(0, 3), (1,), (2,)]
@@ -61,7 +61,7 @@ def test_connected_joins_what_is_far_apart():
 @pytest.mark.parametrize("method", ["single", "average", "complete"])
 @pytest.mark.parametrize("count", [2, 5, 9])
 def test_agglomerative_is_that_of_scipy(count, method):
-    """Without ties the groups are those into which scipy cuts the same tree."""
+    """Without ties, the groups equal scipy's cut of the same tree."""
     for seed in range(5):
         matrix = random_distance(count, seed)
         tree = linkage(squareform(matrix.numpy()), method=method)
@@ -75,7 +75,7 @@ def test_agglomerative_is_that_of_scipy(count, method):
 
 @pytest.mark.parametrize("find", [cluster.connected, cluster.agglomerative])
 def test_groups_are_as_many_as_asked_for_whatever_the_ties(find):
-    """Where all distances are equal there are still exactly as many groups, and every block is in one."""
+    """With all distances equal, the number of groups is still exact, and every block is in one group."""
     for count in (1, 2, 7):
         equal = torch.ones(count, count, dtype=torch.float64).fill_diagonal_(0)
         for groups in range(1, count + 1):
@@ -85,7 +85,7 @@ def test_groups_are_as_many_as_asked_for_whatever_the_ties(find):
 
 
 def test_average_linkage_resists_chains():
-    """Blocks in a row, each a little farther from the next: the closest pairs chain them up, the average does not."""
+    """For blocks in a row with growing distances, closest pairs form one chain and average linkage does not."""
     place = torch.tensor([0.0, 1.0, 2.1, 3.3, 4.6, 6.0], dtype=torch.float64)
     matrix = (place[:, None] - place).abs()
     assert cluster.connected(matrix, 2) == [(0, 1, 2, 3, 4), (5,)]
@@ -93,7 +93,7 @@ def test_average_linkage_resists_chains():
 
 
 def test_operators():
-    """mean, freeze (the later of two in the middle) and telescope equal their formulas."""
+    """mean, freeze (the later of the two middle layers) and telescope equal their formulas."""
     a, b, c, d = torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(0)).unbind()
     pair, triple, four = (tuple(range(n)) for n in (2, 3, 4))
     torch.testing.assert_close(combine([a, b, c], Source(triple, "mean")), (a + b + c) / 3)
@@ -123,8 +123,8 @@ def test_operators_round_once(dtype):
 
 
 def test_knee_is_where_a_curve_bends():
-    """The corner of two straight lines, whatever their units; nothing bends in a line, and nothing is lost by one that
-    falls."""
+    """The knee is the corner of two straight lines, in any units. A straight or concave curve has it at the first
+    point, and a falling one at the last."""
     x = [0, 10, 20, 30, 40, 50]
     assert knee(x, [2.0, 2.1, 2.2, 2.3, 3.3, 4.3]) == 3
     assert knee([v / 100 for v in x], [200, 210, 220, 230, 330, 430]) == 3

@@ -1,4 +1,4 @@
-"""Kernels against the convolutions, norms and sums that they stand for."""
+"""Kernels compared with the convolutions, norms and sums that they replace."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def kernels(draw, ins, outs, strides=strides, sides=sides):
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from([1, 2, 4]), st.tuples(st.integers(1, 3), st.integers(1, 2)), sizes, strides, st.booleans())
 def test_groups_and_dilation_are_written_out(groups, dilation, size, stride, bias):
-    """The same as torch's convolution of that kind; and groups come back."""
+    """The dense kernel equals torch's grouped or dilated convolution, and can be split into groups again."""
     conv = nn.Conv2d(4, 8, size, stride, 2, dilation, groups, bias).double()
     kernel = Kernel.of(conv.weight, conv.bias, conv.stride, (2, 2, 2, 2), dilation, groups)
     x = randn(2, 4, 15, 13)
@@ -45,7 +45,7 @@ def test_groups_and_dilation_are_written_out(groups, dilation, size, stride, bia
 
 
 def test_groups_of_many_channels_come_back():
-    """Whatever the order in which so many numbers would be summed."""
+    """Splitting into groups works for any order of summation over many channels."""
     weight = randn(96, 1, 3, 3)
     assert torch.equal(Kernel.of(weight, groups=96).in_groups(96), weight)
 
@@ -56,7 +56,7 @@ def test_channels_that_are_mixed_are_not_split():
 
 
 def test_norms_are_folded_with_their_own_epsilon():
-    """In eval mode, a convolution and the batch norm behind it are one kernel."""
+    """In eval mode, a convolution and the batch norm after it equal one kernel."""
     conv, norm = nn.Conv2d(3, 5, 3, bias=False).double(), nn.BatchNorm2d(5, eps=0.1).double().eval()
     for place, tensor in enumerate((norm.weight, norm.bias, norm.running_mean)):
         tensor.data.copy_(randn(5, seed=place))
@@ -69,7 +69,7 @@ def test_norms_are_folded_with_their_own_epsilon():
 @settings(deadline=None, max_examples=100)
 @given(kernels(2, 3), kernels(3, 4), kernels(4, 2), st.integers(40, 48), st.integers(40, 48))
 def test_kernels_in_a_row_are_one(first, second, third, height, width):
-    """With all padding in front; composing from either end is the same."""
+    """With all padding in front, a chain equals one kernel, composed from either end."""
     merged = first.then(second).then(third)
     x = F.pad(randn(1, 2, height, width), merged.padding)
     for kernel in (first, second, third):
@@ -83,11 +83,11 @@ def test_kernels_in_a_row_are_one(first, second, third, height, width):
 @settings(deadline=None, max_examples=60)
 @given(kernels(3, 4), kernels(4, 3), st.integers(30, 33))
 def test_padding_within_changes_nothing_but_the_border(first, second, size):
-    """Further from the border than the padding reaches, merged and unmerged are the same."""
+    """Merged and unmerged outputs differ only at the border, as far as the padding reaches."""
     merged, x = first.then(second), randn(1, 3, size, size)
     ours, theirs = merged(x), second(first(x))
     assert ours.shape == theirs.shape
-    rim = 4  # of the second's zeros, up to 3
+    rim = 4  # padding of the second convolution, up to 3
     assume(min(ours.shape[2:]) > 2 * rim)
     close(ours[..., rim:-rim, rim:-rim], theirs[..., rim:-rim, rim:-rim])
 
@@ -95,7 +95,7 @@ def test_padding_within_changes_nothing_but_the_border(first, second, size):
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3), st.integers(9, 12))
 def test_a_skip_is_one_more_tap(left, top, more, size):
-    """x + conv(x), for a kernel with its centre anywhere; and the sum with another that is larger."""
+    """x + conv(x) is one kernel, with the centre anywhere; and so is a sum with a larger kernel."""
     height, width = top + 1 + more, left + 2
     kernel = Kernel(randn(3, 3, height, width), randn(3), padding=(left, 1, top, more))
     x = randn(2, 3, size, size)
@@ -108,7 +108,7 @@ def test_a_skip_is_one_more_tap(left, top, more, size):
 
 @pytest.mark.parametrize("size", [32, 33])
 def test_a_projection_is_added_where_its_pixel_is(size):
-    """The branch of a strided ResNet layer and its 1 x 1 shortcut are one kernel of the same stride."""
+    """The branch of a strided ResNet layer and its 1 x 1 shortcut equal one kernel of the same stride."""
     branch = Kernel(randn(5, 3, 3, 3), randn(5), (2, 2), (1, 1, 1, 1)).then(Kernel(randn(4, 5, 1, 1), randn(4)))
     shortcut = Kernel(randn(4, 3, 1, 1, seed=1), randn(4, seed=2), (2, 2))
     x = randn(2, 3, size, size)
@@ -116,7 +116,8 @@ def test_a_projection_is_added_where_its_pixel_is(size):
 
 
 def test_a_branch_in_a_row_is_one_kernel():
-    """conv, then x + branch(x), then conv: with all padding in front, the skip is cut to what the branch gives."""
+    """conv, then x + branch(x), then conv equal one kernel. With all padding in front, the skip is cropped to the
+    output of the branch."""
     first, second, third, last = (
         Kernel(randn(4, 4, 3, 3, seed=seed), randn(4, seed=seed), padding=(1, 1, 1, 1)) for seed in range(4)
     )

@@ -1,4 +1,4 @@
-"""The dynamic program against every chain there is."""
+"""The dynamic program compared with all possible chains."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ BUDGET = 10.0
 
 @st.composite
 def chains(draw):
-    """A chain of up to 8 parts with options between some of the boundaries, and between all neighbours."""
+    """Up to 8 parts with options between some boundaries, and always between neighbours."""
     length = draw(st.integers(1, 8))
     pairs = [(i, j) for i in range(length) for j in range(i + 1, length + 1)]
     chosen = draw(st.lists(st.sampled_from(pairs), unique=True, max_size=10))
@@ -43,7 +43,7 @@ def totals(steps):
 @settings(deadline=None, max_examples=60)
 @given(chains(), st.floats(0.05, 1))
 def test_it_is_the_best_of_all_chains(chain, share):
-    """For any budget: no chain within it is worth more, and none of the same value is cheaper."""
+    """For any budget, no chain within it has a higher value, and none with the same value is cheaper."""
     length, options = chain
     frontier = Frontier(length, options, BUDGET, UNITS)
     budget = math.floor(share * UNITS) * BUDGET / UNITS
@@ -64,7 +64,8 @@ def test_it_is_the_best_of_all_chains(chain, share):
 @settings(deadline=None, max_examples=30)
 @given(chains())
 def test_the_frontier_holds_every_best_chain(chain):
-    """Each of its chains costs more and is worth more than the one before; no chain is cheaper and worth as much."""
+    """Each chain of the frontier has a higher cost and value than the one before. No chain with the same value is
+    cheaper."""
     length, options = chain
     found = [totals(steps) for steps in Frontier(length, options, BUDGET, UNITS).chains()]
     assert found == sorted(found)
@@ -77,7 +78,7 @@ def test_the_frontier_holds_every_best_chain(chain):
 @settings(deadline=None, max_examples=30)
 @given(chains(), st.floats(0.01, 1.0))
 def test_costs_that_are_no_whole_units_stay_within_the_budget(chain, scale):
-    """Rounding is always up: what is chosen may cost less than it could, and never more."""
+    """Costs are rounded up: a choice may leave some of the budget unused, but never exceeds it."""
     length, options = chain
     options = {pair: [Option(way.cost * scale, way.value) for way in ways] for pair, ways in options.items()}
     frontier = Frontier(length, options, BUDGET, 17)

@@ -1,4 +1,4 @@
-"""Least squares from moments, against the same fits written out on the rows themselves."""
+"""Least squares from moments, compared with the same fits on the rows themselves."""
 
 import copy
 
@@ -23,7 +23,7 @@ def with_ones(x):
 
 
 def moments_of(x, y, *sizes):
-    """Moments of rows that are added in parts of these sizes."""
+    """Moments of rows added in parts of these sizes."""
     found = Moments.empty(x.shape[1], y.shape[1])
     for part in zip(x.split(list(sizes) or len(x)), y.split(list(sizes) or len(y)), strict=True):
         found.add(*part)
@@ -36,20 +36,20 @@ def tensors(moments):
 
 @pytest.fixture
 def data():
-    """Inputs of unequal scale off zero, and targets that depend on them but for noise."""
+    """Inputs of unequal scale and nonzero mean, and targets that depend on them, with noise."""
     x = random(ROWS, IN) * torch.arange(1, IN + 1) + 0.5
     return x, x @ random(IN, OUT, seed=1) + random(1, OUT, seed=2) + 0.3 * random(ROWS, OUT, seed=3)
 
 
 @pytest.fixture
 def split(data):
-    """Moments to fit and to hold out."""
+    """Moments for fitting, and moments held out."""
     x, y = data
     return moments_of(x[:48], y[:48]), moments_of(x[48:], y[48:])
 
 
 def test_scaled_rows_count_by_the_square_of_their_scale(data):
-    """A row with the scale sqrt(3) is three of it, for every fit and error; its constant is scaled too."""
+    """A row scaled by sqrt(3) counts like three rows in every fit and error; its constant is scaled too."""
     x, y = data
     found = Moments.empty(IN, OUT)
     found.add(x, y, torch.tensor([1.0, 3.0], dtype=torch.float64).sqrt().repeat(ROWS // 2)[:, None])
@@ -60,7 +60,7 @@ def test_scaled_rows_count_by_the_square_of_their_scale(data):
 
 
 def test_without_a_penalty_it_is_least_squares(data):
-    """A vanishing penalty gives what torch.linalg.lstsq finds for the rows, constant included."""
+    """With a vanishing penalty, the fit equals torch.linalg.lstsq, with a constant."""
     x, y = data
     expected = torch.linalg.lstsq(with_ones(x), y).solution
     torch.testing.assert_close(moments_of(x, y).ridge(torch.zeros(IN + 1, OUT).double(), 1e-13), expected)
@@ -68,8 +68,8 @@ def test_without_a_penalty_it_is_least_squares(data):
 
 @pytest.mark.parametrize("strength", [1e-3, 1.0, 30.0])
 def test_ridge_is_the_closed_form(data, strength):
-    """start + (X^T X + penalty)^-1 X^T (y - X start): the penalty is relative to the mean square of the inputs, holds
-    the map to where it starts, and leaves the constant free."""
+    """The fit is start + (X^T X + penalty)^-1 X^T (y - X start). The penalty is relative to the mean square of the
+    inputs, pulls towards the start, and does not apply to the constant."""
     x, y = data
     start, ones = random(IN + 1, OUT, seed=4), with_ones(x)
     penalty = strength * x.square().sum() / IN * torch.diag(torch.tensor([1.0] * IN + [0.0]).double())
@@ -78,7 +78,7 @@ def test_ridge_is_the_closed_form(data, strength):
 
 
 def test_strong_penalties_leave_all_but_the_constant(data):
-    """However strong the penalty, the constant takes what it can: the residuals have mean zero."""
+    """For any penalty, the constant stays free: the residuals have mean zero."""
     x, y = data
     start = random(IN + 1, OUT, seed=4)
     theta = moments_of(x, y).ridge(start, 1e9)
@@ -87,7 +87,7 @@ def test_strong_penalties_leave_all_but_the_constant(data):
 
 
 def test_error_is_that_of_the_rows(data):
-    """The mean squared error from moments is that of the rows, for any map, and never below zero."""
+    """The mean squared error from moments equals that of the rows for any map, and is never below zero."""
     x, y = data
     theta = random(IN + 1, OUT, seed=4)
     expected = (with_ones(x) @ theta - y).square().sum(1).mean()
@@ -97,7 +97,7 @@ def test_error_is_that_of_the_rows(data):
 
 @pytest.mark.parametrize("sizes", [(1,) * ROWS, (7, 50, 3), (0, 60, 0)])
 def test_batches_do_not_matter(data, sizes):
-    """Rows that come one by one, in unequal parts, or with empty parts between have the same moments."""
+    """Rows one by one, in unequal parts, or with empty parts have the same moments."""
     x, y = data
     for found, expected in zip(tensors(moments_of(x, y, *sizes)), tensors(moments_of(x, y)), strict=True):
         torch.testing.assert_close(found, expected)
@@ -105,7 +105,7 @@ def test_batches_do_not_matter(data, sizes):
 
 
 def test_moments_add_up(data):
-    """The sum of the moments of two sets of rows is that of all of them; the summands stay as they are."""
+    """The sum of two moments equals the moments of all rows, and leaves both unchanged."""
     x, y = data
     first, second = moments_of(x[:20], y[:20]), moments_of(x[20:], y[20:])
     before = first.xx.clone()
@@ -115,7 +115,7 @@ def test_moments_add_up(data):
 
 
 def test_sums_are_float64(data):
-    """Rows of single precision are summed in double: many of them leave no more error than one."""
+    """Rows in float32 are summed in float64: many rows have no larger error than one."""
     x, y = (part.float() for part in data)
     found = Moments.empty(IN, OUT)
     for _ in range(300):
@@ -129,7 +129,7 @@ def test_sums_are_float64(data):
 
 @pytest.mark.parametrize("width", [255, 256, 257, 600])
 def test_moments_of_many_inputs(width):
-    """They are the products of all pairs of inputs, whatever the blocks that these are taken in."""
+    """Moments are the products of all pairs of inputs, for any block size of the computation."""
     x, y = random(40, width, seed=1), random(40, 3, seed=2)
     found = moments_of(x, y)
     torch.testing.assert_close(found.xx, with_ones(x).T @ with_ones(x))
@@ -137,7 +137,7 @@ def test_moments_of_many_inputs(width):
 
 
 def test_mapped_inputs_and_targets(data):
-    """`through` and `towards` are the moments of the rows after the inputs, or the targets, went through a map."""
+    """`through` and `towards` give the moments after a map of the inputs or of the targets."""
     x, y = data
     first, aim = random(IN + 1, 5, seed=4), random(OUT + 1, 3, seed=5)
     found = moments_of(x, y).through(first).towards(aim)
@@ -147,14 +147,14 @@ def test_mapped_inputs_and_targets(data):
 
 
 def test_chained_maps(data):
-    """`chain` is one map after the other, constants included."""
+    """`chain` composes two maps, with their constants."""
     x, _ = data
     first, then = random(IN + 1, 5, seed=4), random(6, 3, seed=5)
     torch.testing.assert_close(with_ones(x) @ chain(first, then), with_ones(with_ones(x) @ first) @ then)
 
 
 def test_moments_of_some_inputs(data):
-    """`only` keeps the inputs that it is given, in that order, and the constant."""
+    """`only` keeps the given inputs in the given order, and the constant."""
     x, y = data
     chosen = torch.tensor([4, 0, 3])
     for one, other in zip(tensors(moments_of(x, y).only(chosen)), tensors(moments_of(x[:, chosen], y)), strict=True):
@@ -182,8 +182,8 @@ def test_fits_without_a_constant(data):
 
 
 def test_strength_is_chosen_on_other_rows(split):
-    """The strength is one of the candidates, none of which does better on the held-out rows by more than the search
-    from strong to weak passes over; with it, all rows are fitted."""
+    """The strength is one of the candidates, and is best on the held-out rows within the tolerance of the search, which
+    goes from strong to weak. All rows are then fitted with it."""
     train, held_out = split
     start = torch.zeros(IN + 1, OUT).double()
     errors = {strength: held_out.error(train.ridge(start, strength)) for strength in STRENGTHS}
@@ -212,7 +212,7 @@ def test_noise_asks_for_a_strong_penalty():
 
 @pytest.mark.parametrize("targets", ["exact", "noise"])
 def test_a_map_that_cannot_be_bettered_is_kept(data, targets):
-    """A map that is exact, or rows that say nothing about others, leave the start as it is, to the bit."""
+    """If the start is exact, or the rows do not generalise, the start is kept to the bit."""
     x, _ = data
     start = random(IN + 1, OUT, seed=4)
     y = with_ones(x) @ start
@@ -227,7 +227,7 @@ def test_a_map_that_cannot_be_bettered_is_kept(data, targets):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_never_worse_than_the_start(seed):
-    """Whatever the rows, also fewer than inputs, the held-out error of the result is not above that of the start."""
+    """For any rows, even fewer than inputs, the held-out error of the result is at most that of the start."""
     rows, inputs = 2 + seed % 7, 1 + seed % 5
     x, y = random(rows, inputs, seed=seed), random(rows, 2, seed=100 + seed)
     cut = max(1, rows // 5)
@@ -238,7 +238,7 @@ def test_never_worse_than_the_start(seed):
 
 
 def test_nothing_to_choose_by():
-    """Without held-out rows, or without any, there is no fit, and no division by zero."""
+    """Without held-out rows, or without any rows, there is no fit and no division by zero."""
     x, y = random(3, IN), random(3, OUT, seed=1)
     start = random(IN + 1, OUT, seed=4)
     for train in (moments_of(x, y), Moments.empty(IN, OUT)):
@@ -248,7 +248,7 @@ def test_nothing_to_choose_by():
 
 
 def test_inputs_that_are_dead():
-    """Inputs that are always zero keep their weights; where all are, nothing is changed."""
+    """Inputs that are always zero keep their weights. If all are, nothing changes."""
     x, y = random(ROWS, IN), random(ROWS, OUT, seed=1)
     start = random(IN + 1, OUT, seed=4)
     x[:, 2] = 0
@@ -259,7 +259,7 @@ def test_inputs_that_are_dead():
 
 
 def test_eliminate_drops_what_costs_least(data):
-    """The one input that goes is that whose absence, made up for by the others, raises the penalised error least."""
+    """Elimination picks the input whose removal raises the penalised error least, after the others adapt."""
     x, y = data
     moments, start, strength = moments_of(x, y), random(IN + 1, OUT, seed=4), 0.1
     penalty = strength * x.square().mean() * ROWS
@@ -277,7 +277,7 @@ def test_eliminate_drops_what_costs_least(data):
 
 
 def test_eliminate_drops_units_as_a_whole(data):
-    """The one pair of inputs that goes is that whose absence, made up for by the others, costs least."""
+    """Elimination picks the pair of inputs whose removal raises the error least, after the others adapt."""
     x, y = data
     moments, start, strength = moments_of(x, y), random(IN + 1, OUT, seed=4), 0.1
     penalty = strength * x.square().mean() * ROWS
@@ -298,7 +298,7 @@ def test_eliminate_drops_units_as_a_whole(data):
 
 
 def test_eliminate_finds_what_matters():
-    """Of many inputs, those that the targets depend on stay, also where copies of others are larger."""
+    """The inputs that determine the targets are kept, even if copies of other inputs are larger."""
     x = random(300, 24)
     x[:, 12:] = 3 * x[:, :12] + 0.3 * x[:, 12:]
     useful = torch.tensor([1, 4, 13, 20])
@@ -308,7 +308,7 @@ def test_eliminate_finds_what_matters():
 
 
 def test_eliminate_among_dead_inputs():
-    """Inputs that are always zero go first; where all are, as many as asked for are left."""
+    """Inputs that are always zero are removed first. If all are, the requested number remains."""
     x, y = random(ROWS, IN), random(ROWS, OUT, seed=1)
     x[:, [1, 2, 5]] = 0
     start = torch.zeros(IN + 1, OUT).double()
@@ -340,7 +340,7 @@ every_module = pytest.mark.parametrize("name", MODULES)
 
 @every_module
 def test_theta_is_what_a_module_computes(data, name):
-    """The map of a module, in whatever orientation and parts it stores it, gives its outputs."""
+    """The map read from a module gives the module's outputs, for any orientation and number of parts."""
     x, _ = data
     module = module_of(name)
     torch.testing.assert_close(with_ones(x) @ theta_of(module), module.double()(x), rtol=1e-6, atol=1e-6)
@@ -351,7 +351,7 @@ FREE = {"share": {"residual_in", "residual_out", "bias"}, "basis": {"coefficient
 
 @every_module
 def test_fitted_modules_are_nearer_to_the_targets(data, split, name):
-    """Fitting lowers the held-out error of a module, reports it as it was, and changes only what is free to."""
+    """Fitting lowers the held-out error of a module, reports the error before, and changes only free parameters."""
     x, y = data
     module = module_of(name)
     before = copy.deepcopy(module)
@@ -383,8 +383,8 @@ def test_modules_that_cannot_be_bettered_stay_as_they_are(data, name, tied):
 
 
 def test_a_tied_weight_stays(data, split):
-    """Of a plain map whose weight is tied, the bias alone is fitted: the residuals have mean zero. Without a bias
-    nothing is."""
+    """If the weight of a plain map is tied, only the bias is fitted, and the residuals have mean zero. Without a bias,
+    nothing is fitted."""
     x, y = data
     module = linear()
     weight = module.weight.clone()
@@ -399,7 +399,7 @@ def test_a_tied_weight_stays(data, split):
 
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 def test_without_noise_the_map_is_found(data, kind):
-    """Targets that some map of the same shape gives are met by the fit, with a bias and without."""
+    """Targets from a map of the same shape are fitted exactly, with a bias and without."""
     x, _ = data
     for bias in (True, False) if kind is nn.Linear else (True,):
         module = linear(bias=bias, kind=kind)
@@ -411,7 +411,7 @@ def test_without_noise_the_map_is_found(data, kind):
 
 
 def test_a_map_without_a_bias_is_fitted_without_one(data, split):
-    """Where there is no bias to take the constant of a fit, the weight is the best of those that need none."""
+    """Without a bias, the fit is the best map without a constant."""
     x, y = data
 
     def error(weight):
@@ -426,8 +426,8 @@ def test_a_map_without_a_bias_is_fitted_without_one(data, split):
 
 @pytest.mark.parametrize("kind", ["", " Conv1D"])
 def test_residuals_are_reduced_rank_regression(data, kind):
-    """Beside a shared weight W the residual is that of least ||Y - X (W + B A)^T - b|| of its rank: the least squares
-    fit, projected on the leading directions of what it gives."""
+    """Beside a shared weight W, the residual minimises ||Y - X (W + B A)^T - b|| for its rank: it is the least squares
+    fit, projected on the leading directions of its outputs."""
     x, y = data
     module = module_of(f"share 2{kind}")
     shared = out_in(module, module.weight).detach().double()
@@ -445,7 +445,7 @@ def test_residuals_are_reduced_rank_regression(data, kind):
 
 @pytest.mark.parametrize("kind", ["", " Conv1D"])
 def test_full_rank_is_as_good_as_free_weights(data, split, kind):
-    """A residual of full rank beside a shared weight, or a basis of all inputs, reaches what a free map reaches."""
+    """A residual of full rank beside a shared weight, or a basis of all inputs, is as good as a free map."""
     x, y = data
     best = (y - with_ones(x) @ torch.linalg.lstsq(with_ones(x), y).solution).square().sum()
     for name in (f"share {OUT}{kind}", f"basis {IN}{kind}"):
@@ -456,7 +456,8 @@ def test_full_rank_is_as_good_as_free_weights(data, split, kind):
 
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 def test_folding(data, kind):
-    """A map that another was folded into gives for x what it gave for the mapped x; without a bias, no constant."""
+    """A map with another map folded in gives for x the output that it gave for the mapped x; without a bias, no
+    constant is folded."""
     x, _ = data
     before = random(IN + 1, IN, seed=4)
     module = linear(kind=kind)
@@ -471,7 +472,7 @@ def test_folding(data, kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_once(data, split, dtype):
-    """A map in half precision is fitted in double, and differs from the double result by its rounding only."""
+    """A map in half precision is fitted in float64 and rounded once."""
     module, twin = linear().to(dtype), linear().to(dtype).double()
     assert fit_map(module, *split, tied=False).after == pytest.approx(fit_map(twin, *split, tied=False).after)
     assert torch.equal(module.weight, twin.weight.to(dtype))
@@ -479,7 +480,7 @@ def test_half_precision_is_rounded_once(data, split, dtype):
 
 
 def test_storing_goes_around(data):
-    """What is written to a map is what is read from it."""
+    """Reading a map returns the map that was written."""
     theta = random(IN + 1, OUT, seed=4)
     for kind in (nn.Linear, Conv1D):
         module = linear(kind=kind).double()
@@ -499,8 +500,8 @@ class Scaled(nn.Module):
 
 
 def gain_case(bias, noise=0.0):
-    """A norm, two maps that read it, and rows whose targets another gain gives, up to a constant where maps have a
-    bias, and noise."""
+    """A norm, two maps that read it, and rows. The targets come from another gain, with noise, and with a constant if
+    maps have a bias."""
     norm = nn.LayerNorm(IN)
     nn.init.normal_(norm.weight, 1.0, 0.2)
     nn.init.normal_(norm.bias)
@@ -513,8 +514,8 @@ def gain_case(bias, noise=0.0):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_gain_that_explains_everything_is_found(bias):
-    """Where the inputs differ from those of the original by a factor each, that factor comes out, and the norm has
-    it; a constant between them is left to the biases of the maps that read it."""
+    """If the inputs differ from the original's by one factor each, the norm gets these factors. A constant between them
+    remains for the biases of the maps that read it."""
     norm, readers, x, y, scale = gain_case(bias)
     before = copy.deepcopy(norm)
     found = fit_gain(norm, readers, moments_of(x[:48], y[:48]), moments_of(x[48:], y[48:]))
@@ -526,7 +527,7 @@ def test_a_gain_that_explains_everything_is_found(bias):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_gain_is_the_least_squares_one(bias):
-    """With noise too, no other gain gives the maps a smaller error on the rows, whatever their biases."""
+    """With noise, no other gain gives the maps a smaller error on the rows, for any biases."""
     norm, readers, x, y, _ = gain_case(bias, noise=0.3)
     moments = moments_of(x, y)
     found = fit_gain(norm, readers, moments, moments).theta[:-1, 0]
@@ -545,7 +546,8 @@ def test_a_gain_is_the_least_squares_one(bias):
 
 
 def test_a_weight_that_is_no_gain_is_left_alone():
-    """A norm whose output is not proportional to its weight keeps it, and the report says that nothing was fitted."""
+    """A norm whose output is not proportional to its weight keeps the weight, and the report says that nothing was
+    fitted."""
     norm, readers, x, y, _ = gain_case(bias=True)
     norm = Scaled()
     before = norm.weight.clone()

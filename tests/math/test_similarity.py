@@ -1,4 +1,4 @@
-"""Distances between blocks: each against its definition written out, and what it must not depend on."""
+"""Distances between blocks: each equals its definition, and has the required invariances."""
 
 import itertools
 
@@ -28,7 +28,7 @@ ON_DISTRIBUTIONS = {"covariance", "kl", "wasserstein"}
 
 @pytest.fixture
 def maps():
-    """Two maps in five blocks: one of more units than coordinates, one of fewer; neither has a mean of zero."""
+    """Two maps in five blocks: one with more units than coordinates, one with fewer; neither has mean zero."""
     generator = torch.Generator().manual_seed(0)
     tall, wide = (torch.randn(BLOCKS, units, 6, generator=generator, dtype=torch.float64) for units in (40, 4))
     mix = torch.randn(BLOCKS, 6, 6, generator=generator, dtype=torch.float64)
@@ -43,7 +43,7 @@ def states():
 
 
 def compare(distance, expected):
-    """`expected(i, j)` is the distance; it is symmetric, and zero from a block to itself."""
+    """Check that `expected(i, j)` is the distance, and that it is symmetric and zero between a block and itself."""
     assert distance.dtype == torch.float64
     assert torch.equal(distance, distance.T)
     assert torch.equal(distance.diagonal(), torch.zeros(len(distance), dtype=torch.float64))
@@ -69,7 +69,7 @@ def test_cosine(maps):
 
 
 def test_covariance(maps):
-    """tr(S_i S_j) / (||S_i|| ||S_j||) of the covariances of the columns, as a distance."""
+    """One minus tr(S_i S_j) / (||S_i|| ||S_j||) of the covariances of the columns."""
 
     def alignment(a, b):
         a, b = a.T.cov(), b.T.cov()
@@ -97,7 +97,7 @@ def gaussian(rows):
 
 
 def test_kl(maps):
-    """The mean of the two divergences of the Gaussians, as torch has it, added over the maps."""
+    """The mean of the two divergences between the Gaussians, as torch computes it, summed over the maps."""
 
     def divergence(a, b):
         a, b = gaussian(a), gaussian(b)
@@ -107,7 +107,7 @@ def test_kl(maps):
 
 
 def test_wasserstein(maps):
-    """The formula of Bures with the matrix roots of scipy, added over the maps that have one."""
+    """Bures' formula with scipy's matrix roots, summed over the maps that have one."""
 
     def bures(a, b):
         (m, s), (n, t) = ((w.mean(0), w.T.cov(correction=0).numpy()) for w in (a, b))
@@ -116,7 +116,7 @@ def test_wasserstein(maps):
 
     tall, wide = maps
     compare(wasserstein([tall]), lambda i, j: bures(tall[i], tall[j]))
-    # roots of singular matrices are beyond scipy, but a little more of everything changes little
+    # scipy cannot take roots of singular matrices; a small multiple of the identity changes little
     ridge = 1e-4 * torch.eye(6, dtype=torch.float64)
     padded = torch.cat([wide - wide.mean(1, keepdim=True)] + [sign * ridge.expand(BLOCKS, 6, 6) for sign in (1, -1)], 1)
     scale = len(padded[0]) / len(wide[0])
@@ -127,7 +127,7 @@ def test_wasserstein(maps):
 
 @pytest.mark.parametrize("name", ON_WEIGHTS)
 def test_equal_blocks_are_at_no_distance(maps, name):
-    """Two blocks with the same weights are at distance zero, and all others are apart."""
+    """Two blocks with equal weights have distance zero, and all others a positive distance."""
     for weights in maps:
         weights[3] = weights[1]
     distance = ON_WEIGHTS[name](maps)
@@ -138,7 +138,7 @@ def test_equal_blocks_are_at_no_distance(maps, name):
 
 @pytest.mark.parametrize("name", ON_WEIGHTS)
 def test_order_of_units(maps, name):
-    """Measures of distributions do not see in which order a block has its units; the others compare unit by unit."""
+    """Measures of distributions ignore the order of units; the others compare unit by unit."""
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     before = ON_WEIGHTS[name](maps)
     maps[0][2] = maps[0][2][order]
@@ -151,14 +151,14 @@ def test_order_of_units(maps, name):
 
 @pytest.mark.parametrize("name", ON_WEIGHTS)
 def test_basis_of_the_stream(maps, name):
-    """A rotation of the residual stream, which is that of all blocks, changes no distance."""
+    """A rotation of the residual stream, common to all blocks, changes no distance."""
     turn, _ = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     torch.testing.assert_close(ON_WEIGHTS[name]([w @ turn for w in maps]), ON_WEIGHTS[name](maps))
 
 
 @pytest.mark.parametrize("name", ON_WEIGHTS)
 def test_emptied_blocks_are_at_a_finite_distance(maps, name):
-    """A block whose weights are all zero, such as one that was expanded, gives a number: plans are JSON."""
+    """A block with all weights zero, such as an expanded one, has finite distances, because plans are JSON."""
     for weights in maps:
         weights[2] = 0
     distance = ON_WEIGHTS[name](maps)
@@ -167,7 +167,7 @@ def test_emptied_blocks_are_at_a_finite_distance(maps, name):
 
 
 def test_what_scale_changes(maps):
-    """A block at twice the weights is the same to `cosine` and `covariance`, and another to all others."""
+    """`cosine` and `covariance` ignore a factor of two on the weights of a block; all others do not."""
     for weights in maps:
         weights[1] = 2 * weights[0]
     for name, measure in ON_WEIGHTS.items():
@@ -175,7 +175,8 @@ def test_what_scale_changes(maps):
 
 
 def test_divergences_see_means(maps):
-    """Moving all units of a block by m changes `wasserstein` by |m|^2 and `kl` too, `covariance` by nothing."""
+    """Shifting all units of a block by m changes `wasserstein` by |m|^2, changes `kl`, and does not change
+    `covariance`."""
     tall = maps[0]
     tall[1] = tall[0] + 0.5
     assert covariance([tall])[0, 1] < 1e-12
@@ -223,7 +224,7 @@ def hsic(one, other):
 
 
 def test_unbiased_cka(states):
-    """The estimator of Nguyen et al. (2021), eq. 2, over whole chunks; over all tokens where they make no chunk."""
+    """The estimator of Nguyen et al. (2021), eq. 2, over whole chunks, or over all tokens if they fill no chunk."""
     for chunk, parts in ((16, states[:, :32].split(16, 1)), (64, [states])):
 
         def alignment(i, j, parts=parts):
@@ -236,14 +237,14 @@ def test_unbiased_cka(states):
 
 
 def test_unbiased_cka_is_unbiased():
-    """States that have nothing to do with each other are at distance one, where biased CKA finds them alike."""
+    """Independent states have distance one, although biased CKA finds them similar."""
     noise = torch.randn(2, 2048, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert measured(UnbiasedCKA(32), noise)[0, 1] == pytest.approx(1, abs=0.02)
     assert measured(CKA(), noise[:, :32])[0, 1] < 0.6
 
 
 def test_unbiased_cka_needs_four_tokens(states):
-    """Three tokens are too few for the estimator, which the error says; four are enough."""
+    """Three tokens are too few for the estimator, and the error says so; four are enough."""
     with pytest.raises(DataError, match="at least 4 tokens in `batches`"):
         measured(UnbiasedCKA(), states[:, :3])
     assert measured(UnbiasedCKA(), states[:, :4]).isfinite().all()
@@ -251,7 +252,7 @@ def test_unbiased_cka_needs_four_tokens(states):
 
 @pytest.mark.parametrize("kind", [CKA, UnbiasedCKA])
 def test_cka_is_blind_to_rotation_scale_and_shift(states, kind):
-    """Linear CKA does not change under an orthogonal map, a scale and an offset, not even one of a million."""
+    """Linear CKA is invariant to an orthogonal map, a scale and an offset, even one of a million."""
     turn, _ = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     moved = states.clone()
     moved[0] = 3 * states[0] @ turn + 1e6
@@ -260,7 +261,7 @@ def test_cka_is_blind_to_rotation_scale_and_shift(states, kind):
 
 @pytest.mark.parametrize("name", ON_ACTIVATIONS)
 def test_batches_do_not_matter(states, name):
-    """However the tokens are split, the distances are the same, in float32 as in float64."""
+    """Distances are the same for any split of the tokens, in float32 and in float64."""
     kind = ON_ACTIVATIONS[name]
     whole = measured(kind(chunk=8), states)
     assert (whole[0, 1:] > 1e-3).all()
@@ -271,14 +272,14 @@ def test_batches_do_not_matter(states, name):
 
 @pytest.mark.parametrize("name", sorted(ON_ACTIVATIONS.keys() - {"cka_unbiased"}))
 def test_chunks_do_not_matter(states, name):
-    """The size of the chunks changes rounding only, except for the unbiased estimate, which is an average over them."""
+    """The chunk size changes only rounding, except for the unbiased estimate, which is an average over chunks."""
     kind = ON_ACTIVATIONS[name]
     torch.testing.assert_close(measured(kind(chunk=3), states), measured(kind(), states))
 
 
 @pytest.mark.parametrize("name", ON_ACTIVATIONS)
 def test_memory_does_not_grow_with_tokens(states, name):
-    """What a measure holds after a hundred batches is no more than after two."""
+    """A measure uses no more memory after a hundred batches than after two."""
 
     def held():
         tensors = [t for v in vars(measure).values() for t in (v if isinstance(v, list) else [v]) if torch.is_tensor(t)]
@@ -294,7 +295,7 @@ def test_memory_does_not_grow_with_tokens(states, name):
 
 @pytest.mark.parametrize("name", ON_ACTIVATIONS)
 def test_states_that_pass_unchanged_are_at_no_distance(states, name):
-    """A block that returns what it reads is at distance zero from the one before it."""
+    """A block that returns its input has distance zero from the block before it."""
     states[2] = states[1]
     distance = measured(ON_ACTIVATIONS[name](), states)
     assert distance[1, 2] < 1e-7

@@ -1,4 +1,4 @@
-"""A method is one folder and one entry: what the package has to know of it is its `Method`."""
+"""A method is one folder and one entry: the package reads everything from its `Method`."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ ASKED = {"fusion": {"keep_layers": 4}, "collapse": {"count": 2}, "merge": {"late
 
 
 def test_methods_are_those_of_recipes():
-    """Each section that names a method has one `Method`, of the recipe and the targets of that section."""
+    """Each section that names a method has one `Method`, with the recipe and targets of that section."""
     assert {method.name: method.targets for method in METHODS} == METHOD_TARGETS
     assert len({method.name for method in METHODS}) == len(METHODS)
     for method in METHODS:
@@ -34,8 +34,8 @@ def test_methods_are_those_of_recipes():
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_a_recipe_leads_to_its_method(method):
-    """A run's recipe knows the section of its method, and `method_of` finds the method; one that is fitted at once
-    needs no training, heals as the user says and has nothing to finish."""
+    """A run's recipe names the section of its method, and `method_of` finds the method. A method that fits at once
+    needs no training, heals by the user's recipe, and has no last step."""
     asked = method.recipe_type(**ASKED[method.name])
     recipe = Recipe(**COMMON, **{method.name: asked})
     assert recipe.method is asked
@@ -46,8 +46,8 @@ def test_a_recipe_leads_to_its_method(method):
 
 
 def test_methods_that_end_after_training():
-    """Homotopy pulls activations to lines, as hard as the user says, and tells the training how near is near enough.
-    As a regulariser it merges nothing in the end; a merge that stays open does, and needs no pull."""
+    """Homotopy pulls activations to lines with the user's strength, and gives the training its threshold. As a
+    regulariser it merges nothing at the end. An open merge has a last step and needs no pull."""
     collapse, merge = (next(method for method in METHODS if method.name == name) for name in ("collapse", "merge"))
     homotopy = collapse.recipe_type(count=2, method="homotopy", threshold=0.1)
     assert collapse.needs_training(homotopy)
@@ -65,7 +65,7 @@ def test_methods_that_end_after_training():
 
 @strict_recipe
 class ToyRecipe:
-    """A number of MLPs that are dropped, from the last layer on; `late` ones have a finish."""
+    """A method that drops a number of MLPs, from the last layer on; `late` adds a last step."""
 
     last: int | None = None
     most: int | None = None
@@ -82,7 +82,7 @@ def drop_last(model, recipe, batches=None):
 
 
 def finish(recipe):
-    """Make the weights of the head one number, so that a test sees whether the model was finished."""
+    """Set all head weights to one number, so that a test sees the last step."""
 
     def fill(model, plan, batches):
         assert len(batches) == 6
@@ -113,7 +113,8 @@ def model():
 
 
 def test_a_new_method_has_the_front_door(model):
-    """Its recipe or fields of it, a target that replaces another, a wrong recipe refused: all by its `Method` alone."""
+    """A recipe or its fields, a target that replaces another, and the refusal of a wrong recipe all work through its
+    `Method`."""
     small = _compress(TOY, model, None, None, True, {"last": 2})
     assert [edit.layer for edit in Plan.from_dict(small.config.layerfuse_plan).edits] == [4, 5]
     small = _compress(TOY, model, ToyRecipe(most=3), None, False, {"last": 1})
@@ -125,7 +126,7 @@ def test_a_new_method_has_the_front_door(model):
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("late", [False, True])
 def test_a_new_method_runs_in_the_pipeline(model, monkeypatch, tmp_path, capsys, late):
-    """Once it is registered, a run searches by it, heals as it says, and lets it finish what was trained."""
+    """After registration, a run uses the search, the healing and the last step of the method."""
     monkeypatch.setattr(methods, "METHODS", (*METHODS, TOY))
     batches = some_batches(model)
     rows = [{"input_ids": ids, "labels": ids} for batch in batches for ids in batch["input_ids"]]
@@ -149,5 +150,5 @@ def test_a_new_method_runs_in_the_pipeline(model, monkeypatch, tmp_path, capsys,
 
 
 def test_the_name_of_a_result_in_0_1():
-    """What 0.1 calls `Found` is importable under that name still, and is the same class."""
+    """`Found`, the name in 0.1, can still be imported and is the same class."""
     assert hf_layerfuse.Found is hf_layerfuse.SearchResult

@@ -1,4 +1,4 @@
-"""Alignment changes the weights of a block and nothing that it computes."""
+"""Alignment changes the weights of a block and not its outputs."""
 
 import builtins
 from itertools import permutations, product
@@ -61,7 +61,7 @@ def close(a, b):
 
 
 def distance(model, kind, a, b):
-    """Squared distance of two blocks over all of their linear maps; the biases of the output are not aligned."""
+    """Squared distance of two blocks over all linear maps, without the biases of the outputs, which are not aligned."""
     one, other = (linear_maps(model, block_of(model, layer, kind)) for layer in (a, b))
     return sum(
         (one[role].weight - other[role].weight).square().sum()
@@ -73,7 +73,7 @@ def distance(model, kind, a, b):
 @every_align
 @every_model
 def test_the_function_stays_and_the_weights_change(model_type, head, changes, how):
-    """Whatever is aligned, in whatever mode: same class, same outputs, other weights, the input untouched."""
+    """For every alignment and mode: same class, same outputs, other weights, unchanged input."""
     model = tiny_model(model_type, head, **changes).double()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     inputs = example_inputs(model)
@@ -93,7 +93,7 @@ def test_the_function_stays_and_the_weights_change(model_type, head, changes, ho
         for n in before
         if not torch.equal(before[n], after[n])
     }
-    # the order of few heads can be best as it is
+    # with few heads, their order may already be best
     assert {(0, "mlp"), (2, "mlp"), (4, "mlp")} <= changed
     assert changed <= {(0, "attention"), (0, "mlp"), (2, "attention"), (2, "mlp"), (5, "attention"), (4, "mlp")}
 
@@ -101,8 +101,8 @@ def test_the_function_stays_and_the_weights_change(model_type, head, changes, ho
 @every_align
 @every_model
 def test_a_disguised_copy_is_recovered(model_type, head, changes, how):
-    """A block whose units and heads were shuffled, turned where that is free, and whose norm was traded with its maps
-    becomes equal to the block that it is a copy of, so that their mean is that block."""
+    """A copy of a block with shuffled units and heads, rotated heads, and a gain moved between its norm and its maps
+    becomes equal to the block again, and so does their mean."""
     model = tiny_model(model_type, head, **changes).double()
     architecture = architecture_for(model)
     layers = architecture.layer_list(model)
@@ -129,7 +129,7 @@ def test_a_disguised_copy_is_recovered(model_type, head, changes, how):
 
 
 def quiet(model):
-    """Let layers 1 and 2 read the same states: the blocks before them add next to nothing."""
+    """Make the blocks before layers 1 and 2 add almost nothing, so that both layers read the same states."""
     architecture = architecture_for(model)
     for block in architecture.blocks(model):
         if block.layer in (0, 1, 2):
@@ -144,7 +144,7 @@ def quiet(model):
 
 
 def disguise(model, layer, kind, *, turned, norm):
-    """Shuffle, and turn, a block in place; its function is the same. Written with loops, head by head."""
+    """Shuffle and rotate a block in place without changing its function. Written with loops, head by head."""
     generator = torch.Generator().manual_seed(layer)
     block = block_of(model, layer, kind)
     maps = linear_maps(model, block)
@@ -213,7 +213,7 @@ def random_rotation(dim, generator):
 
 
 def test_activation_of_a_gated_unit_is_its_product():
-    """Units that only their gates tell apart are told apart."""
+    """Units that differ only in their gates are distinguished."""
     model = tiny_model("llama", "LlamaModel").double()
     quiet(model)
     model.layers[1].mlp.up_proj.weight.data[:] = model.layers[1].mlp.up_proj.weight[0].clone()
@@ -226,7 +226,8 @@ def test_activation_of_a_gated_unit_is_its_product():
 
 @every_model
 def test_blocks_that_differ_come_closer(model_type, head, changes):
-    """Permuting brings two unlike blocks no further apart, units closer; turning the heads brings them closer still."""
+    """A permutation never increases the distance of two blocks, and reduces it for units. Rotating heads reduces it
+    further."""
     model = tiny_model(model_type, head, **changes).double()
 
     def after(how, kind):
@@ -241,7 +242,7 @@ def test_blocks_that_differ_come_closer(model_type, head, changes):
 
 @every_align
 def test_half_precision_is_kept(how):
-    """In bfloat16 a permutation moves weights without rounding them, and everything stays close."""
+    """In bfloat16, a permutation moves weights without rounding them, and outputs stay close."""
     model = tiny_model("llama", "LlamaModel").to(torch.bfloat16)
     plan = Plan("llama", LAYERS, (Fuse("layer", (1, 2), "share", "mean", align=how),))
     aligned = align(model, plan, batches_of(model))
@@ -252,14 +253,14 @@ def test_half_precision_is_kept(how):
 
 
 def test_no_alignment_is_no_copy():
-    """Where no edit asks for alignment, the model itself comes back."""
+    """If no edit needs alignment, the model itself is returned."""
     model = tiny_model("bert")
     assert align(model, Plan("bert", LAYERS, (Fuse("layer", (1, 2)), Drop("mlp", 4)))) is model
 
 
 @pytest.mark.parametrize("off", [[5], range(32)], ids=["one", "all"])
 def test_gains_that_are_nearly_off_are_not_divided_by(off):
-    """A coordinate that the reference's norm all but switches off keeps its own gain; the others take its gain."""
+    """A coordinate whose gain is almost zero in the reference keeps its own gain; the others take the reference's."""
     model = tiny_model("gpt2", "GPT2Model").double()
     off = torch.tensor(list(off))
     model.h[1].ln_2.weight.data[off] = 0
@@ -272,7 +273,7 @@ def test_gains_that_are_nearly_off_are_not_divided_by(off):
 
 
 def test_a_norm_that_adds_one_to_its_gain_is_left_alone(monkeypatch):
-    """Gains are only traded with the maps where the norm multiplies by them: Gemma's kind multiplies by 1 + weight."""
+    """Gains move between norms and maps only if the norm multiplies by them. Gemma's norm multiplies by 1 + weight."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     forward = LlamaRMSNorm.forward
@@ -287,7 +288,7 @@ def test_a_norm_that_adds_one_to_its_gain_is_left_alone(monkeypatch):
 
 
 def test_activation_ignores_padding_and_batching():
-    """Statistics are of the tokens that are not padding, however they come in batches, from one pass over them."""
+    """Statistics ignore padding, do not depend on the batches, and need one pass."""
     model = tiny_model("bert").double()
     plan = Plan("bert", LAYERS, (Fuse("layer", (1, 3), "share", "mean", align="activation"),))
     ids = example_inputs(model, batch_size=12, sequence_length=16)["input_ids"]
@@ -308,7 +309,7 @@ def test_activation_ignores_padding_and_batching():
     "batches", [None, [], [{"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.zeros(1, 4)}]]
 )
 def test_activation_without_tokens_says_what_to_pass(batches):
-    """No batches, and batches without tokens, are errors that say so; the model keeps no hooks."""
+    """No batches, or batches without tokens, are errors that say what to pass; the model keeps no hooks."""
     model = tiny_model("bert")
     plan = Plan("bert", LAYERS, (Fuse("mlp", (1, 2), align="activation"),))
     with pytest.raises(RecipeError if batches is None else DataError, match="batch"):
@@ -317,7 +318,7 @@ def test_activation_without_tokens_says_what_to_pass(batches):
 
 
 def test_transport_without_pot_says_how_to_install_it(monkeypatch):
-    """POT is an extra: where it is missing, the error names the command that installs it."""
+    """POT is an extra: without it, the error gives the command that installs it."""
     real = builtins.__import__
 
     def without_pot(name, *args, **kwargs):
@@ -331,7 +332,7 @@ def test_transport_without_pot_says_how_to_install_it(monkeypatch):
 
 
 def test_maps_with_other_names_are_refused(monkeypatch):
-    """An architecture may name its maps as it likes; alignment says which names it needs."""
+    """An architecture may use other names for its maps; alignment says which names it needs."""
     architecture = architecture_for(tiny_model("bert"))
     table = {"up": "intermediate.dense", "out": "output.dense", "norm": "output.LayerNorm"}
     monkeypatch.setattr(type(architecture), "mlp", table)
@@ -340,7 +341,7 @@ def test_maps_with_other_names_are_refused(monkeypatch):
 
 
 def test_norms_across_heads_are_refused():
-    """Where a norm on queries spans all heads, with a gain for each, heads cannot change places."""
+    """If a norm on queries spans all heads with its own gain for each, heads cannot be permuted."""
     model = tiny_model("qwen3", "Qwen3Model")
     for layer in (1, 2):
         model.layers[layer].self_attn.q_norm.weight = torch.nn.Parameter(torch.ones(32))
@@ -349,7 +350,7 @@ def test_norms_across_heads_are_refused():
 
 
 def test_assignment_and_transport_agree():
-    """With equal masses the transport plan is a permutation, the one of the largest total score."""
+    """With equal masses, the transport plan is the permutation with the largest total score."""
     score = torch.randn(40, 40, generator=torch.Generator().manual_seed(0)).double()
     order = assignment(score)
     assert torch.equal(transport(score), order)
@@ -360,7 +361,7 @@ def test_assignment_and_transport_agree():
 
 @pytest.mark.parametrize("solve", [assignment, transport])
 def test_heads_stay_in_their_group(solve):
-    """Of all ways to match groups, and heads inside matched groups, the one of the largest total score is found."""
+    """The result has the largest total score of all matchings of groups, and of heads inside matched groups."""
     score = torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(0)).double()
     groups, heads = match(score, solve)
 
@@ -374,7 +375,7 @@ def test_heads_stay_in_their_group(solve):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_grouped_heads_are_permuted_for_the_best(seed):
-    """With keys and values that heads share, no permutation of groups and of their heads lies closer than `fit`'s."""
+    """With keys and values shared by heads, no permutation of groups and their heads is closer than that of `fit`."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"q": (2, 2, 3, 5), "k": (2, 1, 3, 5), "v": (2, 1, 3, 5), "out": (2, 2, 3, 4)}
     a, b = ({role: torch.randn(*s, generator=generator).double() for role, s in shapes.items()} for _ in range(2))
@@ -393,7 +394,8 @@ def test_grouped_heads_are_permuted_for_the_best(seed):
 
 @pytest.mark.parametrize("how", ["none", "pairs", "any"])
 def test_rotation_reaches_the_gain(how):
-    """R is orthogonal and reaches the gain, which no allowed map beats; rotations of pairs commute with positions."""
+    """R is orthogonal and reaches the computed gain, which no allowed map exceeds. Rotations of pairs commute with
+    positions."""
     generator = torch.Generator().manual_seed(0)
     cross = torch.randn(5, 8, 8, generator=generator).double()
     turned = rotation(cross, how)
@@ -412,7 +414,7 @@ def test_rotation_reaches_the_gain(how):
 
 
 def test_cross_correlation_streams():
-    """Correlation over batches is that of all tokens together, whatever the means; constants correlate with nothing."""
+    """Correlation over batches equals that over all tokens, for any means; constants have correlation zero."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(90, n, generator=generator).double() * 3 + 50 for n in (4, 5))
     x[:, 2] = 0.1

@@ -1,4 +1,4 @@
-"""What must hold for every architecture, every head that transformers has for it, and every kind of edit."""
+"""Properties of every architecture, every head in transformers, and every kind of edit."""
 
 import copy
 import itertools
@@ -30,7 +30,7 @@ every_edit = pytest.mark.parametrize("name", EDITS)
 
 
 def on_heads(field, choices):
-    """Every choice on the first head of each architecture, and two of them, in turn, on each of the other heads."""
+    """Every choice on the first head of each architecture, and two of the choices, in turn, on each other head."""
     choices, first = list(choices), dict(reversed(HEADS))
     cases = [
         (kind, head, choice)
@@ -49,7 +49,7 @@ def outputs(model, inputs=None):
 
 @every_head
 def test_empty_plan_is_bit_equal(model_type, head):
-    """A plan without edits gives the same class with the same outputs, to the bit, in other memory."""
+    """A plan without edits gives the same class and the same outputs to the bit, in separate memory."""
     model = tiny_model(model_type, head)
     copied = apply(model, Plan(model_type, LAYERS))
     assert type(copied) is head
@@ -60,7 +60,8 @@ def test_empty_plan_is_bit_equal(model_type, head):
 
 @on_heads("name", EDITS)
 def test_result_survives_saving_loading_and_caching(model_type, head, name):
-    """Reloaded with the right head and no missing or unexpected keys, same logits, cached decoding = uncached."""
+    """Reloading gives the right head, no missing or unexpected keys, and the same logits. Cached decoding equals
+    uncached decoding."""
     model = tiny_model(model_type, head)
     before = copy.deepcopy(model.state_dict())
     expected = outputs(model)
@@ -78,7 +79,7 @@ def test_result_survives_saving_loading_and_caching(model_type, head, name):
 
 @on_heads("fused", itertools.product(["layer", "attention", "mlp"], ["mean", "freeze", "telescope"]))
 def test_sharing_equal_blocks_is_the_identity(model_type, head, fused):
-    """Where the blocks of a group are equal, sharing them changes no output bit, whatever the operator."""
+    """Sharing equal blocks changes no output bit, for any operator."""
     kind, operator = fused
     model = tiny_model(model_type, head)
     layers = architecture_for(model).layer_list(model)
@@ -91,7 +92,7 @@ def test_sharing_equal_blocks_is_the_identity(model_type, head, fused):
 @every_head
 @pytest.mark.parametrize("operator", ["mean", "freeze", "telescope"])
 def test_depth_fusing_equal_layers_gives_that_layer(model_type, head, operator):
-    """Three equal layers fused in depth are the same function as one of them with the others dropped."""
+    """Fusing three equal layers in depth equals keeping one and dropping the others."""
     model = tiny_model(model_type, head)
     layers = architecture_for(model).layer_list(model)
     for layer in layers[4:]:
@@ -103,7 +104,7 @@ def test_depth_fusing_equal_layers_gives_that_layer(model_type, head, operator):
 
 @every_head
 def test_fusing_both_blocks_is_fusing_the_layer(model_type, head):
-    """Attention and MLP fused over the same layers leave a stock model, equal to fusing the layers whole."""
+    """Attention and MLP fused over the same layers give a stock model, equal to fusing whole layers."""
     model = tiny_model(model_type, head)
     parts = apply(model, Plan(model_type, LAYERS, (Fuse("attention", (1, 2)), Fuse("mlp", (1, 2)), Drop("layer", 5))))
     edits = (Fuse("layer", (1, 2)), Drop("attention", 5), Drop("mlp", 5))
@@ -114,7 +115,7 @@ def test_fusing_both_blocks_is_fusing_the_layer(model_type, head):
 
 @every_head
 def test_dropped_block_contributes_nothing(model_type, head):
-    """Dropping a block equals a model whose output projection of that block is zero."""
+    """Dropping a block equals setting its output projection to zero."""
     model = tiny_model(model_type, head)
     architecture = architecture_for(model)
     fused = apply(model, Plan(model_type, LAYERS, (Drop("attention", 1), Drop("mlp", 3))))
@@ -140,7 +141,7 @@ def test_fused_model_expands_to_an_equal_stock_model(model_type, head, name):
 
 @on_heads("name", EDITS)
 def test_every_parameter_is_reached_by_gradients(model_type, head, name):
-    """The result trains: every weight that the original trains gets a gradient, shared ones the sum of their uses."""
+    """Every weight that trains in the original gets a gradient; a shared weight gets the sum over its uses."""
     model = tiny_model(model_type, head)
     fused = apply(model, Plan(model_type, LAYERS, EDITS[name])).train()
     for module in fused.modules():
@@ -154,7 +155,7 @@ def test_every_parameter_is_reached_by_gradients(model_type, head, name):
 
     architecture = architecture_for(model)
     outside = {n for n in without_gradient(model) if not n.startswith(architecture.layers_path(model) + ".")}
-    # key biases shift all scores of a query alike, which the softmax takes back: their gradient is zero up to rounding
+    # key biases shift all scores of a query alike, which the softmax cancels: their gradient is zero up to rounding
     inside = {n for n in without_gradient(fused) if n not in outside and not n.endswith(("key.bias", "k_lin.bias"))}
     assert not inside
     assert torch.isfinite(torch.stack([p.grad.norm() for p in fused.parameters() if p.grad is not None])).all()
@@ -164,7 +165,7 @@ def test_every_parameter_is_reached_by_gradients(model_type, head, name):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @every_edit
 def test_runs_as_transformers_models_do(model_type, name):
-    """hidden states, gradient checkpointing, deepcopy and half precision work on the result."""
+    """Hidden states, gradient checkpointing, deepcopy and half precision work on the result."""
     head = next(head for kind, head in HEADS if kind == model_type)
     fused = apply(tiny_model(model_type, head), Plan(model_type, LAYERS, EDITS[name]))
     inputs = example_inputs(fused)
@@ -198,7 +199,7 @@ def test_runs_as_transformers_models_do(model_type, name):
     ("model_type", "name"), dict.fromkeys([(k, "attention") for k in TINY] + [("gpt2", n) for n in EDITS])
 )
 def test_compiles(model_type, name):
-    """torch.compile traces the result as it does stock models: one edit for each architecture, and each edit once."""
+    """torch.compile traces the result like a stock model: one edit for each architecture, and each edit once."""
     fused = apply(tiny_model(model_type), Plan(model_type, LAYERS, EDITS[name]))
     compiled = torch.compile(fused, backend="eager")
     torch.testing.assert_close(outputs(compiled, example_inputs(fused)), outputs(fused))

@@ -1,4 +1,4 @@
-"""Saving, loading and using fused checkpoints, with this library and without it."""
+"""Saving, loading and using fused checkpoints, with and without this library."""
 
 import copy
 import json
@@ -59,7 +59,7 @@ def python(code, *args):
 
 
 def test_fresh_process_gives_the_same_logits(tmp_path):
-    """A process that knows nothing but the path and the library gets the outputs to the bit, with the right class."""
+    """A new process with only the path and the library computes the outputs to the bit, with the right class."""
     models = [
         fused(model_type, edits, heads_of(model_type)[-1])
         for model_type in TINY
@@ -120,7 +120,7 @@ def test_without_the_library(tmp_path):
 
 
 def test_auto_classes_and_pipelines(tmp_path):
-    """After `import hf_layerfuse` the ordinary Auto classes and pipeline() load fused checkpoints."""
+    """After `import hf_layerfuse`, the ordinary Auto classes and pipeline() load fused checkpoints."""
     vocabulary = {f"w{i}": i for i in range(63)} | {"<unk>": 63}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -155,7 +155,7 @@ def test_auto_classes_and_pipelines(tmp_path):
 
 
 def test_another_head_on_a_fused_base(tmp_path):
-    """As with stock checkpoints, another head takes the body and starts its own head anew."""
+    """As with stock checkpoints, another head loads the body and is initialised."""
     fused("bert", SHARE, "BertModel").save_pretrained(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert type(model).__name__ == "FusedBertForSequenceClassification"
@@ -165,7 +165,7 @@ def test_another_head_on_a_fused_base(tmp_path):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "vit"])
 def test_sharded_dtype_and_device_map(tmp_path, model_type):
-    """Sharded checkpoints, another dtype and a device map load, and shared weights are one tensor each time."""
+    """Sharded checkpoints, another dtype and a device map load, and each shared weight is one tensor."""
     model = fused(model_type)
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -178,7 +178,7 @@ def test_sharded_dtype_and_device_map(tmp_path, model_type):
 
 
 def test_file_holds_shared_weights_once(tmp_path):
-    """The file of a shared model is smaller by what is shared, and ViT keeps its names on disk."""
+    """The file of a shared model is smaller by the shared weights, and ViT keeps its names on disk."""
     model = tiny_model("vit", "ViTForImageClassification")
     shared = apply(model, Plan("vit", LAYERS, SHARE))
     model.save_pretrained(tmp_path / "original")
@@ -223,7 +223,7 @@ def damage(path: Path, **changes):
 
 
 def test_bad_checkpoints(tmp_path):
-    """Missing, empty, truncated, tampered and foreign checkpoints each get their own clear error."""
+    """Missing, empty, truncated, tampered and foreign checkpoints each have their own clear error."""
     model = fused("gpt2")
 
     def load(name, **options):
@@ -268,7 +268,7 @@ def test_bad_checkpoints(tmp_path):
     damage(tmp_path / "depth", n_layer=4)
     with pytest.raises(PlanError, match="num_hidden_layers is 4"):
         load("depth")
-    # a plan that shares less than the file was saved with: weights that it wants are not there
+    # a plan that shares less than the saved file, so that weights are missing
     damage(tmp_path / "less", plan={"edits": []})
     with pytest.raises(CheckpointError, match="lacks weights"):
         load("less")
@@ -278,7 +278,7 @@ def test_bad_checkpoints(tmp_path):
 
 
 def test_takes_the_arguments_of_transformers(tmp_path):
-    """Config fields, a config of one's own, and the data type by either name, as the Auto classes take them."""
+    """Config fields, a given config, and the data type by either name work as in the Auto classes."""
     tiny_model("gpt2", "GPT2LMHeadModel").save_pretrained(tmp_path)
     assert AutoFusedModel.from_pretrained(tmp_path, output_hidden_states=True).config.output_hidden_states
     config = AutoConfig.from_pretrained(tmp_path, embd_pdrop=0.5)
@@ -289,7 +289,7 @@ def test_takes_the_arguments_of_transformers(tmp_path):
 
 
 def test_only_a_body_may_lack_its_pooler(tmp_path):
-    """Published bodies come without one; a classifier without it would answer at random."""
+    """Published bodies may lack a pooler; a classifier without one would give random answers."""
     for head, prefix in (("BertModel", ""), ("BertForSequenceClassification", "bert.")):
         model = tiny_model("bert", head)
         weights = {k: v for k, v in model.state_dict().items() if not k.startswith(f"{prefix}pooler.")}
@@ -300,7 +300,7 @@ def test_only_a_body_may_lack_its_pooler(tmp_path):
 
 
 def test_pickle_is_never_read(tmp_path):
-    """A checkpoint that only has pickled weights is refused."""
+    """A checkpoint with only pickled weights is refused."""
     fused("gpt2").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "model.old")
     torch.save({}, tmp_path / "pytorch_model.bin")
@@ -321,7 +321,8 @@ def test_pickle_is_never_read(tmp_path):
     ids=["depth", "share", "attention", "no-full-attention", "no-sliding-attention", "across-types"],
 )
 def test_generation_with_caches(causal_lm, edits):
-    """Greedy decoding with a dynamic or a static cache, past the sliding window too, equals decoding without."""
+    """Greedy decoding with a dynamic or a static cache, also past the sliding window, equals decoding without a
+    cache."""
     model = apply(causal_lm, Plan(causal_lm.config.model_type, LAYERS, edits))
     ids = example_inputs(model, 2, 9)["input_ids"]
     mask = torch.ones_like(ids)

@@ -1,4 +1,4 @@
-"""What is fused, made linear or merged is exported to ONNX, and computes the same there."""
+"""Fused, linear and merged models can be exported to ONNX, and compute the same there."""
 
 import logging
 import warnings
@@ -17,7 +17,7 @@ BERT = "BertForSequenceClassification"
 
 
 def exported(model, path):
-    """What onnxruntime makes of random inputs, and what the model does."""
+    """Outputs of onnxruntime and of the model for random inputs."""
     inputs = dict(example_inputs(model, 2))
     if model.can_generate():
         inputs["use_cache"] = False
@@ -75,7 +75,7 @@ def test_fused_transformers(model_type, head, edits, tmp_path):
     "edit", [Drop("conv", 1), Fuse("conv", (1, 2)), Fuse("conv", (1, 2), "share", rank=2)], ids=str
 )
 def test_fused_convolutional_layers(edit, tmp_path):
-    """Layers of two convolutions that are dropped, one, or share kernels."""
+    """Layers of two convolutions that are dropped, fused, or share kernels."""
     model = network("cifar")
     architecture = architecture_for(model)
     plan = Plan(architecture.model_type, len(architecture.layer_list(model)), (edit,), kinds=architecture.kinds)

@@ -1,4 +1,4 @@
-"""Checkpoints with code load, compute the same and are saved again where this library is not installed."""
+"""Checkpoints with code load, compute the same and can be saved again without this library."""
 
 import ast
 import json
@@ -50,7 +50,7 @@ for name, auto_class in zip(sys.argv[1::2], sys.argv[2::2]):
 
 
 def without_library(tmp_path, code, *arguments):
-    """What a process prints in which this library cannot be imported."""
+    """Output of a process that cannot import this library."""
     hidden = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-W", "error::UserWarning", "-c", code, *map(str, arguments)]
     return subprocess.run(command, env=hidden, capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -65,7 +65,8 @@ def fused(name):
 
 
 def test_loads_where_the_library_is_not(tmp_path):
-    """Every kind of fused model gives the same outputs there, generates with a cache as without, and can be saved."""
+    """Without the library, every kind of fused model gives the same outputs, generates with and without a cache, and
+    can be saved."""
     expected = {}
     for name in MODELS:
         model = fused(name)
@@ -88,7 +89,7 @@ def test_loads_where_the_library_is_not(tmp_path):
 
 
 def test_needs_torch_and_transformers_alone(tmp_path):
-    """No file that is shipped imports anything else, or from a folder that is not there."""
+    """Shipped files import only each other, torch and transformers."""
     fused("gpt2").save_pretrained(tmp_path, with_code=True)
     files = list((tmp_path / FOLDER).iterdir())
     allowed = {"torch", "transformers", *sys.stdlib_module_names}
@@ -106,7 +107,7 @@ def test_needs_torch_and_transformers_alone(tmp_path):
 
 
 def test_code_is_run_only_for_those_who_trust_it(tmp_path):
-    """Without `trust_remote_code`, transformers refuses the checkpoint, and runs nothing of it."""
+    """Without `trust_remote_code`, transformers refuses the checkpoint and runs none of its code."""
     fused("bert").save_pretrained(tmp_path / "model", with_code=True)
     load = "import sys; sys.modules['hf_layerfuse'] = None; from transformers import AutoModel as A; "
     done = without_library(tmp_path, f"{load}A.from_pretrained('model', trust_remote_code=False)")
@@ -116,7 +117,7 @@ def test_code_is_run_only_for_those_who_trust_it(tmp_path):
 
 
 def test_code_goes_along_when_asked(tmp_path):
-    """With `with_code`, or after `register_for_auto_class`; else a config names no code that is not there."""
+    """Code is saved with `with_code`, or after `register_for_auto_class`; otherwise the config names no code."""
     model = fused("bert")
     model.save_pretrained(tmp_path / "with", with_code=True)
     model.save_pretrained(tmp_path / "without")
@@ -146,7 +147,7 @@ def test_a_stock_export_names_no_code(tmp_path):
 
 
 def test_code_of_others_is_not_shipped(tmp_path):
-    """An architecture from outside of the package is refused, with what to do, before anything is written."""
+    """An architecture from outside the package is refused before anything is written, with the next step."""
     model = network("cifar")
     model = apply(model, some_chain_plan(model, 3))
     with pytest.raises(UnsupportedModelError, match=r"the code of 'cifar_resnet' is not in this package.*with_code"):

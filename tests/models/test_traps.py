@@ -1,4 +1,4 @@
-"""What goes wrong silently when it is done the obvious way. One test, or a few, for each trap."""
+"""Errors that the obvious implementation makes silently. One test, or a few, for each of them."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ def layer_list(model):
 
 
 def attention_of(model):
-    """The attention modules that write to the cache, in order."""
+    """Attention modules that write to the cache, in order."""
     return [
         module for module in layer_list(model).modules() if hasattr(module, "layer_idx") and hasattr(module, "config")
     ]
@@ -65,7 +65,7 @@ def decoded(model, ids, use_cache):
 
 @decoders
 def test_1_parameters_are_shared_and_modules_are_not(model_type):
-    """Shared layers have one tensor for each matrix, modules of their own, and a cache entry each."""
+    """Shared layers have one tensor per matrix, but separate modules and cache entries."""
     model = apply(causal_lm(model_type), Plan(model_type, LAYERS, SHARE))
     layers, architecture = layer_list(model), architecture_for(model)
     assert len(set(map(id, layers.modules()))) == sum(1 for _ in layers.modules()) == len(list(layers.named_modules()))
@@ -82,7 +82,7 @@ def test_1_parameters_are_shared_and_modules_are_not(model_type):
 
 @decoders
 def test_1_sharing_the_module_would_decode_wrongly(model_type):
-    """One attention module at two depths computes the same as two without a cache, and something else with one."""
+    """One attention module at two depths is correct without a cache, and wrong with one."""
     model = causal_lm(model_type)
     layers = layer_list(model)
     layers[2].load_state_dict(layers[1].state_dict())
@@ -109,7 +109,7 @@ def test_1_sharing_the_module_would_decode_wrongly(model_type):
     ],
 )
 def test_2_layers_are_renumbered_with_their_types(model_type, edits, kept):
-    """After layers are gone the cache has an entry per layer, and each keeps its kind of attention."""
+    """After layers are removed, the cache has one entry per layer, and each layer keeps its type of attention."""
     original = causal_lm(model_type)
     model = apply(original, Plan(model_type, LAYERS, edits))
     assert [module.layer_idx for module in attention_of(model)] == list(range(len(kept)))
@@ -125,7 +125,8 @@ def test_2_layers_are_renumbered_with_their_types(model_type, edits, kept):
 
 
 def test_2_frozen_layers_keep_their_type():
-    """Freezing layer 3 of (2, 3) is dropping layer 2, its kind of attention included; averaging the two is refused."""
+    """`freeze` with layer 3 of (2, 3) equals dropping layer 2, type of attention included; averaging the two is
+    refused."""
     original = causal_lm("qwen2")
     frozen = apply(original, Plan("qwen2", LAYERS, (Fuse("layer", (2, 3)),)))
     dropped = apply(original, Plan("qwen2", LAYERS, (Drop("layer", 2),)))
@@ -147,7 +148,7 @@ def test_2_frozen_layers_keep_their_type():
     ],
 )
 def test_2_mixed_attention_types(edits, types, indices):
-    """Qwen2 with full (f) and sliding (s) layers: attention takes the first entries of its own type in the cache."""
+    """In Qwen2 with full (f) and sliding (s) layers, attention uses the first cache entries of its own type."""
     original = causal_lm("qwen2")
     assert "".join(name[0] for name in original.config.layer_types) == "fffsss"
     model = apply(original, Plan("qwen2", LAYERS, edits))
@@ -161,7 +162,7 @@ def test_2_mixed_attention_types(edits, types, indices):
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen3"])
 def test_3_ties_do_not_depend_on_those_of_the_embeddings(tmp_path, model_type, tie):
-    """Shared matrices are saved once and loaded as one tensor, whether or not the config ties word embeddings."""
+    """Shared matrices are saved once and loaded as one tensor, with or without tied word embeddings."""
     model = apply(causal_lm(model_type, tie_word_embeddings=tie), Plan(model_type, LAYERS, SHARE))
     model.save_pretrained(tmp_path)
     loaded = AutoFusedModel.from_pretrained(tmp_path)
@@ -182,7 +183,7 @@ def test_3_ties_do_not_depend_on_those_of_the_embeddings(tmp_path, model_type, t
 
 
 def test_3_a_tie_that_is_not_declared_cannot_be_saved(tmp_path):
-    """Why the ties are declared: a stock model whose layers share a tensor refuses to be saved."""
+    """This is why ties are declared: a stock model whose layers share a tensor cannot be saved."""
     model = causal_lm("llama")
     model.model.layers[3].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
     with pytest.raises(RuntimeError, match="shared"):
@@ -190,7 +191,7 @@ def test_3_a_tie_that_is_not_declared_cannot_be_saved(tmp_path):
 
 
 def test_4_tying_does_not_cut_the_bias_of_a_conv1d(tmp_path):
-    """GPT-2's maps have weights of (in, out): tying them, again and again, leaves their biases at the size of out."""
+    """GPT-2's weights are (in, out): tying them repeatedly leaves their biases at size out."""
     model = shared_model("gpt2", head="GPT2LMHeadModel")
     model.save_pretrained(tmp_path)
     sizes = {"attn.c_attn": 96, "attn.c_proj": 32, "mlp.c_fc": 128, "mlp.c_proj": 32}
@@ -204,7 +205,7 @@ def test_4_tying_does_not_cut_the_bias_of_a_conv1d(tmp_path):
 
 
 def test_5_config_holds_no_parameter_names(tmp_path, model_type):
-    """The config names layers and kinds; a name of a parameter would bind the file to one release of transformers."""
+    """The config names layers and kinds. A parameter name would bind the file to one release of transformers."""
     model = shared_model(model_type)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -239,7 +240,8 @@ print(json.dumps(results))
 
 
 def test_6_stock_transformers_does_not_load_it_by_accident(tmp_path):
-    """Without this library Auto classes refuse, and a stock class that is forced on the file says what it lacks."""
+    """Without this library, Auto classes refuse the checkpoint, and a stock class forced on it lists the missing
+    weights."""
     model = shared_model("gpt2", head="GPT2LMHeadModel")
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "fused_gpt2"
@@ -258,7 +260,7 @@ def test_6_stock_transformers_does_not_load_it_by_accident(tmp_path):
 
 
 def test_7_the_mlp_of_bert_spans_two_modules():
-    """Sharing the MLPs of BERT shares both of its maps, and not the norm that lies in the same module."""
+    """Sharing BERT's MLPs shares both maps, but not the norm in the same module."""
     model = shared_model("bert", (Fuse("mlp", (1, 3), "share"),))
     one, two = (model.bert.encoder.layer[layer] for layer in (1, 3))
     assert one.intermediate.dense.weight is two.intermediate.dense.weight
@@ -268,7 +270,7 @@ def test_7_the_mlp_of_bert_spans_two_modules():
 
 
 def test_8_shared_parameters_are_counted_once(model_type):
-    """The number of parameters is that of unique tensors; `state_dict` lists the shared ones at every depth."""
+    """The number of parameters counts unique tensors; `state_dict` lists shared ones at every depth."""
     original = tiny_model(model_type)
     model = apply(original, Plan(model_type, LAYERS, (Fuse("layer", (0, 1, 2, 3, 4, 5), "share"),)))
     unique = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
@@ -280,7 +282,7 @@ def test_8_shared_parameters_are_counted_once(model_type):
 
 
 def test_11_gradients_of_shared_weights_add_up(model_type):
-    """The gradient of a shared matrix is the sum of those of its copies in the equal stock model."""
+    """The gradient of a shared matrix is the sum over its copies in the equal stock model."""
     model = shared_model(model_type).eval()
     stock = expand(model)
     for which in (model, stock):
@@ -497,32 +499,34 @@ REFUSED = "is shared with a parameter already managed by another FSDP group"
 
 @pytest.mark.slow
 def test_12_two_processes_keep_shared_weights_shared(tmp_path):
-    """Under Accelerate on two processes, shared weights stay one tensor through a step, the same on both."""
+    """Under Accelerate with two processes, shared weights stay one tensor through a step, and are equal on both."""
     on_two_processes(tmp_path, PROGRAM, "replicated")
 
 
 @pytest.mark.slow
 def test_12_sharded_training_needs_one_unit_for_layers_that_share(tmp_path):
-    """FSDP2 refuses a shared parameter in two units; with the layers that share it in one unit, it trains and stays."""
+    """FSDP2 refuses a shared parameter in two units. With the sharing layers in one unit, it trains and the ties
+    remain."""
     assert on_two_processes(tmp_path, PROGRAM, "sharded").count(REFUSED) == 2
 
 
 @pytest.mark.slow
 def test_12_sharded_activations_are_straightened_as_whole_ones(tmp_path):
-    """Under FSDP2, an a is pulled to 1, one layer after the other, and read as on a single process."""
+    """Under FSDP2, each a is pulled to 1, one layer after the other, and read as on a single process."""
     on_two_processes(tmp_path, PROGRAM, "straightened")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loading", ["plain", "ram efficient"])
 def test_12_accelerate_shards_what_shares_as_one_unit(tmp_path, loading):
-    """What Accelerate does for FSDP2 fails with shared layers, and with `one_unit_for_shared` trains them; layers that
-    share nothing are units of their own."""
+    """Accelerate's own FSDP2 wrapping fails with shared layers; `one_unit_for_shared` trains them. Layers that share
+    nothing are separate units."""
     assert on_two_processes(tmp_path, PROGRAM, loading).count(REFUSED) == 2
 
 
 def test_13_layers_that_differ_by_config_are_refused():
-    """`per_layer_config` makes layers of different shapes, which cannot be fused: refused before anything is read."""
+    """`per_layer_config` makes layers of different shapes, which cannot be fused; they are refused before anything is
+    read."""
     config = tiny_config("llama", per_layer_config={2: {"intermediate_size": 24}})
     assert config.is_heterogeneous
     model = causal_lm("llama")
@@ -536,7 +540,8 @@ def test_13_layers_that_differ_by_config_are_refused():
 
 
 def test_attention_that_depends_on_its_depth_is_refused():
-    """GPT-2 with `scale_attn_by_inverse_layer_idx` divides by the depth, which changes: the error says what to do."""
+    """GPT-2 with `scale_attn_by_inverse_layer_idx` divides by the depth, which fusion changes; the error gives the next
+    step."""
     model = causal_lm("gpt2", scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(
         UnsupportedModelError, match=r"scale_attn_by_inverse_layer_idx=True .*multiply the query weights"

@@ -1,4 +1,4 @@
-"""Verification passes what is good, refuses what cannot be used, and warns of what most likely should not be."""
+"""Verification passes good models, refuses unusable ones, and warns of results that are probably unusable."""
 
 import copy
 import logging
@@ -49,7 +49,8 @@ def modes(model):
 
 @pytest.mark.parametrize("edits", [DEPTH, SHARE], ids=["depth", "share"])
 def test_good_results_pass(tmp_path, model_type, edits):
-    """A good result reloads without a difference: from a given path, on given inputs with labels, in half precision."""
+    """A good result reloads without a difference: from a given path, with given inputs and labels, in half
+    precision."""
     head = heads_of(model_type)[-1]
     model = fused(model_type, edits, head)
     model.save_pretrained(tmp_path)
@@ -62,7 +63,7 @@ def test_good_results_pass(tmp_path, model_type, edits):
 
 
 def test_a_changed_weight_on_disk_is_noticed(tmp_path):
-    """One weight that differs on disk fails, and the same file put back passes."""
+    """One changed weight on disk fails, and the restored file passes."""
     model = fused("gpt2")
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -79,7 +80,7 @@ def test_a_changed_weight_on_disk_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("edits", [DEPTH, SHARE], ids=["depth", "share"])
 def test_weights_that_are_missing_or_left_over_are_noticed(tmp_path, edits):
-    """A file that lacks a weight, or holds one that nothing reads, fails with the name of the weight."""
+    """A file with a missing or an unused weight fails with the name of the weight."""
     model = fused("gpt2", edits)
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -95,7 +96,7 @@ def test_weights_that_are_missing_or_left_over_are_noticed(tmp_path, edits):
 
 @pytest.mark.parametrize("head", ["GPT2LMHeadModel", "LlamaForCausalLM"])
 def test_wrong_layer_indices_are_noticed(head):
-    """Two layers that write to the same entry of the cache fail, although without a cache nothing differs."""
+    """Two layers that write to the same cache entry fail, although nothing differs without a cache."""
     model = fused("gpt2" if head.startswith("GPT2") else "llama", SHARE, head)
     model.config.use_cache = False
     assert verify(model)["cache"] < 1e-4
@@ -107,7 +108,7 @@ def test_wrong_layer_indices_are_noticed(head):
 
 
 def test_weights_that_were_untied_are_not_lost():
-    """A shared weight that other code made two is saved and reloaded as two, not silently as one of them."""
+    """If other code unties a shared weight, both tensors are saved and reloaded."""
     model = fused("gpt2", head="GPT2Model")
     layer = model.h[3].mlp.c_fc
     layer.weight = nn.Parameter(layer.weight.detach() + 1)
@@ -116,7 +117,7 @@ def test_weights_that_were_untied_are_not_lost():
 
 @pytest.mark.parametrize("num_labels", [1, 2, 3])
 def test_where_the_weights_lie_in_memory_does_not_matter(tmp_path, num_labels):
-    """Weights mapped from a file are not aligned, which changes rounding: good models pass whichever way they came."""
+    """Weights mapped from a file are not aligned in memory, which changes rounding; good models still pass."""
     model = fused("bert", head="BertForSequenceClassification", num_labels=num_labels)
     assert verify(model)["reload"] == 0
     model.save_pretrained(tmp_path)
@@ -136,7 +137,7 @@ def test_outputs_that_are_not_finite_are_noticed(model_type, value):
 
 
 def test_overflow_of_a_data_type_is_noticed():
-    """A fused weight that a half-precision type cannot hold is refused by `fuse` itself, not returned."""
+    """`fuse` refuses to return a fused weight that overflows a half-precision type."""
     model = tiny_model("gpt2", "GPT2Model").half()
     for layer, value in ((1, -4e4), (2, 4e4), (3, 4e4)):
         model.h[layer].load_state_dict(model.h[1].state_dict())
@@ -146,7 +147,7 @@ def test_overflow_of_a_data_type_is_noticed():
 
 
 def test_verification_leaves_every_mode(monkeypatch):
-    """Every submodule is in training or evaluation mode as before, also after a failure."""
+    """Every submodule keeps its training or evaluation mode, also after a failure."""
     model = fused("bert").train()
     model.get_submodule("bert.encoder.layer.2").eval()
     before = modes(model)
@@ -160,7 +161,7 @@ def test_verification_leaves_every_mode(monkeypatch):
 
 
 def test_fuse_verifies_unless_told_not_to(monkeypatch):
-    """`fuse` hands over nothing that fails verification; `check=False` skips it."""
+    """`fuse` returns nothing that fails verification; `check=False` skips the check."""
 
     def failing(model):
         raise VerificationError("seen")
@@ -183,7 +184,8 @@ LABELLED = [
 
 @pytest.mark.parametrize(("model_type", "head"), LABELLED)
 def test_warns_where_labels_say_worse_than_chance(model_type, head, caplog):
-    """Labels that the result finds least likely give a warning with both losses, those it prefers give none."""
+    """There is a warning with both losses if the labels are the least likely classes, and none if they are the most
+    likely."""
     model = tiny_model(model_type, head, **({} if "LM" in head else {"num_labels": 5}))
     inputs = example_inputs(model, 4)
     plain = {"keep_layers": 5, "operator": "freeze", "cluster": "adjacent", "refit": "none", "effort": "low"}
@@ -206,7 +208,7 @@ def test_warns_where_labels_say_worse_than_chance(model_type, head, caplog):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_warns_without_labels_where_the_content_is_lost(padded):
-    """Outputs that fit other inputs better than their own give a warning, outputs that fit their own give none."""
+    """There is a warning if outputs fit other inputs better than their own, and none if they fit their own."""
     model = tiny_model("gpt2", "GPT2Model")
     for name, parameter in model.named_parameters():
         if name.startswith("h.1."):  # a layer that does nothing
@@ -216,10 +218,10 @@ def test_warns_without_labels_where_the_content_is_lost(padded):
     if padded:
         batch["attention_mask"] = torch.tensor([[1] * 5 + [0] * 3]).repeat(4, 1)
     warn_if_useless(model, fused, [batch])
-    fused.wte.weight.data[3:7] = fused.wte.weight.data[3:7].roll(1, 0)  # each input answered as the one before it
+    fused.wte.weight.data[3:7] = fused.wte.weight.data[3:7].roll(1, 0)  # outputs moved by one input
     with pytest.warns(LayerFuseWarning, match=r"worse than chance .* for its inputs, 1\.00 with those for other"):
         warn_if_useless(model, fused, [batch])
-    # one input has no other to be told from
+    # a single input has no other to compare with
     warn_if_useless(model, fused, [{name: tensor[:1] for name, tensor in batch.items()}])
     warn_if_useless(model, fused, None)
 
@@ -233,7 +235,7 @@ def test_warns_without_labels_where_the_content_is_lost(padded):
     ],
 )
 def test_losses_without_classes_are_not_judged_by_chance(changes, labels):
-    """A regression loss has no chance level: the outputs' directions are compared, where they have one."""
+    """A regression loss has no chance level, so the directions of the outputs are compared if they have any."""
     model = tiny_model("bert", "BertForSequenceClassification", **changes)
     layers = model.bert.encoder.layer
     layers[3].load_state_dict(layers[2].state_dict())
@@ -241,7 +243,7 @@ def test_losses_without_classes_are_not_judged_by_chance(changes, labels):
 
 
 def test_warns_of_a_plan_that_does_nothing():
-    """A result as large as the original gives a warning."""
+    """There is a warning if the result is as large as the original."""
     model = tiny_model("gpt2")
     with pytest.warns(LayerFuseWarning, match="removed no parameters"):
         warn_if_useless(model, apply(model, Plan("gpt2", LAYERS)), None)
@@ -279,7 +281,8 @@ REFUSED = [
     ("change", "message"), REFUSED, ids=["nan", "quantised", "peft", "meta", "fused", "fused-without-attention"]
 )
 def test_models_that_cannot_be_fused_are_refused(change, message):
-    """Each state that would give a wrong result is refused before planning and before applying, with what to do."""
+    """Each model state that would give a wrong result is refused before planning and before applying, with the next
+    step."""
     model = change(tiny_model("gpt2", "GPT2Model"))
     recipe = FusionRecipe(keep_layers=3)
     for attempt in (
@@ -292,7 +295,7 @@ def test_models_that_cannot_be_fused_are_refused(change, message):
 
 
 def test_a_fused_model_can_be_fused_again_when_expanded():
-    """The advice that the error gives works: `expand` gives a model that can be fused."""
+    """The advice in the error works: the result of `expand` can be fused."""
     again = fuse(expand(fused("gpt2")), keep_layers=3)
     assert again.config.num_hidden_layers == 3
 
@@ -307,7 +310,7 @@ def test_a_fused_model_can_be_fused_again_when_expanded():
     ],
 )
 def test_what_is_no_model_is_refused(make, message):
-    """Anything but a model, wrapped models included, gets an error that says what to pass."""
+    """Anything but a model, including wrapped models, gives an error that says what to pass."""
     with pytest.raises(UnsupportedModelError, match=message):
         fuse(make(), keep_layers=3)
 
@@ -321,7 +324,7 @@ def test_what_is_no_model_is_refused(make, message):
     ],
 )
 def test_plans_for_another_model_are_refused(plan, message):
-    """A plan of another architecture, however close, or of another depth is not applied."""
+    """A plan for another architecture, however similar, or for another depth is not applied."""
     model = tiny_model("roberta")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(PlanError, match=message):
@@ -330,14 +333,14 @@ def test_plans_for_another_model_are_refused(plan, message):
 
 
 def test_decoder_that_takes_one_row():
-    """GPT-2 with a classifier and no padding token reads one sequence at a time, which is transformers' default."""
+    """GPT-2 with a classifier and no padding token reads one sequence at a time, as is the default in transformers."""
     config = tiny_config("gpt2", pad_token_id=None)
     model = GPT2ForSequenceClassification(config).eval()
     assert fuse(model, keep_layers=3).config.num_hidden_layers == 3
 
 
 def test_batches_from_a_generator():
-    """A generator is read for the plan and again to judge the result, so a worthless one is still reported."""
+    """A generator serves both the plan and the check of the result, so a useless result is still reported."""
     model = tiny_model("gpt2", "GPT2LMHeadModel")
     inputs = example_inputs(model, 4)
     batches = ({**inputs, "labels": inputs["input_ids"]} for _ in range(2))
@@ -346,7 +349,7 @@ def test_batches_from_a_generator():
 
 
 def test_labels_that_are_no_classes_are_no_obstacle():
-    """A body given labelled batches, and float labels of a regression, are judged without the labels."""
+    """A body with labelled batches, and float labels of a regression, are checked without the labels."""
     for head, labels in (("BertModel", torch.tensor([0, 1])), ("BertForSequenceClassification", torch.rand(2, 2))):
         model = tiny_model("bert", head)
         before = model.config.to_dict()

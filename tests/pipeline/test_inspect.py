@@ -1,4 +1,4 @@
-"""What `hf-layerfuse inspect` shows is what the model has, for every architecture, with weights or without."""
+"""`hf-layerfuse inspect` is correct for every architecture, with weights or without."""
 
 import shutil
 import subprocess
@@ -21,7 +21,7 @@ from hf_layerfuse.recipe.fields import fields_of
 
 @pytest.mark.parametrize("model_type", TINY)
 def test_layers_and_blocks_are_counted(model_type) -> None:
-    """Each layer has its parameters, and its blocks have no more; distances are those of the fusion engine."""
+    """Each layer has its parameters, and its blocks have no more; distances equal those of the fusion engine."""
     model = tiny_model(model_type)
     architecture = architecture_for(model)
     summary, layers = overview(model, "cosine")
@@ -52,7 +52,7 @@ def test_convolutions_are_counted(name) -> None:
 
 
 def test_a_checkpoint_and_a_config_alone(tmp_path, capsys) -> None:
-    """Of a config alone, there are sizes and no distances; a similarity of weights is refused."""
+    """A config gives sizes but no distances; a similarity of weights is refused."""
     causal_lm(tmp_path)
     checkpoint = tmp_path / "model"
     capsys.readouterr()
@@ -72,8 +72,8 @@ def test_a_checkpoint_and_a_config_alone(tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize("words", [["--keep_layers", "4"], ["--ratio", "0.4", "--mode", "share", "--rank", "auto"]])
 def test_a_plan_is_shown_and_nothing_done(tmp_path, capsys, words) -> None:
-    """What `plan_fusion` decides, with the sizes of what `apply` makes of it; of a config alone, runs of even length
-    and the same size."""
+    """The command shows the decisions of `plan_fusion` and the sizes after `apply`. A config gives runs of about equal
+    length and the same size."""
     causal_lm(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
@@ -122,7 +122,7 @@ def test_bad_input_is_refused(tmp_path, capsys) -> None:
 
 
 def test_what_cannot_be_done_is_said() -> None:
-    """With the reason, in the place of `yes`."""
+    """The reason appears instead of `yes`."""
     model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
     found = text_table(overview(model)[0])
     assert "no: " in found
@@ -133,7 +133,7 @@ def test_what_cannot_be_done_is_said() -> None:
 
 
 def test_help_explains_every_field(capsys) -> None:
-    """`plan --help` has each field of `FusionRecipe` with the words that it may be; so has `fuse.py --help` all."""
+    """`plan --help` has each field of `FusionRecipe` with its allowed values; `fuse.py --help` has all fields."""
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -150,7 +150,7 @@ def test_help_explains_every_field(capsys) -> None:
 
 
 def test_words_complete(tmp_path, capsys) -> None:
-    """The script that is printed completes subcommands, options and their values in bash."""
+    """The printed script completes subcommands, options and their values in bash."""
     with pytest.raises(SystemExit):
         main(["--print-completion", "bash"])
     (tmp_path / "complete").write_text(capsys.readouterr().out)

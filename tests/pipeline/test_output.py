@@ -1,4 +1,4 @@
-"""Output directories appear whole or not at all."""
+"""Output directories appear as a whole or not at all."""
 
 import stat
 from pathlib import Path
@@ -10,7 +10,7 @@ from hf_layerfuse.pipeline.output import check_output, new_directory, write_whol
 
 
 def test_appears_at_the_end(tmp_path):
-    """Parents are made, the name is taken when the block ends, and others may read it as they may any directory."""
+    """Parents are created, the directory gets its name at the end of the block, and it has normal permissions."""
     target = tmp_path / "a" / "b"
     with new_directory(target) as path:
         (path / "file").write_text("new")
@@ -23,7 +23,7 @@ def test_appears_at_the_end(tmp_path):
 
 
 def test_replaces_whole_when_asked(tmp_path):
-    """With `overwrite`, no file of the old directory survives; an empty one needs no asking."""
+    """With `overwrite`, no file of the old directory survives; an empty directory does not need it."""
     target = tmp_path / "out"
     target.mkdir()
     with new_directory(target) as path:
@@ -39,7 +39,7 @@ def test_replaces_whole_when_asked(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_leaves_nothing_behind(tmp_path, error):
-    """Whatever ends the block early, the old content stays and the new is gone."""
+    """If the block ends early for any reason, the old content stays and the new one is removed."""
     target = tmp_path / "out"
     target.mkdir()
     (target / "results.json").write_text("{}")
@@ -56,7 +56,7 @@ def test_leaves_nothing_behind(tmp_path, error):
 
 
 def test_interrupted_between_the_renames(tmp_path, monkeypatch):
-    """Ctrl-C after the old directory was moved aside and before the new one has its name brings the old one back."""
+    """Ctrl-C between moving the old directory and renaming the new one restores the old one."""
     target = tmp_path / "out"
     target.mkdir()
     (target / "results.json").write_text("old")
@@ -79,7 +79,7 @@ def test_interrupted_between_the_renames(tmp_path, monkeypatch):
 
 
 def test_what_is_no_earlier_result_stays(tmp_path, monkeypatch):
-    """Even with `overwrite`: directories of others, the inputs of the run, the working directory."""
+    """Other directories, the inputs of the run and the working directory stay even with `overwrite`."""
     target = tmp_path / "out"
     target.mkdir()
     (target / "thesis.txt").write_text("mine")
@@ -98,14 +98,14 @@ def test_what_is_no_earlier_result_stays(tmp_path, monkeypatch):
 
 
 def test_files_are_refused(tmp_path):
-    """A file in the place of the directory is never replaced."""
+    """A file with the name of the directory is never replaced."""
     (tmp_path / "out").write_text("file")
     with pytest.raises(CheckpointError, match="is a file"), new_directory(tmp_path / "out", overwrite=True):
         pass
 
 
 def test_what_killed_processes_left_goes(tmp_path):
-    """Once the result is there, and only what was on its way to the same name."""
+    """Leftovers of killed processes are removed after success, and only those of the same target."""
     for name in (".out-ab_cd123.partial", ".out-2-abcd1234.partial", ".out-abcd1234.unfinished", ".out-ab12cd34.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("half")
@@ -116,7 +116,7 @@ def test_what_killed_processes_left_goes(tmp_path):
 
 
 def test_files_are_written_whole(tmp_path, monkeypatch):
-    """Others may read one as they may any file; where writing fails, the earlier one stays and nothing else is left."""
+    """A written file has normal permissions. If writing fails, the earlier file stays and nothing else is left."""
     plain, target = tmp_path / "plain", tmp_path / "page"
     plain.touch()
     write_whole(target, "old")

@@ -43,7 +43,7 @@ def test_results_are_read_as_they_were_written(made):
 
 
 def test_keys_are_those_of_0_1():
-    """Tools that read `results.json` find each key where it was; only the format version is new."""
+    """Tools that read `results.json` find each key in its place; only the format version is new."""
     assert list(RESULTS.to_dict()) == [
         *("format_version", "before", "fused", "metrics_on", "recipe", "command", "environment")
     ]
@@ -57,7 +57,7 @@ def test_keys_are_those_of_0_1():
 
 @pytest.mark.parametrize("path", [*RUNS, *JOBS], ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_results_of_0_1_are_written_as_they_were_read(path):
-    """Each key and value of a file that release 0.1.0 wrote is in the one written now, apart from other tools' keys."""
+    """Rewriting a file of release 0.1.0 keeps each key and value, except the keys of other tools."""
     tree = json.loads(path.read_text(encoding="utf-8"))
     assert "format_version" not in tree
     written = json.loads(json.dumps(RunResults.from_dict(tree).to_dict()))
@@ -66,7 +66,7 @@ def test_results_of_0_1_are_written_as_they_were_read(path):
 
 
 def test_there_are_results_of_0_1():
-    """Files that were moved do not make the test above pass."""
+    """The test above cannot pass only because its files were moved."""
     assert len(RUNS) == len(JOBS) == 4
 
 
@@ -82,7 +82,7 @@ def test_a_newer_format_is_refused(tmp_path):
 
 
 def test_unknown_keys_are_ignored():
-    """Other tools may add theirs, as the benchmarks do, at the top and inside a measurement."""
+    """Other tools may add keys, as the benchmarks do, at the top and inside a measurement."""
     tree = {**results().to_dict(), "original_healed": {}}
     tree["before"] = {**tree["before"], "energy": 3}
     assert RunResults.from_dict(tree) == results()
@@ -109,7 +109,7 @@ def test_damaged_results_are_refused(tmp_path, changes, said):
 
 
 def test_stages_and_reports():
-    """The last measurement is that of the model that was written; the last report that of the last round."""
+    """The last measurement is that of the written model; the last report is that of the last round."""
     assert list(RESULTS.stages) == ["before", "fused"]
     assert RESULTS.last is RESULTS.fused
     assert RESULTS.heal is None

@@ -1,4 +1,4 @@
-"""`fuse.py` end to end on small local data: every task, what it writes, what it refuses, and being interrupted."""
+"""`fuse.py` end to end on small local data: every task, its output, its errors, and interruption."""
 
 import contextlib
 import copy
@@ -69,7 +69,7 @@ RUNS += [pytest.param(task, "share", marks=pytest.mark.slow) for task in JOBS if
 
 @pytest.mark.parametrize(("task", "mode"), RUNS)
 def test_end_to_end(tmp_path, capsys, task, mode):
-    """Every task and mode leaves a checkpoint with its processor, plan, results and card, all of them consistent."""
+    """Every task and mode gives a consistent checkpoint with processor, plan, results and card."""
     prepare, metrics = JOBS[task]
     words = [*prepare(tmp_path), "--fusion.mode", mode, "--fusion.similarity", "block_influence"]
     assert main(words) == 0
@@ -103,7 +103,7 @@ def test_end_to_end(tmp_path, capsys, task, mode):
 
 
 def collapsing(words: list[str]) -> list[str]:
-    """The recipe of a run, with two linear MLPs in place of a fusion."""
+    """The recipe of a run with two linear MLPs instead of a fusion."""
     path = Path(words[0])
     recipe = json.loads(path.read_text())
     del recipe["fusion"]
@@ -113,7 +113,7 @@ def collapsing(words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("task", ["causal-lm", "text-classification", "image-classification"])
 def test_collapse_end_to_end(tmp_path, task):
-    """A recipe of collapse leaves a checkpoint, healed, whose plan, results and card say what became of the MLPs."""
+    """A collapse recipe gives a healed checkpoint whose plan, results and card describe the linear MLPs."""
     words = collapsing(JOBS[task][0](tmp_path))
     assert main(words) == 0
     out = tmp_path / "out"
@@ -134,7 +134,7 @@ def test_collapse_end_to_end(tmp_path, task):
 
 @pytest.mark.usefixtures("steady")
 def test_latency_end_to_end(tmp_path, capsys):
-    """A recipe with a latency budget leaves a faster checkpoint, healed, and says what it takes; rounds are refused."""
+    """A recipe with a latency budget gives a faster, healed checkpoint with its latency; rounds are refused."""
     words = text_classification(tmp_path)
     out = tmp_path / "out"
     assert main([*words, "--fusion.latency_budget", "0.7"]) == 0
@@ -146,7 +146,7 @@ def test_latency_end_to_end(tmp_path, capsys):
     assert results["healed"]["parameters"] < results["before"]["parameters"]
     assert AutoFusedModel.from_pretrained(out).num_parameters() == results["healed"]["parameters"]
     card = (out / "README.md").read_text()
-    assert f"{times.measured / times.original:.0%} when it was timed as a whole" in card
+    assert f"The whole model was measured at {times.measured / times.original:.0%}" in card
     assert main([*words, "--overwrite", "--fusion.latency_budget", "0.7", "--heal.schedule", "uniform"]) == 1
     assert "a latency target is met in one step" in capsys.readouterr().err
 
@@ -154,7 +154,7 @@ def test_latency_end_to_end(tmp_path, capsys):
 @pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize("method", [pytest.param("fitted", marks=pytest.mark.slow), "open"])
 def test_merge_end_to_end(tmp_path, capsys, method):
-    """A recipe of merging leaves a faster checkpoint, healed, and says which convolutions became one."""
+    """A merge recipe gives a faster, healed checkpoint that lists its merged convolutions."""
     words = image_classification(tmp_path)
     shutil.rmtree(tmp_path / "model")
     torch.manual_seed(0)
@@ -179,15 +179,15 @@ def test_merge_end_to_end(tmp_path, capsys, method):
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.resnet.embedder.modules())
     card = (out / "README.md").read_text()
     assert "layer-merge" in card
-    assert "What became of its 11 convolutions" in card
-    assert "when it was timed as a whole" in card
+    assert "Changes to its 11 convolutions" in card
+    assert "The whole model was measured" in card
     if method == "open":
         assert main([*words, "--output_dir", str(tmp_path / "other"), "--heal.steps", "0"]) == 1
         assert "merges convolutions after healing" in capsys.readouterr().err
 
 
 def test_homotopy_end_to_end(tmp_path, capsys):
-    """Activations become lines while the model heals, and are merged; as a regulariser they stay what they are."""
+    """Activations become lines during healing, and maps are merged. As a regulariser, homotopy merges nothing."""
     words = [*collapsing(text_classification(tmp_path)), "--collapse.method", "homotopy", "--heal.steps", "6"]
     assert main([*words, "--collapse.threshold", "0.001"]) == 1
     assert "not a line yet: the activation of layer" in capsys.readouterr().err
@@ -213,7 +213,7 @@ def test_homotopy_end_to_end(tmp_path, capsys):
 
 
 def test_a_recipe_has_one_method(tmp_path, capsys):
-    """Fusion and collapse in one recipe, neither of them, and rounds of collapse are refused."""
+    """Two methods in one recipe, no method, and rounds of collapse are refused."""
     words = causal_lm(tmp_path)
     assert main([*words, "--collapse.count", "2"]) == 1
     assert "one method" in capsys.readouterr().err
@@ -230,7 +230,7 @@ def test_a_recipe_has_one_method(tmp_path, capsys):
 
 
 def test_figures_are_those_of_the_file(tmp_path):
-    """A float16 checkpoint stays float16, and the figures were taken with the rounded weights that the file holds."""
+    """A float16 checkpoint stays float16, and results are measured with the rounded weights of the file."""
     words = text_classification(tmp_path)
     AutoFusedModel.from_pretrained(tmp_path / "model", dtype=torch.float16).save_pretrained(tmp_path / "model")
     assert main(words) == 0
@@ -246,7 +246,7 @@ def test_figures_are_those_of_the_file(tmp_path):
 
 
 def test_never_overwrites_unasked(tmp_path, capsys):
-    """A directory with anything in it is refused before any work, and replaced whole with --overwrite."""
+    """A directory that is not empty is refused before any work, and replaced as a whole with --overwrite."""
     words = [*causal_lm(tmp_path), "--heal.steps", "0", "--evaluate.latency", "false"]
     out = tmp_path / "out"
     out.mkdir()
@@ -265,7 +265,7 @@ def test_never_overwrites_unasked(tmp_path, capsys):
 
 
 def test_never_overwrites_its_inputs(tmp_path, capsys):
-    """An output directory around the model or the data is refused, --overwrite or not."""
+    """An output directory that contains the model or the data is refused, with or without --overwrite."""
     words = [*causal_lm(tmp_path), "--overwrite", "--output_dir"]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for place in (tmp_path, tmp_path / "model"):
@@ -275,8 +275,8 @@ def test_never_overwrites_its_inputs(tmp_path, capsys):
 
 
 def test_interrupted_while_saving(tmp_path, monkeypatch, capsys):
-    """Ctrl-C in the middle of saving leaves what was there before; what was done so far is kept elsewhere, until the
-    same command has come to its end."""
+    """Ctrl-C during saving leaves the earlier content. Finished work is kept elsewhere until the same command
+    completes."""
     words = [*causal_lm(tmp_path), "--heal.steps", "0", "--evaluate.latency", "false", "--overwrite"]
     out = tmp_path / "out"
     before = set(tmp_path.iterdir())
@@ -300,8 +300,8 @@ def test_interrupted_while_saving(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("streaming", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_interrupted_while_healing(tmp_path, monkeypatch, interrupt, streaming):
-    """Stopped in its steps and started again, a run fuses nothing anew and ends with the same file, to the bit; with
-    other data it starts afresh. The same where rows are streamed."""
+    """A run interrupted in any step resumes without fusing again, and ends with the same file to the bit, also with
+    streamed rows. With other data it starts afresh."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--heal.steps", "6", "--heal.eval_every", "2"]
     words += ["--data.streaming", streaming]
     assert main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
@@ -333,7 +333,7 @@ def test_interrupted_while_healing(tmp_path, monkeypatch, interrupt, streaming):
     ],
 )
 def test_the_teacher_is_asked_once(tmp_path, task):
-    """With all classes kept, healing from the teacher's answers on disk is healing from the teacher."""
+    """With all classes cached, healing from cached teacher outputs equals healing from the teacher."""
     words = [*JOBS[task][0](tmp_path), "--evaluate.latency", "false", "--heal.mixed_precision", "no"]
     assert main([*words, "--output_dir", str(tmp_path / "asked")]) == 0
     assert main([*words, "--heal.teacher_top_k", "100"]) == 0
@@ -345,8 +345,8 @@ def test_the_teacher_is_asked_once(tmp_path, task):
 
 
 def test_answers_are_kept_for_other_runs(tmp_path, monkeypatch):
-    """Windows of text with a teacher's answers lie in the cache of `datasets`: the same teacher is not asked again for
-    the same windows, another one is."""
+    """Cached teacher outputs are in the cache of `datasets`. The same teacher does not run again for the same windows;
+    another teacher does."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     windows = {"input_ids": torch.randint(3, 64, (6, 8), generator=torch.Generator().manual_seed(0)).tolist()}
     asked = []
@@ -370,7 +370,7 @@ def test_answers_are_kept_for_other_runs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words", [["--fusion.operator", "mix", "--heal.mix", "true"], ["--heal.freeze_fused", "true"]])
 def test_variants_of_healing(tmp_path, words):
-    """What is fused goes on being mixed, or stays as it is, to the end of a run."""
+    """Fused weights stay mixed, or stay frozen, until the end of a run."""
     words = [*causal_lm(tmp_path), *words, "--fusion.mode", "share", "--evaluate.latency", "false"]
     words += ["--fusion.refit", "none", "--heal.weight_decay", "0", "--heal.learning_rate", "1e-2"]
     assert main(words) == 0
@@ -387,7 +387,7 @@ def test_variants_of_healing(tmp_path, words):
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_model_and_data_by_their_names_on_the_hub(tmp_path, streaming):
-    """A model and data of a Hub give what the same files on disk give; a name that it does not have is said."""
+    """A model and data from a Hub give the same result as the same files on disk; an unknown name is an error."""
     words = causal_lm(tmp_path)
     words += ["--data.streaming", str(streaming).lower(), "--heal.mixed_precision", "no"]
     assert main([*words, "--output_dir", str(tmp_path / "local")]) == 0
@@ -427,7 +427,7 @@ def test_model_and_data_by_their_names_on_the_hub(tmp_path, streaming):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_started_again(tmp_path):
-    """`fuse.py` that is killed again and again, whatever it does just then, ends with the file of one that is not."""
+    """A `fuse.py` that is killed repeatedly, at any moment, ends with the file of an undisturbed run."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--fusion.keep_layers", "2", "--heal.steps", "60"]
     words += ["--heal.schedule", "uniform", "--heal.rounds", "2", "--heal.eval_every", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -442,7 +442,7 @@ def test_killed_at_any_moment_and_started_again(tmp_path):
     while not (tmp_path / "out").exists():
         process = start("out")
         with contextlib.suppress(subprocess.TimeoutExpired):
-            # the first one early, so that it is killed although the machine may be faster by then
+            # early, so that a faster machine is also killed in time
             share = rng.uniform(0.3, 1.0) if killed else 0.3
             process.wait(timeout=None if killed == 6 else share * whole)
         if process.poll() is None:
@@ -456,8 +456,8 @@ def test_killed_at_any_moment_and_started_again(tmp_path):
 
 
 def test_low_rank_healing(tmp_path):
-    """Through `fuse.py`, residuals are trained and merged: the result has the parameters that it was fused to, and the
-    embeddings of the original."""
+    """`fuse.py` trains residuals and merges them: the result keeps its number of parameters, and the embeddings of the
+    original."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false"]
     words += ["--heal.lora_rank", "2", "--heal.learning_rate", "0.01"]
     assert main(words) == 0
@@ -469,7 +469,7 @@ def test_low_rank_healing(tmp_path):
 
 
 def test_rounds_of_rank_auto(tmp_path):
-    """Each round removes its part of the ratio, and has the rank that follows from that."""
+    """Each round removes its part of the ratio, with the rank that follows from it."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--fusion.keep_layers", "null"]
     words += ["--fusion.ratio", "0.6", "--fusion.mode", "share", "--fusion.rank", "auto"]
     words += ["--heal.schedule", "uniform", "--heal.rounds", "2", "--heal.steps", "4", "--heal.eval_every", "1"]
@@ -488,8 +488,8 @@ def test_rounds_of_rank_auto(tmp_path):
     [("depth", "uniform", [4, 2]), ("share", "uniform", [4, 2]), ("depth", "exponential", [3, 2])],
 )
 def test_fused_in_rounds(tmp_path, interrupt, mode, schedule, goals):
-    """An iterative schedule fuses a step, heals and fuses further, from what was healed; interrupted in a later round,
-    it goes on there, and ends with the same file."""
+    """An iterative schedule alternates fusing and healing. Interrupted in a later round, it resumes there and ends with
+    the same file."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--fusion.keep_layers", "2", "--fusion.mode", mode]
     words += ["--heal.schedule", schedule, "--heal.rounds", "2", "--heal.steps", "4", "--heal.eval_every", "1"]
     words += ["--heal.hidden_weight", "1", "--heal.attention_weight", "1"]  # of the layers that both rounds made
@@ -538,7 +538,7 @@ def test_bad_input(tmp_path, capsys, words, message):
 
 
 def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch, capsys):
-    """The result cannot be written; nothing of it is left, and the same command resumes when there is room."""
+    """If the result cannot be written, nothing of it is left, and the same command resumes once there is space."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false"]
 
     def fill(model, dtype, path, **more):
@@ -557,13 +557,13 @@ def test_a_full_disk_is_said_in_words(tmp_path, monkeypatch, capsys):
 
 
 def test_recipe_comes_first(tmp_path, capsys):
-    """An option in front of the recipe would take it for its value: say so."""
+    """An option before the recipe would take the recipe as its value, so it is refused."""
     assert main(["--heal.steps", "0", *causal_lm(tmp_path)]) == 1
     assert "the recipe comes first" in capsys.readouterr().err
 
 
 def test_missing_tokenizer(tmp_path, capsys):
-    """transformers makes up an empty tokenizer from a config; figures on its tokens would mean nothing."""
+    """transformers makes an empty tokenizer from a config; results on its tokens would be meaningless."""
     words = text_classification(tmp_path)
     for path in (tmp_path / "model").glob("token*"):
         path.unlink()
@@ -573,7 +573,7 @@ def test_missing_tokenizer(tmp_path, capsys):
 
 @pytest.mark.parametrize("labels", [lambda i: i % 3, lambda i: "abc"[i % 3]], ids=["ids", "names"])
 def test_more_classes_than_the_model_has(tmp_path, capsys, labels):
-    """Three classes in the data of a model with two are refused before anything is computed."""
+    """Data with three classes and a model with two are refused before any computation."""
     words = text_classification(tmp_path)
     rows = [f"{text}\t{labels(i)}" for i, text in enumerate(sentences(60, 0))]
     (tmp_path / "train.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
@@ -601,7 +601,7 @@ def test_overrides():
             parse_overrides(wrong)
 
 
-MODELS = {  # what the models of the shipped recipes are, but tiny
+MODELS = {  # tiny versions of the models in the shipped recipes
     "gpt2-wikitext2": ("gpt2", "GPT2LMHeadModel", {"n_layer": 12}),
     "bert-sst2": ("bert", "BertForSequenceClassification", {"num_hidden_layers": 12}),
     "latency-bert-sst2": ("bert", "BertForSequenceClassification", {"num_hidden_layers": 4}),
@@ -613,7 +613,7 @@ MODELS = {  # what the models of the shipped recipes are, but tiny
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes(path, request, tmp_path, monkeypatch):
-    """Every shipped recipe parses, takes overrides, and leads to a plan for a model of the depth that it names."""
+    """Every shipped recipe can be parsed and overridden, and gives a plan for a model of its depth."""
     recipe = load_recipe(path, {"heal.learning_rate": "1e-4", "output_dir": "elsewhere"})
     assert recipe.heal.learning_rate == 1e-4
     assert recipe.output_dir == "elsewhere"
@@ -632,7 +632,7 @@ def test_shipped_recipes(path, request, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_accelerate_configs(path):
-    """Accelerate reads every shipped configuration, which is for several GPUs, and the page about running names it."""
+    """Accelerate reads every shipped configuration, each is for several GPUs, and the page about running names it."""
     config = load_config_from_file(str(path))
     assert config.num_processes == 4
     assert config.distributed_type.lower().replace("_", "-") in path.stem
@@ -644,7 +644,7 @@ def test_shipped_accelerate_configs(path):
 
 @pytest.mark.slow
 def test_under_accelerate_launch(tmp_path):
-    """The command of the README, in a process of its own."""
+    """The command of the README works in its own process."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
@@ -665,8 +665,8 @@ def test_under_accelerate_launch(tmp_path):
     ],
 )
 def test_two_processes_share_the_work(tmp_path, task, options):
-    """Rows, masked words and augmentation are the same in two processes: each with a batch, they do what one does with
-    two batches a step, and agree on the result."""
+    """Rows, masked words and augmentation are the same with two processes. With a batch each, they equal one process
+    with two batches per step, and agree on the result."""
     words = JOBS[task][0](tmp_path)
     if "homotopy" in options:
         collapsing(words)

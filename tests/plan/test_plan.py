@@ -1,4 +1,4 @@
-"""Plans round-trip as JSON, refuse what makes no sense, and need no torch."""
+"""Plans survive JSON, refuse impossible values, and need no torch."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def test_round_trip():
 
 
 def test_rank_and_mode_reach_the_layout():
-    """Residuals and bases are ties with a rank; what an edit has not is left out of the JSON."""
+    """Residuals and bases are ties with a rank; fields that an edit does not use are left out of the JSON."""
     edits = (Fuse("layer", (0, 2), "share", "mean", rank=4), Fuse("mlp", (1, 3), "basis", rank=8), Fuse("mlp", (4, 5)))
     plan = Plan("gpt2", 6, edits)
     assert Plan.from_json(plan.to_json()) == plan
@@ -40,14 +40,14 @@ def test_rank_and_mode_reach_the_layout():
 
 
 def test_names_blocks_by_layer_and_kind_only():
-    """No parameter name reaches the JSON: ViT has other names on disk than in memory."""
+    """The JSON has no parameter name, because ViT has other names on disk than in memory."""
     text = Plan("vit", 6, EDITS).to_json()
     assert "." not in text
     assert "weight" not in text
 
 
 def test_file(tmp_path):
-    """`load` reads the file that `to_json` wrote, and names a file that is missing."""
+    """`load` reads the file that `to_json` wrote, and names a missing file."""
     path = tmp_path / "plan.json"
     path.write_text(Plan("gpt2", 6, EDITS).to_json())
     assert Plan.load(path) == Plan("gpt2", 6, EDITS)
@@ -56,7 +56,7 @@ def test_file(tmp_path):
 
 
 def test_layout():
-    """Fused and dropped layers close up; ties name positions in the result."""
+    """Layers close up after fused and dropped ones; ties name positions in the result."""
     layout = Plan("gpt2", 6, EDITS).layout()
     assert layout.slots == (
         Slot((0, 1), {"attention": Source((0, 1)), "mlp": Source((0, 1))}),
@@ -91,7 +91,7 @@ def test_layout():
     ],
 )
 def test_refuses(make, message):
-    """Each impossible edit is refused with what would be allowed."""
+    """Each impossible edit is refused with the allowed values."""
     with pytest.raises(PlanError, match=message):
         make()
 
@@ -109,7 +109,7 @@ def test_refuses(make, message):
     ],
 )
 def test_refuses_damaged_json(tree, message):
-    """A newer format, or JSON that is no plan, is a clear error and not a KeyError."""
+    """A newer format, or JSON that is not a plan, gives a clear error instead of a KeyError."""
     with pytest.raises(PlanError, match=message):
         Plan.from_json(json.dumps(tree))
     with pytest.raises(PlanError, match="not JSON"):

@@ -1,4 +1,4 @@
-"""Recipes: what cannot be met is refused before anything runs, with the value and what would be allowed."""
+"""Recipes: impossible values are refused before anything runs, with the value and the allowed ones."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ RUN = {"model": "gpt2", "task": "causal-lm", "output_dir": "out"}
 
 @pytest.fixture
 def written(tmp_path):
-    """Writes a recipe file and gives its path."""
+    """Path of a recipe file with this content."""
 
     def write(text: str | bytes):
         path = tmp_path / "recipe.yaml"
@@ -36,7 +36,7 @@ def written(tmp_path):
 
 
 def test_errors_are_one_family():
-    """Every complaint about a recipe can be caught as a `LayerFuseError` and as a `ValueError`."""
+    """Every error about a recipe is a `LayerFuseError` and a `ValueError`."""
     assert issubclass(RecipeError, LayerFuseError)
     assert issubclass(RecipeError, ValueError)
 
@@ -74,7 +74,7 @@ def test_errors_are_one_family():
     ],
 )
 def test_impossible_values_are_refused(kind, values, message):
-    """A value or combination that cannot be met is refused with itself and what would be allowed."""
+    """An impossible value or combination is refused with the value and the allowed ones."""
     with pytest.raises(RecipeError, match=message):
         kind(**values)
 
@@ -100,7 +100,7 @@ def test_impossible_values_are_refused(kind, values, message):
     ],
 )
 def test_wrong_types_are_refused(kind, values, named):
-    """A value of the wrong type is refused with its field, itself and the type that is wanted; nothing is coerced."""
+    """A value of the wrong type is refused with its field, the value and the right type; nothing is converted."""
     rest = {"data": DataRecipe(), "fusion": FusionRecipe(keep_layers=3)} if kind is Recipe else {}
     with pytest.raises(RecipeError) as refused:
         kind(**{**rest, **values})
@@ -119,7 +119,7 @@ def test_wrong_types_are_refused(kind, values, named):
     ],
 )
 def test_unknown_fields_are_refused_with_the_nearest(kind, field, close):
-    """A misspelt field is never ignored: the error suggests the nearest and lists all."""
+    """A misspelt field is never ignored: the error suggests the nearest one and lists all."""
     with pytest.raises(RecipeError, match=f"{kind.__name__} has no field '{field}'. Did you mean '{close}'") as refused:
         kind(**{field: 1})
     assert all(name.name in str(refused.value) for name in dataclasses.fields(kind))
@@ -129,7 +129,7 @@ def test_unknown_fields_are_refused_with_the_nearest(kind, field, close):
 
 
 def test_whole_numbers_and_exponents_are_floats(written):
-    """Where a float is wanted, 1 is 1.0, and 1e-4, which YAML reads as text, is the number; no is no, not false."""
+    """For a float, 1 is 1.0, and 1e-4, which YAML reads as text, is a number. `no` stays a text, not false."""
     recipe = HealRecipe(temperature=2, learning_rate="1e-4")
     assert (recipe.temperature, recipe.learning_rate) == (2.0, 1e-4)
     assert type(recipe.temperature) is type(recipe.learning_rate) is float
@@ -144,7 +144,7 @@ def test_every_similarity_can_be_asked_for():
 
 
 def test_file(written):
-    """A file gives the same recipe as its fields given in Python; sections that are left out take their defaults."""
+    """A file gives the same recipe as its fields in Python; missing sections have their defaults."""
     assert load_recipe(written(WHOLE)) == Recipe(
         **RUN,
         data=DataRecipe(name="some/text", max_length=64),
@@ -155,7 +155,7 @@ def test_file(written):
 
 
 def test_overrides(written):
-    """Overrides replace fields inside and outside of sections, and make the sections that a file lacks."""
+    """Overrides replace fields inside and outside sections, and create missing sections."""
     overrides = {"model": "other", "fusion.mode": "depth", "heal.steps": 0, "evaluate.latency": False}
     recipe = load_recipe(written(WHOLE), overrides)
     assert (recipe.model, recipe.fusion.mode, recipe.heal.steps) == ("other", "depth", 0)
@@ -166,7 +166,7 @@ def test_overrides(written):
 
 
 def test_a_new_target_replaces_the_old_one(written):
-    """The command line sets the target that it names, whichever the file has; naming both is still refused."""
+    """A target on the command line replaces the file's target; naming two is still refused."""
     values = {"keep_layers": 4, "ratio": 0.25, "max_parameters": 8e6, "max_bytes": 2e7}
     values |= {"latency_budget": 0.5, "latency_ms": 20.0}
     whole = WHOLE.replace("mode: share", "mode: depth")
@@ -195,7 +195,7 @@ def test_a_new_target_replaces_the_old_one(written):
     ],
 )
 def test_bad_overrides_are_refused(written, overrides, message):
-    """An override of a section or field that does not exist is refused by name."""
+    """An override of an unknown section or field is refused by name."""
     with pytest.raises(RecipeError, match=message):
         load_recipe(written(WHOLE), overrides)
 
@@ -217,20 +217,20 @@ def test_bad_overrides_are_refused(written, overrides, message):
     ],
 )
 def test_bad_files_are_refused(written, text, message):
-    """A file that is no recipe is a `RecipeError` that says what it holds instead, never a bare TypeError."""
+    """A file that is not a recipe is a `RecipeError` that names its content, never a bare TypeError."""
     with pytest.raises(RecipeError, match=message):
         load_recipe(written(text))
 
 
 def test_missing_files_are_named(tmp_path):
-    """A path that holds no file is named in the error, a directory too."""
+    """A missing file, or a directory, is named in the error."""
     for path in (tmp_path / "nowhere.yaml", tmp_path):
         with pytest.raises(RecipeError, match=f"no recipe at {path}"):
             load_recipe(path)
 
 
 def test_yaml_runs_no_code(written, tmp_path):
-    """A YAML tag that calls a function is refused and not called; a loader that is not safe would have called it."""
+    """A YAML tag that calls a function is refused and not called; an unsafe loader would call it."""
     victim = tmp_path / "victim"
     path = written(WHOLE.replace("model: gpt2", f"model: !!python/object/apply:os.mkdir [{victim}]"))
     with pytest.raises(RecipeError, match="is not valid YAML"):
@@ -241,7 +241,7 @@ def test_yaml_runs_no_code(written, tmp_path):
 
 
 def test_earlier_field_names_still_load():
-    """Recipes of 0.1 give the latency budget of a merge by its earlier names; both names at once are refused."""
+    """Recipes of 0.1 set the latency budget of a merge by its earlier names; both names together are refused."""
     earlier = MergeRecipe(budget=0.5, batch_size=4, repeats=3)
     assert earlier == MergeRecipe(latency_budget=0.5, latency_batch_size=4, latency_repeats=3)
     with pytest.raises(RecipeError, match="'budget' is the earlier name of 'latency_budget'"):
@@ -249,7 +249,7 @@ def test_earlier_field_names_still_load():
 
 
 def test_earlier_field_names_meet_current_ones(tmp_path):
-    """A file of 0.1 takes overrides by the current names, and a current file takes overrides by the earlier ones."""
+    """A file of 0.1 accepts overrides by current names, and a current file accepts overrides by earlier names."""
     path = tmp_path / "recipe.yaml"
     for inside, given in (("budget", "latency_budget"), ("latency_budget", "budget"), ("budget_ms", "latency_budget")):
         tree = {"model": "m", "task": "image-classification", "output_dir": "out", "data": {"name": "cifar10"}}

@@ -1,4 +1,4 @@
-"""A training that was interrupted goes on as if nothing had been, and loses nothing."""
+"""An interrupted training resumes as if nothing had happened, and loses nothing."""
 
 import dataclasses
 import errno
@@ -46,7 +46,7 @@ def assert_equal(ours, theirs) -> None:
 
 @pytest.mark.parametrize("moment", range(1, 19))
 def test_interrupted_anywhere_ends_the_same(tmp_path, interrupt, moment):
-    """Stopped before any of its backward passes, and started again, it ends with the same weights and losses."""
+    """Interrupted before any backward pass and started again, a training ends with the same weights and losses."""
     whole, expected = healed(None)
     interruption = interrupt(moment)
     with pytest.raises(InterruptedError):
@@ -63,7 +63,7 @@ def test_interrupted_anywhere_ends_the_same(tmp_path, interrupt, moment):
 
 @pytest.mark.parametrize("moment", [3, 11, 16])
 def test_batches_by_length_go_on_where_they_were(tmp_path, interrupt, moment):
-    """Their order is that of the epoch in which the run was interrupted."""
+    """Batches by length resume in the order of the interrupted epoch."""
     whole, expected = healed(None, batches=by_length)
     interrupt(moment)
     with pytest.raises(InterruptedError):
@@ -123,7 +123,7 @@ def same(losses: list) -> list:
 
 
 def test_two_processes_resume(tmp_path):
-    """Two processes that were stopped and started again end with the weights of two that were not."""
+    """Two interrupted processes end with the weights of two that were not."""
     found = trained_by(tmp_path / "run", "MULTI_CPU")
     assert found["weights"] < 1e-6
     assert found["losses"][0] == same(found["losses"][1])
@@ -131,7 +131,7 @@ def test_two_processes_resume(tmp_path):
 
 @pytest.mark.slow
 def test_deepspeed_trains_as_data_parallelism_does(tmp_path):
-    """ZeRO 2 gives the same losses, and also where it was stopped and started again; shared weights stay shared."""
+    """ZeRO 2 gives the same losses, also after an interruption; shared weights stay shared."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: it is the extra `deepspeed`")
     found, plain = (trained_by(tmp_path / kind, kind) for kind in ("DEEPSPEED", "MULTI_CPU"))
     assert found["weights"] < 1e-6
@@ -140,7 +140,7 @@ def test_deepspeed_trains_as_data_parallelism_does(tmp_path):
 
 
 def test_nothing_is_said_of_shared_tensors(tmp_path, caplog):
-    """They are written once, and users need not worry about it."""
+    """Shared tensors are saved once, without a warning to the user."""
     healed(tmp_path / "run")
     assert not [record for record in caplog.records if "shared" in record.message]
 
@@ -162,8 +162,7 @@ save_file({name: value.contiguous().clone() for name, value in weights(student).
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_started_again(tmp_path):
-    """A process that is killed again and again, in the middle of whatever it does, ends with the weights of one that is
-    not, to the bit."""
+    """A process that is killed repeatedly, at any moment, ends with the weights of an undisturbed one, to the bit."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -194,10 +193,10 @@ def test_killed_at_any_moment_and_started_again(tmp_path):
 
 
 def test_the_best_weights_are_the_result(tmp_path):
-    """What healing leaves is the step of the least validation loss, not the last one, with and without a folder."""
+    """The result has the weights of the lowest validation loss, not the last ones, with and without a folder."""
     recipe = recipe_of(
         steps=40, learning_rate=0.01, warmup_ratio=0.0, kl_weight=0.0, eval_every=8
-    )  # it learns noise by heart
+    )  # it memorises noise
     for folder in (None, tmp_path / "run"):
         student, report = healed(folder, recipe, validation_batches=DataLoader(rows(4, seed=1)))
         losses = dict(report.validation_loss)
@@ -210,7 +209,7 @@ def test_the_best_weights_are_the_result(tmp_path):
 
 
 def test_patience_ends_a_training(tmp_path):
-    """So many validations without anything better, and it stops; started again, it stays stopped."""
+    """Training stops after this number of validations without improvement; started again, it stays stopped."""
     recipe = recipe_of(learning_rate=0.2, warmup_ratio=0.0, steps=40, patience=2, max_grad_norm=100.0)
     student, report = healed(tmp_path / "run", recipe)
     assert report.steps < 40
@@ -221,7 +220,7 @@ def test_patience_ends_a_training(tmp_path):
 
 
 def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
-    """The same call once more takes no step and gives the same weights."""
+    """Repeating the call takes no step and gives the same weights."""
     student, report = healed(tmp_path / "run")
     monkeypatch.setattr(Accelerator, "backward", lambda *args: pytest.fail("it trained again"))
     again, second = healed(tmp_path / "run")
@@ -231,7 +230,7 @@ def test_a_finished_training_is_not_repeated(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", [{"steps": 12}, {"learning_rate": 1e-3}, {"seed": 1}])
 def test_another_run_is_refused(tmp_path, change):
-    """Checkpoints of other settings are not continued, and not touched."""
+    """Checkpoints of other settings are neither resumed nor changed."""
     healed(tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     options = {"seed": change.pop("seed")} if "seed" in change else {}
@@ -259,7 +258,7 @@ def test_a_run_is_known_by_the_same_things_as_ever(tmp_path):
 
 
 def test_another_model_is_refused(tmp_path):
-    """Checkpoints of a model that another plan led to are not taken for those of this one, whose shape is the same."""
+    """Checkpoints of a model with another plan are refused, even if the shapes are the same."""
     teacher = tiny_model("gpt2", "GPT2LMHeadModel")
     for dropped in (1, 4):
         student = apply(teacher, Plan("gpt2", LAYERS, (Drop("layer", dropped),)))
@@ -271,7 +270,7 @@ def test_another_model_is_refused(tmp_path):
 
 
 def test_another_teacher_is_refused(tmp_path):
-    """What was learnt from one teacher is not gone on with from another."""
+    """A training is not resumed with another teacher."""
     healed(tmp_path / "run")
     with pytest.raises(CheckpointError, match="weights of the teacher was"):
         healed(tmp_path / "run", teacher=tiny_model("gpt2", "GPT2LMHeadModel", seed=1))
@@ -284,13 +283,13 @@ def test_other_data_are_refused(tmp_path):
 
 
 def test_a_folder_that_was_about_to_be_claimed(tmp_path):
-    """Killed while it wrote down which run it is, the same command starts."""
+    """If a process is killed while it writes the identity of its run, the same command starts."""
     (tmp_path / "run.tmp").write_text('{"heal.st')
     healed(tmp_path)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    """Nothing is written beside files that are no checkpoints."""
+    """Nothing is written to a folder with other files."""
     (tmp_path / "thesis.tex").write_text("\\chapter{One}")
     with pytest.raises(CheckpointError, match="is not empty"):
         healed(tmp_path)
@@ -298,7 +297,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
-    """Half of a file is not taken for a checkpoint."""
+    """A truncated file is reported as a damaged checkpoint."""
     healed(tmp_path / "run", recipe_of(steps=2))
     path = max((tmp_path / "run").glob("step-*")) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
@@ -307,7 +306,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    """Where the second checkpoint cannot be written, the first one is whole, and what can be done is said."""
+    """If the second checkpoint cannot be written, the first one is complete, and the error says what to do."""
     whole, _ = healed(None)
     save, saves = Accelerator.save_state, 0
 
@@ -330,7 +329,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
 def test_an_explosion_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, value):
-    """A loss that is not finite, or many times the first one, ends the training; what was good is still there."""
+    """A loss that is not finite, or many times the first one, ends the training; the last good checkpoint remains."""
     from hf_layerfuse.training.objective import Objective
 
     train, calls = Objective.train, 0
@@ -350,7 +349,7 @@ def test_an_explosion_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path,
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    """The loss before it was fine: without a look at gradients, the weights of the next checkpoint would be lost."""
+    """The loss before it is finite: without a check of gradients, the next checkpoint would have useless weights."""
     backward, calls = Accelerator.backward, 0
 
     def spoil(self, loss, **options):
@@ -369,7 +368,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    """No checkpoint is written of such weights, and the one before is gone on from."""
+    """Such weights are not saved, and the run resumes from the checkpoint before."""
     from hf_layerfuse.training.objective import Objective
 
     validate, calls = Objective.validate, 0
@@ -389,7 +388,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatc
 
 
 def test_one_accelerator_for_two_trainings(tmp_path):
-    """The second one's checkpoints are its own: gone on with by another accelerator, they give its weights."""
+    """The checkpoints of the second training are separate: resumed with another accelerator, they give its weights."""
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     healed(tmp_path / "first", accelerator=accelerator)
     student, _ = healed(tmp_path / "second", accelerator=accelerator, seed=1)
@@ -400,7 +399,7 @@ def test_one_accelerator_for_two_trainings(tmp_path):
 
 
 def test_recomputed_states_give_the_same_training():
-    """Gradient checkpointing changes nothing but memory, inner states being compared or not, and is off afterwards."""
+    """Gradient checkpointing changes only memory, with and without losses of inner states, and is off afterwards."""
     expected, _ = healed(None)
     student, _ = healed(None, recipe_of(hidden_weight=0.5, gradient_checkpointing=True))
     ours, theirs = weights(student), weights(expected)
@@ -411,7 +410,7 @@ def test_recomputed_states_give_the_same_training():
 
 
 def test_a_tracker_sees_losses_and_rates():
-    """What is logged goes to the trackers of the accelerator that was given."""
+    """Losses and rates go to the trackers of the given accelerator."""
     from accelerate.tracking import GeneralTracker
 
     class Recorder(GeneralTracker):
@@ -434,8 +433,8 @@ def test_a_tracker_sees_losses_and_rates():
 
 
 def test_a_tracker_of_the_recipe(monkeypatch, tmp_path):
-    """It is started with the settings, sees the losses, and is finished at the end; the processes are not parted, which
-    have more to do together."""
+    """The tracker starts with the settings, receives the losses, and finishes at the end. The processes stay connected,
+    because they have more work to do."""
     from accelerate.tracking import GeneralTracker
 
     class Recorder(GeneralTracker):
@@ -462,7 +461,7 @@ def test_a_tracker_of_the_recipe(monkeypatch, tmp_path):
 
 
 def test_a_tracker_that_is_not_there_is_refused():
-    """Accelerate would leave it out without a word."""
+    """A tracker that is not installed is an error; Accelerate would silently ignore it."""
     with pytest.raises(RecipeError, match=r"log_with='abacus' is not installed"):
         healed(None, recipe_of(log_with="abacus"))
 
@@ -474,8 +473,8 @@ def test_a_tracker_that_is_not_there_is_refused():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_compiled_training_is_the_same(tmp_path):
-    """With torch.compile the losses are those without it, up to rounding; weights stay shared, the student is not
-    wrapped, and its file has the same names."""
+    """With torch.compile, losses are the same up to rounding. Weights stay shared, the student is not wrapped, and its
+    file has the same names."""
     found = []
     for compiled in (False, True):
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,4 +1,4 @@
-"""Healing teaches every weight, takes exactly the steps it was asked for, and leaves all else alone."""
+"""Healing trains every weight, takes exactly the requested steps, and changes nothing else."""
 
 import copy
 import dataclasses
@@ -70,7 +70,8 @@ MODELS = {
 
 @pytest.mark.parametrize("task", MODELS)
 def test_healing_lowers_the_loss_and_teaches_every_parameter(task: str) -> None:
-    """Validation loss falls for every task, every parameter moves, the teacher does not, and the report is JSON."""
+    """The validation loss falls for every task, every parameter changes, the teacher does not, and the report is
+    JSON."""
     student, teacher = tiny_model(*MODELS[task]), tiny_model(*MODELS[task], seed=1).train()
     before = {name: value.clone() for name, value in student.named_parameters()}
     taught = copy.deepcopy(teacher.state_dict())
@@ -93,7 +94,7 @@ def test_healing_lowers_the_loss_and_teaches_every_parameter(task: str) -> None:
 
 
 def test_the_same_seed_heals_the_same_way() -> None:
-    """Two runs from the same seeds give the same weights, dropout included; another seed does not."""
+    """Two runs with the same seeds give the same weights, with dropout; another seed does not."""
 
     def healed(seed: int) -> torch.Tensor:
         student = tiny_model("gpt2", "GPT2LMHeadModel")
@@ -106,7 +107,7 @@ def test_the_same_seed_heals_the_same_way() -> None:
 
 
 def test_accumulated_batches_are_one_large_batch() -> None:
-    """However six rows are divided, their steps have the same losses, also where an epoch ends within a step."""
+    """Six rows have the same losses however they are divided, also if an epoch ends within a step."""
     rows = _rows("causal-lm", count=6)
 
     def losses(batch_size: int, accumulation: int) -> list[float]:
@@ -123,8 +124,8 @@ def test_accumulated_batches_are_one_large_batch() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_all_targets_count_alike(size: int) -> None:
-    """Also where batches have different numbers of them, one of which has none: the sum of the losses of all targets,
-    divided by their number, is what the step lowers."""
+    """A step lowers the sum of the losses of all targets divided by their number, also if batches have different
+    numbers of targets, or none."""
     rows = _rows("causal-lm", count=4)
     for row, kept in zip(rows, (1, 5, 0, 9), strict=True):
         row["labels"] = row["input_ids"].masked_fill(torch.arange(len(row["input_ids"])) >= kept, -100)
@@ -137,7 +138,7 @@ def test_all_targets_count_alike(size: int) -> None:
 
 
 def test_a_batch_without_targets_changes_nothing() -> None:
-    """No loss can be taken from it, and that is no explosion."""
+    """Such a batch has no loss, and does not count as an explosion."""
     rows = _rows("causal-lm", count=4)
     for row in rows:
         row["labels"] = torch.full_like(row["input_ids"], -100)
@@ -149,7 +150,7 @@ def test_a_batch_without_targets_changes_nothing() -> None:
 
 
 def test_a_head_that_nothing_depends_on_stays() -> None:
-    """Where inner states alone are compared, the head learns nothing, and does not decay either."""
+    """If only inner states are compared, the head does not learn, and its weights do not decay."""
     student, teacher = (tiny_model("bert", "BertForSequenceClassification", seed=seed) for seed in (0, 1))
     before = {name: value.clone() for name, value in student.state_dict().items()}
     path = "bert.encoder.layer.5"
@@ -161,7 +162,7 @@ def test_a_head_that_nothing_depends_on_stays() -> None:
 
 
 def test_gradients_of_before_are_forgotten() -> None:
-    """What an interrupted training left behind is no part of the next one's first step."""
+    """Gradients of an interrupted training do not affect the first step of the next one."""
     students = [tiny_model("gpt2", "GPT2LMHeadModel") for _ in range(2)]
     for parameter in students[1].parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -170,7 +171,8 @@ def test_gradients_of_before_are_forgotten() -> None:
 
 
 def test_compilation_is_asked_for_each_time() -> None:
-    """Accelerators of one process share their settings; what an earlier training wanted does not hold for the next."""
+    """Accelerators of one process share settings, but the compilation of an earlier training does not affect the next
+    one."""
     student = tiny_model("gpt2", "GPT2LMHeadModel")
     for compiled in (False, True, False):
         accelerator = accelerator_of(student, _recipe(compile=compiled))
@@ -178,7 +180,7 @@ def test_compilation_is_asked_for_each_time() -> None:
 
 
 def test_learning_rate_warms_up_and_ends_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The schedule spans exactly the optimiser steps, whatever the accumulation."""
+    """The schedule spans exactly the optimiser steps, with any accumulation."""
     rates = []
     step = torch.optim.AdamW.step
 
@@ -198,7 +200,7 @@ def test_learning_rate_warms_up_and_ends_at_zero(monkeypatch: pytest.MonkeyPatch
 
 
 def test_shared_parameters_stay_shared_and_are_optimised_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tie made by hand, and the tied output layer, are still ties after healing, and one entry of the optimiser."""
+    """A manual tie and the tied output layer remain ties, and are one entry of the optimiser."""
     student = tiny_model("gpt2", "GPT2LMHeadModel")
     first, second = student.transformer.h[0].mlp.c_fc, student.transformer.h[1].mlp.c_fc
     second.weight = first.weight
@@ -227,7 +229,7 @@ def _spy(function, look):
 
 
 def test_divergence_from_itself_is_zero_and_matches_the_formula() -> None:
-    """KL(p || p) = 0, otherwise T^2 sum p log(p / q), in float32 even from bfloat16 logits."""
+    """KL(p || p) = 0, otherwise T^2 sum p log(p / q), in float32 even for bfloat16 logits."""
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 5, 7, generator=generator)
     assert distillation_loss(ours, ours, 2.0).item() == pytest.approx(0, abs=1e-6)
@@ -239,7 +241,7 @@ def test_divergence_from_itself_is_zero_and_matches_the_formula() -> None:
 
 @pytest.mark.parametrize("task", ["causal-lm", "feature-extraction"])
 def test_a_model_is_its_own_best_student(task: str) -> None:
-    """Without dropout, distillation of a model into its copy has loss zero."""
+    """Without dropout, distilling a model into its copy has loss zero."""
     options = {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0} if task == "causal-lm" else {}
     options = options or {"dropout": 0, "attention_dropout": 0}
     student, teacher = (tiny_model(*MODELS[task], **options) for _ in range(2))
@@ -249,7 +251,7 @@ def test_a_model_is_its_own_best_student(task: str) -> None:
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_padding_has_no_part_in_the_loss(labelled: bool) -> None:
-    """What stands at padded positions changes no loss, before or after an update, with labels or without."""
+    """The content of padding changes no loss, before or after an update, with or without labels."""
     rows = _rows("causal-lm", count=4)
 
     def losses(padding: int) -> list[float]:
@@ -278,7 +280,7 @@ def test_padding_has_no_part_in_the_loss(labelled: bool) -> None:
 
 
 def test_validation_loss_is_the_mean_over_targets() -> None:
-    """Batches of unequal size weigh by their targets: any batch size gives the same loss."""
+    """Batches count by their targets: any batch size gives the same loss."""
     rows = _rows("causal-lm", count=5)
     student = tiny_model("gpt2", "GPT2LMHeadModel")
     losses = [
@@ -290,7 +292,7 @@ def test_validation_loss_is_the_mean_over_targets() -> None:
 
 
 def test_bf16_leaves_the_class_forward_in_place() -> None:
-    """Mixed precision is undone: the student is as transformers made it, float32 weights and decorated forward."""
+    """Mixed precision is undone: the student has float32 weights and its own decorated forward again."""
     student = tiny_model("gpt2", "GPT2LMHeadModel")
     report = heal(student, _loader(_rows("causal-lm")), _recipe(steps=2, kl_weight=0.0, mixed_precision="bf16"))
     assert report.mixed_precision == "bf16"
@@ -313,7 +315,8 @@ def test_auto_precision_is_what_the_device_does_natively(monkeypatch: pytest.Mon
     ("launcher", "capable", "expected"), [("bf16", False, "bf16"), ("no", True, "bf16"), ("no", False, "no")]
 )
 def test_auto_precision_heeds_the_launcher(monkeypatch: pytest.MonkeyPatch, launcher, capable, expected) -> None:
-    """What `accelerate launch` was told wins over the device; its "no" is also its silence: the device decides."""
+    """The precision of `accelerate launch` has priority over the device. Its "no" is also its default, so the device
+    decides then."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, raising=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     student = tiny_model("gpt2", "GPT2LMHeadModel")
@@ -322,7 +325,7 @@ def test_auto_precision_heeds_the_launcher(monkeypatch: pytest.MonkeyPatch, laun
 
 
 def test_a_given_accelerator_is_used() -> None:
-    """Its precision holds, and the recipe sets its accumulation: three batches a step."""
+    """Its precision applies, and the recipe sets its accumulation: three batches per step."""
     accelerator, read = Accelerator(mixed_precision="bf16"), []
     student = tiny_model("gpt2", "GPT2LMHeadModel")
     student.register_forward_pre_hook(lambda *_: read.append(torch.is_autocast_enabled("cpu")))
@@ -335,7 +338,7 @@ def test_a_given_accelerator_is_used() -> None:
 @pytest.mark.parametrize("weight", ["hidden_weight", "attention_weight"])
 @pytest.mark.parametrize("model", [("gpt2", "GPT2LMHeadModel"), ("bert", "BertForTokenClassification")])
 def test_inner_states_come_nearer_to_those_they_answer_to(model, weight) -> None:
-    """Each loss alone lowers the distance that it is of, between the layers that the plan matches."""
+    """Each loss alone lowers its distance between the layers that the plan matches."""
     teacher = tiny_model(*model)
     plan = Plan(model[0], 6, (Fuse("layer", (1, 2)), Fuse("layer", (3, 5), "share")))
     student = apply(teacher, plan)
@@ -354,7 +357,7 @@ def test_inner_states_come_nearer_to_those_they_answer_to(model, weight) -> None
 
 
 def test_bf16_trains_as_float32_does() -> None:
-    """The losses are those of float32 but for rounding, and so are those of a run that goes on."""
+    """Losses equal those of float32 up to rounding, also in a resumed run."""
     found = []
     for precision in ("no", "bf16"):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -367,7 +370,7 @@ def test_bf16_trains_as_float32_does() -> None:
 
 
 def test_a_loss_that_is_not_finite_stops() -> None:
-    """The step is named and nothing is updated by it; the student is left in eval mode."""
+    """The error names the step, no weight is updated, and the student is in eval mode."""
     student = tiny_model("gpt2", "GPT2LMHeadModel")
     student.transformer.ln_f.bias.data[0] = float("nan")
     before = student.transformer.wte.weight.detach().clone()
@@ -378,7 +381,8 @@ def test_a_loss_that_is_not_finite_stops() -> None:
 
 
 def test_what_cannot_work_is_refused() -> None:
-    """No teacher, half-precision weights, no labels, no batches, an ill-fitting teacher: each says what to do."""
+    """No teacher, half-precision weights, no labels, no batches, or a teacher that does not fit: each error says what
+    to do."""
     student = tiny_model("gpt2", "GPT2LMHeadModel")
     batches = _loader(_rows("causal-lm"))
     with pytest.raises(RecipeError, match="needs a teacher"):
@@ -471,8 +475,8 @@ if __name__ == "__main__":
 
 
 def test_two_processes_heal_as_one_does(tmp_path: Path) -> None:
-    """Half the batch on each of two processes gives the losses of one: by cross-entropy, also where targets are spread
-    unevenly, by hidden states, last or inner, and of texts that are streamed."""
+    """Half of the batch on each of two processes gives the losses of one process: for cross-entropy, also with unevenly
+    spread targets, for last and inner hidden states, and for streamed texts."""
     program, result = tmp_path / "program.py", tmp_path / "reports.json"
     program.write_text(_ACROSS_PROCESSES)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -494,7 +498,7 @@ def test_two_processes_heal_as_one_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", sorted(TINY))
 def test_dropout_is_what_the_recipe_says(model_type: str) -> None:
-    """With dropout=0, training sees one and the same model; afterwards each dropout is what it was."""
+    """With dropout=0, the model is deterministic in training; afterwards, each dropout has its earlier value."""
     names = [name for name, value in tiny_config(model_type).to_dict().items() if "drop" in name and value is not None]
     model = tiny_model(model_type, **dict.fromkeys(names, 0.5)).train()
     inputs = example_inputs(model)
@@ -507,7 +511,7 @@ def test_dropout_is_what_the_recipe_says(model_type: str) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, None])
 def test_healing_without_dropout_is_that_of_a_model_that_has_none(dropout: float | None) -> None:
-    """The option does what the config would; without it, the dropout of the checkpoint counts."""
+    """The option equals setting the config; without it, the dropout of the checkpoint applies."""
     rows, ended = _rows("causal-lm"), []
     for rate in (0.0, 0.5):
         changes = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), rate)
@@ -520,7 +524,7 @@ def test_healing_without_dropout_is_that_of_a_model_that_has_none(dropout: float
 
 
 def test_distillation_shifts_only_where_the_next_token_is_predicted() -> None:
-    """A token classifier learns the teacher's answer at the labelled position itself, a causal model the one before."""
+    """A token classifier learns the teacher's output at the labelled position; a causal model learns the one before."""
     no_dropout = {
         "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         "gpt2": {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0},
@@ -540,7 +544,7 @@ def test_distillation_shifts_only_where_the_next_token_is_predicted() -> None:
 
 
 def test_frozen_parameters_stay_as_they_are() -> None:
-    """What was fused is not trained where that is asked for, everything else is; afterwards all of it can be again."""
+    """`freeze_fused` freezes fused weights and trains all others. Afterwards, all can be trained again."""
     teacher = tiny_model("gpt2", "GPT2LMHeadModel")
     plan = Plan("gpt2", 6, (Fuse("layer", (1, 3), "share"), Fuse("layer", (4, 5))))
     student = apply(teacher, plan)

@@ -1,4 +1,4 @@
-"""Activations on their way to a line: the original at a = 0, one linear map at a = 1, trained in between."""
+"""`Blend` activations: the original at a = 0, one linear map at a = 1, and training in between."""
 
 import json
 
@@ -43,7 +43,7 @@ POINTWISE = ["relu", "gelu", "gelu_new", "silu", "tanh", "quick_gelu"]
 
 
 def seen_by(model, layer: int, batches) -> list[torch.Tensor]:
-    """What enters and leaves the activation of a layer, (tokens, units) each."""
+    """Inputs and outputs of the activation of a layer, (tokens, units) each."""
     seen = []
     watch_activations(model, architecture_for(model), [layer], batches, lambda _, z, y: seen.append((z, y)))
     return [torch.cat(parts) for parts in zip(*seen, strict=True)]
@@ -56,7 +56,7 @@ def set_a(model, value: float) -> None:
 
 @pytest.mark.parametrize("model_type", PLAIN)
 def test_at_the_start_it_is_the_original(model_type):
-    """a = 0 is bit-equal; it saves, reloads and decodes as the original does."""
+    """At a = 0, the model is bit-equal to the original; it saves, reloads and decodes like the original."""
     model, bent = blended(model_type)
     assert torch.equal(predicted(bent), predicted(model))
     assert verify(bent)["reload"] == 0
@@ -66,7 +66,7 @@ def test_at_the_start_it_is_the_original(model_type):
 
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_from_the_front_door():
-    """`collapse` by homotopy, `heal`, `straighten`: the MLPs that cost least become linear, without a warning."""
+    """`collapse` by homotopy, `heal` and `straighten` make the cheapest MLPs linear, without a warning."""
     model = tiny_model("gpt2", "GPT2LMHeadModel")
     student = collapse(model, count=2, method="homotopy", batches=some_batches(model))
     assert torch.equal(predicted(student), predicted(model))
@@ -82,7 +82,7 @@ def test_from_the_front_door():
 
 @pytest.mark.parametrize("act", POINTWISE)
 def test_every_pointwise_activation(act):
-    """Bit-equal at a = 0 for whatever the config may name, and a line at a = 1."""
+    """Every activation of a config is bit-equal at a = 0, and a line at a = 1."""
     model, bent = blended("vit", hidden_act=act)
     assert torch.equal(predicted(bent), predicted(model))
     homotopy = next(part for part in bent.modules() if isinstance(part, Homotopy))
@@ -94,7 +94,7 @@ def test_every_pointwise_activation(act):
 
 @pytest.mark.parametrize("model_type", PLAIN)
 def test_at_the_end_it_is_one_map(model_type):
-    """At a = 1 the merged model computes the same to 1e-6, merged in float64, and saves and reloads."""
+    """At a = 1, the model merged in float64 computes the same to 1e-6; it saves and reloads."""
     model, bent = blended(model_type)
     bent = bent.double()
     set_a(bent, 1.0)
@@ -116,7 +116,7 @@ def test_at_the_end_it_is_one_map(model_type):
 
 
 def test_other_edits_stay():
-    """Shared, dropped and linear blocks of the same plan are as they were, and layers keep their places."""
+    """Shared, dropped and linear blocks of the same plan are unchanged, and layers keep their places."""
     edits = (Drop("layer", 0), Blend(1), Fuse("layer", (2, 3), "share", rank=2), Linearize(4, rank=4), Blend(5))
     _, bent = blended("gpt2", *edits, head="GPT2LMHeadModel")
     set_a(bent, 1.0)
@@ -129,7 +129,7 @@ def test_other_edits_stay():
 
 
 def test_lines_come_from_what_is_seen():
-    """Slope and offset are those of the least-squares line of each unit; padding is not looked at."""
+    """Slope and offset are the least-squares line of each unit; padding is ignored."""
     model = tiny_model("bert")
     batches = some_batches(model)
     for batch in batches:
@@ -150,7 +150,7 @@ def test_lines_come_from_what_is_seen():
 
 
 def test_published_variant_is_prelu():
-    """Faithful: PReLU with slope 0.01 in the place of whatever the activation was, and lines through the origin."""
+    """`faithful` replaces any activation by PReLU with slope 0.01, and lines go through the origin."""
     model, bent = blended("gpt2", Blend(2, faithful=True))
     homotopy = bent.base_model.h[2].mlp.act
     z = torch.randn(3, 4, len(homotopy.slope))
@@ -161,7 +161,7 @@ def test_published_variant_is_prelu():
 
 
 def test_what_is_no_line_yet_is_refused():
-    """An a below the threshold is named with its layer, and what the last step loses is measured."""
+    """The error names an a below the threshold with its layer, and the loss of the last step is measured."""
     _, bent = blended("bert")
     first, second = Pull(bent, 0.0).parameters
     first.data.fill_(0.97)
@@ -188,7 +188,7 @@ def test_what_is_no_line_yet_is_refused():
 
 @pytest.mark.parametrize("model_type", GATED)
 def test_gated_mlps_are_refused(model_type):
-    """With a linear activation they are still products: the reason, and what to do instead."""
+    """With a linear activation, gated MLPs are still products; the error says so, and what to do instead."""
     with pytest.raises(UnsupportedModelError, match=r"gated.*still products.*collapse"):
         apply(tiny_model(model_type), Plan(model_type, LAYERS, (Blend(1),)))
 
@@ -196,7 +196,7 @@ def test_gated_mlps_are_refused(model_type):
 @pytest.mark.usefixtures("fresh_accelerate")
 class TestTraining:
     def test_pulls_to_the_line(self):
-        """With `auto` every a ends near 1, each step is that of the formula, and the result can be merged."""
+        """With `auto`, every a ends near 1, each step follows the formula, and the result can be merged."""
         student, report = trained(threshold=0.05)
         assert [step for step, _ in report.homotopy] == [0, 4, 8, 12]
         assert set(report.homotopy[0][1].values()) == {0.0}
@@ -206,7 +206,7 @@ class TestTraining:
         assert straight.num_parameters() < student.num_parameters()
 
     def test_the_pull_is_decoupled(self):
-        """With the task's gradient at zero, a follows the formula with the rate of each step, and nothing decays it."""
+        """With a zero gradient, a follows the formula with the rate of each step, without weight decay."""
         pull = Pull(blended("vit")[1], strength=3.0)
         expected = 0.2
         for a in pull.parameters:
@@ -219,7 +219,8 @@ class TestTraining:
         assert set(pull.values.values()) == {1.0}, "no further than to the line"
 
     def test_one_after_the_other(self):
-        """Progressive: the last layer is a line before the first one begins, and in the end all are."""
+        """With `progressive`, the last layer reaches a line before the one before it begins, and all are lines at the
+        end."""
         _, report = trained(steps=40, threshold=0.05, progressive=True)
         first, last = next(iter(report.homotopy[0][1])), list(report.homotopy[0][1])[-1]
         early = dict(report.homotopy)[12]  # rates are high at first: more than a quarter of the training is done
@@ -228,7 +229,7 @@ class TestTraining:
         assert all(a > 0.95 for a in report.homotopy[-1][1].values())
 
     def test_trackers_see_every_a(self, monkeypatch):
-        """In every step, the a of each activation goes where the loss goes."""
+        """Trackers receive the a of each activation in every step, with the loss."""
         rows = []
         monkeypatch.setattr(Accelerator, "log", lambda self, values, step=None: rows.append((step, values)))
         _, report = trained(threshold=0.05)
@@ -238,7 +239,7 @@ class TestTraining:
         assert seen[12] == list(report.homotopy[-1][1].values())
 
     def test_as_a_regulariser(self):
-        """A weak pull without merging: a ends between 0 and 1, the best weights are kept, and the model reloads."""
+        """With a weak pull and no merge, a ends between 0 and 1, the best weights are kept, and the model reloads."""
         student, report = trained(strength=5.0)
         ends = report.homotopy[-1][1].values()
         assert all(0 < a < 0.95 for a in ends)
@@ -246,12 +247,12 @@ class TestTraining:
         assert verify(student)["reload"] == 0
 
     def test_without_a_pull_the_task_decides(self):
-        """Strength 0: a is trained like any other parameter, but stays in its bounds and does not decay."""
+        """With strength 0, a is trained like any other parameter, but stays in [0, 1] and does not decay."""
         _, report = trained(strength=0.0)
         assert all(0 <= a < 0.2 for a in report.homotopy[-1][1].values())
 
     def test_goes_on_where_it_was_killed(self, tmp_path, interrupt):
-        """Interrupted and started again, it ends with the same weights, a and record."""
+        """An interrupted training ends with the same weights, the same a and the same record."""
         whole, expected = trained(threshold=0.05)
         interrupt(7)
         with pytest.raises(InterruptedError):
@@ -265,7 +266,7 @@ class TestTraining:
             trained(folder=tmp_path / "run", threshold=0.1)
 
     def test_nothing_to_pull_is_refused(self):
-        """A pull for a model without activations on the way is an error, not a silent nothing."""
+        """A pull for a model without `Blend` activations is an error."""
         model = tiny_model("gpt2", "GPT2LMHeadModel")
         with pytest.raises(RecipeError, match="apply Blend edits first"):
             heal(model, DataLoader(rows(12), 4), HealRecipe(steps=1, kl_weight=0.0, straighten=10.0))
@@ -290,7 +291,7 @@ PartialState().destroy_process_group()
 
 @pytest.mark.slow
 def test_deepspeed_pulls_as_data_parallelism_does(tmp_path):
-    """Its optimiser steps copies of the parameters, to which the pull is written too."""
+    """The optimiser of DeepSpeed updates copies of the parameters, and the pull is written to them too."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: it is the extra `deepspeed`")
     reports = []
     for kind in ("DEEPSPEED", "MULTI_CPU"):

@@ -1,4 +1,4 @@
-"""Low-rank healing trains little, and leaves nothing of itself but better weights."""
+"""Low-rank healing trains few parameters, and leaves only better weights."""
 
 import copy
 import sys
@@ -20,8 +20,8 @@ HEADS |= {"vit": "ViTForImageClassification"}
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_residuals_are_merged(kind):
-    """Untrained, nothing changes; moved, the merged model computes what the one with residuals did. Heads, embeddings,
-    norms and biases are as they were, and everything can be trained again."""
+    """Initial residuals change nothing. After changes, the merged model computes the same as with residuals. Heads,
+    embeddings, norms and biases are unchanged, and everything can be trained again."""
     model = tiny_model(kind, HEADS[kind])
     before, modules = copy.deepcopy(model.state_dict()), {name: type(m) for name, m in model.named_modules()}
     inputs = example_inputs(model)
@@ -50,7 +50,8 @@ def test_residuals_are_merged(kind):
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_healing_by_residuals(kind, tmp_path):
-    """The loss falls, inner states being compared too; interrupted at the end and called again, it gives the same."""
+    """The loss falls, also with losses of inner states. Interrupted at the end and called again, it gives the same
+    result."""
 
     def run():
         teacher = tiny_model(kind, HEADS[kind])
@@ -75,7 +76,7 @@ def test_healing_by_residuals(kind, tmp_path):
 
 
 def test_errors_take_the_residuals_away():
-    """What was not finished is not merged."""
+    """After an error, residuals are removed without merging."""
     model = tiny_model("gpt2", "GPT2LMHeadModel")
     before = copy.deepcopy(model.state_dict())
 
@@ -95,7 +96,7 @@ def test_errors_take_the_residuals_away():
 
 
 def test_what_cannot_be_merged_is_refused(monkeypatch):
-    """Weights that several depths share, and a missing library, are named before anything is changed."""
+    """Weights shared by depths, and a missing library, are refused before anything changes."""
     shared = apply(tiny_model("gpt2"), Plan("gpt2", LAYERS, (Fuse("layer", (1, 2), "share"),)))
     with pytest.raises(RecipeError, match=r"give fusion\.rank"), low_rank(shared, 2):
         pass

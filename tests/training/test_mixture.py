@@ -1,4 +1,4 @@
-"""Operator `mix` goes on while training: elements are drawn anew in each step, and averaged in the end."""
+"""Operator `mix` continues in training: elements are drawn anew in each step, and averaged at the end."""
 
 import dataclasses
 
@@ -49,7 +49,7 @@ def made(model_type: str, name: str, head: str | None = None):
 
 @pytest.mark.parametrize("name", PLANS)
 def test_parts_are_those_of_the_aligned_layers(model_type, name):
-    """Every element of a weight that `mix` made is that of one of its parts; other weights have none."""
+    """Every element of a weight made by `mix` comes from one of its parts; other weights have no parts."""
     student, teacher, plan, parts = made(model_type, name)
     assert parts
     edit = plan.edits[0]
@@ -96,7 +96,8 @@ def test_a_scope_has_what_the_recipe_asks_for():
 
 
 def test_a_step_by_hand():
-    """Outside steps the weight is the mean; in a step it is mixed, and each part gets the gradient of its elements."""
+    """Outside steps, the weight is the mean. In a step, it is mixed, and each part gets the gradient of its
+    elements."""
     student, _, _, parts = made("gpt2", "share", "GPT2Model")
     mixture = Mixture(student, parts)
     name = next(iter(parts))
@@ -135,8 +136,7 @@ def healed(folder=None, steps: int = 6):
 
 
 def test_healing_trains_the_parts():
-    """The loss falls, every parameter has moved, mixed ones included, and what is shared still is; the original is as
-    it was."""
+    """The loss falls, every parameter changes, mixed ones included, ties remain, and the original is unchanged."""
     before = apply(tiny_model("gpt2", "GPT2LMHeadModel"), Plan("gpt2", LAYERS, PLANS["share"]))
     original = tiny_model("gpt2", "GPT2LMHeadModel").state_dict()
     student, parts, report = healed(steps=12)
@@ -150,7 +150,7 @@ def test_healing_trains_the_parts():
 
 @pytest.mark.parametrize("moment", [1, 3, 4, 6])
 def test_interrupted_and_started_again(tmp_path, interrupt, moment):
-    """The parts are in the checkpoints: it ends as if it had not been interrupted."""
+    """Checkpoints hold the parts, so an interrupted training ends with the same result."""
     whole, _, _ = healed()
     interrupt(moment)
     with pytest.raises(InterruptedError):
@@ -161,7 +161,7 @@ def test_interrupted_and_started_again(tmp_path, interrupt, moment):
 
 
 def test_an_error_leaves_the_mean(interrupt):
-    """Stopped in the middle of a step, the model has the mean of what it was mixed from, not what was drawn."""
+    """After an error inside a step, the model has the mean of the parts, not the drawn mixture."""
     teacher = tiny_model("gpt2", "GPT2LMHeadModel")
     plan = Plan("gpt2", LAYERS, PLANS["share"])
     student = apply(teacher, plan)
@@ -177,7 +177,7 @@ def test_an_error_leaves_the_mean(interrupt):
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_launchers_that_train_the_student_alone_are_refused(monkeypatch, kind):
-    """The weights that are trained are not the student's, which these launchers split or step by themselves."""
+    """Mixing trains weights outside the student, but these launchers shard or update only those of the student."""
     student, _, _, parts = made("gpt2", "share", "GPT2LMHeadModel")
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
     with pytest.raises(RecipeError, match=f"{kind}.*multi-gpu"):
@@ -185,7 +185,7 @@ def test_launchers_that_train_the_student_alone_are_refused(monkeypatch, kind):
 
 
 def test_recipes_that_mix_nothing_are_refused():
-    """It takes the operator, and weights that are trained."""
+    """Mixing needs the operator, and weights that are trained."""
     common = {"model": "m", "task": "causal-lm", "output_dir": "o", "data": DataRecipe(train="t")}
     with pytest.raises(RecipeError, match=r"fusion\.operator='auto'"):
         Recipe(**common, fusion=FusionRecipe(keep_layers=3), heal=HealRecipe(mix=True))

@@ -1,4 +1,4 @@
-"""What healing minimises: layers answer to those of the original that the plan says, and padding counts nowhere."""
+"""Losses of healing: layers are compared with the original layers that the plan matches, and padding never counts."""
 
 import copy
 
@@ -39,7 +39,7 @@ def matched(matches: tuple[Match, ...], kind: str) -> dict[int, int]:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_layers_answer_to_the_end_of_their_group(model_type, name):
-    """The map is that of the plan, and every path in it is a module of the right depth and kind."""
+    """The map follows the plan, and every path in it is a module of the right depth and kind."""
     edits, expected = PLANS[name]
     teacher = tiny_model(model_type)
     plan = Plan(model_type, LAYERS, edits)
@@ -59,7 +59,7 @@ def test_layers_answer_to_the_end_of_their_group(model_type, name):
 
 @pytest.mark.parametrize("name", PLANS)
 def test_fused_weights_are_those_of_blocks_made_of_several(model_type, name):
-    """Every parameter of such a block and of no other, embeddings and heads left out."""
+    """Fused weights are all parameters of fused blocks, and no others; embeddings and heads are left out."""
     edits, _ = PLANS[name]
     plan = Plan(model_type, LAYERS, edits)
     student = apply(tiny_model(model_type), plan)
@@ -79,7 +79,7 @@ def test_fused_weights_are_those_of_blocks_made_of_several(model_type, name):
 
 
 def test_a_plan_of_something_else_is_refused():
-    """Another plan, or another original, is no map."""
+    """Another plan, or another original, is refused."""
     teacher = tiny_model("gpt2")
     plan = Plan("gpt2", LAYERS, (Fuse("layer", (1, 2)),))
     student = apply(teacher, plan)
@@ -91,7 +91,7 @@ def test_a_plan_of_something_else_is_refused():
 
 @pytest.mark.parametrize("kind", ["hidden", "attention"])
 def test_copies_are_at_no_distance_and_training_closes_it(model_type, kind):
-    """The loss of a copy is zero; that of another model is not, and gradient steps on it alone lower it."""
+    """The loss of a copy is zero. That of another model is positive, and gradient steps on it alone lower it."""
     teacher, student = tiny_model(model_type), tiny_model(model_type, seed=1)
     plan = Plan(model_type, LAYERS)
     recipe = HealRecipe(ce_weight=0.0, kl_weight=0.0, **{f"{kind}_weight": 2.0})
@@ -113,7 +113,7 @@ def test_copies_are_at_no_distance_and_training_closes_it(model_type, kind):
 
 
 def test_hidden_states_are_those_of_transformers():
-    """The loss is the mean, over layers, of the relative error over tokens that are no padding."""
+    """The loss is the mean over layers of the relative error over tokens that are not padding."""
     teacher = tiny_model("bert", "BertModel")
     plan = Plan("bert", LAYERS, (Fuse("layer", (1, 2)), Fuse("layer", (3, 4))))
     student = apply(teacher, plan)
@@ -134,7 +134,7 @@ def test_hidden_states_are_those_of_transformers():
 
 
 def test_relative_error_has_no_unit():
-    """A common factor changes nothing; zero is at distance one; nothing divides by zero."""
+    """A common factor changes nothing, zero has distance one, and there is no division by zero."""
     generator = torch.Generator().manual_seed(0)
     ours, theirs = torch.randn(2, 10, 4, generator=generator)
     torch.testing.assert_close(relative_mse(7 * ours, 7 * theirs), relative_mse(ours, theirs))
@@ -145,7 +145,7 @@ def test_relative_error_has_no_unit():
 @pytest.mark.parametrize("numbers", [1, 30, 10_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_divergence_and_its_gradient_are_those_of_the_formula(monkeypatch, dtype, numbers):
-    """However many logits are taken at a time, and where only some of the rows count; the teacher gets no gradient."""
+    """The divergence is right for any chunk of logits, and if only some rows count; the teacher gets no gradient."""
     monkeypatch.setattr(losses, "_NUMBERS", numbers)
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.randn(4, 5, 7, generator=generator).to(dtype).requires_grad_() for _ in range(2))
@@ -167,7 +167,7 @@ def test_divergence_and_its_gradient_are_those_of_the_formula(monkeypatch, dtype
 
 
 def test_small_gradients_survive_until_they_are_scaled():
-    """Half precision scales the loss so that its gradients have digits: the divergence must not round them before."""
+    """Half precision scales the loss to keep small gradients; the divergence must not round them before that."""
     theirs = torch.linspace(-1, 1, 5000)[None]
     wide, half = (torch.zeros(1, 5000, dtype=dtype, requires_grad=True) for dtype in (torch.float32, torch.float16))
     for logits in (wide, half):
@@ -177,7 +177,7 @@ def test_small_gradients_survive_until_they_are_scaled():
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_few_classes_bound_the_loss_of_all(temperature):
-    """With all classes it is the divergence; with fewer it is never more, and comes nearer with each class."""
+    """With all classes, the loss is the divergence; with fewer, it is a lower bound that grows with each class."""
     ours, theirs = torch.randn(2, 50, 12, generator=torch.Generator().manual_seed(0)) * 2
     whole = distillation_loss(ours, theirs, temperature)
 
@@ -205,8 +205,8 @@ class _Tokenizer:
     ],
 )
 def test_answers_that_were_kept_are_those_of_the_teacher(kind, head):
-    """Rows of different lengths, with the teacher's answers on disk, give the loss that the teacher itself gives, and
-    its gradients; the teacher is not asked again."""
+    """Rows of different lengths with cached teacher outputs give the loss and gradients of the teacher itself, which
+    does not run again."""
     teacher, student = tiny_model(kind, head), tiny_model(kind, head, seed=1)
     generator = torch.Generator().manual_seed(0)
     lengths = [9, 4, 7, 7, 2, 8]

@@ -1,4 +1,4 @@
-"""Rounds of fusing and healing: how far each goes, and that the plan of all of them is the plan of the result."""
+"""Rounds of fusing and healing: their targets, and one plan for all of them that equals the result."""
 
 import math
 import random
@@ -15,7 +15,7 @@ def recipe_of(schedule: str, rounds: int = 3, rate: float = 2.0) -> HealRecipe:
 
 
 def test_curricula():
-    """12 blocks to 3 in three rounds: equal steps, or larger ones early, by the formula; at once, one step."""
+    """12 blocks to 3 in three rounds: equal steps, or larger ones early by the formula; in one round, a single step."""
     assert keeps_of(12, 3, recipe_of("one-shot")) == [3]
     assert keeps_of(12, 3, recipe_of("uniform")) == [9, 6, 3]
     lost = [9 * (1 - math.exp(-2 * t / 3)) / (1 - math.exp(-2)) for t in (1, 2, 3)]
@@ -25,8 +25,8 @@ def test_curricula():
 @pytest.mark.parametrize("seed", range(50))
 @pytest.mark.parametrize("schedule", ["uniform", "exponential"])
 def test_every_round_goes_on(schedule, seed):
-    """Each round leaves fewer blocks than the one before, the last one what was asked for; an exponential curriculum
-    is never behind the uniform one."""
+    """Each round leaves fewer blocks than the one before, and the last one the requested number. An exponential
+    curriculum is never behind the uniform one."""
     rng = random.Random(seed)
     blocks, rounds, rate = rng.randint(2, 60), rng.randint(1, 12), rng.uniform(0.1, 20)
     keep = rng.randint(1, blocks - 1)
@@ -42,7 +42,7 @@ def test_every_round_goes_on(schedule, seed):
 @pytest.mark.parametrize("last", [0.2, 0.5, 0.9])
 @pytest.mark.parametrize(("steps", "rounds"), [(1, 1), (0, 3), (500, 7), (12, 12), (100, 3)])
 def test_the_last_round_has_its_share_of_the_steps(steps, rounds, last):
-    """They add up, those of earlier rounds differ by one at most, and no round is without steps."""
+    """Steps add up, those of earlier rounds differ by one at most, and every round has a step."""
     found = steps_of(HealRecipe(steps=steps, last_round=last), rounds)
     assert len(found) == rounds
     assert sum(found) == steps
@@ -53,7 +53,7 @@ def test_the_last_round_has_its_share_of_the_steps(steps, rounds, last):
 
 
 def stock_plan(layers: int, rng: random.Random) -> Plan:
-    """Depth groups and drops of whole layers that leave at least one."""
+    """Depth groups and drops of whole layers that leave at least one layer."""
     edits, layer = [], 0
     while layer < layers:
         size = rng.randint(1, min(3, layers - layer))
@@ -74,7 +74,7 @@ def stock_plan(layers: int, rng: random.Random) -> Plan:
 
 @pytest.mark.parametrize("seed", range(100))
 def test_a_plan_of_two_rounds_groups_as_both_did(seed):
-    """The layers that each layer of the result stands for are those that two plans, one after the other, give it."""
+    """The combined plan has the same original layers for each layer of the result as the two plans in sequence."""
     rng = random.Random(seed)
     first = stock_plan(8, rng)
     slots = first.layout().slots
@@ -89,7 +89,7 @@ def test_a_plan_of_two_rounds_groups_as_both_did(seed):
 
 
 def test_what_was_done_once_is_told_as_it_was():
-    """An edit that only one round made keeps its operator; layers are those of the original."""
+    """An edit of only one round keeps its operator; its layers are those of the original."""
     first = Plan("gpt2", 6, (Fuse("layer", (0, 1), operator="select", keep=0), Drop("layer", 3)))
     second = Plan("gpt2", 4, (Fuse("layer", (2, 3), operator="weighted", weights=(0.25, 0.75)),))
     kept = Fuse("layer", (0, 1), operator="select", keep=0)
@@ -105,7 +105,7 @@ def test_what_was_done_once_is_told_as_it_was():
 
 
 def test_shared_layers_are_all_there_in_the_next_round():
-    """After sharing, the next plan is of the expanded model: it alone says what is shared."""
+    """After sharing, the next plan is for the expanded model, and it alone defines what is shared."""
     first = Plan("gpt2", 6, (Fuse("layer", (0, 1), "share"),))
     second = Plan("gpt2", 6, (Fuse("layer", (0, 1, 2), "share"),))
     both = compose(first, second)
@@ -114,7 +114,7 @@ def test_shared_layers_are_all_there_in_the_next_round():
 
 
 def test_plans_that_cannot_follow_each_other():
-    """Another number of layers, or blocks that are gone, are refused."""
+    """A plan for another number of layers, or for removed blocks, is refused."""
     first = Plan("gpt2", 6, (Fuse("layer", (0, 1)),))
     with pytest.raises(PlanError, match="leads to 5 layers, the second is for 6"):
         compose(first, Plan("gpt2", 6))
@@ -123,7 +123,7 @@ def test_plans_that_cannot_follow_each_other():
 
 
 def test_recipes_that_cannot_go_on_in_rounds():
-    """Rounds need steps to heal, and blocks that are still there to fuse."""
+    """Rounds need healing steps, and blocks that can still be fused."""
     with pytest.raises(RecipeError, match=r"heal\.rounds=3.*heal\.steps=2"):
         HealRecipe(steps=2, schedule="uniform")
     common = {"model": "m", "task": "causal-lm", "output_dir": "o"}

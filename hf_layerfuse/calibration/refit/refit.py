@@ -64,7 +64,7 @@ def refit(
         The calibration loss before and after, and the errors of each map.
 
     Raises:
-        DataError: There are no calibration batches.
+        DataError: No calibration batches.
         PlanError: The plan is for another architecture or number of layers.
         UnsupportedModelError: The teacher cannot be fused, or the model does not run each of its layers once, in order.
     """

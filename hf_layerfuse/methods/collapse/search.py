@@ -59,8 +59,8 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
         check_plan(model, architecture, plan)
     if needs_fit(architecture) and (batches is None or recipe.refit == "none"):
         raise UnsupportedModelError(
-            f"the MLPs of {architecture.model_type!r} are gated, and bilinear without their activation: only a fit "
-            "makes them linear. Pass batches=, and use refit='full' or 'maps'."
+            f"the MLPs of {architecture.model_type!r} are gated, so they stay bilinear without their activation: only "
+            "a fit makes them linear. Pass batches=, and use refit='full' or 'maps'."
         )
     if batches is None and (recipe.order == "measured" or recipe.max_loss is not None):
         raise RecipeError(

@@ -37,7 +37,7 @@ def block_distances(
         return {kind: measure(_aligned_maps(model, architecture, kind)).cpu() for kind in kinds}
     if architecture.resizes:
         raise RecipeError(
-            f"similarity={similarity!r} compares the stream after different layers, whose shapes differ in "
+            f"similarity={similarity!r} compares states after different layers, but their shapes differ in "
             f"{model.config.model_type!r}: use a similarity of weights: {', '.join(ON_WEIGHTS)}."
         )
     if batches is None:
@@ -53,7 +53,7 @@ def block_distances(
 def _aligned_maps(model: PreTrainedModel, architecture: LayerArchitecture, kind: Kind) -> Iterator[Tensor]:
     """Yield the matrices in all layers of each linear map of a kind of block: (layers, units, stream) float64.
 
-    The columns are coordinates of the residual stream, also for maps that write to it. The gain of a norm in front of
+    The columns are coordinates of the residual stream, also for maps that write to it. The gain of a norm before
     the block is multiplied into the maps that read its output.
     """
     for part in ("attention", "mlp") if kind == "layer" else (kind,):

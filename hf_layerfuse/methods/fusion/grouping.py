@@ -1,4 +1,4 @@
-"""Groups of layers: runs of even length, those of a plan, and the nonlinearity of each run."""
+"""Groups of layers: runs of about equal length, those of a plan, and the nonlinearity of each run."""
 
 from __future__ import annotations
 

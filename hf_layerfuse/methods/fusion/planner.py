@@ -109,7 +109,9 @@ def plan_evenly(model: PreTrainedModel, recipe: FusionRecipe) -> Plan:
         found = Plan(architecture.model_type, depth, _edits(recipe, groups, None), kinds=architecture.kinds)
         if fits(model, recipe, found):
             return found
-    raise RecipeError("no runs of even length meet the target: keep less, or plan for a model with weights.")
+    raise RecipeError(
+        "no runs of about equal length meet the target: keep fewer layers, or use a checkpoint instead of a config."
+    )
 
 
 def divider(model: PreTrainedModel, recipe: FusionRecipe) -> Callable[[np.ndarray, int], cluster.Groups]:

@@ -61,7 +61,7 @@ def settled(model: PreTrainedModel, recipe: FusionRecipe) -> FusionRecipe:
     ranks = range(1, 1 + min((max(rank for _, rank in found) for found in maps), default=0))
     met = bisect.bisect_left(ranks, True, key=lambda rank: not _meets(model, recipe, shared(rank)))
     if _meets(model, recipe, replace(shared(1), edits=())):
-        raise RecipeError(f"{asked} fuses nothing, the model already meets it: ask for a smaller model.")
+        raise RecipeError(f"{asked} fuses nothing, because the model already meets it: ask for a smaller model.")
     if not met:
         raise RecipeError(
             f"{asked} is out of reach with rank='auto': even if all blocks of a shape share their weights and each "
@@ -105,7 +105,7 @@ def counts_of(model: PreTrainedModel, recipe: FusionRecipe) -> Sequence[int]:
     for name, unit, most in _limits(recipe):
         if whole[unit] <= most:
             raise RecipeError(
-                f"{name}={most:.12g} fuses nothing, the model has {whole[unit]} {unit}: use less, down to "
+                f"{name}={most:.12g} fuses nothing, because the model has {whole[unit]} {unit}: use less, down to "
                 f"{smallest[unit]}."
             )
         if smallest[unit] > most:

@@ -137,7 +137,7 @@ class TransformerArchitecture(LayerArchitecture):
         table = self.table(kind)
         if name == "features":
             return Place("before", table["out"])
-        if name == "sum":  # without a norm behind it, only the addition itself sees the sum
+        if name == "sum":  # without a norm after it, only the addition itself sees the sum
             return Place("before", table["norm"]) if self.post_norm else Place("added", table["out"])
         if name == "read" and not self.post_norm:
             return Place("after", table["norm"])
@@ -230,7 +230,7 @@ def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind
     known = ", ".join(sorted(name for name, architecture in ARCHITECTURES.items() if isinstance(architecture, kind)))
     if architecture is not None:
         what = "layers to fuse, drop or make linear" if kind is LayerArchitecture else "convolutions to merge"
-        raise UnsupportedModelError(f"the architecture of {model_type!r} has no {what}; known ones: {known}.")
+        raise UnsupportedModelError(f"the architecture of {model_type!r} has no {what}. Those that have: {known}.")
     raise UnsupportedModelError(
         f"unknown architecture {model_type!r}. Known: {known}. To add one, see 'Add an "
         "architecture' in CONTRIBUTING.md."

@@ -16,12 +16,12 @@ from .segments import Chain, Link
 
 @dataclass(frozen=True)
 class Unit:
-    """One convolution of a chain with the norm and activation behind it, by live module paths.
+    """One convolution of a chain with the norm and activation after it, by live module paths.
 
     Attributes:
         conv: Path of an `nn.Conv2d`.
-        norm: Path of the batch norm behind it, or None.
-        act: Path of the activation at the boundary behind it, or the path where one would be. If a skip ends there, the
+        norm: Path of the batch norm after it, or None.
+        act: Path of the activation at the boundary after it, or the path where one would be. If a skip ends there, the
             activation follows its sum.
         layer: Path of a module that runs its children `conv`, `norm` and `act` in order, or None.
     """
@@ -98,7 +98,7 @@ class ConvGraphArchitecture(Architecture, ABC):
 
     @abstractmethod
     def activation(self, config: PreTrainedConfig) -> nn.Module:
-        """Activation behind a merged segment that had none at its end."""
+        """Activation after a merged segment that had none at its end."""
 
     def same(self, config: PreTrainedConfig) -> bool:
         """Whether the padding depends on the size of the image, as TensorFlow's SAME padding does."""

@@ -12,7 +12,7 @@ Kept = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Link:
-    """One convolution of a chain, with the batch norm behind it.
+    """One convolution of a chain, with the batch norm after it.
 
     Attributes:
         kernel: Height and width of the kernel.
@@ -74,8 +74,8 @@ class Chain:
     def segments(self) -> list[tuple[int, int]]:
         """Every (i, j) whose convolutions can become one.
 
-        Such a segment has no barrier inside, and no kernel larger than 1 behind a stride of 2 or more. It neither
-        starts before a skip and ends inside the skip, nor starts inside a skip and ends behind it.
+        Such a segment has no barrier inside, and no kernel larger than 1 after a stride of 2 or more. It neither
+        starts before a skip and ends inside the skip, nor starts inside a skip and ends after it.
         """
         return [pair for pair in combinations(range(len(self.links)), 2) if self._merges(*pair)]
 

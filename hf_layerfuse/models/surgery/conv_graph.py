@@ -91,7 +91,7 @@ def _straighten(
     windows: list[Window],
     edit: MergeConvs,
 ) -> None:
-    """Remove the activations inside a segment, add one behind it, and crop, pad or remove its skips."""
+    """Remove the activations inside a segment, add one after it, and crop, pad or remove its skips."""
     for place in edit.layers:
         unit = convs.units[place]
         if unit.layer is not None:
@@ -262,7 +262,7 @@ def _inner(convs: Convolutions, edit: MergeConvs) -> list[Skip]:
 
 
 def _adds_linearly(shortcut: nn.Module | None) -> bool:
-    """Whether a shortcut is the identity, or a 1 x 1 convolution with an optional batch norm behind it."""
+    """Whether a shortcut is the identity, or a 1 x 1 convolution with an optional batch norm after it."""
     if isinstance(shortcut, nn.Identity | None):
         return True
     inside = [module for module in shortcut.modules() if not list(module.children())]

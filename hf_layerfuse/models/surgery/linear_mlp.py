@@ -62,7 +62,7 @@ def check_form(layer: nn.Module, architecture: TransformerArchitecture, form: Fo
         return
     if form.fold and architecture.adds is None:
         raise UnsupportedModelError(
-            f"the residual sum behind the MLPs of {architecture.model_type!r} cannot be folded: "
+            f"the residual sum after the MLPs of {architecture.model_type!r} cannot be folded: "
             + (
                 "it has no module of its own."
                 if architecture.post_norm

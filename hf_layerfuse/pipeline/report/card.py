@@ -28,7 +28,7 @@ from .tables import (
 
 _LICENCE = ("license", "license_name", "license_link")
 
-_NO_LICENCE = "The card of the original states no licence, or could not be read. Its terms hold for this too."
+_NO_LICENCE = "The card of the original states no licence, or could not be read. Its terms also apply here."
 
 
 def licence_of(model: str) -> dict[str, str]:
@@ -56,7 +56,7 @@ def model_card(
     pictures: Mapping[str, str] | None = None,
     licence: Mapping[str, str] | None = None,
 ) -> ModelCard:
-    """The card of a run: the change of each layer, the figures, the limits, and the recipe.
+    """The card of a run: the changes to the layers, the results, the limits, and the recipe.
 
     Args:
         recipe: Recipe of the run.
@@ -83,7 +83,7 @@ def model_card(
             "",
             markdown_table(rows(results)),
             "",
-            f"## What became of its {plan.num_layers} {family_of(plan).units}",
+            f"## Changes to its {plan.num_layers} {family_of(plan).units}",
             "",
             markdown_table(change_table(plan), numbers=False),
             "",
@@ -109,7 +109,7 @@ def model_card(
             command,
             "```",
             "",
-            "<details><summary>The recipe, all of it</summary>",
+            "<details><summary>Full recipe</summary>",
             "",
             "```yaml",
             recipe_text(recipe),
@@ -117,8 +117,8 @@ def model_card(
             "",
             "</details>",
             "",
-            f"Seed {recipe.seed}; {environment}. `plan.json` and `results.json` beside this card hold every decision "
-            "and figure.",
+            f"Seed {recipe.seed}; {environment}. `plan.json` and `results.json` beside this card hold all decisions "
+            "and results.",
         ]
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
@@ -155,19 +155,19 @@ def _front(recipe: Recipe, results: RunResults, licence: Mapping[str, str]) -> M
 
 def _size_of(plan: Plan) -> str:
     if plan.layout().is_stock:
-        return "It is a stock checkpoint, which Transformers loads as any other."
-    return "Its `config.json` holds the plan that shapes it."
+        return "It is a stock checkpoint: Transformers loads it like any other."
+    return "Its `config.json` holds the plan."
 
 
 def _timed(plan: Plan) -> list[str]:
-    """Latency that the plan was chosen for, if it was chosen for one."""
+    """Predicted and measured latency, if the plan was chosen by latency."""
     times = plan.notes.latency_ms
     if times is None or times.measured is None:
         return []
     shares = [f"{part / times.original:.0%}" for part in (times.predicted, times.measured)]
     return [
-        f"Chosen by what it takes on the machine named below: {shares[0]} of the original's time by the times of its "
-        f"parts, and {shares[1]} when it was timed as a whole, before healing.",
+        f"The plan was chosen by latency on the machine named below. The times of its parts predict {shares[0]} of the "
+        f"original's time. The whole model was measured at {shares[1]}, before healing.",
         "",
     ]
 
@@ -181,8 +181,8 @@ def _use(recipe: Recipe, plan: Plan) -> list[str]:
     first, note = [], ""
     if not plan.layout().is_stock and recipe.with_code:
         arguments.append("trust_remote_code=True")
-        note = "  # runs the code in layerfuse/: read it"
+        note = "  # runs the code in layerfuse/: read it first"
     elif not plan.layout().is_stock:
-        first = ["import hf_layerfuse  # teaches transformers this kind of checkpoint"]
+        first = ["import hf_layerfuse  # lets transformers load this kind of checkpoint"]
     call = f"model = {auto_class}.from_pretrained({', '.join(arguments)}){note}"
     return [*first, f"from transformers import {auto_class}", "", call]

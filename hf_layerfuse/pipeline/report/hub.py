@@ -32,8 +32,8 @@ def check_publish(recipe: HubRecipe) -> None:
     owner, slash, _ = recipe.push_to_hub.partition("/")
     if slash and owner not in owners:
         raise PublishError(
-            f"hub.push_to_hub={recipe.push_to_hub!r}: {user['name']} is logged in, who may write to "
-            f"{', '.join(owners)}. Log in as someone else by `hf auth login`, or choose a name below one of these."
+            f"hub.push_to_hub={recipe.push_to_hub!r}: the logged-in user {user['name']} can write only to "
+            f"{', '.join(owners)}. Log in as another user with `hf auth login`, or choose a name under one of these."
         )
 
 
@@ -70,7 +70,7 @@ def publish(folder: Path, recipe: HubRecipe, message: str) -> str:
 
 
 def _check_private(recipe: HubRecipe, name: str) -> None:
-    """Raise where the repository exists and is public, and `private` is set."""
+    """Raise if `private` is set and the repository exists and is public."""
     with suppress(RepositoryNotFoundError):
         if recipe.private and not HfApi().repo_info(name).private:
             raise PublishError(
@@ -93,7 +93,7 @@ def _explained(recipe: HubRecipe, what: str) -> Iterator[None]:
         ) from error
     except HfHubHTTPError as error:
         code = error.response.status_code
-        hint = "Log in by `hf auth login` with a token that may write." if code in (401, 403) else "Try again later."
+        hint = "Run `hf auth login` with a token that has write access." if code in (401, 403) else "Try again later."
         raise PublishError(f"{failed}: the Hub answers {code}. {hint}") from error
     except Exception as error:  # each version of the client raises other errors of its HTTP library
-        raise PublishError(f"{failed}: {type(error).__name__}. Is there a network? Try again.") from error
+        raise PublishError(f"{failed}: {type(error).__name__}. Check the network, then try again.") from error

@@ -27,7 +27,7 @@ from .plots import draw
 _TEMPLATE = (files(__package__) / "page.html").read_text(encoding="utf-8")
 
 _HEAD = _TEMPLATE.partition("<title>")[0]
-"""Beginning of a page, which identifies an earlier one; other files may quote a page further down."""
+"""Beginning of a page, which identifies earlier pages. Other files may quote a page, but not at their beginning."""
 
 
 def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
@@ -48,7 +48,7 @@ def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
     target = Path(output) if output is not None else Path(folder) / "report.html"
     try:
         if target.exists() and not _is_page(target):
-            raise CheckpointError(f"{str(target)!r} exists and is not a report: name another file by --output.")
+            raise CheckpointError(f"{str(target)!r} exists and is not a report: name another file with --output.")
         plan, results, recipe = _read(Path(folder))
         try:
             text = page(plan, results, recipe)
@@ -56,7 +56,7 @@ def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
             raise not_a_result(folder, error) from error
         write_whole(target, text)
     except OSError as error:
-        raise CheckpointError(f"{str(target)!r} cannot be written: {error}. Name another file by --output.") from error
+        raise CheckpointError(f"{str(target)!r} cannot be written: {error}. Use another --output.") from error
     return target
 
 
@@ -117,7 +117,7 @@ def _trained(results: RunResults) -> list[str]:
         after = f"{healed.steps:,} steps in {healed.seconds:,.0f} s, mixed precision: {healed.mixed_precision}"
         kept = f"the weights of step {healed.best_step:,} were kept"
         if healed.validation_loss and healed.best_step == 0:
-            kept = "no later weights validated better than those before the first step, which were kept"
+            kept = "the validation loss did not improve, so the initial weights were kept"
         said.append(f"{after}; {kept}.")
     return said
 
@@ -157,17 +157,17 @@ def _reasons(plan: Plan) -> list[dict[str, Any]]:
     if notes.competition:
         ranked = sorted(notes.competition, key=lambda candidate: candidate.loss)
         rivals = [[_words_of(plan, candidate.edits), f"{candidate.loss:.4g}"] for candidate in ranked]
-        add("What competed on calibration data, the best first.", ["plan", "calibration loss"], *rivals)
+        add("Candidates that competed on calibration data, best first.", ["plan", "calibration loss"], *rivals)
     if notes.losses:
         head, names = _SINGLE_OF[family_of(plan)](plan)
         single = [[name, f"{row.loss:.4g}"] for name, row in zip(names, notes.losses, strict=True)]
-        add("What each costs when nothing else is changed.", [head, "calibration loss"], *single)
+        add("Calibration loss when only this edit is applied.", [head, "calibration loss"], *single)
     if notes.frontier:
         points = [[f"{point.share:.0%}", f"{point.loss:.4g}"] for point in notes.frontier]
-        add("What other budgets would cost, by the sum.", ["of the original's time", "calibration loss"], *points)
+        add("Sum of the losses at other latency budgets.", ["of the original's time", "calibration loss"], *points)
     if refit := notes.refit:
         values = ["calibration loss", *(f"{loss:.4g}" for loss in (refit.before, refit.after))]
-        kept = "It was kept." if refit.kept else "It did not help, and was undone."
+        kept = "It was kept." if refit.kept else "It did not lower the loss, so it was undone."
         add(f"Closed-form repair on calibration data. {kept}", ["", "before", "after"], values)
     return found
 

@@ -23,7 +23,7 @@ _COLOURS = ("#2f87c8", "#cf7a00", "#009e73", "#b86ba8", "#d4552f", "#5b6fd6", "#
 
 @contextmanager
 def _picture(path: str | Path, width: float, height: float, **grid: Any) -> Iterator[Any]:
-    """Axes of a figure, in inches, that is written as a PNG file when the block ends."""
+    """Axes of a figure of this size in inches, which is written as a PNG file when the block ends."""
     # imported here, because the import is slow and most runs draw nothing else; Agg needs no window
     from matplotlib import cycler, rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -52,18 +52,18 @@ def draw(plan: Plan, healed: HealReport | None, folder: Path) -> dict[str, str]:
         Captions by the name of the file.
     """
     plot_plan(plan, folder / "plan.png")
-    drawn = {"plan.png": "Which blocks of the original became which"}
+    drawn = {"plan.png": "Blocks of the original, and the blocks of the result that they became"}
     if plan.notes.distances:
         plot_distances(plan.notes.distances, plan, folder / "distances.png")
         drawn["distances.png"] = (
-            "How far the blocks of the original are from each other: dark pairs are alike, marked ones grouped"
+            "Distances between blocks of the original: dark pairs are similar, marked pairs are grouped"
         )
     if healed and healed.train_loss:
         plot_training(healed.train_loss, healed.validation_loss, folder / "training.png")
-        drawn["training.png"] = "Losses of healing"
+        drawn["training.png"] = "Loss during healing"
     if healed and healed.homotopy:
         plot_homotopy(healed.homotopy, folder / "homotopy.png")
-        drawn["homotopy.png"] = "How far each activation is on its way to a line"
+        drawn["homotopy.png"] = "Progress of each activation from its original form (0) to a line (1)"
     return drawn
 
 
@@ -110,7 +110,7 @@ def plot_quality(panels: Sequence[Quality], path: str | Path) -> None:
 
 
 def plot_homotopy(rows: Sequence[tuple[int, Mapping[str, float]]], path: str | Path) -> None:
-    """Write a picture of how activations became lines: the a of each, step by step.
+    """Write a picture of activations as they become lines: the a of each at every validation.
 
     Args:
         rows: Rows of `HealReport.homotopy`.
@@ -174,7 +174,7 @@ def plot_distances(distances: Mapping[Kind, Sequence[Sequence[float | None]]], p
             for group in groups:
                 first, size = min(group), len(group)
                 if max(group) - first == size - 1:
-                    # not clipped, or half of the line would be missing at the border
+                    # clipping would remove half of the line at the border
                     style = {"fill": False, "edgecolor": _COLOURS[4], "linewidth": 2, "clip_on": False}
                     axis.add_patch(Rectangle((first - 0.5, first - 0.5), size, size, **style))
                 else:  # with others in between

@@ -1,4 +1,4 @@
-"""Words and tables of a run, for the terminal, the model card and the page."""
+"""Sentences and tables about a run, for the terminal, the model card and the page."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ METRIC_NAMES = {
 
 
 def rows(results: RunResults) -> list[list[str]]:
-    """The figures of a run as rows of text, a header first: one row a figure, one column a stage."""
+    """The results of a run as rows of text, header first: one row per metric, one column per stage."""
     before, measured = results.before, results.stages.values()
-    # with rounds, the model that was fused last had been healed before
+    # with rounds, the model fused last has been healed before
     fused = "fused in the last round" if len(results.rounds) > 1 else "fused"
     table = [["", *(fused if name == "fused" else name for name in results.stages)]]
 
@@ -44,7 +44,7 @@ def rows(results: RunResults) -> list[list[str]]:
 
 
 def text_table(table: list[list[str]]) -> str:
-    """Rows of text in columns, for the terminal."""
+    """Rows of text as aligned columns, for the terminal."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -70,7 +70,7 @@ def changes(plan: Plan) -> list[tuple[str, str]]:
 
 
 def describe(plan: Plan) -> list[str]:
-    """The plan in words, one line an edit."""
+    """The plan in words, one line per edit."""
     return [f"{blocks}: {become}" for blocks, become in changes(plan)]
 
 
@@ -103,23 +103,23 @@ def _fused(edit: Fuse) -> str:
 
 def _linear(edit: Linearize) -> str:
     maps = "one linear map" if edit.rank is None else f"two linear maps of rank {edit.rank}"
-    sum_too = ", which takes in the residual sum behind it" if edit.fold else ""
+    sum_too = ", which includes the residual sum after it" if edit.fold else ""
     return f"becomes {maps}{sum_too}"
 
 
 def _merged(edit: MergeConvs) -> str | None:
     if not edit.keep:
-        return "taken out"
+        return "removed"
     if len(edit.layers) == 1:
         return None  # its batch norm is folded
-    return f"become one, made of {', '.join(map(str, edit.keep))}{'' if edit.merged else ', open yet'}"
+    return f"become one, made of {', '.join(map(str, edit.keep))}{'' if edit.merged else ', not merged yet'}"
 
 
 _WORDS: dict[type, Callable[[Any], str | None]] = {
     Fuse: _fused,
     Drop: lambda _: "dropped",
     Linearize: _linear,
-    Blend: lambda _: "its activation is on the way to a line",
+    Blend: lambda _: "its activation becomes a line in training",
     MergeConvs: _merged,
 }
 """Change of the blocks in words, by the type of the edit; None where only batch norms are folded."""
@@ -131,9 +131,9 @@ def name_of(recipe: Recipe) -> str:
 
 
 def measured_on(recipe: Recipe, results: RunResults) -> tuple[str, str]:
-    """Data set and split of the figures."""
+    """Data set and split of the results."""
     part = results.metrics_on
-    source = getattr(recipe.data, part) or recipe.data.train  # rows held out of train, where there is no validation
+    source = getattr(recipe.data, part) or recipe.data.train  # without a validation split, rows held out of train
     return (recipe.data.name, source) if recipe.data.name else (Path(source).name, part)
 
 
@@ -150,14 +150,14 @@ def in_short(results: RunResults) -> str:
 
 
 def change_table(plan: Plan) -> list[list[str]]:
-    """Which blocks became which, as rows of text, a header first."""
+    """Blocks and their changes as rows of text, header first."""
     pairs = [[blocks[0].upper() + blocks[1:], become] for blocks, become in changes(plan)]
     edited = sum(len(edit.layers) * (len(plan.kinds) if edit.kind == "layer" else 1) for edit in plan.edits)
     if edited < plan.num_layers * len(plan.kinds):
-        pairs.append(["All others", "as they are"])
-    elif len(pairs) < len(plan.edits):  # the others are of one convolution
-        pairs.append(["All others", "as they are, with batch norms folded"])
-    return [["of the original", "in the result"], *pairs]
+        pairs.append(["All others", "unchanged"])
+    elif len(pairs) < len(plan.edits):  # the other edits have one convolution each
+        pairs.append(["All others", "batch norms folded"])
+    return [["in the original", "in the result"], *pairs]
 
 
 def limits_of(plan: Plan, results: RunResults) -> list[str]:
@@ -166,20 +166,20 @@ def limits_of(plan: Plan, results: RunResults) -> list[str]:
     if plan.layout().ties:
         limits.append("Sharing weights makes the file and the memory smaller. It does not make the model faster.")
     if results.before.latency_ms:
-        limits.append("Latency was measured on the machine named below; ratios carry over better than milliseconds.")
+        limits.append("Latency was measured on the machine named below. On other machines, expect similar ratios only.")
     limits.append(
-        "Nothing was chosen on the data that are reported here."
+        "Nothing was selected on the data of these results."
         if results.metrics_on == "test"
-        else "The recipe names no test data: the figures are from those that healing was watched on."
+        else "The recipe names no test data: the results are on the validation data that healing used."
     )
     if results.healed is None:
         limits.append("It was not retrained after its layers were changed.")
     elif len(results.rounds) == 1 and results.rounds[0].report.best_step == 0:
-        limits.append("Retraining found no weights that validated better than those before it, which are the result.")
+        limits.append("Retraining did not lower the validation loss, so the weights from before it were kept.")
     metrics = results.before.metrics
     if "stride" in metrics:
         limits.append(f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}.")
-    limits.append("What the original gets wrong, and what it is biased in, is not mended, and may be worse.")
+    limits.append("Errors and biases of the original remain, and may be worse.")
     return limits
 
 

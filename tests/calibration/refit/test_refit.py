@@ -1,4 +1,4 @@
-"""Closed-form repair: never worse, exact where it can be, and nothing but the student is touched."""
+"""Closed-form repair: it is never worse, it is exact where an exact repair exists, and it changes only the student."""
 
 import copy
 import json
@@ -71,7 +71,7 @@ WHOLE = {"gpt2": "GPT2LMHeadModel", "vit": "ViTModel", "deit": "DeiTModel"}
 
 
 def whole(model_type):
-    """A model with an output of many dimensions, whose loss few sequences tell."""
+    """A model with an output of many dimensions, whose loss is reliable with few sequences."""
     return small(model_type, WHOLE.get(model_type))
 
 
@@ -110,7 +110,7 @@ def outs_of(model, layer):
 
 
 def ties_of(model):
-    """The names of the parameters, by what they share."""
+    """Groups of parameter names that share one tensor."""
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         found.setdefault(parameter.data_ptr(), set()).add(name)
@@ -131,7 +131,7 @@ def refitted(teacher, plan, batches, method="full"):
 
 
 def check(student, teacher, batches, report, given, before):
-    """What holds of every repair."""
+    """Check the properties of every repair."""
     assert report.before == before
     assert report.after == pytest.approx(loss(student, teacher, batches), rel=1e-5)
     assert report.after <= before
@@ -142,8 +142,8 @@ def check(student, teacher, batches, report, given, before):
 
 @pytest.mark.parametrize(("model_type", "name"), CASES)
 def test_never_worse_and_mostly_better(model_type, name):
-    """Whatever the architecture and the plan: the loss falls to a part of what it was and is what the report says;
-    the teacher keeps every bit, and the student its ties."""
+    """For every architecture and plan, the loss falls to a fraction and equals the one in the report. The teacher keeps
+    every bit, and the student keeps its ties."""
     teacher = whole(model_type)
     batches = batches_of(teacher)
     plan = plan_for(teacher, *PLANS[name])
@@ -151,15 +151,15 @@ def test_never_worse_and_mostly_better(model_type, name):
     student, report, given, before = refitted(teacher, plan, batches)
     check(student, teacher, batches, report, given, before)
     assert same(state_of(teacher), original)
-    # a third more than measured: what gated units of random weights compute is harder to make up for
+    # a third above the measured value; gated units with random weights are harder to repair
     assert report.after < (0.97 if layers_of(teacher)[0].__class__.__name__ in GATED else 0.6) * before
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
 @pytest.mark.parametrize("name", ["depth", "last", "drop", "blocks", "basis"])
 def test_linear_is_never_worse(model_type, name):
-    """One linear map for what removed layers would have added never raises the loss, lowers it where layers were
-    removed, and changes one map for each run of them."""
+    """`linear` fits one map per run of removed layers. It never raises the loss, and lowers it if layers were
+    removed."""
     teacher = whole(model_type)
     batches = batches_of(teacher)
     plan = plan_for(teacher, *PLANS[name])
@@ -171,7 +171,7 @@ def test_linear_is_never_worse(model_type, name):
 
 
 def test_none_changes_nothing():
-    """Without a method the loss is taken and nothing else done."""
+    """Method `none` only measures the loss."""
     teacher = whole("gpt2")
     student, report, given, before = refitted(teacher, plan_for(teacher, *PLANS["depth"]), batches_of(teacher), "none")
     assert same(state_of(student), given)
@@ -180,7 +180,7 @@ def test_none_changes_nothing():
 
 @pytest.mark.parametrize("method", ["full", "linear"])
 def test_nothing_to_repair(model_type, method):
-    """A model that nothing was done to keeps every bit."""
+    """A model without edits keeps every bit."""
     teacher = whole(model_type)
     student, report, given, _ = refitted(teacher, plan_for(teacher), batches_of(teacher, 8), method)
     assert same(state_of(student), given)
@@ -190,7 +190,8 @@ def test_nothing_to_repair(model_type, method):
 
 
 def test_layers_in_front_of_the_first_edit_are_left_alone(model_type):
-    """What comes before the first edit reads what it always read, and keeps every bit; the rest is refitted."""
+    """Layers before the first edit keep every bit, because their inputs are unchanged. All other layers are
+    refitted."""
     teacher = whole(model_type)
     student, report, _, _ = refitted(teacher, plan_for(teacher, Fuse("layer", (2, 3), keep=2)), batches_of(teacher))
     for one, other in zip(layers_of(student)[:2], layers_of(teacher)[:2], strict=True):
@@ -201,7 +202,7 @@ def test_layers_in_front_of_the_first_edit_are_left_alone(model_type):
 
 @pytest.mark.parametrize(("model_type", "rank"), [*((kind, 0) for kind in TINY), ("gpt2", 3), ("llama", 3)])
 def test_shared_equal_layers_stay_exact(model_type, rank):
-    """Layers that were equal already lose nothing by sharing, and refitting them changes no output."""
+    """Sharing equal layers loses nothing, and refitting them changes no output."""
     teacher = whole(model_type)
     for layer in layers_of(teacher)[1:]:
         layer.load_state_dict(layers_of(teacher)[0].state_dict())
@@ -226,7 +227,7 @@ def silence(model, *layers):
 @pre_norm
 @pytest.mark.parametrize("operator", ["freeze", "select"])
 def test_removing_layers_that_add_nothing_stays_exact(model_type, operator):
-    """A fused layer takes the place of itself and of others that add nothing: there is nothing to lose."""
+    """A layer fused with layers that add nothing computes the same outputs."""
     teacher = whole(model_type)
     silence(teacher, 2, 3)
     plan = plan_for(teacher, Fuse("layer", (1, 2, 3), operator=operator, keep=1))
@@ -244,9 +245,9 @@ UNDO = {
 
 @pytest.mark.parametrize(("part", "model_type"), [(part, kind) for part, kinds in UNDO.items() for kind in kinds])
 def test_what_can_be_undone_is_undone(model_type, part):
-    """Where an exact repair exists it is found: an output projection takes back an invertible map, the readers take
-    back the gains of the norm in front, or a norm that follows shared weights its own, and biases beside shared weights
-    what was added to them."""
+    """An exact repair is found if it exists: an output projection inverts an invertible map, readers absorb gains of
+    the norm before them, a norm after shared weights restores its own gain, and biases beside shared weights remove an
+    offset."""
     teacher = whole(model_type)
     architecture = architecture_for(teacher)
     layers = layers_of(teacher)
@@ -276,7 +277,7 @@ def test_what_can_be_undone_is_undone(model_type, part):
 
 
 def hidden(model, layer, at, batch):
-    """What enters a module of a layer, what leaves it, and what leaves the layer."""
+    """Input and output of a module of a layer, and output of the layer."""
     seen = {}
     module = layers_of(model)[layer]
     handles = [
@@ -291,12 +292,12 @@ def hidden(model, layer, at, batch):
 
 
 def one_strength(monkeypatch, strength):
-    """Let fits know a single strength."""
+    """Restrict fits to a single strength."""
     monkeypatch.setattr(fit, "__defaults__", ((strength,),))
 
 
 def rows_of(batches, states):
-    """The tokens that are fitted, float64."""
+    """Tokens that the fit uses, in float64."""
     found = []
     for batch, part, held_out in zip(batches, states, Sample.of(batches).held_out, strict=True):
         mask = batch.get("attention_mask", torch.ones(part.shape[:2])).bool()
@@ -307,10 +308,10 @@ def rows_of(batches, states):
 @pytest.mark.parametrize("model_type", ["gpt2", "vit", "llama"])
 @pytest.mark.parametrize("method", ["linear", "full"])
 def test_repair_of_a_removed_layer_is_the_formula(monkeypatch, model_type, method):
-    """Layer 2 is dropped, so that the MLP of layer 1 is to lead from the residual Y to L, what left layer 2.
-    `linear`: its outputs M become M T, T = I + (M^T M + a I)^-1 M^T (L - Y - M), ReplaceMe's closed form held to the
-    identity. `full`: its projection W of the features X becomes W + (X^T X + a I)^-1 X^T (L - Y - X W). a is relative
-    to the mean square; where there is a bias, a constant is free in both."""
+    """Layer 2 is dropped, so the MLP of layer 1 must map the residual Y to L, the output of layer 2. `linear`: its
+    outputs M become M T, with T = I + (M^T M + a I)^-1 M^T (L - Y - M), ReplaceMe's closed form with a penalty towards
+    the identity. `full`: its projection W of the features X becomes W + (X^T X + a I)^-1 X^T (L - Y - X W). a is
+    relative to the mean square. With a bias, both also fit a constant."""
     strength = 0.01
     one_strength(monkeypatch, strength)
     teacher = whole(model_type)
@@ -330,7 +331,7 @@ def test_repair_of_a_removed_layer_is_the_formula(monkeypatch, model_type, metho
     constant = torch.ones(len(inputs), 1) * float(outs_of(teacher, 1)[1].bias is not None)
     ones = torch.cat([inputs, constant], dim=1)
     held = strength * inputs.square().sum() / width * torch.eye(width + 1).double()
-    held[-1, -1] = 1 if not constant.any() else 0  # a constant that is not there stays 0
+    held[-1, -1] = 1 if not constant.any() else 0  # without a bias, the constant stays 0
     change = torch.linalg.solve(ones.T @ ones + held, ones.T @ (aim - ones @ start))
     expected = start + change
     if method == "linear":
@@ -342,7 +343,7 @@ def test_repair_of_a_removed_layer_is_the_formula(monkeypatch, model_type, metho
 
 @pytest.mark.parametrize("model_type", ["gpt2", "distilbert", "vit", "qwen2"])
 def test_batches_do_not_matter(model_type):
-    """The same sequences, one by one, in unequal batches or all together, give the same model."""
+    """The same sequences give the same model one by one, in unequal batches, or all together."""
     teacher = whole(model_type)
     plan = plan_for(teacher, Fuse("layer", (1, 2), keep=1), Drop("mlp", 3))
     (together,) = batches_of(teacher, 24)
@@ -362,7 +363,7 @@ def test_batches_do_not_matter(model_type):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "distilbert", "mistral", "qwen3"])
 def test_padding_does_not_matter(model_type):
-    """What stands in padding, and how long it is, changes nothing."""
+    """The content and the length of padding change nothing."""
     teacher = whole(model_type)
     plan = plan_for(teacher, *PLANS["last"])
     batches = batches_of(teacher)
@@ -388,8 +389,8 @@ def test_padding_does_not_matter(model_type):
 @pytest.mark.parametrize("name", ["depth", "share", "basis", "blocks"])
 @pytest.mark.parametrize("value", [2.0, math.nan])
 def test_what_makes_it_worse_is_undone(monkeypatch, name, value):
-    """Where the loss after the repair is higher, or no number, the student is to the bit what it was, ties included,
-    and the report says so."""
+    """If the repair raises the loss, or makes it NaN, the student is restored to the bit, with its ties, and the report
+    says so."""
     teacher = whole("gpt2")
     plan = plan_for(teacher, *PLANS[name])
     student = apply(teacher, plan)
@@ -412,8 +413,8 @@ def test_what_makes_it_worse_is_undone(monkeypatch, name, value):
 
 @pytest.mark.parametrize("model_type", TINY)
 def test_exact_sharing_needs_no_repair(model_type):
-    """Aligned weights whose residuals have full rank give the original, and the repair finds nothing to do: what their
-    maps are compared with has its units, heads and turns in the same order."""
+    """Aligned weights with residuals of full rank equal the original, so the repair changes nothing: it compares maps
+    in the same order of units and heads, and in the same rotation."""
     teacher = whole(model_type)
     plan = plan_for(teacher, Fuse("layer", (0, 2), "share", "mean", align="rotation", rank=32))
     _, report, _, before = refitted(teacher, plan, batches_of(teacher))
@@ -424,7 +425,7 @@ def test_exact_sharing_needs_no_repair(model_type):
 
 @pytest.mark.parametrize("model_type", TINY)
 def test_norms_of_shared_blocks_are_refitted(model_type):
-    """Norms around shared matrices are free per depth, and are what a model without biases can repair."""
+    """Each depth has its own norms around shared matrices. In a model without biases, only these can be repaired."""
     teacher = whole(model_type)
     plan = plan_for(teacher, Fuse("layer", (0, 2), "share", "mean"))
     student, report, given, before = refitted(teacher, plan, batches_of(teacher))
@@ -438,7 +439,7 @@ def test_norms_of_shared_blocks_are_refitted(model_type):
 
 @pytest.mark.parametrize(("model_type", "sizes"), [("bert", (1,)), ("llama", (2,)), ("gpt2", (1, 1, 1))])
 def test_next_to_nothing_to_calibrate_with(model_type, sizes):
-    """One sequence, or three of four tokens: fewer rows than inputs by far, and still not worse."""
+    """With far fewer rows than inputs (one sequence, or three of four tokens), the result is still not worse."""
     teacher = whole(model_type)
     batches = [example_inputs(teacher, size, 4, seed=i) for i, size in enumerate(sizes)]
     for name in ("residual", "basis", "select"):
@@ -469,7 +470,7 @@ def test_repaired_models_are_saved_and_loaded(tmp_path, model_type, name):
 
 @pytest.mark.parametrize(("model_type", "head"), [(kind, head) for kind in HEADS for head in HEADS[kind]])
 def test_every_kind_of_head(model_type, head):
-    """Language models, classifiers of all kinds and answers to questions are repaired alike."""
+    """The repair works for language models, all classifiers, and question answering."""
     teacher = small(model_type, head)
     batches = batches_of(teacher, 40)
     student, report, given, before = refitted(teacher, plan_for(teacher, *PLANS["depth"]), batches)
@@ -480,7 +481,7 @@ def test_every_kind_of_head(model_type, head):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("model_type", ["bert", "llama", "vit"])
 def test_half_precision(model_type, dtype):
-    """A model in half precision stays in it, is not worse, and is repaired nearly as well as in single precision."""
+    """A model in half precision keeps its data type, is not worse, and is repaired almost as well as in float32."""
     teacher = whole(model_type)
     plan = plan_for(teacher, *PLANS["depth"])
     batches = batches_of(teacher)
@@ -494,8 +495,8 @@ def test_half_precision(model_type, dtype):
 
 
 def test_only_the_student_changes_and_only_in_place():
-    """Parameters stay the objects they were, so that an optimiser made before still holds them; modes come back, and
-    gradients, batches and the teacher are as before."""
+    """Parameters remain the same objects, so an existing optimiser still holds them. Modes, gradients, batches and the
+    teacher are unchanged."""
     teacher, plan = whole("bert").train(), plan_for(whole("bert"), *PLANS["residual"])
     student = apply(teacher, plan)
     layers_of(student)[0].eval()
@@ -515,7 +516,7 @@ def test_only_the_student_changes_and_only_in_place():
 
 
 def test_dropout_is_off_while_repairing():
-    """Models in training mode are repaired as those in eval mode are."""
+    """Models in training mode get the same repair as models in eval mode."""
     teacher = whole("bert")
     plan, batches = plan_for(teacher, *PLANS["depth"]), batches_of(teacher)
     students = [refitted(model, plan, batches)[0] for model in (teacher, copy.deepcopy(teacher).train())]
@@ -524,7 +525,7 @@ def test_dropout_is_off_while_repairing():
 
 
 def test_the_first_layer_can_go():
-    """Where nothing is left of the first layer, the second reads what the first was to read, and is repaired."""
+    """If the first layer is removed, the second reads its input and is repaired."""
     teacher = whole("gpt2")
     _, report, _, _ = refitted(teacher, plan_for(teacher, Drop("layer", 0)), batches_of(teacher))
     assert report.after < 0.6 * report.before
@@ -532,7 +533,7 @@ def test_the_first_layer_can_go():
 
 
 def test_modes_come_back_after_errors(monkeypatch):
-    """An error in the middle leaves both models in the mode they were in, and no hook on them."""
+    """After an error, both models are in their earlier mode, without hooks."""
     teacher = whole("gpt2").train()
     plan = plan_for(teacher, *PLANS["depth"])
     student = apply(teacher, plan)
@@ -551,7 +552,7 @@ def test_modes_come_back_after_errors(monkeypatch):
 
 @pytest.mark.parametrize("name", ["attention", "mlp"])
 def test_blocks_fused_alone_are_refitted_where_they_run(name):
-    """A block that stands for those of several layers is refitted at its depth, and what follows is repaired too."""
+    """A fused block is refitted at the depth where it runs, and later blocks are repaired too."""
     teacher = whole("llama")
     plan = plan_for(teacher, *PLANS[name])
     _, report, _, _ = refitted(teacher, plan, batches_of(teacher))
@@ -560,7 +561,7 @@ def test_blocks_fused_alone_are_refitted_where_they_run(name):
 
 
 def test_a_trace_can_be_asked_in_any_order():
-    """What was seen of the teacher is the same whichever layer was looked at before, and however often."""
+    """Recorded teacher states do not depend on the order or number of queries."""
     teacher = whole("qwen2")
     sample = Sample.of(batches_of(teacher))
     points = [HookPoint(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum")]
@@ -576,7 +577,7 @@ def test_a_trace_can_be_asked_in_any_order():
 
 
 def test_a_trace_that_went_ahead_runs_no_layer_again(model_type, monkeypatch):
-    """What was kept on the way, and what states show anyway, is what hooks see when they are asked one by one."""
+    """States recorded on the way equal those of hooks on single layers, and no layer runs twice."""
     teacher = whole(model_type)
     sample = Sample.of(batches_of(teacher))
     points = [HookPoint(kind, place) for kind in ("attention", "mlp") for place in ("read", "residual", "sum")]
@@ -599,8 +600,8 @@ def test_a_trace_that_went_ahead_runs_no_layer_again(model_type, monkeypatch):
 
 @pytest.mark.parametrize("name", ["attention", "mlp"])
 def test_the_teacher_is_seen_where_it_should_be(name):
-    """A block that is made of later ones is led by what they did, and those behind it still by what theirs did: the
-    repair is the one that a teacher gives of which all was seen beforehand."""
+    """A block fused from later layers is fitted to the outputs of these layers, and blocks after it to the outputs of
+    their own. The repair equals one with all teacher states recorded beforehand."""
     teacher = whole("llama")
     plan, batches = plan_for(teacher, *PLANS[name]), batches_of(teacher)
     _, report, _, before = refitted(teacher, plan, batches)

@@ -1,4 +1,4 @@
-"""A fused block is made of those heads and hidden units of its group that serve it best."""
+"""A fused block consists of the heads and hidden units of its group with the lowest loss."""
 
 import itertools
 import math
@@ -39,7 +39,7 @@ def block_of(model, layer, kind):
 
 
 def at(model, layer, kind, *depths):
-    """A selection for a block of a model that is its own original, and where that block leads the stream."""
+    """A selection for a block of a model that is its own original, and the target of that block in the stream."""
     sample = Sample.of(batches_of(model))
     teacher_states, layerwise = TeacherStates(LayerwiseForward(model, sample)), LayerwiseForward(model, sample)
     while layerwise.depth < layer:
@@ -60,7 +60,7 @@ def state_of(model):
 @every_kind
 @every_model
 def test_rows_are_the_maps(model_type, kind):
-    """Reading a block by head and writing it back changes nothing, whatever its orientation, parts and biases."""
+    """Reading a block by heads and writing it back changes nothing, for any orientation, parts and biases."""
     model = body(model_type)
     block, before = block_of(model, 1, kind), state_of(model)
     rows = rows_of(model, block, heads_of(model) if kind == "attention" else None)
@@ -78,7 +78,7 @@ def test_rows_are_the_maps(model_type, kind):
 @every_kind
 @every_model
 def test_a_block_is_made_of_itself(model_type, kind):
-    """From its own layer alone all units are taken, in their order, and they lead where they led."""
+    """From its own layer alone, all units are taken in their order, and the outputs stay the same."""
     model = body(model_type)
     before = state_of(model)
     selection, target = at(model, 1, kind, 1)
@@ -90,7 +90,7 @@ def test_a_block_is_made_of_itself(model_type, kind):
 @every_kind
 @every_model
 def test_units_are_taken_from_the_layer_that_has_them(model_type, kind):
-    """Where all units of one layer are dead, those of the other are taken, in their order."""
+    """If all units of one layer are dead, the units of the other are taken in their order."""
     model = body(model_type)
     dead = model.get_submodule(block_of(model, 2, kind).modules["out"])
     for parameter in dead.parameters():
@@ -108,8 +108,8 @@ def test_units_are_taken_from_the_layer_that_has_them(model_type, kind):
 
 @pytest.mark.parametrize("model_type", PRE_NORM)
 def test_heads_of_a_later_layer_are_used(model_type):
-    """Of two layers whose MLPs add nothing, the attention of the first neither: the second's takes its place exactly,
-    but where norms inside the heads keep those of different layers apart."""
+    """If two layers have MLPs that add nothing, and the attention of the first adds nothing, the attention of the
+    second replaces it exactly. Norms inside the heads prevent mixing heads of different layers."""
     model = body(model_type)
     for layer, kinds in ((1, ("attention", "mlp")), (2, ("mlp",))):
         for kind in kinds:
@@ -126,7 +126,7 @@ def test_heads_of_a_later_layer_are_used(model_type):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "vit", "llama", "qwen3"])
 def test_many_layers(model_type, monkeypatch):
-    """Of a group of many layers, units that add little are left out beforehand; the repair is as good a one."""
+    """In a group of many layers, units that add little are left out beforehand, and the repair is as good."""
     model, found = body(model_type), []
     original = Selection._able
 
@@ -145,7 +145,7 @@ def test_many_layers(model_type, monkeypatch):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
 def test_attention_is_led_to_where_the_mlps_can_make_more_of_it(model_type, monkeypatch):
-    """With heads of the whole group or with those of the kept layer, whichever leaves less to the MLPs."""
+    """Heads come from the whole group or from the kept layer, whichever leaves the smaller error to the MLPs."""
     model = body(model_type)
     edit = Fuse("layer", (1, 2), operator="select", keep=1)
     plan = Plan(model.config.model_type, LAYERS, (edit,))
@@ -169,7 +169,7 @@ def test_attention_is_led_to_where_the_mlps_can_make_more_of_it(model_type, monk
 
 
 def test_heads_that_can_stand_side_by_side():
-    """Those of layers that see the same tokens, and never where a norm belongs to all heads of a layer."""
+    """Heads can be mixed if their layers see the same tokens, and never if a norm spans all heads of a layer."""
     types = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
     model = body("qwen2", layer_types=types, use_sliding_window=True, sliding_window=6)
     assert alike(model, Source((0, 1, 2), "select", 0)) == [0, 2]
@@ -180,7 +180,7 @@ def test_heads_that_can_stand_side_by_side():
 
 @pytest.mark.parametrize("tokens", [1, 90, math.inf])
 def test_few_tokens_are_evenly_spread(tokens):
-    """As many batches as hold the tokens asked for, from all over the data."""
+    """The batches that hold the requested number of tokens are spread over all data."""
     model = body("gpt2")
     layerwise = LayerwiseForward(model, Sample.of([example_inputs(model, 1, 12, seed=seed) for seed in range(32)]))
     found = [index for index, _ in layerwise.look(HookPoint("mlp", "read"), tokens=tokens)]
@@ -190,7 +190,8 @@ def test_few_tokens_are_evenly_spread(tokens):
 
 
 def test_the_report_says_which_heads():
-    """A row compares what the MLPs of the group missed with heads of the kept layer, and with those in use."""
+    """A row compares the remaining error of the group's MLPs with the heads of the kept layer and with the chosen
+    heads."""
     model = body("gpt2")
     plan = Plan("gpt2", LAYERS, (Fuse("layer", (1, 2), operator="select", keep=1),))
     report = refit(apply(model, plan), model, plan, batches_of(model))

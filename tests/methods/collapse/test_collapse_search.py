@@ -1,4 +1,4 @@
-"""MLPs that have become linear: exact where they can be, fitted where not, chosen by what they cost."""
+"""Linear MLPs: exact if possible, fitted otherwise, and chosen by their cost."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def plan_of(model, *edits) -> Plan:
 
 
 def without_activation(model_type, layers=range(LAYERS), **changes):
-    """A model whose MLPs in some layers are linear as they are; gates are open."""
+    """A model in which the MLPs of some layers are already linear; gates are open."""
     model = tiny_model(model_type, **changes)
     architecture = architecture_for(model)
     for index in layers:
@@ -55,7 +55,7 @@ def without_activation(model_type, layers=range(LAYERS), **changes):
 
 @pytest.mark.parametrize("model_type", PLAIN)
 def test_an_mlp_without_activation_collapses_exactly(model_type):
-    """W2 W1 computes what the two maps compute, in every layer, of Conv1D and Linear, with norms before and after."""
+    """W2 W1 equals the two maps in every layer, for Conv1D and Linear, with norms before and after."""
     model = without_activation(model_type)
     small = apply(model, plan_of(model, *map(Linearize, range(LAYERS))))
     expected = predicted(model)
@@ -67,7 +67,7 @@ def test_an_mlp_without_activation_collapses_exactly(model_type):
 
 @pytest.mark.parametrize("model_type", ["bert", "vit"])
 def test_maps_without_biases_collapse_exactly(model_type):
-    """The maps of an MLP need no biases."""
+    """An MLP without biases collapses exactly too."""
     model = without_activation(model_type)
     architecture = architecture_for(model)
     for layer in architecture.layer_list(model):
@@ -87,7 +87,8 @@ def test_maps_without_biases_collapse_exactly(model_type):
 
 @pytest.mark.parametrize("model_type", sorted(TINY))
 def test_a_linear_mlp_is_found_by_the_fit(model_type):
-    """What computes a linear map, as a gated MLP with an open gate does, is found from what goes in and comes out."""
+    """An MLP that computes a linear map, such as a gated one with an open gate, is recovered from its inputs and
+    outputs."""
     model = without_activation(model_type, [1, 4])
     batches = some_batches(model, 12)
     plan = plan_of(model, Linearize(1), Linearize(4))
@@ -105,7 +106,7 @@ def test_a_linear_mlp_is_found_by_the_fit(model_type):
 
 @pytest.mark.parametrize("method", ["maps", "full"])
 def test_a_fit_never_makes_things_worse(model_type, method):
-    """On held-out calibration sequences, the fitted model is no further from the original, and saves and reloads."""
+    """On held-out calibration sequences, the fitted model is no further from the original. It saves and reloads."""
     model = tiny_model(model_type)
     plan = plan_of(model, Linearize(0), Linearize(3, rank=8), Linearize(5))
     small = apply(model, plan)
@@ -119,13 +120,13 @@ def test_a_fit_never_makes_things_worse(model_type, method):
         for name, tensor in small.state_dict().items():
             if not name.startswith(tuple(inside)):
                 assert torch.equal(tensor, before[name]), f"{name} is no map that an MLP has become"
-    # in float32, weights that were fitted to a few random tokens make much of the rounding of cached decoding
+    # in float32, weights fitted to a few random tokens amplify the rounding of cached decoding
     assert verify(small.double())["reload"] == 0
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
 def test_a_residual_sum_is_folded_exactly(model_type):
-    """With a norm behind the sum, one map I + A computes both: from the weights, and fitted; it saves and reloads."""
+    """With a norm after the sum, one map I + A replaces MLP and sum, from weights and fitted. It saves and reloads."""
     model, batches = tiny_model(model_type).double(), some_batches(tiny_model(model_type), 24)
     plain, folded = (plan_of(model, Linearize(1, fold=fold), Linearize(4, fold=fold)) for fold in (False, True))
     small, whole = apply(model, plain), apply(model, folded)
@@ -150,7 +151,8 @@ def test_a_residual_sum_is_folded_exactly(model_type):
     ],
 )
 def test_sums_that_cannot_be_folded_are_refused(model_type, changes, error, reason):
-    """Where later blocks read the sum, where it is in a `forward`, and with two maps, none of which adds."""
+    """Folding is refused if later blocks read the sum, if the sum is in a `forward`, and with two maps, which cannot
+    add."""
     model = tiny_model(model_type, **changes)
     with pytest.raises(error, match=reason):
         apply(model, plan_of(model, Linearize(1, fold=True)))
@@ -161,7 +163,7 @@ def test_sums_that_cannot_be_folded_are_refused(model_type, changes, error, reas
 
 
 def test_a_rank_gives_two_maps():
-    """With a rank the MLP is the product of two maps; an MLP of few units is one already, and stays exact."""
+    """With a rank, the MLP becomes a product of two maps. An MLP of few units already is one, and stays exact."""
     model = tiny_model("gpt2")
     small = apply(model, plan_of(model, Linearize(1, rank=8), Linearize(2)))
     layers = architecture_for(model).layer_list(small)
@@ -178,7 +180,7 @@ def test_a_rank_gives_two_maps():
 
 
 def test_a_product_is_fitted_in_what_comes_out():
-    """Of all maps of a rank, the one that is nearest to the free fit for the inputs that there are, not for all."""
+    """The product is closest to the free fit on the actual inputs, not on all possible inputs."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.logspace(0, -2, 12, dtype=torch.float64)
     x = torch.randn(400, 12, generator=generator, dtype=torch.float64) * scale + 1
@@ -216,7 +218,7 @@ def test_edits_that_mean_nothing_are_refused(values):
 
 
 def test_blocks_are_claimed_once():
-    """An MLP that is linear is no part of a fused or dropped layer."""
+    """A linear MLP cannot be part of a fused or dropped layer."""
     for other in (Fuse("layer", (1, 2)), Drop("mlp", 1), Linearize(1, rank=2)):
         with pytest.raises(PlanError, match="both claim the mlp block of layer 1"):
             Plan("bert", LAYERS, (Linearize(1), other))
@@ -232,7 +234,7 @@ def test_a_plan_survives_json():
 
 
 def test_what_cannot_become_linear_is_refused(monkeypatch):
-    """An architecture that does not say where the activation is; and a stock class has no place for a linear MLP."""
+    """An architecture without the path of the activation, and a stock class for a linear MLP, are refused."""
     model = tiny_model("bert")
     small = apply(model, Plan("bert", LAYERS, (Linearize(1), Linearize(4))))
     with pytest.raises(UnsupportedModelError, match="MLPs of layers 1, 4 are linear, or becoming linear"):
@@ -244,7 +246,7 @@ def test_what_cannot_become_linear_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
 def test_mlps_are_taken_in_the_order_of_what_they_cost(model_type):
-    """The losses in the notes are those of models with one linear MLP, and the cheapest ones are taken."""
+    """The losses in the notes are those of models with one linear MLP, and the cheapest MLPs are chosen."""
     model = tiny_model(model_type)
     batches = some_batches(model)
     found = search_collapse(model, CollapseRecipe(count=3), batches)
@@ -263,7 +265,7 @@ def test_mlps_are_taken_in_the_order_of_what_they_cost(model_type):
 
 @pytest.mark.slow
 def test_a_target_decides_how_many():
-    """Sizes are met by as few MLPs as that takes; a limit on the loss by as many as it allows."""
+    """A size is met with as few MLPs as possible; a limit on the loss allows as many as possible."""
     model = tiny_model("gpt2")
     batches = some_batches(model)
     one = search_collapse(model, CollapseRecipe(count=1), batches)
@@ -314,10 +316,11 @@ def test_targets_out_of_reach_are_refused():
 
 @pytest.mark.parametrize("model_type", GATED)
 def test_a_gated_mlp_wants_a_fit(model_type):
-    """Without its activation it is bilinear: refused without batches, or without a fit, with the reason."""
+    """A gated MLP is bilinear without its activation: without batches, or without a fit, it is refused with this
+    reason."""
     model = tiny_model(model_type)
     for options in ({"order": "deepest"}, {"refit": "none", "batches": some_batches(model)}):
-        with pytest.raises(UnsupportedModelError, match="gated, and bilinear"):
+        with pytest.raises(UnsupportedModelError, match="stay bilinear"):
             collapse(model, count=1, **options)
     small = collapse(model, count=2, batches=some_batches(model))
     maps = [module for module in small.modules() if isinstance(module, Collapsed)]
@@ -326,7 +329,7 @@ def test_a_gated_mlp_wants_a_fit(model_type):
 
 
 def test_without_batches_nothing_is_fitted(caplog):
-    """From the last layer on, W2 (W1 x + b1) + b2, and a warning."""
+    """Without batches, the last layers become W2 (W1 x + b1) + b2, and there is a warning."""
     model = tiny_model("vit")
     small = collapse(model, count=1, order="deepest")
     assert "nothing is fitted" in caplog.text
@@ -338,11 +341,11 @@ def test_without_batches_nothing_is_fitted(caplog):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "vit", "llama"])
 def test_linear_mlps_are_exported(model_type):
-    """torch.export takes them as it takes stock models, and what it gives computes the same."""
+    """torch.export accepts models with linear MLPs, and the exported program computes the same."""
     model = tiny_model(model_type)
     bent = () if model_type in GATED else (Blend(5),)
     small = apply(model, plan_of(model, Linearize(1), Linearize(3, rank=8), *bent)).eval()
-    small.config.use_cache = False  # a cache in the output is no tensor
+    small.config.use_cache = False  # a cache in the output is not a tensor
     inputs = dict(example_inputs(small))
     exported = torch.export.export(small, (), inputs, strict=False).module()
     torch.testing.assert_close(prediction(exported(**inputs)), predicted(small))

@@ -49,7 +49,7 @@ ALIKE = [(0, 1, 2), (4, 5, 6, 7)]
 
 
 def tiny(seed: int = 0):
-    """A random model whose norms have seen some images, so that what they give is of size one."""
+    """A random model whose norms have statistics of images, so that their outputs have size one."""
     torch.manual_seed(seed)
     config = MODULE.CifarResNetConfig(num_hidden_layers=LAYERS, widths=WIDTHS, num_labels=3)
     model = MODULE.CifarResNetForImageClassification(config)
@@ -96,7 +96,7 @@ def test_nothing_to_do_is_bit_equal():
 
 @pytest.mark.parametrize("name", PLANS)
 def test_reload_is_bit_equal(name, tmp_path):
-    """A fused model comes back from disk as it was, in the size that its plan asks for; expanded, it is the same."""
+    """A fused model reloads to the bit, with the size of its plan; the expanded model computes the same."""
     model, batch = tiny(), images()[0]
     fused = apply(model, plan_of(*PLANS[name]))
     fused.save_pretrained(tmp_path / "fused")
@@ -106,7 +106,7 @@ def test_reload_is_bit_equal(name, tmp_path):
     assert type(again) is type(fused)
     stock = AutoFusedModel.from_pretrained(tmp_path / "expanded")
     assert type(stock) is type(model)
-    if name == "residual":  # multiplied out, so that it is the same but for rounding
+    if name == "residual":  # multiplied out, so equal only up to rounding
         torch.testing.assert_close(logits(stock, batch), logits(fused, batch), rtol=1e-5, atol=1e-5)
     else:
         assert torch.equal(logits(stock, batch), logits(fused, batch))
@@ -132,7 +132,7 @@ def test_sharing_equal_kernels_changes_nothing():
 
 
 def test_residuals_of_full_rank_change_nothing():
-    """A residual of as many dimensions as the kernels have is all that sharing loses, also when it is refitted."""
+    """Residuals of full rank restore everything that sharing loses, also after a refit."""
     model, batches = tiny(), images(batches=6)
     plan = plan_of(Fuse("conv", ALIKE[0], "share", "mean", rank=4), Fuse("conv", ALIKE[1], "share", "mean", rank=8))
     fused = apply(model, plan)
@@ -147,8 +147,8 @@ def test_residuals_of_full_rank_change_nothing():
 
 @pytest.mark.parametrize("how", ["permutation", "activation", "transport", "rotation"])
 def test_a_shuffled_copy_is_recovered(how):
-    """Alignment leaves what a model computes as it is, and gives a layer whose channels were shuffled the order of the
-    one that it is a copy of."""
+    """Alignment does not change the outputs of a model. A layer that is a copy with shuffled channels gets the order of
+    its original."""
     if how == "transport":
         pytest.importorskip("ot")
     model, batches = tiny(), images()
@@ -161,7 +161,7 @@ def test_a_shuffled_copy_is_recovered(how):
         for name, tensor in other.bn1.state_dict().items():
             if tensor.ndim:
                 tensor.copy_(one.bn1.state_dict()[name][order])
-        if how == "activation":  # compared is what each computes in its own place, so layer 5 adds nothing
+        if how == "activation":  # each layer computes at its own depth, so layer 5 must add nothing
             one.bn2.weight.zero_()
             one.bn2.bias.zero_()
     before = logits(model, batches[0])
@@ -176,7 +176,7 @@ def test_a_shuffled_copy_is_recovered(how):
 @pytest.mark.parametrize("method", ["full", "linear"])
 @pytest.mark.parametrize("name", PLANS)
 def test_refit_repairs(name, method):
-    """It is never worse than no refit on its own calibration loss, and the full one much better on other images."""
+    """The refit never raises the calibration loss, and the full refit is much better on other images."""
     model, batches, others = tiny(), images(batches=6), images(99)
     plan = plan_of(*PLANS[name])
     student = apply(model, plan)
@@ -191,8 +191,8 @@ def test_refit_repairs(name, method):
 
 
 def test_what_is_stored_is_what_was_fitted():
-    """Kernel, gain, bias and statistics of the norm make the fitted map, in evaluation and in training alike, and the
-    kernel keeps its size."""
+    """Kernel, gain, bias and statistics of the norm together compute the fitted map, in eval and in training mode, and
+    the kernel keeps its size."""
     torch.manual_seed(0)
     conv, norm = torch.nn.Conv2d(3, 5, 3, stride=2, padding=1), torch.nn.BatchNorm2d(5)
     x, theta = torch.randn(6, 3, 9, 9), torch.randn(28, 5, dtype=torch.float64)
@@ -211,9 +211,9 @@ def test_what_is_stored_is_what_was_fitted():
 @pytest.mark.parametrize(("mode", "rank"), [("depth", 0), ("share", 0), ("share", 1), ("share", "auto")])
 @pytest.mark.parametrize("effort", ["low", "medium"])
 def test_search_meets_a_ratio(mode, rank, effort):
-    """So many block parameters go, and no fewer than must; no group holds layers of different shapes."""
+    """The ratio of block parameters is removed, and no more than necessary; no group has layers of different shapes."""
     model, batches = tiny(), images()
-    ratio = 0.3 if rank else 0.5  # a rank of one is much of so small kernels
+    ratio = 0.3 if rank else 0.5  # for kernels this small, rank 1 is already large
     found = search(model, FusionRecipe(ratio=ratio, mode=mode, rank=rank, effort=effort), batches)
     total, left = (sum(p.numel() for p in m.layers.parameters()) for m in (model, found.model))
     assert left <= (1 - ratio) * total
@@ -225,7 +225,7 @@ def test_search_meets_a_ratio(mode, rank, effort):
 
 
 def test_the_front_door(tmp_path):
-    """`fuse` takes a convolutional model as any other: it verifies the result, which reloads."""
+    """`fuse` accepts a convolutional model, verifies the result, and the result reloads."""
     model, batches = tiny(), images()
     for options in ({"ratio": 0.5, "mode": "share"}, {"keep_layers": 6}):
         fused = fuse(model, effort="low", batches=batches, **options)
@@ -247,7 +247,7 @@ def test_global_groups_hold_one_shape():
 
 
 def test_partition_within_is_exact():
-    """The program finds the least cost of all partitions that are small enough."""
+    """The program finds the lowest cost of all partitions that are small enough."""
     rng = np.random.default_rng(0)
     for _ in range(20):
         n = 7
@@ -290,7 +290,7 @@ def test_what_cannot_be_done_is_refused():
         plan_fusion(model, FusionRecipe(keep_layers=2))
     with pytest.raises(RecipeError, match="out of reach"):
         plan_fusion(model, FusionRecipe(ratio=0.95, mode="share"))
-    with pytest.raises(RecipeError, match="compares the stream"):
+    with pytest.raises(RecipeError, match="compares states"):
         plan_fusion(model, FusionRecipe(keep_layers=6, similarity="cka"), batches)
     with pytest.raises(UnsupportedModelError, match="rank 0"):
         apply(model, plan_of(Fuse("conv", (0, 1), mode="basis", rank=2)))
@@ -299,8 +299,8 @@ def test_what_cannot_be_done_is_refused():
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("mode", ["share", "depth"])
 def test_rounds_of_fusing_and_healing(mode):
-    """A fused model that is healed, expanded, fused further and healed again: kernels stay shared, all parameters
-    learn, each round removes what it is to remove of the original, and one plan says what was done."""
+    """A fused model is healed, expanded, fused further and healed again. Kernels stay shared, all parameters learn,
+    each round removes its part of the original, and one plan describes all rounds."""
     model, batches = tiny(), images(batches=4)
     whole = sum(p.numel() for p in model.layers.parameters())
     rows = [

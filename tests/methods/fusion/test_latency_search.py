@@ -1,4 +1,4 @@
-"""What becomes of each block within a latency budget: chosen exactly, judged again in company, kept in files."""
+"""Edits of each block within a latency budget: chosen exactly, judged again in combination, and cached in files."""
 
 import copy
 import itertools
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("steady")
 
 
 def weight(edit):
-    """A loss for each edit: more for those that do more, and nothing else in common."""
+    """A loss for each edit, larger for edits that do more."""
     draw = random.Random(repr((edit.edit, edit.kind, edit.layers)))
     if isinstance(edit, Fuse):  # a run loses more than those inside of it
         return sum(weight(Linearize(layer)) for layer in edit.layers) * 1.1
@@ -56,8 +56,8 @@ def weight(edit):
     [pytest.param(name, marks=() if name in ("gpt2", "bert", "qwen2", "vit") else pytest.mark.slow) for name in TINY],
 )
 def test_a_budget_is_kept(model_type):
-    """For every architecture: what is returned takes no longer than was asked for, is the best of what was tried, and
-    its loss is that of the notes, which are JSON; it survives saving and loading, and the model is as it was."""
+    """For every architecture, the result meets the budget, is the best candidate, and has the loss of the notes, which
+    are JSON. It saves and reloads, and the input is unchanged."""
     model = whole(model_type)
     batches, before = batches_of(model, 24), state_of(model)
     found = search(model, FusionRecipe(latency_budget=0.7), batches)
@@ -77,7 +77,7 @@ def test_a_budget_is_kept(model_type):
 
 
 def test_fuse_keeps_a_budget():
-    """`fuse` takes it as any other target, a budget in milliseconds too, and verifies the result."""
+    """`fuse` accepts a budget, also in milliseconds, and verifies the result."""
     model = whole("gpt2")
     batches = batches_of(model, 16)
     size = sum(p.numel() for p in model.parameters())
@@ -89,8 +89,8 @@ def test_fuse_keeps_a_budget():
 @pytest.mark.parametrize("share", [0.45, 0.6, 0.8])
 @pytest.mark.parametrize("choose", ["all", "runs"])
 def test_the_best_choice_of_all(monkeypatch, share, choose):
-    """Where losses add up, what is chosen has the least sum that any combination has within the budget, although few
-    choices were measured; that sum is what is expected of it."""
+    """If losses add up, the result has the lowest sum of all combinations within the budget, although few options are
+    measured. This sum is the predicted loss."""
     model = whole("gpt2")
     measured = []
     monkeypatch.setattr(Trials, "_measure", lambda self, edits: measured.append(edits) or sum(map(weight, edits)))
@@ -112,7 +112,7 @@ def test_the_best_choice_of_all(monkeypatch, share, choose):
 
 
 def test_there_is_always_something_left():
-    """The cheapest of all is within what is possible, and less is refused with the smallest budget that works."""
+    """The cheapest combination is possible. A smaller budget is refused with the smallest one that works."""
     model = whole("bert")
     batches = batches_of(model, 8)
     with pytest.raises(RecipeError, match=r"the fastest available plan takes (.*) ms, (.*)% of") as refused:
@@ -124,8 +124,8 @@ def test_there_is_always_something_left():
 
 
 def test_what_misleads_is_judged_again(monkeypatch):
-    """Two choices that are harmless alone and harmful together: their sum is believed with effort `low`, and with
-    `medium` another combination is found, and wins."""
+    """Two options are harmless alone and harmful together. Effort `low` trusts their sum. Effort `medium` finds a
+    better combination."""
     model = whole("gpt2")
     bad = {Linearize(1), Linearize(2)}
 
@@ -154,11 +154,11 @@ def test_what_misleads_is_judged_again(monkeypatch):
 
 
 def test_what_is_believed_until_it_is_measured():
-    """Alone, a choice loses no less than what it includes, which is measured first. On top of others, it is taken to
-    lose what it does alone, in the proportion of what these lose there and alone."""
+    """An unmeasured option is assumed to lose at least as much as the options that it includes, which are measured
+    first. On top of others, its loss alone is scaled by the ratio of their losses there and alone."""
 
     class Halved:
-        """Losses add up, and on top of something they are half of that."""
+        """Losses that add up, and are halved on top of other edits."""
 
         def __init__(self, base):
             self.base = base
@@ -187,7 +187,8 @@ def test_what_is_believed_until_it_is_measured():
 
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
 def test_choices_on_top_of_others(model_type):
-    """A trial on top of a refitted student is that student with one edit more or less: without a refit, exactly."""
+    """A trial on top of a refitted student equals that student with one edit more or less, exactly so without a
+    refit."""
     model = whole(model_type)
     batches = batches_of(model, 16)
     architecture = architecture_for(model)
@@ -216,8 +217,8 @@ def test_choices_on_top_of_others(model_type):
 
 
 def test_tables_are_kept(monkeypatch, tmp_path):
-    """Another budget, and the same one again, measure nothing twice; an interrupted search goes on; tables of other
-    weights, of other data or of another device are refused."""
+    """Another budget, and the same one again, measure nothing twice. An interrupted search resumes. Caches of other
+    weights, data or devices are refused."""
     model, recipe = whole("gpt2"), FusionRecipe(latency_budget=0.7, tables=str(tmp_path))
     batches = batches_of(model, 16)
     measure, count = Trials._measure, itertools.count(1)
@@ -237,23 +238,23 @@ def test_tables_are_kept(monkeypatch, tmp_path):
     again = search(model, recipe, batches)
     assert again.plan.edits == found.plan.edits
     assert all(torch.equal(tensor, state_of(again.model)[name]) for name, tensor in state_of(found.model).items())
-    with pytest.raises(LayerFuseError, match="measured on something else: batches was"):
+    with pytest.raises(LayerFuseError, match="measured under other conditions: batches was"):
         search(model, recipe, batches_of(model, 17))
     other = whole("gpt2", seed=1)
-    with pytest.raises(LayerFuseError, match="measured on something else: weights was"):
+    with pytest.raises(LayerFuseError, match="measured under other conditions: weights was"):
         search(other, recipe, batches)
-    with pytest.raises(LayerFuseError, match="measured on something else: inputs was"):
+    with pytest.raises(LayerFuseError, match="measured under other conditions: inputs was"):
         search(model, FusionRecipe(latency_budget=0.7, latency_batch_size=3, tables=str(tmp_path)), batches)
 
 
 def test_blocks_take_shares_of_the_whole():
-    """What blocks take, and the rest, is what the model takes; layers of another type are timed by themselves."""
+    """The latencies of the blocks and the rest add up to the model's. Layers of another type are timed separately."""
     model = whole("qwen2", layers=6)
     architecture, batches = architecture_for(model), batches_of(model, 4)
     types = {}
 
     def by_type(runs, device, **_):
-        """A layer with a window takes twice as long."""
+        """Latency that doubles for a layer with a window."""
         found = {}
         for name, run in runs.items():
             layers = architecture.layer_list(run.func)
@@ -279,13 +280,13 @@ def test_blocks_take_shares_of_the_whole():
 
 
 def test_what_takes_longer_together(monkeypatch, caplog):
-    """Where models take longer than their blocks do, the program gets a smaller budget until the result keeps it; and
-    where that cannot be, it says so."""
+    """If models are slower than the sum of their blocks, the budget of the program shrinks until the result meets the
+    real one. If that is impossible, there is a warning."""
     model = whole("gpt2")
     batches = batches_of(model, 8)
 
     def together(runs, device, **_):
-        """All but the original and the models that blocks are timed by, which are four, take a fifth more."""
+        """Latency that is a fifth higher for all models but the original and the four models that time blocks."""
         slower = 1.0 if len(runs) == 5 else 1.2
         sizes = {name: sum(p.numel() for p in run.func.parameters()) for name, run in runs.items()}
         return {name: Timed(size * (1.0 if name == "original" else slower), 0.0) for name, size in sizes.items()}
@@ -302,7 +303,8 @@ def test_what_takes_longer_together(monkeypatch, caplog):
 
 
 def test_a_smaller_limit_where_the_whole_takes_longer(caplog):
-    """The largest limit, or nearly, whose choice is measured within what is allowed; the least, where none is."""
+    """The limit is nearly the largest one whose choice is measured within the budget; if there is none, it is the
+    smallest."""
 
     def choose(limit):
         if limit < 5:
@@ -319,7 +321,7 @@ def test_a_smaller_limit_where_the_whole_takes_longer(caplog):
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_what_keeps_the_budget_wins(monkeypatch, order):
-    """Of two combinations, whichever comes first, one that takes too long is not the result, however near it is."""
+    """A combination that is too slow is not the result, however low its loss and whatever the order."""
     model = whole("gpt2")
     monkeypatch.setattr(Trials, "_measure", lambda self, edits: sum(map(weight, edits)))
     monkeypatch.setattr(
@@ -339,7 +341,7 @@ def test_what_keeps_the_budget_wins(monkeypatch, order):
 
 
 def test_the_choices_of_a_model():
-    """Blocks as they are, without each and without both, linear MLPs, and every run; the first layer stays."""
+    """Options are blocks kept, each removed, both removed, linear MLPs, and every run; the first layer stays."""
     model = whole("llama")
     architecture = architecture_for(model)
     choices = choices_of(model, architecture, lambda run: Fuse("layer", run), runs_only=False)
@@ -369,7 +371,7 @@ def test_a_batch_of_middle_length():
 
 
 def test_what_cannot_be():
-    """Without batches, of convolutions, planned from weights alone, or with fields that latency leaves no room for."""
+    """Errors: no batches, convolutions, a plan from weights alone, and fields that do not apply to a latency target."""
     model = whole("gpt2")
     with pytest.raises(RecipeError, match="pass batches="):
         fuse(model, latency_budget=0.5)

@@ -1,4 +1,4 @@
-"""Candidates compete on calibration loss: what is tried, what wins, and that it is the best of what was tried."""
+"""Candidates compete on calibration loss: which candidates are tried, which one wins, and that it is the best."""
 
 import itertools
 import random
@@ -51,13 +51,13 @@ def same(one, other):
 
 
 def edits_of(found):
-    """What the notes say was tried, as plans have it."""
+    """Edits of the candidates in the notes."""
     return [candidate.edits for candidate in found.plan.notes.competition]
 
 
 def test_more_effort_is_never_worse(model_type):
-    """For every architecture more effort tries at least as much, keeps the best of it, and is not worse; the winner
-    and its loss are in the notes, which are JSON; the model is as it was."""
+    """For every architecture, more effort tries at least as many candidates, keeps the best, and is not worse. The
+    winner and its loss are in the notes, which are JSON. The input is unchanged."""
     model = whole(model_type)
     batches, before = batches_of(model, 24), state_of(model)
     tried, losses = [], []
@@ -84,7 +84,7 @@ def test_more_effort_is_never_worse(model_type):
 
 
 def test_fuse_returns_what_the_search_found():
-    """`fuse` is the search and then `verify`; effort medium is the default."""
+    """`fuse` runs the search and then `verify`; the default effort is medium."""
     model = whole("bert")
     batches = batches_of(model)
     found = search(model, FusionRecipe(keep_layers=3), batches)
@@ -93,10 +93,10 @@ def test_fuse_returns_what_the_search_found():
 
 
 def test_climbing_tries_neighbours(monkeypatch):
-    """With effort `high`, borders of groups move by one as long as that helps: in the end every plan next to the
-    winner has been tried."""
+    """With effort `high`, borders of groups move by one while this helps: at the end, every plan next to the winner has
+    been tried."""
     model = whole("vit", 6)
-    monkeypatch.setattr(Trials, "loss", lambda self, edit: 0.0)  # the table has no opinion
+    monkeypatch.setattr(Trials, "loss", lambda self, edit: 0.0)  # the table prefers no group
     recipe = FusionRecipe(keep_layers=3, effort="high", operator="freeze", refit="none")
     found = search(model, recipe, batches_of(model, 8))
     tried = [borders(edits) for edits in edits_of(found)]
@@ -110,13 +110,13 @@ def test_climbing_tries_neighbours(monkeypatch):
 
 
 def borders(edits):
-    """Where one group ends and another begins, of the runs that 6 layers are split into."""
+    """Borders between the groups, for partitions of 6 layers into runs."""
     return {1, 2, 3, 4, 5} - {layer for edit in edits for layer in edit.layers[1:]}
 
 
 @pytest.mark.parametrize("mode", ["depth", "share"])
 def test_without_batches_it_is_from_the_weights_alone(model_type, mode):
-    """Without calibration data the result is what the plan of the weights gives, to the bit, and says so."""
+    """Without calibration data, the result equals the plan from the weights to the bit, and a warning says so."""
     model = whole(model_type)
     recipe = FusionRecipe(keep_layers=3, mode=mode)
     found = search(model, recipe)
@@ -143,7 +143,8 @@ MODES = {
 @pytest.mark.parametrize("mode", ["depth", *MODES])
 @pytest.mark.parametrize("model_type", ["gpt2", "bert"])
 def test_every_mode_and_kind_of_block(model_type, mode, blocks):
-    """Whatever is fused and how: as many blocks stay distinct as asked for, and the result is repaired, and saves."""
+    """For every mode and kind of block, the requested number of distinct blocks remains, and the result is repaired and
+    saves."""
     model = whole(model_type)
     recipe = FusionRecipe(keep_layers=3, blocks=blocks, effort="low", **MODES.get(mode, {}))
     found = search(model, recipe, batches_of(model))
@@ -161,7 +162,7 @@ def test_every_mode_and_kind_of_block(model_type, mode, blocks):
 @pytest.mark.parametrize("effort", ["low", "medium"])
 @pytest.mark.parametrize("mode", ["share", "basis"])
 def test_rank_auto_is_searched_as_its_number(mode, effort):
-    """A rank that follows from the target gives what that number gives, and the notes say which."""
+    """`rank="auto"` gives the same result as the rank that it resolves to, and the notes name this rank."""
     model = whole("gpt2")
     auto = search(model, FusionRecipe(ratio=0.5, mode=mode, rank="auto", effort=effort), batches_of(model))
     (edit,) = auto.plan.edits
@@ -175,7 +176,7 @@ def test_rank_auto_is_searched_as_its_number(mode, effort):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_sharing_competes_too(mode):
-    """Groups and operators of shared blocks are compared as those of fused ones are."""
+    """Groups and operators also compete for shared blocks."""
     model = whole("vit")
     batches = batches_of(model, 16)
     recipes = [FusionRecipe(keep_layers=3, effort=effort, **MODES[mode]) for effort in ("low", "medium")]
@@ -187,7 +188,7 @@ def test_sharing_competes_too(mode):
 
 @pytest.mark.parametrize("operator", ["freeze", "mean", "weighted", "mix", "telescope", "select"])
 def test_an_operator_that_was_asked_for_is_the_only_one(operator):
-    """No other operator competes; with `weighted` the shares are those of the layers' influence."""
+    """A requested operator has no competitors; `weighted` uses the influence of the layers as weights."""
     model = whole("mistral")
     batches = batches_of(model)
     found = search(model, FusionRecipe(keep_layers=3, operator=operator), batches)
@@ -204,7 +205,7 @@ def test_an_operator_that_was_asked_for_is_the_only_one(operator):
 
 @pytest.mark.parametrize("align", ["none", "permutation", "activation", "transport", "rotation"])
 def test_alignment_is_part_of_the_plan(align):
-    """The alignment that was asked for is undone before weights are averaged."""
+    """The requested alignment is applied before weights are averaged."""
     if align == "transport":
         pytest.importorskip("ot")
     model = whole("qwen3")
@@ -215,7 +216,7 @@ def test_alignment_is_part_of_the_plan(align):
 
 @pytest.mark.parametrize("refit", ["full", "linear", "none"])
 def test_the_method_of_repair(refit):
-    """The search refits by the method that was asked for, or not at all."""
+    """The search uses the requested refit, or none."""
     model = whole("gpt2")
     found = search(model, FusionRecipe(keep_layers=3, refit=refit, operator="freeze"), batches_of(model))
     maps = {"full": {"read", "out"}, "linear": {"linear"}, "none": set()}
@@ -227,7 +228,7 @@ def test_the_method_of_repair(refit):
 @pytest.mark.parametrize("blocks", ["layer", "separate"])
 @pytest.mark.parametrize("mode", ["depth", *MODES])
 def test_sizes_are_kept_to(mode, blocks):
-    """The limit holds for the model that the search ends with."""
+    """The final model of the search meets the size limit."""
     model = whole("gpt2")
     recipe = {"blocks": blocks, "effort": "high" if blocks == "layer" else "low", "refit": "none"}
     sizes = {kind: planned_size(model, plan(kind, (1, 2))) for kind in ("attention", "mlp")}
@@ -241,8 +242,8 @@ def plan(kind, *groups, **changes):
 
 
 def test_groups_that_are_too_large_are_passed_over(monkeypatch):
-    """With a shared basis, one group of three layers and one alone are larger than two groups of two: where only these
-    fit, they are all that is tried, however well the others do."""
+    """With a shared basis, one group of three layers and a single layer are larger than two groups of two. If only the
+    latter meet the limit, only they are tried, even if others have a lower loss."""
     model = whole("gpt2")
     small, large = ((0, 1), (2, 3)), ((1, 2, 3),)
     basis = {"mode": "basis", "rank": 8}
@@ -259,21 +260,21 @@ def test_groups_that_are_too_large_are_passed_over(monkeypatch):
 
 @pytest.fixture(scope="module")
 def table():
-    """A table over eight layers, for tests that put in losses of their own."""
+    """A table of eight layers, for tests with their own losses."""
     model = whole("llama", 8)
     return _Table(model, FusionRecipe(keep_layers=3), batches_of(model, 8), None)
 
 
 def runs(layers, groups):
-    """All partitions of so many layers into runs."""
+    """All partitions of this number of layers into runs."""
     for cuts in itertools.combinations(range(1, layers), groups - 1):
         yield [tuple(range(a, b)) for a, b in itertools.pairwise((0, *cuts, layers))]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
 def test_groups_are_the_best_partition(monkeypatch, table, count):
-    """The groups are those of all partitions into runs whose losses add up to the least; what is alone costs nothing,
-    no run is longer by more than two than an even one, and where longer ones lose more, not all are measured."""
+    """The groups have the lowest sum of losses of all partitions into runs. Single layers cost nothing, no run exceeds
+    the even length by more than two, and longer runs are skipped if shorter ones already lose more."""
     longest, every, measured = -(-8 // count) + 2, 0, 0
     for seed in range(5):
         draw = random.Random(seed)
@@ -301,14 +302,14 @@ def test_groups_are_the_best_partition(monkeypatch, table, count):
 
 
 def test_runs_that_cannot_be_fused_are_avoided(monkeypatch, table):
-    """A run whose loss is infinite is in no partition, where there is another."""
+    """A run with infinite loss is in no partition if another partition exists."""
     monkeypatch.setattr(Trials, "loss", lambda self, edit: float("inf") if {3, 4} <= set(edit.layers) else 1.0)
     for count in (2, 3, 5):
         assert not any({3, 4} <= set(group) for group in table.groups("layer", count))
 
 
 def test_operators_are_those_of_least_loss(monkeypatch, table):
-    """For each group the candidate of least loss is taken; all that were compared are in the scores."""
+    """Each group takes the candidate with the lowest loss, and the scores have all candidates."""
     plan = Plan("llama", 8, (Fuse("layer", (0, 1)), Fuse("layer", (3, 4, 5))))
     draw = random.Random(0)
     costs = {}
@@ -326,7 +327,7 @@ def test_operators_are_those_of_least_loss(monkeypatch, table):
 
 
 def test_the_table_measures_the_model_with_one_group_fused():
-    """Without a refit the table's loss is the calibration loss of the model in which that group alone is fused."""
+    """Without a refit, the loss in the table equals the calibration loss of the model with only that group fused."""
     model = whole("qwen2")
     batches = batches_of(model, 8)
     table = _Table(model, FusionRecipe(keep_layers=3, refit="none"), batches, None)
@@ -344,7 +345,7 @@ def test_the_table_measures_the_model_with_one_group_fused():
 
 @pytest.mark.parametrize("model_type", ["gpt2", "vit", "llama"])
 def test_runs_that_are_linear_come_first(model_type):
-    """What layers leave linear costs nothing to fuse; what they do beside that counts for every layer that is lost."""
+    """Fusing linear layers costs nothing. Otherwise, the nonlinear part counts once for each removed layer."""
     model = whole(model_type)
     architecture = architecture_for(model)
     for layer in architecture.layer_list(model)[1:3]:  # the second and the third add nothing
@@ -366,7 +367,7 @@ def test_runs_that_are_linear_come_first(model_type):
 
 @pytest.mark.parametrize("layers", [2, 5, 6, 12])
 def test_even_spreads_layers(layers):
-    """Runs of equal length, or with one more in the middle ones."""
+    """Runs have equal length, or the middle ones have one layer more."""
     for groups in range(1, layers + 1):
         found = even(layers, groups)
         assert sum(found, ()) == tuple(range(layers))
@@ -393,7 +394,7 @@ def test_the_same_again(mode):
 
 
 def test_data_sets_are_batches():
-    """A tokenised data set with rows of different length gives what its batches give."""
+    """A tokenised data set with rows of different lengths gives the same result as its batches."""
     model = whole("roberta")
     rows = [[2 + (7 * i + 3 * j) % 60 for j in range(5 + i % 7)] for i in range(40)]
     data = Dataset.from_dict({"input_ids": rows, "text": ["x"] * 40, "label": [0] * 40})
@@ -405,7 +406,7 @@ def test_data_sets_are_batches():
 
 
 def test_fused_at_load(tmp_path):
-    """A checkpoint that is fused as it is loaded is what fusing the loaded model gives; batches may be a generator."""
+    """Fusing while loading equals fusing the loaded model; batches may be a generator."""
     model = whole("llama")
     model.save_pretrained(tmp_path)
     batches = batches_of(model)
@@ -415,7 +416,7 @@ def test_fused_at_load(tmp_path):
 
 
 def test_modes_and_grads_come_back():
-    """Training mode is taken over by the result and given back to the model; both can be trained."""
+    """The result has the training mode of the model, and the model keeps it; both can be trained."""
     model = whole("bert").train()
     batches = batches_of(model)
     fused = fuse(model, keep_layers=3, batches=batches, effort="low", check=False)
@@ -429,7 +430,7 @@ def test_modes_and_grads_come_back():
 
 
 def test_weighted_does_not_depend_on_dropout():
-    """The influence of layers is taken without dropout, also from a model in training mode."""
+    """The influence of layers is measured without dropout, even if the model is in training mode."""
     model = whole("bert")
     sample = Sample.of(batches_of(model))
     assert importances(model.train(), sample) == importances(model.eval(), sample)
@@ -437,7 +438,7 @@ def test_weighted_does_not_depend_on_dropout():
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_mixed_layer_types(keep):
-    """Layers of different types do not hinder the search: what cannot be averaged is not chosen."""
+    """The search handles layers of different types: it does not choose an average of them."""
     model = whole("qwen2")
     assert len(set(model.config.layer_types)) == 2
     found = search(model, FusionRecipe(keep_layers=keep), batches_of(model))
@@ -448,7 +449,7 @@ def test_mixed_layer_types(keep):
 
 
 def test_half_precision():
-    """A model in half precision is fused to one in half precision."""
+    """Fusing a model in half precision gives a model in half precision."""
     model = whole("llama").to(torch.bfloat16)
     found = search(model, FusionRecipe(keep_layers=3), batches_of(model))
     assert found.model.dtype == torch.bfloat16
@@ -456,7 +457,7 @@ def test_half_precision():
 
 
 def test_nothing_is_said_on_the_way(capfd):
-    """A search that goes well raises no warning."""
+    """A normal search raises no warning."""
     model = whole("gpt2")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Which convolutions become one: measured, chosen exactly, fitted, and kept in files."""
+"""Merged convolutions: measured, chosen exactly, fitted, and cached in files."""
 
 import copy
 import itertools
@@ -47,7 +47,7 @@ def cifar():
 
 
 class Known:
-    """Milliseconds or losses of entries, as a table that was measured."""
+    """A table of known milliseconds or losses of entries."""
 
     rest, original = 0.0, 100.0
 
@@ -60,7 +60,7 @@ class Known:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_best_choice_of_all(seed):
-    """The sum of losses is the least one that any choice of segments has within the budget."""
+    """The sum of losses is the lowest of all choices of segments within the budget."""
     chance = random.Random(seed)
     links = [Link(3, 1, 4, 4, norm=chance.random()) for _ in range(7)]
     chain = Chain(links, skips=[(0, 2), (2, 4)])
@@ -94,7 +94,8 @@ def test_the_best_choice_of_all(seed):
 
 @pytest.mark.parametrize("name", ["cifar", "basic", "bottleneck", "mobilenet"])
 def test_a_merged_model_is_fitted(name):
-    """The fit leads each segment to where it ended, on images that took no part in it, and never makes things worse."""
+    """The fit brings the output of each segment closer to the original's on unseen images, and never raises the
+    loss."""
     model = network(name)
     entries = [entry for entry in entries_of(model, 3) if entry.end - entry.start == 2]
     edits = [entry.edit for entry in entries[:1] + entries[-1:]]
@@ -112,7 +113,8 @@ def test_a_merged_model_is_fitted(name):
 
 
 def test_what_one_convolution_can_compute_is_found():
-    """A block without its inner activation, whose first convolution does nothing, is one convolution."""
+    """A block without its inner activation, whose first convolution is the identity, becomes one convolution
+    exactly."""
     model = copy.deepcopy(network("cifar"))
     block = model.layers[1]
     block.act1, block.bn1 = nn.Identity(), nn.BatchNorm2d(4).double().eval()
@@ -136,7 +138,7 @@ def test_folding_all_batch_norms_changes_nothing():
 
 @pytest.mark.usefixtures("steady")
 def test_a_budget_is_kept(cifar, tmp_path):
-    """The predicted latency is within it, tables serve other budgets, and less time costs no less loss."""
+    """The predicted latency meets the budget, tables serve other budgets, and a smaller budget has no lower loss."""
     batches, losses = images(cifar), []
     for budget in (0.9, 0.7):
         recipe = MergeRecipe(latency_budget=budget, latency_batch_size=4, latency_repeats=5, tables=str(tmp_path))
@@ -163,7 +165,7 @@ def test_a_budget_is_kept(cifar, tmp_path):
 
 
 def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch):
-    """What is known is not measured again, also after an interruption; files of something else are refused."""
+    """Cached measurements are not repeated, also after an interruption. Caches of other models are refused."""
     sample = Sample.of(images(cifar))
     entries = [entry for entry in entries_of(cifar, 3) if entry.end <= 4]
     losses = Losses(cifar, sample, tmp_path / "losses.json")
@@ -183,9 +185,9 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
     assert len(measured) == 1 + sum(entry.end - entry.start > 1 for entry in entries)
     other = copy.deepcopy(cifar)
     other.classifier.bias.data += 1
-    with pytest.raises(LayerFuseError, match=r"measured on something else: weights was"):
+    with pytest.raises(LayerFuseError, match=r"measured under other conditions: weights was"):
         Losses(other, sample, tmp_path / "losses.json")
-    with pytest.raises(LayerFuseError, match=r"measured on something else: images was"):
+    with pytest.raises(LayerFuseError, match=r"measured under other conditions: images was"):
         Losses(cifar, Sample.of(images(cifar, 8)), tmp_path / "losses.json")
     path = tmp_path / "latency.json"
     latencies = Latencies(cifar, torch.randn(2, 3, 32, 32), path, repeats=2, warmup=1)
@@ -207,7 +209,7 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
 
 
 def test_activations_alone_are_removed(cifar, tmp_path, monkeypatch):
-    """All convolutions stay, and kernels grow, where a convolution takes as long whatever its kernel."""
+    """If latency does not depend on the kernel size, all convolutions stay and kernels grow."""
     monkeypatch.setattr(
         "hf_layerfuse.evaluation.timing.interleaved", lambda runs, device, **_: dict.fromkeys(runs, Timed(9, 0))
     )
@@ -226,7 +228,7 @@ def test_activations_alone_are_removed(cifar, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("steady")
 def test_it_is_chosen_from_what_was_asked_for(cifar, tmp_path):
-    """Kernels are no larger than asked for; `convolutions` merges none; `none` measures what it will not fit."""
+    """Kernels respect the limit; `convolutions` merges none; `none` measures without a fit."""
     every = {entry.key for entry in entries_of(cifar, 7)}
     assert {entry.key for entry in entries_of(cifar, 3)} < every
     assert all(int(key.split(",")[2]) <= 7 for key in every)
@@ -248,8 +250,8 @@ def test_it_is_chosen_from_what_was_asked_for(cifar, tmp_path):
 
 @pytest.mark.usefixtures("steady")
 def test_what_is_small_goes_first(cifar, tmp_path):
-    """By magnitude, convolutions are taken out whose weights are smallest, nothing is measured but time, and whatever
-    a budget allows is in the notes."""
+    """`magnitude` removes the convolutions with the smallest weights and measures only latency. The notes have the
+    results of all budgets."""
     model = copy.deepcopy(cifar)
     for conv in (model.layers[2].conv1, model.layers[1].conv2):
         nn.init.normal_(conv.weight, std=1e-6)
@@ -270,8 +272,8 @@ def test_what_is_small_goes_first(cifar, tmp_path):
 
 @pytest.mark.usefixtures("steady")
 def test_segments_are_trained_before_they_are_judged(cifar, tmp_path):
-    """A few steps lead every segment nearer to the original, on images that it was not trained on; another number of
-    steps is another table, and none is what there was."""
+    """A few steps bring every segment closer to the original on unseen images. Another number of steps has another
+    table, and zero steps use the earlier table."""
     batches, sample = images(cifar, 24), Sample.of(images(cifar, 24))
     entries = [entry for entry in entries_of(cifar, 3) if entry.end <= 4]
     plain, tuned = (Losses(cifar, sample, tuned=steps) for steps in (0, 10))
@@ -293,7 +295,8 @@ def test_segments_are_trained_before_they_are_judged(cifar, tmp_path):
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_every_entry_is_timed_at_its_shape(name):
-    """Each part runs on images of the size that its segment reads, and gives those that the next one reads."""
+    """Each part is timed with images of the size that its segment reads, and returns the size that the next one
+    reads."""
     model = network(name)
     latencies = Latencies(model, torch.randn(1, 3, 41, 47, dtype=torch.float64), repeats=1, warmup=0)
     for entry in entries_of(model, 5):
@@ -303,7 +306,8 @@ def test_every_entry_is_timed_at_its_shape(name):
 
 
 def test_what_lies_between_parts_is_counted(cifar, steady, monkeypatch):
-    """Where a model takes its parts at some pace and a time beside them, each chain is thought to take just that."""
+    """If a model runs its parts at another speed and takes time between them, the prediction is exact for each
+    chain."""
     entries = entries_of(cifar, 5)
     latencies = Latencies(cifar, torch.randn(2, 3, 32, 32), repeats=1, warmup=0)
     latencies.measure(entries)
@@ -316,7 +320,7 @@ def test_what_lies_between_parts_is_counted(cifar, steady, monkeypatch):
         latencies.measure(entries)
         assert (latencies.rest, latencies.pace) == pytest.approx((rest, pace))
         assert latencies.rest + sum(map(latencies.of, ones)) == pytest.approx(latencies.table.values["folded"]["ms"])
-    # a model that gains more than its parts do: no less than nothing is beside them
+    # if a model gains more than its parts, the time between parts is 0, not negative
     monkeypatch.setattr(latencies, "model_of", lambda plan: 0.0)
     latencies.measure(entries)
     assert latencies.rest >= 0

@@ -10,7 +10,7 @@ from hf_layerfuse.models.architectures.segments import Chain, Link, Merged
 
 
 def resnet34() -> Chain:
-    """Its stem is followed by a pooling, so that it stands for itself anyway."""
+    """ResNet-34. A pooling follows its stem, so the stem is never merged."""
     links, skips = [Link(7, 2, 3, 64)], []
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for _ in range(blocks):
@@ -21,7 +21,7 @@ def resnet34() -> Chain:
 
 
 def mobilenet_v2() -> Chain:
-    """Without the last convolution; after the one that follows a stride of 2, nothing is merged."""
+    """MobileNetV2 without its last convolution. No merge crosses the end of a block with a stride of 2."""
     links, skips, barriers = [Link(3, 2, 3, 32), Link(3, 1, 32, 32, True), Link(1, 1, 32, 16)], [], set()
     for width, blocks, stride in ((24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1)):
         for block in range(blocks):
@@ -43,7 +43,7 @@ def test_published_networks_have_the_published_tables(network, segments, entries
 
 
 def test_skips_and_barriers_and_strides_end_segments():
-    """A chain of one skip, a stride and a barrier, by hand."""
+    """Segments of a hand-written chain with one skip, a stride and a barrier."""
     links = [Link(3, 1, 4, 4)] * 3 + [Link(3, 2, 4, 8), Link(1, 1, 8, 8), Link(3, 1, 8, 8)]
     inside = [(0, 1), (0, 3), (0, 4), (1, 2), (1, 3), (1, 4), (2, 3), (3, 4), (3, 5), (4, 5)]
     assert Chain(links, skips=[(1, 3)]).segments() == inside
@@ -52,7 +52,7 @@ def test_skips_and_barriers_and_strides_end_segments():
 
 @st.composite
 def chains(draw):
-    """Up to seven convolutions behind one that stays, of any kernel and stride."""
+    """Up to seven convolutions of any kernel and stride, after one that always stays."""
     links = [Link(1, 1, 4, 4)]
     for _ in range(draw(st.integers(1, 7))):
         ins, outs = links[-1].outs, draw(st.sampled_from([4, 4, 4, 8]))
@@ -65,7 +65,7 @@ def chains(draw):
 
 
 def of(network: Chain, j: int, kept) -> Merged:
-    """What convolutions 1 to j become where these stay."""
+    """Kernel of convolutions 1 to j if only these stay."""
     kernel, scale = 1, 1
     for place in range(1, j + 1):
         link = network.links[place]
@@ -77,8 +77,8 @@ def of(network: Chain, j: int, kept) -> Merged:
 @settings(deadline=None, max_examples=150)
 @given(chains())
 def test_kernels_are_those_of_all_subsets(network):
-    """Each subset that keeps what changes the shape gives one of the kernels, and of those that give one, the best is
-    found: as many of one pixel, then the largest norms."""
+    """Every subset that keeps the shape-changing convolutions gives one of the kernels. Among subsets with the same
+    kernel, the best is found: most 1 x 1 convolutions first, then the largest norms."""
     j, links = network.length, network.links
     places = range(1, j + 1)
     fixed = {place for place in places if links[place].fixed}

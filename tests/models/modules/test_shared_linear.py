@@ -1,4 +1,4 @@
-"""Relaxed sharing: low-rank residuals on shared weights, and shared bases, from their factors to their checkpoints."""
+"""Low-rank residuals on shared weights, and shared bases, from their factors to their checkpoints."""
 
 import copy
 import subprocess
@@ -87,7 +87,8 @@ def cost(inputs, error):
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9), (6, 6)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_low_rank_is_the_best(numbers, shape, weighted):
-    """No other product of that rank is nearer: compared with the whitened SVD, and with descent from many starts."""
+    """No other product of that rank is closer: compared with the whitened SVD, and with gradient descent from many
+    starts."""
     delta = torch.randn(shape, generator=numbers, dtype=torch.float64)
     inputs = torch.randn(40, shape[1], generator=numbers, dtype=torch.float64) @ torch.diag(
         torch.logspace(-1, 1, shape[1], dtype=torch.float64)
@@ -99,7 +100,7 @@ def test_low_rank_is_the_best(numbers, shape, weighted):
         assert (left.shape, right.shape) == ((shape[0], rank), (rank, shape[1]))
         torch.testing.assert_close(right @ right.T, torch.eye(rank, dtype=torch.float64))
         ours = cost(inputs, delta - left @ right)
-        # the singular values that are left out are the least cost that there is (Eckart and Young)
+        # the singular values left out give the lowest possible cost (Eckart and Young)
         least = torch.linalg.svdvals(inputs @ delta.T)[rank:].norm().item()
         assert ours == pytest.approx(least, rel=1e-4, abs=1e-10)
         for _ in range(3):
@@ -111,7 +112,7 @@ def test_low_rank_is_the_best(numbers, shape, weighted):
 
 
 def test_low_rank_is_the_truncated_svd(numbers):
-    """Without a Gram matrix B = U_r S_r and A = V_r^T, up to the signs of the singular vectors."""
+    """Without a Gram matrix, B = U_r S_r and A = V_r^T, up to the signs of the singular vectors."""
     delta = torch.randn(7, 5, generator=numbers)
     left, right = low_rank(delta, 3)
     u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)
@@ -121,7 +122,7 @@ def test_low_rank_is_the_truncated_svd(numbers):
 
 
 def test_a_gram_matrix_never_hurts(numbers):
-    """With that of the inputs the outputs are never worse than without, whatever its rank, scale and rounding."""
+    """With the Gram matrix of the inputs, outputs are never worse than without it, for any rank, scale and rounding."""
     for tokens, scale, dtype in ((60, 1, torch.float64), (4, 1e-3, torch.float64), (30, 1e4, torch.float32)):
         for rank in range(1, 13):
             delta = torch.randn(16, 12, generator=numbers)
@@ -133,7 +134,7 @@ def test_a_gram_matrix_never_hurts(numbers):
 
 
 def test_singular_gram_matrices(numbers):
-    """Few tokens, dead inputs or none: exact where calibration decides, and the plain SVD where it does not."""
+    """Few tokens, dead inputs or no inputs: exact in directions that inputs use, and the plain SVD in others."""
     delta = torch.randn(10, 8, generator=numbers).double()
     inputs = torch.randn(3, 8, generator=numbers).double()
     left, right = low_rank(delta, 3, inputs.T @ inputs)
@@ -143,7 +144,7 @@ def test_singular_gram_matrices(numbers):
     plain = low_rank(delta, 4)
     nothing = low_rank(delta, 4, torch.zeros(8, 8))
     torch.testing.assert_close(nothing[0] @ nothing[1], plain[0] @ plain[1])
-    # three tokens decide about three directions; the others are those of what remains, in the plain norm
+    # three tokens determine three directions; the plain norm determines the others
     left, right = low_rank(delta, 5, inputs.T @ inputs)
     decided = torch.linalg.svd(delta @ inputs.T).U[:, :3]
     rest = delta - decided @ decided.T @ delta
@@ -151,14 +152,15 @@ def test_singular_gram_matrices(numbers):
 
 
 def test_nothing_is_left_to_approximate():
-    """A zero matrix has the residual that LoRA starts with: B is zero, A is not, so that B can learn."""
+    """A zero matrix gives the initial residual of LoRA: B is zero and A is not, so that B can learn."""
     left, right = low_rank(torch.zeros(6, 4), 2)
     assert not left.any()
     torch.testing.assert_close(right @ right.T, torch.eye(2, dtype=torch.float64))
 
 
 def test_shared_basis_is_the_papers(numbers):
-    """In the paper's orientation and with its whitening: basis S^-1 U_k S_k, coefficients V_k^T, for S^T S = X^T X."""
+    """The basis equals the paper's, in its orientation and whitening: basis S^-1 U_k S_k, coefficients V_k^T, for S^T S
+    = X^T X."""
     weights = [torch.randn(7, 5, generator=numbers).double() for _ in range(3)]
     inputs = torch.randn(50, 5, generator=numbers).double()
     for whitening in (torch.eye(5).double(), torch.linalg.cholesky(inputs.T @ inputs).T):
@@ -175,7 +177,7 @@ def test_shared_basis_is_the_papers(numbers):
 
 
 def test_full_basis_is_exact(numbers):
-    """As many basis vectors as inputs, or as outputs of all maps together, reproduce the maps; one less does not."""
+    """As many basis vectors as inputs, or as outputs of all maps together, reproduce the maps; one fewer does not."""
     for outs, ins, full in ((9, 6, 6), (2, 8, 6)):
         weights = [torch.randn(outs, ins, generator=numbers).double() for _ in range(3)]
         grams = [g.T @ g for g in torch.randn(3, 20, ins, generator=numbers)]
@@ -188,7 +190,8 @@ def test_full_basis_is_exact(numbers):
 
 
 def test_coefficients_for_each_maps_own_inputs(numbers):
-    """With one Gram matrix per map, no map is worse on its own inputs than with their sum, and one is better."""
+    """With one Gram matrix per map, no map is worse on its own inputs than with their sum, and at least one is
+    better."""
     weights = [torch.randn(7, 5, generator=numbers).double() for _ in range(3)]
     inputs = [torch.randn(20, 5, generator=numbers).double() * torch.rand(5, generator=numbers) for _ in range(3)]
     grams = [x.T @ x for x in inputs]
@@ -214,7 +217,7 @@ def test_coefficients_for_each_maps_own_inputs(numbers):
     ],
 )
 def test_factors_refuse(call, message):
-    """A rank or a Gram matrix that does not fit is named, with what would."""
+    """An invalid rank or Gram matrix gives an error that names it and the allowed values."""
     with pytest.raises(LayerFuseError, match=message):
         call(torch.ones(6, 4))
 
@@ -225,7 +228,7 @@ def test_factors_refuse(call, message):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("make", [nn.Linear, lambda ins, outs, bias: Conv1D(outs, ins)], ids=["Linear", "Conv1D"])
 def test_modules_compute_what_they_merge_to(make, bias):
-    """A relaxed map equals its stock module with the merged weight, whatever the orientation and leading shape."""
+    """A map with a residual equals its stock module with the merged weight, for any orientation and leading shape."""
     stock = make(5, 7, bias=bias)
     for module, names in (
         (relax(stock, "share", 2), {"weight", "bias", "residual_in", "residual_out"}),
@@ -256,7 +259,7 @@ def test_modules_compute_what_they_merge_to(make, bias):
 
 
 def test_fresh_weights_have_the_usual_size():
-    """A basis that is drawn to train from scratch makes weights of the variance that nn.Linear gives its own."""
+    """A basis initialised for training from scratch gives weights with the variance of nn.Linear."""
     torch.manual_seed(0)
     stock = nn.Linear(256, 300)
     for rank in (8, 64):
@@ -269,14 +272,14 @@ def test_fresh_weights_have_the_usual_size():
 
 @pytest.mark.parametrize("operator", ["mean", "freeze", "telescope", "mix"])
 def test_full_residual_reproduces_the_original(model_type, operator):
-    """With a residual of full rank nothing is lost, whatever the operator made of the shared weights."""
+    """A residual of full rank restores the original for any operator."""
     edits = (Fuse("layer", (1, 3), "share", operator, rank=FULL), Fuse("mlp", (2, 4, 5), "share", operator, rank=FULL))
     model = tiny_model(model_type)
     assert max(distance(apply(model, Plan(model_type, LAYERS, edits)), model)) < 1e-4
 
 
 def test_full_basis_reproduces_the_original(model_type):
-    """With as many basis vectors as inputs nothing is lost."""
+    """A basis with as many vectors as inputs restores the original."""
     model = tiny_model(model_type)
     wide = max(p.shape[axis] for p in layer_list(model)[0].parameters() if p.ndim == 2 for axis in (0, 1))
     edits = (Fuse("attention", (0, 1, 4), "basis", rank=32), Fuse("mlp", (2, 3, 4, 5), "basis", rank=min(wide, 128)))
@@ -285,7 +288,7 @@ def test_full_basis_reproduces_the_original(model_type):
 
 @pytest.mark.parametrize("mode", ["share", "basis"])
 def test_error_falls_with_rank(model_type, mode):
-    """The weights come nearer to the original's with every rank, and end there."""
+    """The weights approach the original's as the rank grows, and reach them."""
     model = tiny_model(model_type)
     ranks = [r for r in (0, 1, 4, 16, 32) if r or mode == "share"]
     errors = []
@@ -297,7 +300,7 @@ def test_error_falls_with_rank(model_type, mode):
 
 
 def test_rank_zero_is_plain_sharing(model_type):
-    """Without a rank there is no module of this library in the model, and no new name in its state dict."""
+    """With rank 0, the model has no module of this library, and no new name in its state dict."""
     edits = (Fuse("layer", (1, 3), "share", "mean"),)
     model = tiny_model(model_type)
     plain = apply(model, Plan(model_type, LAYERS, edits))
@@ -307,7 +310,7 @@ def test_rank_zero_is_plain_sharing(model_type):
 
 
 def test_what_is_shared_and_what_is_not(model_type):
-    """Weights and bases are one tensor over the depths, residuals, coefficients and biases one for each."""
+    """Weights and bases are one tensor for all depths; residuals, coefficients and biases are separate."""
     model = fused(model_type, RESIDUAL, BASIS, Drop("attention", 5))
     layers = layer_list(model)
     for group, shared in ((RESIDUAL.layers, "weight"), (BASIS.layers, "basis")):
@@ -334,7 +337,8 @@ def test_what_is_shared_and_what_is_not(model_type):
 
 @both
 def test_saved_once_and_loaded_alike(tmp_path, model_type, edit):
-    """The file holds each shared tensor once and each residual; a reload has equal outputs and the same ties."""
+    """The file holds each shared tensor once, and each residual. The reloaded model has equal outputs and the same
+    ties."""
     model = fused(model_type, edit)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -349,7 +353,7 @@ def test_saved_once_and_loaded_alike(tmp_path, model_type, edit):
 
 
 def test_fresh_process_gives_the_same_logits(tmp_path):
-    """A process that knows nothing but the paths and the library gets the outputs to the bit."""
+    """A new process with only the path and the library computes the outputs to the bit."""
     for model_type in ("gpt2", "vit", "llama"):
         for edit in (RESIDUAL, BASIS):
             model = fused(model_type, edit, head=heads_of(model_type)[-1])
@@ -374,7 +378,7 @@ def test_fresh_process_gives_the_same_logits(tmp_path):
 
 @pytest.mark.parametrize("dropped", [0, 5])
 def test_expands_to_an_equal_stock_model(model_type, dropped):
-    """Residuals and bases are multiplied out: a stock class and size, the same outputs, blocks that are gone too."""
+    """Expansion multiplies residuals and bases out: stock class and size, the same outputs, removed blocks included."""
     edits = (Fuse("layer", (1, 3), "share", "mean", rank=3), Fuse("mlp", (2, 4), "basis", rank=8), Drop("mlp", dropped))
     model = fused(model_type, *edits)
     stock = expand(model)
@@ -388,7 +392,7 @@ def test_expands_to_an_equal_stock_model(model_type, dropped):
 
 
 def test_mixed_plan(model_type):
-    """Groups with a rank, without one, with a basis and dropped blocks live in one model, which verifies."""
+    """One model can have groups with a rank, without one, with a basis, and dropped blocks; it verifies."""
     model = tiny_model(model_type)
     edits = (
         Fuse("attention", (0, 1), "share", "mean", rank=2),
@@ -408,7 +412,7 @@ def test_mixed_plan(model_type):
 
 @both
 def test_trains_and_stays_tied(model_type, edit):
-    """Every parameter gets a gradient and changes; what is tied stays tied, and reloads so."""
+    """Every parameter gets a gradient and changes; ties remain in training and after reloading."""
     model = fused(model_type, edit).train()
     ties = dict(model.all_tied_weights_keys)
     before = {name: p.detach().clone() for name, p in layer_list(model).named_parameters()}
@@ -430,7 +434,7 @@ def test_trains_and_stays_tied(model_type, edit):
 
 
 def test_frozen_layer_starts_as_lora_does():
-    """The layer whose weights are kept has nothing to correct: its B is zero, and learns, and then its A does."""
+    """The layer whose weights are kept needs no correction: its B starts at zero and learns first, then A does."""
     model = fused("llama", Fuse("mlp", (1, 2), "share", rank=2))
     kept, other = (layer_list(model)[i].mlp.up_proj for i in (2, 1))
     assert not kept.residual_out.any()
@@ -465,7 +469,7 @@ def test_half_precision(model_type, edit, dtype):
 
 @both
 def test_starts_from_scratch(model_type, edit):
-    """Built from its config alone, a model has finite weights, ties, and full residuals that add nothing at first."""
+    """A model built from its config alone has finite weights, ties, and residuals that initially add nothing."""
     config = fused(model_type, edit).config
     torch.manual_seed(0)
     model = fused_class(heads_of(model_type)[0])(copy.deepcopy(config)).eval()
@@ -484,8 +488,8 @@ def test_starts_from_scratch(model_type, edit):
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "qwen3"])
 @both
 def test_missing_residuals_are_named_and_drawn(tmp_path, model_type, edit):
-    """A checkpoint without its residuals or coefficients is refused; transformers itself draws them, and the rest
-    is what the file holds."""
+    """A checkpoint without its residuals or coefficients is refused. transformers itself initialises them, and loads
+    the rest from the file."""
     model = fused(model_type, edit)
     own = "residual_in" if edit.mode == "share" else "coefficients"
     state = {name: value for name, value in model.state_dict().items() if not name.endswith(own)}
@@ -505,7 +509,7 @@ def test_missing_residuals_are_named_and_drawn(tmp_path, model_type, edit):
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 @both
 def test_another_head_takes_the_body(tmp_path, model_type, edit):
-    """A new head on a saved body is drawn anew; the relaxed body is loaded as it is, and tied as it is."""
+    """A new head on a saved body is initialised; the body with residuals is loaded with its ties."""
     by_name = {head.__name__.removeprefix("Llama").removeprefix("GPT2"): head for head in heads_of(model_type)}
     body = fused(model_type, edit, head=by_name["Model"])
     body.save_pretrained(tmp_path)
@@ -517,7 +521,7 @@ def test_another_head_takes_the_body(tmp_path, model_type, edit):
 
 
 def test_rank_beyond_every_matrix_is_refused(model_type):
-    """A rank that no matrix of the group has is an error; one that some have is full in the others."""
+    """A rank that no matrix of the group can have is an error. If some can, the others get their full rank."""
     model = tiny_model(model_type)
     for kind, mode, layers, most in (
         ("attention", "share", (1, 2), 32),
@@ -532,7 +536,7 @@ def test_rank_beyond_every_matrix_is_refused(model_type):
 
 
 def test_llama_keys_have_fewer_dimensions_than_queries():
-    """Grouped keys and values get the full rank that they can have where the queries get more."""
+    """Grouped keys and values get their full rank, which is smaller than that of the queries."""
     model = fused("llama", Fuse("attention", (1, 2), "share", rank=20))
     attention = layer_list(model)[1].self_attn
     assert (len(attention.q_proj.residual_in), len(attention.k_proj.residual_in)) == (20, 16)
@@ -541,7 +545,7 @@ def test_llama_keys_have_fewer_dimensions_than_queries():
 
 
 def test_maps_that_are_not_plain_are_refused():
-    """A subclass of nn.Linear may compute something else, so its block is not relaxed; sharing it is as before."""
+    """A subclass of nn.Linear may compute something else, so it gets no residual; it can still be shared."""
 
     class Scaled(nn.Linear):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""A model is checked once by each function that users call, and plans by shape alone."""
+"""Each public function checks a model once, and checks plans by shape alone."""
 
 from collections.abc import Callable
 
@@ -30,7 +30,7 @@ def timed(model: PreTrainedModel) -> None:
 
 
 def refitted(model: PreTrainedModel) -> None:
-    """The student is made of a model that is not damaged."""
+    """Refit with a student made from an undamaged model."""
     refit(apply(tiny_model("llama"), SHARED), model, SHARED, some_batches(model))
 
 
@@ -56,7 +56,7 @@ def model_for(name: str) -> PreTrainedModel:
 @pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize("name", FRONT_DOORS)
 def test_weights_are_read_once(name: str, monkeypatch: pytest.MonkeyPatch):
-    """However many candidates a search tries, one scan looks for weights that are NaN or not loaded."""
+    """One scan finds weights that are NaN or not loaded, for any number of candidates of a search."""
     scanned = []
     monkeypatch.setattr(checks, "check_weights", scanned.append)
     model = model_for(name)
@@ -66,7 +66,7 @@ def test_weights_are_read_once(name: str, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(("name", "call"), [*FRONT_DOORS.items(), ("refit", refitted)])
 def test_damaged_weights_are_refused(name: str, call: Callable[[PreTrainedModel], object]):
-    """Each function that users call refuses a model with NaN in its weights, and names the weight."""
+    """Each public function refuses a model with NaN in its weights, and names the weight."""
     model = model_for(name)
     path, weight = list(model.named_parameters())[-1]
     kept = weight.detach().clone()

@@ -1,4 +1,4 @@
-"""Convolutions that became one: the same function as before they were merged, whatever the network and the image."""
+"""Merged convolutions compute the same function as before, for any network and image."""
 
 import copy
 from dataclasses import replace
@@ -50,7 +50,8 @@ def logits(model, height: int = 48, width: int = 48) -> torch.Tensor:
 
 
 def assert_equal(ours, theirs, tolerance: float) -> None:
-    """Relative to what differs from image to image: much of the logits of a random network is the same for all."""
+    """Compare relative to the variation between images, because large parts of random logits are the same for all
+    images."""
     assert torch.isfinite(ours).all()
     assert (ours - theirs).abs().max() <= tolerance * (theirs - theirs.mean(0)).abs().max()
 
@@ -59,7 +60,7 @@ def assert_equal(ours, theirs, tolerance: float) -> None:
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 10**6), size=st.tuples(st.integers(33, 70), st.integers(33, 70)))
 def test_merged_is_unmerged(name, seed, size):
-    """One convolution computes what those that stay compute, for images of all sizes, merged at once or later."""
+    """One convolution computes the same as the kept ones, for images of all sizes, merged at once or later."""
     model = network(name)
     plan = some_chain_plan(model, seed, merged=False)
     whole = replace(plan, edits=tuple(replace(edit, merged=True) for edit in plan.edits))
@@ -74,10 +75,8 @@ def test_merged_is_unmerged(name, seed, size):
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_merged_model_is_a_model(name):
-    """It saves and reloads bit for bit, has gradients and is exported, and so does and is one with open segments.
-
-    In float32, merged and unmerged are equal to rounding.
-    """
+    """Merged models, and models with open segments, save and reload to the bit, have gradients, and can be exported. In
+    float32, merged and unmerged outputs are equal up to rounding."""
     model = network(name)
     plan = some_chain_plan(model, 3)
     merged = apply(model, plan)
@@ -102,7 +101,7 @@ def test_an_empty_plan_changes_nothing(name):
 
 
 def test_moved_padding_changes_the_border_alone():
-    """Where no activation is in between, a segment gives inside of an image what it gave."""
+    """Without activations in between, a merged segment computes the same except at the border."""
     model = copy.deepcopy(network("cifar"))
     for place in (0, 1):
         model.layers[place].act1 = nn.Identity()
@@ -117,7 +116,7 @@ def test_moved_padding_changes_the_border_alone():
 
 
 def test_a_branch_of_which_nothing_is_left_adds_nothing():
-    """A residual block without convolutions gives its input once, and not twice."""
+    """A residual block without convolutions returns its input once, not twice."""
     model = network("cifar")
     small = apply(model, chain_plan(model, MergeConvs(0, 4, (4,), merged=False)))
     block, images = small.layers[0], torch.rand(1, 4, 9, 9, dtype=torch.float64)
@@ -127,7 +126,8 @@ def test_a_branch_of_which_nothing_is_left_adds_nothing():
 
 
 def test_convolutions_are_taken_out():
-    """Its activation stays; a block of which both are gone gives its input; what changes the shape cannot go."""
+    """The activation of a removed convolution stays. A block without convolutions returns its input. A convolution that
+    changes the shape cannot be removed."""
     model = network("cifar")
     small = apply(model, chain_plan(model, MergeConvs(0, 1, ()), MergeConvs(1, 2, ()), MergeConvs(2, 3, ())))
     images = torch.rand(2, 4, 9, 9, dtype=torch.float64)
@@ -141,7 +141,7 @@ def test_convolutions_are_taken_out():
 
 
 def test_a_linear_bottleneck_ends_with_an_activation_when_it_is_merged():
-    """After the sum where there is one, as published."""
+    """As published, the activation follows the sum, if there is one."""
     model = network("mobilenet")
     units = architecture_for(model, ConvGraphArchitecture).convolutions(model).units
     inside = [i for i, unit in enumerate(units) if unit.act == "mobilenet_v2.layer.1.activation"]
@@ -158,7 +158,7 @@ def test_a_linear_bottleneck_ends_with_an_activation_when_it_is_merged():
 
 
 def test_depthwise_convolutions_stay_depthwise():
-    """Of two depthwise convolutions and nothing else comes a depthwise one; padding that differs by side is kept."""
+    """Only depthwise convolutions merge into a depthwise one; padding that differs by side is kept."""
     torch.manual_seed(0)
     model = network("mobilenet")
     chain = chain_of(model)
@@ -171,7 +171,7 @@ def test_depthwise_convolutions_stay_depthwise():
 
 
 def test_it_is_trained_while_it_is_open():
-    """The usual path: open, healed, merged; the merged model is what was trained, and can be trained further."""
+    """The usual order is open, heal, merge. The merged model equals the trained one, and can be trained further."""
     model = copy.deepcopy(network("basic")).float()
     small = apply(model, some_chain_plan(model, 5, merged=False))
     rows = [{"pixel_values": torch.randn(3, 48, 48), "labels": i % 3} for i in range(8)]
@@ -185,7 +185,7 @@ def test_it_is_trained_while_it_is_open():
 
 
 def test_a_checkpoint_is_loaded_as_it_was_saved(tmp_path):
-    """By `AutoFusedModel` and by the Auto class alike, with the plan in its config."""
+    """`AutoFusedModel` and the Auto class load the checkpoint, with the plan in its config."""
     model = copy.deepcopy(network("mobilenet")).float()
     small = apply(model, some_chain_plan(model, 7))
     small.save_pretrained(tmp_path)
@@ -228,7 +228,7 @@ def test_plans_that_fit_nothing_are_refused():
 
 
 def test_each_architecture_says_what_it_can():
-    """Chains are not fused, transformers not merged, and what was merged has no stock class."""
+    """Convolutional chains cannot be fused, transformers cannot be merged, and merged models have no stock class."""
     model = network("basic")
     with pytest.raises(UnsupportedModelError, match="'resnet' has no layers to fuse"):
         fuse(model, keep_layers=1)
@@ -270,7 +270,7 @@ def test_plans_survive_json():
     ],
 )
 def test_architectures_see_the_published_chains(make, config, segments, entries):
-    """ResNet-34 and MobileNetV2 have as many segments and entries as published."""
+    """ResNet-34 and MobileNetV2 have the published numbers of segments and entries."""
     with torch.device("meta"):
         model = make(config)
     chain = chain_of(model)

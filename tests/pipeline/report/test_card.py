@@ -1,4 +1,4 @@
-"""A model card says what became of what, carries the licence of the original, and holds the recipe that made it."""
+"""A model card lists the changes, has the licence of the original, and contains the recipe of the run."""
 
 import dataclasses
 import re
@@ -16,12 +16,12 @@ from hf_layerfuse.recipe import Recipe, load_recipe
 
 
 def test_says_what_became_of_what():
-    """The plan is a table, with a row for what stayed; the first sentence has size, speed and quality."""
+    """The plan is a table with a row for unchanged blocks; the first sentence has size, speed and quality."""
     text = model_card(recipe(), PLAN, RESULTS, "accelerate launch fuse.py x.yaml").content
     assert "75% of the parameters, 1.50 times as fast at batch 8, accuracy 0.875 (before: 0.9)" in text
     assert "| Layers 2, 3 | become one, which runs once (freeze) |" in text
     assert "| The attention of layer 7 | dropped |" in text
-    assert "| All others | as they are |" in text
+    assert "| All others | unchanged |" in text
     assert "It was not retrained" in text
     better = dataclasses.replace(SMALLER, metrics={"accuracy": 0.89})
     healed = model_card(recipe(), PLAN, results(healed=better), "x").content
@@ -29,14 +29,14 @@ def test_says_what_became_of_what():
     assert "It was not retrained" not in healed
     worse = healed_by(dataclasses.replace(REPORT, best_step=0))
     kept = model_card(recipe(), PLAN, results(rounds=worse), "x").content
-    assert "no weights that validated better" in kept
-    assert "no weights that validated better" not in healed
+    assert "did not lower the validation loss" in kept
+    assert "did not lower the validation loss" not in healed
 
 
 def test_blocks_that_stay_have_a_row():
-    """Also where each layer has an edit, of its attention alone."""
+    """Unchanged blocks have a row, even if each layer has an edit of its attention."""
     halves = Plan("bert", 4, (*(Drop("attention", layer) for layer in range(3)), Fuse("mlp", (0, 1, 2, 3))))
-    assert change_table(halves)[-1] == ["All others", "as they are"]
+    assert change_table(halves)[-1] == ["All others", "unchanged"]
     whole = Plan("bert", 4, (Fuse("layer", (0, 1)), Fuse("layer", (2, 3))))
     assert change_table(whole)[-1][0] == "Layers 2, 3"
 
@@ -44,13 +44,13 @@ def test_blocks_that_stay_have_a_row():
 def test_merged_convolutions_have_a_row_each():
     made = recipe(fusion=None, merge=MergeRecipe(latency_budget=0.5), task="image-classification")
     text = model_card(made, MERGED, RESULTS, "x").content
-    assert "## What became of its 3 convolutions" in text
+    assert "## Changes to its 3 convolutions" in text
     assert "| Convolutions 1, 2 | become one, made of 2 |" in text
-    assert "| All others | as they are, with batch norms folded |" in text
+    assert "| All others | batch norms folded |" in text
 
 
 def test_metrics_are_in_the_model_index():
-    """The Hub reads the last stage from the card, with task, data and the model that it was made from."""
+    """The Hub reads the last stage from the card, with task, data and base model."""
     data = ModelCard(model_card(recipe(), PLAN, RESULTS, "x").content).data
     [evaluation] = data.eval_results
     assert (evaluation.metric_type, evaluation.metric_value) == ("accuracy", 0.875)
@@ -65,7 +65,7 @@ def test_metrics_are_in_the_model_index():
 
 
 def test_the_recipe_in_the_card_makes_the_same_run(tmp_path):
-    """What is folded away in the card is a recipe file, with every field."""
+    """The folded section of the card is a recipe file with every field."""
     made = recipe(seed=3, fusion=FusionRecipe(ratio=0.5, mode="share", rank=4))
     text = model_card(made, PLAN, RESULTS, "accelerate launch fuse.py x.yaml --seed 3").content
     [found] = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
@@ -88,7 +88,7 @@ def test_the_recipe_in_the_card_makes_the_same_run(tmp_path):
     ],
 )
 def test_the_licence_is_that_of_the_original(tmp_path, front, found):
-    """It is carried over from the card of the original; where there is none, the card says so."""
+    """The licence comes from the card of the original; without one, the card says so."""
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# A model\n")
     assert licence_of(str(tmp_path)) == found
     card = model_card(recipe(), PLAN, RESULTS, "x", licence=licence_of(str(tmp_path)))
@@ -97,13 +97,13 @@ def test_the_licence_is_that_of_the_original(tmp_path, front, found):
 
 
 def test_a_model_without_a_card_has_no_licence(tmp_path):
-    """Neither a path nor a name on a Hub that cannot be reached is an error."""
+    """A path without a card, or a Hub name that cannot be reached, is not an error."""
     assert licence_of(str(tmp_path)) == {}
     assert licence_of("nobody/nothing") == {}
 
 
 def test_use_is_what_loads_it():
-    """Stock checkpoints need nothing; others the library, or trust in the code that is beside the weights."""
+    """Stock checkpoints load without imports. Others need the library, or trust in the code beside the weights."""
     stock = model_card(recipe(), Plan("bert", 12, (Fuse("layer", (2, 3)),)), RESULTS, "x").content
     assert "import hf_layerfuse" not in stock
     assert "It is a stock checkpoint" in stock
@@ -116,13 +116,13 @@ def test_use_is_what_loads_it():
 
 
 def test_shipped_cards_are_of_this_form():
-    """Those in model_cards/ have what a card made now would have, and their pictures are there."""
+    """Cards in model_cards/ have the form of a new card, and their pictures exist."""
     cards = sorted((ROOT / "model_cards").glob("*/README.md"))
     assert len(cards) >= 3
     for path in cards:
         card = ModelCard.load(path)
         assert card.data.eval_results
         assert card.data.license or "states no licence" in card.content
-        assert "The recipe, all of it" in card.content
+        assert "Full recipe" in card.content
         for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", card.content):
             assert (path.parent / picture).is_file()

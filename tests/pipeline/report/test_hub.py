@@ -1,4 +1,4 @@
-"""What is published on a Hub comes back from it, and nothing is published by halves; with the real client."""
+"""Published results can be loaded from a Hub, and nothing is published partially. These tests use the real client."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def site(tmp_path):
 
 
 def python(site: Hub, home: Path, *command: str, token: str | None = TOKEN) -> subprocess.CompletedProcess:
-    """Run Python in a fresh process that knows this Hub, and who is logged in."""
+    """Run Python in a new process with this Hub and this login."""
     own = {"HF_ENDPOINT": site.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home / "home")}
     environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"} | own
     environment |= {"HF_TOKEN": token} if token else {}
@@ -42,8 +42,8 @@ print("SUM", f"{model(torch.arange(8)[None]).logits.double().sum().item():.9f}")
 
 @pytest.mark.slow
 def test_a_run_is_published_and_comes_back(tmp_path, site) -> None:
-    """Checkpoint, tokenizer, plan, figures and card in one commit, on a branch of a private repository; whoever may
-    not see it is told so; the token is nowhere."""
+    """One commit holds checkpoint, tokenizer, plan, results and card, on a branch of a private repository. Users
+    without access get a clear error. The token appears nowhere."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--heal.steps", "2"]
     named = ["--push_to_hub", "someone/small", "--private", "--revision", "v1"]
     nobody = python(site, tmp_path, "fuse.py", *words, *named, token=None)
@@ -134,7 +134,8 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_a_result_that_could_not_be_published_is_by_the_command_that_the_error_names(tmp_path, site) -> None:
-    """The result is complete, and goes where it was to go, as private as it was to be."""
+    """The result is complete, and the command in the error publishes it to the requested repository, with the requested
+    privacy."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--heal.steps", "0"]
     site.drops["create"] = 1
     failed = python(site, tmp_path, "fuse.py", *words, "--push_to_hub", "someone/late", "--private", "--revision", "v1")
@@ -153,7 +154,7 @@ def test_a_result_that_could_not_be_published_is_by_the_command_that_the_error_n
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["upload", "commit", "batch"])
 def test_a_connection_that_drops_leaves_nothing(tmp_path, site, folder, what) -> None:
-    """In the middle of a file, or of a commit: what was there before is there still, and a second try succeeds."""
+    """If the connection drops during a file or a commit, the earlier content stays, and a second try succeeds."""
     first = python(site, tmp_path, "-c", PUBLISH, "someone/small", str(folder))
     assert "DONE" in first.stdout, first.stdout + first.stderr
     repository = site.repositories["models", "someone/small"]
@@ -173,7 +174,7 @@ def test_a_connection_that_drops_leaves_nothing(tmp_path, site, folder, what) ->
 
 @pytest.mark.slow
 def test_a_repository_that_is_there(tmp_path, site, folder) -> None:
-    """It keeps what is not in the way, and no weights of before beside new ones."""
+    """An existing repository keeps unrelated files, and has no old weights beside new ones."""
     there = tmp_path / "hub" / "models" / "someone" / "small"
     there.mkdir(parents=True)
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.txt", "config.json"):
@@ -187,7 +188,8 @@ def test_a_repository_that_is_there(tmp_path, site, folder) -> None:
 
 @pytest.mark.slow
 def test_what_is_to_be_private_never_becomes_public(tmp_path, site, folder) -> None:
-    """Where a public repository is there already, nothing is published; whether that is found out before or after."""
+    """If a public repository exists, a private result is not published, whether this is found before or after the
+    run."""
     for how in ("unchecked", "checked"):
         assert "DONE" in python(site, tmp_path, "-c", PUBLISH, "someone/small", str(folder)).stdout
         before = dict(site.repositories["models", "someone/small"].branches)
@@ -199,7 +201,7 @@ def test_what_is_to_be_private_never_becomes_public(tmp_path, site, folder) -> N
 @pytest.mark.slow
 def test_what_cannot_be_published_is_said_before_the_work(tmp_path, site, folder) -> None:
     for name, token, reason in (
-        ("another/small", TOKEN, "someone is logged in, who may write to someone"),
+        ("another/small", TOKEN, "the logged-in user someone can write only to someone"),
         ("someone/small", "hf_of_nobody", "the Hub answers 401. Log in by `hf auth login`"),
         ("someone/small", None, "nobody is logged in"),
     ):
@@ -234,7 +236,7 @@ print("SAME", torch.equal(small(ids).logits, back(ids).logits), back.config.num_
 
 @pytest.mark.slow
 def test_a_model_is_pushed_by_its_own_method(tmp_path, site) -> None:
-    """`push_to_hub` of transformers is all that a fused model needs, and its Auto classes load it."""
+    """A fused model can be published by `push_to_hub` of transformers, and the Auto classes load it."""
     causal_lm(tmp_path)
     done = python(site, tmp_path, "-c", DIRECT, str(tmp_path / "model"))
     assert "SAME True 2" in done.stdout, done.stdout + done.stderr
@@ -261,7 +263,7 @@ print("SUM", f"{model(torch.arange(8)[None]).logits.double().sum().item():.9f}")
 
 @pytest.mark.slow
 def test_a_class_that_is_registered_is_pushed_with_its_code(tmp_path, site) -> None:
-    """As transformers does it for models that are not its own: `register_for_auto_class`, then `push_to_hub`."""
+    """As for other custom models in transformers: `register_for_auto_class`, then `push_to_hub`."""
     causal_lm(tmp_path)
     ours = python(site, tmp_path, "-c", SHARED, str(tmp_path / "model"))
     assert "SUM" in ours.stdout, ours.stdout + ours.stderr

@@ -1,4 +1,4 @@
-"""The page of a run has what the run has, needs nothing beside it, and works in a browser."""
+"""The page of a run is complete and self-contained, and works in a browser."""
 
 import dataclasses
 import html
@@ -24,7 +24,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 
 class Tags(HTMLParser):
-    """Every element with its attributes; complains of one that is closed where it is not open."""
+    """Every element with its attributes; an element closed where it is not open is an error."""
 
     VOID = ("meta", "img", "input", "link", "br")
 
@@ -54,7 +54,8 @@ class Tags(HTMLParser):
     ids=["depth", "share", "merge"],
 )
 def test_has_what_the_run_has(plan, made):
-    """Figures with their shares, every change in words, pictures with alternatives in words, command and recipe."""
+    """The page has results with their shares, every change in words, pictures with alternative texts, command and
+    recipe."""
     text = page(plan, results(), made)
     tags = Tags(text).found
     shown = html.unescape(re.sub(r"<[^>]+>", " ", text))
@@ -75,7 +76,7 @@ def test_has_what_the_run_has(plan, made):
 
 
 def test_needs_nothing_beside_it():
-    """No address is in the page but those that it shows as text, and no file but itself."""
+    """The page refers to no address, except those shown as text, and to no other file."""
     for _, attributes in Tags(page(PLAN, results(), recipe())).found:
         for name in ("src", "href", "srcset", "data", "action"):
             assert attributes.get(name, "data:").startswith("data:")
@@ -83,7 +84,7 @@ def test_needs_nothing_beside_it():
 
 
 def test_what_comes_from_the_run_is_text():
-    """Names and commands are shown as they are, and are no markup."""
+    """Names and commands appear as text, never as markup."""
     evil = "<script>alert(1)</script>"
     text = page(PLAN, results(command=evil, environment={evil: evil}), recipe(model=evil))
     assert [tag for tag, _ in Tags(text).found].count("script") == 1
@@ -91,7 +92,7 @@ def test_what_comes_from_the_run_is_text():
 
 
 def test_says_why(tmp_path):
-    """Losses of what competed, of single choices, of other budgets, and of the repair, as the notes have them."""
+    """The page has the losses of candidates, single edits, other budgets and the repair, as the notes have them."""
     notes = PlanNotes(
         competition=(CandidatePlan((Drop("layer", 3),), 0.25, 0.5), CandidatePlan((Linearize(1), Linearize(2)), 0.125)),
         losses=(EditLoss(Linearize(4), 0.0625),),
@@ -109,12 +110,12 @@ def test_says_why(tmp_path):
 
 
 def test_says_what_training_did():
-    """Each round has its sentence, one that did not help says so, and a run without training has none; how much the
-    figures were measured on is said where it is known."""
+    """Each round has a sentence, a round without improvement says so, and a run without training has none. The number
+    of test examples is given if it is known."""
     reports = dataclasses.replace(REPORT, best_step=0), dataclasses.replace(REPORT, steps=5000, best_step=5000)
     counted = dataclasses.replace(STAGE, metrics={"accuracy": 0.9, "examples": 1234})
     shown = page(PLAN, results(rounds=healed_by(*reports), before=counted), recipe())
-    assert "no later weights validated better than those before the first step" in shown
+    assert "the initial weights were kept" in shown
     assert "5,000 steps in 72 s" in shown
     assert "Measured on glue (validation), 1,234 examples." in shown
     assert "Training</h2>" not in page(PLAN, results(rounds=(), healed=None), recipe())
@@ -123,7 +124,7 @@ def test_says_what_training_did():
 @pytest.mark.filterwarnings("ignore::hf_layerfuse.errors.LayerFuseWarning")
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_the_page_of_a_run(tmp_path, capsys):
-    """What `fuse.py` writes is enough; the file is written whole, and again; nothing else changes."""
+    """The output of `fuse.py` is enough. The file is written as a whole, and can be rewritten; nothing else changes."""
     assert cli.run([*causal_lm(tmp_path), "--evaluate.latency", "false"]) == 0
     out = tmp_path / "out"
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -137,11 +138,11 @@ def test_the_page_of_a_run(tmp_path, capsys):
 
 
 def test_nothing_else_is_replaced(tmp_path, capsys):
-    """A file that is not a report stays, as does everything where the results are damaged."""
+    """A file that is not a report stays, and so does everything if the results are damaged."""
     folder = written(tmp_path / "out")
     (tmp_path / "notes.html").write_text("mine")
     assert main(["report", str(folder), "--output", str(tmp_path / "notes.html")]) == 1
-    assert "exists and is not a report: name another file by --output" in capsys.readouterr().err
+    assert "exists and is not a report: name another file with --output" in capsys.readouterr().err
     assert (tmp_path / "notes.html").read_text() == "mine"
     speaks_of_it = f"<!doctype html>\n<p>How a page begins:</p>\n<!-- {write_page(folder).read_text()} -->"
     (tmp_path / "notes.html").write_text(speaks_of_it)
@@ -179,8 +180,8 @@ def test_nothing_else_is_replaced(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no browser found: install chromium")
 def test_works_in_a_browser(tmp_path):
-    """In Chromium, on light and dark pages and on a phone: no error, nothing asked of a network, nothing cut off; and
-    the filter shows the rows that have its words. Without scripts all rows are there; what is folded is printed."""
+    """In Chromium, on light and dark pages and on a phone: no error, no network request, nothing cut off, and the
+    filter shows the matching rows. Without scripts, all rows are visible; folded content is printed."""
     plan = Plan("gpt2", 12, tuple(Linearize(layer) for layer in range(1, 11)))
     path = write_page(written(tmp_path / "out", plan, recipe(fusion=None, collapse=CollapseRecipe(count=10))))
     with sync_playwright() as playwright:

@@ -1,4 +1,4 @@
-"""Pictures show what a plan does, and can be read on pages of both kinds."""
+"""Pictures show the edits of a plan, and are readable on light and dark pages."""
 
 import copy
 from dataclasses import replace
@@ -18,7 +18,7 @@ CHAINED = Plan("resnet", 9, (MergeConvs(0, 2, (1, 2)), MergeConvs(3, 4, ()), Mer
 
 
 def test_what_became_of_what() -> None:
-    """Each block of the result with the original ones that it was made of; those that are gone are in none."""
+    """Each block of the result has its original blocks; removed blocks are in none."""
     assert _made_of(MIXED, "mlp") == [((0,), False), ((1,), True), ((2,), False), ((4, 5), False)]
     assert _made_of(MIXED, "attention") == [((0,), False), ((1,), False), ((4, 5), False)]
     assert _made_of(SHARED, "mlp") == [((layer,), False) for layer in range(6)]
@@ -38,7 +38,7 @@ def test_as_many_blocks_as_the_result_has(model_type) -> None:
 @pytest.mark.parametrize("plan", [MIXED, SHARED, CHAINED], ids=["mixed", "shared", "chain"])
 @pytest.mark.parametrize("healed", [None, REPORT, replace(REPORT, homotopy=[(0, {"a": 0.9})])])
 def test_pictures_are_written(tmp_path, plan, healed) -> None:
-    """Those that there is something to show for, with a transparent ground, no wider than twice a card."""
+    """Pictures with content are written, with a transparent background, and at most twice the width of a card."""
     drawn = draw(plan, healed, tmp_path)
     assert set(drawn) == {path.name for path in tmp_path.iterdir()}
     expected = {"plan.png"} | ({"training.png"} if healed else set())
@@ -50,7 +50,7 @@ def test_pictures_are_written(tmp_path, plan, healed) -> None:
 
 
 def test_distances_are_drawn_with_what_was_grouped(tmp_path) -> None:
-    """Also where groups are not runs, and where some layers can never be one."""
+    """This also works for groups that are not runs, and for layers that can never become one."""
     for cluster in ("adjacent", "global"):
         plan = plan_fusion(tiny_model("bert"), FusionRecipe(ratio=0.5, mode="share", cluster=cluster))
         assert "distances.png" in draw(plan, None, tmp_path)
@@ -62,7 +62,7 @@ def test_distances_are_drawn_with_what_was_grouped(tmp_path) -> None:
 
 @pytest.mark.parametrize("spread", [0, 1e-9, 1e-3, 1e9])
 def test_distances_of_any_size_are_drawn(tmp_path, spread) -> None:
-    """Also where all are nearly the same, or there is only one: nothing is squeezed out of the picture."""
+    """This also works if all distances are nearly equal, or if there is only one."""
     for count in (2, 6):
         apart = [[0.0 if i == j else 0.985 + spread * (i + j) for i in range(count)] for j in range(count)]
         plan = Plan("gpt2", count, (Fuse("layer", (0, 1)),), notes={"distances": {"layer": apart}})
@@ -70,14 +70,14 @@ def test_distances_of_any_size_are_drawn(tmp_path, spread) -> None:
 
 
 def test_groups_of_the_original_are_not_marked_among_fewer_layers(tmp_path) -> None:
-    """After several rounds, distances are between layers that were fused before: the picture has those alone."""
+    """After several rounds, distances are between fused layers, so the picture marks no groups of the original."""
     apart = [[0.0, 0.989371, 0.992524], [0.989371, 0.0, 0.993531], [0.992524, 0.993531, 0.0]]
     for edit in (Fuse("layer", (1, 2, 3, 4, 5)), Fuse("layer", (0, 5), mode="share")):
         assert "distances.png" in draw(Plan("gpt2", 6, (edit,), notes={"distances": {"layer": apart}}), None, tmp_path)
 
 
 def test_quality_is_drawn_against_size(tmp_path) -> None:
-    """A panel for each model, with its knee, on any scale."""
+    """Each model has a panel, with its knee, on any scale."""
     curves = {"fused": [50, 60, 90], "healed": [50, 52, 60]}
     panels = [Quality("one", "perplexity", [0, 0.25, 0.5], curves, 1, log=True)]
     panels.append(Quality("two", "accuracy", [0, 0.5], {"healed": [0.9, 0.8]}))
@@ -96,7 +96,7 @@ def luminance(colour: str) -> float:
 
 @pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
 def test_colours_are_seen_on_light_and_dark_pages(page) -> None:
-    """Contrast as WCAG 2.1 defines it: 3 and more for what is drawn, and for text of these sizes near 4.5."""
+    """Contrast by WCAG 2.1 is at least 3 for graphics, and near 4.5 for text of these sizes."""
     for colour in (*_COLOURS, _GREY):
         light, dark = sorted((luminance(colour), luminance(page)), reverse=True)
         assert (light + 0.05) / (dark + 0.05) > (4 if colour == _GREY else 3), colour

@@ -1,4 +1,4 @@
-"""What a run tells its user: every kind of edit has words, and figures have their names."""
+"""Tables and sentences about a run: every kind of edit has a description, and every metric a name."""
 
 from typing import get_args
 
@@ -14,7 +14,7 @@ from hf_layerfuse.plan.edit import Kind, Mode
 @pytest.mark.parametrize("kind", get_args(Kind))
 @pytest.mark.parametrize("mode", get_args(Mode))
 def test_every_edit_has_words(kind, mode):
-    """They name the layers, what becomes of them, and the rank where there is one."""
+    """A description names the layers, their change, and the rank if there is one."""
     kinds = ("conv",) if kind == "conv" else ("attention", "mlp")
     rank = 0 if mode == "depth" else 8
     plan = Plan("gpt2", 12, (Fuse(kind, (2, 3), mode, rank=rank), Drop(kind, 7)), kinds=kinds)
@@ -25,18 +25,18 @@ def test_every_edit_has_words(kind, mode):
 
 
 def test_linear_and_merged_parts_have_words():
-    """Each with what it is made of; batch norms that are folded are passed over."""
+    """Each description names the source blocks; folded batch norms are left out."""
     lines = describe(Plan("bert", 12, (Linearize(1), Linearize(2, rank=4), Linearize(3, fold=True), Blend(4))))
     assert "layer 1: becomes one linear map" in lines[0]
     assert "rank 4" in lines[1]
-    assert "takes in the residual sum" in lines[2]
-    assert "on the way to a line" in lines[3]
+    assert "includes the residual sum" in lines[2]
+    assert "becomes a line in training" in lines[3]
     edits = MergeConvs(-1, 0, (0,)), MergeConvs(0, 2, (2,)), MergeConvs(2, 3, ()), MergeConvs(3, 5, (4,), merged=False)
     lines = describe(Plan("resnet", 6, edits, kinds=CHAIN))
     assert lines == [
         "convolutions 1, 2: become one, made of 2",
-        "convolution 3: taken out",
-        "convolutions 4, 5: become one, made of 4, open yet",
+        "convolution 3: removed",
+        "convolutions 4, 5: become one, made of 4, not merged yet",
     ]
 
 
@@ -46,7 +46,7 @@ def test_a_shared_block_without_residuals_has_none():
 
 
 def test_what_was_healed_before_is_not_called_fused():
-    """With rounds, the last fusing starts from a healed model."""
+    """With rounds, the last fusion starts from a healed model, and its column says so."""
     assert rows(results())[0] == ["", "before", "fused", "healed"]
     twice = results(rounds=healed_by(REPORT, REPORT))
     assert rows(twice)[0] == ["", "before", "fused in the last round", "healed"]
