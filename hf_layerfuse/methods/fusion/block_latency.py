@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...evaluation.cache import Table
+from ...evaluation.cache import MeasurementCache
 from ...evaluation.eval_mode import eval_mode
 from ...evaluation.timing import time_missing, timed_on
 from ...models.apply import applied
@@ -54,7 +54,7 @@ class BlockTimes:
         self.model, self.architecture = model, architecture_for(model)
         self.inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         self.repeats, self.warmup = repeats, warmup
-        self.table = Table(path, timed_on(model, self.inputs))
+        self.table = MeasurementCache(path, timed_on(model, self.inputs))
         layers = self.architecture.layer_list(model)
         types = getattr(model.config, "layer_types", None) or [None] * len(layers)
         alike: dict[tuple, list[int]] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from ...evaluation.cache import Table
+from ...evaluation.cache import MeasurementCache
 from ...models.architectures import LayerArchitecture
 from ...models.surgery.checks import can_be
 from ...plan import Drop, Edit, Fuse, Linearize, Plan
@@ -101,7 +101,7 @@ class Worth:
         self,
         choices: Sequence[Choice],
         trials: Trials,
-        table: Table,
+        table: MeasurementCache,
         recipe: FusionRecipe,
         base: Sequence[Choice] = (),
         prior: Worth | None = None,

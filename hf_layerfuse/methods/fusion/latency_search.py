@@ -22,7 +22,7 @@ from ...calibration.refit.base import RefitReport
 from ...calibration.refit.refit import refit_by
 from ...calibration.samples import Sample
 from ...errors import RecipeError, UnsupportedModelError
-from ...evaluation.cache import Table
+from ...evaluation.cache import MeasurementCache
 from ...evaluation.eval_mode import eval_mode
 from ...evaluation.fingerprint import digest, fingerprint
 from ...math.knapsack import Option
@@ -114,7 +114,7 @@ class _Budget:
             "refit": recipe.refit,
             "transformers": transformers.__version__,
         }
-        self.losses = Table(folder and folder / "losses.json", about)
+        self.losses = MeasurementCache(folder and folder / "losses.json", about)
         self.allowed = recipe.latency_ms or recipe.latency_budget * self.times.original
         if self.allowed >= self.times.original:
             raise RecipeError(

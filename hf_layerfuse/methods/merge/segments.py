@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ...calibration.refit.conv_graph import repair, see
 from ...calibration.samples import Sample
-from ...evaluation.cache import Table
+from ...evaluation.cache import MeasurementCache
 from ...evaluation.divergence import calibration_loss
 from ...evaluation.eval_mode import eval_mode
 from ...evaluation.fingerprint import digest, fingerprint
@@ -116,7 +116,7 @@ class Latencies:
             # a layer may pad the input of its convolution
             reads = [Place("before", unit.layer or unit.conv) for unit in self.convs.units]
             self.shapes = [tensor.shape for tensor in see(model, {model.main_input_name: self.images}, reads)]
-        self.table = Table(path, timed_on(model, {model.main_input_name: images}))
+        self.table = MeasurementCache(path, timed_on(model, {model.main_input_name: images}))
         self._names: dict[Entry, str] = {}
         self.rest, self.pace = 0.0, 1.0
 
@@ -284,7 +284,7 @@ class Losses:
             "tuned": tuned,
             "transformers": transformers.__version__,
         }
-        self.table = Table(path, about)
+        self.table = MeasurementCache(path, about)
 
     def of(self, entry: Entry) -> float:
         """Return the mean divergence from the original, in nats; 0 for an unchanged convolution."""

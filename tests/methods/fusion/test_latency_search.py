@@ -28,7 +28,7 @@ from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
 from hf_layerfuse.calibration.refit.base import RefitReport
 from hf_layerfuse.calibration.refit.refit import refit
 from hf_layerfuse.calibration.samples import Sample
-from hf_layerfuse.evaluation.cache import Table
+from hf_layerfuse.evaluation.cache import MeasurementCache
 from hf_layerfuse.evaluation.divergence import calibration_loss
 from hf_layerfuse.evaluation.timing import Timed
 from hf_layerfuse.methods.fusion.block_latency import BlockTimes
@@ -169,7 +169,7 @@ def test_what_is_believed_until_it_is_measured():
     run, other = Choice(4, 8, Fuse("layer", (2, 3))), Choice(1, 2, Linearize(0))
     choices = [Choice(0, 1), drop, linear, run, other]
     recipe = FusionRecipe(latency_budget=0.5)
-    alone = Worth(choices, Halved(()), Table(None, {}), recipe)
+    alone = Worth(choices, Halved(()), MeasurementCache(None, {}), recipe)
     assert alone.of(Choice(0, 1)) == alone.of(drop) == 0.0
     assert alone.first(drop) == [linear]
     alone.measure(linear)
@@ -177,7 +177,7 @@ def test_what_is_believed_until_it_is_measured():
     assert alone.first(drop) == [drop]
     for choice in (drop, run, other):
         alone.measure(choice)
-    above = Worth(choices, Halved((run,)), Table(None, {}), recipe, [run], alone)
+    above = Worth(choices, Halved((run,)), MeasurementCache(None, {}), recipe, [run], alone)
     assert above.of(run) == pytest.approx(0.5 * weight(run.edit))
     assert not above.knows(drop)
     assert above.of(drop) == pytest.approx(0.5 * weight(drop.edit))
