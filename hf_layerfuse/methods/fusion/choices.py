@@ -12,7 +12,7 @@ from ...evaluation.cache import MeasurementCache
 from ...models.architectures import LayerArchitecture
 from ...models.surgery.checks import can_be
 from ...plan import Drop, Edit, Fuse, Linearize, Plan
-from ...plan.edit import write_edit
+from ...plan.edit_json import write_edit
 from ...recipe import FusionRecipe
 from ..trials import Trials
 from .planner import candidates

@@ -31,7 +31,7 @@ from ...models.architectures import LayerArchitecture, architecture_for
 from ...models.surgery.checks import check_model
 from ...models.surgery.linear_mlp import needs_fit
 from ...plan import Drop, Edit, Fuse, Linearize, Plan
-from ...plan.edit import write_edit
+from ...plan.edit_json import write_edit
 from ...recipe import FusionRecipe
 from ..base import SearchResult
 from ..latency_budget import NEAR, affordable, within

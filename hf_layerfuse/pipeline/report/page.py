@@ -17,7 +17,7 @@ from ...errors import CheckpointError
 from ...methods import method_of
 from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...plan import Plan
-from ...plan.edit import read_edit
+from ...plan.edit_json import read_edit
 from ...recipe import Recipe, recipe_of
 from ...training.heal import HealReport
 from ..output import MARK, write_whole
