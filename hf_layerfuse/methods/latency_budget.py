@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ..errors import LayerFuseError, RecipeError
 from ..math.knapsack import Frontier, Option
+from .latency_table import LatencyTable
 
 _Chosen = TypeVar("_Chosen")
 
@@ -21,20 +22,8 @@ TRIES = 3
 """Number of further searches, each with a smaller budget, when a chosen model is slower than predicted."""
 
 
-class Times(Protocol):
-    """Latency of a model, in milliseconds.
-
-    Attributes:
-        original: Latency of the whole model.
-        rest: Latency of the parts that no choice changes.
-    """
-
-    original: float
-    rest: float
-
-
 def affordable(
-    length: int, options: Mapping[tuple[int, int], Sequence[Option]], limit: float, times: Times
+    length: int, options: Mapping[tuple[int, int], Sequence[Option]], limit: float, latencies: LatencyTable
 ) -> list[Any]:
     """Return the labels of the options with the largest total value within a latency limit.
 
@@ -42,7 +31,7 @@ def affordable(
         length: Length of the chain.
         options: Options between each pair of boundaries (i, j); costs are milliseconds.
         limit: Milliseconds for all options together, without the rest.
-        times: Latency of the model, for the error message.
+        latencies: Latencies of the model, for the error message.
 
     Raises:
         RecipeError: Limit below the cheapest combination.
@@ -50,10 +39,10 @@ def affordable(
     try:
         steps = Frontier(length, options, max(limit, 1e-9), UNITS).best()
     except LayerFuseError as error:
-        least = Frontier(length, options, 1e9).cheapest + times.rest
+        least = Frontier(length, options, 1e9).cheapest + latencies.rest
         raise RecipeError(
-            f"no plan takes {limit + times.rest:.3g} ms or less: the fastest available plan takes {least:.3g} ms, "
-            f"{least / times.original:.0%} of the original's {times.original:.3g} ms. Use a larger budget."
+            f"no plan takes {limit + latencies.rest:.3g} ms or less: the fastest available plan takes {least:.3g} ms, "
+            f"{least / latencies.original:.0%} of the original's {latencies.original:.3g} ms. Use a larger budget."
         ) from error
     return [option.label for _, _, option in steps]
 
