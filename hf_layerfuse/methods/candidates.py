@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
@@ -44,17 +44,9 @@ class Candidate:
         return self.changes and other.changes and self != other and self.edit.includes(other.edit)
 
 
-class Importance(Protocol):
-    """Importance of what each candidate removes from the model: the quality that is lost with that candidate."""
-
-    def of(self, candidate: Any) -> float:
-        """Return the importance of what a candidate removes; 0 for a candidate that changes nothing."""
-
-
-def edits_of(candidates: Iterable[Candidate]) -> tuple[Any, ...]:
+def edits_of(candidates: Iterable[Candidate]) -> tuple[Edit, ...]:
     """Return the edits of some candidates, front to back."""
-    changed = sorted((candidate for candidate in candidates if candidate.changes), key=lambda each: each.start)
-    return tuple(candidate.edit for candidate in changed)
+    return tuple(each.edit for each in sorted(candidates, key=lambda each: each.start) if each.changes)
 
 
 def options_of(values: Mapping[Candidate, float], cost: Callable[[Any], float]) -> dict[tuple[int, int], list[Option]]:
@@ -67,15 +59,6 @@ def options_of(values: Mapping[Candidate, float], cost: Callable[[Any], float]) 
 
 
 def loss_cache(model: PreTrainedModel, path: Path | None, **conditions: Any) -> MeasurementCache:
-    """Open the measurement cache of calibration losses.
-
-    Args:
-        model: Original model.
-        path: Path of the file; None keeps the cache in memory.
-        conditions: Other conditions of the losses, such as the digest of the calibration data, as JSON types.
-
-    Raises:
-        LayerFuseError: Measurement cache of other weights or conditions.
-    """
+    """Open the measurement cache of calibration losses; `conditions` are the data and the fit, as JSON types."""
     about = {"weights": fingerprint(model), "dtype": str(model.dtype).removeprefix("torch."), **conditions}
     return MeasurementCache(path, about | {"transformers": transformers.__version__})

@@ -24,7 +24,7 @@ from .finetune import tune
 
 
 @dataclass(frozen=True)
-class SegmentCandidate(Candidate):
+class Segment(Candidate):
     """One segment with one kernel.
 
     Attributes:
@@ -38,7 +38,7 @@ class SegmentCandidate(Candidate):
     merged: Merged
 
     @classmethod
-    def of(cls, start: int, end: int, merged: Merged, keep: Kept) -> SegmentCandidate:
+    def of(cls, start: int, end: int, merged: Merged, keep: Kept) -> Segment:
         return cls(start, end, MergeConvs(start, end, keep), merged)
 
     @property
@@ -52,27 +52,25 @@ class SegmentCandidate(Candidate):
         return self.end - self.start > 1 or not self.edit.keep
 
 
-def removal_candidates(model: PreTrainedModel) -> list[SegmentCandidate]:
+def removal_candidates(model: PreTrainedModel) -> list[Segment]:
     """List all unchanged convolutions, and the removals of those that can be removed. Activations are kept."""
     chain = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
     found = []
     for place, link in enumerate(chain.links[1:], 1):
-        found.append(SegmentCandidate.of(place - 1, place, Merged(link.kernel, link.depthwise), (place,)))
+        found.append(Segment.of(place - 1, place, Merged(link.kernel, link.depthwise), (place,)))
         if not link.fixed:
-            found.append(SegmentCandidate.of(place - 1, place, Merged(0, False), ()))
+            found.append(Segment.of(place - 1, place, Merged(0, False), ()))
     return found
 
 
-def segment_candidates(model: PreTrainedModel, max_kernel: int) -> list[SegmentCandidate]:
+def segment_candidates(model: PreTrainedModel, max_kernel: int) -> list[Segment]:
     """List all segments with all kernels of at most `max_kernel`, and all single convolutions."""
     chain = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
-    found = [SegmentCandidate.of(*row) for row in chain.table()]
+    found = [Segment.of(*row) for row in chain.table()]
     return [each for each in found if each.end - each.start == 1 or each.merged.kernel <= max_kernel]
 
 
-def cheapest(
-    length: int, candidates: Sequence[SegmentCandidate], cost: Callable[[SegmentCandidate], float]
-) -> list[SegmentCandidate]:
+def cheapest(length: int, candidates: Sequence[Segment], cost: Callable[[Segment], float]) -> list[Segment]:
     """Return the candidates of least total cost that cover the chain from the first boundary to the last."""
     options = options_of({candidate: -cost(candidate) for candidate in candidates}, cost=lambda candidate: 0.0)
     return [option.label for _, _, option in Frontier(length, options, 1.0, units=1).best()]
@@ -95,7 +93,7 @@ class MagnitudeImportance:
         links = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model).links
         self.means = [link.norm / (link.outs * (1 if link.depthwise else link.ins) * link.kernel**2) for link in links]
 
-    def of(self, candidate: SegmentCandidate) -> float:
+    def of(self, candidate: Segment) -> float:
         """Return the mean absolute weight of the removed convolutions."""
         edit = candidate.edit
         return sum(self.means[place] for place in edit.layers if place not in edit.keep)
@@ -127,11 +125,11 @@ class LossImportance:
         self.model, self.sample, self.fitted, self.tuned = model, sample, fitted, tuned
         self.cache = loss_cache(model, path, images=digest(sample.batches), fitted=fitted, tuned=tuned)
 
-    def of(self, candidate: SegmentCandidate) -> float:
+    def of(self, candidate: Segment) -> float:
         """Return the mean divergence from the original, in nats; 0 for an unchanged convolution."""
         return self.cache.values[candidate.key] if candidate.changes else 0.0
 
-    def measure(self, candidates: Sequence[SegmentCandidate]) -> None:
+    def measure(self, candidates: Sequence[Segment]) -> None:
         """Measure the missing losses. Each is written to the cache at once."""
         units = architecture_for(self.model, ConvGraphArchitecture).convolutions(self.model).units
         todo = [each for each in candidates if each.changes and each.key not in self.cache.values]
@@ -144,3 +142,6 @@ class LossImportance:
                 tune(student, self.model, self.sample, self.tuned)
                 loss = calibration_loss(student, self.model, self.sample.held_out_batches)
             self.cache.put({candidate.key: loss})
+
+
+Importance = LossImportance | MagnitudeImportance

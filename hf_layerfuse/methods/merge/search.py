@@ -20,12 +20,13 @@ from ...models.surgery.checks import check_model
 from ...plan import Plan
 from ...recipe import MergeRecipe
 from ..base import SearchResult
-from ..candidates import Importance, edits_of, options_of
+from ..candidates import edits_of, options_of
 from ..latency_budget import affordable, within
 from .candidates import (
+    Importance,
     LossImportance,
     MagnitudeImportance,
-    SegmentCandidate,
+    Segment,
     folded_plan,
     removal_candidates,
     segment_candidates,
@@ -80,7 +81,7 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     length = len(architecture.convolutions(model).units) - 1
     published = recipe.importance == "published"
 
-    def plan_of(chosen: Sequence[SegmentCandidate]) -> Plan:
+    def plan_of(chosen: Sequence[Segment]) -> Plan:
         return folded_plan(model, edits_of(chosen))
 
     chosen, _ = within(
@@ -115,14 +116,14 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
 
 
 def choose(
-    candidates: Sequence[SegmentCandidate],
+    candidates: Sequence[Segment],
     latencies: SegmentLatencies,
     importance: Importance,
     limit: float,
     length: int,
     *,
     published: bool = False,
-) -> list[SegmentCandidate]:
+) -> list[Segment]:
     """Return the candidates of least total importance within a latency limit.
 
     Args:
@@ -140,21 +141,21 @@ def choose(
 
 
 def frontier(
-    candidates: Sequence[SegmentCandidate],
+    candidates: Sequence[Segment],
     latencies: SegmentLatencies,
     importance: Importance,
     most: float,
     length: int,
     *,
     published: bool = False,
-) -> list[list[SegmentCandidate]]:
+) -> list[list[Segment]]:
     """Return the results of `choose` for all limits up to `most` milliseconds, fastest first, from one program."""
     chains = Frontier(length, _options(candidates, latencies, importance, published), most).chains()
     return [[option.label for _, _, option in chain] for chain in chains]
 
 
 def _options(
-    candidates: Sequence[SegmentCandidate], latencies: SegmentLatencies, importance: Importance, published: bool
+    candidates: Sequence[Segment], latencies: SegmentLatencies, importance: Importance, published: bool
 ) -> dict[tuple[int, int], list[Option]]:
     losses = {candidate: importance.of(candidate) for candidate in candidates}
     values = {candidate: math.exp(-loss) if published else -loss for candidate, loss in losses.items()}
@@ -166,7 +167,7 @@ def _importance(
     sample: Sample,
     recipe: MergeRecipe,
     folder: Path | None,
-    candidates: Sequence[SegmentCandidate],
+    candidates: Sequence[Segment],
 ) -> Importance:
     if recipe.choose == "magnitude":
         return MagnitudeImportance(model)
@@ -177,7 +178,7 @@ def _importance(
     return importance
 
 
-def _useful(candidates: Sequence[SegmentCandidate], latencies: SegmentLatencies) -> list[SegmentCandidate]:
+def _useful(candidates: Sequence[Segment], latencies: SegmentLatencies) -> list[Segment]:
     """Return the candidates that are faster than the convolutions they replace. Others are never chosen."""
     ones = {candidate.end: latencies.of(candidate) for candidate in candidates if not candidate.changes}
     return [
@@ -187,7 +188,7 @@ def _useful(candidates: Sequence[SegmentCandidate], latencies: SegmentLatencies)
     ]
 
 
-def _candidates(model: PreTrainedModel, recipe: MergeRecipe) -> list[SegmentCandidate]:
+def _candidates(model: PreTrainedModel, recipe: MergeRecipe) -> list[Segment]:
     if recipe.choose in ("convolutions", "magnitude"):
         return removal_candidates(model)
     found = segment_candidates(model, recipe.max_kernel)

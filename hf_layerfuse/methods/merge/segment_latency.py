@@ -20,7 +20,7 @@ from ...models.surgery.conv_graph import merged_shape, windows_of
 from ...plan import Plan
 from ..candidates import edits_of
 from ..latency_table import LatencyTable
-from .candidates import SegmentCandidate, cheapest, folded_plan
+from .candidates import Segment, cheapest, folded_plan
 
 
 class SegmentLatencies(LatencyTable):
@@ -53,19 +53,19 @@ class SegmentLatencies(LatencyTable):
             # a layer may pad the input of its convolution
             reads = [Place("before", unit.layer or unit.conv) for unit in self.convs.units]
             self.shapes = [tensor.shape for tensor in see(model, self.inputs, reads)]
-        self._names: dict[SegmentCandidate, str] = {}
+        self._names: dict[Segment, str] = {}
         self.rest, self.pace = 0.0, 1.0
 
-    def of(self, candidate: SegmentCandidate) -> float:
+    def of(self, candidate: Segment) -> float:
         """Return the latency of a candidate inside a model."""
         return self.pace * self._alone(candidate)
 
-    def _alone(self, candidate: SegmentCandidate) -> float:
+    def _alone(self, candidate: Segment) -> float:
         if candidate not in self._names:
             self._names[candidate] = self._part(candidate).name
         return self.table.values[self._names[candidate]]["ms"]
 
-    def measure(self, candidates: Sequence[SegmentCandidate]) -> None:
+    def measure(self, candidates: Sequence[Segment]) -> None:
         """Measure the missing latencies: shapes of candidates, which must cover the chain, and whole models."""
         calls: dict[str, Callable[[], object]] = {part.name: part for part in map(self._part, candidates)}
         if "folded" not in self.table.values:
@@ -73,14 +73,13 @@ class SegmentLatencies(LatencyTable):
         self._time(calls)
         self._settle(candidates)
 
-    def _settle(self, candidates: Sequence[SegmentCandidate]) -> None:
+    def _settle(self, candidates: Sequence[Segment]) -> None:
         """Compute `pace` and `rest` from the latencies of parts and of whole models."""
         length, folded = len(self.convs.units) - 1, self.table.values["folded"]["ms"]
         fastest = cheapest(length, candidates, self._alone)
         parts = sum(map(self._alone, fastest))
         ones = sum(
-            self._alone(SegmentCandidate.of(place - 1, place, Merged(0, False), (place,)))
-            for place in range(1, length + 1)
+            self._alone(Segment.of(place - 1, place, Merged(0, False), (place,))) for place in range(1, length + 1)
         )
         self.pace = min(1.0, folded / ones)
         if parts < ones:
@@ -93,7 +92,7 @@ class SegmentLatencies(LatencyTable):
     def _key(self, plan: Plan) -> str:
         return f"model {hashlib.sha256(json.dumps(plan.to_dict(notes=False)).encode()).hexdigest()[:16]}"
 
-    def _part(self, candidate: SegmentCandidate) -> _Part:
+    def _part(self, candidate: Segment) -> _Part:
         stock = self.model.get_submodule(self.convs.units[candidate.start + 1].conv)
         conv = None
         if candidate.edit.keep:

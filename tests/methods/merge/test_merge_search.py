@@ -31,7 +31,7 @@ from hf_layerfuse.evaluation.divergence import calibration_loss
 from hf_layerfuse.evaluation.timing import Timed
 from hf_layerfuse.methods.merge.candidates import (
     LossImportance,
-    SegmentCandidate,
+    Segment,
     cheapest,
     folded_plan,
     segment_candidates,
@@ -71,7 +71,7 @@ def test_the_best_choice_of_all(seed):
     chance = random.Random(seed)
     links = [Link(3, 1, 4, 4, norm=chance.random()) for _ in range(7)]
     chain = Chain(links, skips=[(0, 2), (2, 4)])
-    candidates = [SegmentCandidate.of(*row) for row in chain.table()]
+    candidates = [Segment.of(*row) for row in chain.table()]
     cost = Known({candidate: float(chance.randrange(1, 9)) for candidate in candidates})
     loss = Known({candidate: chance.random() for candidate in candidates})
     every = []
