@@ -13,7 +13,7 @@ from .latency_table import LatencyTable
 _Chosen = TypeVar("_Chosen")
 
 UNITS = 10_000
-"""Number of units of the budget. The cost of each choice is rounded up to whole units."""
+"""Number of units of the budget. The cost of each candidate is rounded up to whole units."""
 
 NEAR = 1.02
 """Measured latency, relative to the budget, up to which a model counts as within it: timing noise is 2%."""
@@ -53,16 +53,17 @@ def within(
     """Choose within a limit, and again within smaller limits while the whole model is slower than its parts predict.
 
     Args:
-        choose: Function of a limit in milliseconds that returns the best choice within it.
-        measure: Function of a choice that returns the latency of its model, in milliseconds.
+        choose: Function of a limit in milliseconds that returns the best combination within it.
+        measure: Function of a combination that returns the latency of its model, in milliseconds.
         limit: First limit, in milliseconds.
         allowed: Latency budget of the model, in milliseconds.
 
     Returns:
-        The choice, and the limit that it was chosen for. If the model still exceeds the budget, a warning is logged.
+        The combination, and the limit that it was chosen for. If the model still exceeds the budget, a warning is
+        logged.
 
     Raises:
-        RecipeError: First limit that no choice keeps.
+        RecipeError: First limit that no combination keeps.
     """
     chosen = choose(limit)
     took, tries = measure(chosen), 0
@@ -70,7 +71,7 @@ def within(
         smaller, tries = limit * allowed / took, tries + 1
         try:
             chosen = choose(smaller)
-        except RecipeError:  # no choice is that fast
+        except RecipeError:  # no combination is that fast
             break
         limit, took = smaller, measure(chosen)
     if took > NEAR * allowed:
