@@ -99,8 +99,8 @@ class Collapsing:
     @cached_property
     def order(self) -> list[int]:
         """Layers as `collapse` takes them; all MLPs of these models are of one size."""
-        losses = self.searched(1).plan.notes["losses"]
-        return sorted(map(int, losses), key=lambda layer: losses[str(layer)])
+        losses = self.searched(1).plan.notes.losses
+        return [row.edit.layer for row in sorted(losses, key=lambda row: row.loss)]
 
     def searched(self, count: int, **options: Any) -> SearchResult:
         recipe = CollapseRecipe(count=count, refit=self.refit, **options)

@@ -41,6 +41,7 @@ from hf_layerfuse.methods.fusion.block_latency import BlockLatencies
 from hf_layerfuse.methods.fusion.latency_search import batch_of
 from hf_layerfuse.methods.merge.segments import folded_plan
 from hf_layerfuse.pipeline.report.tables import describe, text_table
+from hf_layerfuse.plan import PlanLatency
 
 FOLDER = common.ROOT / "outputs" / "merge"
 BUDGETS = (0.75, 0.6, 0.5, 0.4)
@@ -133,8 +134,8 @@ def blocks(name: str, base: common.Job) -> Compared:
         times = BlockLatencies(model, inputs, Path(tables_of(name, device)) / "latency.json", repeats=20)
         keep = int((budget * times.original - times.rest) / times.layer(0))
         found = search(model, FusionRecipe(keep_layers=keep), base.calibration)
-        latency = {"original": times.original, "predicted": times.rest + keep * times.layer(0)}
-        return replace(found, plan=replace(found.plan, notes={**found.plan.notes, "latency_ms": latency}))
+        latency = PlanLatency(times.original, times.rest + keep * times.layer(0))
+        return replace(found, plan=replace(found.plan, notes=replace(found.plan.notes, latency_ms=latency)))
 
     methods = {
         "layers fused": fused,
@@ -213,11 +214,10 @@ def rows(job: Compared, budgets: Sequence[float], methods: Sequence[str]) -> Ite
             yield f"{budget:.0%}", method, {"refused": str(error)}
             continue
         seconds = time.perf_counter() - start
-        times = found.plan.notes.get("latency_ms")
+        times = found.plan.notes.latency_ms
         predicted = {}
         if times is not None:
-            share = times["predicted"] / times["original"]
-            predicted = {"predicted_ms": times["predicted"], "predicted_share": share}
+            predicted = {"predicted_ms": times.predicted, "predicted_share": times.predicted / times.original}
         model = found.model.eval()
         yield (
             f"{budget:.0%}",

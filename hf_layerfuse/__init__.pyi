@@ -35,7 +35,7 @@ from .models.finalize import merge_convs, straighten
 from .models.layer_map import fused_parameters, layer_map, mixed_weights
 from .models.modeling import expand, register_architecture
 from .models.verify import verify
-from .plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
+from .plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan, PlanNotes
 from .recipe import CollapseRecipe, FusionRecipe, HealRecipe, MergeRecipe
 from .training.heal import HealReport, heal
 
@@ -63,6 +63,7 @@ __all__ = [
     "MergeRecipe",
     "Plan",
     "PlanError",
+    "PlanNotes",
     "RecipeError",
     "RefitReport",
     "SearchResult",

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..errors import LayerFuseError, PlanError
 from ..evaluation.batches import Batches
-from ..plan import Blend, LinearForm, Linearize, Plan
+from ..plan import Blend, LinearActivation, LinearForm, Linearize, Plan, PlanNotes
 from .activation_fit import bends_of
 from .apply import merged
 from .architectures import architecture_for
@@ -32,7 +32,8 @@ def straighten(
 
     Returns:
         The model, and its plan with `Linearize` instead of `Blend`. The notes of the plan hold `a` for each layer. With
-        batches, they also hold `lost`: the root mean square of the difference, relative to the output of the MLP.
+        batches, they also hold `relative_error`: the root mean square of the difference, relative to the output of
+        the MLP.
 
     Raises:
         PlanError: The model has no `Blend` edits.
@@ -57,9 +58,9 @@ def straighten(
     for module in inside.values():
         check_form(module, architecture, LinearForm(fold=fold))
     lost = {} if batches is None else bends_of(model, architecture, list(places.values()), batches)
-    notes = [{"layer": layer, "a": a, **({"lost": lost[places[layer]]} if lost else {})} for layer, a in found.items()]
+    notes = PlanNotes(homotopy=tuple(LinearActivation(layer, a, lost.get(places[layer])) for layer, a in found.items()))
     edits = [Linearize(edit.layer, fold=fold) if isinstance(edit, Blend) else edit for edit in plan.edits]
-    plan = dataclasses.replace(plan, edits=tuple(edits), notes={"homotopy": notes})
+    plan = dataclasses.replace(plan, edits=tuple(edits), notes=notes)
     gone = [
         f"{architecture.layers_path(model)}.{places[layer]}.{at}."
         for layer in blends

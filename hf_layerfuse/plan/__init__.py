@@ -2,6 +2,17 @@
 
 from .edit import Align, Blend, Drop, Edit, Fuse, Kind, Linearize, MergeConvs, Mode
 from .layout import BlendedForm, Layout, LinearForm, MergedForm, Operator, Slot, Source, Tie
+from .notes import (
+    CandidatePlan,
+    EditLoss,
+    FrontierPoint,
+    LinearActivation,
+    OperatorLoss,
+    PlanLatency,
+    PlanNotes,
+    RefitReport,
+    SegmentLoss,
+)
 from .plan import CHAIN, TRANSFORMER, Plan
 
 __all__ = [
@@ -10,18 +21,27 @@ __all__ = [
     "Align",
     "Blend",
     "BlendedForm",
+    "CandidatePlan",
     "Drop",
     "Edit",
+    "EditLoss",
+    "FrontierPoint",
     "Fuse",
     "Kind",
     "Layout",
+    "LinearActivation",
     "LinearForm",
     "Linearize",
     "MergeConvs",
     "MergedForm",
     "Mode",
     "Operator",
+    "OperatorLoss",
     "Plan",
+    "PlanLatency",
+    "PlanNotes",
+    "RefitReport",
+    "SegmentLoss",
     "Slot",
     "Source",
     "Tie",

@@ -12,6 +12,7 @@ from ..errors import PlanError
 from .edit import Edit
 from .edit_json import read_edit, write_edit
 from .layout import Layout, Slot, Source, Tie
+from .notes import PlanNotes
 
 FORMAT_VERSION = 1
 
@@ -32,24 +33,26 @@ class Plan:
         model_type: `config.model_type` of the original.
         num_layers: Number of layers of the original; for a chain, number of its convolutions.
         edits: Edits of the blocks. Blocks without an edit stay as they are.
-        notes: Recipe, distances and scores behind the edits, as JSON types.
+        notes: Recipe and measurements behind the edits. A mapping of JSON types is converted.
         kinds: Kinds of blocks in a layer, in the order in which they run: `("attention", "mlp")`, `("conv",)`, or for
             a chain `("convolution",)`.
 
     Raises:
-        PlanError: An edit names a layer or a kind of block that does not exist, two edits claim the same block, or the
-            edits remove all blocks of a kind.
+        PlanError: An edit names a layer or a kind of block that does not exist, two edits claim the same block, the
+            edits remove all blocks of a kind, or the notes cannot be read.
     """
 
     model_type: str
     num_layers: int
     edits: tuple[Edit, ...] = ()
-    notes: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    notes: PlanNotes = field(default_factory=PlanNotes, compare=False)
     kinds: tuple[str, ...] = TRANSFORMER
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "edits", tuple(self.edits))
         object.__setattr__(self, "kinds", tuple(self.kinds))
+        if not isinstance(self.notes, PlanNotes):
+            object.__setattr__(self, "notes", PlanNotes.from_dict(self.notes))
         claimed: dict[tuple[str, int], Edit] = {}
         for edit in self.edits:
             for layer in edit.layers:
@@ -116,7 +119,7 @@ class Plan:
             **({} if self.kinds == TRANSFORMER else {"kinds": list(self.kinds)}),
             "edits": [write_edit(edit) for edit in self.edits],
         }
-        return {**tree, "notes": dict(self.notes)} if notes else tree
+        return {**tree, "notes": self.notes.to_dict()} if notes else tree
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Plan:

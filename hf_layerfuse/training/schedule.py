@@ -62,7 +62,7 @@ def compose(first: Plan, second: Plan) -> Plan:
         PlanError: The second plan cannot follow the first.
     """
     before, after = first.layout(), second.layout()
-    notes = {**second.notes, "rounds": [*first.notes.get("rounds", [first.to_dict()]), second.to_dict()]}
+    notes = replace(second.notes, rounds=(*(first.notes.rounds or (first,)), second))
     if not before.is_stock and second.num_layers == first.num_layers:
         return replace(second, notes=notes)
     if not (before.is_stock and after.is_stock and second.num_layers == len(before.slots)):

@@ -10,7 +10,7 @@ from runs import STAGE
 from torch.utils.data import DataLoader
 
 import hf_layerfuse
-from hf_layerfuse import Drop, HealRecipe, Plan, RecipeError, apply, methods
+from hf_layerfuse import Drop, HealRecipe, Plan, PlanNotes, RecipeError, apply, methods
 from hf_layerfuse.api import _compress
 from hf_layerfuse.methods import METHODS, method_of
 from hf_layerfuse.methods.base import Finish, Method, SearchResult
@@ -88,7 +88,7 @@ def finish(recipe):
         assert len(batches) == 6
         with torch.no_grad():
             model.lm_head.weight.fill_(0.5)
-        return model, dataclasses.replace(plan, notes={"finished": True})
+        return model, dataclasses.replace(plan, notes=PlanNotes(extra={"finished": True}))
 
     return Finish("filling", fill) if recipe.late else None
 
@@ -142,7 +142,7 @@ def test_a_new_method_runs_in_the_pipeline(model, monkeypatch, tmp_path, capsys,
     fused, plan = outcome.model, outcome.plan
     said = capsys.readouterr().err
     assert "toying" in said
-    assert ("filling" in said) is plan.notes.get("finished", False) is late
+    assert ("filling" in said) is plan.notes.extra.get("finished", False) is late
     assert bool((fused.lm_head.weight == 0.5).all()) is late
     assert outcome.fused.parameters < outcome.before.parameters
     assert [step for step, _ in outcome.rounds[-1].report.validation_loss] == ([0, 1, 2] if late else [0, 2])

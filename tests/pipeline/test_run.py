@@ -123,8 +123,8 @@ def test_collapse_end_to_end(tmp_path, task):
     assert model.num_parameters() == results["healed"]["parameters"]
     plan = Plan.load(out / "plan.json")
     assert [edit.edit for edit in plan.edits] == ["linearize"] * 2
-    assert len(plan.notes["losses"]) == plan.num_layers
-    assert all("r2" in row for row in plan.notes["refit"]["blocks"] if row["map"] == "linear map")
+    assert len(plan.notes.losses) == plan.num_layers
+    assert all("r2" in row for row in plan.notes.refit.blocks if row["map"] == "linear map")
     card = (out / "README.md").read_text()
     for edit in plan.edits:
         assert f"| The MLP of layer {edit.layer} | becomes one linear map |" in card
@@ -140,13 +140,13 @@ def test_latency_end_to_end(tmp_path, capsys):
     assert main([*words, "--fusion.latency_budget", "0.7"]) == 0
     plan = Plan.load(out / "plan.json")
     assert plan.edits
-    times = plan.notes["latency_ms"]
-    assert times["measured"] <= 1.02 * 0.7 * times["original"]
+    times = plan.notes.latency_ms
+    assert times.measured <= 1.02 * 0.7 * times.original
     results = json.loads((out / "results.json").read_text())
     assert results["healed"]["parameters"] < results["before"]["parameters"]
     assert AutoFusedModel.from_pretrained(out).num_parameters() == results["healed"]["parameters"]
     card = (out / "README.md").read_text()
-    assert f"{times['measured'] / times['original']:.0%} when it was timed as a whole" in card
+    assert f"{times.measured / times.original:.0%} when it was timed as a whole" in card
     assert main([*words, "--overwrite", "--fusion.latency_budget", "0.7", "--heal.schedule", "uniform"]) == 1
     assert "a latency target is met in one step" in capsys.readouterr().err
 
@@ -172,7 +172,7 @@ def test_merge_end_to_end(tmp_path, capsys, method):
     assert main(words) == 0
     plan = Plan.load(out / "plan.json")
     assert all(edit.edit == "merge" and edit.merged for edit in plan.edits)
-    assert plan.notes["latency_ms"]["predicted"] <= 0.9 * plan.notes["latency_ms"]["original"]
+    assert plan.notes.latency_ms.predicted <= 0.9 * plan.notes.latency_ms.original
     results = json.loads((out / "results.json").read_text())
     model = AutoFusedModel.from_pretrained(out)
     assert model.num_parameters() == results["healed"]["parameters"]
@@ -199,8 +199,8 @@ def test_homotopy_end_to_end(tmp_path, capsys):
     assert all(a > 0.95 for a in results["heal"]["homotopy"][-1][1].values())
     plan = Plan.load(out / "plan.json")
     assert [edit.edit for edit in plan.edits] == ["linearize"] * 2
-    assert [row["layer"] for row in plan.notes["homotopy"]] == [edit.layer for edit in plan.edits]
-    assert all(0 <= row["lost"] < 0.05 and row["a"] > 0.95 for row in plan.notes["homotopy"])
+    assert [row.layer for row in plan.notes.homotopy] == [edit.layer for edit in plan.edits]
+    assert all(0 <= row.relative_error < 0.05 and row.a > 0.95 for row in plan.notes.homotopy)
     assert (out / "homotopy.png").read_bytes().startswith(b"\x89PNG")
     assert "(homotopy.png)" in (out / "README.md").read_text()
     assert AutoFusedModel.from_pretrained(out).num_parameters() == results["healed"]["parameters"]
@@ -497,7 +497,7 @@ def test_fused_in_rounds(tmp_path, interrupt, mode, schedule, goals):
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert [(r["keep_layers"], r["steps"]) for r in results["rounds"]] == [(goal, 2) for goal in goals]
     plan = Plan.load(tmp_path / "whole" / "plan.json")
-    assert len(plan.notes["rounds"]) == 2
+    assert len(plan.notes.rounds) == 2
     assert sum(len(edit.layers) - 1 for edit in plan.edits) == 4
     assert plan.num_layers == 6
     model = AutoFusedModel.from_pretrained(tmp_path / "whole")

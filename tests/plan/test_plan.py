@@ -17,7 +17,7 @@ def test_round_trip():
     plan = Plan("gpt2", 6, EDITS, {"why": "because"})
     again = Plan.from_json(plan.to_json())
     assert again == plan
-    assert again.notes == {"why": "because"}
+    assert again.notes.extra == {"why": "because"}
     assert Plan.from_dict(plan.to_dict(notes=False)) == plan
     assert "notes" not in plan.to_dict(notes=False)
     assert "kinds" not in plan.to_dict()

@@ -169,16 +169,16 @@ def test_what_is_no_line_yet_is_refused():
         straighten(bent)
     batches = some_batches(bent)
     _, plan = straighten(bent, threshold=0.4, batches=batches)
-    rows = plan.notes["homotopy"]
-    assert [row["layer"] for row in rows] == [1, 4]
-    assert rows[1]["a"] == pytest.approx(0.69)
+    rows = plan.notes.homotopy
+    assert [row.layer for row in rows] == [1, 4]
+    assert rows[1].a == pytest.approx(0.69)
     # f_a - f_1 = (1 - a) W2 (act(z) - line), relative to f_a
     homotopy = bent.base_model.encoder.layer[4].intermediate.intermediate_act_fn
     out = bent.base_model.encoder.layer[4].output.dense
     z = seen_by(bent, 4, batches)[0].float()
     with torch.inference_mode():
         lost = 0.31 * (homotopy.act(z) - homotopy.line(z)) @ out.weight.T
-        assert rows[1]["lost"] == pytest.approx((lost.norm() / out(homotopy(z)).norm()).item(), rel=1e-3)
+        assert rows[1].relative_error == pytest.approx((lost.norm() / out(homotopy(z)).norm()).item(), rel=1e-3)
     model = tiny_model("bert")
     for other in (model, apply(model, Plan("bert", LAYERS, (Linearize(1),)))):
         with pytest.raises(PlanError, match="apply Blend edits first"):

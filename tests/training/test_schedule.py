@@ -85,7 +85,7 @@ def test_a_plan_of_two_rounds_groups_as_both_did(seed):
     assert both.layout().is_stock
     assert both.num_layers == 8
     assert Plan.from_json(both.to_json()) == both
-    assert [Plan.from_dict(tree) for tree in both.notes["rounds"]] == [first, second]
+    assert both.notes.rounds == (first, second)
 
 
 def test_what_was_done_once_is_told_as_it_was():
@@ -101,7 +101,7 @@ def test_what_was_done_once_is_told_as_it_was():
     third = Plan("gpt2", 3, (Fuse("layer", (0, 1), operator="weighted", weights=(0.5, 0.5)),))
     grown = compose(compose(first, second), third)
     assert grown.edits[-1] == Fuse("layer", (0, 1, 2, 3), operator="mean")
-    assert len(grown.notes["rounds"]) == 3
+    assert len(grown.notes.rounds) == 3
 
 
 def test_shared_layers_are_all_there_in_the_next_round():
@@ -110,7 +110,7 @@ def test_shared_layers_are_all_there_in_the_next_round():
     second = Plan("gpt2", 6, (Fuse("layer", (0, 1, 2), "share"),))
     both = compose(first, second)
     assert both == second
-    assert len(both.notes["rounds"]) == 2
+    assert len(both.notes.rounds) == 2
 
 
 def test_plans_that_cannot_follow_each_other():

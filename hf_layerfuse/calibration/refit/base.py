@@ -4,40 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from ...plan import Plan, Slot
+from ...plan import Plan, RefitReport, Slot
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward, TeacherStates
 from ..mmap import MappedActivations, WeightSnapshot
 
 RefitMethod = Literal["full", "maps", "linear", "none"]
 """Extent of a repair, see `refit`."""
-
-
-@dataclass(frozen=True)
-class RefitReport:
-    """Result of a refit.
-
-    Attributes:
-        before: Calibration loss of the given model, on the held-out split, which the repair did not use.
-        after: Calibration loss of the model now, never more than `before`.
-        kept: Whether the repair was kept. A repair that raised the loss, or that was not tried, is not kept.
-        blocks: One row per repaired map: its layer, kind and role, and its mean squared error on the selection split
-            before and after. For the `heads` of a selected layer, the errors are the mean squared distances of the
-            stream after the group's MLPs from the end of the group, with the heads of the kept layer and with the
-            heads in use. For a linearised MLP, the errors are relative to the variance of the stream at each token, and
-            `r2` is the explained share of the variance of its targets, on the selection split. A row of a merged
-            convolution has its `segment` instead of layer, kind and role.
-    """
-
-    before: float
-    after: float
-    kept: bool
-    blocks: Sequence[Mapping[str, Any]] = ()
 
 
 def unless_worse(

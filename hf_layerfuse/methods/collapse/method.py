@@ -32,7 +32,7 @@ def _finish(recipe: CollapseRecipe) -> Finish | None:
 
     def merge_maps(model: PreTrainedModel, plan: Plan, batches: Sequence[Any]) -> tuple[PreTrainedModel, Plan]:
         model, straight = straighten(model, threshold=recipe.threshold, fold=recipe.fold, batches=batches)
-        return model, replace(straight, notes={**plan.notes, **straight.notes})
+        return model, replace(straight, notes=replace(plan.notes, homotopy=straight.notes.homotopy))
 
     return Finish("merging the maps around activations that have become linear", merge_maps, recipe.threshold)
 

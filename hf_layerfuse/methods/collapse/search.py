@@ -22,7 +22,7 @@ from ...models.architectures import architecture_for
 from ...models.surgery.checks import check_model, check_plan
 from ...models.surgery.linear_mlp import needs_fit
 from ...models.surgery.size import planned_size
-from ...plan import Blend, Linearize, Plan
+from ...plan import Blend, CandidatePlan, EditLoss, Linearize, Plan, PlanNotes
 from ...recipe import COLLAPSE_TARGETS, CollapseRecipe
 from ..base import SearchResult
 from ..trials import Trials
@@ -74,7 +74,7 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
         )
     if batches is None:
         plan = _plans(model, recipe, nothing, edits[::-1])[0]
-        notes = {"recipe": asdict(recipe), "calibration": "none: from the weights alone"}
+        notes = PlanNotes(recipe=asdict(recipe), calibration="none: from the weights alone")
         plan = replace(_bent(plan, recipe) if homotopy else plan, notes=notes)
         return SearchResult(applied(model, plan), plan, None)
     with eval_mode(model):
@@ -96,11 +96,11 @@ def _searched(
         whole = planned_size(model, nothing)["parameters"]
         saved = {edit: whole - planned_size(model, replace(nothing, edits=(edit,)))["parameters"] for edit in edits}
         order = sorted(edits, key=lambda edit: losses[edit] / saved[edit])
-    notes = {
-        "recipe": asdict(recipe),
-        "calibration": f"{sum(map(len, sample.held_out))} sequences",
-        "losses": {str(edit.layer): loss for edit, loss in losses.items()},
-    }
+    notes = PlanNotes(
+        recipe=asdict(recipe),
+        calibration=f"{sum(map(len, sample.held_out))} sequences",
+        losses=tuple(EditLoss(edit, loss) for edit, loss in losses.items()),
+    )
     if recipe.method == "homotopy":
         plan = replace(_bent(_plans(model, recipe, nothing, order)[0], recipe), notes=notes)
         return SearchResult(applied(model, plan, batches), plan, None)
@@ -112,16 +112,16 @@ def _searched(
             report = RefitReport(before, before, kept=False)
             if recipe.refit != "none":
                 report = refit_by(student, teacher_states, plan, before, recipe.refit)
-        tried.append({"layers": [edit.layer for edit in plan.edits], "loss": report.after})
+        tried.append(CandidatePlan(plan.edits, report.after, report.before))
         if recipe.max_loss is not None and report.after > recipe.max_loss:
             break
         found = SearchResult(student, plan, report)
     if found is None:
         raise RecipeError(
             f"{_asked(recipe)} allows no linear MLP: the cheapest one, in layer {order[0].layer}, costs "
-            f"{tried[0]['loss']:.3g}. Use that or more."
+            f"{tried[0].loss:.3g}. Use that or more."
         )
-    notes |= {"competition": tried, "refit": asdict(found.report)}
+    notes = replace(notes, competition=tuple(tried), refit=found.report)
     return replace(found, plan=replace(found.plan, notes=notes))
 
 

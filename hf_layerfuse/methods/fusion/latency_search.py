@@ -27,8 +27,7 @@ from ...models.apply import applied
 from ...models.architectures import LayerArchitecture, architecture_for
 from ...models.surgery.checks import check_model
 from ...models.surgery.linear_mlp import needs_fit
-from ...plan import Edit, Linearize, Plan
-from ...plan.edit_json import write_edit
+from ...plan import CandidatePlan, Edit, EditLoss, Linearize, Plan, PlanLatency, PlanNotes
 from ...recipe import FusionRecipe
 from ..base import SearchResult
 from ..candidates import Candidate, edits_of, loss_cache, options_of
@@ -124,7 +123,7 @@ class _Budget:
         )
         if needs_fit(architecture) and recipe.refit == "none":
             self.candidates = [each for each in self.candidates if not isinstance(each.edit, Linearize)]
-        self.tried: dict[tuple[Edit, ...], dict[str, Any]] = {}
+        self.tried: dict[tuple[Edit, ...], CandidatePlan] = {}
         self.best: tuple[list[Candidate], Plan, RefitReport, WeightSnapshot] | None = None
 
     def run(self) -> SearchResult:
@@ -142,20 +141,20 @@ class _Budget:
         chosen, plan, report, weights = self.best
         student = applied(self.model, plan, self.batches)
         weights.restore(student)
-        notes = {
-            "recipe": asdict(self.recipe),
-            "calibration": f"{sum(map(len, self.sample.held_out))} sequences",
-            "latency_ms": {
-                "original": self.times.original,
-                "predicted": self.times.rest + sum(map(self.cost, chosen)),
-                "measured": self.times.model_of(plan),
-                "rest": self.times.rest,
-                "inputs": self.times.table.about["inputs"],
-            },
-            "losses": [{"edit": write_edit(choice.edit), "loss": loss} for choice, loss in alone.known.items()],
-            "competition": list(self.tried.values()),
-            "refit": asdict(report),
-        }
+        notes = PlanNotes(
+            recipe=asdict(self.recipe),
+            calibration=f"{sum(map(len, self.sample.held_out))} sequences",
+            latency_ms=PlanLatency(
+                original=self.times.original,
+                predicted=self.times.rest + sum(map(self.cost, chosen)),
+                measured=self.times.model_of(plan),
+                rest=self.times.rest,
+                inputs=self.times.table.about["inputs"],
+            ),
+            losses=tuple(EditLoss(choice.edit, loss) for choice, loss in alone.known.items()),
+            competition=tuple(self.tried.values()),
+            refit=report,
+        )
         return SearchResult(student, replace(plan, notes=notes), report)
 
     def plan(self, chosen: Iterable[Candidate]) -> Plan:
@@ -203,13 +202,10 @@ class _Budget:
             if plan.edits in self.tried:
                 continue
             student, report = self._carried_out(plan)
-            self.tried[plan.edits] = {
-                "edits": [write_edit(edit) for edit in plan.edits],
-                "loss": report.after,
-                "loss_before_refit": report.before,
-                "expected": importance.total(candidates),
-                "ms": self.times.model_of(plan),
-            }
+            expected = importance.total(candidates)
+            self.tried[plan.edits] = CandidatePlan(
+                plan.edits, report.after, report.before, expected, self.times.model_of(plan)
+            )
             if self.best is None or self._rank(plan, report) < self._rank(*self.best[1:3]):
                 self.best = candidates, plan, report, WeightSnapshot(student)
 

@@ -22,7 +22,7 @@ from ...math import cluster
 from ...models.architectures import architecture_for
 from ...models.surgery.checks import check_model
 from ...models.surgery.size import are_unlike, sizes_of_runs
-from ...plan import Align, Fuse, Kind, Plan
+from ...plan import Align, Fuse, Kind, Plan, PlanNotes
 from ...recipe import FusionRecipe
 from .distances import block_distances
 from .grouping import even
@@ -71,12 +71,12 @@ def planned(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | Non
     distances = block_distances(model, kinds_of(model, recipe), recipe.similarity, batches)
     divide = divider(model, recipe)
     importance = layer_importance_of(model, batches)
-    notes = {
-        "recipe": asdict(recipe),
-        "distances": {
+    notes = PlanNotes(
+        recipe=asdict(recipe),
+        distances={
             kind: [[_rounded(value) for value in row] for row in matrix.tolist()] for kind, matrix in distances.items()
         },
-    }
+    )
 
     def plan(keep: int) -> Plan:
         groups = {}

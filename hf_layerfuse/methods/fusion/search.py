@@ -26,7 +26,7 @@ from ...math import cluster
 from ...models.apply import applied
 from ...models.architectures import architecture_for
 from ...models.surgery.checks import check_model
-from ...plan import Fuse, Kind, Plan
+from ...plan import CandidatePlan, Kind, OperatorLoss, Plan
 from ...recipe import FusionRecipe
 from ..base import SearchResult
 from ..trials import Trials, share_of
@@ -81,7 +81,7 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
             "no calibration batches: the weights alone decide, and nothing is refitted. Pass batches=, or heal the "
             "result before use."
         )
-        notes = {**first.notes, "recipe": asdict(recipe), "calibration": "none: from the weights alone"}
+        notes = replace(first.notes, recipe=asdict(recipe), calibration="none: from the weights alone")
         return SearchResult(applied(model, first), replace(first, notes=notes), None)
     with eval_mode(model):
         found = _Search(model, recipe, batches, first).run()
@@ -103,7 +103,7 @@ class _Search:
     def run(self) -> SearchResult:
         recipe = self.recipe
         start = self._with_groups({kind: self._start(kind) for kind in self._kinds()})
-        scores: list[dict[str, Any]] = []
+        scores: tuple[OperatorLoss, ...] = ()
         if recipe.effort == "low":
             self._try(start)
         else:
@@ -119,18 +119,16 @@ class _Search:
         plan, report, weights = self.best
         student = applied(self.model, plan, self.batches)
         weights.restore(student)
-        competition = [
-            {"edits": plan.to_dict()["edits"], "loss": report.after, "loss_before_refit": report.before}
-            for plan, report in self.tried.values()
-        ]
-        notes = {
-            **self.first.notes,
-            "recipe": asdict(recipe),
-            "calibration": f"{sum(map(len, self.sample.held_out))} sequences",
-            "operators": scores,
-            "competition": competition,
-            "refit": asdict(report),
-        }
+        notes = replace(
+            self.first.notes,
+            recipe=asdict(recipe),
+            calibration=f"{sum(map(len, self.sample.held_out))} sequences",
+            operators=scores,
+            competition=tuple(
+                CandidatePlan(plan.edits, report.after, report.before) for plan, report in self.tried.values()
+            ),
+            refit=report,
+        )
         return SearchResult(student, replace(plan, notes=notes), report)
 
     def _kinds(self) -> tuple[Kind, ...]:
@@ -255,15 +253,10 @@ class _Table:
         loss = self.trials.loss
         return replace(plan, edits=tuple(min(operator_candidates(edit, self.recipe), key=loss) for edit in plan.edits))
 
-    def scores(self) -> list[dict[str, Any]]:
-        """Return all measured losses, group by group."""
-        found: dict[tuple, dict[str, float]] = {}
-        for (edit,), loss in self.trials.losses.items():
-            if math.isfinite(loss):
-                found.setdefault((edit.kind, edit.layers), {})[_name(edit)] = loss
-        return [{"kind": kind, "layers": list(layers), "losses": losses} for (kind, layers), losses in found.items()]
-
-
-def _name(edit: Fuse) -> str:
-    name = edit.operator if edit.keep is None else f"{edit.operator} {edit.keep}"
-    return name if edit.align == "none" else f"{name}, {edit.align}"
+    def scores(self) -> tuple[OperatorLoss, ...]:
+        """Return all measured losses."""
+        return tuple(
+            OperatorLoss(edit.kind, edit.layers, edit.operator, loss, edit.keep, edit.align)
+            for (edit,), loss in self.trials.losses.items()
+            if math.isfinite(loss)
+        )

@@ -17,7 +17,7 @@ from ...math.knapsack import Frontier, Option
 from ...models.apply import applied
 from ...models.architectures import ConvGraphArchitecture, architecture_for
 from ...models.surgery.checks import check_model
-from ...plan import Plan
+from ...plan import FrontierPoint, Plan, PlanLatency, PlanNotes, SegmentLoss
 from ...recipe import MergeRecipe
 from ..base import SearchResult
 from ..candidates import edits_of, options_of
@@ -92,27 +92,27 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     )
     plan = plan_of(chosen)
     predicted = latencies.rest + sum(map(latencies.of, chosen))
-    notes = {
-        "recipe": asdict(recipe),
-        "calibration": f"{sum(map(len, sample.held_out))} images",
-        "latency_ms": {
-            "original": whole,
-            "predicted": predicted,
-            "measured": latencies.model_of(plan),
-            "rest": latencies.rest,
-        },
-        "losses": {entry.key: losses.of(entry) for entry in chosen if entry.changes},
-        "frontier": {  # the best chain for each rounded share
-            f"{(latencies.rest + sum(map(latencies.of, chain))) / whole:.0%}": sum(map(losses.of, chain))
-            for chain in frontier(entries, latencies, losses, whole, length, published=published)
-        },
+    best = {  # loss of the best chain for each share of the latency, in percent
+        round(100 * ((latencies.rest + sum(map(latencies.of, chain))) / whole)): sum(map(losses.of, chain))
+        for chain in frontier(entries, latencies, losses, whole, length, published=published)
     }
+    notes = PlanNotes(
+        recipe=asdict(recipe),
+        calibration=f"{sum(map(len, sample.held_out))} images",
+        latency_ms=PlanLatency(whole, predicted, latencies.model_of(plan), latencies.rest),
+        losses=tuple(
+            SegmentLoss(entry.start, entry.end, entry.merged.kernel, entry.merged.depthwise, losses.of(entry))
+            for entry in chosen
+            if entry.changes
+        ),
+        frontier=tuple(FrontierPoint(percent / 100, loss) for percent, loss in best.items()),
+    )
     if recipe.method == "open":
         plan = replace(plan, edits=tuple(replace(edit, merged=False) for edit in plan.edits), notes=notes)
         return SearchResult(applied(model, plan), plan, None)
     student = applied(model, plan)
     report = refit_chain(student, model, plan, sample, fitted=fitted)
-    return SearchResult(student, replace(plan, notes=notes | {"refit": asdict(report)}), report)
+    return SearchResult(student, replace(plan, notes=replace(notes, refit=report)), report)
 
 
 def choose(

@@ -161,10 +161,10 @@ def _size_of(plan: Plan) -> str:
 
 def _timed(plan: Plan) -> list[str]:
     """Latency that the plan was chosen for, if it was chosen for one."""
-    if "latency_ms" not in plan.notes:
+    times = plan.notes.latency_ms
+    if times is None or times.measured is None:
         return []
-    times = plan.notes["latency_ms"]
-    shares = [f"{times[name] / times['original']:.0%}" for name in ("predicted", "measured")]
+    shares = [f"{part / times.original:.0%}" for part in (times.predicted, times.measured)]
     return [
         f"Chosen by what it takes on the machine named below: {shares[0]} of the original's time by the times of its "
         f"parts, and {shares[1]} when it was timed as a whole, before healing.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -16,8 +16,7 @@ from PIL import Image
 from ...errors import CheckpointError
 from ...methods import method_of
 from ...models.families import CONV_GRAPH, LAYERS, family_of
-from ...plan import Plan
-from ...plan.edit_json import read_edit
+from ...plan import Edit, Linearize, Plan
 from ...recipe import Recipe, recipe_of
 from ...training.heal import HealReport
 from ..output import MARK, write_whole
@@ -148,10 +147,6 @@ def _pictures(plan: Plan, healed: HealReport | None) -> list[dict[str, Any]]:
     return found
 
 
-_COSTS_OF = {LAYERS: "layer", CONV_GRAPH: "segment: begin, end, kernel, depthwise"}
-"""Header of the costs in the notes of a plan, by its family."""
-
-
 def _reasons(plan: Plan) -> list[dict[str, Any]]:
     """Reasons for the choice of a plan, from its notes: words, and rows of text."""
     notes, found = plan.notes, []
@@ -159,31 +154,47 @@ def _reasons(plan: Plan) -> list[dict[str, Any]]:
     def add(words: str, *rows: list[str]) -> None:
         found.append({"words": words, "rows": rows})
 
-    if competition := notes.get("competition"):
-        ranked = sorted(competition, key=lambda entry: entry["loss"])
-        rivals = [[_edits_of(plan, entry), f"{entry['loss']:.4g}"] for entry in ranked]
+    if notes.competition:
+        ranked = sorted(notes.competition, key=lambda candidate: candidate.loss)
+        rivals = [[_words_of(plan, candidate.edits), f"{candidate.loss:.4g}"] for candidate in ranked]
         add("What competed on calibration data, the best first.", ["plan", "calibration loss"], *rivals)
-    if losses := notes.get("losses"):
-        if isinstance(losses, dict):  # an MLP by its layer, or a segment of convolutions
-            head = _COSTS_OF[family_of(plan)]
-            single = [[name, f"{loss:.4g}"] for name, loss in losses.items()]
-        else:
-            head = "choice"
-            single = [[_edits_of(plan, {"edits": [row["edit"]]}), f"{row['loss']:.4g}"] for row in losses]
+    if notes.losses:
+        head, names = _SINGLE_OF[family_of(plan)](plan)
+        single = [[name, f"{row.loss:.4g}"] for name, row in zip(names, notes.losses, strict=True)]
         add("What each costs when nothing else is changed.", [head, "calibration loss"], *single)
-    if frontier := notes.get("frontier"):
-        points = [[share, f"{loss:.4g}"] for share, loss in frontier.items()]
+    if notes.frontier:
+        points = [[f"{point.share:.0%}", f"{point.loss:.4g}"] for point in notes.frontier]
         add("What other budgets would cost, by the sum.", ["of the original's time", "calibration loss"], *points)
-    if refit := notes.get("refit"):
-        values = ["calibration loss", *(f"{refit[name]:.4g}" for name in ("before", "after"))]
-        kept = "It was kept." if refit["kept"] else "It did not help, and was undone."
+    if refit := notes.refit:
+        values = ["calibration loss", *(f"{loss:.4g}" for loss in (refit.before, refit.after))]
+        kept = "It was kept." if refit.kept else "It did not help, and was undone."
         add(f"Closed-form repair on calibration data. {kept}", ["", "before", "after"], values)
     return found
 
 
-def _edits_of(plan: Plan, entry: Mapping[str, Any]) -> str:
+def _words_of(plan: Plan, edits: Sequence[Edit]) -> str:
     """A candidate in words: its edits, or the layers whose MLPs become linear."""
-    if "layers" in entry:
-        return f"linear MLPs of layers {', '.join(map(str, entry['layers']))}"
-    edits = tuple(map(read_edit, entry["edits"]))
+    if _by_layer(plan, edits):
+        return f"linear MLPs of layers {', '.join(str(edit.layer) for edit in edits)}"
     return "; ".join(f"{blocks} {become}" for blocks, become in report.changes(replace(plan, edits=edits)))
+
+
+def _by_layer(plan: Plan, edits: Sequence[Edit]) -> bool:
+    """Whether layers alone name the edits: without a latency budget, linear MLPs compete with nothing else."""
+    return plan.notes.latency_ms is None and {type(edit) for edit in edits} == {Linearize}
+
+
+def _single_edits(plan: Plan) -> tuple[str, list[str]]:
+    edits = [row.edit for row in plan.notes.losses]
+    if _by_layer(plan, edits):
+        return "layer", [str(edit.layer) for edit in edits]
+    return "choice", [_words_of(plan, [edit]) for edit in edits]
+
+
+def _single_segments(plan: Plan) -> tuple[str, list[str]]:
+    names = [f"{row.start},{row.end},{row.kernel},{int(row.depthwise)}" for row in plan.notes.losses]
+    return "segment: begin, end, kernel, depthwise", names
+
+
+_SINGLE_OF = {LAYERS: _single_edits, CONV_GRAPH: _single_segments}
+"""Function of a plan that returns a header and the names of the candidates in `losses` of its notes, by its family."""

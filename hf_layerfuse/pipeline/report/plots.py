@@ -53,8 +53,8 @@ def draw(plan: Plan, healed: HealReport | None, folder: Path) -> dict[str, str]:
     """
     plot_plan(plan, folder / "plan.png")
     drawn = {"plan.png": "Which blocks of the original became which"}
-    if distances := plan.notes.get("distances"):
-        plot_distances(distances, plan, folder / "distances.png")
+    if plan.notes.distances:
+        plot_distances(plan.notes.distances, plan, folder / "distances.png")
         drawn["distances.png"] = (
             "How far the blocks of the original are from each other: dark pairs are alike, marked ones grouped"
         )
@@ -156,7 +156,7 @@ def plot_distances(distances: Mapping[Kind, Sequence[Sequence[float | None]]], p
     """Write a picture of the distances between the blocks of each kind, with the groups of a plan marked.
 
     Args:
-        distances: Matrices of `plan.notes["distances"]`; None between blocks that can never become one.
+        distances: Matrices of `plan.notes.distances`; None between blocks that can never become one.
         plan: Plan whose groups are marked.
         path: Path of a PNG file.
     """

@@ -248,7 +248,7 @@ def test_mlps_are_taken_in_the_order_of_what_they_cost(model_type):
     model = tiny_model(model_type)
     batches = some_batches(model)
     found = search_collapse(model, CollapseRecipe(count=3), batches)
-    losses = {int(layer): loss for layer, loss in found.plan.notes["losses"].items()}
+    losses = {row.edit.layer: row.loss for row in found.plan.notes.losses}
     assert [edit.layer for edit in found.plan.edits] == sorted(sorted(losses, key=losses.get)[:3])
     held_out = Sample.of(batches).held_out_batches
     for layer in (0, 4):

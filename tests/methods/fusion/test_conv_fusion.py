@@ -327,4 +327,4 @@ def test_rounds_of_fusing_and_healing(mode):
         source = expand(fused)
     assert plan.num_layers == LAYERS
     assert plan.kinds == ("conv",)
-    assert len(plan.notes["rounds"]) == 2
+    assert len(plan.notes.rounds) == 2

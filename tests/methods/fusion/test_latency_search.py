@@ -62,13 +62,14 @@ def test_a_budget_is_kept(model_type):
     model = whole(model_type)
     batches, before = batches_of(model, 24), state_of(model)
     found = search(model, FusionRecipe(latency_budget=0.7), batches)
-    notes = json.loads(json.dumps(found.plan.notes))
-    times = notes["latency_ms"]
-    assert times["measured"] <= 0.7 * times["original"]
-    assert times["predicted"] == pytest.approx(times["measured"], rel=0.01)
-    assert times["original"] == pytest.approx(1e-3 * sum(p.numel() for p in model.parameters()))
-    assert times["measured"] == pytest.approx(1e-3 * sum(p.numel() for p in found.model.parameters()), rel=0.05)
-    assert found.report.after == min(row["loss"] for row in notes["competition"])
+    notes = Plan.from_json(found.plan.to_json()).notes
+    assert notes == found.plan.notes
+    times = notes.latency_ms
+    assert times.measured <= 0.7 * times.original
+    assert times.predicted == pytest.approx(times.measured, rel=0.01)
+    assert times.original == pytest.approx(1e-3 * sum(p.numel() for p in model.parameters()))
+    assert times.measured == pytest.approx(1e-3 * sum(p.numel() for p in found.model.parameters()), rel=0.05)
+    assert found.report.after == min(row.loss for row in notes.competition)
     assert found.report.after == pytest.approx(
         calibration_loss(found.model, model, Sample.of(batches).held_out_batches)
     )
@@ -111,8 +112,8 @@ def test_the_best_choice_of_all(monkeypatch, share, choose):
     least = min(sum(weight(candidate.edit) for candidate in path if candidate.edit) for path in fitting)
     found = job.run()
     assert sum(map(weight, found.plan.edits)) == pytest.approx(least)
-    [row] = found.plan.notes["competition"]
-    assert row["expected"] == pytest.approx(least)
+    [row] = found.plan.notes.competition
+    assert row.expected_loss == pytest.approx(least)
     assert len(measured) < len(job.candidates) or choose == "runs"
 
 
@@ -124,7 +125,7 @@ def test_there_is_always_something_left():
         search(model, FusionRecipe(latency_budget=0.01), batches)
     least = float(str(refused.value).split("available plan takes ")[1].split(" ms")[0])
     found = search(model, FusionRecipe(latency_ms=least * 1.01, effort="low"), batches)
-    assert found.plan.notes["latency_ms"]["measured"] <= least * 1.02
+    assert found.plan.notes.latency_ms.measured <= least * 1.02
     assert verify(found.model)["reload"] == 0
 
 
@@ -296,13 +297,13 @@ def test_what_takes_longer_together(monkeypatch, caplog):
         return {name: Timed(size * (1.0 if name == "original" else slower), 0.0) for name, size in sizes.items()}
 
     monkeypatch.setattr("hf_layerfuse.evaluation.timing.interleaved", together)
-    times = search(model, FusionRecipe(latency_budget=0.7, effort="low"), batches).plan.notes["latency_ms"]
-    assert times["measured"] == pytest.approx(1.2 * times["predicted"], rel=0.01)
-    assert times["measured"] <= 1.02 * 0.7 * times["original"]
+    times = search(model, FusionRecipe(latency_budget=0.7, effort="low"), batches).plan.notes.latency_ms
+    assert times.measured == pytest.approx(1.2 * times.predicted, rel=0.01)
+    assert times.measured <= 1.02 * 0.7 * times.original
     assert not caplog.text
     monkeypatch.setattr("hf_layerfuse.methods.latency_budget.TRIES", 0)
-    times = search(model, FusionRecipe(latency_budget=0.7, effort="low"), batches).plan.notes["latency_ms"]
-    assert times["measured"] > 1.02 * 0.7 * times["original"]
+    times = search(model, FusionRecipe(latency_budget=0.7, effort="low"), batches).plan.notes.latency_ms
+    assert times.measured > 1.02 * 0.7 * times.original
     assert "its parts are slower together than alone" in caplog.text
 
 

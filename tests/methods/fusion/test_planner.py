@@ -47,7 +47,7 @@ def groups(plan):
 
 
 def distances(plan):
-    (matrix,) = plan.notes["distances"].values()
+    (matrix,) = plan.notes.distances.values()
     return torch.tensor(matrix, dtype=torch.float64)
 
 
@@ -440,7 +440,7 @@ def test_kinds_apart(model_type, mode, measure):
         recipe.blocks = kind
         alone = plan_fusion(model, recipe, batches_for(model))
         assert [edit for edit in plan.edits if edit.kind == kind] == list(alone.edits)
-        assert plan.notes["distances"][kind] == alone.notes["distances"][kind]
+        assert plan.notes.distances[kind] == alone.notes.distances[kind]
 
 
 def test_kinds_apart_compute_what_the_plan_says(model_type):
@@ -644,7 +644,7 @@ def test_notes_say_what_the_plan_was_decided_from(measure):
     plan = plan_fusion(model, recipe, batches_for(model))
     assert all(edit == Fuse("layer", edit.layers, "share", "telescope") for edit in plan.edits)
     tree = json.loads(plan.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert tree["notes"] == plan.notes
+    assert tree["notes"] == plan.notes.to_dict()
     assert FusionRecipe(**tree["notes"]["recipe"]) == recipe
     matrix = torch.tensor(tree["notes"]["distances"]["layer"])
     assert matrix.shape == (LAYERS, LAYERS)

@@ -1,7 +1,6 @@
 """Candidates compete on calibration loss: what is tried, what wins, and that it is the best of what was tried."""
 
 import itertools
-import json
 import random
 import warnings
 from dataclasses import asdict
@@ -53,10 +52,7 @@ def same(one, other):
 
 def edits_of(found):
     """What the notes say was tried, as plans have it."""
-    plan = found.plan
-    return [
-        Plan.from_dict({**plan.to_dict(notes=False), "edits": row["edits"]}).edits for row in plan.notes["competition"]
-    ]
+    return [candidate.edits for candidate in found.plan.notes.competition]
 
 
 def test_more_effort_is_never_worse(model_type):
@@ -69,15 +65,16 @@ def test_more_effort_is_never_worse(model_type):
         found = search(model, FusionRecipe(keep_layers=3, effort=effort), batches)
         assert depth_of(found.model) == 3
         assert type(found.model) is type(model)
-        notes = json.loads(json.dumps(found.plan.notes))
-        competition = notes["competition"]
-        assert found.report.after == min(row["loss"] for row in competition) == notes["refit"]["after"]
-        assert found.plan.edits == edits_of(found)[[row["loss"] for row in competition].index(found.report.after)]
-        assert all(row["loss"] <= row["loss_before_refit"] for row in competition)
+        notes = Plan.from_json(found.plan.to_json()).notes
+        assert notes == found.plan.notes
+        competition = notes.competition
+        assert found.report.after == min(row.loss for row in competition) == notes.refit.after
+        assert found.plan.edits == edits_of(found)[[row.loss for row in competition].index(found.report.after)]
+        assert all(row.loss <= row.loss_before_refit for row in competition)
         assert found.report.after == loss(found.model, model, batches)
-        assert notes["recipe"]["effort"] == effort
-        assert notes["calibration"] == "24 sequences"
-        assert bool(notes["operators"]) == (effort != "low")
+        assert notes.recipe["effort"] == effort
+        assert notes.calibration == "24 sequences"
+        assert bool(notes.operators) == (effort != "low")
         tried.append(set(edits_of(found)))
         losses.append(found.report.after)
     assert len(tried[0]) == 1
@@ -92,7 +89,7 @@ def test_fuse_returns_what_the_search_found():
     batches = batches_of(model)
     found = search(model, FusionRecipe(keep_layers=3), batches)
     assert same(state_of(fuse(model, keep_layers=3, batches=iter(batches))), state_of(found.model))
-    assert len(found.plan.notes["operators"]) > 1
+    assert len(found.plan.notes.operators) > 1
 
 
 def test_climbing_tries_neighbours(monkeypatch):
@@ -129,10 +126,10 @@ def test_without_batches_it_is_from_the_weights_alone(model_type, mode):
         assert same(state_of(found.model), state_of(apply(model, plan)))
         assert {(edit.operator, edit.keep) for edit in plan.edits} == {("freeze", None)}
     assert found.report is None
-    notes = json.loads(json.dumps(found.plan.notes))
-    assert notes["calibration"] == "none: from the weights alone"
-    assert "competition" not in notes
-    assert notes["distances"]
+    notes = Plan.from_json(found.plan.to_json()).notes
+    assert notes.calibration == "none: from the weights alone"
+    assert not notes.competition
+    assert notes.distances
 
 
 MODES = {
@@ -170,7 +167,7 @@ def test_rank_auto_is_searched_as_its_number(mode, effort):
     (edit,) = auto.plan.edits
     assert edit.layers == tuple(range(LAYERS))
     asked = FusionRecipe(keep_layers=1, mode=mode, rank=edit.rank, effort=effort)
-    assert auto.plan.notes["recipe"] == asdict(asked)
+    assert auto.plan.notes.recipe == asdict(asked)
     number = search(model, asked, batches_of(model))
     assert same(state_of(auto.model), state_of(number.model))
     verify(auto.model)
@@ -184,7 +181,7 @@ def test_sharing_competes_too(mode):
     recipes = [FusionRecipe(keep_layers=3, effort=effort, **MODES[mode]) for effort in ("low", "medium")]
     low, medium = (search(model, recipe, batches) for recipe in recipes)
     assert medium.report.after <= low.report.after
-    assert len(medium.plan.notes["operators"]) == 3, "all pairs of neighbours"
+    assert len({row.layers for row in medium.plan.notes.operators}) == 3, "all pairs of neighbours"
     assert set(edits_of(low)) <= set(edits_of(medium))
 
 
@@ -324,8 +321,8 @@ def test_operators_are_those_of_least_loss(monkeypatch, table):
         assert best == min(options, key=lambda edit: costs[(edit,)])
         assert best.layers == edit.layers
     scores = table.scores()
-    assert [tuple(row["layers"]) for row in scores] == [(0, 1), (3, 4, 5)]
-    assert sorted(loss for row in scores for loss in row["losses"].values()) == sorted(costs.values())
+    assert list(dict.fromkeys(row.layers for row in scores)) == [(0, 1), (3, 4, 5)]
+    assert sorted(row.loss for row in scores) == sorted(costs.values())
 
 
 def test_the_table_measures_the_model_with_one_group_fused():

@@ -150,12 +150,12 @@ def test_a_budget_is_kept(cifar, tmp_path):
     for budget in (0.9, 0.7):
         recipe = MergeRecipe(latency_budget=budget, latency_batch_size=4, latency_repeats=5, tables=str(tmp_path))
         found = search_merge(cifar, recipe, batches)
-        times = found.plan.notes["latency_ms"]
-        assert times["predicted"] <= budget * times["original"] * (1 + 1e-9)
-        losses.append(sum(found.plan.notes["losses"].values()))
+        times = found.plan.notes.latency_ms
+        assert times.predicted <= budget * times.original * (1 + 1e-9)
+        losses.append(sum(row.loss for row in found.plan.notes.losses))
         assert found.report.after <= found.report.before
     assert losses[0] <= losses[1]
-    least = times["rest"] + 1
+    least = times.rest + 1
     with pytest.raises(RecipeError, match="the fastest available plan takes"):
         search_merge(
             cifar, MergeRecipe(latency_ms=least, latency_batch_size=4, latency_repeats=5, tables=str(tmp_path)), batches
@@ -251,8 +251,8 @@ def test_it_is_chosen_from_what_was_asked_for(cifar, tmp_path):
     plain = search_merge(cifar, recipe, images(cifar))
     known = json.loads((tmp_path / "losses-unfitted.json").read_text())["values"]
     assert not plain.report.kept
-    key, loss = next(iter(plain.plan.notes["losses"].items()))
-    assert known[key] == loss
+    row = plain.plan.notes.losses[0]
+    assert known[f"{row.start},{row.end},{row.kernel},{int(row.depthwise)}"] == row.loss
 
 
 @pytest.mark.usefixtures("steady")
@@ -271,9 +271,10 @@ def test_what_is_small_goes_first(cifar, tmp_path):
     assert set(gone) <= {units.index("layers.2.conv1"), units.index("layers.1.conv2")}
     assert gone
     assert not (tmp_path / "losses.json").exists()
-    shares, losses = zip(*found.plan.notes["frontier"].items(), strict=True)
-    assert list(losses) == sorted(losses, reverse=True)
-    assert "100%" in shares or "91%" in shares
+    frontier = found.plan.notes.frontier
+    losses = [point.loss for point in frontier]
+    assert losses == sorted(losses, reverse=True)
+    assert {1.0, 0.91} & {point.share for point in frontier}
 
 
 @pytest.mark.usefixtures("steady")

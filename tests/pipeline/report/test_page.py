@@ -14,10 +14,11 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from runs import MERGED, PLAN, REPORT, SHARED, STAGE, causal_lm, healed_by, recipe, results, written
 
-from hf_layerfuse import CheckpointError, CollapseRecipe, Linearize, MergeRecipe, Plan, cli
+from hf_layerfuse import CheckpointError, CollapseRecipe, Drop, Linearize, MergeRecipe, Plan, cli
 from hf_layerfuse.cli import main
 from hf_layerfuse.pipeline.report.page import page, write_page
 from hf_layerfuse.pipeline.report.tables import change_table
+from hf_layerfuse.plan import CandidatePlan, EditLoss, FrontierPoint, PlanLatency, PlanNotes, RefitReport
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -91,20 +92,17 @@ def test_what_comes_from_the_run_is_text():
 
 def test_says_why(tmp_path):
     """Losses of what competed, of single choices, of other budgets, and of the repair, as the notes have them."""
-    notes = {
-        "competition": [
-            {"edits": [{"edit": "drop", "kind": "layer", "layer": 3}], "loss": 0.25, "loss_before_refit": 0.5},
-            {"layers": [1, 2], "loss": 0.125},
-        ],
-        "losses": {"4": 0.0625},
-        "frontier": {"60%": 0.75},
-        "refit": {"before": 0.5, "after": 0.25, "kept": True, "blocks": []},
-    }
+    notes = PlanNotes(
+        competition=(CandidatePlan((Drop("layer", 3),), 0.25, 0.5), CandidatePlan((Linearize(1), Linearize(2)), 0.125)),
+        losses=(EditLoss(Linearize(4), 0.0625),),
+        frontier=(FrontierPoint(0.6, 0.75),),
+        refit=RefitReport(0.5, 0.25, kept=True),
+    )
     shown = page(dataclasses.replace(PLAN, notes=notes), results(), recipe())
     assert shown.index("linear MLPs of layers 1, 2") < shown.index("layer 3 dropped")
     for text in ("0.125", "0.0625", "60%", "0.75", "It was kept."):
         assert text in shown
-    notes = {"losses": [{"edit": {"edit": "linearize", "layer": 4}, "loss": 0.375}]}
+    notes = PlanNotes(losses=(EditLoss(Linearize(4), 0.375),), latency_ms=PlanLatency(2.0, 1.0))
     assert "the MLP of layer 4 becomes one linear map" in page(
         dataclasses.replace(PLAN, notes=notes), results(), recipe()
     )
@@ -170,9 +168,10 @@ def test_nothing_else_is_replaced(tmp_path, capsys):
         assert main(["report", str(damaged)]) == 1, changes
         assert "is not the result of a run" in capsys.readouterr().err
         assert {path.name for path in damaged.iterdir()} == {"plan.json", "results.json"}
-    strange = written(tmp_path / "strange", dataclasses.replace(PLAN, notes={"competition": [{"plan": 1}]}))
+    strange = written(tmp_path / "strange")
+    (strange / "plan.json").write_text(json.dumps({**PLAN.to_dict(), "notes": {"competition": [{"plan": 1}]}}))
     assert main(["report", str(strange)]) == 1
-    assert "'loss' is missing" in capsys.readouterr().err
+    assert "the notes of the plan cannot be read: 'edits' is missing" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "absent")]) == 1
     assert "Name a folder that fuse.py has written" in capsys.readouterr().err
 

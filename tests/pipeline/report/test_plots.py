@@ -56,7 +56,7 @@ def test_distances_are_drawn_with_what_was_grouped(tmp_path) -> None:
         assert "distances.png" in draw(plan, None, tmp_path)
     model = copy.deepcopy(network("cifar")).float()
     plan = plan_fusion(model, FusionRecipe(keep_layers=4))
-    assert any(None in row for row in plan.notes["distances"]["conv"])
+    assert any(None in row for row in plan.notes.distances["conv"])
     assert "distances.png" in draw(plan, None, tmp_path)
 
 
