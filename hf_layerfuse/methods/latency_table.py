@@ -54,11 +54,11 @@ class LatencyTable(ABC):
     ) -> None:
         self.model, self.inputs = model, model_inputs(inputs, model)
         self.repeats, self.warmup = repeats, warmup
-        self.table = MeasurementCache(path, timed_on(model, self.inputs))
+        self.cache = MeasurementCache(path, timed_on(model, self.inputs))
 
     @property
     def original(self) -> float:
-        return self.table.values["original"]["ms"]
+        return self.cache.values["original"]["ms"]
 
     @abstractmethod
     def of(self, candidate: Candidate) -> float:
@@ -67,14 +67,14 @@ class LatencyTable(ABC):
     def model_of(self, plan: Plan) -> float:
         """Return the latency of the model of a plan, which is measured on first use."""
         self._measure_models([plan])
-        return self.table.values[self._key(plan)]["ms"]
+        return self.cache.values[self._key(plan)]["ms"]
 
     @abstractmethod
     def _key(self, plan: Plan) -> str:
         """Return the key of a plan in the cache. Plans with one key have the same latency."""
 
     def _measure_models(self, plans: Iterable[Plan]) -> None:
-        missing = {key: plan for plan in plans if (key := self._key(plan)) not in self.table.values}
+        missing = {key: plan for plan in plans if (key := self._key(plan)) not in self.cache.values}
         self._time({key: self._call(plan) for key, plan in missing.items()})
 
     def _call(self, plan: Plan) -> Callable[[], object]:
@@ -85,4 +85,4 @@ class LatencyTable(ABC):
         device, calls = self.model.device, {"original": partial(self.model, **self.inputs), **calls}
         row = self.calls_on_gpu if device.type == "cuda" else 1
         with eval_mode(self.model), torch.inference_mode():
-            time_missing(self.table, calls, device, repeats=self.repeats, warmup=self.warmup, row=row)
+            time_missing(self.cache, calls, device, repeats=self.repeats, warmup=self.warmup, row=row)

@@ -71,7 +71,7 @@ class BlockLatencies(LatencyTable):
     def _saved(self, edit: Drop | Linearize) -> float:
         """Return the time that the model saves, per layer with this edit."""
         plan = self._probe(edit)
-        found = self.table.values.get(self._key(plan))
+        found = self.cache.values.get(self._key(plan))
         return 0.0 if found is None else max(self.original - found["ms"], 0.0) / max(len(plan.edits), 1)
 
     def _probes(self, layer: int) -> list[Plan]:

@@ -98,22 +98,21 @@ class _Budget:
         few = Sample.of(batches, share_of(self.sample, self.depth, 5 * self.depth, COST))
         self.few = TeacherStates(LayerwiseForward(model, few))
         folder = None if recipe.tables is None else Path(recipe.tables)
-        self.times = BlockLatencies(
+        self.latencies = BlockLatencies(
             model,
             batch_of(self.sample, recipe.latency_batch_size),
             folder and folder / "latency.json",
             repeats=recipe.latency_repeats,
         )
-        self.cost = self.times.of
         batches_digest = digest(self.sample.batches)
         self.losses = loss_cache(model, folder and folder / "losses.json", batches=batches_digest, refit=recipe.refit)
-        self.allowed = recipe.latency_ms or recipe.latency_budget * self.times.original
-        if self.allowed >= self.times.original:
+        self.allowed = recipe.latency_ms or recipe.latency_budget * self.latencies.original
+        if self.allowed >= self.latencies.original:
             raise RecipeError(
-                f"latency_ms={self.allowed:.6g} is met already: the model takes {self.times.original:.3g} ms. Ask for "
-                "less."
+                f"latency_ms={self.allowed:.6g} is met already: the model takes {self.latencies.original:.3g} ms. "
+                "Ask for less."
             )
-        self.limit = self.allowed - self.times.rest
+        self.limit = self.allowed - self.latencies.rest
         importance = layer_importance_of(model, batches)
         self.candidates = block_candidates(
             model,
@@ -145,13 +144,13 @@ class _Budget:
             recipe=asdict(self.recipe),
             calibration=f"{sum(map(len, self.sample.held_out))} sequences",
             latency_ms=PlanLatency(
-                original=self.times.original,
-                predicted=self.times.rest + sum(map(self.cost, chosen)),
-                measured=self.times.model_of(plan),
-                rest=self.times.rest,
-                inputs=self.times.table.about["inputs"],
+                original=self.latencies.original,
+                predicted=self.latencies.rest + sum(map(self.latencies.of, chosen)),
+                measured=self.latencies.model_of(plan),
+                rest=self.latencies.rest,
+                inputs=self.latencies.cache.about["inputs"],
             ),
-            losses=tuple(EditLoss(choice.edit, loss) for choice, loss in alone.known.items()),
+            losses=tuple(EditLoss(candidate.edit, loss) for candidate, loss in alone.known.items()),
             competition=tuple(self.tried.values()),
             refit=report,
         )
@@ -176,7 +175,7 @@ class _Budget:
         return chosen
 
     def _milliseconds(self, chosen: Iterable[Candidate]) -> float:
-        return self.times.model_of(self.plan(chosen))
+        return self.latencies.model_of(self.plan(chosen))
 
     def _settled(self, importance: BlockImportance, limit: float) -> list[Candidate]:
         """Run the program until all the candidates that it chooses are measured."""
@@ -184,9 +183,9 @@ class _Budget:
             while True:
                 losses = {candidate: importance.of(candidate) for candidate in importance.candidates}
                 values = {candidate: -loss for candidate, loss in losses.items() if math.isfinite(loss)}
-                options = options_of(values, self.cost)
+                options = options_of(values, self.latencies.of)
                 length = self.depth * len(self.architecture.kinds)
-                chosen = affordable(length, options, limit, self.times)
+                chosen = affordable(length, options, limit, self.latencies)
                 wanted = [candidate for candidate in chosen if not importance.knows(candidate)]
                 if not wanted:
                     return chosen
@@ -204,14 +203,14 @@ class _Budget:
             student, report = self._carried_out(plan)
             expected = importance.total(candidates)
             self.tried[plan.edits] = CandidatePlan(
-                plan.edits, report.after, report.before, expected, self.times.model_of(plan)
+                plan.edits, report.after, report.before, expected, self.latencies.model_of(plan)
             )
             if self.best is None or self._rank(plan, report) < self._rank(*self.best[1:3]):
                 self.best = candidates, plan, report, WeightSnapshot(student)
 
     def _rank(self, plan: Plan, report: RefitReport) -> tuple[float, float]:
         """Return a sort key, least first: models within the budget before slower ones, then by calibration loss."""
-        return max(self.times.model_of(plan), NEAR * self.allowed), report.after
+        return max(self.latencies.model_of(plan), NEAR * self.allowed), report.after
 
     def _carried_out(self, plan: Plan) -> tuple[PreTrainedModel, RefitReport]:
         student = applied(self.model, plan, self.batches)

@@ -62,8 +62,8 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     if batches is None:
         raise RecipeError("merging needs calibration batches to measure the segments: pass batches=.")
     sample = Sample.of(batches)
-    entries = _candidates(model, recipe)
-    if not any(candidate.changes for candidate in entries):
+    candidates = _candidates(model, recipe)
+    if not any(candidate.changes for candidate in candidates):
         raise UnsupportedModelError(
             f"no two convolutions of this {type(model).__name__} can be merged with kernels of {recipe.max_kernel} or "
             "less: a stride, a pooling or a shortcut separates any two. Raise max_kernel, or fuse another model."
@@ -72,12 +72,12 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     images = sample.batches[0][model.main_input_name][:1]
     images = images.expand(recipe.latency_batch_size, *images.shape[1:]).contiguous()
     latencies = SegmentLatencies(model, images, folder and folder / "latency.json", repeats=recipe.latency_repeats)
-    latencies.measure(entries)
+    latencies.measure(candidates)
     whole = latencies.original
     allowed = recipe.latency_ms or recipe.latency_budget * whole
-    entries = _useful(entries, latencies)
+    candidates = _useful(candidates, latencies)
     fitted = recipe.refit != "none"
-    losses = _importance(model, sample, recipe, folder, entries)
+    importance = _importance(model, sample, recipe, folder, candidates)
     length = len(architecture.convolutions(model).units) - 1
     published = recipe.importance == "published"
 
@@ -85,7 +85,7 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
         return folded_plan(model, edits_of(chosen))
 
     chosen, _ = within(
-        lambda limit: choose(entries, latencies, losses, limit, length, published=published),
+        lambda limit: choose(candidates, latencies, importance, limit, length, published=published),
         lambda chosen: latencies.model_of(plan_of(chosen)),
         allowed - latencies.rest,
         allowed,
@@ -93,17 +93,17 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     plan = plan_of(chosen)
     predicted = latencies.rest + sum(map(latencies.of, chosen))
     best = {  # loss of the best chain for each share of the latency, in percent
-        round(100 * ((latencies.rest + sum(map(latencies.of, chain))) / whole)): sum(map(losses.of, chain))
-        for chain in frontier(entries, latencies, losses, whole, length, published=published)
+        round(100 * ((latencies.rest + sum(map(latencies.of, chain))) / whole)): sum(map(importance.of, chain))
+        for chain in frontier(candidates, latencies, importance, whole, length, published=published)
     }
     notes = PlanNotes(
         recipe=asdict(recipe),
         calibration=f"{sum(map(len, sample.held_out))} images",
         latency_ms=PlanLatency(whole, predicted, latencies.model_of(plan), latencies.rest),
         losses=tuple(
-            SegmentLoss(entry.start, entry.end, entry.merged.kernel, entry.merged.depthwise, losses.of(entry))
-            for entry in chosen
-            if entry.changes
+            SegmentLoss(each.start, each.end, each.merged.kernel, each.merged.depthwise, importance.of(each))
+            for each in chosen
+            if each.changes
         ),
         frontier=tuple(FrontierPoint(percent / 100, loss) for percent, loss in best.items()),
     )

@@ -63,19 +63,19 @@ class SegmentLatencies(LatencyTable):
     def _alone(self, candidate: Segment) -> float:
         if candidate not in self._names:
             self._names[candidate] = self._part(candidate).name
-        return self.table.values[self._names[candidate]]["ms"]
+        return self.cache.values[self._names[candidate]]["ms"]
 
     def measure(self, candidates: Sequence[Segment]) -> None:
         """Measure the missing latencies: shapes of candidates, which must cover the chain, and whole models."""
         calls: dict[str, Callable[[], object]] = {part.name: part for part in map(self._part, candidates)}
-        if "folded" not in self.table.values:
+        if "folded" not in self.cache.values:
             calls["folded"] = self._call(folded_plan(self.model))
         self._time(calls)
         self._settle(candidates)
 
     def _settle(self, candidates: Sequence[Segment]) -> None:
         """Compute `pace` and `rest` from the latencies of parts and of whole models."""
-        length, folded = len(self.convs.units) - 1, self.table.values["folded"]["ms"]
+        length, folded = len(self.convs.units) - 1, self.cache.values["folded"]["ms"]
         fastest = cheapest(length, candidates, self._alone)
         parts = sum(map(self._alone, fastest))
         ones = sum(

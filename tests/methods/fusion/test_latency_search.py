@@ -108,7 +108,7 @@ def test_the_best_choice_of_all(monkeypatch, share, choose):
             for path in paths[candidate.start]
         ]
     every = paths[length]
-    fitting = [path for path in every if sum(map(job.cost, path)) <= job.limit]
+    fitting = [path for path in every if sum(map(job.latencies.of, path)) <= job.limit]
     least = min(sum(weight(candidate.edit) for candidate in path if candidate.edit) for path in fitting)
     found = job.run()
     assert sum(map(weight, found.plan.edits)) == pytest.approx(least)
@@ -337,7 +337,7 @@ def test_what_keeps_the_budget_wins(monkeypatch, order):
         job = _Budget(
             model, architecture_for(model), FusionRecipe(latency_budget=0.6, effort="low"), batches_of(model, 8)
         )
-    monkeypatch.setattr(job.times, "model_of", lambda plan: job.allowed * (1.0 if len(plan.edits) == 2 else 1.1))
+    monkeypatch.setattr(job.latencies, "model_of", lambda plan: job.allowed * (1.0 if len(plan.edits) == 2 else 1.1))
     slow, fast = ([Candidate(2 * n + 1, 2 * n + 2, Linearize(n)) for n in layers] for layers in ((1,), (1, 2)))
     for place in order:
         job._try(job._importance(), (slow, fast)[place])

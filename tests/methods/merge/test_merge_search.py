@@ -200,11 +200,11 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
     latencies = SegmentLatencies(cifar, torch.randn(2, 3, 32, 32), path, repeats=2, warmup=1)
     candidates = segment_candidates(cifar, 3)
     latencies.measure(candidates)
-    shapes = [name for name in latencies.table.values if name not in ("original", "folded")]
+    shapes = [name for name in latencies.cache.values if name not in ("original", "folded")]
     assert len(shapes) < len(candidates)
     again = SegmentLatencies(cifar, torch.randn(2, 3, 32, 32), path, repeats=2, warmup=1)
     again.measure(candidates)
-    assert again.table.values == latencies.table.values
+    assert again.cache.values == latencies.cache.values
     with pytest.raises(LayerFuseError, match="inputs was"):
         SegmentLatencies(cifar, torch.randn(4, 3, 32, 32), path)
     monkeypatch.setattr("hf_layerfuse.evaluation.timing.device_name", lambda device: "another one")
@@ -320,11 +320,11 @@ def test_what_lies_between_parts_is_counted(cifar, steady, monkeypatch):
     ones = [candidate for candidate in candidates if not candidate.changes]
     fastest = cheapest(len(ones), candidates, alone)
     for rest, pace in ((300.0, 0.5), (0.0, 0.75), (10.0, 1.5)):
-        latencies.table.put({"folded": {"ms": rest + pace * sum(map(alone, ones))}})
+        latencies.cache.put({"folded": {"ms": rest + pace * sum(map(alone, ones))}})
         monkeypatch.setattr(latencies, "model_of", lambda plan, a=rest, b=pace: a + b * sum(map(alone, fastest)))
         latencies.measure(candidates)
         assert (latencies.rest, latencies.pace) == pytest.approx((rest, pace))
-        assert latencies.rest + sum(map(latencies.of, ones)) == pytest.approx(latencies.table.values["folded"]["ms"])
+        assert latencies.rest + sum(map(latencies.of, ones)) == pytest.approx(latencies.cache.values["folded"]["ms"])
     # a model that gains more than its parts do: no less than nothing is beside them
     monkeypatch.setattr(latencies, "model_of", lambda plan: 0.0)
     latencies.measure(candidates)
