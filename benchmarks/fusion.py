@@ -24,7 +24,7 @@ from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.metrics import parameter_counts
 from hf_layerfuse.math.similarity import Angular
 from hf_layerfuse.methods.fusion.grouping import even
-from hf_layerfuse.methods.fusion.planner import importances
+from hf_layerfuse.methods.fusion.planner import layer_importances
 from hf_layerfuse.methods.fusion.search import search
 from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.pipeline.report.tables import text_table
@@ -55,7 +55,7 @@ def depth_methods(job: Job, keep: int) -> Iterator[tuple[str, Callable[[], PreTr
     made = lambda plan: apply(job.model, plan)  # noqa: E731
 
     def influence() -> PreTrainedModel:
-        order = importances(job.model, Sample.of(job.calibration))
+        order = layer_importances(job.model, Sample.of(job.calibration))
         return made(drops(job, sorted(range(depth), key=order.__getitem__)[: depth - keep]))
 
     def replace_me() -> PreTrainedModel:

@@ -37,7 +37,7 @@ from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.metrics import parameter_counts
 from hf_layerfuse.evaluation.timing import device_name, interleaved
 from hf_layerfuse.methods.base import SearchResult
-from hf_layerfuse.methods.fusion.block_latency import BlockTimes
+from hf_layerfuse.methods.fusion.block_latency import BlockLatencies
 from hf_layerfuse.methods.fusion.latency_search import batch_of
 from hf_layerfuse.methods.merge.segments import folded_plan
 from hf_layerfuse.pipeline.report.tables import describe, text_table
@@ -131,7 +131,7 @@ def blocks(name: str, base: common.Job) -> Compared:
         """Baseline that fuses whole layers, and keeps as many as the budget allows."""
         device = model.device.type
         inputs = batch_of(sample, BATCH[device])
-        times = BlockTimes(model, inputs, Path(tables_of(name, device)) / "latency.json", repeats=20)
+        times = BlockLatencies(model, inputs, Path(tables_of(name, device)) / "latency.json", repeats=20)
         keep = int((budget * times.original - times.rest) / times.layer(0))
         found = search(model, FusionRecipe(keep_layers=keep), base.calibration)
         latency = PlanLatency(times.original, times.rest + keep * times.layer(0))

@@ -29,8 +29,9 @@ from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.divergence import prediction
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.evaluation.metrics import classification, embedding_fidelity
-from hf_layerfuse.methods.fusion.block_latency import BlockTimes
-from hf_layerfuse.methods.merge.segments import Latencies, Losses, entries_of
+from hf_layerfuse.methods.fusion.block_latency import BlockLatencies
+from hf_layerfuse.methods.merge.candidates import LossImportance, segment_candidates
+from hf_layerfuse.methods.merge.segment_latency import SegmentLatencies
 
 pytestmark = [
     pytest.mark.slow,
@@ -119,26 +120,26 @@ def test_convolutions_are_merged(name, steady) -> None:
 def test_blocks_and_convolutions_are_timed(tmp_path) -> None:
     """Latencies are measured on the device of the model, and the tables name it."""
     model = on_gpu(whole("gpt2"))
-    times = BlockTimes(model, example_inputs(model), tmp_path / "blocks.json")
+    times = BlockLatencies(model, example_inputs(model), tmp_path / "blocks.json")
     assert 0 < times.layer(0) < times.original
     model = on_gpu(network("cifar")).float()
-    entries = entries_of(model, 5)
-    latencies = Latencies(model, example_inputs(model)["pixel_values"], tmp_path / "convs.json")
-    latencies.measure(entries)
-    assert all(0 < latencies.of(entry) < latencies.original for entry in entries)
+    candidates = segment_candidates(model, 5)
+    latencies = SegmentLatencies(model, example_inputs(model)["pixel_values"], tmp_path / "convs.json")
+    latencies.measure(candidates)
+    assert all(0 < latencies.of(candidate) < latencies.original for candidate in candidates)
     assert all(torch.cuda.get_device_name() in path.read_text() for path in tmp_path.glob("*.json"))
 
 
 def test_losses_on_the_gpu_are_those_on_the_cpu() -> None:
     """Losses agree, so that a table from one device can be used on the other."""
     model = copy.deepcopy(network("cifar")).float()
-    sample, entries = Sample.of(some_batches(model)), entries_of(model, 5)
-    tables = [Losses(other, sample) for other in (model, on_gpu(model))]
-    assert tables[0].table.about == tables[1].table.about
+    sample, candidates = Sample.of(some_batches(model)), segment_candidates(model, 5)
+    tables = [LossImportance(other, sample) for other in (model, on_gpu(model))]
+    assert tables[0].cache.about == tables[1].cache.about
     for table in tables:
-        table.measure(entries)
-    for entry in entries:
-        assert tables[0].of(entry) == pytest.approx(tables[1].of(entry), rel=1e-2, abs=1e-6)
+        table.measure(candidates)
+    for candidate in candidates:
+        assert tables[0].of(candidate) == pytest.approx(tables[1].of(candidate), rel=1e-2, abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

@@ -13,7 +13,7 @@ from ..errors import LayerFuseError
 FORMAT = 1
 
 
-class Table:
+class MeasurementCache:
     """Cache of numbers by key, in a JSON file that records their conditions; each number is saved once it is known.
 
     Args:

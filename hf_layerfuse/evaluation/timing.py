@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .cache import Table
+from .cache import MeasurementCache
 
 _Name = TypeVar("_Name", bound=Hashable)
 
@@ -28,7 +28,7 @@ class Timed(NamedTuple):
 
 
 def device_name(device: torch.device) -> str:
-    """Name of a device in a table of timings."""
+    """Name of a device in a measurement cache."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
 
 
@@ -70,7 +70,7 @@ def interleaved(
 
 
 def time_missing(
-    table: Table,
+    cache: MeasurementCache,
     runs: Mapping[str, Callable[[], Any]],
     device: torch.device,
     *,
@@ -78,23 +78,23 @@ def time_missing(
     warmup: int,
     row: int = 1,
 ) -> None:
-    """Time the calls that a table lacks, and store `ms` and `spread_ms`.
+    """Time the calls that a measurement cache lacks, and store `ms` and `spread_ms`.
 
     Later timings are scaled by the latency of the original at that time.
 
     Args:
-        table: Table of milliseconds.
+        cache: Measurement cache of milliseconds.
         runs: Calls by name; the original is one of them, and is timed each time.
         device, repeats, warmup, row: Arguments of `interleaved`.
     """
-    todo = {name: call for name, call in runs.items() if name not in table.values}
+    todo = {name: call for name, call in runs.items() if name not in cache.values}
     if not todo:
         return
     timed = interleaved({"original": runs["original"], **todo}, device, repeats=repeats, warmup=warmup, row=row)
-    known = table.values.get("original")
+    known = cache.values.get("original")
     pace = known["ms"] / timed["original"].median if known else 1.0
     fresh = {name: {"ms": value.median * pace, "spread_ms": value.spread * pace} for name, value in timed.items()}
-    table.put(fresh | ({"original": known} if known else {}))
+    cache.put(fresh | ({"original": known} if known else {}))
 
 
 def _milliseconds(call: Callable[[], Any], device: torch.device, row: int) -> float:

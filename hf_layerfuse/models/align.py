@@ -97,7 +97,7 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
 def aligned(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
     """Run `align` for a model and a plan that `check_model` and `check_plan` have accepted."""
     architecture = architecture_for(model)
-    edits = [edit for edit in plan.edits if isinstance(edit, Fuse) and edit.align != "none"]
+    edits = [edit for edit in plan.edits if edit.align != "none"]
     if not edits:
         return model
     layers = architecture.layer_list(model)

@@ -1,10 +1,9 @@
-"""Edits of blocks, and their JSON form."""
+"""Edits of blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 from ..errors import PlanError
 from .layout import BlendedForm, LinearForm, MergedForm, Operator, Source
@@ -31,6 +30,8 @@ class _Edit:
     source: Source | None
     shares: ClassVar[bool] = False
     """Whether the blocks stay at their depths and share weights."""
+    align: ClassVar[Align] = "none"
+    """Symmetry to remove before the weights of the blocks are combined."""
 
     def becomes(self) -> dict[int, Source | None]:
         """Source of each layer's block in the result, by layer; None for a removed block.
@@ -38,6 +39,10 @@ class _Edit:
         Blocks that share weights are omitted. They stay, and a `Tie` names the source of their weights.
         """
         return dict.fromkeys(self.layers, self.source)
+
+    def includes(self, other: Edit) -> bool:
+        """Whether this edit does all that the other does, or more, so that its loss is at least as large."""
+        return False
 
 
 class _OneLayer(_Edit):
@@ -152,6 +157,9 @@ class Fuse(_Edit):
             return {}
         return dict.fromkeys(self.layers) | {self.layers[0]: self.source}
 
+    def includes(self, other: Edit) -> bool:
+        return isinstance(other, Fuse) and other.kind == self.kind and set(other.layers) <= set(self.layers)
+
 
 @dataclass(frozen=True)
 class Drop(_OneLayer):
@@ -177,6 +185,10 @@ class Drop(_OneLayer):
     def source(self) -> None:
         """None, because the block is removed."""
         return None
+
+    def includes(self, other: Edit) -> bool:
+        one_block = isinstance(other, Drop | Linearize) and other.layer == self.layer
+        return one_block and self.kind in ("layer", other.kind)
 
 
 @dataclass(frozen=True)
@@ -310,26 +322,3 @@ class MergeConvs(_Edit):
 
 
 Edit = Fuse | Drop | Linearize | Blend | MergeConvs
-_EDITS: Mapping[str, type[Edit]] = {kind.edit: kind for kind in (Fuse, Drop, Linearize, Blend, MergeConvs)}
-
-_RARE = frozenset({"weights", "align", "rank", "faithful", "fold", "merged"})
-
-
-def write_edit(edit: Edit) -> dict[str, Any]:
-    """Convert an edit to JSON types. Rare fields, such as `rank`, are omitted at their defaults."""
-    rare = {f.name: f.default for f in fields(edit) if f.name in _RARE or f.default is None}
-    values = {k: v for k, v in asdict(edit).items() if k not in rare or v != rare[k]}
-    return {"edit": edit.edit, **values}
-
-
-def read_edit(tree: Mapping[str, Any]) -> Edit:
-    """Read an edit from the JSON types that `write_edit` returns.
-
-    Raises:
-        PlanError: This release does not know the edit, or its values contradict each other.
-    """
-    values = dict(tree)
-    name = values.pop("edit")
-    if name not in _EDITS:
-        raise PlanError(f"unknown edit {name!r}; this release knows: {', '.join(_EDITS)}.")
-    return _EDITS[name](**values)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PlanError
-from .edit import Align, Edit, Kind, Linearize, read_edit, write_edit
+from .edit import Align, Edit, Kind, Linearize
+from .edit_json import read_edit, write_edit
 from .layout import Operator
 
 if TYPE_CHECKING:

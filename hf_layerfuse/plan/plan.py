@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PlanError
-from .edit import Edit, read_edit, write_edit
+from .edit import Edit
+from .edit_json import read_edit, write_edit
 from .layout import Layout, Slot, Source, Tie
 from .notes import PlanNotes
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -22,22 +21,21 @@ from ...calibration.refit.base import RefitReport
 from ...calibration.refit.refit import refit_by
 from ...calibration.samples import Sample
 from ...errors import RecipeError, UnsupportedModelError
-from ...evaluation.cache import Table
 from ...evaluation.eval_mode import eval_mode
-from ...evaluation.fingerprint import digest, fingerprint
-from ...math.knapsack import Option
+from ...evaluation.fingerprint import digest
 from ...models.apply import applied
 from ...models.architectures import LayerArchitecture, architecture_for
 from ...models.surgery.checks import check_model
 from ...models.surgery.linear_mlp import needs_fit
-from ...plan import CandidatePlan, Drop, Edit, EditLoss, Fuse, Linearize, Plan, PlanLatency, PlanNotes
+from ...plan import CandidatePlan, Edit, EditLoss, Linearize, Plan, PlanLatency, PlanNotes
 from ...recipe import FusionRecipe
 from ..base import SearchResult
+from ..candidates import Candidate, edits_of, loss_cache, options_of
 from ..latency_budget import NEAR, affordable, within
 from ..trials import Trials, share_of
-from .block_latency import BlockTimes
-from .choices import Choice, Worth, choices_of, edits_of
-from .planner import group_edit, importance_of
+from .block_latency import BlockLatencies
+from .candidates import BlockImportance, block_candidates
+from .planner import group_edit, layer_importance_of
 
 ROUNDS = {"low": 0, "medium": 2, "high": 6}
 """Number of rounds, by effort, that measure candidates again on top of the best combination so far."""
@@ -100,51 +98,45 @@ class _Budget:
         few = Sample.of(batches, share_of(self.sample, self.depth, 5 * self.depth, COST))
         self.few = TeacherStates(LayerwiseForward(model, few))
         folder = None if recipe.tables is None else Path(recipe.tables)
-        self.times = BlockTimes(
+        self.latencies = BlockLatencies(
             model,
             batch_of(self.sample, recipe.latency_batch_size),
             folder and folder / "latency.json",
             repeats=recipe.latency_repeats,
         )
-        about = {
-            "weights": fingerprint(model),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "batches": digest(self.sample.batches),
-            "refit": recipe.refit,
-            "transformers": transformers.__version__,
-        }
-        self.losses = Table(folder and folder / "losses.json", about)
-        self.allowed = recipe.latency_ms or recipe.latency_budget * self.times.original
-        if self.allowed >= self.times.original:
+        batches_digest = digest(self.sample.batches)
+        self.losses = loss_cache(model, folder and folder / "losses.json", batches=batches_digest, refit=recipe.refit)
+        self.allowed = recipe.latency_ms or recipe.latency_budget * self.latencies.original
+        if self.allowed >= self.latencies.original:
             raise RecipeError(
-                f"latency_ms={self.allowed:.6g} is met already: the model takes {self.times.original:.3g} ms. Ask for "
-                "less."
+                f"latency_ms={self.allowed:.6g} is met already: the model takes {self.latencies.original:.3g} ms. "
+                "Ask for less."
             )
-        self.limit = self.allowed - self.times.rest
-        importance = importance_of(model, batches)
-        self.choices = choices_of(
+        self.limit = self.allowed - self.latencies.rest
+        importance = layer_importance_of(model, batches)
+        self.candidates = block_candidates(
             model,
             architecture,
             lambda run: group_edit("layer", run, recipe, importance),
             runs_only=recipe.choose == "runs",
         )
         if needs_fit(architecture) and recipe.refit == "none":
-            self.choices = [choice for choice in self.choices if not isinstance(choice.edit, Linearize)]
+            self.candidates = [each for each in self.candidates if not isinstance(each.edit, Linearize)]
         self.tried: dict[tuple[Edit, ...], CandidatePlan] = {}
-        self.best: tuple[list[Choice], Plan, RefitReport, WeightSnapshot] | None = None
+        self.best: tuple[list[Candidate], Plan, RefitReport, WeightSnapshot] | None = None
 
     def run(self) -> SearchResult:
-        alone = self._worth()
+        alone = self._importance()
         self._try(alone, self._program(alone))
         for _ in range(ROUNDS[self.recipe.effort]):
             chosen, plan, _, weights = self.best
             student = applied(self.model, plan, self.batches)
             weights.restore(student)
-            worth = self._worth(chosen, student.eval(), alone)
-            again = self._program(worth)
+            importance = self._importance(chosen, student.eval(), alone)
+            again = self._program(importance)
             if self.plan(again).edits in self.tried:
                 break
-            self._try(worth, again)
+            self._try(importance, again)
         chosen, plan, report, weights = self.best
         student = applied(self.model, plan, self.batches)
         weights.restore(student)
@@ -152,84 +144,73 @@ class _Budget:
             recipe=asdict(self.recipe),
             calibration=f"{sum(map(len, self.sample.held_out))} sequences",
             latency_ms=PlanLatency(
-                original=self.times.original,
-                predicted=self.times.rest + sum(map(self.cost, chosen)),
-                measured=self.times.model_of(plan),
-                rest=self.times.rest,
-                inputs=self.times.table.about["inputs"],
+                original=self.latencies.original,
+                predicted=self.latencies.rest + sum(map(self.latencies.of, chosen)),
+                measured=self.latencies.model_of(plan),
+                rest=self.latencies.rest,
+                inputs=self.latencies.cache.about["inputs"],
             ),
-            losses=tuple(EditLoss(choice.edit, loss) for choice, loss in alone.known.items()),
+            losses=tuple(EditLoss(candidate.edit, loss) for candidate, loss in alone.known.items()),
             competition=tuple(self.tried.values()),
             refit=report,
         )
         return SearchResult(student, replace(plan, notes=notes), report)
 
-    def cost(self, choice: Choice) -> float:
-        """Return the latency of the blocks of a candidate after its edit, in milliseconds."""
-        layer, place = divmod(choice.start, len(self.architecture.kinds))
-        if isinstance(choice.edit, Drop):
-            return 0.0
-        if isinstance(choice.edit, Linearize):
-            return self.times.linear(layer)
-        if isinstance(choice.edit, Fuse):
-            return self.times.layer(layer)
-        return self.times.block(layer, self.architecture.kinds[place])
-
-    def plan(self, chosen: Iterable[Choice]) -> Plan:
+    def plan(self, chosen: Iterable[Candidate]) -> Plan:
         return Plan(self.architecture.model_type, self.depth, edits_of(chosen), kinds=self.architecture.kinds)
 
-    def _worth(
-        self, base: Sequence[Choice] = (), student: PreTrainedModel | None = None, prior: Worth | None = None
-    ) -> Worth:
+    def _importance(
+        self,
+        base: Sequence[Candidate] = (),
+        student: PreTrainedModel | None = None,
+        prior: BlockImportance | None = None,
+    ) -> BlockImportance:
         pair = None if student is None else (student, self.plan(base))
         trials = Trials(self.model, self.recipe.refit, self.batches, self.few, pair)
-        return Worth(self.choices, trials, self.losses, self.recipe, base, prior)
+        return BlockImportance(self.candidates, trials, self.losses, self.recipe, base, prior)
 
-    def _program(self, worth: Worth) -> list[Choice]:
+    def _program(self, importance: BlockImportance) -> list[Candidate]:
         """Return the candidates of least total loss whose measured latency together is within the budget."""
-        chosen, self.limit = within(partial(self._settled, worth), self._milliseconds, self.limit, self.allowed)
+        chosen, self.limit = within(partial(self._settled, importance), self._milliseconds, self.limit, self.allowed)
         return chosen
 
-    def _milliseconds(self, chosen: Iterable[Choice]) -> float:
-        plan = self.plan(chosen)
-        self.times.measure(plan)
-        return self.times.model_of(plan)
+    def _milliseconds(self, chosen: Iterable[Candidate]) -> float:
+        return self.latencies.model_of(self.plan(chosen))
 
-    def _settled(self, worth: Worth, limit: float) -> list[Choice]:
+    def _settled(self, importance: BlockImportance, limit: float) -> list[Candidate]:
         """Run the program until all the candidates that it chooses are measured."""
-        with tqdm(desc="Comparing choices", unit="choice", disable=None, leave=False) as progress:
+        with tqdm(desc="Comparing candidates", unit="candidate", disable=None, leave=False) as progress:
             while True:
-                options: dict[tuple[int, int], list[Option]] = {}
-                for choice in worth.choices:
-                    if math.isfinite(loss := worth.of(choice)):
-                        option = Option(self.cost(choice), -loss, choice)
-                        options.setdefault((choice.start, choice.end), []).append(option)
+                losses = {candidate: importance.of(candidate) for candidate in importance.candidates}
+                values = {candidate: -loss for candidate, loss in losses.items() if math.isfinite(loss)}
+                options = options_of(values, self.latencies.of)
                 length = self.depth * len(self.architecture.kinds)
-                chosen = affordable(length, options, limit, self.times)
-                wanted = [choice for choice in chosen if not worth.knows(choice)]
+                chosen = affordable(length, options, limit, self.latencies)
+                wanted = [candidate for candidate in chosen if not importance.knows(candidate)]
                 if not wanted:
                     return chosen
-                for first in dict.fromkeys(itertools.chain.from_iterable(map(worth.first, wanted))):
-                    worth.measure(first)
+                for first in dict.fromkeys(itertools.chain.from_iterable(map(importance.first, wanted))):
+                    importance.measure(first)
                     progress.update()
 
-    def _try(self, worth: Worth, chosen: list[Choice]) -> None:
+    def _try(self, importance: BlockImportance, chosen: list[Candidate]) -> None:
         """Apply and refit a combination, also with the best operator for each run, on all calibration data."""
-        every = [chosen] if self.recipe.effort == "low" else [chosen, [*map(worth.best, chosen)]]
-        for choices in every:
-            plan = self.plan(choices)
+        every = [chosen] if self.recipe.effort == "low" else [chosen, [*map(importance.best, chosen)]]
+        for candidates in every:
+            plan = self.plan(candidates)
             if plan.edits in self.tried:
                 continue
             student, report = self._carried_out(plan)
+            expected = importance.total(candidates)
             self.tried[plan.edits] = CandidatePlan(
-                plan.edits, report.after, report.before, worth.total(choices), self.times.model_of(plan)
+                plan.edits, report.after, report.before, expected, self.latencies.model_of(plan)
             )
             if self.best is None or self._rank(plan, report) < self._rank(*self.best[1:3]):
-                self.best = choices, plan, report, WeightSnapshot(student)
+                self.best = candidates, plan, report, WeightSnapshot(student)
 
     def _rank(self, plan: Plan, report: RefitReport) -> tuple[float, float]:
         """Return a sort key, least first: models within the budget before slower ones, then by calibration loss."""
-        return max(self.times.model_of(plan), NEAR * self.allowed), report.after
+        return max(self.latencies.model_of(plan), NEAR * self.allowed), report.after
 
     def _carried_out(self, plan: Plan) -> tuple[PreTrainedModel, RefitReport]:
         student = applied(self.model, plan, self.batches)

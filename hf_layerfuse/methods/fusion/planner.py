@@ -33,7 +33,7 @@ _CLUSTERS = {
     "agglomerative": cluster.agglomerative,
 }
 
-Importance = Callable[[], Sequence[float]] | None
+LayerImportance = Callable[[], Sequence[float]] | None
 
 _PART = 0.25
 """Share of the calibration batches that the importance of layers is measured on."""
@@ -70,7 +70,7 @@ def planned(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | Non
     keeps = counts_of(model, recipe)
     distances = block_distances(model, kinds_of(model, recipe), recipe.similarity, batches)
     divide = divider(model, recipe)
-    importance = importance_of(model, batches)
+    importance = layer_importance_of(model, batches)
     notes = PlanNotes(
         recipe=asdict(recipe),
         distances={
@@ -158,7 +158,7 @@ def _finite(distance: Tensor) -> Tensor:
     return distance.where(distance.isfinite(), 1e6 * (1 + known))
 
 
-def group_edit(kind: Kind, group: tuple[int, ...], recipe: FusionRecipe, importance: Importance) -> Fuse:
+def group_edit(kind: Kind, group: tuple[int, ...], recipe: FusionRecipe, importance: LayerImportance) -> Fuse:
     """Return the edit that fuses a group by the operator of a recipe.
 
     Operator `auto` starts from one that the refit improves well. In depth mode that is `select`. Where the refit cannot
@@ -170,8 +170,8 @@ def group_edit(kind: Kind, group: tuple[int, ...], recipe: FusionRecipe, importa
         kind: Kind of block.
         group: Layers of the group.
         recipe: Settings of the fusion.
-        importance: Function that returns the importance of each layer of the model, see `importances`; None without
-            calibration batches.
+        importance: Function that returns the importance of each layer of the model, see `layer_importances`; None
+            without calibration batches.
     """
     rest = {"mode": recipe.mode, "align": recipe.align, "rank": recipe.rank}
     if recipe.operator == "weighted":
@@ -199,7 +199,7 @@ def group_edit(kind: Kind, group: tuple[int, ...], recipe: FusionRecipe, importa
     return Fuse(kind, group, operator="mean", **{**rest, "align": matching(kind)})
 
 
-def candidates(edit: Fuse, recipe: FusionRecipe) -> list[Fuse]:
+def operator_candidates(edit: Fuse, recipe: FusionRecipe) -> list[Fuse]:
     """Return the candidates for a group: its edit and, with operator `auto`, kept layers and the mean."""
     if recipe.operator != "auto":
         return [edit]
@@ -214,14 +214,14 @@ def matching(kind: Kind) -> Align:
     return "permutation" if kind == "conv" else "rotation"
 
 
-def importance_of(model: PreTrainedModel, batches: Batches | None) -> Importance:
-    """Return a function that measures `importances` once, on first use; None without batches."""
+def layer_importance_of(model: PreTrainedModel, batches: Batches | None) -> LayerImportance:
+    """Return a function that measures `layer_importances` once, on first use; None without batches."""
     if batches is None:
         return None
-    return functools.cache(lambda: importances(model, Sample.of(batches, _PART)))
+    return functools.cache(lambda: layer_importances(model, Sample.of(batches, _PART)))
 
 
-def importances(model: PreTrainedModel, sample: Sample) -> list[float]:
+def layer_importances(model: PreTrainedModel, sample: Sample) -> list[float]:
     """Return 1 - E cos of the states around each layer (block influence, ShortGPT, Men et al. 2024, eq. 1)."""
     found = []
     with eval_mode(model):
@@ -240,7 +240,7 @@ def importances(model: PreTrainedModel, sample: Sample) -> list[float]:
     return found
 
 
-def _edits(recipe: FusionRecipe, groups: Mapping[Kind, cluster.Groups], importance: Importance) -> list[Fuse]:
+def _edits(recipe: FusionRecipe, groups: Mapping[Kind, cluster.Groups], importance: LayerImportance) -> list[Fuse]:
     return [
         group_edit(kind, group, recipe, importance)
         for kind, found in groups.items()

@@ -32,7 +32,7 @@ from ..base import SearchResult
 from ..trials import Trials, share_of
 from .grouping import Groups, even, groups_of, longest, unexplained
 from .latency_search import search_budget
-from .planner import Importance, candidates, divider, group_edit, importance_of, planned
+from .planner import LayerImportance, divider, group_edit, layer_importance_of, operator_candidates, planned
 from .targets import fits, kinds_of, settled
 
 TABLE_COST = 5
@@ -96,7 +96,7 @@ class _Search:
         self.model, self.recipe, self.batches, self.first = model, recipe, batches, first
         self.sample = Sample.of(batches)
         self.teacher_states = TeacherStates(LayerwiseForward(model, self.sample))
-        self.importance = importance_of(model, batches)
+        self.importance = layer_importance_of(model, batches)
         self.tried: dict[tuple, tuple[Plan, RefitReport]] = {}
         self.best: tuple[Plan, RefitReport, WeightSnapshot] | None = None
 
@@ -212,7 +212,7 @@ class _Table:
     """
 
     def __init__(
-        self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], importance: Importance
+        self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], importance: LayerImportance
     ) -> None:
         self.recipe, self.importance = recipe, importance
         architecture = architecture_for(model)
@@ -251,7 +251,7 @@ class _Table:
     def operators(self, plan: Plan) -> Plan:
         """Choose the operator and alignment of least loss for each group."""
         loss = self.trials.loss
-        return replace(plan, edits=tuple(min(candidates(edit, self.recipe), key=loss) for edit in plan.edits))
+        return replace(plan, edits=tuple(min(operator_candidates(edit, self.recipe), key=loss) for edit in plan.edits))
 
     def scores(self) -> tuple[OperatorLoss, ...]:
         """Return all measured losses."""

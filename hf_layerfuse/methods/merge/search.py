@@ -20,17 +20,27 @@ from ...models.surgery.checks import check_model
 from ...plan import FrontierPoint, Plan, PlanLatency, PlanNotes, SegmentLoss
 from ...recipe import MergeRecipe
 from ..base import SearchResult
+from ..candidates import edits_of, options_of
 from ..latency_budget import affordable, within
-from .segments import Entry, Latencies, Losses, Magnitudes, entries_of, folded_plan, removals_of
+from .candidates import (
+    Importance,
+    LossImportance,
+    MagnitudeImportance,
+    Segment,
+    folded_plan,
+    removal_candidates,
+    segment_candidates,
+)
+from .segment_latency import SegmentLatencies
 
 
 def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches | None) -> SearchResult:
     """Merge convolutions of a model with a recipe: measure segments, choose by an exact program, apply, fit.
 
-    An entry is a segment with a kernel. It has the latency of its single convolution, and the calibration loss of the
-    model with only this change. The program chooses the entries of least total loss within the budget. If the measured
-    latency of the result exceeds the budget, the program runs with a smaller one. Batch norms of all other convolutions
-    are folded.
+    A candidate is a segment with a kernel. It has the latency of its single convolution, and the calibration loss of
+    the model with only this change. The program chooses the candidates of least total loss within the budget. If the
+    measured latency of the result exceeds the budget, the program runs with a smaller one. Batch norms of all other
+    convolutions are folded.
 
     Args:
         model: Stock model whose architecture table has a chain of convolutions; it is not changed.
@@ -52,8 +62,8 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     if batches is None:
         raise RecipeError("merging needs calibration batches to measure the segments: pass batches=.")
     sample = Sample.of(batches)
-    entries = _entries(model, recipe)
-    if not any(entry.changes for entry in entries):
+    candidates = _candidates(model, recipe)
+    if not any(candidate.changes for candidate in candidates):
         raise UnsupportedModelError(
             f"no two convolutions of this {type(model).__name__} can be merged with kernels of {recipe.max_kernel} or "
             "less: a stride, a pooling or a shortcut separates any two. Raise max_kernel, or fuse another model."
@@ -61,21 +71,21 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     folder = None if recipe.tables is None else Path(recipe.tables)
     images = sample.batches[0][model.main_input_name][:1]
     images = images.expand(recipe.latency_batch_size, *images.shape[1:]).contiguous()
-    latencies = Latencies(model, images, folder and folder / "latency.json", repeats=recipe.latency_repeats)
-    latencies.measure(entries)
+    latencies = SegmentLatencies(model, images, folder and folder / "latency.json", repeats=recipe.latency_repeats)
+    latencies.measure(candidates)
     whole = latencies.original
     allowed = recipe.latency_ms or recipe.latency_budget * whole
-    entries = _useful(entries, latencies)
+    candidates = _useful(candidates, latencies)
     fitted = recipe.refit != "none"
-    losses = _losses(model, sample, recipe, folder, entries)
+    importance = _importance(model, sample, recipe, folder, candidates)
     length = len(architecture.convolutions(model).units) - 1
     published = recipe.importance == "published"
 
-    def plan_of(chosen: Sequence[Entry]) -> Plan:
-        return folded_plan(model, [entry.edit for entry in chosen if entry.changes])
+    def plan_of(chosen: Sequence[Segment]) -> Plan:
+        return folded_plan(model, edits_of(chosen))
 
     chosen, _ = within(
-        lambda limit: choose(entries, latencies, losses, limit, length, published=published),
+        lambda limit: choose(candidates, latencies, importance, limit, length, published=published),
         lambda chosen: latencies.model_of(plan_of(chosen)),
         allowed - latencies.rest,
         allowed,
@@ -83,17 +93,17 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     plan = plan_of(chosen)
     predicted = latencies.rest + sum(map(latencies.of, chosen))
     best = {  # loss of the best chain for each share of the latency, in percent
-        round(100 * ((latencies.rest + sum(map(latencies.of, chain))) / whole)): sum(map(losses.of, chain))
-        for chain in frontier(entries, latencies, losses, whole, length, published=published)
+        round(100 * ((latencies.rest + sum(map(latencies.of, chain))) / whole)): sum(map(importance.of, chain))
+        for chain in frontier(candidates, latencies, importance, whole, length, published=published)
     }
     notes = PlanNotes(
         recipe=asdict(recipe),
         calibration=f"{sum(map(len, sample.held_out))} images",
         latency_ms=PlanLatency(whole, predicted, latencies.model_of(plan), latencies.rest),
         losses=tuple(
-            SegmentLoss(entry.start, entry.end, entry.merged.kernel, entry.merged.depthwise, losses.of(entry))
-            for entry in chosen
-            if entry.changes
+            SegmentLoss(each.start, each.end, each.merged.kernel, each.merged.depthwise, importance.of(each))
+            for each in chosen
+            if each.changes
         ),
         frontier=tuple(FrontierPoint(percent / 100, loss) for percent, loss in best.items()),
     )
@@ -106,20 +116,20 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
 
 
 def choose(
-    entries: Sequence[Entry],
-    latencies: Latencies,
-    losses: Losses | Magnitudes,
+    candidates: Sequence[Segment],
+    latencies: SegmentLatencies,
+    importance: Importance,
     limit: float,
     length: int,
     *,
     published: bool = False,
-) -> list[Entry]:
-    """Return the entries of least total loss within a latency limit.
+) -> list[Segment]:
+    """Return the candidates of least total importance within a latency limit.
 
     Args:
-        entries: Candidate entries.
-        latencies: Latencies of the entries.
-        losses: Losses of the entries.
+        candidates: All candidates.
+        latencies: Latencies of the candidates.
+        importance: Importance of what the candidates remove.
         limit: Latency limit, in milliseconds.
         length: Last boundary of the chain.
         published: Whether to maximise the sum of exp(-loss), as published, instead of minimising the sum of losses.
@@ -127,59 +137,59 @@ def choose(
     Raises:
         RecipeError: Limit below the fastest combination.
     """
-    return affordable(length, _options(entries, latencies, losses, published), limit, latencies)
+    return affordable(length, _options(candidates, latencies, importance, published), limit, latencies)
 
 
 def frontier(
-    entries: Sequence[Entry],
-    latencies: Latencies,
-    losses: Losses | Magnitudes,
+    candidates: Sequence[Segment],
+    latencies: SegmentLatencies,
+    importance: Importance,
     most: float,
     length: int,
     *,
     published: bool = False,
-) -> list[list[Entry]]:
+) -> list[list[Segment]]:
     """Return the results of `choose` for all limits up to `most` milliseconds, fastest first, from one program."""
-    chains = Frontier(length, _options(entries, latencies, losses, published), most).chains()
+    chains = Frontier(length, _options(candidates, latencies, importance, published), most).chains()
     return [[option.label for _, _, option in chain] for chain in chains]
 
 
 def _options(
-    entries: Sequence[Entry], latencies: Latencies, losses: Losses | Magnitudes, published: bool
+    candidates: Sequence[Segment], latencies: SegmentLatencies, importance: Importance, published: bool
 ) -> dict[tuple[int, int], list[Option]]:
-    options: dict[tuple[int, int], list[Option]] = {}
-    for entry in entries:
-        loss = losses.of(entry)
-        option = Option(latencies.of(entry), math.exp(-loss) if published else -loss, entry)
-        options.setdefault((entry.start, entry.end), []).append(option)
-    return options
+    losses = {candidate: importance.of(candidate) for candidate in candidates}
+    values = {candidate: math.exp(-loss) if published else -loss for candidate, loss in losses.items()}
+    return options_of(values, latencies.of)
 
 
-def _losses(
-    model: PreTrainedModel, sample: Sample, recipe: MergeRecipe, folder: Path | None, entries: Sequence[Entry]
-) -> Losses | Magnitudes:
+def _importance(
+    model: PreTrainedModel,
+    sample: Sample,
+    recipe: MergeRecipe,
+    folder: Path | None,
+    candidates: Sequence[Segment],
+) -> Importance:
     if recipe.choose == "magnitude":
-        return Magnitudes(model)
+        return MagnitudeImportance(model)
     fitted = recipe.refit != "none"
     name = f"losses{'' if fitted else '-unfitted'}{f'-{recipe.tune_steps}' if recipe.tune_steps else ''}.json"
-    losses = Losses(model, sample, folder and folder / name, fitted=fitted, tuned=recipe.tune_steps)
-    losses.measure(entries)
-    return losses
+    importance = LossImportance(model, sample, folder and folder / name, fitted=fitted, tuned=recipe.tune_steps)
+    importance.measure(candidates)
+    return importance
 
 
-def _useful(entries: Sequence[Entry], latencies: Latencies) -> list[Entry]:
-    """Return the entries that are faster than the convolutions they replace. Others are never chosen."""
-    ones = {entry.end: latencies.of(entry) for entry in entries if not entry.changes}
+def _useful(candidates: Sequence[Segment], latencies: SegmentLatencies) -> list[Segment]:
+    """Return the candidates that are faster than the convolutions they replace. Others are never chosen."""
+    ones = {candidate.end: latencies.of(candidate) for candidate in candidates if not candidate.changes}
     return [
-        entry
-        for entry in entries
-        if not entry.changes or latencies.of(entry) < sum(ones[place] for place in entry.edit.layers)
+        candidate
+        for candidate in candidates
+        if not candidate.changes or latencies.of(candidate) < sum(ones[place] for place in candidate.edit.layers)
     ]
 
 
-def _entries(model: PreTrainedModel, recipe: MergeRecipe) -> list[Entry]:
-    """Return the candidate entries."""
+def _candidates(model: PreTrainedModel, recipe: MergeRecipe) -> list[Segment]:
     if recipe.choose in ("convolutions", "magnitude"):
-        return removals_of(model)
-    entries = entries_of(model, recipe.max_kernel)
-    return [entry for entry in entries if recipe.choose == "all" or len(entry.keep) == entry.end - entry.start]
+        return removal_candidates(model)
+    found = segment_candidates(model, recipe.max_kernel)
+    return [each for each in found if recipe.choose == "all" or len(each.edit.keep) == each.end - each.start]

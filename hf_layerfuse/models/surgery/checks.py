@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import PlanError, UnsupportedModelError
-from ...plan import Blend, Linearize, Plan
+from ...plan import Plan
 from ..architectures import FUSED_PREFIX, LayerArchitecture
 from .layers import relaxed_maps
 from .linear_mlp import check_form
@@ -81,7 +81,7 @@ def check_plan(model: PreTrainedModel, architecture: LayerArchitecture, plan: Pl
                 f"{unlike[0]}: group layers of one shape."
             )
         layer = architecture.layer_list(model)[edit.layers[0]]
-        if isinstance(edit, Linearize | Blend):
+        if edit.source and edit.source.form:
             check_form(layer, architecture, edit.source.form)
         ties = replace(plan, edits=(edit,)).layout().ties  # a whole layer may have two ties
         ranks = [rank for tie in ties for _, rank in relaxed_maps(layer, architecture, tie).values()]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...models.families import CONV_GRAPH, LAYERS, family_of
-from ...plan import Kind, LinearForm, Plan
+from ...plan import Kind, Plan
 from ...training.heal import HealReport
 
 _GREY = "#7d7d7d"
@@ -247,7 +247,7 @@ def _made_of(plan: Plan, kind: str) -> list[tuple[tuple[int, ...], bool]]:
 
 def _layers_made_of(plan: Plan, kind: str) -> list[tuple[tuple[int, ...], bool]]:
     sources = [slot.blocks[kind] for slot in plan.layout().slots]
-    return [(source.layers, isinstance(source.form, LinearForm)) for source in sources if source is not None]
+    return [(source.layers, source.linear is not None) for source in sources if source is not None]
 
 
 def _convolutions_made_of(plan: Plan, kind: str) -> list[tuple[tuple[int, ...], bool]]:

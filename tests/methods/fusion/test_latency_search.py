@@ -28,11 +28,12 @@ from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
 from hf_layerfuse.calibration.refit.base import RefitReport
 from hf_layerfuse.calibration.refit.refit import refit
 from hf_layerfuse.calibration.samples import Sample
-from hf_layerfuse.evaluation.cache import Table
+from hf_layerfuse.evaluation.cache import MeasurementCache
 from hf_layerfuse.evaluation.divergence import calibration_loss
 from hf_layerfuse.evaluation.timing import Timed
-from hf_layerfuse.methods.fusion.block_latency import BlockTimes
-from hf_layerfuse.methods.fusion.choices import Choice, Worth, choices_of
+from hf_layerfuse.methods.candidates import Candidate
+from hf_layerfuse.methods.fusion.block_latency import BlockLatencies
+from hf_layerfuse.methods.fusion.candidates import BlockImportance, block_candidates
 from hf_layerfuse.methods.fusion.latency_search import _Budget, batch_of
 from hf_layerfuse.methods.latency_budget import within
 from hf_layerfuse.methods.trials import Trials
@@ -100,15 +101,20 @@ def test_the_best_choice_of_all(monkeypatch, share, choose):
     length = 2 * job.depth
     paths = {0: [[]]}
     for end in range(1, length + 1):
-        paths[end] = [[*path, choice] for choice in job.choices if choice.end == end for path in paths[choice.start]]
+        paths[end] = [
+            [*path, candidate]
+            for candidate in job.candidates
+            if candidate.end == end
+            for path in paths[candidate.start]
+        ]
     every = paths[length]
-    fitting = [path for path in every if sum(map(job.cost, path)) <= job.limit]
-    least = min(sum(weight(choice.edit) for choice in path if choice.edit) for path in fitting)
+    fitting = [path for path in every if sum(map(job.latencies.of, path)) <= job.limit]
+    least = min(sum(weight(candidate.edit) for candidate in path if candidate.edit) for path in fitting)
     found = job.run()
     assert sum(map(weight, found.plan.edits)) == pytest.approx(least)
     [row] = found.plan.notes.competition
     assert row.expected_loss == pytest.approx(least)
-    assert len(measured) < len(job.choices) or choose == "runs"
+    assert len(measured) < len(job.candidates) or choose == "runs"
 
 
 def test_there_is_always_something_left():
@@ -166,19 +172,19 @@ def test_what_is_believed_until_it_is_measured():
         def loss(self, *edits):
             return (0.5 if self.base else 1.0) * sum(map(weight, edits))
 
-    drop, linear = Choice(3, 4, Drop("mlp", 1)), Choice(3, 4, Linearize(1))
-    run, other = Choice(4, 8, Fuse("layer", (2, 3))), Choice(1, 2, Linearize(0))
-    choices = [Choice(0, 1), drop, linear, run, other]
+    drop, linear = Candidate(3, 4, Drop("mlp", 1)), Candidate(3, 4, Linearize(1))
+    run, other = Candidate(4, 8, Fuse("layer", (2, 3))), Candidate(1, 2, Linearize(0))
+    candidates = [Candidate(0, 1, None), drop, linear, run, other]
     recipe = FusionRecipe(latency_budget=0.5)
-    alone = Worth(choices, Halved(()), Table(None, {}), recipe)
-    assert alone.of(Choice(0, 1)) == alone.of(drop) == 0.0
+    alone = BlockImportance(candidates, Halved(()), MeasurementCache(None, {}), recipe)
+    assert alone.of(Candidate(0, 1, None)) == alone.of(drop) == 0.0
     assert alone.first(drop) == [linear]
     alone.measure(linear)
     assert alone.of(drop) == weight(linear.edit)
     assert alone.first(drop) == [drop]
-    for choice in (drop, run, other):
-        alone.measure(choice)
-    above = Worth(choices, Halved((run,)), Table(None, {}), recipe, [run], alone)
+    for candidate in (drop, run, other):
+        alone.measure(candidate)
+    above = BlockImportance(candidates, Halved((run,)), MeasurementCache(None, {}), recipe, [run], alone)
     assert above.of(run) == pytest.approx(0.5 * weight(run.edit))
     assert not above.knows(drop)
     assert above.of(drop) == pytest.approx(0.5 * weight(drop.edit))
@@ -186,7 +192,7 @@ def test_what_is_believed_until_it_is_measured():
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
-def test_choices_on_top_of_others(model_type):
+def test_candidates_on_top_of_others(model_type):
     """A trial on top of a refitted student equals that student with one edit more or less, exactly so without a
     refit."""
     model = whole(model_type)
@@ -269,7 +275,7 @@ def test_blocks_take_shares_of_the_whole():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_layerfuse.evaluation.timing.interleaved", by_type)
-        times = BlockTimes(model, batch_of(Sample.of(batches), 2))
+        times = BlockLatencies(model, batch_of(Sample.of(batches), 2))
     kinds = model.config.layer_types
     assert len(set(kinds)) == 2
     assert times.rest + sum(times.layer(layer) for layer in range(6)) == pytest.approx(times.original)
@@ -333,19 +339,19 @@ def test_what_keeps_the_budget_wins(monkeypatch, order):
         job = _Budget(
             model, architecture_for(model), FusionRecipe(latency_budget=0.6, effort="low"), batches_of(model, 8)
         )
-    monkeypatch.setattr(job.times, "model_of", lambda plan: job.allowed * (1.0 if len(plan.edits) == 2 else 1.1))
-    slow, fast = ([Choice(2 * n + 1, 2 * n + 2, Linearize(n)) for n in layers] for layers in ((1,), (1, 2)))
+    monkeypatch.setattr(job.latencies, "model_of", lambda plan: job.allowed * (1.0 if len(plan.edits) == 2 else 1.1))
+    slow, fast = ([Candidate(2 * n + 1, 2 * n + 2, Linearize(n)) for n in layers] for layers in ((1,), (1, 2)))
     for place in order:
-        job._try(job._worth(), (slow, fast)[place])
+        job._try(job._importance(), (slow, fast)[place])
     assert job.best[0] == fast
 
 
-def test_the_choices_of_a_model():
+def test_the_candidates_of_a_model():
     """Options are blocks kept, each removed, both removed, linear MLPs, and every run; the first layer stays."""
     model = whole("llama")
     architecture = architecture_for(model)
-    choices = choices_of(model, architecture, lambda run: Fuse("layer", run), runs_only=False)
-    edits = [choice.edit for choice in choices]
+    candidates = block_candidates(model, architecture, lambda run: Fuse("layer", run), runs_only=False)
+    edits = [candidate.edit for candidate in candidates]
     assert edits.count(None) == 8
     assert {edit.layers for edit in edits if isinstance(edit, Fuse)} == {
         tuple(range(i, j)) for i in range(4) for j in range(i + 2, 5)
@@ -354,13 +360,13 @@ def test_the_choices_of_a_model():
         itertools.product(("attention", "mlp", "layer"), (1, 2, 3))
     )
     assert [edit.layer for edit in edits if isinstance(edit, Linearize)] == [0, 1, 2, 3]
-    for choice in choices:
-        if choice.edit is not None:
-            places = {2 * layer + at for layer in choice.edit.layers for at in (0, 1)}
-            assert {*range(choice.start, choice.end)} <= places
-    assert Choice(2, 4, Drop("layer", 1)).exceeds(Choice(3, 4, Linearize(1)))
-    assert not Choice(3, 4, Linearize(1)).exceeds(Choice(3, 4, Drop("mlp", 1)))
-    assert not Choice(2, 6, Fuse("layer", (1, 2))).exceeds(Choice(2, 4, Drop("layer", 1)))
+    for candidate in candidates:
+        if candidate.edit is not None:
+            places = {2 * layer + at for layer in candidate.edit.layers for at in (0, 1)}
+            assert {*range(candidate.start, candidate.end)} <= places
+    assert Candidate(2, 4, Drop("layer", 1)).includes(Candidate(3, 4, Linearize(1)))
+    assert not Candidate(3, 4, Linearize(1)).includes(Candidate(3, 4, Drop("mlp", 1)))
+    assert not Candidate(2, 6, Fuse("layer", (1, 2))).includes(Candidate(2, 4, Drop("layer", 1)))
 
 
 def test_a_batch_of_middle_length():

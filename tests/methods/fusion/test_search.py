@@ -28,7 +28,7 @@ from hf_layerfuse.calibration.samples import Sample, read
 from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
 from hf_layerfuse.math.cluster import partition
 from hf_layerfuse.methods.fusion.grouping import even, groups_of, unexplained
-from hf_layerfuse.methods.fusion.planner import _CLUSTERS, candidates, importances
+from hf_layerfuse.methods.fusion.planner import _CLUSTERS, layer_importances, operator_candidates
 from hf_layerfuse.methods.fusion.search import _Table
 from hf_layerfuse.methods.trials import Trials
 from hf_layerfuse.models.apply import apply
@@ -196,7 +196,7 @@ def test_an_operator_that_was_asked_for_is_the_only_one(operator):
     assert found.report.after <= found.report.before
     if operator == "weighted":
         (edit,) = found.plan.edits
-        shares = importances(model, Sample.of(batches, 0.25))
+        shares = layer_importances(model, Sample.of(batches, 0.25))
         total = sum(shares[layer] for layer in edit.layers)
         assert edit.weights == pytest.approx([shares[layer] / total for layer in edit.layers])
         with pytest.raises(RecipeError, match="pass batches="):
@@ -317,7 +317,7 @@ def test_operators_are_those_of_least_loss(monkeypatch, table):
     monkeypatch.setattr(table.trials, "losses", {})
     chosen = table.operators(plan)
     for edit, best in zip(plan.edits, chosen.edits, strict=True):
-        options = candidates(edit, table.recipe)
+        options = operator_candidates(edit, table.recipe)
         assert len(options) > 2
         assert best == min(options, key=lambda edit: costs[(edit,)])
         assert best.layers == edit.layers
@@ -433,7 +433,7 @@ def test_weighted_does_not_depend_on_dropout():
     """The influence of layers is measured without dropout, even if the model is in training mode."""
     model = whole("bert")
     sample = Sample.of(batches_of(model))
-    assert importances(model.train(), sample) == importances(model.eval(), sample)
+    assert layer_importances(model.train(), sample) == layer_importances(model.eval(), sample)
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])

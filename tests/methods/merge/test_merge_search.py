@@ -29,9 +29,16 @@ from hf_layerfuse import (
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.divergence import calibration_loss
 from hf_layerfuse.evaluation.timing import Timed
+from hf_layerfuse.methods.merge.candidates import (
+    LossImportance,
+    Segment,
+    cheapest,
+    folded_plan,
+    segment_candidates,
+)
 from hf_layerfuse.methods.merge.finetune import tune
 from hf_layerfuse.methods.merge.search import choose, frontier
-from hf_layerfuse.methods.merge.segments import Entry, Latencies, Losses, cheapest, entries_of, folded_plan
+from hf_layerfuse.methods.merge.segment_latency import SegmentLatencies
 from hf_layerfuse.models.architectures.segments import Chain, Link
 
 CIFAR = cifar_resnet()
@@ -54,8 +61,8 @@ class Known:
     def __init__(self, values):
         self.values = values
 
-    def of(self, entry):
-        return self.values[entry]
+    def of(self, candidate):
+        return self.values[candidate]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -64,32 +71,34 @@ def test_the_best_choice_of_all(seed):
     chance = random.Random(seed)
     links = [Link(3, 1, 4, 4, norm=chance.random()) for _ in range(7)]
     chain = Chain(links, skips=[(0, 2), (2, 4)])
-    entries = [Entry(*entry) for entry in chain.table()]
-    cost = Known({entry: float(chance.randrange(1, 9)) for entry in entries})
-    loss = Known({entry: chance.random() for entry in entries})
+    candidates = [Segment.of(*row) for row in chain.table()]
+    cost = Known({candidate: float(chance.randrange(1, 9)) for candidate in candidates})
+    loss = Known({candidate: chance.random() for candidate in candidates})
     every = []
     for count in range(chain.length):
         for cuts in itertools.combinations(range(1, chain.length), count):
             parts = list(itertools.pairwise((0, *cuts, chain.length)))
-            ways = [[entry for entry in entries if (entry.start, entry.end) == part] for part in parts]
+            ways = [
+                [candidate for candidate in candidates if (candidate.start, candidate.end) == part] for part in parts
+            ]
             every += itertools.product(*ways)
     for limit in (12.0, 18.0, 30.0):
-        found = choose(entries, cost, loss, limit, chain.length)
+        found = choose(candidates, cost, loss, limit, chain.length)
         fitting = [way for way in every if sum(map(cost.of, way)) <= limit]
         assert sum(map(cost.of, found)) <= limit
         assert sum(map(loss.of, found)) == pytest.approx(min(sum(map(loss.of, way)) for way in fitting))
-    assert [sum(map(cost.of, chain)) for chain in frontier(entries, cost, loss, 30.0, chain.length)] == sorted(
-        sum(map(cost.of, chain)) for chain in frontier(entries, cost, loss, 30.0, chain.length)
+    assert [sum(map(cost.of, chain)) for chain in frontier(candidates, cost, loss, 30.0, chain.length)] == sorted(
+        sum(map(cost.of, chain)) for chain in frontier(candidates, cost, loss, 30.0, chain.length)
     )
-    for chosen in frontier(entries, cost, loss, 30.0, chain.length):
-        assert chosen == choose(entries, cost, loss, sum(map(cost.of, chosen)) + 1e-9, chain.length)
-    best = choose(entries, cost, loss, 20.0, chain.length, published=True)
+    for chosen in frontier(candidates, cost, loss, 30.0, chain.length):
+        assert chosen == choose(candidates, cost, loss, sum(map(cost.of, chosen)) + 1e-9, chain.length)
+    best = choose(candidates, cost, loss, 20.0, chain.length, published=True)
     fitting = [way for way in every if sum(map(cost.of, way)) <= 20]
-    worth = max(sum(math.exp(-loss.of(entry)) for entry in way) for way in fitting)
-    assert sum(math.exp(-loss.of(entry)) for entry in best) == pytest.approx(worth)
+    worth = max(sum(math.exp(-loss.of(candidate)) for candidate in way) for way in fitting)
+    assert sum(math.exp(-loss.of(candidate)) for candidate in best) == pytest.approx(worth)
     least = min(sum(map(cost.of, way)) for way in every)
     with pytest.raises(RecipeError, match=f"the fastest available plan takes {least:.3g} ms, {least:.0f}% of"):
-        choose(entries, cost, loss, least - 1, chain.length)
+        choose(candidates, cost, loss, least - 1, chain.length)
 
 
 @pytest.mark.parametrize("name", ["cifar", "basic", "bottleneck", "mobilenet"])
@@ -97,8 +106,8 @@ def test_a_merged_model_is_fitted(name):
     """The fit brings the output of each segment closer to the original's on unseen images, and never raises the
     loss."""
     model = network(name)
-    entries = [entry for entry in entries_of(model, 3) if entry.end - entry.start == 2]
-    edits = [entry.edit for entry in entries[:1] + entries[-1:]]
+    candidates = [candidate for candidate in segment_candidates(model, 3) if candidate.end - candidate.start == 2]
+    edits = [candidate.edit for candidate in candidates[:1] + candidates[-1:]]
     if edits[0] == edits[1] or edits[0].end > edits[1].start:
         edits = edits[:1]
     plan = folded_plan(model, edits)
@@ -167,8 +176,8 @@ def test_a_budget_is_kept(cifar, tmp_path):
 def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch):
     """Cached measurements are not repeated, also after an interruption. Caches of other models are refused."""
     sample = Sample.of(images(cifar))
-    entries = [entry for entry in entries_of(cifar, 3) if entry.end <= 4]
-    losses = Losses(cifar, sample, tmp_path / "losses.json")
+    candidates = [candidate for candidate in segment_candidates(cifar, 3) if candidate.end <= 4]
+    losses = LossImportance(cifar, sample, tmp_path / "losses.json")
     measured = []
 
     def stop(*args):
@@ -177,35 +186,35 @@ def test_tables_are_measured_once_and_for_one_thing(cifar, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return 0.5
 
-    monkeypatch.setattr("hf_layerfuse.methods.merge.segments.calibration_loss", stop)
+    monkeypatch.setattr("hf_layerfuse.methods.merge.candidates.calibration_loss", stop)
     with pytest.raises(KeyboardInterrupt):
-        losses.measure(entries)
+        losses.measure(candidates)
     assert len(json.loads((tmp_path / "losses.json").read_text())["values"]) == 2
-    Losses(cifar, sample, tmp_path / "losses.json").measure(entries)
-    assert len(measured) == 1 + sum(entry.end - entry.start > 1 for entry in entries)
+    LossImportance(cifar, sample, tmp_path / "losses.json").measure(candidates)
+    assert len(measured) == 1 + sum(candidate.end - candidate.start > 1 for candidate in candidates)
     other = copy.deepcopy(cifar)
     other.classifier.bias.data += 1
     with pytest.raises(LayerFuseError, match=r"measured under other conditions: weights was"):
-        Losses(other, sample, tmp_path / "losses.json")
+        LossImportance(other, sample, tmp_path / "losses.json")
     with pytest.raises(LayerFuseError, match=r"measured under other conditions: images was"):
-        Losses(cifar, Sample.of(images(cifar, 8)), tmp_path / "losses.json")
+        LossImportance(cifar, Sample.of(images(cifar, 8)), tmp_path / "losses.json")
     path = tmp_path / "latency.json"
-    latencies = Latencies(cifar, torch.randn(2, 3, 32, 32), path, repeats=2, warmup=1)
-    entries = entries_of(cifar, 3)
-    latencies.measure(entries)
-    shapes = [name for name in latencies.table.values if name not in ("original", "folded")]
-    assert len(shapes) < len(entries)
-    again = Latencies(cifar, torch.randn(2, 3, 32, 32), path, repeats=2, warmup=1)
-    again.measure(entries)
-    assert again.table.values == latencies.table.values
+    latencies = SegmentLatencies(cifar, torch.randn(2, 3, 32, 32), path, repeats=2, warmup=1)
+    candidates = segment_candidates(cifar, 3)
+    latencies.measure(candidates)
+    shapes = [name for name in latencies.cache.values if name not in ("original", "folded")]
+    assert len(shapes) < len(candidates)
+    again = SegmentLatencies(cifar, torch.randn(2, 3, 32, 32), path, repeats=2, warmup=1)
+    again.measure(candidates)
+    assert again.cache.values == latencies.cache.values
     with pytest.raises(LayerFuseError, match="inputs was"):
-        Latencies(cifar, torch.randn(4, 3, 32, 32), path)
+        SegmentLatencies(cifar, torch.randn(4, 3, 32, 32), path)
     monkeypatch.setattr("hf_layerfuse.evaluation.timing.device_name", lambda device: "another one")
     with pytest.raises(LayerFuseError, match="device was"):
-        Latencies(cifar, torch.randn(2, 3, 32, 32), path)
+        SegmentLatencies(cifar, torch.randn(2, 3, 32, 32), path)
     path.write_text("{")
     with pytest.raises(LayerFuseError, match="is not a valid measurement cache"):
-        Latencies(cifar, torch.randn(2, 3, 32, 32), path)
+        SegmentLatencies(cifar, torch.randn(2, 3, 32, 32), path)
 
 
 def test_activations_alone_are_removed(cifar, tmp_path, monkeypatch):
@@ -229,8 +238,8 @@ def test_activations_alone_are_removed(cifar, tmp_path, monkeypatch):
 @pytest.mark.usefixtures("steady")
 def test_it_is_chosen_from_what_was_asked_for(cifar, tmp_path):
     """Kernels respect the limit; `convolutions` merges none; `none` measures without a fit."""
-    every = {entry.key for entry in entries_of(cifar, 7)}
-    assert {entry.key for entry in entries_of(cifar, 3)} < every
+    every = {candidate.key for candidate in segment_candidates(cifar, 7)}
+    assert {candidate.key for candidate in segment_candidates(cifar, 3)} < every
     assert all(int(key.split(",")[2]) <= 7 for key in every)
     recipe = MergeRecipe(latency_budget=0.7, choose="convolutions", latency_batch_size=4, latency_repeats=2)
     found = search_merge(cifar, recipe, images(cifar))
@@ -275,11 +284,11 @@ def test_segments_are_trained_before_they_are_judged(cifar, tmp_path):
     """A few steps bring every segment closer to the original on unseen images. Another number of steps has another
     table, and zero steps use the earlier table."""
     batches, sample = images(cifar, 24), Sample.of(images(cifar, 24))
-    entries = [entry for entry in entries_of(cifar, 3) if entry.end <= 4]
-    plain, tuned = (Losses(cifar, sample, tuned=steps) for steps in (0, 10))
+    candidates = [candidate for candidate in segment_candidates(cifar, 3) if candidate.end <= 4]
+    plain, tuned = (LossImportance(cifar, sample, tuned=steps) for steps in (0, 10))
     for losses in (plain, tuned):
-        losses.measure(entries)
-    changed = [entry for entry in entries if entry.changes]
+        losses.measure(candidates)
+    changed = [candidate for candidate in candidates if candidate.changes]
     assert sum(map(tuned.of, changed)) < sum(map(plain.of, changed))
     recipe = MergeRecipe(
         latency_budget=0.85, max_kernel=3, latency_batch_size=4, latency_repeats=2, tune_steps=2, tables=str(tmp_path)
@@ -298,31 +307,31 @@ def test_every_entry_is_timed_at_its_shape(name):
     """Each part is timed with images of the size that its segment reads, and returns the size that the next one
     reads."""
     model = network(name)
-    latencies = Latencies(model, torch.randn(1, 3, 41, 47, dtype=torch.float64), repeats=1, warmup=0)
-    for entry in entries_of(model, 5):
-        given = latencies._part(entry)()
-        if entry.end + 1 < len(latencies.shapes):
-            assert given.shape == latencies.shapes[entry.end + 1]
+    latencies = SegmentLatencies(model, torch.randn(1, 3, 41, 47, dtype=torch.float64), repeats=1, warmup=0)
+    for candidate in segment_candidates(model, 5):
+        given = latencies._part(candidate)()
+        if candidate.end + 1 < len(latencies.shapes):
+            assert given.shape == latencies.shapes[candidate.end + 1]
 
 
 def test_what_lies_between_parts_is_counted(cifar, steady, monkeypatch):
     """If a model runs its parts at another speed and takes time between them, the prediction is exact for each
     chain."""
-    entries = entries_of(cifar, 5)
-    latencies = Latencies(cifar, torch.randn(2, 3, 32, 32), repeats=1, warmup=0)
-    latencies.measure(entries)
+    candidates = segment_candidates(cifar, 5)
+    latencies = SegmentLatencies(cifar, torch.randn(2, 3, 32, 32), repeats=1, warmup=0)
+    latencies.measure(candidates)
     alone = latencies._alone
-    ones = [entry for entry in entries if not entry.changes]
-    fastest = cheapest(len(ones), entries, alone)
+    ones = [candidate for candidate in candidates if not candidate.changes]
+    fastest = cheapest(len(ones), candidates, alone)
     for rest, pace in ((300.0, 0.5), (0.0, 0.75), (10.0, 1.5)):
-        latencies.table.put({"folded": {"ms": rest + pace * sum(map(alone, ones))}})
+        latencies.cache.put({"folded": {"ms": rest + pace * sum(map(alone, ones))}})
         monkeypatch.setattr(latencies, "model_of", lambda plan, a=rest, b=pace: a + b * sum(map(alone, fastest)))
-        latencies.measure(entries)
+        latencies.measure(candidates)
         assert (latencies.rest, latencies.pace) == pytest.approx((rest, pace))
-        assert latencies.rest + sum(map(latencies.of, ones)) == pytest.approx(latencies.table.values["folded"]["ms"])
-    # if a model gains more than its parts, the time between parts is 0, not negative
+        assert latencies.rest + sum(map(latencies.of, ones)) == pytest.approx(latencies.cache.values["folded"]["ms"])
+    # a model that gains more than its parts do: no less than nothing is beside them
     monkeypatch.setattr(latencies, "model_of", lambda plan: 0.0)
-    latencies.measure(entries)
+    latencies.measure(candidates)
     assert latencies.rest >= 0
 
 
