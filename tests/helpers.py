@@ -28,7 +28,7 @@ from hf_layerfuse import MergeConvs, Plan, architecture_for
 from hf_layerfuse.evaluation.divergence import prediction
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.models.architectures import ARCHITECTURES, ConvGraphArchitecture
-from hf_layerfuse.plan import CHAIN
+from hf_layerfuse.plan import CONV_GRAPH_KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "CONTRIBUTING.md"
@@ -152,7 +152,7 @@ _RESNET = {"depths": [2, 3, 2], "hidden_sizes": [8, 16, 16], "embedding_size": 8
 _MOBILE = {"depth_multiplier": 0.25, "depth_divisible_by": 4, "min_depth": 4, "expand_ratio": 2, "image_size": 48}
 
 
-# one row a chain of convolutions: the class and the config
+# one row a conv graph: the class and the config
 NETWORKS = {
     "basic": (ResNetForImageClassification, ResNetConfig(layer_type="basic", **_RESNET)),
     "bottleneck": (ResNetForImageClassification, ResNetConfig(**_RESNET)),
@@ -170,7 +170,7 @@ NETWORKS = {
 _VARIANTS = ("symmetric", "dilated", "stride in the first")
 
 
-CHAINS = [pytest.param(name, marks=pytest.mark.slow) if name in _VARIANTS else name for name in NETWORKS]
+CONV_GRAPHS = [pytest.param(name, marks=pytest.mark.slow) if name in _VARIANTS else name for name in NETWORKS]
 """Variants of networks that are tested too are left to the longer run."""
 
 
@@ -215,27 +215,27 @@ def state_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def chain_of(model):
-    return architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
+def conv_graph_of(model):
+    return architecture_for(model, ConvGraphArchitecture).convolutions(model).graph(model)
 
 
-def chain_plan(model, *edits) -> Plan:
+def merge_plan(model, *edits) -> Plan:
     architecture = architecture_for(model, ConvGraphArchitecture)
-    return Plan(architecture.model_type, len(architecture.convolutions(model).units), edits, kinds=CHAIN)
+    return Plan(architecture.model_type, len(architecture.convolutions(model).units), edits, kinds=CONV_GRAPH_KINDS)
 
 
-def some_chain_plan(model, seed: int, merged: bool = True) -> Plan:
+def some_merge_plan(model, seed: int, merged: bool = True) -> Plan:
     """Segments of two or more convolutions, with any of their kernels, one after the other."""
-    chance, chain, edits, at = random.Random(seed), chain_of(model), [], 0
-    while at < chain.length:
-        ends = [j for i, j in chain.segments() if i == at and j > at + 1]
+    chance, graph, edits, at = random.Random(seed), conv_graph_of(model), [], 0
+    while at < graph.length:
+        ends = [j for i, j in graph.segments() if i == at and j > at + 1]
         if ends and chance.random() < 0.8:
             end = chance.choice(ends)
-            edits.append(MergeConvs(at, end, chance.choice(list(chain.kernels(at, end).values())), merged))
+            edits.append(MergeConvs(at, end, chance.choice(list(graph.kernels(at, end).values())), merged))
             at = end
         else:
             at += 1
-    return chain_plan(model, *edits)
+    return merge_plan(model, *edits)
 
 
 def blocks_of(section: str) -> list[str]:

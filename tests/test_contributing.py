@@ -119,6 +119,6 @@ def test_registering_needs_a_config_class():
 def test_every_built_in_architecture_is_tested():
     """Each architecture that comes with the package has its row in `TINY` or `NETWORKS`, and the guide names the
     place."""
-    chains = {config.model_type for _, config in NETWORKS.values()}
-    assert {architecture.model_type for architecture in BUILTIN} == TINY.keys() | chains - {"cifar_resnet"}
+    conv_graphs = {config.model_type for _, config in NETWORKS.values()}
+    assert {architecture.model_type for architecture in BUILTIN} == TINY.keys() | conv_graphs - {"cifar_resnet"}
     assert "`TINY`" in GUIDE.read_text(encoding="utf-8")

@@ -2,10 +2,10 @@
 
 from .edit import Align, Blend, Drop, Edit, Fuse, Kind, Linearize, MergeConvs, Mode
 from .layout import BlendedForm, Layout, LinearForm, MergedForm, Operator, Slot, Source, Tie
-from .plan import CHAIN, TRANSFORMER, Plan
+from .plan import CONV_GRAPH_KINDS, TRANSFORMER, Plan
 
 __all__ = [
-    "CHAIN",
+    "CONV_GRAPH_KINDS",
     "TRANSFORMER",
     "Align",
     "Blend",

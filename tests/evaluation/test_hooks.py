@@ -19,10 +19,10 @@ class Pair(nn.Module):
 
 
 @pytest.fixture
-def chain():
+def network():
     """Two linear maps, and between them a module that returns a tuple."""
 
-    class Chain(nn.Module):
+    class Network(nn.Module):
         def __init__(self):
             super().__init__()
             self.first, self.pair, self.last = nn.Linear(3, 4), Pair(), nn.Linear(4, 2)
@@ -31,58 +31,58 @@ def chain():
             return self.last(self.pair(self.first(x))[0])
 
     torch.manual_seed(0)
-    return Chain().eval()
+    return Network().eval()
 
 
 def hooks_of(model):
     return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
 
 
-def test_tensors_are_those_of_a_plain_forward(chain):
+def test_tensors_are_those_of_a_plain_forward(network):
     """Inputs and outputs are shown in the order of the pass; of a tuple the first element counts."""
     x, seen = torch.randn(5, 3), {}
     modules = {
-        "output": (chain.last, "after"),
-        "features": (chain.last, "before"),
-        "doubled": (chain.pair, "after"),
-        "input": (chain.first, "before"),
+        "output": (network.last, "after"),
+        "features": (network.last, "before"),
+        "doubled": (network.pair, "after"),
+        "input": (network.first, "before"),
     }
     with torch.no_grad(), watch(modules, seen.__setitem__):
-        result = chain(x)
-        assert len(hooks_of(chain)) == 4
+        result = network(x)
+        assert len(hooks_of(network)) == 4
     assert list(seen) == ["input", "doubled", "features", "output"]
     assert seen["input"] is x
     assert seen["output"] is result
     with torch.no_grad():
-        assert torch.equal(seen["doubled"], 2 * chain.first(x))
+        assert torch.equal(seen["doubled"], 2 * network.first(x))
         assert torch.equal(seen["features"], seen["doubled"])
-        assert torch.equal(chain(x), result)
-    assert not hooks_of(chain)
+        assert torch.equal(network(x), result)
+    assert not hooks_of(network)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_hooks_are_removed_after_an_error(chain, when):
+def test_hooks_are_removed_after_an_error(network, when):
     """An error of the model, or of the function that looks, comes out and leaves no hook."""
 
     def fail(*_):
         raise RuntimeError("broken on purpose")
 
-    with pytest.raises(RuntimeError, match="on purpose"), watch({0: (chain.pair, when)}, fail):
-        chain(torch.randn(5, 3))
-    assert not hooks_of(chain)
-    with pytest.raises(RuntimeError, match="shapes"), watch({0: (chain.pair, when)}, lambda *_: None):
-        chain(torch.randn(5, 7))
-    assert not hooks_of(chain)
+    with pytest.raises(RuntimeError, match="on purpose"), watch({0: (network.pair, when)}, fail):
+        network(torch.randn(5, 3))
+    assert not hooks_of(network)
+    with pytest.raises(RuntimeError, match="shapes"), watch({0: (network.pair, when)}, lambda *_: None):
+        network(torch.randn(5, 7))
+    assert not hooks_of(network)
 
 
-def test_hooks_are_removed_when_one_cannot_be_added(chain):
+def test_hooks_are_removed_when_one_cannot_be_added(network):
     """Where adding a hook fails, those before it are removed."""
-    with pytest.raises(AttributeError), watch({0: (chain.first, "after"), 1: (None, "after")}, print):
+    with pytest.raises(AttributeError), watch({0: (network.first, "after"), 1: (None, "after")}, print):
         pass
-    assert not hooks_of(chain)
+    assert not hooks_of(network)
 
 
-def test_a_pass_can_end_early(chain):
+def test_a_pass_can_end_early(network):
     """`StopForward` ends the pass and the block, without an error; what lies behind does not run."""
     seen = []
 
@@ -90,10 +90,10 @@ def test_a_pass_can_end_early(chain):
         seen.append(key)
         raise StopForward
 
-    with watch({"first": (chain.first, "after"), "last": (chain.last, "after")}, stop):
-        chain(torch.randn(5, 3))
+    with watch({"first": (network.first, "after"), "last": (network.last, "after")}, stop):
+        network(torch.randn(5, 3))
     assert seen == ["first"]
-    assert not hooks_of(chain)
+    assert not hooks_of(network)
 
 
 def blocks_of(model, when="after"):

@@ -39,7 +39,7 @@ from hf_layerfuse import (
 )
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
 from hf_layerfuse.models.verify import prediction
-from hf_layerfuse.plan import CHAIN
+from hf_layerfuse.plan import CONV_GRAPH_KINDS
 
 SHARE = (Fuse("layer", (1, 3), "share", "mean"), Fuse("mlp", (4, 5), "share"))
 PARTS = (Drop("attention", 0), Fuse("mlp", (3, 4)))
@@ -67,10 +67,10 @@ def test_fresh_process_gives_the_same_logits(tmp_path):
     ]
     for name in ("bottleneck", "mobilenet"):
         model = copy.deepcopy(network(name)).float()
-        chain = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
-        start, end = next((i, j) for i, j in chain.segments() if j - i == 2)
+        graph = architecture_for(model, ConvGraphArchitecture).convolutions(model).graph(model)
+        start, end = next((i, j) for i, j in graph.segments() if j - i == 2)
         edit = MergeConvs(start, end, (start + 1, end))
-        models.append(apply(model, Plan(model.config.model_type, len(chain.links), (edit,), kinds=CHAIN)))
+        models.append(apply(model, Plan(model.config.model_type, len(graph.nodes), (edit,), kinds=CONV_GRAPH_KINDS)))
     for i, model in enumerate(models):
         model.save_pretrained(tmp_path / str(i))
         torch.save(outputs(model), tmp_path / f"{i}.pt")

@@ -6,7 +6,7 @@ import warnings
 import onnxruntime
 import pytest
 import torch
-from helpers import network, some_chain_plan, tiny_model
+from helpers import network, some_merge_plan, tiny_model
 
 from hf_layerfuse import Blend, Drop, Fuse, Linearize, Plan, apply, architecture_for
 from hf_layerfuse.evaluation.divergence import prediction
@@ -39,7 +39,7 @@ def exported(model, path):
 @pytest.mark.parametrize("name", ["cifar", *(pytest.param(name, marks=slow) for name in ("basic", "mobilenet"))])
 def test_merged_convolutions(name, tmp_path):
     model = network(name)
-    theirs, ours = exported(apply(model, some_chain_plan(model, 3)).float().eval(), tmp_path / "model.onnx")
+    theirs, ours = exported(apply(model, some_merge_plan(model, 3)).float().eval(), tmp_path / "model.onnx")
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4 * ours.abs().max().item())
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from helpers import network, some_chain_plan, tiny_model
+from helpers import network, some_merge_plan, tiny_model
 from safetensors.torch import load_file, save_file
 
 from hf_layerfuse import AutoFusedModel, Blend, Drop, Fuse, Linearize, Plan, UnsupportedModelError, apply
@@ -60,7 +60,7 @@ def fused(name):
     _, head, edits = MODELS[name]
     if edits is None:
         model = network(name)
-        return apply(model, some_chain_plan(model, 3)).float().eval()
+        return apply(model, some_merge_plan(model, 3)).float().eval()
     return apply(tiny_model(name, head), Plan(name, 6, edits)).eval()
 
 
@@ -148,7 +148,7 @@ def test_a_stock_export_names_no_code(tmp_path):
 def test_code_of_others_is_not_shipped(tmp_path):
     """An architecture from outside of the package is refused, with what to do, before anything is written."""
     model = network("cifar")
-    model = apply(model, some_chain_plan(model, 3))
+    model = apply(model, some_merge_plan(model, 3))
     with pytest.raises(UnsupportedModelError, match=r"the code of 'cifar_resnet' is not in this package.*with_code"):
         model.save_pretrained(tmp_path / "model", with_code=True)
     assert not (tmp_path / "model").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ...calibration.refit.conv_graph import refit_chain
+from ...calibration.refit.conv_graph import refit_conv_graph
 from ...calibration.samples import Sample
 from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.batches import Batches
@@ -48,7 +48,7 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     """
     architecture = architecture_for(model, ConvGraphArchitecture)
     check_model(model, architecture)
-    architecture.check_chain(model)
+    architecture.check_conv_graph(model)
     if batches is None:
         raise RecipeError("merging needs calibration batches to measure the segments: pass batches=.")
     sample = Sample.of(batches)
@@ -101,7 +101,7 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
         plan = replace(plan, edits=tuple(replace(edit, merged=False) for edit in plan.edits), notes=notes)
         return SearchResult(applied(model, plan), plan, None)
     student = applied(model, plan)
-    report = refit_chain(student, model, plan, sample, fitted=fitted)
+    report = refit_conv_graph(student, model, plan, sample, fitted=fitted)
     return SearchResult(student, replace(plan, notes=notes | {"refit": asdict(report)}), report)
 
 
@@ -140,7 +140,7 @@ def frontier(
     published: bool = False,
 ) -> list[list[Entry]]:
     """Return the results of `choose` for all limits up to `most` milliseconds, fastest first, from one program."""
-    chains = Frontier(length, _options(entries, latencies, losses, published), most).chains()
+    chains = Frontier(length, _options(entries, latencies, losses, published), most).paths()
     return [[option.label for _, _, option in chain] for chain in chains]
 
 

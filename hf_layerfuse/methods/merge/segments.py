@@ -28,7 +28,7 @@ from ...models.architectures import ConvGraphArchitecture, Place, Skip, architec
 from ...models.architectures.segments import Kept, Merged
 from ...models.modules.conv import PaddedConv2d, convolution, module_at
 from ...models.surgery.conv_graph import merged_shape, windows_of
-from ...plan import CHAIN, MergeConvs, Plan
+from ...plan import CONV_GRAPH_KINDS, MergeConvs, Plan
 from .finetune import tune
 
 ROW = 10
@@ -67,19 +67,19 @@ class Entry(NamedTuple):
 
 def removals_of(model: PreTrainedModel) -> list[Entry]:
     """List all unchanged convolutions, and the removals of those that can be removed. Activations are kept."""
-    chain = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
+    graph = architecture_for(model, ConvGraphArchitecture).convolutions(model).graph(model)
     found = []
-    for place, link in enumerate(chain.links[1:], 1):
-        found.append(Entry(place - 1, place, Merged(link.kernel, link.depthwise), (place,)))
-        if not link.fixed:
+    for place, node in enumerate(graph.nodes[1:], 1):
+        found.append(Entry(place - 1, place, Merged(node.kernel, node.depthwise), (place,)))
+        if not node.fixed:
             found.append(Entry(place - 1, place, Merged(0, False), ()))
     return found
 
 
 def entries_of(model: PreTrainedModel, max_kernel: int) -> list[Entry]:
     """List all segments with all kernels of at most `max_kernel`, and all single convolutions."""
-    chain = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
-    return [Entry(*entry) for entry in chain.table() if entry[1] - entry[0] == 1 or entry[2].kernel <= max_kernel]
+    graph = architecture_for(model, ConvGraphArchitecture).convolutions(model).graph(model)
+    return [Entry(*entry) for entry in graph.table() if entry[1] - entry[0] == 1 or entry[2].kernel <= max_kernel]
 
 
 class Latencies:
@@ -237,15 +237,18 @@ def folded_plan(model: PreTrainedModel, edits: Sequence[MergeConvs] = ()) -> Pla
     taken = {place for edit in edits for place in edit.layers}
     others = [MergeConvs(place - 1, place, (place,)) for place in range(len(units)) if place not in taken]
     every = sorted([*edits, *others], key=lambda edit: edit.start)
-    return Plan(architecture.model_type, len(units), tuple(every), kinds=CHAIN)
+    return Plan(architecture.model_type, len(units), tuple(every), kinds=CONV_GRAPH_KINDS)
 
 
 class Magnitudes:
     """Mean absolute weight of the removed convolutions of an entry: a pruning criterion without measurements."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        links = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model).links
-        self.means = [link.norm / (link.outs * (1 if link.depthwise else link.ins) * link.kernel**2) for link in links]
+        nodes = architecture_for(model, ConvGraphArchitecture).convolutions(model).graph(model).nodes
+        self.means = [
+            node.norm / (node.out_channels * (1 if node.depthwise else node.in_channels) * node.kernel**2)
+            for node in nodes
+        ]
 
     def of(self, entry: Entry) -> float:
         """Return the mean absolute weight of the removed convolutions."""
@@ -295,7 +298,7 @@ class Losses:
         units = architecture_for(self.model, ConvGraphArchitecture).convolutions(self.model).units
         todo = [entry for entry in entries if entry.changes and entry.key not in self.table.values]
         for entry in tqdm(todo, "Measuring segments", disable=None):
-            plan = Plan(self.model.config.model_type, len(units), (entry.edit,), kinds=CHAIN)
+            plan = Plan(self.model.config.model_type, len(units), (entry.edit,), kinds=CONV_GRAPH_KINDS)
             student = applied(self.model, plan)
             with eval_mode(self.model, student):
                 if self.fitted and entry.keep:

@@ -13,7 +13,7 @@ _LAYERS = ("expand_1x1", "conv_3x3", "reduce_1x1")
 
 
 class MobileNetV2Architecture(ConvGraphArchitecture):
-    """The chain excludes the last convolution, in front of the pooling, as in the paper."""
+    """The conv graph excludes the last convolution, in front of the pooling, as in the paper."""
 
     model_type = "mobilenet_v2"
 

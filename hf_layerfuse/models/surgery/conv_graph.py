@@ -1,6 +1,6 @@
-"""Merging the convolutions of a chain (LayerMerge, Kim et al. 2024): the shape of the model, and its weights.
+"""Merging the convolutions of a conv graph (LayerMerge, Kim et al. 2024): the shape of the model, and its weights.
 
-Compressing and loading both use `reshape_chain`. `layers.reshape` is the counterpart for layers.
+Compressing and loading both use `reshape_conv_graph`. `layers.reshape` is the counterpart for layers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_merges(model: PreTrainedModel, architecture: ConvGraphArchitecture, pl
             an edit leaves out a convolution that must stay.
         UnsupportedModelError: The convolutions of the model cannot be merged.
     """
-    architecture.check_chain(model)
+    architecture.check_conv_graph(model)
     if plan.model_type != architecture.model_type:
         raise PlanError(
             f"the plan is for {plan.model_type!r}, the model is {architecture.model_type!r}: make a new plan."
@@ -39,8 +39,8 @@ def check_merges(model: PreTrainedModel, architecture: ConvGraphArchitecture, pl
         raise PlanError(
             f"the plan is for {plan.num_layers} convolutions, the model has {len(convs.units)}: make a new plan."
         )
-    chain = convs.chain(model)
-    segments = {*chain.segments(), (-1, 0)}
+    graph = convs.graph(model)
+    segments = {*graph.segments(), (-1, 0)}
     for edit in plan.edits:
         if not isinstance(edit, MergeConvs):
             raise PlanError(f"{edit} is an edit of layers in a plan for convolutions: use MergeConvs.")
@@ -55,7 +55,7 @@ def check_merges(model: PreTrainedModel, architecture: ConvGraphArchitecture, pl
                     f"{edit}: the shortcut of {skip.path} is neither the identity nor a 1 x 1 convolution with an "
                     "optional batch norm, so a kernel cannot include it: end the segment before it."
                 )
-        lost = [place for place in edit.layers if chain.links[place].fixed and place not in edit.keep]
+        lost = [place for place in edit.layers if graph.nodes[place].fixed and place not in edit.keep]
         if lost:
             raise PlanError(f"{edit} leaves out convolution {lost[0]}, which changes the shape: keep it.")
 
@@ -70,7 +70,7 @@ def windows_of(model: PreTrainedModel, architecture: ConvGraphArchitecture, conv
     return found
 
 
-def reshape_chain(model: PreTrainedModel, architecture: ConvGraphArchitecture, plan: Plan) -> None:
+def reshape_conv_graph(model: PreTrainedModel, architecture: ConvGraphArchitecture, plan: Plan) -> None:
     """Give a stock model the shape that its plan of merges defines, in place. New weights are arbitrary."""
     convs = architecture.convolutions(model)
     windows = windows_of(model, architecture, convs)

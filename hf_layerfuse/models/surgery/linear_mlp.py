@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import PlanError, UnsupportedModelError
 from ...math.lowrank import low_rank
-from ...math.ridge import chain
+from ...math.ridge import compose
 from ...plan import BlendedForm, LinearForm
 from ..architectures import One, TransformerArchitecture
 from ..modules.conv import Parts
@@ -146,7 +146,7 @@ def linear_weights(layer: nn.Module, architecture: TransformerArchitecture, line
     if isinstance(act, Homotopy):
         first = first * act.slope.double()
         first[-1] += act.offset.double()
-    theta = chain(first, last)
+    theta = compose(first, last)
     if "gate" in table:
         theta = torch.cat([torch.zeros_like(theta[:-1]), last[-1:]])
     if linear.fold:

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from helpers import CHAINS, cifar_resnet, network, some_batches, tiny_model
+from helpers import CONV_GRAPHS, cifar_resnet, network, some_batches, tiny_model
 from torch import nn
 
 from hf_layerfuse import (
@@ -32,7 +32,7 @@ from hf_layerfuse.evaluation.timing import Timed
 from hf_layerfuse.methods.merge.finetune import tune
 from hf_layerfuse.methods.merge.search import choose, frontier
 from hf_layerfuse.methods.merge.segments import Entry, Latencies, Losses, cheapest, entries_of, folded_plan
-from hf_layerfuse.models.architectures.segments import Chain, Link
+from hf_layerfuse.models.architectures.segments import ConvGraph, ConvNode
 
 CIFAR = cifar_resnet()
 
@@ -62,34 +62,34 @@ class Known:
 def test_the_best_choice_of_all(seed):
     """The sum of losses is the least one that any choice of segments has within the budget."""
     chance = random.Random(seed)
-    links = [Link(3, 1, 4, 4, norm=chance.random()) for _ in range(7)]
-    chain = Chain(links, skips=[(0, 2), (2, 4)])
-    entries = [Entry(*entry) for entry in chain.table()]
+    nodes = [ConvNode(3, 1, 4, 4, norm=chance.random()) for _ in range(7)]
+    graph = ConvGraph(nodes, skips=[(0, 2), (2, 4)])
+    entries = [Entry(*entry) for entry in graph.table()]
     cost = Known({entry: float(chance.randrange(1, 9)) for entry in entries})
     loss = Known({entry: chance.random() for entry in entries})
     every = []
-    for count in range(chain.length):
-        for cuts in itertools.combinations(range(1, chain.length), count):
-            parts = list(itertools.pairwise((0, *cuts, chain.length)))
+    for count in range(graph.length):
+        for cuts in itertools.combinations(range(1, graph.length), count):
+            parts = list(itertools.pairwise((0, *cuts, graph.length)))
             ways = [[entry for entry in entries if (entry.start, entry.end) == part] for part in parts]
             every += itertools.product(*ways)
     for limit in (12.0, 18.0, 30.0):
-        found = choose(entries, cost, loss, limit, chain.length)
+        found = choose(entries, cost, loss, limit, graph.length)
         fitting = [way for way in every if sum(map(cost.of, way)) <= limit]
         assert sum(map(cost.of, found)) <= limit
         assert sum(map(loss.of, found)) == pytest.approx(min(sum(map(loss.of, way)) for way in fitting))
-    assert [sum(map(cost.of, chain)) for chain in frontier(entries, cost, loss, 30.0, chain.length)] == sorted(
-        sum(map(cost.of, chain)) for chain in frontier(entries, cost, loss, 30.0, chain.length)
+    assert [sum(map(cost.of, path)) for path in frontier(entries, cost, loss, 30.0, graph.length)] == sorted(
+        sum(map(cost.of, path)) for path in frontier(entries, cost, loss, 30.0, graph.length)
     )
-    for chosen in frontier(entries, cost, loss, 30.0, chain.length):
-        assert chosen == choose(entries, cost, loss, sum(map(cost.of, chosen)) + 1e-9, chain.length)
-    best = choose(entries, cost, loss, 20.0, chain.length, published=True)
+    for chosen in frontier(entries, cost, loss, 30.0, graph.length):
+        assert chosen == choose(entries, cost, loss, sum(map(cost.of, chosen)) + 1e-9, graph.length)
+    best = choose(entries, cost, loss, 20.0, graph.length, published=True)
     fitting = [way for way in every if sum(map(cost.of, way)) <= 20]
     worth = max(sum(math.exp(-loss.of(entry)) for entry in way) for way in fitting)
     assert sum(math.exp(-loss.of(entry)) for entry in best) == pytest.approx(worth)
     least = min(sum(map(cost.of, way)) for way in every)
     with pytest.raises(RecipeError, match=f"the fastest available plan takes {least:.3g} ms, {least:.0f}% of"):
-        choose(entries, cost, loss, least - 1, chain.length)
+        choose(entries, cost, loss, least - 1, graph.length)
 
 
 @pytest.mark.parametrize("name", ["cifar", "basic", "bottleneck", "mobilenet"])
@@ -290,7 +290,7 @@ def test_segments_are_trained_before_they_are_judged(cifar, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(student.buffers(), cifar.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", CONV_GRAPHS)
 def test_every_entry_is_timed_at_its_shape(name):
     """Each part runs on images of the size that its segment reads, and gives those that the next one reads."""
     model = network(name)
@@ -302,7 +302,7 @@ def test_every_entry_is_timed_at_its_shape(name):
 
 
 def test_what_lies_between_parts_is_counted(cifar, steady, monkeypatch):
-    """Where a model takes its parts at some pace and a time beside them, each chain is thought to take just that."""
+    """Where a model takes its parts at some pace and a time beside them, each plan is thought to take just that."""
     entries = entries_of(cifar, 5)
     latencies = Latencies(cifar, torch.randn(2, 3, 32, 32), repeats=1, warmup=0)
     latencies.measure(entries)
