@@ -31,8 +31,8 @@ from hf_layerfuse import (
     expand,
     heal,
     layer_map,
+    linearize_mlps,
     merge_convs,
-    straighten,
 )
 from hf_layerfuse.data.collate import ROW, TEACHER_IDS, TEACHER_LOGPROBS, CollateImages, CollateText
 from hf_layerfuse.data.sampler import ByLength
@@ -317,14 +317,14 @@ def chosen(job: Job, name: str, asked: dict[str, Any], step: Step, choices: list
     return {"options": job.options, "steps": job.pilot, "losses": losses, "best": best, "weights": weights}
 
 
-def bends(plan: Plan) -> bool:
+def uses_homotopy(plan: Plan) -> bool:
     """Whether activations become lines while the model is trained, so that maps are merged in the end."""
     return any(isinstance(edit, Blend) for edit in plan.edits)
 
 
 def recipe_of(job: Job, plan: Plan, **options: Any) -> HealRecipe:
     """The budget of a job with other options; activations that are to become lines are pulled there."""
-    return replace(job.recipe, **options, straighten="auto" if bends(plan) else 0.0)
+    return replace(job.recipe, **options, homotopy_strength="auto" if uses_homotopy(plan) else 0.0)
 
 
 def retrained(
@@ -353,13 +353,13 @@ def retrained(
             teacher=model,
             matches=layer_map(student, model, plan),
             validation_batches=job.validation,
-            threshold=THRESHOLD if bends(plan) else None,
+            threshold=THRESHOLD if uses_homotopy(plan) else None,
             seed=number,
             checkpoints=CHECKPOINTS / f"{name}-{number}",
         )
         parts.append({"before": before, "budget": steps, **asdict(report)})
-        if bends(plan):
-            student, _ = straighten(student, threshold=THRESHOLD)
+        if uses_homotopy(plan):
+            student, _ = linearize_mlps(student, threshold=THRESHOLD)
         if any(not getattr(edit, "merged", True) for edit in plan.edits):
             student, _ = merge_convs(student)
         if rounds > 1:

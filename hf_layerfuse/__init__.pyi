@@ -31,7 +31,7 @@ from .models.architectures import (
     Unit,
     architecture_for,
 )
-from .models.finalize import merge_convs, straighten
+from .models.finalize import linearize_mlps, merge_convs
 from .models.layer_map import fused_parameters, layer_map, mixed_weights
 from .models.modeling import expand, register_architecture
 from .models.verify import verify
@@ -81,6 +81,7 @@ __all__ = [
     "fused_parameters",
     "heal",
     "layer_map",
+    "linearize_mlps",
     "merge",
     "merge_convs",
     "mixed_weights",
@@ -90,6 +91,5 @@ __all__ = [
     "search",
     "search_collapse",
     "search_merge",
-    "straighten",
     "verify",
 ]

@@ -26,7 +26,7 @@ from transformers import (
 
 from hf_layerfuse import MergeConvs, Plan, architecture_for
 from hf_layerfuse.evaluation.divergence import prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.architectures import ARCHITECTURES, ConvGraphArchitecture
 from hf_layerfuse.plan import CONV_GRAPH_KINDS
 
@@ -119,12 +119,12 @@ def tiny_model(model_type: str, head: type[PreTrainedModel] | str | None = None,
 def some_batches(model: PreTrainedModel, count: int = 6) -> list[dict[str, torch.Tensor]]:
     """Batches of two random sequences or images each, the same every time."""
     torch.manual_seed(1)
-    return [example_inputs(model, 2) for _ in range(count)]
+    return [dummy_inputs(model, 2) for _ in range(count)]
 
 
 def predicted(model: PreTrainedModel) -> torch.Tensor:
     """What a model makes of random inputs, in its data type."""
-    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in example_inputs(model).items()}
+    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in dummy_inputs(model).items()}
     with torch.inference_mode():
         return prediction(model(**inputs))
 
@@ -187,7 +187,7 @@ def network(name: str):
             module.momentum = None
     with torch.no_grad():
         for seed in range(3):
-            model(**example_inputs(model, 8, seed=seed))
+            model(**dummy_inputs(model, 8, seed=seed))
     return model.eval()
 
 
@@ -203,7 +203,7 @@ def batches_of(model, *sizes, tokens=12):
     """Calibration batches of these sizes, every third sequence of tokens padded on the right."""
     found = []
     for seed, size in enumerate(sizes or (16, 8)):
-        batch = example_inputs(model, size, tokens, seed=seed)
+        batch = dummy_inputs(model, size, tokens, seed=seed)
         if "input_ids" in batch:
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
             batch["attention_mask"][::3, ..., 9:] = 0

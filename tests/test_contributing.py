@@ -20,11 +20,11 @@ from transformers import AutoModelForSequenceClassification
 from hf_layerfuse import (
     AutoFusedModel, Drop, Fuse, FusionRecipe, Plan, apply, collapse, expand, fuse, plan_fusion, verify
 )
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 
 torch.manual_seed(0)
 model = toy.ToyForSequenceClassification(toy.ToyConfig(num_labels=3)).eval()
-inputs = example_inputs(model, 4)
+inputs = dummy_inputs(model, 4)
 
 def logits(which):
     with torch.inference_mode():
@@ -59,7 +59,7 @@ for mode in ("depth", "share"):
     plan = plan_fusion(model, FusionRecipe(keep_layers=4, mode=mode))
     assert torch.equal(logits(fuse(model, keep_layers=4, mode=mode)), logits(apply(model, plan)))
 
-batches = [example_inputs(model, 2) for _ in range(4)]
+batches = [dummy_inputs(model, 2) for _ in range(4)]
 linear = collapse(model, count=2, batches=batches)
 assert sum(isinstance(layer.mlp[1], torch.nn.Identity) for layer in linear.base_model.layers) == 2
 

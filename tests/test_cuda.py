@@ -27,7 +27,7 @@ from hf_layerfuse import (
 )
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.divergence import prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.evaluation.metrics import classification, embedding_fidelity
 from hf_layerfuse.methods.fusion.block_latency import BlockTimes
 from hf_layerfuse.methods.merge.segments import Latencies, Losses, entries_of
@@ -55,7 +55,7 @@ def on_gpu(model):
 
 def outputs(model) -> torch.Tensor:
     """What a model makes of random inputs, on the CPU."""
-    inputs = example_inputs(model, 4)
+    inputs = dummy_inputs(model, 4)
     with torch.inference_mode():
         found = prediction(model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}))
     return found.double().cpu()
@@ -118,11 +118,11 @@ def test_convolutions_are_merged(name, steady) -> None:
 def test_blocks_and_convolutions_are_timed(tmp_path) -> None:
     """On the device of the model, which the tables name."""
     model = on_gpu(whole("gpt2"))
-    times = BlockTimes(model, example_inputs(model), tmp_path / "blocks.json")
+    times = BlockTimes(model, dummy_inputs(model), tmp_path / "blocks.json")
     assert 0 < times.layer(0) < times.original
     model = on_gpu(network("cifar")).float()
     entries = entries_of(model, 5)
-    latencies = Latencies(model, example_inputs(model)["pixel_values"], tmp_path / "convs.json")
+    latencies = Latencies(model, dummy_inputs(model)["pixel_values"], tmp_path / "convs.json")
     latencies.measure(entries)
     assert all(0 < latencies.of(entry) < latencies.original for entry in entries)
     assert all(torch.cuda.get_device_name() in path.read_text() for path in tmp_path.glob("*.json"))
@@ -152,7 +152,7 @@ def test_the_result_is_retrained(compress, precision, tmp_path, steady, accelera
         batches, asked = batches_of(model), {"keep_layers": 3} if compress is fuse else {"count": 2}
     model = on_gpu(model)
     small = compress(model, batches=batches, **asked)
-    inputs = [{name: tensor[0] for name, tensor in example_inputs(model, 1, seed=seed).items()} for seed in range(16)]
+    inputs = [{name: tensor[0] for name, tensor in dummy_inputs(model, 1, seed=seed).items()} for seed in range(16)]
     loader = DataLoader(inputs, 4, shuffle=True)
     recipe = HealRecipe(steps=12, learning_rate=1e-4, eval_every=4, mixed_precision=precision)
     report = heal(small, loader, recipe, teacher=model, validation_batches=DataLoader(inputs, 4))
@@ -165,7 +165,7 @@ def test_the_result_is_retrained(compress, precision, tmp_path, steady, accelera
 
 def test_what_is_evaluated_is_the_same() -> None:
     model = tiny_model("vit", "ViTForImageClassification")
-    batches = [{**example_inputs(model, 4, seed=seed), "labels": torch.tensor([0, 1, 1, 0])} for seed in range(2)]
+    batches = [{**dummy_inputs(model, 4, seed=seed), "labels": torch.tensor([0, 1, 1, 0])} for seed in range(2)]
     scores = [classification(other, batches) for other in (model, on_gpu(model))]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     assert embedding_fidelity(on_gpu(model), model, batches)["cosine"] == pytest.approx(1.0, abs=1e-5)

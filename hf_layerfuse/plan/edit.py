@@ -226,8 +226,8 @@ class Linearize(_OneLayer):
 class Blend(_OneLayer):
     """The activation of an MLP moves towards a line: (1 - a) act(z) + a (s z + t), with one trainable a.
 
-    At a = 0, the start, the model is the original. At a = 1 the MLP is linear, and `straighten` replaces it by one map.
-    This is the homotopy of LayerCollapse (Shabgahi et al. 2023). The slope s and the offset t of each unit come from
+    At a = 0, the start, the model is the original. At a = 1 the MLP is linear, and `linearize_mlps` replaces it by one
+    map. This is the homotopy of LayerCollapse (Shabgahi et al. 2023). Slope s and offset t of each unit come from
     calibration batches; without batches they are 1 and 0. With `faithful`, the activation is a PReLU, as published: a
     ReLU replaces the original activation, with slope 1, offset 0 and a = 0.01 at the start.
 

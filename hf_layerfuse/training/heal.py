@@ -20,7 +20,7 @@ from ..evaluation.fingerprint import fingerprint
 from ..plan.match import Match
 from ..recipe import HealRecipe
 from .accelerator import accelerator_of, finish_trackers, one_training
-from .homotopy import Pull
+from .homotopy import HomotopyPenalty
 from .loop import Loop
 from .lora import low_rank
 from .mixture import Mixture
@@ -100,8 +100,8 @@ def heal(
         mixed: Source weights of mixed parameters, by name: `mixed_weights(student, teacher, plan)`; see `Mixture`.
         validation_batches: Batches of the held-out split, the same every time. Their loss is reported and selects the
             weights: cross-entropy, or distillation without labels.
-        threshold: Threshold of the later `straighten`, for `Blend` edits. Checkpoints with any a < 1 - threshold are
-            not eligible as best.
+        threshold: Threshold of the later `linearize_mlps`, for `Blend` edits. Checkpoints with any a < 1 - threshold
+            are not eligible as best.
         seed: Seed of the order of batches, and of dropout, which differs in each process and step.
         accelerator: Accelerator to use with its own mixed precision, compilation and trackers. `heal` sets its
             accumulation and the seed of its samplers.
@@ -113,8 +113,8 @@ def heal(
 
     Raises:
         RecipeError: The recipe requests distillation without a teacher, or of layers without `matches`; a tracker that
-            is not installed; gradient checkpointing that the model does not support; or straightening without `Blend`
-            edits. Also raised for `mixed` weights under FSDP or DeepSpeed.
+            is not installed; gradient checkpointing that the model does not support; or a homotopy strength without
+            `Blend` edits. Also raised for `mixed` weights under FSDP or DeepSpeed.
         DataError: There are no batches, or they allow no loss.
         CheckpointError: The checkpoints belong to another run or are damaged.
         TrainingError: A loss or a gradient is not finite, or the loss explodes; the previous checkpoint is kept.
@@ -257,10 +257,10 @@ def _check(
                 f"heal.{field}={weight} needs pairs of layers: pass "
                 f"matches=layer_map(student, teacher, plan), or set heal.{field} to 0."
             )
-    if recipe.straighten and not Pull(student, 0.0).activations:
+    if recipe.homotopy_strength and not HomotopyPenalty(student, 0.0).activations:
         raise RecipeError(
-            f"heal.straighten={recipe.straighten} pulls Blend activations to lines, and {type(student).__name__} has "
-            "none: apply Blend edits first, or leave it out."
+            f"heal.homotopy_strength={recipe.homotopy_strength} moves Blend activations to lines, and "
+            f"{type(student).__name__} has none: apply Blend edits first, or leave it out."
         )
     if recipe.gradient_checkpointing and not student.supports_gradient_checkpointing:
         raise RecipeError(f"{type(student).__name__} has no gradient checkpointing: set it to false.")

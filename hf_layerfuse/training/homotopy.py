@@ -1,4 +1,4 @@
-"""Pull of activations to their lines during training."""
+"""Homotopy penalty, which moves activations to their lines during training."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ..models.modules.homotopy import Homotopy
 from .sharding import whole, write
 
 
-class Pull:
-    """Pulls the activations of a model to their lines: sum (1 - a)^2, decoupled from the loss and the optimiser.
+class HomotopyPenalty:
+    """Penalty sum (1 - a)^2 on the activations of a model, decoupled from the loss and the optimiser.
 
     The task pushes an a by about the learning rate in each step of Adam, so that 1 - a settles near 1 / (2 strength).
 
     Args:
-        model: Model whose `Homotopy` activations are pulled.
-        strength: Strength g of the pull; 0 leaves the activations to the task.
-        progressive: Whether activations are pulled one after the other, from the last layer on, each in an equal part
-            of the training, and held at their start until then. Otherwise all are pulled together.
+        model: Model with `Homotopy` activations.
+        strength: Strength g of the penalty; 0 leaves the activations to the task.
+        progressive: Whether activations move one after the other, from the last layer on, each in an equal part
+            of the training, and held at their start until then. Otherwise all move together.
     """
 
     def __init__(self, model: nn.Module, strength: float, *, progressive: bool = False) -> None:

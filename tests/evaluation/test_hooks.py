@@ -6,7 +6,7 @@ from helpers import tiny_model
 from torch import nn
 
 from hf_layerfuse.errors import DataError
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.evaluation.hooks import StopForward, watch, watch_tokens
 from hf_layerfuse.models.architectures import architecture_for
 
@@ -103,7 +103,7 @@ def blocks_of(model, when="after"):
 def test_tokens_are_those_without_padding():
     """Each module shows the tokens that the mask keeps, batch by batch; mode and hooks are as before."""
     model = tiny_model("bert").train()
-    batch = example_inputs(model, 3, 8)
+    batch = dummy_inputs(model, 3, 8)
     mask = torch.ones_like(batch["input_ids"])
     mask[1, 5:] = 0
     padded = batch | {"attention_mask": mask, "labels": torch.zeros(3)}
@@ -130,7 +130,7 @@ def test_tokens_are_those_without_padding():
 def test_padding_alone_is_no_data(batches):
     """No batches, and batches of padding alone, are an error that says what to pass."""
     model = tiny_model("bert")
-    batch = example_inputs(model, 2, 4)
+    batch = dummy_inputs(model, 2, 4)
     empty = batch | {"attention_mask": torch.zeros_like(batch["input_ids"])}
     with pytest.raises(DataError, match="hold no tokens that are not padding: pass `batches`"):
         watch_tokens(model, [empty] * batches, blocks_of(model), lambda *_: pytest.fail("shown"))

@@ -37,7 +37,7 @@ from hf_layerfuse import (
     apply,
     architecture_for,
 )
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.verify import prediction
 from hf_layerfuse.plan import CONV_GRAPH_KINDS
 
@@ -51,7 +51,7 @@ def fused(model_type, edits=SHARE, head=None, **changes):
 
 def outputs(model):
     with torch.inference_mode():
-        return prediction(model(**example_inputs(model)))
+        return prediction(model(**dummy_inputs(model)))
 
 
 def python(code, *args):
@@ -78,11 +78,11 @@ def test_fresh_process_gives_the_same_logits(tmp_path):
         "import sys, torch\n"
         "torch.set_num_threads(1)\n"
         "from hf_layerfuse import AutoFusedModel\n"
-        "from hf_layerfuse.evaluation.dummy_inputs import example_inputs\n"
+        "from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs\n"
         "from hf_layerfuse.evaluation.divergence import prediction\n"
         "for path in sys.argv[1:]:\n"
         "    model = AutoFusedModel.from_pretrained(path)\n"
-        "    with torch.inference_mode(): got = prediction(model(**example_inputs(model)))\n"
+        "    with torch.inference_mode(): got = prediction(model(**dummy_inputs(model)))\n"
         "    assert torch.equal(got, torch.load(path + '.pt', weights_only=True))\n"
         "    print(type(model).__name__)\n"
     )
@@ -109,7 +109,7 @@ def test_without_the_library(tmp_path):
         "with torch.inference_mode(): got = model(ids)[0]\n"
         "assert torch.equal(got, torch.load(sys.argv[3], weights_only=True))\n"
     )
-    ids = example_inputs(fused("gpt2", SHARE, "GPT2Model"))["input_ids"].tolist()
+    ids = dummy_inputs(fused("gpt2", SHARE, "GPT2Model"))["input_ids"].tolist()
     for name in ("depth", "expanded"):
         done = python(code, tmp_path / name, ids, tmp_path / f"{name}.pt")
         assert done.returncode == 0, done.stderr
@@ -323,7 +323,7 @@ def test_pickle_is_never_read(tmp_path):
 def test_generation_with_caches(causal_lm, edits):
     """Greedy decoding with a dynamic or a static cache, past the sliding window too, equals decoding without."""
     model = apply(causal_lm, Plan(causal_lm.config.model_type, LAYERS, edits))
-    ids = example_inputs(model, 2, 9)["input_ids"]
+    ids = dummy_inputs(model, 2, 9)["input_ids"]
     mask = torch.ones_like(ids)
     mask[0, :3] = 0  # left padding
     options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": -1}

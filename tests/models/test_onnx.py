@@ -10,7 +10,7 @@ from helpers import network, some_merge_plan, tiny_model
 
 from hf_layerfuse import Blend, Drop, Fuse, Linearize, Plan, apply, architecture_for
 from hf_layerfuse.evaluation.divergence import prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 
 slow = pytest.mark.slow
 BERT = "BertForSequenceClassification"
@@ -18,7 +18,7 @@ BERT = "BertForSequenceClassification"
 
 def exported(model, path):
     """What onnxruntime makes of random inputs, and what the model does."""
-    inputs = dict(example_inputs(model, 2))
+    inputs = dict(dummy_inputs(model, 2))
     if model.can_generate():
         inputs["use_cache"] = False
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}

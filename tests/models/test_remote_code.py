@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_layerfuse import AutoFusedModel, Blend, Drop, Fuse, Linearize, Plan, UnsupportedModelError, apply
 from hf_layerfuse.evaluation.divergence import prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.remote_code import FOLDER
 
 MODELS = {
@@ -70,7 +70,7 @@ def test_loads_where_the_library_is_not(tmp_path):
     for name in MODELS:
         model = fused(name)
         model.save_pretrained(tmp_path / name, with_code=True)
-        inputs = dict(example_inputs(model.double(), 1))
+        inputs = dict(dummy_inputs(model.double(), 1))
         save_file(inputs, tmp_path / name / "inputs.safetensors")
         with torch.inference_mode():
             expected[name] = prediction(model(**inputs))

@@ -76,7 +76,7 @@ def reshape_conv_graph(model: PreTrainedModel, architecture: ConvGraphArchitectu
     windows = windows_of(model, architecture, convs)
     shapes = {edit: merged_shape(model, convs, edit) for edit in plan.edits if edit.keep}
     for edit in plan.edits:
-        _straighten(model, architecture, convs, windows, edit)
+        _linearize(model, architecture, convs, windows, edit)
         _replace(model, convs, windows, edit, shapes.get(edit))
     gone = {edit.end for edit in plan.edits if not edit.keep}
     for skip in convs.skips:
@@ -84,7 +84,7 @@ def reshape_conv_graph(model: PreTrainedModel, architecture: ConvGraphArchitectu
             model.set_submodule(skip.path, Parts(model.get_submodule(skip.path), skip.branch, then=skip.act))
 
 
-def _straighten(
+def _linearize(
     model: PreTrainedModel,
     architecture: ConvGraphArchitecture,
     convs: Convolutions,

@@ -97,7 +97,7 @@ def form_weights(
         layer: Stock layer.
         architecture: Architecture table of the model.
         form: New form of its MLP.
-        line: Target line of the activation, see `activation_fit.lines_of`; None is z itself.
+        line: Target line of the activation, see `activation_fit.fit_lines`; None is z itself.
     """
     if isinstance(form, LinearForm):
         return linear_weights(layer, architecture, form)

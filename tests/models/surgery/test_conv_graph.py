@@ -35,7 +35,7 @@ from hf_layerfuse import (
     verify,
 )
 from hf_layerfuse.evaluation.divergence import prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.architectures import ConvGraphArchitecture
 from hf_layerfuse.models.modules.conv import PaddedConv2d, Parts
 from hf_layerfuse.plan import CONV_GRAPH_KINDS
@@ -88,7 +88,7 @@ def test_a_merged_model_is_a_model(name):
     for small in (merged, left_open):
         assert type(small).__name__ == f"Fused{type(model).__name__}"
         assert verify(small)["reload"] == 0
-        inputs = example_inputs(small)
+        inputs = dummy_inputs(small)
         exported = torch.export.export(small, (), dict(inputs), strict=False).module()
         torch.testing.assert_close(prediction(exported(**inputs)), prediction(small(**inputs)))
         prediction(small.train()(**inputs)).square().sum().backward()
