@@ -25,7 +25,7 @@ from .loop import Loop
 from .lora import low_rank
 from .mixture import Mixture
 from .objective import Batch
-from .sharding import whole_again
+from .sharding import unshard_after
 
 _OWN_PARAMETERS = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 """Launchers that shard the student's parameters or run the optimiser themselves."""
@@ -140,13 +140,13 @@ def heal(
         stack.enter_context(dropout_of(student, recipe.dropout))
         stack.enter_context(low_rank(student, recipe.lora_rank))
         stack.enter_context(_training(student, recipe, teacher, frozen))
-        stack.enter_context(whole_again(student, accelerator.distributed_type == DistributedType.FSDP))
+        stack.enter_context(unshard_after(student, accelerator.distributed_type == DistributedType.FSDP))
         folder = checkpoints
         if folder is None and validation_batches is not None:
             folder = stack.enter_context(_temporary_folder(accelerator))
         mixture = Mixture(student, mixed) if mixed else None
         if mixture is not None:
-            stack.callback(mixture.settle)  # also after an error in the middle of a step
+            stack.callback(mixture.average)  # also after an error in the middle of a step
         rest = validation_batches, threshold, seed, accelerator
         loop = Loop(student, train_batches, recipe, teacher, matches, mixture, *rest)
         if folder is not None:

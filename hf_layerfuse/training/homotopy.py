@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..models.modules.homotopy import Homotopy
-from .sharding import whole, write
+from .sharding import full_tensor, set_parameter
 
 
 class HomotopyPenalty:
@@ -33,7 +33,7 @@ class HomotopyPenalty:
     @property
     def values(self) -> dict[str, float]:
         """Value a of each activation by its path; if sharded, all processes must call this."""
-        return {name: whole(homotopy.a).item() for name, homotopy in self.activations.items()}
+        return {name: full_tensor(homotopy.a).item() for name, homotopy in self.activations.items()}
 
     @torch.no_grad()
     def step(self, rate: float, share: float = 1.0) -> None:
@@ -46,6 +46,6 @@ class HomotopyPenalty:
         for place, homotopy in enumerate(reversed(self.activations.values())):
             a = homotopy.a
             if self.progressive and share * len(self.activations) <= place:
-                write(a, torch.full_like(a, homotopy.start))
+                set_parameter(a, torch.full_like(a, homotopy.start))
             else:
-                write(a, (a - 2 * rate * self.strength * (a - 1)).clamp(0, 1))
+                set_parameter(a, (a - 2 * rate * self.strength * (a - 1)).clamp(0, 1))

@@ -24,7 +24,7 @@ from .checkpoint import Checkpoints, Progress
 from .homotopy import HomotopyPenalty
 from .mixture import Mixture
 from .objective import Batch, Objective
-from .sharding import one_unit_for_shared, whole
+from .sharding import full_tensor, one_unit_for_shared
 
 EXPLOSION = 10
 """Factor by which a training loss exceeds that of the first step (at least 1) when it has exploded."""
@@ -147,14 +147,14 @@ class Loop:
         self._check(mean, "the loss", EXPLOSION * max(first, 1.0))
         parameters = self.model.parameters()
         if self.mixture is not None:
-            self.mixture.hand_on()
+            self.mixture.scatter_gradients()
             parameters = self.trained
         norm = accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm)
         if norm is not None and accelerator.scaler is None:  # a scaler skips such steps itself
-            self._check(float(whole(norm)), "the norm of the gradients")
+            self._check(float(full_tensor(norm)), "the norm of the gradients")
         if not self.objective.reads_outputs:
             for parameter in self.model.parameters():  # an unused head would only decay
-                if parameter.grad is not None and not whole(parameter.grad).any():
+                if parameter.grad is not None and not full_tensor(parameter.grad).any():
                     parameter.grad = None
         rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
@@ -191,7 +191,7 @@ class Loop:
         """Measure the validation loss and write a checkpoint."""
         progress = self.progress
         if self.mixture is not None:
-            self.mixture.settle()
+            self.mixture.average()
         if self.validation_batches is not None:
             loss = _validate(self.student, self.validation_batches, self.objective, self.accelerator)
             self._check(loss, "the validation loss")  # before a checkpoint of such weights is written

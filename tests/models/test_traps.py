@@ -317,7 +317,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from hf_layerfuse import AutoFusedModel, Blend, Fuse, Plan, apply, linearize_mlps
 from hf_layerfuse.training.homotopy import HomotopyPenalty
-from hf_layerfuse.training.sharding import one_unit_for_shared, shares_layers, whole_again
+from hf_layerfuse.training.sharding import one_unit_for_shared, shares_layers, unshard_after
 
 NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
@@ -410,7 +410,7 @@ def prepared(ram_efficient):
     before = plugin.transformer_cls_names_to_wrap
     stack = ExitStack()
     student = model
-    stack.enter_context(whole_again(student, True))
+    stack.enter_context(unshard_after(student, True))
     with one_unit_for_shared(model, plugin):
         model = fsdp2_prepare_model(accelerator, model)
     assert plugin.transformer_cls_names_to_wrap == before
@@ -455,7 +455,7 @@ def linearised():
         plan = Plan("gpt2", 4, (Blend(1, faithful=True), Blend(3, faithful=True)))
         model = apply(GPT2LMHeadModel(CONFIG).eval(), plan)
         student, penalty = model, HomotopyPenalty(model, 40.0, progressive=True)
-        with whole_again(model, split):
+        with unshard_after(model, split):
             if split:
                 for unit in (*model.transformer.h, model):
                     fully_shard(unit, mesh=mesh)

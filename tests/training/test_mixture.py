@@ -76,7 +76,7 @@ def test_a_step_by_hand():
     assert shares == pytest.approx([0.5, 0.5], abs=0.1)
     student(**dummy_inputs(student)).last_hidden_state.square().mean().backward()
     gradient = target.grad.clone()
-    mixture.hand_on()
+    mixture.scatter_gradients()
     place = next(i for i, found in enumerate(mixture.targets) if found is target)
     ours = list(mixture.parts[place])
     assert target.grad is None

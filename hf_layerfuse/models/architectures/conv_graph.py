@@ -100,7 +100,7 @@ class ConvGraphArchitecture(Architecture, ABC):
     def activation(self, config: PreTrainedConfig) -> nn.Module:
         """Activation behind a merged segment that had none at its end."""
 
-    def same(self, config: PreTrainedConfig) -> bool:
+    def same_padding(self, config: PreTrainedConfig) -> bool:
         """Whether the padding depends on the size of the image, as TensorFlow's SAME padding does."""
         return False
 

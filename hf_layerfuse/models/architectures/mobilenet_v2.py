@@ -36,5 +36,5 @@ class MobileNetV2Architecture(ConvGraphArchitecture):
     def activation(self, config: PreTrainedConfig) -> nn.Module:
         return ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
 
-    def same(self, config: PreTrainedConfig) -> bool:
+    def same_padding(self, config: PreTrainedConfig) -> bool:
         return config.tf_padding

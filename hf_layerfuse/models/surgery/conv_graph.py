@@ -62,7 +62,7 @@ def check_merges(model: PreTrainedModel, architecture: ConvGraphArchitecture, pl
 
 def windows_of(model: PreTrainedModel, architecture: ConvGraphArchitecture, convs: Convolutions) -> list[Window]:
     """Window of each convolution of a stock model: kernel size, stride and padding."""
-    same, found = architecture.same(model.config), []
+    same, found = architecture.same_padding(model.config), []
     for unit in convs.units:
         conv = model.get_submodule(unit.conv)
         padding = None if same else (conv.padding[0],) * 2

@@ -83,7 +83,7 @@ def check_form(layer: nn.Module, architecture: TransformerArchitecture, form: Fo
         )
 
 
-def take_form(layer: nn.Module, architecture: TransformerArchitecture, form: Form) -> None:
+def reshape_mlp(layer: nn.Module, architecture: TransformerArchitecture, form: Form) -> None:
     """Give the MLP of a stock layer another form, in place. The weights of new modules are arbitrary."""
     (_linearize if isinstance(form, LinearForm) else _blend)(layer, architecture, form)
 
@@ -91,7 +91,7 @@ def take_form(layer: nn.Module, architecture: TransformerArchitecture, form: For
 def form_weights(
     layer: nn.Module, architecture: TransformerArchitecture, form: Form, line: Line | None
 ) -> dict[str, Tensor]:
-    """Weights of the modules that `take_form` adds, by name relative to the layer.
+    """Weights of the modules that `reshape_mlp` adds, by name relative to the layer.
 
     Args:
         layer: Stock layer.
@@ -108,7 +108,7 @@ def form_weights(
     return {f"{at}.{name}": tensor.detach().to(like, copy=True) for name, tensor in found.items()}
 
 
-def gives_way(parameter: str, architecture: TransformerArchitecture, form: Form | None) -> bool:
+def replaces(parameter: str, architecture: TransformerArchitecture, form: Form | None) -> bool:
     """Whether the form replaces the module that owns a parameter; its name is relative to its layer."""
     maps = (
         [architecture.mlp[role] for role in _MAPS if role in architecture.mlp] if isinstance(form, LinearForm) else []

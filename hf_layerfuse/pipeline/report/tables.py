@@ -160,27 +160,31 @@ def change_table(plan: Plan) -> list[list[str]]:
     return [["of the original", "in the result"], *pairs]
 
 
-def limits_of(plan: Plan, results: RunResults) -> list[str]:
-    """Limits that a user of the result should know."""
-    limits = []
+def limitations_of(plan: Plan, results: RunResults) -> list[str]:
+    """Limitations that a user of the result should know."""
+    limitations = []
     if plan.layout().ties:
-        limits.append("Sharing weights makes the file and the memory smaller. It does not make the model faster.")
+        limitations.append("Sharing weights makes the file and the memory smaller. It does not make the model faster.")
     if results.before.latency_ms:
-        limits.append("Latency was measured on the machine named below; ratios carry over better than milliseconds.")
-    limits.append(
+        limitations.append(
+            "Latency was measured on the machine named below; ratios carry over better than milliseconds."
+        )
+    limitations.append(
         "Nothing was chosen on the data that are reported here."
         if results.metrics_on == "test"
         else "The recipe names no test data: the figures are from those that healing was watched on."
     )
     if results.healed is None:
-        limits.append("It was not retrained after its layers were changed.")
+        limitations.append("It was not retrained after its layers were changed.")
     elif len(results.rounds) == 1 and results.rounds[0].report.best_step == 0:
-        limits.append("Retraining found no weights that validated better than those before it, which are the result.")
+        limitations.append(
+            "Retraining found no weights that validated better than those before it, which are the result."
+        )
     metrics = results.before.metrics
     if "stride" in metrics:
-        limits.append(f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}.")
-    limits.append("What the original gets wrong, and what it is biased in, is not mended, and may be worse.")
-    return limits
+        limitations.append(f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}.")
+    limitations.append("What the original gets wrong, and what it is biased in, is not mended, and may be worse.")
+    return limitations
 
 
 def recipe_text(recipe: Recipe) -> str:
