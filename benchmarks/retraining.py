@@ -323,7 +323,7 @@ def uses_homotopy(plan: Plan) -> bool:
 
 
 def recipe_of(job: Job, plan: Plan, **options: Any) -> HealRecipe:
-    """The budget of a job with other options; activations that are to become lines are pulled there."""
+    """The budget of a job with other options, and a homotopy penalty if activations are to become lines."""
     return replace(job.recipe, **options, homotopy_strength="auto" if uses_homotopy(plan) else 0.0)
 
 
