@@ -31,8 +31,8 @@ from hf_layerfuse import (
     expand,
     heal,
     heal_scope,
+    linearize_mlps,
     merge_convs,
-    straighten,
 )
 from hf_layerfuse.data.collate import ROW, TEACHER_IDS, TEACHER_LOGPROBS, CollateImages, CollateText
 from hf_layerfuse.data.sampler import ByLength
@@ -315,14 +315,14 @@ def chosen(job: Job, name: str, asked: dict[str, Any], step: Step, choices: list
     return {"options": job.options, "steps": job.pilot, "losses": losses, "best": best, "weights": weights}
 
 
-def bends(plan: Plan) -> bool:
+def uses_homotopy(plan: Plan) -> bool:
     """Whether activations become lines during training, so that maps are merged at the end."""
     return any(isinstance(edit, Blend) for edit in plan.edits)
 
 
 def recipe_of(job: Job, plan: Plan, **options: Any) -> HealRecipe:
-    """The budget of a job with these options, and with `straighten` if activations are to become lines."""
-    return replace(job.recipe, **options, straighten="auto" if bends(plan) else 0.0)
+    """The budget of a job with these options, and with a homotopy penalty if activations become lines."""
+    return replace(job.recipe, **options, homotopy_strength="auto" if uses_homotopy(plan) else 0.0)
 
 
 def retrained(
@@ -351,14 +351,14 @@ def retrained(
             job.loader(number),
             recipe,
             teacher=model,
-            scope=replace(scope, threshold=THRESHOLD if bends(plan) else None),
+            scope=replace(scope, threshold=THRESHOLD if uses_homotopy(plan) else None),
             validation_batches=job.validation,
             seed=number,
             checkpoints=CHECKPOINTS / f"{name}-{number}",
         )
         parts.append({"before": before, "budget": steps, **asdict(report)})
-        if bends(plan):
-            student, _ = straighten(student, threshold=THRESHOLD)
+        if uses_homotopy(plan):
+            student, _ = linearize_mlps(student, threshold=THRESHOLD)
         if any(not getattr(edit, "merged", True) for edit in plan.edits):
             student, _ = merge_convs(student)
         if rounds > 1:

@@ -20,6 +20,7 @@ _NAMES_OF_0_1 = {
     "TransformerAdapter": "TransformerArchitecture",
     "adapter_for": "architecture_for",
     "register_adapter": "register_architecture",
+    "straighten": "linearize_mlps",
 }
 """Names of public classes and functions in 0.1, kept for one release."""
 

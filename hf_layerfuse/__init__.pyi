@@ -31,7 +31,7 @@ from .models.architectures import (
     Unit,
     architecture_for,
 )
-from .models.finalize import merge_convs, straighten
+from .models.finalize import linearize_mlps, merge_convs
 from .models.layer_map import fused_parameters, heal_scope, layer_map, mixed_weights
 from .models.modeling import expand, register_architecture
 from .models.verify import verify
@@ -85,6 +85,7 @@ __all__ = [
     "heal",
     "heal_scope",
     "layer_map",
+    "linearize_mlps",
     "merge",
     "merge_convs",
     "mixed_weights",
@@ -94,6 +95,5 @@ __all__ = [
     "search",
     "search_collapse",
     "search_merge",
-    "straighten",
     "verify",
 ]

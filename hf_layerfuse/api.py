@@ -67,8 +67,8 @@ def collapse(
     """Replace MLPs of a model with linear maps: choose, apply, fit, verify.
 
     With method `homotopy`, the returned model still computes the same outputs as `model`. Its activations can become
-    linear during training. Train it with `heal`, `HealRecipe(straighten="auto")` and `HealScope(threshold=0.05)`,
-    then call `straighten(result)` to get the smaller model.
+    linear during training. Train it with `heal`, `HealRecipe(homotopy_strength="auto")` and
+    `HealScope(threshold=0.05)`, then call `linearize_mlps(result)` to get the smaller model.
 
     Args:
         model: Stock model with any head; it is not changed.

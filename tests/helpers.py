@@ -26,9 +26,9 @@ from transformers import (
 
 from hf_layerfuse import MergeConvs, Plan, architecture_for
 from hf_layerfuse.evaluation.divergence import prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.architectures import ARCHITECTURES, ConvGraphArchitecture
-from hf_layerfuse.plan import CHAIN
+from hf_layerfuse.plan import CONV_GRAPH_KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "CONTRIBUTING.md"
@@ -119,12 +119,12 @@ def tiny_model(model_type: str, head: type[PreTrainedModel] | str | None = None,
 def some_batches(model: PreTrainedModel, count: int = 6) -> list[dict[str, torch.Tensor]]:
     """Batches of two random sequences or images each, the same every time."""
     torch.manual_seed(1)
-    return [example_inputs(model, 2) for _ in range(count)]
+    return [dummy_inputs(model, 2) for _ in range(count)]
 
 
 def predicted(model: PreTrainedModel) -> torch.Tensor:
     """Output of a model for random inputs, in its data type."""
-    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in example_inputs(model).items()}
+    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in dummy_inputs(model).items()}
     with torch.inference_mode():
         return prediction(model(**inputs))
 
@@ -170,7 +170,7 @@ NETWORKS = {
 _VARIANTS = ("symmetric", "dilated", "stride in the first")
 
 
-CHAINS = [pytest.param(name, marks=pytest.mark.slow) if name in _VARIANTS else name for name in NETWORKS]
+CONV_GRAPHS = [pytest.param(name, marks=pytest.mark.slow) if name in _VARIANTS else name for name in NETWORKS]
 """Variants of networks that are tested too are left to the longer run."""
 
 
@@ -187,7 +187,7 @@ def network(name: str):
             module.momentum = None
     with torch.no_grad():
         for seed in range(3):
-            model(**example_inputs(model, 8, seed=seed))
+            model(**dummy_inputs(model, 8, seed=seed))
     return model.eval()
 
 
@@ -203,7 +203,7 @@ def batches_of(model, *sizes, tokens=12):
     """Calibration batches of these sizes, every third sequence of tokens padded on the right."""
     found = []
     for seed, size in enumerate(sizes or (16, 8)):
-        batch = example_inputs(model, size, tokens, seed=seed)
+        batch = dummy_inputs(model, size, tokens, seed=seed)
         if "input_ids" in batch:
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
             batch["attention_mask"][::3, ..., 9:] = 0
@@ -215,27 +215,27 @@ def state_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def chain_of(model):
-    return architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
+def conv_graph_of(model):
+    return architecture_for(model, ConvGraphArchitecture).convolutions(model).graph(model)
 
 
-def chain_plan(model, *edits) -> Plan:
+def merge_plan(model, *edits) -> Plan:
     architecture = architecture_for(model, ConvGraphArchitecture)
-    return Plan(architecture.model_type, len(architecture.convolutions(model).units), edits, kinds=CHAIN)
+    return Plan(architecture.model_type, len(architecture.convolutions(model).units), edits, kinds=CONV_GRAPH_KINDS)
 
 
-def some_chain_plan(model, seed: int, merged: bool = True) -> Plan:
+def some_merge_plan(model, seed: int, merged: bool = True) -> Plan:
     """A plan of consecutive segments of two or more convolutions, with any of their kernels."""
-    chance, chain, edits, at = random.Random(seed), chain_of(model), [], 0
-    while at < chain.length:
-        ends = [j for i, j in chain.segments() if i == at and j > at + 1]
+    chance, graph, edits, at = random.Random(seed), conv_graph_of(model), [], 0
+    while at < graph.length:
+        ends = [j for i, j in graph.segments() if i == at and j > at + 1]
         if ends and chance.random() < 0.8:
             end = chance.choice(ends)
-            edits.append(MergeConvs(at, end, chance.choice(list(chain.kernels(at, end).values())), merged))
+            edits.append(MergeConvs(at, end, chance.choice(list(graph.kernels(at, end).values())), merged))
             at = end
         else:
             at += 1
-    return chain_plan(model, *edits)
+    return merge_plan(model, *edits)
 
 
 def blocks_of(section: str) -> list[str]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from hf_layerfuse import Drop, Fuse, FusionRecipe, Linearize, MergeConvs, Plan
 from hf_layerfuse.pipeline.results import Goal, HealRound, Measurement, RunResults
-from hf_layerfuse.plan import CHAIN
+from hf_layerfuse.plan import CONV_GRAPH_KINDS
 from hf_layerfuse.recipe import DataRecipe, Recipe
 from hf_layerfuse.training.heal import HealReport
 
@@ -134,7 +134,7 @@ PLAN = Plan("bert", 12, (Fuse("layer", (2, 3)), Drop("attention", 7)))
 SHARED = Plan("bert", 12, (Fuse("mlp", (0, 1), "share"), Linearize(5)))
 
 
-MERGED = Plan("resnet", 3, (MergeConvs(-1, 0, (0,)), MergeConvs(0, 2, (2,))), kinds=CHAIN)
+MERGED = Plan("resnet", 3, (MergeConvs(-1, 0, (0,)), MergeConvs(0, 2, (2,))), kinds=CONV_GRAPH_KINDS)
 
 
 def recipe(**changes) -> Recipe:

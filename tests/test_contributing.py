@@ -20,11 +20,11 @@ from transformers import AutoModelForSequenceClassification
 from hf_layerfuse import (
     AutoFusedModel, Drop, Fuse, FusionRecipe, Plan, apply, collapse, expand, fuse, plan_fusion, verify
 )
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 
 torch.manual_seed(0)
 model = toy.ToyForSequenceClassification(toy.ToyConfig(num_labels=3)).eval()
-inputs = example_inputs(model, 4)
+inputs = dummy_inputs(model, 4)
 
 def logits(which):
     with torch.inference_mode():
@@ -59,7 +59,7 @@ for mode in ("depth", "share"):
     plan = plan_fusion(model, FusionRecipe(keep_layers=4, mode=mode))
     assert torch.equal(logits(fuse(model, keep_layers=4, mode=mode)), logits(apply(model, plan)))
 
-batches = [example_inputs(model, 2) for _ in range(4)]
+batches = [dummy_inputs(model, 2) for _ in range(4)]
 linear = collapse(model, count=2, batches=batches)
 assert sum(isinstance(layer.mlp[1], torch.nn.Identity) for layer in linear.base_model.layers) == 2
 
@@ -117,6 +117,6 @@ def test_registering_needs_a_config_class():
 
 def test_every_built_in_architecture_is_tested():
     """Each built-in architecture has a row in `TINY` or `NETWORKS`, and the guide names this place."""
-    chains = {config.model_type for _, config in NETWORKS.values()}
-    assert {architecture.model_type for architecture in BUILTIN} == TINY.keys() | chains - {"cifar_resnet"}
+    conv_graphs = {config.model_type for _, config in NETWORKS.values()}
+    assert {architecture.model_type for architecture in BUILTIN} == TINY.keys() | conv_graphs - {"cifar_resnet"}
     assert "`TINY`" in GUIDE.read_text(encoding="utf-8")

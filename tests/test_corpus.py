@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+import hf_layerfuse
 from hf_layerfuse import (
     AutoFusedModel,
     FusionRecipe,
@@ -91,6 +92,13 @@ def test_shipped_code_runs_without_the_library(tmp_path):
     command += [str(shutil.copytree(p.values[0], tmp_path / str(i))) for i, p in enumerate(SHIPPED)]
     done = subprocess.run(command, env=hidden, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_public_names_of_the_release_still_work():
+    """Each name of 0.1 that has a new one is the same object by both."""
+    for earlier, name in hf_layerfuse._NAMES_OF_0_1.items():
+        assert name in hf_layerfuse.__all__
+        assert getattr(hf_layerfuse, earlier) is getattr(hf_layerfuse, name)
 
 
 @pytest.mark.parametrize("path", PLANS)

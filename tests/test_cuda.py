@@ -27,7 +27,7 @@ from hf_layerfuse import (
 )
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.divergence import prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.evaluation.metrics import classification, embedding_fidelity
 from hf_layerfuse.methods.fusion.block_latency import BlockLatencies
 from hf_layerfuse.methods.merge.candidates import LossImportance, segment_candidates
@@ -56,7 +56,7 @@ def on_gpu(model):
 
 def outputs(model) -> torch.Tensor:
     """Outputs of a model for random inputs, on the CPU."""
-    inputs = example_inputs(model, 4)
+    inputs = dummy_inputs(model, 4)
     with torch.inference_mode():
         found = prediction(model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}))
     return found.double().cpu()
@@ -120,11 +120,11 @@ def test_convolutions_are_merged(name, steady) -> None:
 def test_blocks_and_convolutions_are_timed(tmp_path) -> None:
     """Latencies are measured on the device of the model, and the tables name it."""
     model = on_gpu(whole("gpt2"))
-    times = BlockLatencies(model, example_inputs(model), tmp_path / "blocks.json")
+    times = BlockLatencies(model, dummy_inputs(model), tmp_path / "blocks.json")
     assert 0 < times.layer(0) < times.original
     model = on_gpu(network("cifar")).float()
     candidates = segment_candidates(model, 5)
-    latencies = SegmentLatencies(model, example_inputs(model)["pixel_values"], tmp_path / "convs.json")
+    latencies = SegmentLatencies(model, dummy_inputs(model)["pixel_values"], tmp_path / "convs.json")
     latencies.measure(candidates)
     assert all(0 < latencies.of(candidate) < latencies.original for candidate in candidates)
     assert all(torch.cuda.get_device_name() in path.read_text() for path in tmp_path.glob("*.json"))
@@ -154,7 +154,7 @@ def test_the_result_is_retrained(compress, precision, tmp_path, steady, accelera
         batches, asked = batches_of(model), {"keep_layers": 3} if compress is fuse else {"count": 2}
     model = on_gpu(model)
     small = compress(model, batches=batches, **asked)
-    inputs = [{name: tensor[0] for name, tensor in example_inputs(model, 1, seed=seed).items()} for seed in range(16)]
+    inputs = [{name: tensor[0] for name, tensor in dummy_inputs(model, 1, seed=seed).items()} for seed in range(16)]
     loader = DataLoader(inputs, 4, shuffle=True)
     recipe = HealRecipe(steps=12, learning_rate=1e-4, eval_every=4, mixed_precision=precision)
     report = heal(small, loader, recipe, teacher=model, validation_batches=DataLoader(inputs, 4))
@@ -167,7 +167,7 @@ def test_the_result_is_retrained(compress, precision, tmp_path, steady, accelera
 
 def test_what_is_evaluated_is_the_same() -> None:
     model = tiny_model("vit", "ViTForImageClassification")
-    batches = [{**example_inputs(model, 4, seed=seed), "labels": torch.tensor([0, 1, 1, 0])} for seed in range(2)]
+    batches = [{**dummy_inputs(model, 4, seed=seed), "labels": torch.tensor([0, 1, 1, 0])} for seed in range(2)]
     scores = [classification(other, batches) for other in (model, on_gpu(model))]
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     assert embedding_fidelity(on_gpu(model), model, batches)["cosine"] == pytest.approx(1.0, abs=1e-5)

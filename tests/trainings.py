@@ -61,7 +61,7 @@ def blended(model_type, *edits, **changes):
 def trained(steps: int = 12, strength: float | str = "auto", folder=None, threshold=None, **options):
     model, student = blended("gpt2", head="GPT2LMHeadModel")
     recipe = HealRecipe(
-        steps=steps, learning_rate=2e-3, eval_every=4, mixed_precision="no", straighten=strength, **options
+        steps=steps, learning_rate=2e-3, eval_every=4, mixed_precision="no", homotopy_strength=strength, **options
     )
     settings = {"scope": HealScope(threshold=threshold), "validation_batches": DataLoader(rows(4))}
     batches = DataLoader(rows(12), 4, shuffle=True)

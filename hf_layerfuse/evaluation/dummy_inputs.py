@@ -1,4 +1,4 @@
-"""Random inputs that any supported model accepts, to time it and to compare it with itself."""
+"""Dummy inputs that any supported model accepts, to time it and to compare it with itself."""
 
 import inspect
 
@@ -15,7 +15,7 @@ from ..errors import UnsupportedModelError
 _CHOICES = 2
 
 
-def example_inputs(
+def dummy_inputs(
     model: PreTrainedModel, batch_size: int = 2, sequence_length: int = 16, seed: int = 0
 ) -> dict[str, Tensor]:
     """Make a seeded random batch for `model(**batch)`, on the device of the model.
@@ -44,7 +44,7 @@ def example_inputs(
         inputs = _image_inputs(model, batch_size, generator)
     else:
         raise UnsupportedModelError(
-            f"{type(model).__name__} takes {main_input!r} as its main input; example inputs exist for 'input_ids' and "
+            f"{type(model).__name__} takes {main_input!r} as its main input; dummy inputs exist for 'input_ids' and "
             "'pixel_values'. Pass a transformers text or image model."
         )
     return {name: value.to(model.device) for name, value in inputs.items()}

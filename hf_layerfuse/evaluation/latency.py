@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .dummy_inputs import example_inputs
+from .dummy_inputs import dummy_inputs
 from .metrics import evaluating
 from .timing import interleaved
 
@@ -58,7 +58,7 @@ def latency_side_by_side(
             stack.enter_context(evaluating(model))
         for batch_size in tqdm(list(batch_sizes), desc="latency", disable=None):
             length = sequence_length or _DEFAULT_SEQUENCE_LENGTH
-            inputs = {name: example_inputs(model, batch_size, length) for name, model in models.items()}
+            inputs = {name: dummy_inputs(model, batch_size, length) for name, model in models.items()}
             runs = {name: partial(model, **inputs[name]) for name, model in models.items()}
             [device] = {model.device for model in models.values()}
             timed = interleaved(runs, device, repeats=repeats, warmup=warmup)

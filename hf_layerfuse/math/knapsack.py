@@ -1,4 +1,4 @@
-"""Options for each part of a chain with the largest total value within a budget, by one dynamic program."""
+"""Options for each part of a path with the largest total value within a budget, by one dynamic program."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ UNITS = 2000
 
 @dataclass(frozen=True)
 class Option:
-    """One way to do a part of a chain.
+    """One way to do a part of a path.
 
     Attributes:
         cost: Cost, 0 or more, such as milliseconds.
@@ -32,23 +32,23 @@ class Option:
 
 
 Step = tuple[int, int, Option]
-"""A part of the chain, from one boundary to a later one, and its chosen option."""
+"""A part of the path, from one boundary to a later one, and its chosen option."""
 
 
 class Frontier:
-    """The chains of largest value for every budget up to a maximum (LayerMerge, Kim et al. 2024, section 3.3).
+    """The paths of largest value for every budget up to a maximum (LayerMerge, Kim et al. 2024, section 3.3).
 
     M[j, t] = max over i < j and the options of (i, j) of M[i, t - cost] + value, M[0, t] = 0. Costs are rounded up to
-    units of the budget, so that no chain exceeds its budget. Among chains of equal value, the cheapest wins.
+    units of the budget, so that no path exceeds its budget. Among paths of equal value, the cheapest wins.
 
     Args:
-        length: Last boundary; a chain leads from 0 to it.
+        length: Last boundary; a path leads from 0 to it.
         options: Options between each pair of boundaries (i, j), 0 <= i < j <= length.
-        budget: Largest cost of a chain, above 0.
+        budget: Largest cost of a path, above 0.
         units: Number of units of the budget. Rounding loses at most steps / units of the budget.
 
     Attributes:
-        cheapest: Least cost of any chain, without rounding; infinite if no chain reaches the end.
+        cheapest: Least cost of any path, without rounding; infinite if no path reaches the end.
 
     Raises:
         LayerFuseError: Budget that is not above 0, negative cost, cost or value that is not finite, or part that does
@@ -89,24 +89,24 @@ class Frontier:
             if shift >= len(value):
                 continue
             left = slice(None, len(value) - shift)
-            worth, price = self.value[start, left] + way.value, self._cost[start, left] + way.cost
-            better = (worth > value[shift:]) | ((worth == value[shift:]) & (price < cost[shift:]))
-            value[shift:][better], cost[shift:][better], chosen[shift:][better] = worth[better], price[better], place
+            total, price = self.value[start, left] + way.value, self._cost[start, left] + way.cost
+            better = (total > value[shift:]) | ((total == value[shift:]) & (price < cost[shift:]))
+            value[shift:][better], cost[shift:][better], chosen[shift:][better] = total[better], price[better], place
 
     def best(self, budget: float | None = None) -> list[Step]:
-        """Return the chain of largest value within a budget, as steps in order.
+        """Return the path of largest value within a budget, as steps in order.
 
         Args:
             budget: Budget, up to that of the frontier, which is the default.
 
         Raises:
-            LayerFuseError: Budget below the cheapest chain.
+            LayerFuseError: Budget below the cheapest path.
         """
         budget = self.budget if budget is None else budget
         at = min(math.floor(budget / self.unit * (1 + 1e-12)), self.value.shape[1] - 1)
         if at < 0 or self.value[self.length, at] == -np.inf:
             raise LayerFuseError(
-                f"no chain costs {budget:.6g} or less: the cheapest one costs {self.cheapest:.6g}. Use a budget that "
+                f"no path costs {budget:.6g} or less: the cheapest one costs {self.cheapest:.6g}. Use a budget that "
                 "is larger than that."
             )
         steps: list[Step] = []
@@ -124,11 +124,11 @@ class Frontier:
             least[end] = min((least[start] + way.cost for start, _, way in self._last[end]), default=math.inf)
         return least[-1]
 
-    def chains(self) -> list[list[Step]]:
-        """Return every chain that is the best one for some budget, the cheapest first."""
+    def paths(self) -> list[list[Step]]:
+        """Return every path that is the best one for some budget, the cheapest first."""
         found, before = [], -np.inf
-        for at, worth in enumerate(self.value[self.length]):
-            if worth > before:
+        for at, value in enumerate(self.value[self.length]):
+            if value > before:
                 found.append(self.best(at * self.unit))
-                before = worth
+                before = value
         return found

@@ -169,7 +169,7 @@ def eliminate(moments: Moments, start: Tensor, keep: int, strength: float = 0.1,
     return left
 
 
-def chain(first: Tensor, then: Tensor) -> Tensor:
+def compose(first: Tensor, then: Tensor) -> Tensor:
     """Return the single theta, (in + 1, out), that computes [[x, 1] @ first, 1] @ then."""
     return _with_one(first) @ then
 

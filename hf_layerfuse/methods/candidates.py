@@ -1,4 +1,4 @@
-"""Candidate edits of the blocks of a chain, which compete for a latency budget, and their importance."""
+"""Candidate edits of consecutive blocks, which compete for a latency budget, and their importance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..plan import Edit
 
 @dataclass(frozen=True)
 class Candidate:
-    """Candidate edit of the blocks between two boundaries of a chain.
+    """Candidate edit of the blocks between two boundaries.
 
     Attributes:
         start: Boundary before the blocks.

@@ -28,7 +28,7 @@ def affordable(
     """Return the labels of the options with the largest total value within a latency limit.
 
     Args:
-        length: Length of the chain.
+        length: Number of blocks in a row.
         options: Options between each pair of boundaries (i, j); costs are milliseconds.
         limit: Milliseconds for all options together, without the rest.
         latencies: Latencies of the model, for the error message.

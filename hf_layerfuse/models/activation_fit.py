@@ -14,7 +14,7 @@ from .architectures import TransformerArchitecture
 from .modules.shared_linear import theta_of
 
 
-def lines_of(
+def fit_lines(
     model: PreTrainedModel, architecture: TransformerArchitecture, layers: Sequence[int], batches: Batches
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Fit a line to the activation of each MLP unit, by least squares.
@@ -52,7 +52,7 @@ def lines_of(
     return lines
 
 
-def bends_of(
+def line_errors(
     model: PreTrainedModel, architecture: TransformerArchitecture, layers: Sequence[int], batches: Batches
 ) -> dict[int, float]:
     """Relative error of the MLP output after replacing its activation with the line, per layer with a homotopy.

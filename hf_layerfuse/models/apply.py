@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..evaluation.batches import Batches
 from ..plan import Blend, Plan
-from .activation_fit import lines_of
+from .activation_fit import fit_lines
 from .align import aligned
 from .architectures import ConvGraphArchitecture, architecture_for
 from .families import CONV_GRAPH, LAYERS, family_of
@@ -50,8 +50,8 @@ def _with_fused_layers(model: PreTrainedModel, plan: Plan, batches: Batches | No
     architecture = architecture_for(model)
     check_plan(model, architecture, plan)
     layout = plan.layout()
-    bent = [edit.layer for edit in plan.edits if isinstance(edit, Blend) and not edit.faithful]
-    lines = lines_of(model, architecture, bent, batches) if bent and batches is not None else {}
+    blended = [edit.layer for edit in plan.edits if isinstance(edit, Blend) and not edit.faithful]
+    lines = fit_lines(model, architecture, blended, batches) if blended and batches is not None else {}
     weights = fused_weights(aligned(model, plan, batches), architecture, layout, lines)
     config = target_config(model.config, architecture, layout)
     cls = type(model)

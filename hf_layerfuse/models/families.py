@@ -1,4 +1,4 @@
-"""Families of plans: plans for the layers of a model, and plans for the convolutions of a chain.
+"""Families of plans: plans for the layers of a model, and plans for its conv graph.
 
 Every plan belongs to one family; `family_of` returns it. The methods of a family cover only loading, because this file
 is part of the code that is saved with a checkpoint. Other modules keep their own tables by family.
@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PlanError, UnsupportedModelError
-from ..plan import CHAIN, Layout, Plan
+from ..plan import CONV_GRAPH_KINDS, Layout, Plan
 from .architectures import ConvGraphArchitecture, LayerArchitecture, architecture_for
-from .surgery.conv_graph import reshape_chain
+from .surgery.conv_graph import reshape_conv_graph
 from .surgery.layers import reshape, tied_weights
 from .surgery.weights import expanded_weights
 
@@ -76,13 +76,13 @@ class _Layers(PlanFamily):
 
 
 class _ConvGraph(PlanFamily):
-    """Plans that merge convolutions of a chain."""
+    """Plans that merge convolutions of a conv graph."""
 
     units = "convolutions"
     saves_parameters = False  # merging saves time, and may enlarge kernels
 
     def reshape(self, model: PreTrainedModel, plan: Plan) -> dict[str, str]:
-        reshape_chain(model, architecture_for(model, ConvGraphArchitecture), plan)
+        reshape_conv_graph(model, architecture_for(model, ConvGraphArchitecture), plan)
         return {}
 
     def expanded(self, model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ LAYERS, CONV_GRAPH = _Layers(), _ConvGraph()
 
 def family_of(plan: Plan) -> PlanFamily:
     """Family of a plan: `LAYERS` or `CONV_GRAPH`."""
-    return CONV_GRAPH if plan.kinds == CHAIN else LAYERS
+    return CONV_GRAPH if plan.kinds == CONV_GRAPH_KINDS else LAYERS
 
 
 def _layout_of(plan: Plan, config: PreTrainedConfig) -> Layout:

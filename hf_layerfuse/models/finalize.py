@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..errors import LayerFuseError, PlanError
 from ..evaluation.batches import Batches
 from ..plan import Blend, LinearActivation, LinearForm, Linearize, Plan, PlanNotes
-from .activation_fit import bends_of
+from .activation_fit import line_errors
 from .apply import merged
 from .architectures import architecture_for
 from .modeling import build, with_plan
@@ -17,7 +17,7 @@ from .surgery.linear_mlp import check_form, linear_weights
 from .surgery.weights import untied_state
 
 
-def straighten(
+def linearize_mlps(
     model: PreTrainedModel, *, threshold: float = 0.05, fold: bool = False, batches: Batches | None = None
 ) -> tuple[PreTrainedModel, Plan]:
     """Replace each MLP whose activation has become a line with one linear map. This completes `Blend` edits.
@@ -50,14 +50,14 @@ def straighten(
     places = {layer: slots[layer] for layer in blends}
     inside = {layer: architecture.layer_list(model)[place] for layer, place in places.items()}
     found = {layer: module.get_submodule(architecture.activation).a.item() for layer, module in inside.items()}
-    if bent := {layer: a for layer, a in found.items() if not a >= 1 - threshold}:
+    if curved := [f"the activation of layer {i}, a = {a:.3f}" for i, a in found.items() if not a >= 1 - threshold]:
         raise LayerFuseError(
-            f"not a line yet: {', '.join(f'the activation of layer {layer}, a = {a:.3f}' for layer, a in bent.items())}"
-            f"; a must be {1 - threshold:.3f} or more: train longer, use a stronger pull, or raise threshold."
+            f"not a line yet: {', '.join(curved)}; a must be {1 - threshold:.3f} or more: train longer, raise "
+            "heal.homotopy_strength, or raise threshold."
         )
     for module in inside.values():
         check_form(module, architecture, LinearForm(fold=fold))
-    lost = {} if batches is None else bends_of(model, architecture, list(places.values()), batches)
+    lost = {} if batches is None else line_errors(model, architecture, list(places.values()), batches)
     notes = PlanNotes(homotopy=tuple(LinearActivation(layer, a, lost.get(places[layer])) for layer, a in found.items()))
     edits = [Linearize(edit.layer, fold=fold) if isinstance(edit, Blend) else edit for edit in plan.edits]
     plan = dataclasses.replace(plan, edits=tuple(edits), notes=notes)

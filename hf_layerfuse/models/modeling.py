@@ -28,7 +28,7 @@ from ..plan import Plan
 from .architectures import ARCHITECTURES, BUILTIN, FUSED_PREFIX, Architecture
 from .families import family_of
 from .modules.shared_linear import Relaxed
-from .remote_code import ship
+from .remote_code import save_code
 
 _AUTO_CLASSES = [
     value
@@ -96,7 +96,7 @@ class FusedMixin:
             return expand(self).save_pretrained(save_directory, *args, **kwargs)
         vars(self.config).pop("auto_map", None)  # left over from a checkpoint with code
         if with_code or self._ships_code:
-            self.config.auto_map = _ship(self, save_directory)
+            self.config.auto_map = _save_code(self, save_directory)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
     _ships_code = not __name__.startswith("hf_layerfuse.")  # code that came with a checkpoint is saved with it again
@@ -140,7 +140,7 @@ def register_architecture(architecture: type[Architecture]) -> type[Architecture
     return architecture
 
 
-def check_shipping(config: PreTrainedConfig) -> None:
+def check_with_code(config: PreTrainedConfig) -> None:
     """Raise `UnsupportedModelError` unless the code of the fused class of a config belongs to this package."""
     model_type = config.model_type.removeprefix(FUSED_PREFIX)
     if type(ARCHITECTURES.get(model_type)) not in BUILTIN:
@@ -151,10 +151,10 @@ def check_shipping(config: PreTrainedConfig) -> None:
         )
 
 
-def _ship(model: FusedMixin, directory: str | os.PathLike) -> dict[str, str]:
+def _save_code(model: FusedMixin, directory: str | os.PathLike) -> dict[str, str]:
     """Save the code of a model with its weights. Returns `auto_map`: Auto class -> module and class."""
-    check_shipping(model.config)
-    module, config_class = ship(__name__, directory), type(model.config)
+    check_with_code(model.config)
+    module, config_class = save_code(__name__, directory), type(model.config)
     classes = {"AutoConfig": config_class}
     for auto_class in _AUTO_CLASSES:
         heads = _heads(auto_class, config_class)

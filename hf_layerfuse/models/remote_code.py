@@ -15,10 +15,10 @@ FOLDER = "layerfuse"
 """Folder of the code in a checkpoint. It is flat, because Transformers does not follow imports into other folders."""
 
 
-def ship(module: str, directory: str | os.PathLike) -> str:
+def save_code(module: str, directory: str | os.PathLike) -> str:
     """Write a module of this package, and all modules of the package that it imports, to a checkpoint.
 
-    Shipped code can be shipped again, from a process with the library or with the shipped code only.
+    Saved code can be saved again, by a process with the library or with the saved code only.
 
     Args:
         module: Full name of an imported module.
@@ -36,7 +36,7 @@ def ship(module: str, directory: str | os.PathLike) -> str:
         for line, target in _imports(name):
             flat = re.sub(r"from\s+\.\S*\s+import", f"from .{_flat(target, root)} import", line, count=1)
             text = text.replace(line, flat, 1)
-        if not text.startswith("#"):  # code that was shipped before has this line already
+        if not text.startswith("#"):  # code that was saved before has this line already
             text = f"# From hf_layerfuse {version('hf-layerfuse')}; SPDX-License-Identifier: Apache-2.0\n{text}"
         (folder / f"{_flat(name, root)}.py").write_text(text, encoding="utf-8")
     return f"{FOLDER}/{_flat(module, root)}"

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError, LayerFuseWarning, VerificationError
 from ..evaluation.batches import Batches, model_inputs
 from ..evaluation.divergence import decode, prediction
-from ..evaluation.dummy_inputs import example_inputs, predicts_next_token
+from ..evaluation.dummy_inputs import dummy_inputs, predicts_next_token
 from ..evaluation.eval_mode import eval_mode
 from ..plan import Plan
 from .families import family_of
@@ -74,7 +74,7 @@ def _predict(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 def _inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     if inputs is None:
         # decoders that classify sequences find the end by the padding token; without one, they accept only one row
-        return example_inputs(model, 1 if getattr(model.config, "pad_token_id", None) is None else 2)
+        return dummy_inputs(model, 1 if getattr(model.config, "pad_token_id", None) is None else 2)
     return model_inputs(inputs, model)
 
 

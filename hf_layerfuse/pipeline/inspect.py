@@ -22,7 +22,7 @@ from ..models.modeling import head_class
 from ..models.surgery.checks import check_model, check_plan
 from ..models.surgery.conv_graph import check_merges
 from ..models.surgery.size import planned_size
-from ..plan import CHAIN, Kind, Linearize, Plan
+from ..plan import CONV_GRAPH_KINDS, Kind, Linearize, Plan
 from ..recipe import FusionRecipe
 from .report.tables import change_table
 
@@ -95,15 +95,15 @@ def overview(model: PreTrainedModel, similarity: str | None = None, batches: Bat
         UnsupportedModelError: The architecture is unknown.
         RecipeError: The similarity compares activations and there are no batches.
     """
-    layers, chain = _architecture(model, LayerArchitecture), _architecture(model, ConvGraphArchitecture)
-    if layers is None and chain is None:
+    layers, conv_graph = _architecture(model, LayerArchitecture), _architecture(model, ConvGraphArchitecture)
+    if layers is None and conv_graph is None:
         architecture_for(model)  # which says why
-    found = [_summary(model, layers, chain)]
+    found = [_summary(model, layers, conv_graph)]
     if layers is not None:
         distances = {} if similarity is None else block_distances(model, layers.kinds, similarity, batches)
         found.append(_layers(model, layers, distances))
-    if chain is not None:
-        found.append(_chain(model, chain))
+    if conv_graph is not None:
+        found.append(_convolutions(model, conv_graph))
     return found
 
 
@@ -114,7 +114,9 @@ def _architecture(model: PreTrainedModel, kind: type) -> LayerArchitecture | Con
         return None
 
 
-def _summary(model: PreTrainedModel, layers: LayerArchitecture | None, chain: ConvGraphArchitecture | None) -> Rows:
+def _summary(
+    model: PreTrainedModel, layers: LayerArchitecture | None, conv_graph: ConvGraphArchitecture | None
+) -> Rows:
     sizes = parameter_counts(model)
     megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6  # parameters() gives shared ones once
     rows = [
@@ -131,8 +133,8 @@ def _summary(model: PreTrainedModel, layers: LayerArchitecture | None, chain: Co
         check_plan(model, layers, Plan(layers.model_type, depth, (Linearize(0),), kinds=layers.kinds))
 
     def merges() -> None:
-        check_model(model, chain)
-        check_merges(model, chain, Plan(chain.model_type, units, kinds=CHAIN))
+        check_model(model, conv_graph)
+        check_merges(model, conv_graph, Plan(conv_graph.model_type, units, kinds=CONV_GRAPH_KINDS))
 
     checks: dict[str, Callable[[], None]] = {}
     if layers is not None:
@@ -140,8 +142,8 @@ def _summary(model: PreTrainedModel, layers: LayerArchitecture | None, chain: Co
         checks["fuse"] = lambda: check_model(model, layers)
     if isinstance(layers, TransformerArchitecture):
         checks["collapse"] = collapses
-    if chain is not None:
-        units = len(chain.convolutions(model).units)
+    if conv_graph is not None:
+        units = len(conv_graph.convolutions(model).units)
         checks["merge"] = merges
     return rows + [[f"{name}()", _can(check)] for name, check in checks.items()]
 
@@ -168,14 +170,14 @@ def _layers(model: PreTrainedModel, architecture: LayerArchitecture, distances: 
     return rows
 
 
-def _chain(model: PreTrainedModel, architecture: ConvGraphArchitecture) -> Rows:
-    """Number of convolutions of a chain that can be merged."""
-    chain = architecture.convolutions(model).chain(model)
-    entries = [(end - start, merged.kernel) for start, end, merged, _ in chain.table()]
+def _convolutions(model: PreTrainedModel, architecture: ConvGraphArchitecture) -> Rows:
+    """Number of convolutions that can be merged."""
+    graph = architecture.convolutions(model).graph(model)
+    entries = [(end - start, merged.kernel) for start, end, merged, _ in graph.table()]
     return [
-        ["convolutions", str(len(chain.links))],
-        ["  that have to stay", str(sum(link.fixed for link in chain.links))],
-        ["segments of two or more that can be one", str(sum(end - start > 1 for start, end in chain.segments()))],
+        ["convolutions", str(len(graph.nodes))],
+        ["  that have to stay", str(sum(node.fixed for node in graph.nodes))],
+        ["segments of two or more that can be one", str(sum(end - start > 1 for start, end in graph.segments()))],
         ["  with all their kernels", str(sum(length > 1 for length, _ in entries))],
         ["  up to 7 x 7", str(sum(length > 1 and kernel <= 7 for length, kernel in entries))],
     ]

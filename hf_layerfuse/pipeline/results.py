@@ -229,7 +229,7 @@ class RunResults:
         except CheckpointError:
             raise
         except DAMAGED as error:
-            raise not_a_result(source, error) from error
+            raise invalid_result(source, error) from error
 
     @classmethod
     def load(cls, folder: str | Path) -> RunResults:
@@ -241,11 +241,11 @@ class RunResults:
         try:
             tree = json.loads((Path(folder) / MARK).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise not_a_result(folder, error) from error
+            raise invalid_result(folder, error) from error
         return cls.from_dict(tree, folder)
 
 
-def not_a_result(source: str | Path, error: Exception) -> CheckpointError:
+def invalid_result(source: str | Path, error: Exception) -> CheckpointError:
     """The error to raise where a folder or file is not the result of a run.
 
     Args:

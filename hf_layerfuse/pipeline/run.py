@@ -21,7 +21,7 @@ from ..evaluation.timing import device_name
 from ..methods import method_of
 from ..models.architectures import architecture_for
 from ..models.loading import load_checkpoint
-from ..models.modeling import check_shipping
+from ..models.modeling import check_with_code
 from ..models.verify import verify
 from ..plan import Plan
 from ..recipe import Recipe
@@ -63,7 +63,7 @@ def run(recipe: Recipe, command: str) -> RunResults:
     # an unknown architecture is refused before the data are read
     architecture_for(original, method_of(recipe).architecture_type)
     if recipe.with_code:
-        check_shipping(original.config)
+        check_with_code(original.config)
     inputs = RunData(recipe, processor, original)
     files = [_stamp(path) for path in (recipe.model, data.train, data.validation, data.test)]
     # one fused model serves every way to heal it; later rounds of fusing depend on the healing before them

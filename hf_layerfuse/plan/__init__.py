@@ -13,10 +13,10 @@ from .notes import (
     RefitReport,
     SegmentLoss,
 )
-from .plan import CHAIN, TRANSFORMER, Plan
+from .plan import CONV_GRAPH_KINDS, TRANSFORMER, Plan
 
 __all__ = [
-    "CHAIN",
+    "CONV_GRAPH_KINDS",
     "TRANSFORMER",
     "Align",
     "Blend",

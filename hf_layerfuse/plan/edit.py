@@ -238,8 +238,8 @@ class Linearize(_OneLayer):
 class Blend(_OneLayer):
     """The activation of an MLP moves towards a line: (1 - a) act(z) + a (s z + t), with one trainable a.
 
-    At a = 0, the start, the model is the original. At a = 1 the MLP is linear, and `straighten` replaces it by one map.
-    This is the homotopy of LayerCollapse (Shabgahi et al. 2023). The slope s and the offset t of each unit come from
+    At a = 0, the start, the model is the original. At a = 1 the MLP is linear, and `linearize_mlps` replaces it by one
+    map. This is the homotopy of LayerCollapse (Shabgahi et al. 2023). Slope s and offset t of each unit come from
     calibration batches; without batches they are 1 and 0. With `faithful`, the activation is a PReLU, as published: a
     ReLU replaces the original activation, with slope 1, offset 0 and a = 0.01 at the start.
 
@@ -264,15 +264,15 @@ class Blend(_OneLayer):
 
 @dataclass(frozen=True)
 class MergeConvs(_Edit):
-    """Convolutions start + 1 to end of a chain become one convolution (LayerMerge, Kim et al. 2024).
+    """Convolutions start + 1 to end of a conv graph become one convolution (LayerMerge, Kim et al. 2024).
 
     The edit removes the activations inside the segment, and all convolutions except those in `keep`. The rest is
     linear, so one convolution computes it. All padding moves in front of the first convolution, which changes the
     result at the borders of images. An activation follows the segment, even if the original has none there.
 
     In a segment of one convolution, the batch norm is folded and nothing else changes. The first convolution of the
-    chain, between boundaries -1 and 0, can be such a segment. If `keep` is empty, the one convolution is removed and
-    the activation after it stays.
+    conv graph, between boundaries -1 and 0, can be such a segment. If `keep` is empty, the one convolution is removed
+    and the activation after it stays.
 
     With `merged=False`, the convolutions in `keep` remain separate for training. `merge_convs` then merges them
     exactly.

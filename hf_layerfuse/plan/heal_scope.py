@@ -17,8 +17,8 @@ class HealScope:
         matches: Pairs of modules that `hidden_weight` and `attention_weight` compare, such as `layer_map` finds.
         frozen: Names of parameters that are not trained, such as `fused_parameters` finds.
         mixed: Source tensors of mixed parameters, by name, such as `mixed_weights` finds.
-        threshold: Threshold of the later `straighten`, for `Blend` edits. Checkpoints with any a < 1 - threshold are
-            not eligible as best.
+        threshold: Threshold of the later `linearize_mlps`, for `Blend` edits. Checkpoints with any a < 1 - threshold
+            are not eligible as best.
     """
 
     matches: Sequence[Match] = ()

@@ -19,8 +19,8 @@ FORMAT_VERSION = 1
 TRANSFORMER = ("attention", "mlp")
 """Kinds of blocks in a transformer layer."""
 
-CHAIN = ("convolution",)
-"""Kinds of blocks in a plan that merges convolutions: each convolution of the chain is a layer of one block."""
+CONV_GRAPH_KINDS = ("convolution",)
+"""Kinds of blocks in a plan that merges convolutions: each convolution is a layer of one block."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Plan:
 
     Attributes:
         model_type: `config.model_type` of the original.
-        num_layers: Number of layers of the original; for a chain, number of its convolutions.
+        num_layers: Number of layers of the original; for a conv graph, number of its convolutions.
         edits: Edits of the blocks. Blocks without an edit stay as they are.
         notes: Recipe and measurements behind the edits. A mapping of JSON types is converted.
         kinds: Kinds of blocks in a layer, in the order in which they run: `("attention", "mlp")`, `("conv",)`, or for
-            a chain `("convolution",)`.
+            a conv graph `("convolution",)`.
 
     Raises:
         PlanError: An edit names a layer or a kind of block that does not exist, two edits claim the same block, the

@@ -30,7 +30,7 @@ class CollapseRecipe:
         fold: Whether the linear maps include the residual sum after them, for BERT and RoBERTa, where a norm follows
             the sum.
         method: Way to make MLPs linear. `fitted` replaces MLPs at once by maps fitted in closed form. `homotopy` turns
-            their activations into lines during training (`heal.straighten`, `heal.progressive`), and then merges
+            their activations into lines during training (`heal.homotopy_strength`, `heal.progressive`), and then merges
             the two maps of each MLP, which is exact. Not for gated MLPs.
         faithful: Whether `homotopy` starts from PReLU instead of the model's activation, as published. Otherwise, each
             unit moves to the line that is nearest to its activation on calibration batches.

@@ -5,7 +5,7 @@ from typing import Literal
 from .strict import require, strict_recipe
 
 
-@strict_recipe
+@strict_recipe(renamed={"straighten": "homotopy_strength"})
 class HealRecipe:
     """Settings of healing: the fused model is retrained, with the original as teacher.
 
@@ -49,10 +49,10 @@ class HealRecipe:
             (needs the extra `peft`).
         mix: Whether every element of a fused weight is drawn anew in each step from its source layers. These are
             trained, and averaged at the end. Needs operator `mix`.
-        straighten: Strength g of the pull on activations that are becoming lines (`Blend`): after each step,
+        homotopy_strength: Strength g of the penalty that moves `Blend` activations to lines: after each step,
             a <- a - 2 learning rate g (a - 1), so that 1 - a settles near 1 / (2 g). With `auto`, g is 10, or as much
-            as takes an a to 0.99 in `steps`. Without a later `straighten(model)`, this is a regulariser.
-        progressive: Whether activations are straightened one after the other, from the last layer on, each in an equal
+            as takes an a to 0.99 in `steps`. Without a later `linearize_mlps(model)`, this is a regulariser.
+        progressive: Whether activations become lines one after the other, from the last layer on, each in an equal
             part of the training, instead of all together.
         freeze_fused: Whether fused blocks are frozen, so that only the others are trained.
         gradient_checkpointing: Whether the backward pass recomputes activations, to save memory.
@@ -84,7 +84,7 @@ class HealRecipe:
     patience: int | None = None
     lora_rank: int | None = None
     mix: bool = False
-    straighten: float | Literal["auto"] = 0.0
+    homotopy_strength: float | Literal["auto"] = 0.0
     progressive: bool = False
     freeze_fused: bool = False
     gradient_checkpointing: bool = False
@@ -132,17 +132,18 @@ class HealRecipe:
             f"heal.teacher_top_k={self.teacher_top_k} caches answers that heal.kl_weight=0 does not use: leave it out.",
         )
         require(
-            self.straighten == "auto" or self.straighten >= 0,
-            f"heal.straighten={self.straighten}: use 'auto', or 0 or more.",
+            self.homotopy_strength == "auto" or self.homotopy_strength >= 0,
+            f"heal.homotopy_strength={self.homotopy_strength}: use 'auto', or 0 or more.",
         )
         require(
-            self.straighten == "auto" or self.straighten * self.learning_rate < 0.5,
-            f"heal.straighten={self.straighten} with heal.learning_rate={self.learning_rate} overshoots the line in "
-            "one step: lower one of them.",
+            self.homotopy_strength == "auto" or self.homotopy_strength * self.learning_rate < 0.5,
+            f"heal.homotopy_strength={self.homotopy_strength} with heal.learning_rate={self.learning_rate} overshoots "
+            "the line in one step: lower one of them.",
         )
         require(
-            not self.progressive or self.straighten != 0,
-            "heal.progressive straightens one activation after the other, and heal.straighten is 0: set it to 'auto'.",
+            not self.progressive or self.homotopy_strength != 0,
+            "heal.progressive linearises one activation after the other, and heal.homotopy_strength is 0: set it to "
+            "'auto'.",
         )
         require(
             self.dropout is None or 0 <= self.dropout < 1,

@@ -88,12 +88,13 @@ class Recipe:
         homotopy = self.collapse is not None and self.collapse.method == "homotopy"
         require(
             not homotopy or self.heal.steps > 0,
-            "collapse.method='homotopy' straightens activations during healing, and heal.steps is 0: use more "
+            "collapse.method='homotopy' linearises activations during healing, and heal.steps is 0: use more "
             "steps, or method 'fitted'.",
         )
         require(
-            homotopy or not self.heal.straighten,
-            f"heal.straighten={self.heal.straighten} needs collapse.method='homotopy': use that, or leave it out.",
+            homotopy or not self.heal.homotopy_strength,
+            f"heal.homotopy_strength={self.heal.homotopy_strength} needs collapse.method='homotopy': use that, or "
+            "leave it out.",
         )
         require(
             self.merge is None or self.merge.method == "fitted" or self.heal.steps > 0,

@@ -19,11 +19,11 @@ from ..evaluation.fingerprint import fingerprint
 from ..plan.heal_scope import HealScope
 from ..recipe import HealRecipe
 from .accelerator import accelerator_of, finish_trackers, one_training
-from .homotopy import Pull
+from .homotopy import HomotopyPenalty
 from .loop import Loop
 from .lora import low_rank
 from .objective import Batch
-from .sharding import whole_again
+from .sharding import unshard_after
 
 _OWN_PARAMETERS = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 """Launchers that shard the student's parameters or run the optimiser themselves."""
@@ -105,8 +105,9 @@ def heal(
 
     Raises:
         RecipeError: The recipe requests distillation without a teacher, or of layers without pairs in `scope`; a
-            tracker that is not installed; gradient checkpointing that the model does not support; or straightening
-            without `Blend` edits. Also raised for mixed weights under FSDP or DeepSpeed.
+            tracker that is not installed; gradient checkpointing that the model does not support; or a homotopy
+            without without
+            `Blend` edits. Also raised for mixed weights under FSDP or DeepSpeed.
         DataError: No batches, or batches without any loss to compute.
         CheckpointError: The checkpoints belong to another run or are damaged.
         TrainingError: A loss or a gradient is not finite, or the loss explodes; the previous checkpoint is kept.
@@ -134,13 +135,13 @@ def heal(
         stack.enter_context(dropout_of(student, recipe.dropout))
         stack.enter_context(low_rank(student, recipe.lora_rank))
         stack.enter_context(_training(student, recipe, teacher, scope))
-        stack.enter_context(whole_again(student, accelerator.distributed_type == DistributedType.FSDP))
+        stack.enter_context(unshard_after(student, accelerator.distributed_type == DistributedType.FSDP))
         folder = checkpoints
         if folder is None and validation_batches is not None:
             folder = stack.enter_context(_temporary_folder(accelerator))
         loop = Loop(student, train_batches, recipe, teacher, scope, accelerator)
         if loop.mixture is not None:
-            stack.callback(loop.mixture.settle)  # also after an error in the middle of a step
+            stack.callback(loop.mixture.average)  # also after an error in the middle of a step
         if folder is not None:
             loop.resume(Path(folder), run)
             stack.callback(loop.checkpoints.close)
@@ -244,10 +245,10 @@ def _check(student: PreTrainedModel, recipe: HealRecipe, teacher: PreTrainedMode
                 f"heal.{field}={weight} needs pairs of layers: pass "
                 f"scope=heal_scope(student, teacher, plan, recipe), or set heal.{field} to 0."
             )
-    if recipe.straighten and not Pull(student, 0.0).activations:
+    if recipe.homotopy_strength and not HomotopyPenalty(student, 0.0).activations:
         raise RecipeError(
-            f"heal.straighten={recipe.straighten} pulls Blend activations to lines, but {type(student).__name__} has "
-            "none: apply Blend edits first, or leave it out."
+            f"heal.homotopy_strength={recipe.homotopy_strength} moves Blend activations to lines, but "
+            f"{type(student).__name__} has none: apply Blend edits first, or leave it out."
         )
     if recipe.gradient_checkpointing and not student.supports_gradient_checkpointing:
         raise RecipeError(f"{type(student).__name__} does not support heal.gradient_checkpointing: set it to false.")

@@ -1,4 +1,4 @@
-"""Pull of activations to their lines during training."""
+"""Homotopy penalty, which moves activations to their lines during training."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import torch
 from torch import nn
 
 from ..models.modules.homotopy import Homotopy
-from .sharding import whole, write
+from .sharding import full_tensor, set_parameter
 
 
-class Pull:
-    """Pulls the activations of a model to their lines: sum (1 - a)^2, decoupled from the loss and the optimiser.
+class HomotopyPenalty:
+    """Penalty sum (1 - a)^2 on the activations of a model, decoupled from the loss and the optimiser.
 
     The task pushes an a by about the learning rate in each step of Adam, so that 1 - a settles near 1 / (2 strength).
 
     Args:
-        model: Model whose `Homotopy` activations are pulled.
-        strength: Strength g of the pull; 0 leaves the activations to the task.
-        progressive: Whether activations are pulled one after the other, from the last layer on, each in an equal part
-            of the training, and held at their start until then. Otherwise all are pulled together.
+        model: Model with `Homotopy` activations.
+        strength: Strength g of the penalty; 0 leaves the activations to the task.
+        progressive: Whether activations move one after the other, from the last layer on, each in an equal part
+            of the training, and held at their start until then. Otherwise all move together.
     """
 
     def __init__(self, model: nn.Module, strength: float, *, progressive: bool = False) -> None:
@@ -33,7 +33,7 @@ class Pull:
     @property
     def values(self) -> dict[str, float]:
         """Value a of each activation by its path; if sharded, all processes must call this."""
-        return {name: whole(homotopy.a).item() for name, homotopy in self.activations.items()}
+        return {name: full_tensor(homotopy.a).item() for name, homotopy in self.activations.items()}
 
     @torch.no_grad()
     def step(self, rate: float, share: float = 1.0) -> None:
@@ -46,6 +46,6 @@ class Pull:
         for place, homotopy in enumerate(reversed(self.activations.values())):
             a = homotopy.a
             if self.progressive and share * len(self.activations) <= place:
-                write(a, torch.full_like(a, homotopy.start))
+                set_parameter(a, torch.full_like(a, homotopy.start))
             else:
-                write(a, (a - 2 * rate * self.strength * (a - 1)).clamp(0, 1))
+                set_parameter(a, (a - 2 * rate * self.strength * (a - 1)).clamp(0, 1))

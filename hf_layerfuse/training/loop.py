@@ -21,10 +21,10 @@ from ..errors import DataError, TrainingError
 from ..plan.heal_scope import HealScope
 from ..recipe import HealRecipe
 from .checkpoint import Checkpoints, Progress
-from .homotopy import Pull
+from .homotopy import HomotopyPenalty
 from .mixture import Mixture
 from .objective import Batch, Objective
-from .sharding import one_unit_for_shared, whole
+from .sharding import full_tensor, one_unit_for_shared
 
 EXPLOSION = 10
 """Factor by which a training loss exceeds that of the first step (at least 1) when it has exploded."""
@@ -43,7 +43,7 @@ class Loop:
         accelerator: Accelerator,
     ) -> None:
         self.student, self.recipe, self.scope, self.accelerator = student, recipe, scope, accelerator
-        self.pull = pull_of(student, recipe)
+        self.penalty = homotopy_penalty(student, recipe)
         self.mixture = mixture = Mixture(student, scope.mixed) if scope.mixed else None
         mixed = set(map(id, mixture.targets if mixture else ()))
         trained = [p for p in student.parameters() if p.requires_grad and id(p) not in mixed]
@@ -52,7 +52,7 @@ class Loop:
             accelerator.prepare_model(mixture, evaluation_mode=True)  # part of every checkpoint, never wrapped
             trained += mixture.parameters()
         self.trained = trained
-        groups = _parameter_groups(trained, recipe.weight_decay, self.pull.parameters)
+        groups = _parameter_groups(trained, recipe.weight_decay, self.penalty.parameters)
         optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)
         # A prepared scheduler moves once per process by default, and its length counts those moves.
         alone = accelerator.split_batches or not accelerator.step_scheduler_with_optimizer
@@ -91,8 +91,8 @@ class Loop:
                 progress.step += 1
                 progress.train_loss.append((progress.step, loss))
                 progress.seconds = time.perf_counter() - start
-                pulled = {f"homotopy/{name}": a for name, a in self.pull.values.items()}
-                self.accelerator.log({"train/loss": loss, "train/lr": rate, **pulled}, step=progress.step)
+                homotopy = {f"homotopy/{name}": a for name, a in self.penalty.values.items()}
+                self.accelerator.log({"train/loss": loss, "train/lr": rate, **homotopy}, step=progress.step)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.4f}")
                 if progress.step % recipe.eval_every == 0 or progress.step == recipe.steps:
@@ -143,18 +143,18 @@ class Loop:
         self._check(mean, "the loss", EXPLOSION * max(first, 1.0))
         parameters = self.model.parameters()
         if self.mixture is not None:
-            self.mixture.hand_on()
+            self.mixture.scatter_gradients()
             parameters = self.trained
         norm = accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm)
         if norm is not None and accelerator.scaler is None:  # a scaler skips such steps itself
-            self._check(float(whole(norm)), "the norm of the gradients")
+            self._check(float(full_tensor(norm)), "the norm of the gradients")
         if not self.objective.reads_outputs:
             for parameter in self.model.parameters():  # an unused head would only decay
-                if parameter.grad is not None and not whole(parameter.grad).any():
+                if parameter.grad is not None and not full_tensor(parameter.grad).any():
                     parameter.grad = None
         rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
-        self.pull.step(rate, self.shares[self.progress.step])
+        self.penalty.step(rate, self.shares[self.progress.step])
         self.scheduler.step()
         self.optimizer.zero_grad()
         return mean
@@ -187,12 +187,12 @@ class Loop:
         """Measure the validation loss and write a checkpoint."""
         progress, threshold = self.progress, self.scope.threshold
         if self.mixture is not None:
-            self.mixture.settle()
+            self.mixture.average()
         if batches is not None:
             loss = _validate(self.student, batches, self.objective, self.accelerator)
             self._check(loss, "the validation loss")  # before a checkpoint of such weights is written
             progress.validation_loss.append((progress.step, loss))
-            values = self.pull.values
+            values = self.penalty.values
             if values:
                 progress.homotopy.append((progress.step, values))
             if threshold is not None and any(a < 1 - threshold for a in values.values()):
@@ -207,18 +207,18 @@ class Loop:
         return patience is not None and sum(step > best for step, _ in self.progress.validation_loss) >= patience
 
 
-def pull_of(student: nn.Module, recipe: HealRecipe) -> Pull:
-    """Pull of a student's `Blend` activations to lines.
+def homotopy_penalty(student: nn.Module, recipe: HealRecipe) -> HomotopyPenalty:
+    """Homotopy penalty of a student's `Blend` activations.
 
     The mean rate of a cosine schedule is half of the peak. Strength `auto` therefore reduces each 1 - a to e^-5 of
     its value in its part of the training; no step goes further than nine tenths of the way.
     """
-    strength = recipe.straighten
+    strength = recipe.homotopy_strength
     if strength == "auto":
-        parts = len(Pull(student, 0.0).activations) if recipe.progressive else 1
+        parts = len(HomotopyPenalty(student, 0.0).activations) if recipe.progressive else 1
         strength = max(10.0, 5 * parts / (recipe.learning_rate * max(recipe.steps, 1)))
         strength = min(strength, 0.45 / recipe.learning_rate)
-    return Pull(student, strength, progressive=recipe.progressive)
+    return HomotopyPenalty(student, strength, progressive=recipe.progressive)
 
 
 def _validate(
@@ -249,10 +249,10 @@ def _validate(
 
 
 def _parameter_groups(
-    trained: Sequence[nn.Parameter], weight_decay: float, pulled: Sequence[nn.Parameter]
+    trained: Sequence[nn.Parameter], weight_decay: float, homotopy: Sequence[nn.Parameter]
 ) -> list[dict]:
-    """Parameter groups: norms, biases and pulled activations have no weight decay; the latter form their own group."""
-    apart = set(map(id, pulled))
+    """Parameter groups: norms, biases and homotopy parameters have no weight decay; the latter form their own group."""
+    apart = set(map(id, homotopy))
     rest = [parameter for parameter in trained if id(parameter) not in apart]
     groups = [
         {"params": [parameter for parameter in rest if parameter.dim() >= 2], "weight_decay": weight_decay},

@@ -31,7 +31,7 @@ class Mixture(nn.Module):
         )  # a tuple, so that they are not parameters of this
         self.parts = nn.ModuleList(nn.ParameterList(tensors) for _, tensors in found.values())
         self._picks: list[Tensor] = []
-        self.settle()
+        self.average()
 
     @property
     def targets(self) -> tuple[nn.Parameter, ...]:
@@ -48,7 +48,7 @@ class Mixture(nn.Module):
             self._picks.append(picks)
 
     @torch.no_grad()
-    def hand_on(self) -> None:
+    def scatter_gradients(self) -> None:
         """Give the gradient of each element to the part that it was taken from, after the backward pass."""
         for target, parts, picks in zip(self._targets, self.parts, self._picks, strict=True):
             for place, part in enumerate(parts):
@@ -56,7 +56,7 @@ class Mixture(nn.Module):
             target.grad = None
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def average(self) -> None:
         """Make each weight the mean of its parts, outside training."""
         for target, parts in zip(self._targets, self.parts, strict=True):
             target.copy_(torch.stack(list(parts)).double().mean(0))

@@ -38,7 +38,7 @@ def one_unit_for_shared(model: PreTrainedModel, plugin: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_again(model: PreTrainedModel, sharded: bool) -> Iterator[None]:
+def unshard_after(model: PreTrainedModel, sharded: bool) -> Iterator[None]:
     """Make a model that is sharded inside the `with` block a plain one again after it, on every process.
 
     The plain model has the trained weights and the same sharing, so that one process alone can save or measure it.
@@ -67,13 +67,13 @@ def whole_again(model: PreTrainedModel, sharded: bool) -> Iterator[None]:
     model.__class__, model.__dict__ = type(plain), plain.__dict__
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a tensor that may be sharded; all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def write(parameter: nn.Parameter, value: Tensor) -> None:
+def set_parameter(parameter: nn.Parameter, value: Tensor) -> None:
     """Set the value of a parameter between steps, also in the copy of DeepSpeed's optimiser."""
     if hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_set_full_fp32_param

@@ -14,7 +14,7 @@ from hf_layerfuse.calibration.layerwise import LayerwiseForward
 from hf_layerfuse.calibration.mmap import MappedActivations
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.divergence import prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.architectures import architecture_for
 
 PLACES = ("read", "features", "residual", "sum")
@@ -30,7 +30,7 @@ def batches_of(model, *sizes):
     """Batches of these sizes in which every third sequence of tokens is padded."""
     found = []
     for seed, size in enumerate(sizes):
-        batch = example_inputs(model, size, 12, seed=seed)
+        batch = dummy_inputs(model, size, 12, seed=seed)
         if "input_ids" in batch:
             mask = torch.ones_like(batch["input_ids"])
             mask[::3, ..., 9:] = 0
@@ -191,7 +191,7 @@ def test_layers_that_change_are_walked_as_they_are(model_type):
     """If a layer changes between two queries, the second query runs the changed layer, without keys and values of the
     first."""
     model = body(model_type)
-    batches = [*batches_of(model, 2), example_inputs(model, 2)]
+    batches = [*batches_of(model, 2), dummy_inputs(model, 2)]
     layerwise = LayerwiseForward(model, Sample.of(batches))
     list(layerwise.look())
     for parameter in layerwise.layers[0].parameters():
@@ -269,7 +269,7 @@ def test_the_model_is_left_as_it_was(model_type):
     for _ in layerwise.outputs():
         assert same(snapshot(model), before)
     assert same(snapshot(model), before)
-    model(**example_inputs(model))
+    model(**dummy_inputs(model))
 
 
 def fail(*args, **kwargs):

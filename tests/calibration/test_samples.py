@@ -12,7 +12,7 @@ from hf_layerfuse.calibration.samples import ROWS, Sample, read
 from hf_layerfuse.errors import DataError
 from hf_layerfuse.evaluation.batches import take
 from hf_layerfuse.evaluation.divergence import calibration_loss, divergence, prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 
 every_head = pytest.mark.parametrize(("model_type", "head"), HEADS, ids=[head.__name__ for _, head in HEADS])
 
@@ -170,7 +170,7 @@ def test_other_batches_pass_through():
 
 def padded(model, count=4):
     """A batch in which every other sequence of tokens ends early."""
-    batch = example_inputs(model, count)
+    batch = dummy_inputs(model, count)
     if "input_ids" in batch:
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         batch["attention_mask"][1::2, ..., -5:] = 0
@@ -239,7 +239,7 @@ def test_divergence_of_numbers(name):
 def test_the_loss_is_a_mean_over_all_tokens():
     """Batches count by their number of tokens."""
     model, other = tiny_model("llama", "LlamaForCausalLM"), tiny_model("llama", "LlamaForCausalLM", seed=1)
-    short, long = example_inputs(model, 1, 4), example_inputs(model, 3, 8, seed=1)
+    short, long = dummy_inputs(model, 1, 4), dummy_inputs(model, 3, 8, seed=1)
     one, two = (calibration_loss(other, model, [batch]) for batch in (short, long))
     assert calibration_loss(other, model, [short, long]) == pytest.approx((4 * one + 24 * two) / 28)
 
@@ -247,7 +247,7 @@ def test_the_loss_is_a_mean_over_all_tokens():
 def test_modes_come_back_after_the_loss():
     """The loss is measured without dropout, and training mode is restored."""
     model = tiny_model("bert").train()
-    batch = example_inputs(model)
+    batch = dummy_inputs(model)
     assert calibration_loss(model, model, [batch]) < 1e-12
     assert all(module.training for module in model.modules())
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_layerfuse.errors import UnsupportedModelError
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 
 _WIDTH = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 _TEXT = {"vocab_size": 60, "max_position_embeddings": 24, "pad_token_id": 1}
@@ -52,7 +52,7 @@ def _build(architecture: str, class_name: str) -> PreTrainedModel:
 def test_every_head_accepts_its_example(architecture: str, class_name: str) -> None:
     """The batch runs, every output is finite, and a batch of three has three rows."""
     model = _build(architecture, class_name)
-    batch = example_inputs(model, batch_size=3, sequence_length=100, seed=1)
+    batch = dummy_inputs(model, batch_size=3, sequence_length=100, seed=1)
     with torch.inference_mode():
         outputs = model(**batch)
     first = next(value for value in outputs.to_tuple() if isinstance(value, torch.Tensor) and value.dim() > 0)
@@ -63,26 +63,26 @@ def test_every_head_accepts_its_example(architecture: str, class_name: str) -> N
 def test_the_same_seed_gives_the_same_batch_without_padding() -> None:
     """Two calls agree, another seed differs, and no token is the padding token."""
     model = _build("roberta", "RobertaModel")
-    batch, again = (example_inputs(model, 8, 16, seed=3)["input_ids"] for _ in range(2))
+    batch, again = (dummy_inputs(model, 8, 16, seed=3)["input_ids"] for _ in range(2))
     assert torch.equal(batch, again)
-    assert not torch.equal(batch, example_inputs(model, 8, 16, seed=4)["input_ids"])
+    assert not torch.equal(batch, dummy_inputs(model, 8, 16, seed=4)["input_ids"])
     assert (batch != model.config.pad_token_id).all()
 
 
 def test_length_is_capped_by_the_positions_that_can_be_used() -> None:
     """RoBERTa with 24 positions and padding id 1 reads 22 tokens at most; BERT reads all 24."""
-    assert example_inputs(_build("roberta", "RobertaModel"), 1, 100)["input_ids"].shape == (1, 22)
-    assert example_inputs(_build("bert", "BertModel"), 1, 100)["input_ids"].shape == (1, 24)
-    assert example_inputs(_build("gpt2", "GPT2Model"), 1, 10)["input_ids"].shape == (1, 10)
+    assert dummy_inputs(_build("roberta", "RobertaModel"), 1, 100)["input_ids"].shape == (1, 22)
+    assert dummy_inputs(_build("bert", "BertModel"), 1, 100)["input_ids"].shape == (1, 24)
+    assert dummy_inputs(_build("gpt2", "GPT2Model"), 1, 10)["input_ids"].shape == (1, 10)
 
 
 def test_images_have_the_dtype_of_the_model() -> None:
     """A half-precision image model gets half-precision pixels."""
     model = _build("vit", "ViTModel").to(torch.bfloat16)
-    assert example_inputs(model)["pixel_values"].dtype == torch.bfloat16
+    assert dummy_inputs(model)["pixel_values"].dtype == torch.bfloat16
 
 
 def test_other_inputs_are_refused() -> None:
     """A module without a main input gives an error that says which inputs exist."""
     with pytest.raises(UnsupportedModelError, match="pixel_values"):
-        example_inputs(nn.Linear(2, 2))
+        dummy_inputs(nn.Linear(2, 2))

@@ -6,7 +6,7 @@ from helpers import tiny_model
 from torch import nn
 
 from hf_layerfuse.errors import DataError
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.evaluation.hooks import StopForward, watch, watch_tokens
 from hf_layerfuse.models.architectures import architecture_for
 
@@ -19,10 +19,10 @@ class Pair(nn.Module):
 
 
 @pytest.fixture
-def chain():
+def network():
     """Two linear maps, and between them a module that returns a tuple."""
 
-    class Chain(nn.Module):
+    class Network(nn.Module):
         def __init__(self):
             super().__init__()
             self.first, self.pair, self.last = nn.Linear(3, 4), Pair(), nn.Linear(4, 2)
@@ -31,58 +31,58 @@ def chain():
             return self.last(self.pair(self.first(x))[0])
 
     torch.manual_seed(0)
-    return Chain().eval()
+    return Network().eval()
 
 
 def hooks_of(model):
     return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
 
 
-def test_tensors_are_those_of_a_plain_forward(chain):
+def test_tensors_are_those_of_a_plain_forward(network):
     """Inputs and outputs appear in the order of the pass; the first element represents a tuple."""
     x, seen = torch.randn(5, 3), {}
     modules = {
-        "output": (chain.last, "after"),
-        "features": (chain.last, "before"),
-        "doubled": (chain.pair, "after"),
-        "input": (chain.first, "before"),
+        "output": (network.last, "after"),
+        "features": (network.last, "before"),
+        "doubled": (network.pair, "after"),
+        "input": (network.first, "before"),
     }
     with torch.no_grad(), watch(modules, seen.__setitem__):
-        result = chain(x)
-        assert len(hooks_of(chain)) == 4
+        result = network(x)
+        assert len(hooks_of(network)) == 4
     assert list(seen) == ["input", "doubled", "features", "output"]
     assert seen["input"] is x
     assert seen["output"] is result
     with torch.no_grad():
-        assert torch.equal(seen["doubled"], 2 * chain.first(x))
+        assert torch.equal(seen["doubled"], 2 * network.first(x))
         assert torch.equal(seen["features"], seen["doubled"])
-        assert torch.equal(chain(x), result)
-    assert not hooks_of(chain)
+        assert torch.equal(network(x), result)
+    assert not hooks_of(network)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_hooks_are_removed_after_an_error(chain, when):
+def test_hooks_are_removed_after_an_error(network, when):
     """An error of the model, or of the recording function, is raised and leaves no hook."""
 
     def fail(*_):
         raise RuntimeError("broken on purpose")
 
-    with pytest.raises(RuntimeError, match="on purpose"), watch({0: (chain.pair, when)}, fail):
-        chain(torch.randn(5, 3))
-    assert not hooks_of(chain)
-    with pytest.raises(RuntimeError, match="shapes"), watch({0: (chain.pair, when)}, lambda *_: None):
-        chain(torch.randn(5, 7))
-    assert not hooks_of(chain)
+    with pytest.raises(RuntimeError, match="on purpose"), watch({0: (network.pair, when)}, fail):
+        network(torch.randn(5, 3))
+    assert not hooks_of(network)
+    with pytest.raises(RuntimeError, match="shapes"), watch({0: (network.pair, when)}, lambda *_: None):
+        network(torch.randn(5, 7))
+    assert not hooks_of(network)
 
 
-def test_hooks_are_removed_when_one_cannot_be_added(chain):
+def test_hooks_are_removed_when_one_cannot_be_added(network):
     """If adding a hook fails, the earlier ones are removed."""
-    with pytest.raises(AttributeError), watch({0: (chain.first, "after"), 1: (None, "after")}, print):
+    with pytest.raises(AttributeError), watch({0: (network.first, "after"), 1: (None, "after")}, print):
         pass
-    assert not hooks_of(chain)
+    assert not hooks_of(network)
 
 
-def test_a_pass_can_end_early(chain):
+def test_a_pass_can_end_early(network):
     """`StopForward` ends the pass and the block without an error; later modules do not run."""
     seen = []
 
@@ -90,10 +90,10 @@ def test_a_pass_can_end_early(chain):
         seen.append(key)
         raise StopForward
 
-    with watch({"first": (chain.first, "after"), "last": (chain.last, "after")}, stop):
-        chain(torch.randn(5, 3))
+    with watch({"first": (network.first, "after"), "last": (network.last, "after")}, stop):
+        network(torch.randn(5, 3))
     assert seen == ["first"]
-    assert not hooks_of(chain)
+    assert not hooks_of(network)
 
 
 def blocks_of(model, when="after"):
@@ -103,7 +103,7 @@ def blocks_of(model, when="after"):
 def test_tokens_are_those_without_padding():
     """Each module shows the tokens that the mask keeps, batch by batch; mode and hooks are restored."""
     model = tiny_model("bert").train()
-    batch = example_inputs(model, 3, 8)
+    batch = dummy_inputs(model, 3, 8)
     mask = torch.ones_like(batch["input_ids"])
     mask[1, 5:] = 0
     padded = batch | {"attention_mask": mask, "labels": torch.zeros(3)}
@@ -130,7 +130,7 @@ def test_tokens_are_those_without_padding():
 def test_padding_alone_is_no_data(batches):
     """No batches, or batches of padding alone, are an error that says what to pass."""
     model = tiny_model("bert")
-    batch = example_inputs(model, 2, 4)
+    batch = dummy_inputs(model, 2, 4)
     empty = batch | {"attention_mask": torch.zeros_like(batch["input_ids"])}
     with pytest.raises(DataError, match="hold no tokens that are not padding: pass `batches`"):
         watch_tokens(model, [empty] * batches, blocks_of(model), lambda *_: pytest.fail("shown"))

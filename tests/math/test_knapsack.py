@@ -15,8 +15,8 @@ BUDGET = 10.0
 
 
 @st.composite
-def chains(draw):
-    """Up to 8 parts with options between some boundaries, and always between neighbours."""
+def problems(draw):
+    """Up to 8 parts in a row, with options between some boundaries, and always between neighbours."""
     length = draw(st.integers(1, 8))
     pairs = [(i, j) for i in range(length) for j in range(i + 1, length + 1)]
     chosen = draw(st.lists(st.sampled_from(pairs), unique=True, max_size=10))
@@ -26,8 +26,8 @@ def chains(draw):
     return length, {pair: draw(st.lists(option, min_size=1, max_size=3)) for pair in chosen}
 
 
-def every_chain(length, options):
-    """All chains of a small problem, as (value, cost)."""
+def every_path(length, options):
+    """All paths of a small problem, as (value, cost)."""
     for inner in itertools.product([False, True], repeat=length - 1):
         stops = [0, *(i + 1 for i, stops in enumerate(inner) if stops), length]
         parts = list(itertools.pairwise(stops))
@@ -41,13 +41,13 @@ def totals(steps):
 
 
 @settings(deadline=None, max_examples=60)
-@given(chains(), st.floats(0.05, 1))
-def test_it_is_the_best_of_all_chains(chain, share):
-    """For any budget, no chain within it has a higher value, and none with the same value is cheaper."""
-    length, options = chain
+@given(problems(), st.floats(0.05, 1))
+def test_it_is_the_best_of_all_paths(problem, share):
+    """For any budget, no path within it has a higher value, and none with the same value is cheaper."""
+    length, options = problem
     frontier = Frontier(length, options, BUDGET, UNITS)
     budget = math.floor(share * UNITS) * BUDGET / UNITS
-    known = list(every_chain(length, options))
+    known = list(every_path(length, options))
     within = [(value, -cost) for value, cost in known if cost <= budget + 1e-9]
     assert frontier.cheapest == pytest.approx(min(cost for _, cost in known))
     if not within:
@@ -62,27 +62,27 @@ def test_it_is_the_best_of_all_chains(chain, share):
 
 
 @settings(deadline=None, max_examples=30)
-@given(chains())
-def test_the_frontier_holds_every_best_chain(chain):
-    """Each chain of the frontier has a higher cost and value than the one before. No chain with the same value is
+@given(problems())
+def test_the_frontier_holds_every_best_path(problem):
+    """Each chain of the frontier has a higher cost and value than the one before. No path with the same value is
     cheaper."""
-    length, options = chain
-    found = [totals(steps) for steps in Frontier(length, options, BUDGET, UNITS).chains()]
+    length, options = problem
+    found = [totals(steps) for steps in Frontier(length, options, BUDGET, UNITS).paths()]
     assert found == sorted(found)
     assert all(one[0] < other[0] and one[1] < other[1] for one, other in itertools.pairwise(found))
-    for value, cost in every_chain(length, options):
+    for value, cost in every_path(length, options):
         if cost <= BUDGET + 1e-9:
             assert any(better >= value and price <= cost + 1e-9 for better, price in found)
 
 
 @settings(deadline=None, max_examples=30)
-@given(chains(), st.floats(0.01, 1.0))
-def test_costs_that_are_no_whole_units_stay_within_the_budget(chain, scale):
+@given(problems(), st.floats(0.01, 1.0))
+def test_costs_that_are_no_whole_units_stay_within_the_budget(problem, scale):
     """Costs are rounded up: a choice may leave some of the budget unused, but never exceeds it."""
-    length, options = chain
+    length, options = problem
     options = {pair: [Option(way.cost * scale, way.value) for way in ways] for pair, ways in options.items()}
     frontier = Frontier(length, options, BUDGET, 17)
-    for steps in frontier.chains():
+    for steps in frontier.paths():
         assert totals(steps)[1] <= BUDGET + 1e-9
 
 

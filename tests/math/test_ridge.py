@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_layerfuse.calibration.refit.linear import fit_gain, fit_map, fold, store
-from hf_layerfuse.math.ridge import STRENGTHS, Moments, chain, eliminate, fit
+from hf_layerfuse.math.ridge import STRENGTHS, Moments, compose, eliminate, fit
 from hf_layerfuse.models.modules.shared_linear import Relaxed, out_in, relax, theta_of
 
 IN, OUT, ROWS = 6, 4, 60
@@ -146,11 +146,11 @@ def test_mapped_inputs_and_targets(data):
         torch.testing.assert_close(one, other)
 
 
-def test_chained_maps(data):
-    """`chain` composes two maps, with their constants."""
+def test_composed_maps(data):
+    """`compose` composes two maps, with their constants."""
     x, _ = data
     first, then = random(IN + 1, 5, seed=4), random(6, 3, seed=5)
-    torch.testing.assert_close(with_ones(x) @ chain(first, then), with_ones(with_ones(x) @ first) @ then)
+    torch.testing.assert_close(with_ones(x) @ compose(first, then), with_ones(with_ones(x) @ first) @ then)
 
 
 def test_moments_of_some_inputs(data):

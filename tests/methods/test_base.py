@@ -46,20 +46,20 @@ def test_a_recipe_leads_to_its_method(method):
 
 
 def test_methods_that_end_after_training():
-    """Homotopy pulls activations to lines with the user's strength, and gives the training its threshold. As a
-    regulariser it merges nothing at the end. An open merge has a last step and needs no pull."""
+    """Homotopy moves activations to lines with the user's strength, and gives the training its threshold. As a
+    regulariser it merges nothing at the end. An open merge has a last step and needs no penalty."""
     collapse, merge = (next(method for method in METHODS if method.name == name) for name in ("collapse", "merge"))
     homotopy = collapse.recipe_type(count=2, method="homotopy", threshold=0.1)
     assert collapse.needs_training(homotopy)
-    assert collapse.healing(homotopy, HealRecipe()).straighten == "auto"
-    assert collapse.healing(homotopy, HealRecipe(straighten=3.0)).straighten == 3.0
+    assert collapse.healing(homotopy, HealRecipe()).homotopy_strength == "auto"
+    assert collapse.healing(homotopy, HealRecipe(homotopy_strength=3.0)).homotopy_strength == 3.0
     assert collapse.finish(homotopy).threshold == 0.1
     regulariser = dataclasses.replace(homotopy, merge=False)
     assert collapse.needs_training(regulariser)
     assert collapse.finish(regulariser) is None
     opened = merge.recipe_type(latency_budget=0.5, method="open")
     assert merge.needs_training(opened)
-    assert merge.healing(opened, HealRecipe()).straighten == HealRecipe().straighten
+    assert merge.healing(opened, HealRecipe()).homotopy_strength == HealRecipe().homotopy_strength
     assert merge.finish(opened).threshold is None
 
 

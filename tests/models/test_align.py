@@ -9,7 +9,7 @@ from helpers import LAYERS, TINY, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Plan, apply
 from hf_layerfuse.errors import DataError, RecipeError, UnsupportedModelError
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.math.align import (
     CrossCorrelation,
     assignment,
@@ -49,7 +49,7 @@ def outputs(model, inputs):
 
 
 def batches_of(model, count=2):
-    return [example_inputs(model, batch_size=8, seed=seed) for seed in range(count)]
+    return [dummy_inputs(model, batch_size=8, seed=seed) for seed in range(count)]
 
 
 def block_of(model, layer, kind):
@@ -76,7 +76,7 @@ def test_the_function_stays_and_the_weights_change(model_type, head, changes, ho
     """For every alignment and mode: same class, same outputs, other weights, unchanged input."""
     model = tiny_model(model_type, head, **changes).double()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    inputs = example_inputs(model)
+    inputs = dummy_inputs(model)
     edits = (
         Fuse("layer", (0, 1, 2), operator="mean", align=how),
         Fuse("attention", (3, 5), "share", "telescope", align=how),
@@ -110,7 +110,7 @@ def test_a_disguised_copy_is_recovered(model_type, head, changes, how):
         quiet(model)
     layers[2].load_state_dict(layers[1].state_dict())
     plan = Plan(model_type, LAYERS, (Fuse("layer", (1, 2), operator="telescope", align=how),))
-    inputs = example_inputs(model)
+    inputs = dummy_inputs(model)
     expected = outputs(model, inputs)
     for kind in ("attention", "mlp"):
         disguise(model, 2, kind, turned=how == "rotation", norm=not architecture.post_norm)
@@ -269,7 +269,7 @@ def test_gains_that_are_nearly_off_are_not_divided_by(off):
     expected = model.h[1].ln_2.weight.clone()
     expected[off] = model.h[2].ln_2.weight[off]
     assert torch.equal(gains, expected)
-    close(outputs(aligned, example_inputs(model)), outputs(model, example_inputs(model)))
+    close(outputs(aligned, dummy_inputs(model)), outputs(model, dummy_inputs(model)))
 
 
 def test_a_norm_that_adds_one_to_its_gain_is_left_alone(monkeypatch):
@@ -284,14 +284,14 @@ def test_a_norm_that_adds_one_to_its_gain_is_left_alone(monkeypatch):
     monkeypatch.setattr(LlamaRMSNorm, "forward", plus_one)
     model = tiny_model("llama").double()
     aligned = align(model, Plan("llama", LAYERS, (Fuse("layer", (1, 2), operator="mean", align="rotation"),)))
-    close(outputs(aligned, example_inputs(model)), outputs(model, example_inputs(model)))
+    close(outputs(aligned, dummy_inputs(model)), outputs(model, dummy_inputs(model)))
 
 
 def test_activation_ignores_padding_and_batching():
     """Statistics ignore padding, do not depend on the batches, and need one pass."""
     model = tiny_model("bert").double()
     plan = Plan("bert", LAYERS, (Fuse("layer", (1, 3), "share", "mean", align="activation"),))
-    ids = example_inputs(model, batch_size=12, sequence_length=16)["input_ids"]
+    ids = dummy_inputs(model, batch_size=12, sequence_length=16)["input_ids"]
     padded = torch.cat([ids, torch.zeros(12, 9, dtype=ids.dtype)], 1)
     mask = (torch.arange(25) < 16).long().expand(12, 25)
 

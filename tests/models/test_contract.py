@@ -8,7 +8,7 @@ import torch
 from helpers import HEADS, LAYERS, TINY, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Linearize, Plan, apply, expand, verify
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.models.modeling import FusedMixin
 from hf_layerfuse.models.surgery.linear_mlp import Collapsed
@@ -44,7 +44,7 @@ def on_heads(field, choices):
 
 def outputs(model, inputs=None):
     with torch.inference_mode():
-        return prediction(model(**(inputs or example_inputs(model))))
+        return prediction(model(**(inputs or dummy_inputs(model))))
 
 
 @every_head
@@ -150,7 +150,7 @@ def test_every_parameter_is_reached_by_gradients(model_type, head, name):
 
     def without_gradient(which):
         torch.manual_seed(0)
-        prediction(which.train()(**example_inputs(which))).square().sum().backward()
+        prediction(which.train()(**dummy_inputs(which))).square().sum().backward()
         return {n for n, p in which.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
 
     architecture = architecture_for(model)
@@ -168,7 +168,7 @@ def test_runs_as_transformers_models_do(model_type, name):
     """Hidden states, gradient checkpointing, deepcopy and half precision work on the result."""
     head = next(head for kind, head in HEADS if kind == model_type)
     fused = apply(tiny_model(model_type, head), Plan(model_type, LAYERS, EDITS[name]))
-    inputs = example_inputs(fused)
+    inputs = dummy_inputs(fused)
     expected = outputs(fused, inputs)
 
     with torch.inference_mode():
@@ -202,5 +202,5 @@ def test_compiles(model_type, name):
     """torch.compile traces the result like a stock model: one edit for each architecture, and each edit once."""
     fused = apply(tiny_model(model_type), Plan(model_type, LAYERS, EDITS[name]))
     compiled = torch.compile(fused, backend="eager")
-    torch.testing.assert_close(outputs(compiled, example_inputs(fused)), outputs(fused))
+    torch.testing.assert_close(outputs(compiled, dummy_inputs(fused)), outputs(fused))
     torch._dynamo.reset()

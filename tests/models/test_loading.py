@@ -37,9 +37,9 @@ from hf_layerfuse import (
     apply,
     architecture_for,
 )
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.verify import prediction
-from hf_layerfuse.plan import CHAIN
+from hf_layerfuse.plan import CONV_GRAPH_KINDS
 
 SHARE = (Fuse("layer", (1, 3), "share", "mean"), Fuse("mlp", (4, 5), "share"))
 PARTS = (Drop("attention", 0), Fuse("mlp", (3, 4)))
@@ -51,7 +51,7 @@ def fused(model_type, edits=SHARE, head=None, **changes):
 
 def outputs(model):
     with torch.inference_mode():
-        return prediction(model(**example_inputs(model)))
+        return prediction(model(**dummy_inputs(model)))
 
 
 def python(code, *args):
@@ -67,10 +67,10 @@ def test_fresh_process_gives_the_same_logits(tmp_path):
     ]
     for name in ("bottleneck", "mobilenet"):
         model = copy.deepcopy(network(name)).float()
-        chain = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
-        start, end = next((i, j) for i, j in chain.segments() if j - i == 2)
+        graph = architecture_for(model, ConvGraphArchitecture).convolutions(model).graph(model)
+        start, end = next((i, j) for i, j in graph.segments() if j - i == 2)
         edit = MergeConvs(start, end, (start + 1, end))
-        models.append(apply(model, Plan(model.config.model_type, len(chain.links), (edit,), kinds=CHAIN)))
+        models.append(apply(model, Plan(model.config.model_type, len(graph.nodes), (edit,), kinds=CONV_GRAPH_KINDS)))
     for i, model in enumerate(models):
         model.save_pretrained(tmp_path / str(i))
         torch.save(outputs(model), tmp_path / f"{i}.pt")
@@ -78,11 +78,11 @@ def test_fresh_process_gives_the_same_logits(tmp_path):
         "import sys, torch\n"
         "torch.set_num_threads(1)\n"
         "from hf_layerfuse import AutoFusedModel\n"
-        "from hf_layerfuse.evaluation.dummy_inputs import example_inputs\n"
+        "from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs\n"
         "from hf_layerfuse.evaluation.divergence import prediction\n"
         "for path in sys.argv[1:]:\n"
         "    model = AutoFusedModel.from_pretrained(path)\n"
-        "    with torch.inference_mode(): got = prediction(model(**example_inputs(model)))\n"
+        "    with torch.inference_mode(): got = prediction(model(**dummy_inputs(model)))\n"
         "    assert torch.equal(got, torch.load(path + '.pt', weights_only=True))\n"
         "    print(type(model).__name__)\n"
     )
@@ -109,7 +109,7 @@ def test_without_the_library(tmp_path):
         "with torch.inference_mode(): got = model(ids)[0]\n"
         "assert torch.equal(got, torch.load(sys.argv[3], weights_only=True))\n"
     )
-    ids = example_inputs(fused("gpt2", SHARE, "GPT2Model"))["input_ids"].tolist()
+    ids = dummy_inputs(fused("gpt2", SHARE, "GPT2Model"))["input_ids"].tolist()
     for name in ("depth", "expanded"):
         done = python(code, tmp_path / name, ids, tmp_path / f"{name}.pt")
         assert done.returncode == 0, done.stderr
@@ -324,7 +324,7 @@ def test_generation_with_caches(causal_lm, edits):
     """Greedy decoding with a dynamic or a static cache, also past the sliding window, equals decoding without a
     cache."""
     model = apply(causal_lm, Plan(causal_lm.config.model_type, LAYERS, edits))
-    ids = example_inputs(model, 2, 9)["input_ids"]
+    ids = dummy_inputs(model, 2, 9)["input_ids"]
     mask = torch.ones_like(ids)
     mask[0, :3] = 0  # left padding
     options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": -1}

@@ -6,11 +6,11 @@ import warnings
 import onnxruntime
 import pytest
 import torch
-from helpers import network, some_chain_plan, tiny_model
+from helpers import network, some_merge_plan, tiny_model
 
 from hf_layerfuse import Blend, Drop, Fuse, Linearize, Plan, apply, architecture_for
 from hf_layerfuse.evaluation.divergence import prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 
 slow = pytest.mark.slow
 BERT = "BertForSequenceClassification"
@@ -18,7 +18,7 @@ BERT = "BertForSequenceClassification"
 
 def exported(model, path):
     """Outputs of onnxruntime and of the model for random inputs."""
-    inputs = dict(example_inputs(model, 2))
+    inputs = dict(dummy_inputs(model, 2))
     if model.can_generate():
         inputs["use_cache"] = False
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
@@ -39,7 +39,7 @@ def exported(model, path):
 @pytest.mark.parametrize("name", ["cifar", *(pytest.param(name, marks=slow) for name in ("basic", "mobilenet"))])
 def test_merged_convolutions(name, tmp_path):
     model = network(name)
-    theirs, ours = exported(apply(model, some_chain_plan(model, 3)).float().eval(), tmp_path / "model.onnx")
+    theirs, ours = exported(apply(model, some_merge_plan(model, 3)).float().eval(), tmp_path / "model.onnx")
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4 * ours.abs().max().item())
 
 

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-from helpers import network, some_chain_plan, tiny_model
+from helpers import network, some_merge_plan, tiny_model
 from safetensors.torch import load_file, save_file
 
 from hf_layerfuse import AutoFusedModel, Blend, Drop, Fuse, Linearize, Plan, UnsupportedModelError, apply
 from hf_layerfuse.evaluation.divergence import prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.remote_code import FOLDER
 
 MODELS = {
@@ -60,7 +60,7 @@ def fused(name):
     _, head, edits = MODELS[name]
     if edits is None:
         model = network(name)
-        return apply(model, some_chain_plan(model, 3)).float().eval()
+        return apply(model, some_merge_plan(model, 3)).float().eval()
     return apply(tiny_model(name, head), Plan(name, 6, edits)).eval()
 
 
@@ -71,7 +71,7 @@ def test_loads_where_the_library_is_not(tmp_path):
     for name in MODELS:
         model = fused(name)
         model.save_pretrained(tmp_path / name, with_code=True)
-        inputs = dict(example_inputs(model.double(), 1))
+        inputs = dict(dummy_inputs(model.double(), 1))
         save_file(inputs, tmp_path / name / "inputs.safetensors")
         with torch.inference_mode():
             expected[name] = prediction(model(**inputs))
@@ -149,7 +149,7 @@ def test_a_stock_export_names_no_code(tmp_path):
 def test_code_of_others_is_not_shipped(tmp_path):
     """An architecture from outside the package is refused before anything is written, with the next step."""
     model = network("cifar")
-    model = apply(model, some_chain_plan(model, 3))
+    model = apply(model, some_merge_plan(model, 3))
     with pytest.raises(UnsupportedModelError, match=r"the code of 'cifar_resnet' is not in this package.*with_code"):
         model.save_pretrained(tmp_path / "model", with_code=True)
     assert not (tmp_path / "model").exists()

@@ -23,7 +23,7 @@ from hf_layerfuse import (
     fuse,
 )
 from hf_layerfuse.evaluation.divergence import decode, prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 
 SHARE = (Fuse("layer", (1, 3), "share"), Fuse("mlp", (2, 4), "share"), Fuse("attention", (0, 5), "share"))
 DECODERS = ["gpt2", "llama", "mistral", "qwen2", "qwen3"]
@@ -76,7 +76,7 @@ def test_1_parameters_are_shared_and_modules_are_not(model_type):
         assert (named[4][name] is named[2][name]) == (parameter.ndim >= 2 and architecture.owner(name) == "mlp")
         assert (named[5][name] is named[0][name]) == (parameter.ndim >= 2 and architecture.owner(name) == "attention")
     assert [module.layer_idx for module in attention_of(model)] == list(range(LAYERS))
-    ids = example_inputs(model, 2, 12)["input_ids"]
+    ids = dummy_inputs(model, 2, 12)["input_ids"]
     torch.testing.assert_close(decoded(model, ids, True), decoded(model, ids, False), rtol=1e-4, atol=1e-4)
 
 
@@ -90,7 +90,7 @@ def test_1_sharing_the_module_would_decode_wrongly(model_type):
     wrong = copy.deepcopy(model)
     name = "attn" if model_type == "gpt2" else "self_attn"
     setattr(layer_list(wrong)[2], name, getattr(layer_list(wrong)[1], name))
-    ids = example_inputs(model, 2, 12)["input_ids"]
+    ids = dummy_inputs(model, 2, 12)["input_ids"]
     expected = decoded(model, ids, False)
     assert torch.equal(decoded(right, ids, False), expected)
     assert torch.equal(decoded(wrong, ids, False), expected)
@@ -118,7 +118,7 @@ def test_2_layers_are_renumbered_with_their_types(model_type, edits, kept):
         assert model.config.layer_types == [types[layer] for layer in kept]
     windows = [getattr(module, "sliding_window", None) for module in attention_of(original)]
     assert [getattr(module, "sliding_window", None) for module in attention_of(model)] == [windows[i] for i in kept]
-    ids = example_inputs(model, 2, 12)["input_ids"]
+    ids = dummy_inputs(model, 2, 12)["input_ids"]
     with torch.inference_mode():
         assert decode(model, ids)[1].get_seq_length() == 12
     torch.testing.assert_close(decoded(model, ids, True), decoded(model, ids, False), rtol=1e-4, atol=1e-4)
@@ -130,7 +130,7 @@ def test_2_frozen_layers_keep_their_type():
     original = causal_lm("qwen2")
     frozen = apply(original, Plan("qwen2", LAYERS, (Fuse("layer", (2, 3)),)))
     dropped = apply(original, Plan("qwen2", LAYERS, (Drop("layer", 2),)))
-    ids = example_inputs(frozen, 2, 12)["input_ids"]
+    ids = dummy_inputs(frozen, 2, 12)["input_ids"]
     with torch.inference_mode():
         assert torch.equal(frozen(input_ids=ids).logits, dropped(input_ids=ids).logits)
     with pytest.raises(PlanError, match="full_attention, sliding_attention"):
@@ -286,7 +286,7 @@ def test_11_gradients_of_shared_weights_add_up(model_type):
     model = shared_model(model_type).eval()
     stock = expand(model)
     for which in (model, stock):
-        prediction(which(**example_inputs(which))).square().mean().backward()
+        prediction(which(**dummy_inputs(which))).square().mean().backward()
     mine, copies = ([dict(layer.named_parameters()) for layer in layer_list(which)] for which in (model, stock))
     groups = {"attention": [(1, 3), (0, 5), (2,), (4,)], "mlp": [(1, 3), (2, 4), (0,), (5,)]}
     compared = 0
@@ -317,9 +317,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
-from hf_layerfuse import AutoFusedModel, Blend, Fuse, Plan, apply, straighten
-from hf_layerfuse.training.homotopy import Pull
-from hf_layerfuse.training.sharding import one_unit_for_shared, shares_layers, whole_again
+from hf_layerfuse import AutoFusedModel, Blend, Fuse, Plan, apply, linearize_mlps
+from hf_layerfuse.training.homotopy import HomotopyPenalty
+from hf_layerfuse.training.sharding import one_unit_for_shared, shares_layers, unshard_after
 
 NAMES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
@@ -412,7 +412,7 @@ def prepared(ram_efficient):
     before = plugin.transformer_cls_names_to_wrap
     stack = ExitStack()
     student = model
-    stack.enter_context(whole_again(student, True))
+    stack.enter_context(unshard_after(student, True))
     with one_unit_for_shared(model, plugin):
         model = fsdp2_prepare_model(accelerator, model)
     assert plugin.transformer_cls_names_to_wrap == before
@@ -448,7 +448,7 @@ def prepared(ram_efficient):
         alone = fsdp2_prepare_model(accelerator, alone)
     assert all(isinstance(layer, FSDPModule) for layer in alone.transformer.h)
 
-def straightened():
+def linearised():
     mesh = init_device_mesh("cpu", (2,))
     ids = torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(0))
     found = []
@@ -456,23 +456,23 @@ def straightened():
         torch.manual_seed(0)
         plan = Plan("gpt2", 4, (Blend(1, faithful=True), Blend(3, faithful=True)))
         model = apply(GPT2LMHeadModel(CONFIG).eval(), plan)
-        student, pull = model, Pull(model, 40.0, progressive=True)
-        with whole_again(model, split):
+        student, penalty = model, HomotopyPenalty(model, 40.0, progressive=True)
+        with unshard_after(model, split):
             if split:
                 for unit in (*model.transformer.h, model):
                     fully_shard(unit, mesh=mesh)
-                assert all(isinstance(a, DTensor) for a in pull.parameters)
+                assert all(isinstance(a, DTensor) for a in penalty.parameters)
             optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0)
             way = []
             for done in range(8):
                 model(input_ids=ids, labels=ids).loss.backward()
                 optimizer.step()
-                pull.step(1e-2, (done + 1) / 8)
+                penalty.step(1e-2, (done + 1) / 8)
                 optimizer.zero_grad()
-                way.append([*pull.values.values()])
+                way.append([*penalty.values.values()])
         found.append((way, student(input_ids=ids).logits.detach()))
         if split:
-            plan = straighten(student, threshold=0.5)[1]
+            plan = linearize_mlps(student, threshold=0.5)[1]
             assert [edit.layer for edit in plan.edits] == [1, 3]
     (plain, logits), (both, again) = found
     assert plain[3][0] == plain[0][0] < 0.02 and plain[3][1] > 0.9, plain  # the last layer comes first
@@ -483,7 +483,7 @@ if sys.argv[1] == "replicated":
     replicated()
 else:
     dist.init_process_group("gloo")
-    parts = {"sharded": sharded, "straightened": straightened}
+    parts = {"sharded": sharded, "linearised": linearised}
     parts.get(sys.argv[1], lambda: prepared(sys.argv[1] == "ram efficient"))()
 dist.barrier()
 dist.destroy_process_group()
@@ -511,9 +511,9 @@ def test_12_sharded_training_needs_one_unit_for_layers_that_share(tmp_path):
 
 
 @pytest.mark.slow
-def test_12_sharded_activations_are_straightened_as_whole_ones(tmp_path):
-    """Under FSDP2, each a is pulled to 1, one layer after the other, and read as on a single process."""
-    on_two_processes(tmp_path, PROGRAM, "straightened")
+def test_12_sharded_activations_are_linearised_as_whole_ones(tmp_path):
+    """Under FSDP2, each a moves to 1, one layer after the other, and read as on a single process."""
+    on_two_processes(tmp_path, PROGRAM, "linearised")
 
 
 @pytest.mark.slow
@@ -552,7 +552,7 @@ def test_attention_that_depends_on_its_depth_is_refused():
     for depth, layer in enumerate(stock.transformer.h):
         layer.attn.c_attn.weight.data[:, :32] /= depth + 1
         layer.attn.c_attn.bias.data[:32] /= depth + 1
-    ids = example_inputs(model)
+    ids = dummy_inputs(model)
     with torch.inference_mode():
         torch.testing.assert_close(stock(**ids).logits, model(**ids).logits)
     assert fuse(stock, keep_layers=3).config.num_hidden_layers == 3

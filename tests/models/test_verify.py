@@ -27,7 +27,7 @@ from hf_layerfuse import (
     plan_fusion,
     verify,
 )
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.verify import prediction, warn_if_useless
 
 DEPTH = (Fuse("layer", (1, 2)),)
@@ -54,7 +54,7 @@ def test_good_results_pass(tmp_path, model_type, edits):
     head = heads_of(model_type)[-1]
     model = fused(model_type, edits, head)
     model.save_pretrained(tmp_path)
-    inputs = example_inputs(model, 3, 7, seed=1)
+    inputs = dummy_inputs(model, 3, 7, seed=1)
     for report in (verify(model), verify(model, tmp_path), verify(model, inputs={**inputs, "labels": None})):
         assert report["reload"] == 0
         assert report.get("cache", 0) < 1e-4
@@ -187,7 +187,7 @@ def test_warns_where_labels_say_worse_than_chance(model_type, head, caplog):
     """There is a warning with both losses if the labels are the least likely classes, and none if they are the most
     likely."""
     model = tiny_model(model_type, head, **({} if "LM" in head else {"num_labels": 5}))
-    inputs = example_inputs(model, 4)
+    inputs = dummy_inputs(model, 4)
     plain = {"keep_layers": 5, "operator": "freeze", "cluster": "adjacent", "refit": "none", "effort": "low"}
     scores = logits(fuse(model, **plain), inputs)
     best, worst = scores.argmax(-1), scores.argmin(-1)
@@ -239,7 +239,7 @@ def test_losses_without_classes_are_not_judged_by_chance(changes, labels):
     model = tiny_model("bert", "BertForSequenceClassification", **changes)
     layers = model.bert.encoder.layer
     layers[3].load_state_dict(layers[2].state_dict())
-    fuse(model, keep_layers=5, mode="share", batches=[{**example_inputs(model, 4), "labels": labels}])
+    fuse(model, keep_layers=5, mode="share", batches=[{**dummy_inputs(model, 4), "labels": labels}])
 
 
 def test_warns_of_a_plan_that_does_nothing():
@@ -342,7 +342,7 @@ def test_decoder_that_takes_one_row():
 def test_batches_from_a_generator():
     """A generator serves both the plan and the check of the result, so a useless result is still reported."""
     model = tiny_model("gpt2", "GPT2LMHeadModel")
-    inputs = example_inputs(model, 4)
+    inputs = dummy_inputs(model, 4)
     batches = ({**inputs, "labels": inputs["input_ids"]} for _ in range(2))
     with pytest.warns(LayerFuseWarning, match="worse than chance on the calibration batches: loss"):
         fuse(model, keep_layers=3, similarity="block_influence", batches=batches)
@@ -353,6 +353,6 @@ def test_labels_that_are_no_classes_are_no_obstacle():
     for head, labels in (("BertModel", torch.tensor([0, 1])), ("BertForSequenceClassification", torch.rand(2, 2))):
         model = tiny_model("bert", head)
         before = model.config.to_dict()
-        small = fuse(model, keep_layers=5, batches=[{**example_inputs(model), "labels": labels}])
+        small = fuse(model, keep_layers=5, batches=[{**dummy_inputs(model), "labels": labels}])
         assert model.config.to_dict() == before
         assert getattr(small.config, "problem_type", None) is None

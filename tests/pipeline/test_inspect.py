@@ -44,9 +44,9 @@ def test_layers_and_blocks_are_counted(model_type) -> None:
 def test_convolutions_are_counted(name) -> None:
     model = network(name)
     tables = overview(model)
-    chain = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
+    graph = architecture_for(model, ConvGraphArchitecture).convolutions(model).graph(model)
     rows = dict(map(tuple, tables[-1]))
-    assert int(rows["convolutions"]) == len(chain.links)
+    assert int(rows["convolutions"]) == len(graph.nodes)
     assert int(rows["segments of two or more that can be one"]) > 0
     assert dict(map(tuple, tables[0]))["merge()"] == "yes"
 

@@ -39,7 +39,7 @@ from transformers import (
 from hf_layerfuse import AutoFusedModel, Plan, RecipeError, apply, collapse, fuse, fused_parameters, merge, verify
 from hf_layerfuse.cli import parse_overrides
 from hf_layerfuse.cli import run as main
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.pipeline import rounds
 from hf_layerfuse.pipeline import run as job
 from hf_layerfuse.recipe import load_recipe
@@ -204,7 +204,7 @@ def test_homotopy_end_to_end(tmp_path, capsys):
     assert (out / "homotopy.png").read_bytes().startswith(b"\x89PNG")
     assert "(homotopy.png)" in (out / "README.md").read_text()
     assert AutoFusedModel.from_pretrained(out).num_parameters() == results["healed"]["parameters"]
-    more = ["--output_dir", str(tmp_path / "bent"), "--collapse.merge", "false", "--heal.straighten", "3"]
+    more = ["--output_dir", str(tmp_path / "bent"), "--collapse.merge", "false", "--heal.homotopy_strength", "3"]
     assert main([*words, *more]) == 0
     results = json.loads((tmp_path / "bent" / "results.json").read_text())
     assert all(0 < a < 0.5 for a in results["heal"]["homotopy"][-1][1].values())
@@ -222,7 +222,7 @@ def test_a_recipe_has_one_method(tmp_path, capsys):
     assert "use schedule 'one-shot'" in capsys.readouterr().err
     assert main([*words, "--collapse.method", "homotopy", "--heal.steps", "0"]) == 1
     assert "heal.steps is 0" in capsys.readouterr().err
-    assert main([*words, "--heal.straighten", "auto"]) == 1
+    assert main([*words, "--heal.homotopy_strength", "auto"]) == 1
     assert "use that, or leave it out" in capsys.readouterr().err
     assert main([*words, "--collapse.max_loss", "1e-12"]) == 1
     assert "allows no linear MLP" in capsys.readouterr().err
@@ -621,12 +621,12 @@ def test_shipped_recipes(path, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if recipe.merge:
         model = copy.deepcopy(network("bottleneck")).float()
-        small = merge(model, dataclasses.replace(recipe.merge, latency_budget=0.95), batches=[example_inputs(model)])
+        small = merge(model, dataclasses.replace(recipe.merge, latency_budget=0.95), batches=[dummy_inputs(model)])
     else:
         model_type, head, changes = MODELS[path.stem]
         model = tiny_model(model_type, head, **changes)
         compress = fuse if recipe.fusion else collapse
-        small = compress(model, recipe.fusion or recipe.collapse, batches=[example_inputs(model)])
+        small = compress(model, recipe.fusion or recipe.collapse, batches=[dummy_inputs(model)])
     assert small.num_parameters() < model.num_parameters()
 
 

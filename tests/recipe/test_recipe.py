@@ -246,6 +246,7 @@ def test_earlier_field_names_still_load():
     assert earlier == MergeRecipe(latency_budget=0.5, latency_batch_size=4, latency_repeats=3)
     with pytest.raises(RecipeError, match="'budget' is the earlier name of 'latency_budget'"):
         MergeRecipe(budget=0.5, latency_budget=0.5)
+    assert HealRecipe(straighten="auto") == HealRecipe(homotopy_strength="auto")
 
 
 def test_earlier_field_names_meet_current_ones(tmp_path):

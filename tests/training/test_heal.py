@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from hf_layerfuse import Fuse, HealScope, Plan, apply, fused_parameters, heal_scope, layer_map
 from hf_layerfuse.errors import DataError, LayerFuseError, RecipeError, TrainingError
 from hf_layerfuse.evaluation.divergence import prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.evaluation.eval_mode import dropout_of
 from hf_layerfuse.math.losses import distillation_loss
 from hf_layerfuse.plan.match import Match
@@ -409,7 +409,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
 from hf_layerfuse.training.heal import heal
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.evaluation.eval_mode import dropout_of
 from hf_layerfuse.training.objective import Objective
 from hf_layerfuse.plan.heal_scope import HealScope
@@ -501,7 +501,7 @@ def test_dropout_is_what_the_recipe_says(model_type: str) -> None:
     """With dropout=0, the model is deterministic in training; afterwards, each dropout has its earlier value."""
     names = [name for name, value in tiny_config(model_type).to_dict().items() if "drop" in name and value is not None]
     model = tiny_model(model_type, **dict.fromkeys(names, 0.5)).train()
-    inputs = example_inputs(model)
+    inputs = dummy_inputs(model)
     with dropout_of(model, 0.0):
         assert torch.equal(prediction(model(**inputs)), prediction(model(**inputs)))
     for setting in (None, 0.5):

@@ -9,7 +9,7 @@ from helpers import LAYERS, tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import Fuse, HealRecipe, Plan, RecipeError, apply, heal, heal_scope
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.training.lora import low_rank
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -24,7 +24,7 @@ def test_residuals_are_merged(kind):
     embeddings, norms and biases are unchanged, and everything can be trained again."""
     model = tiny_model(kind, HEADS[kind])
     before, modules = copy.deepcopy(model.state_dict()), {name: type(m) for name, m in model.named_modules()}
-    inputs = example_inputs(model)
+    inputs = dummy_inputs(model)
     expected = model(**inputs).logits
     with low_rank(model, 2):
         torch.testing.assert_close(model(**inputs).logits, expected)

@@ -23,7 +23,7 @@ from hf_layerfuse import (
     layer_map,
     mixed_weights,
 )
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.recipe import DataRecipe, FusionRecipe, Recipe
 from hf_layerfuse.training.mixture import Mixture
@@ -108,9 +108,9 @@ def test_a_step_by_hand():
     first = target.detach().clone()
     shares = [(target == tensor).float().mean().item() for tensor in tensors]
     assert shares == pytest.approx([0.5, 0.5], abs=0.1)
-    student(**example_inputs(student)).last_hidden_state.square().mean().backward()
+    student(**dummy_inputs(student)).last_hidden_state.square().mean().backward()
     gradient = target.grad.clone()
-    mixture.hand_on()
+    mixture.scatter_gradients()
     place = next(i for i, found in enumerate(mixture.targets) if found is target)
     ours = list(mixture.parts[place])
     assert target.grad is None

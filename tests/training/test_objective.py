@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hf_layerfuse import Drop, Fuse, HealRecipe, Plan, PlanError, apply, fused_parameters, layer_map
 from hf_layerfuse.data.collate import TEACHER_IDS, TEACHER_LOGPROBS, CollateText
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.math import losses
 from hf_layerfuse.math.losses import distillation_loss, relative_mse, top_k_loss
 from hf_layerfuse.models.architectures import architecture_for
@@ -95,7 +95,7 @@ def test_copies_are_at_no_distance_and_training_closes_it(model_type, kind):
     teacher, student = tiny_model(model_type), tiny_model(model_type, seed=1)
     plan = Plan(model_type, LAYERS)
     recipe = HealRecipe(ce_weight=0.0, kl_weight=0.0, **{f"{kind}_weight": 2.0})
-    batch = example_inputs(teacher)
+    batch = dummy_inputs(teacher)
     copied = Objective(recipe, same := copy.deepcopy(teacher), teacher, layer_map(same, teacher, plan))
     assert copied.train(same, batch).item() == 0
     objective = Objective(recipe, student, teacher, layer_map(student, teacher, plan))
@@ -117,7 +117,7 @@ def test_hidden_states_are_those_of_transformers():
     teacher = tiny_model("bert", "BertModel")
     plan = Plan("bert", LAYERS, (Fuse("layer", (1, 2)), Fuse("layer", (3, 4))))
     student = apply(teacher, plan)
-    batch = example_inputs(teacher)
+    batch = dummy_inputs(teacher)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     batch["attention_mask"][0, 9:] = 0
     mask = batch["attention_mask"].bool()

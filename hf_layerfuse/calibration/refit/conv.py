@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ...evaluation.batches import tokens_of
 from ...math.lowrank import low_rank
-from ...math.ridge import Moments, chain, fit, identity
+from ...math.ridge import Moments, compose, fit, identity
 from ...models.modules.shared_linear import Relaxed, ResidualConv2d, as_stored, out_in, theta_of
 from ...plan import Slot
 from ..layer_hooks import HookPoint
@@ -87,7 +87,7 @@ class ConvRepair(Repair):
         if found.strength is not None:
             theta = _theta(conv, norm)
             patches = self._moments(norm, HookPoint("conv", "features"), target, lambda x: _patches(conv, x))
-            _store(conv, norm, chain(theta, found.theta), patches[0] + patches[1])
+            _store(conv, norm, compose(theta, found.theta), patches[0] + patches[1])
 
     def _moments(self, norm: nn.BatchNorm2d, point: HookPoint, target: MappedActivations, inputs) -> list[Moments]:
         """Moments of `inputs` of the states at a hook point, and of the layer's target output."""

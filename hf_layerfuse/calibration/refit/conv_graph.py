@@ -30,7 +30,7 @@ PIXELS = 2**24
 
 
 def before_activation(model: PreTrainedModel, convs: Convolutions, boundary: int) -> Place:
-    """The place of a boundary of a chain: before its activation if it has one, else after its last module."""
+    """The place of a boundary of a conv graph: before its activation if it has one, else after its last module."""
     unit = convs.units[boundary]
     if module_at(model, unit.act) is not None:
         return Place("before", unit.act)
@@ -64,7 +64,7 @@ def see(model: PreTrainedModel, batch: Mapping[str, Tensor], places: Sequence[Pl
     return [found[place] for place in places]
 
 
-def refit_chain(
+def refit_conv_graph(
     student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, sample: Sample, *, fitted: bool = True
 ) -> RefitReport:
     """Fit all merged convolutions of a student, in place, and undo the fit if the calibration loss rises.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...math.lowrank import low_rank
-from ...math.ridge import STRENGTHS, Fit, Moments, chain, fit, identity
+from ...math.ridge import STRENGTHS, Fit, Moments, compose, fit, identity
 from ...models.modules.shared_linear import BasisLinear, Relaxed, out_in, theta_of
 
 
@@ -80,7 +80,7 @@ def fit_linear(maps: Sequence[nn.Module], train: Moments, selection: Moments) ->
     *first, last = maps
     start = theta_of(last)
     if first:
-        start = chain(theta_of(first[0]), start)
+        start = compose(theta_of(first[0]), start)
     found = fit(train, selection, start)
     if found.strength is None:
         return found
@@ -197,7 +197,7 @@ def fold(module: nn.Module, before: Tensor) -> None:
 
     Without a bias, the constant is lost.
     """
-    store(module, chain(before, theta_of(module)))
+    store(module, compose(before, theta_of(module)))
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from ..layerwise import LayerwiseForward, TeacherStates
 from ..samples import Sample
 from .base import RefitMethod, RefitReport, Repair, unless_worse
 from .conv import ConvRepair
-from .conv_graph import refit_chain
+from .conv_graph import refit_conv_graph
 from .transformer import TransformerRepair
 
 
@@ -87,7 +87,7 @@ def _refit_layers(
 def _refit_convolutions(
     student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan, sample: Sample, method: RefitMethod
 ) -> RefitReport:
-    return refit_chain(student, teacher, plan, sample, fitted=method != "none")
+    return refit_conv_graph(student, teacher, plan, sample, fitted=method != "none")
 
 
 _REFITS = {LAYERS: _refit_layers, CONV_GRAPH: _refit_convolutions}

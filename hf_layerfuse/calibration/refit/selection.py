@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...math.ridge import Moments, chain, eliminate, fit, identity
+from ...math.ridge import Moments, compose, eliminate, fit, identity
 from ...models.architectures import READERS, Block, architecture_for, heads_of
 from ...models.architectures.block_weights import HEAD_NORMS, rows_of, write_rows
 from ...models.modules.shared_linear import theta_of
@@ -61,7 +61,7 @@ class Selection:
             for role, path in self.table.items():
                 if role == "out" or role in READERS:
                     theta = theta_of(stocks[depth].get_submodule(path))
-                    store(variant.get_submodule(path), chain(reading, theta) if role in READERS else theta)
+                    store(variant.get_submodule(path), compose(reading, theta) if role in READERS else theta)
             self.variants.append(variant)
         parts = [theta_of(variant.get_submodule(self.table["out"])) for variant in self.variants]
         self.start = torch.cat([*(theta[:-1] for theta in parts), sum(theta[-1:] for theta in parts)])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from ...math.ridge import Moments, chain, fit, identity
+from ...math.ridge import Moments, compose, fit, identity
 from ...models.align import aligned
 from ...models.architectures import READERS, Block
 from ...models.modules.shared_linear import theta_of
@@ -214,7 +214,7 @@ class TransformerRepair(Repair):
         found = fit(*moments, identity(moments[0]))
         self._note(block.layer, block.kind, "linear", found.before, found.after)
         if found.strength is not None:
-            store(module, chain(theta_of(module), found.theta))
+            store(module, compose(theta_of(module), found.theta))
 
     def _fit(self, block: Block, role: str, path: str, moments: Sequence[Moments]) -> None:
         module = self.student.model.get_submodule(path)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ...models.finalize import straighten
+from ...models.finalize import linearize_mlps
 from ...plan import Plan
 from ...recipe import COLLAPSE_TARGETS, CollapseRecipe, HealRecipe
 from ..base import Finish, Method
@@ -21,8 +21,8 @@ def _needs_training(recipe: CollapseRecipe) -> bool:
 
 
 def _healing(recipe: CollapseRecipe, heal: HealRecipe) -> HealRecipe:
-    """Return heal settings that make activations linear, unless the user set `straighten`."""
-    return replace(heal, straighten=heal.straighten or "auto") if _needs_training(recipe) else heal
+    """Return heal settings that make activations linear, unless the user set `homotopy_strength`."""
+    return replace(heal, homotopy_strength=heal.homotopy_strength or "auto") if _needs_training(recipe) else heal
 
 
 def _finish(recipe: CollapseRecipe) -> Finish | None:
@@ -31,7 +31,7 @@ def _finish(recipe: CollapseRecipe) -> Finish | None:
         return None
 
     def merge_maps(model: PreTrainedModel, plan: Plan, batches: Sequence[Any]) -> tuple[PreTrainedModel, Plan]:
-        model, straight = straighten(model, threshold=recipe.threshold, fold=recipe.fold, batches=batches)
+        model, straight = linearize_mlps(model, threshold=recipe.threshold, fold=recipe.fold, batches=batches)
         return model, replace(straight, notes=replace(plan.notes, homotopy=straight.notes.homotopy))
 
     return Finish("merging the maps around activations that have become linear", merge_maps, recipe.threshold)

@@ -33,7 +33,7 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
 
     The cost of an MLP is the calibration loss after making it alone linear and fitting it, per parameter saved. MLPs
     are chosen in order of cost and fitted front to back, each on the outputs of the changed layers before it. With
-    method `homotopy`, the chosen MLPs get activations that `heal` makes linear and `straighten` merges.
+    method `homotopy`, the chosen MLPs get activations that `heal` makes linear and `linearize_mlps` merges.
 
     Args:
         model: Stock model with a registered architecture; it is not changed.

@@ -1,4 +1,4 @@
-"""Candidate segments of a chain of convolutions, and the importance of what they remove (LayerMerge, section 3.3)."""
+"""Candidate segments of a conv graph, and the importance of what they remove (LayerMerge, section 3.3)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...math.knapsack import Frontier
 from ...models.apply import applied
 from ...models.architectures import ConvGraphArchitecture, architecture_for
 from ...models.architectures.segments import Kept, Merged
-from ...plan import CHAIN, MergeConvs, Plan
+from ...plan import CONV_GRAPH_KINDS, MergeConvs, Plan
 from ..candidates import Candidate, loss_cache, options_of
 from .finetune import tune
 
@@ -54,44 +54,47 @@ class Segment(Candidate):
 
 def removal_candidates(model: PreTrainedModel) -> list[Segment]:
     """List all unchanged convolutions, and the removals of those that can be removed. Activations are kept."""
-    chain = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
+    graph = architecture_for(model, ConvGraphArchitecture).convolutions(model).graph(model)
     found = []
-    for place, link in enumerate(chain.links[1:], 1):
-        found.append(Segment.of(place - 1, place, Merged(link.kernel, link.depthwise), (place,)))
-        if not link.fixed:
+    for place, node in enumerate(graph.nodes[1:], 1):
+        found.append(Segment.of(place - 1, place, Merged(node.kernel, node.depthwise), (place,)))
+        if not node.fixed:
             found.append(Segment.of(place - 1, place, Merged(0, False), ()))
     return found
 
 
 def segment_candidates(model: PreTrainedModel, max_kernel: int) -> list[Segment]:
     """List all segments with all kernels of at most `max_kernel`, and all single convolutions."""
-    chain = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model)
-    found = [Segment.of(*row) for row in chain.table()]
+    graph = architecture_for(model, ConvGraphArchitecture).convolutions(model).graph(model)
+    found = [Segment.of(*row) for row in graph.table()]
     return [each for each in found if each.end - each.start == 1 or each.merged.kernel <= max_kernel]
 
 
 def cheapest(length: int, candidates: Sequence[Segment], cost: Callable[[Segment], float]) -> list[Segment]:
-    """Return the candidates of least total cost that cover the chain from the first boundary to the last."""
+    """Return the candidates of least total cost that cover the conv graph from the first boundary to the last."""
     options = options_of({candidate: -cost(candidate) for candidate in candidates}, cost=lambda candidate: 0.0)
     return [option.label for _, _, option in Frontier(length, options, 1.0, units=1).best()]
 
 
 def folded_plan(model: PreTrainedModel, edits: Sequence[MergeConvs] = ()) -> Plan:
-    """Return a plan of some merges that also folds all other batch norms of the chain."""
+    """Return a plan of some merges that also folds all other batch norms of the graph."""
     architecture = architecture_for(model, ConvGraphArchitecture)
     units = architecture.convolutions(model).units
     taken = {place for edit in edits for place in edit.layers}
     others = [MergeConvs(place - 1, place, (place,)) for place in range(len(units)) if place not in taken]
     every = sorted([*edits, *others], key=lambda edit: edit.start)
-    return Plan(architecture.model_type, len(units), tuple(every), kinds=CHAIN)
+    return Plan(architecture.model_type, len(units), tuple(every), kinds=CONV_GRAPH_KINDS)
 
 
 class MagnitudeImportance:
     """Mean absolute weight of the removed convolutions: a pruning criterion without measurements."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        links = architecture_for(model, ConvGraphArchitecture).convolutions(model).chain(model).links
-        self.means = [link.norm / (link.outs * (1 if link.depthwise else link.ins) * link.kernel**2) for link in links]
+        nodes = architecture_for(model, ConvGraphArchitecture).convolutions(model).graph(model).nodes
+        self.means = [
+            node.norm / (node.out_channels * (1 if node.depthwise else node.in_channels) * node.kernel**2)
+            for node in nodes
+        ]
 
     def of(self, candidate: Segment) -> float:
         """Return the mean absolute weight of the removed convolutions."""
@@ -134,7 +137,7 @@ class LossImportance:
         units = architecture_for(self.model, ConvGraphArchitecture).convolutions(self.model).units
         todo = [each for each in candidates if each.changes and each.key not in self.cache.values]
         for candidate in tqdm(todo, "Measuring segments", disable=None):
-            plan = Plan(self.model.config.model_type, len(units), (candidate.edit,), kinds=CHAIN)
+            plan = Plan(self.model.config.model_type, len(units), (candidate.edit,), kinds=CONV_GRAPH_KINDS)
             student = applied(self.model, plan)
             with eval_mode(self.model, student):
                 if self.fitted and candidate.edit.keep:

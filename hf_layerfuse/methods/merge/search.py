@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ...calibration.refit.conv_graph import refit_chain
+from ...calibration.refit.conv_graph import refit_conv_graph
 from ...calibration.samples import Sample
 from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.batches import Batches
@@ -43,7 +43,7 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     convolutions are folded.
 
     Args:
-        model: Stock model whose architecture table has a chain of convolutions; it is not changed.
+        model: Stock model whose architecture table has a conv graph; it is not changed.
         recipe: Settings of the merge.
         batches: Calibration batches, read once.
 
@@ -58,7 +58,7 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     """
     architecture = architecture_for(model, ConvGraphArchitecture)
     check_model(model, architecture)
-    architecture.check_chain(model)
+    architecture.check_conv_graph(model)
     if batches is None:
         raise RecipeError("merging needs calibration batches to measure the segments: pass batches=.")
     sample = Sample.of(batches)
@@ -92,9 +92,9 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
     )
     plan = plan_of(chosen)
     predicted = latencies.rest + sum(map(latencies.of, chosen))
-    best = {  # loss of the best chain for each share of the latency, in percent
-        round(100 * ((latencies.rest + sum(map(latencies.of, chain))) / whole)): sum(map(importance.of, chain))
-        for chain in frontier(candidates, latencies, importance, whole, length, published=published)
+    best = {  # loss of the best path for each share of the latency, in percent
+        round(100 * ((latencies.rest + sum(map(latencies.of, path))) / whole)): sum(map(importance.of, path))
+        for path in frontier(candidates, latencies, importance, whole, length, published=published)
     }
     notes = PlanNotes(
         recipe=asdict(recipe),
@@ -111,7 +111,7 @@ def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches |
         plan = replace(plan, edits=tuple(replace(edit, merged=False) for edit in plan.edits), notes=notes)
         return SearchResult(applied(model, plan), plan, None)
     student = applied(model, plan)
-    report = refit_chain(student, model, plan, sample, fitted=fitted)
+    report = refit_conv_graph(student, model, plan, sample, fitted=fitted)
     return SearchResult(student, replace(plan, notes=replace(notes, refit=report)), report)
 
 
@@ -131,7 +131,7 @@ def choose(
         latencies: Latencies of the candidates.
         importance: Importance of what the candidates remove.
         limit: Latency limit, in milliseconds.
-        length: Last boundary of the chain.
+        length: Last boundary of the conv graph.
         published: Whether to maximise the sum of exp(-loss), as published, instead of minimising the sum of losses.
 
     Raises:
@@ -150,8 +150,8 @@ def frontier(
     published: bool = False,
 ) -> list[list[Segment]]:
     """Return the results of `choose` for all limits up to `most` milliseconds, fastest first, from one program."""
-    chains = Frontier(length, _options(candidates, latencies, importance, published), most).chains()
-    return [[option.label for _, _, option in chain] for chain in chains]
+    paths = Frontier(length, _options(candidates, latencies, importance, published), most).paths()
+    return [[option.label for _, _, option in path] for path in paths]
 
 
 def _options(

@@ -1,4 +1,4 @@
-"""The latency of each segment of a chain of convolutions."""
+"""The latency of each segment of a conv graph."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class SegmentLatencies(LatencyTable):
         return self.cache.values[self._names[candidate]]["ms"]
 
     def measure(self, candidates: Sequence[Segment]) -> None:
-        """Measure the missing latencies: shapes of candidates, which must cover the chain, and whole models."""
+        """Measure the missing latencies: shapes of candidates, which must cover the conv graph, and whole models."""
         calls: dict[str, Callable[[], object]] = {part.name: part for part in map(self._part, candidates)}
         if "folded" not in self.cache.values:
             calls["folded"] = self._call(folded_plan(self.model))

@@ -33,7 +33,7 @@ class Block:
 class Place(NamedTuple):
     """A hook point: the input of a module, its output, or its output `added` to the residual.
 
-    `module` is a path relative to a layer; the empty path is the layer itself. In a chain of convolutions, the path is
+    `module` is a path relative to a layer; the empty path is the layer itself. In a conv graph, the path is
     relative to the model.
     """
 
@@ -213,7 +213,7 @@ def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind
 
     Args:
         model: Model, or its config.
-        kind: Kind of architecture: `LayerArchitecture` (layers to fuse) or `ConvGraphArchitecture` (a chain of
+        kind: Kind of architecture: `LayerArchitecture` (layers to fuse) or `ConvGraphArchitecture` (a graph of
             convolutions to merge).
 
     Returns:

@@ -1,4 +1,4 @@
-"""Module paths of the convolutions that can be merged: one chain from input to output."""
+"""Module paths of the convolutions that can be merged: one sequence from input to output, with skips."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from .base import Architecture
-from .segments import Chain, Link
+from .segments import ConvGraph, ConvNode
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One convolution of a chain with the norm and activation after it, by live module paths.
+    """One convolution of a conv graph, with the norm and activation after it, by live module paths.
 
     Attributes:
         conv: Path of an `nn.Conv2d`.
@@ -65,7 +65,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Convolutions:
-    """The conv graph of a model: the structure of its chain of convolutions.
+    """The conv graph of a model, by module paths.
 
     Attributes:
         units: Convolutions 0 to L.
@@ -77,16 +77,16 @@ class Convolutions:
     skips: Sequence[Skip]
     barriers: frozenset[int] = frozenset()
 
-    def chain(self, model: PreTrainedModel) -> Chain:
-        """The chain of `model`: kernels, strides, channels and weight norms."""
-        links = []
+    def graph(self, model: PreTrainedModel) -> ConvGraph:
+        """The conv graph of `model`: kernels, strides, channels and weight norms."""
+        nodes = []
         for unit in self.units:
             conv = model.get_submodule(unit.conv)
             size = (conv.kernel_size[0] - 1) * conv.dilation[0] + 1
             weight = 0.0 if conv.weight.is_meta else conv.weight.detach().abs().sum().item()
             depthwise = conv.groups == conv.in_channels == conv.out_channels
-            links.append(Link(size, conv.stride[0], conv.in_channels, conv.out_channels, depthwise, weight))
-        return Chain(links, [(skip.start, skip.end) for skip in self.skips], self.barriers)
+            nodes.append(ConvNode(size, conv.stride[0], conv.in_channels, conv.out_channels, depthwise, weight))
+        return ConvGraph(nodes, [(skip.start, skip.end) for skip in self.skips], self.barriers)
 
 
 class ConvGraphArchitecture(Architecture, ABC):
@@ -100,12 +100,12 @@ class ConvGraphArchitecture(Architecture, ABC):
     def activation(self, config: PreTrainedConfig) -> nn.Module:
         """Activation after a merged segment that had none at its end."""
 
-    def same(self, config: PreTrainedConfig) -> bool:
+    def same_padding(self, config: PreTrainedConfig) -> bool:
         """Whether the padding depends on the size of the image, as TensorFlow's SAME padding does."""
         return False
 
-    def check_chain(self, model: PreTrainedModel) -> None:
-        """Raise `UnsupportedModelError` unless every part of the chain can be merged."""
+    def check_conv_graph(self, model: PreTrainedModel) -> None:
+        """Raise `UnsupportedModelError` unless every part of the conv graph can be merged."""
         for unit in self.convolutions(model).units:
             conv = model.get_submodule(unit.conv)
             norm = None if unit.norm is None else model.get_submodule(unit.norm)

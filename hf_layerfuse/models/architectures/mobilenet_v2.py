@@ -13,7 +13,7 @@ _LAYERS = ("expand_1x1", "conv_3x3", "reduce_1x1")
 
 
 class MobileNetV2Architecture(ConvGraphArchitecture):
-    """The chain excludes the last convolution, before the pooling, as in the paper."""
+    """The conv graph excludes the last convolution, before the pooling, as in the paper."""
 
     model_type = "mobilenet_v2"
 
@@ -36,5 +36,5 @@ class MobileNetV2Architecture(ConvGraphArchitecture):
     def activation(self, config: PreTrainedConfig) -> nn.Module:
         return ACT2FN[config.hidden_act] if isinstance(config.hidden_act, str) else config.hidden_act
 
-    def same(self, config: PreTrainedConfig) -> bool:
+    def same_padding(self, config: PreTrainedConfig) -> bool:
         return config.tf_padding

@@ -7,33 +7,33 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 Kept = tuple[int, ...]
-"""Convolutions of a segment that stay, by ascending index in the chain."""
+"""Convolutions of a segment that stay, by ascending index in the conv graph."""
 
 
 @dataclass(frozen=True)
-class Link:
-    """One convolution of a chain, with the batch norm after it.
+class ConvNode:
+    """One convolution of a conv graph, with the batch norm after it.
 
     Attributes:
         kernel: Height and width of the kernel.
         stride: Stride in both directions.
-        ins: Number of input channels.
-        outs: Number of output channels.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
         depthwise: Whether it treats each channel separately.
         norm: Sum of the absolute values of its weights. Among removable convolutions, those of largest norm stay.
     """
 
     kernel: int
     stride: int
-    ins: int
-    outs: int
+    in_channels: int
+    out_channels: int
     depthwise: bool = False
     norm: float = 0.0
 
     @property
     def fixed(self) -> bool:
         """Whether it cannot be removed, because it changes the shape."""
-        return self.ins != self.outs or self.stride > 1
+        return self.in_channels != self.out_channels or self.stride > 1
 
 
 @dataclass(frozen=True, order=True)
@@ -50,26 +50,26 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class Chain:
+class ConvGraph:
     """The convolutions of a network from input to output, without those in shortcuts.
 
     Boundary l follows convolution l, its norm, the sum of a skip that ends there, and its activation. Segment (i, j]
     contains convolutions i + 1 to j. Convolution 0 belongs to no segment.
 
     Attributes:
-        links: Convolutions 0 to L.
+        nodes: Convolutions 0 to L.
         skips: Pairs (s, e), each from boundary s to the sum at boundary e.
         barriers: Boundaries that a segment must not cross, such as one with a pooling.
     """
 
-    links: Sequence[Link]
+    nodes: Sequence[ConvNode]
     skips: Collection[tuple[int, int]] = ()
     barriers: Collection[int] = field(default_factory=frozenset)
 
     @property
     def length(self) -> int:
         """Index of the last boundary, L."""
-        return len(self.links) - 1
+        return len(self.nodes) - 1
 
     def segments(self) -> list[tuple[int, int]]:
         """Every (i, j) whose convolutions can become one.
@@ -77,14 +77,14 @@ class Chain:
         Such a segment has no barrier inside, and no kernel larger than 1 after a stride of 2 or more. It neither
         starts before a skip and ends inside the skip, nor starts inside a skip and ends after it.
         """
-        return [pair for pair in combinations(range(len(self.links)), 2) if self._merges(*pair)]
+        return [pair for pair in combinations(range(len(self.nodes)), 2) if self._merges(*pair)]
 
     def _merges(self, i: int, j: int) -> bool:
-        strides = [place for place in range(i + 1, j + 1) if self.links[place].stride > 1]
+        strides = [place for place in range(i + 1, j + 1) if self.nodes[place].stride > 1]
         return not (
             any(i < barrier < j for barrier in self.barriers)
             or any(i < s < j < e or s < i < e < j for s, e in self.skips)
-            or (strides and any(self.links[place].kernel > 1 for place in range(strides[0] + 1, j + 1)))
+            or (strides and any(self.nodes[place].kernel > 1 for place in range(strides[0] + 1, j + 1)))
         )
 
     def kernels(self, i: int, j: int) -> dict[Merged, Kept]:
@@ -97,16 +97,16 @@ class Chain:
         reached: dict[Merged, tuple[tuple[int, float], Kept]] = {Merged(1, True): ((0, 0.0), ())}
         scale = 1
         for place in range(i + 1, j + 1):
-            link, after = self.links[place], {}
-            for merged, (worth, kept) in reached.items():
-                ways = [] if link.fixed else [(merged, worth, kept)]
-                larger = Merged(merged.kernel + (link.kernel - 1) * scale, merged.depthwise and link.depthwise)
-                small = not link.fixed and link.kernel == 1
-                ways.append((larger, (worth[0] + small, worth[1] + link.norm * (not small)), (*kept, place)))
+            node, after = self.nodes[place], {}
+            for merged, (score, kept) in reached.items():
+                ways = [] if node.fixed else [(merged, score, kept)]
+                larger = Merged(merged.kernel + (node.kernel - 1) * scale, merged.depthwise and node.depthwise)
+                small = not node.fixed and node.kernel == 1
+                ways.append((larger, (score[0] + small, score[1] + node.norm * (not small)), (*kept, place)))
                 for found, value, who in ways:
                     if found not in after or value > after[found][0]:
                         after[found] = value, who
-            reached, scale = after, scale * link.stride
+            reached, scale = after, scale * node.stride
         return {merged: kept for merged, (_, kept) in sorted(reached.items()) if kept}
 
     def table(self) -> Iterator[tuple[int, int, Merged, Kept]]:

@@ -27,8 +27,8 @@ class Homotopy(nn.Module):
         self.register_buffer("offset", torch.zeros(units, **like))
 
     def forward(self, z: Tensor) -> Tensor:
-        bent = self.act(z)
-        return bent + self.a[0].to(z.dtype) * (self.line(z) - bent)
+        activated = self.act(z)
+        return activated + self.a[0].to(z.dtype) * (self.line(z) - activated)
 
     def line(self, z: Tensor) -> Tensor:
         """Value of the line at z, which is the output at a = 1."""

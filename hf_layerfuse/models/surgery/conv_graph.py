@@ -1,6 +1,6 @@
-"""Merging the convolutions of a chain (LayerMerge, Kim et al. 2024): the shape of the model, and its weights.
+"""Merging the convolutions of a conv graph (LayerMerge, Kim et al. 2024): the shape of the model, and its weights.
 
-Compressing and loading both use `reshape_chain`. `layers.reshape` is the counterpart for layers.
+Compressing and loading both use `reshape_conv_graph`. `layers.reshape` is the counterpart for layers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_merges(model: PreTrainedModel, architecture: ConvGraphArchitecture, pl
             an edit leaves out a convolution that must stay.
         UnsupportedModelError: The convolutions of the model cannot be merged.
     """
-    architecture.check_chain(model)
+    architecture.check_conv_graph(model)
     if plan.model_type != architecture.model_type:
         raise PlanError(
             f"the plan is for {plan.model_type!r}, the model is {architecture.model_type!r}: make a new plan."
@@ -39,8 +39,8 @@ def check_merges(model: PreTrainedModel, architecture: ConvGraphArchitecture, pl
         raise PlanError(
             f"the plan is for {plan.num_layers} convolutions, the model has {len(convs.units)}: make a new plan."
         )
-    chain = convs.chain(model)
-    segments = {*chain.segments(), (-1, 0)}
+    graph = convs.graph(model)
+    segments = {*graph.segments(), (-1, 0)}
     for edit in plan.edits:
         if not isinstance(edit, MergeConvs):
             raise PlanError(f"{edit} is an edit of layers in a plan for convolutions: use MergeConvs.")
@@ -55,14 +55,14 @@ def check_merges(model: PreTrainedModel, architecture: ConvGraphArchitecture, pl
                     f"{edit}: the shortcut of {skip.path} is neither the identity nor a 1 x 1 convolution with an "
                     "optional batch norm, so a kernel cannot include it: end the segment before it."
                 )
-        lost = [place for place in edit.layers if chain.links[place].fixed and place not in edit.keep]
+        lost = [place for place in edit.layers if graph.nodes[place].fixed and place not in edit.keep]
         if lost:
             raise PlanError(f"{edit} leaves out convolution {lost[0]}, which changes the shape: keep it.")
 
 
 def windows_of(model: PreTrainedModel, architecture: ConvGraphArchitecture, convs: Convolutions) -> list[Window]:
     """Window of each convolution of a stock model: kernel size, stride and padding."""
-    same, found = architecture.same(model.config), []
+    same, found = architecture.same_padding(model.config), []
     for unit in convs.units:
         conv = model.get_submodule(unit.conv)
         padding = None if same else (conv.padding[0],) * 2
@@ -70,13 +70,13 @@ def windows_of(model: PreTrainedModel, architecture: ConvGraphArchitecture, conv
     return found
 
 
-def reshape_chain(model: PreTrainedModel, architecture: ConvGraphArchitecture, plan: Plan) -> None:
+def reshape_conv_graph(model: PreTrainedModel, architecture: ConvGraphArchitecture, plan: Plan) -> None:
     """Give a stock model the shape that its plan of merges defines, in place. New weights are arbitrary."""
     convs = architecture.convolutions(model)
     windows = windows_of(model, architecture, convs)
     shapes = {edit: merged_shape(model, convs, edit) for edit in plan.edits if edit.keep}
     for edit in plan.edits:
-        _straighten(model, architecture, convs, windows, edit)
+        _linearize(model, architecture, convs, windows, edit)
         _replace(model, convs, windows, edit, shapes.get(edit))
     gone = {edit.end for edit in plan.edits if not edit.keep}
     for skip in convs.skips:
@@ -84,7 +84,7 @@ def reshape_chain(model: PreTrainedModel, architecture: ConvGraphArchitecture, p
             model.set_submodule(skip.path, Parts(model.get_submodule(skip.path), skip.branch, then=skip.act))
 
 
-def _straighten(
+def _linearize(
     model: PreTrainedModel,
     architecture: ConvGraphArchitecture,
     convs: Convolutions,

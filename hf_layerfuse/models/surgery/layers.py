@@ -14,7 +14,7 @@ from ...errors import PlanError, UnsupportedModelError
 from ...plan import Layout, Slot, Source, Tie
 from ..architectures import LayerArchitecture
 from ..modules.shared_linear import PER_DEPTH, Linear, Relaxed, can_relax, out_in, relax
-from .linear_mlp import take_form
+from .linear_mlp import reshape_mlp
 
 
 def target_config(config: PreTrainedConfig, architecture: LayerArchitecture, layout: Layout) -> PreTrainedConfig:
@@ -66,7 +66,7 @@ def reshape(model: PreTrainedModel, architecture: LayerArchitecture, layout: Lay
                 for path, stand_in in architecture.skip[kind].items():
                     layer.set_submodule(path, stand_in())
             elif (form := slot.source(kind).form) is not None:
-                take_form(layer, architecture, form)
+                reshape_mlp(layer, architecture, form)
         if slot.source("attention") is None:
             continue
         index = next(free[layer_type])

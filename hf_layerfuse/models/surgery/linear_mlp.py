@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import PlanError, UnsupportedModelError
 from ...math.lowrank import low_rank
-from ...math.ridge import chain
+from ...math.ridge import compose
 from ...plan import BlendedForm, LinearForm
 from ..architectures import One, TransformerArchitecture
 from ..modules.conv import Parts
@@ -83,7 +83,7 @@ def check_form(layer: nn.Module, architecture: TransformerArchitecture, form: Fo
         )
 
 
-def take_form(layer: nn.Module, architecture: TransformerArchitecture, form: Form) -> None:
+def reshape_mlp(layer: nn.Module, architecture: TransformerArchitecture, form: Form) -> None:
     """Give the MLP of a stock layer another form, in place. The weights of new modules are arbitrary."""
     (_linearize if isinstance(form, LinearForm) else _blend)(layer, architecture, form)
 
@@ -91,13 +91,13 @@ def take_form(layer: nn.Module, architecture: TransformerArchitecture, form: For
 def form_weights(
     layer: nn.Module, architecture: TransformerArchitecture, form: Form, line: Line | None
 ) -> dict[str, Tensor]:
-    """Weights of the modules that `take_form` adds, by name relative to the layer.
+    """Weights of the modules that `reshape_mlp` adds, by name relative to the layer.
 
     Args:
         layer: Stock layer.
         architecture: Architecture table of the model.
         form: New form of its MLP.
-        line: Target line of the activation, see `activation_fit.lines_of`; None is z itself.
+        line: Target line of the activation, see `activation_fit.fit_lines`; None is z itself.
     """
     if isinstance(form, LinearForm):
         return linear_weights(layer, architecture, form)
@@ -108,7 +108,7 @@ def form_weights(
     return {f"{at}.{name}": tensor.detach().to(like, copy=True) for name, tensor in found.items()}
 
 
-def gives_way(parameter: str, architecture: TransformerArchitecture, form: Form | None) -> bool:
+def replaces(parameter: str, architecture: TransformerArchitecture, form: Form | None) -> bool:
     """Whether the form replaces the module that owns a parameter; its name is relative to its layer."""
     maps = (
         [architecture.mlp[role] for role in _MAPS if role in architecture.mlp] if isinstance(form, LinearForm) else []
@@ -146,7 +146,7 @@ def linear_weights(layer: nn.Module, architecture: TransformerArchitecture, line
     if isinstance(act, Homotopy):
         first = first * act.slope.double()
         first[-1] += act.offset.double()
-    theta = chain(first, last)
+    theta = compose(first, last)
     if "gate" in table:
         theta = torch.cat([torch.zeros_like(theta[:-1]), last[-1:]])
     if linear.fold:

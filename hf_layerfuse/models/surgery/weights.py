@@ -18,7 +18,7 @@ from ...plan import Layout, Source
 from ..architectures import LayerArchitecture
 from ..modules.shared_linear import Relaxed, out_in
 from .layers import is_shared, relaxed_maps
-from .linear_mlp import Line, form_weights, gives_way
+from .linear_mlp import Line, form_weights, replaces
 
 
 def fused_weights(
@@ -49,7 +49,7 @@ def fused_weights(
                 source = tie.source
             if source is None and architecture.stays(name):
                 source = Source(slot.layers[:1])
-            if source is not None and not gives_way(name, architecture, source.form):
+            if source is not None and not replaces(name, architecture, source.form):
                 group = [states[layer][name] for layer in source.layers]
                 seed = zlib.crc32(name.encode())  # the seed depends on name and group, and is the same in every process
                 weights[f"{path}.{index}.{name}"] = combine(group, source, seed=seed + source.layers[0])

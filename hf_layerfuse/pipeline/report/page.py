@@ -20,7 +20,7 @@ from ...plan import Edit, Linearize, Plan
 from ...recipe import Recipe, recipe_of
 from ...training.heal import HealReport
 from ..output import MARK, write_whole
-from ..results import DAMAGED, RunResults, not_a_result
+from ..results import DAMAGED, RunResults, invalid_result
 from . import tables as report
 from .plots import draw
 
@@ -53,7 +53,7 @@ def write_page(folder: str | Path, output: str | Path | None = None) -> Path:
         try:
             text = page(plan, results, recipe)
         except DAMAGED as error:  # some damage shows only in rendering
-            raise not_a_result(folder, error) from error
+            raise invalid_result(folder, error) from error
         write_whole(target, text)
     except OSError as error:
         raise CheckpointError(f"{str(target)!r} cannot be written: {error}. Use another --output.") from error
@@ -87,7 +87,7 @@ def page(plan: Plan, results: RunResults, recipe: Recipe) -> str:
         pictures=_pictures(plan, results.heal),
         reasons=_reasons(plan),
         trained=_trained(results),
-        limits=report.limits_of(plan, results),
+        limitations=report.limitations_of(plan, results),
         command=results.command,
         environment=f"Seed {recipe.seed}; {environment}.",
         recipe=report.recipe_text(recipe),
@@ -98,7 +98,7 @@ def _read(folder: Path) -> tuple[Plan, RunResults, Recipe]:
     try:
         plan = Plan.load(folder / "plan.json")
     except (OSError, ValueError) as error:
-        raise not_a_result(folder, error) from error
+        raise invalid_result(folder, error) from error
     results = RunResults.load(folder)
     tree = {name: value for name, value in results.recipe.items() if value is not None}
     return plan, results, recipe_of(tree, folder / MARK)

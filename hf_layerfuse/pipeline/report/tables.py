@@ -160,27 +160,29 @@ def change_table(plan: Plan) -> list[list[str]]:
     return [["in the original", "in the result"], *pairs]
 
 
-def limits_of(plan: Plan, results: RunResults) -> list[str]:
-    """Limits that a user of the result should know."""
-    limits = []
+def limitations_of(plan: Plan, results: RunResults) -> list[str]:
+    """Limitations that a user of the result should know."""
+    limitations = []
     if plan.layout().ties:
-        limits.append("Sharing weights makes the file and the memory smaller. It does not make the model faster.")
+        limitations.append("Sharing weights makes the file and the memory smaller. It does not make the model faster.")
     if results.before.latency_ms:
-        limits.append("Latency was measured on the machine named below. On other machines, expect similar ratios only.")
-    limits.append(
+        limitations.append(
+            "Latency was measured on the machine named below. On other machines, expect similar ratios only."
+        )
+    limitations.append(
         "Nothing was selected on the data of these results."
         if results.metrics_on == "test"
         else "The recipe names no test data: the results are on the validation data that healing used."
     )
     if results.healed is None:
-        limits.append("It was not retrained after its layers were changed.")
+        limitations.append("It was not retrained after its layers were changed.")
     elif len(results.rounds) == 1 and results.rounds[0].report.best_step == 0:
-        limits.append("Retraining did not lower the validation loss, so the weights from before it were kept.")
+        limitations.append("Retraining did not lower the validation loss, so the weights from before it were kept.")
     metrics = results.before.metrics
     if "stride" in metrics:
-        limits.append(f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}.")
-    limits.append("Errors and biases of the original remain, and may be worse.")
-    return limits
+        limitations.append(f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}.")
+    limitations.append("Errors and biases of the original remain, and may be worse.")
+    return limitations
 
 
 def recipe_text(recipe: Recipe) -> str:

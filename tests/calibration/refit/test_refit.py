@@ -20,7 +20,7 @@ from hf_layerfuse.calibration.refit.transformer import SELECTING
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.errors import DataError
 from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.math.ridge import fit
 from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.models.modules.shared_linear import theta_of
@@ -79,7 +79,7 @@ def batches_of(model, *sizes, tokens=12, seed=0):
     """Calibration batches of these sizes, every third sequence of tokens padded on the right."""
     found = []
     for i, size in enumerate(sizes or (18, 8)):
-        batch = example_inputs(model, size, tokens, seed=seed + i)
+        batch = dummy_inputs(model, size, tokens, seed=seed + i)
         if "input_ids" in batch:
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
             batch["attention_mask"][::3, ..., 9:] = 0
@@ -441,7 +441,7 @@ def test_norms_of_shared_blocks_are_refitted(model_type):
 def test_next_to_nothing_to_calibrate_with(model_type, sizes):
     """With far fewer rows than inputs (one sequence, or three of four tokens), the result is still not worse."""
     teacher = whole(model_type)
-    batches = [example_inputs(teacher, size, 4, seed=i) for i, size in enumerate(sizes)]
+    batches = [dummy_inputs(teacher, size, 4, seed=i) for i, size in enumerate(sizes)]
     for name in ("residual", "basis", "select"):
         student, report, given, before = refitted(teacher, plan_for(teacher, *PLANS[name]), batches)
         check(student, teacher, batches, report, given, before)
@@ -463,7 +463,7 @@ def test_repaired_models_are_saved_and_loaded(tmp_path, model_type, name):
     loaded = AutoFusedModel.from_pretrained(tmp_path)
     assert same(state_of(loaded), state_of(student))
     assert ties_of(loaded) == ties_of(student)
-    inputs = example_inputs(student)
+    inputs = dummy_inputs(student)
     with torch.inference_mode():
         torch.testing.assert_close(prediction(expand(student)(**inputs)), prediction(student(**inputs)))
 

@@ -13,7 +13,7 @@ from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
 from hf_layerfuse.calibration.refit.refit import refit
 from hf_layerfuse.calibration.refit.selection import Selection, alike
 from hf_layerfuse.calibration.samples import Sample
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.architectures import architecture_for, linear_maps
 from hf_layerfuse.models.architectures.block_weights import heads_of, rows_of, write_rows
 from hf_layerfuse.plan import Source
@@ -31,7 +31,7 @@ def body(model_type, **changes):
 
 
 def batches_of(model, count=40):
-    return [example_inputs(model, 8, 12, seed=seed) for seed in range(count // 8)]
+    return [dummy_inputs(model, 8, 12, seed=seed) for seed in range(count // 8)]
 
 
 def block_of(model, layer, kind):
@@ -182,7 +182,7 @@ def test_heads_that_can_stand_side_by_side():
 def test_few_tokens_are_evenly_spread(tokens):
     """The batches that hold the requested number of tokens are spread over all data."""
     model = body("gpt2")
-    layerwise = LayerwiseForward(model, Sample.of([example_inputs(model, 1, 12, seed=seed) for seed in range(32)]))
+    layerwise = LayerwiseForward(model, Sample.of([dummy_inputs(model, 1, 12, seed=seed) for seed in range(32)]))
     found = [index for index, _ in layerwise.look(HookPoint("mlp", "read"), tokens=tokens)]
     held = sum(len(layerwise.rows(index, layerwise.states[index])) for index in range(32))
     assert len(found) == max(1, math.ceil(32 * min(1.0, tokens / held)))

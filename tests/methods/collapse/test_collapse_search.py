@@ -26,7 +26,7 @@ from hf_layerfuse import (
 from hf_layerfuse.calibration.refit.linear import fit_linear
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.math.lowrank import low_rank
 from hf_layerfuse.math.ridge import Moments
 from hf_layerfuse.models.architectures import ARCHITECTURES, One, architecture_for
@@ -346,6 +346,6 @@ def test_linear_mlps_are_exported(model_type):
     bent = () if model_type in GATED else (Blend(5),)
     small = apply(model, plan_of(model, Linearize(1), Linearize(3, rank=8), *bent)).eval()
     small.config.use_cache = False  # a cache in the output is not a tensor
-    inputs = dict(example_inputs(small))
+    inputs = dict(dummy_inputs(small))
     exported = torch.export.export(small, (), inputs, strict=False).module()
     torch.testing.assert_close(prediction(exported(**inputs)), predicted(small))

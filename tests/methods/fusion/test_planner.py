@@ -23,7 +23,7 @@ from hf_layerfuse import (
     plan_fusion,
 )
 from hf_layerfuse.calibration.recorder import observe
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
 from hf_layerfuse.methods.fusion.targets import settled
 from hf_layerfuse.models.architectures import linear_maps
@@ -39,7 +39,7 @@ def base_model(model_type, **changes):
 
 
 def batches_for(model, count=2):
-    return [example_inputs(model, 3, 10, seed) for seed in range(count)]
+    return [dummy_inputs(model, 3, 10, seed) for seed in range(count)]
 
 
 def groups(plan):
@@ -258,7 +258,7 @@ def test_layer_distances_are_those_of_the_hidden_states(model_type, measure):
 def test_padding_does_not_change_distances(model_type, measure):
     """Padding tokens are ignored: padding a batch does not change the distances."""
     model = base_model(model_type)
-    ids = example_inputs(model, 3, 10)["input_ids"]
+    ids = dummy_inputs(model, 3, 10)["input_ids"]
     padding = torch.full((3, 7), model.config.pad_token_id)
     mask = torch.cat([torch.ones_like(ids), torch.zeros_like(padding)], dim=1)
     recipe = FusionRecipe(keep_layers=3, similarity=measure)
@@ -313,7 +313,7 @@ def test_observers_see_every_token_once(model_type):
 def test_the_size_of_batches_does_not_change_distances(measure):
     """Single rows give the same distances as a batch, up to the rounding of the model."""
     model = base_model("bert")
-    ids = example_inputs(model, 12, 10)["input_ids"]
+    ids = dummy_inputs(model, 12, 10)["input_ids"]
     recipe = FusionRecipe(keep_layers=3, similarity=measure)
     one, many = (
         distances(plan_fusion(model, recipe, [{"input_ids": part} for part in ids.split(size)])) for size in (12, 1)
@@ -465,7 +465,7 @@ def test_kinds_apart_compute_what_the_plan_says(model_type):
     for kind, (_, second) in alike.items():
         for parameter in expected.get_submodule(blocks[kind, second].modules["out"]).parameters():
             parameter.data.zero_()
-    inputs = example_inputs(model, 3, 12)
+    inputs = dummy_inputs(model, 3, 12)
     with torch.inference_mode():
         got, wanted, before = (m(**inputs).last_hidden_state for m in (fused, expected, model))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from helpers import CHAINS, cifar_resnet, network, some_batches, tiny_model
+from helpers import CONV_GRAPHS, cifar_resnet, network, some_batches, tiny_model
 from torch import nn
 
 from hf_layerfuse import (
@@ -39,7 +39,7 @@ from hf_layerfuse.methods.merge.candidates import (
 from hf_layerfuse.methods.merge.finetune import tune
 from hf_layerfuse.methods.merge.search import choose, frontier
 from hf_layerfuse.methods.merge.segment_latency import SegmentLatencies
-from hf_layerfuse.models.architectures.segments import Chain, Link
+from hf_layerfuse.models.architectures.segments import ConvGraph, ConvNode
 
 CIFAR = cifar_resnet()
 
@@ -69,36 +69,36 @@ class Known:
 def test_the_best_choice_of_all(seed):
     """The sum of losses is the lowest of all choices of segments within the budget."""
     chance = random.Random(seed)
-    links = [Link(3, 1, 4, 4, norm=chance.random()) for _ in range(7)]
-    chain = Chain(links, skips=[(0, 2), (2, 4)])
-    candidates = [Segment.of(*row) for row in chain.table()]
+    nodes = [ConvNode(3, 1, 4, 4, norm=chance.random()) for _ in range(7)]
+    graph = ConvGraph(nodes, skips=[(0, 2), (2, 4)])
+    candidates = [Segment.of(*row) for row in graph.table()]
     cost = Known({candidate: float(chance.randrange(1, 9)) for candidate in candidates})
     loss = Known({candidate: chance.random() for candidate in candidates})
     every = []
-    for count in range(chain.length):
-        for cuts in itertools.combinations(range(1, chain.length), count):
-            parts = list(itertools.pairwise((0, *cuts, chain.length)))
+    for count in range(graph.length):
+        for cuts in itertools.combinations(range(1, graph.length), count):
+            parts = list(itertools.pairwise((0, *cuts, graph.length)))
             ways = [
                 [candidate for candidate in candidates if (candidate.start, candidate.end) == part] for part in parts
             ]
             every += itertools.product(*ways)
     for limit in (12.0, 18.0, 30.0):
-        found = choose(candidates, cost, loss, limit, chain.length)
+        found = choose(candidates, cost, loss, limit, graph.length)
         fitting = [way for way in every if sum(map(cost.of, way)) <= limit]
         assert sum(map(cost.of, found)) <= limit
         assert sum(map(loss.of, found)) == pytest.approx(min(sum(map(loss.of, way)) for way in fitting))
-    assert [sum(map(cost.of, chain)) for chain in frontier(candidates, cost, loss, 30.0, chain.length)] == sorted(
-        sum(map(cost.of, chain)) for chain in frontier(candidates, cost, loss, 30.0, chain.length)
+    assert [sum(map(cost.of, path)) for path in frontier(candidates, cost, loss, 30.0, graph.length)] == sorted(
+        sum(map(cost.of, path)) for path in frontier(candidates, cost, loss, 30.0, graph.length)
     )
-    for chosen in frontier(candidates, cost, loss, 30.0, chain.length):
-        assert chosen == choose(candidates, cost, loss, sum(map(cost.of, chosen)) + 1e-9, chain.length)
-    best = choose(candidates, cost, loss, 20.0, chain.length, published=True)
+    for chosen in frontier(candidates, cost, loss, 30.0, graph.length):
+        assert chosen == choose(candidates, cost, loss, sum(map(cost.of, chosen)) + 1e-9, graph.length)
+    best = choose(candidates, cost, loss, 20.0, graph.length, published=True)
     fitting = [way for way in every if sum(map(cost.of, way)) <= 20]
     worth = max(sum(math.exp(-loss.of(candidate)) for candidate in way) for way in fitting)
     assert sum(math.exp(-loss.of(candidate)) for candidate in best) == pytest.approx(worth)
     least = min(sum(map(cost.of, way)) for way in every)
     with pytest.raises(RecipeError, match=f"the fastest available plan takes {least:.3g} ms, {least:.0f}% of"):
-        choose(candidates, cost, loss, least - 1, chain.length)
+        choose(candidates, cost, loss, least - 1, graph.length)
 
 
 @pytest.mark.parametrize("name", ["cifar", "basic", "bottleneck", "mobilenet"])
@@ -302,7 +302,7 @@ def test_segments_are_trained_before_they_are_judged(cifar, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(student.buffers(), cifar.buffers(), strict=True))
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", CONV_GRAPHS)
 def test_every_entry_is_timed_at_its_shape(name):
     """Each part is timed with images of the size that its segment reads, and returns the size that the next one
     reads."""

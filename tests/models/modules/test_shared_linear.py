@@ -25,7 +25,7 @@ from hf_layerfuse import (
     expand,
     verify,
 )
-from hf_layerfuse.evaluation.dummy_inputs import example_inputs
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.math.lowrank import low_rank, shared_basis
 from hf_layerfuse.models.modeling import fused_class
 from hf_layerfuse.models.modules.shared_linear import (
@@ -52,7 +52,7 @@ def fused(model_type, *edits, head=None, **changes):
 
 def outputs(model):
     with torch.inference_mode():
-        return prediction(model(**example_inputs(model)))
+        return prediction(model(**dummy_inputs(model)))
 
 
 def layer_list(model):
@@ -364,11 +364,11 @@ def test_fresh_process_gives_the_same_logits(tmp_path):
         "import sys, torch, pathlib\n"
         "torch.set_num_threads(1)\n"
         "from hf_layerfuse import AutoFusedModel\n"
-        "from hf_layerfuse.evaluation.dummy_inputs import example_inputs\n"
+        "from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs\n"
         "from hf_layerfuse.evaluation.divergence import prediction\n"
         "for path in pathlib.Path(sys.argv[1]).iterdir():\n"
         "    model = AutoFusedModel.from_pretrained(path)\n"
-        "    with torch.inference_mode(): got = prediction(model(**example_inputs(model)))\n"
+        "    with torch.inference_mode(): got = prediction(model(**dummy_inputs(model)))\n"
         "    assert torch.equal(got, torch.load(path / 'expected.pt', weights_only=True)), path\n"
         "    print(type(model).__name__)\n"
     )
@@ -418,7 +418,7 @@ def test_trains_and_stays_tied(model_type, edit):
     before = {name: p.detach().clone() for name, p in layer_list(model).named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     torch.manual_seed(0)
-    prediction(model(**example_inputs(model))).square().mean().backward()
+    prediction(model(**dummy_inputs(model))).square().mean().backward()
     for name, module in relaxed(layer_list(model)).items():
         for own, parameter in module.named_parameters():
             assert parameter.grad is not None, (name, own)
@@ -443,7 +443,7 @@ def test_frozen_layer_starts_as_lora_does():
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     for _ in range(2):
         optimizer.zero_grad()
-        prediction(model(**example_inputs(model))).square().mean().backward()
+        prediction(model(**dummy_inputs(model))).square().mean().backward()
         optimizer.step()
     assert kept.residual_out.any()
     assert kept.residual_in.grad.any()
@@ -463,7 +463,7 @@ def test_half_precision(model_type, edit, dtype):
             assert error < 3 * torch.finfo(dtype).eps
     assert expand(half).dtype == dtype
     if dtype == torch.bfloat16:
-        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in example_inputs(half).items()}
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in dummy_inputs(half).items()}
         verify(half, inputs=inputs)
 
 

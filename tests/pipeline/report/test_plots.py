@@ -10,11 +10,13 @@ from runs import REPORT
 
 from hf_layerfuse import Drop, Fuse, FusionRecipe, Linearize, MergeConvs, Plan, apply, architecture_for, plan_fusion
 from hf_layerfuse.pipeline.report.plots import _COLOURS, _GREY, Quality, _made_of, draw, plot_quality
-from hf_layerfuse.plan import CHAIN, TRANSFORMER
+from hf_layerfuse.plan import CONV_GRAPH_KINDS, TRANSFORMER
 
 MIXED = Plan("gpt2", 6, (Linearize(1), Drop("attention", 2), Drop("layer", 3), Fuse("layer", (4, 5))))
 SHARED = Plan("gpt2", 6, (Fuse("mlp", (0, 3, 5), mode="share"), Fuse("attention", (1, 2), mode="basis", rank=2)))
-CHAINED = Plan("resnet", 9, (MergeConvs(0, 2, (1, 2)), MergeConvs(3, 4, ()), MergeConvs(4, 8, (6,))), kinds=CHAIN)
+MERGED = Plan(
+    "resnet", 9, (MergeConvs(0, 2, (1, 2)), MergeConvs(3, 4, ()), MergeConvs(4, 8, (6,))), kinds=CONV_GRAPH_KINDS
+)
 
 
 def test_what_became_of_what() -> None:
@@ -22,7 +24,7 @@ def test_what_became_of_what() -> None:
     assert _made_of(MIXED, "mlp") == [((0,), False), ((1,), True), ((2,), False), ((4, 5), False)]
     assert _made_of(MIXED, "attention") == [((0,), False), ((1,), False), ((4, 5), False)]
     assert _made_of(SHARED, "mlp") == [((layer,), False) for layer in range(6)]
-    assert [layers for layers, _ in _made_of(CHAINED, "convolution")] == [(0,), (1, 2), (3,), (5, 6, 7, 8)]
+    assert [layers for layers, _ in _made_of(MERGED, "convolution")] == [(0,), (1, 2), (3,), (5, 6, 7, 8)]
 
 
 @pytest.mark.parametrize("model_type", TINY)
@@ -35,7 +37,7 @@ def test_as_many_blocks_as_the_result_has(model_type) -> None:
         assert len(_made_of(plan, kind)) == len(blocks)
 
 
-@pytest.mark.parametrize("plan", [MIXED, SHARED, CHAINED], ids=["mixed", "shared", "chain"])
+@pytest.mark.parametrize("plan", [MIXED, SHARED, MERGED], ids=["mixed", "shared", "merged"])
 @pytest.mark.parametrize("healed", [None, REPORT, replace(REPORT, homotopy=[(0, {"a": 0.9})])])
 def test_pictures_are_written(tmp_path, plan, healed) -> None:
     """Pictures with content are written, with a transparent background, and at most twice the width of a card."""

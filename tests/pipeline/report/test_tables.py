@@ -7,7 +7,7 @@ from runs import REPORT, healed_by, results
 
 from hf_layerfuse import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
 from hf_layerfuse.pipeline.report.tables import describe, rows
-from hf_layerfuse.plan import CHAIN
+from hf_layerfuse.plan import CONV_GRAPH_KINDS
 from hf_layerfuse.plan.edit import Kind, Mode
 
 
@@ -32,7 +32,7 @@ def test_linear_and_merged_parts_have_words():
     assert "includes the residual sum" in lines[2]
     assert "becomes a line in training" in lines[3]
     edits = MergeConvs(-1, 0, (0,)), MergeConvs(0, 2, (2,)), MergeConvs(2, 3, ()), MergeConvs(3, 5, (4,), merged=False)
-    lines = describe(Plan("resnet", 6, edits, kinds=CHAIN))
+    lines = describe(Plan("resnet", 6, edits, kinds=CONV_GRAPH_KINDS))
     assert lines == [
         "convolutions 1, 2: become one, made of 2",
         "convolution 3: removed",
