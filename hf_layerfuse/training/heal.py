@@ -106,8 +106,7 @@ def heal(
     Raises:
         RecipeError: The recipe requests distillation without a teacher, or of layers without pairs in `scope`; a
             tracker that is not installed; gradient checkpointing that the model does not support; or a homotopy
-            without without
-            `Blend` edits. Also raised for mixed weights under FSDP or DeepSpeed.
+            without `Blend` edits. Also raised for mixed weights under FSDP or DeepSpeed.
         DataError: No batches, or batches without any loss to compute.
         CheckpointError: The checkpoints belong to another run or are damaged.
         TrainingError: A loss or a gradient is not finite, or the loss explodes; the previous checkpoint is kept.
