@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import HEADS, LAYERS, TINY, tiny_model
+from helpers import HEADS, LAYERS, LAYOUTS, TINY, in_turn, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Linearize, Plan, apply, expand, verify
 from hf_layerfuse.evaluation.dummy_inputs import example_inputs
@@ -26,20 +26,23 @@ EDITS = {
 STOCK = {"depth", "drop"}
 
 every_head = pytest.mark.parametrize(("model_type", "head"), HEADS, ids=[head.__name__ for _, head in HEADS])
-every_edit = pytest.mark.parametrize("name", EDITS)
 
 
-def on_heads(field, choices):
-    """Every choice on the first head of each architecture, and two of them, in turn, on each of the other heads."""
-    choices, first = list(choices), dict(reversed(HEADS))
-    cases = [
-        (kind, head, choice)
-        for i, (kind, head) in enumerate(HEADS)
-        for j, choice in enumerate(choices)
-        if head is first[kind] or (j - i) % len(choices) in (0, len(choices) // 2)
-    ]
-    ids = [f"{head.__name__}-{'-'.join(choice) if isinstance(choice, tuple) else choice}" for _, head, choice in cases]
-    return pytest.mark.parametrize(("model_type", "head", field), cases, ids=ids)
+FIRST = dict(reversed(HEADS))
+one_head = pytest.mark.parametrize(("model_type", "head"), FIRST.items(), ids=FIRST)
+
+
+def on_heads(field, choices, rest=tuple(HEADS)):
+    """Every choice on the first head of each layout, and one of them, in turn, on each of the other heads."""
+    firsts = [(kind, FIRST[kind]) for kind in LAYOUTS]
+    cases = in_turn(choices, firsts, [head for head in rest if head not in firsts])
+    ids = [f"{head.__name__}-{'-'.join(choice) if isinstance(choice, tuple) else choice}" for (_, head), choice in cases]
+    return pytest.mark.parametrize(("model_type", "head", field), [(*head, choice) for head, choice in cases], ids=ids)
+
+
+def on_one_head(field, choices):
+    """Every choice on each layout, and one of them, in turn, on each architecture that shares one."""
+    return on_heads(field, choices, rest=FIRST.items())
 
 
 def outputs(model, inputs=None):
@@ -76,7 +79,7 @@ def test_result_survives_saving_loading_and_caching(model_type, head, name):
     assert not torch.allclose(outputs(fused), expected, rtol=1e-2), "the edit had no effect: this test is blind"
 
 
-@on_heads("fused", itertools.product(["layer", "attention", "mlp"], ["mean", "freeze", "telescope"]))
+@on_one_head("fused", itertools.product(["layer", "attention", "mlp"], ["mean", "freeze", "telescope"]))
 def test_sharing_equal_blocks_is_the_identity(model_type, head, fused):
     """Where the blocks of a group are equal, sharing them changes no output bit, whatever the operator."""
     kind, operator = fused
@@ -88,8 +91,7 @@ def test_sharing_equal_blocks_is_the_identity(model_type, head, fused):
     assert torch.equal(outputs(apply(model, plan)), outputs(model))
 
 
-@every_head
-@pytest.mark.parametrize("operator", ["mean", "freeze", "telescope"])
+@on_one_head("operator", ["mean", "freeze", "telescope"])
 def test_depth_fusing_equal_layers_gives_that_layer(model_type, head, operator):
     """Three equal layers fused in depth are the same function as one of them with the others dropped."""
     model = tiny_model(model_type, head)
@@ -101,7 +103,7 @@ def test_depth_fusing_equal_layers_gives_that_layer(model_type, head, operator):
     assert torch.equal(outputs(fused), outputs(dropped))
 
 
-@every_head
+@one_head
 def test_fusing_both_blocks_is_fusing_the_layer(model_type, head):
     """Attention and MLP fused over the same layers leave a stock model, equal to fusing the layers whole."""
     model = tiny_model(model_type, head)
@@ -112,7 +114,7 @@ def test_fusing_both_blocks_is_fusing_the_layer(model_type, head):
     assert torch.equal(outputs(parts), outputs(whole))
 
 
-@every_head
+@one_head
 def test_dropped_block_contributes_nothing(model_type, head):
     """Dropping a block equals a model whose output projection of that block is zero."""
     model = tiny_model(model_type, head)
@@ -125,7 +127,7 @@ def test_dropped_block_contributes_nothing(model_type, head):
     torch.testing.assert_close(outputs(fused), outputs(model))
 
 
-@on_heads("name", ["share", "attention", "mlp", "relaxed"])
+@on_one_head("name", ["share", "attention", "mlp", "relaxed"])
 def test_fused_model_expands_to_an_equal_stock_model(model_type, head, name):
     """The stock export of a fused model has the original's class and size, and the fused model's outputs."""
     model = tiny_model(model_type, head)
@@ -138,7 +140,7 @@ def test_fused_model_expands_to_an_equal_stock_model(model_type, head, name):
     torch.testing.assert_close(outputs(stock), outputs(fused))
 
 
-@on_heads("name", EDITS)
+@on_one_head("name", EDITS)
 def test_every_parameter_is_reached_by_gradients(model_type, head, name):
     """The result trains: every weight that the original trains gets a gradient, shared ones the sum of their uses."""
     model = tiny_model(model_type, head)
@@ -162,10 +164,9 @@ def test_every_parameter_is_reached_by_gradients(model_type, head, name):
 
 # transformers 5.23 prefers activation_checkpointing_enable, which earlier releases of version 5 do not have
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@every_edit
-def test_runs_as_transformers_models_do(model_type, name):
+@on_one_head("name", EDITS)
+def test_runs_as_transformers_models_do(model_type, head, name):
     """hidden states, gradient checkpointing, deepcopy and half precision work on the result."""
-    head = next(head for kind, head in HEADS if kind == model_type)
     fused = apply(tiny_model(model_type, head), Plan(model_type, LAYERS, EDITS[name]))
     inputs = example_inputs(fused)
     expected = outputs(fused, inputs)
@@ -194,9 +195,7 @@ def test_runs_as_transformers_models_do(model_type, name):
         torch.testing.assert_close(value, plain[key])
 
 
-@pytest.mark.parametrize(
-    ("model_type", "name"), dict.fromkeys([(k, "attention") for k in TINY] + [("gpt2", n) for n in EDITS])
-)
+@pytest.mark.parametrize(("model_type", "name"), in_turn(EDITS, firsts=(), rest=TINY))
 def test_compiles(model_type, name):
     """torch.compile traces the result as it does stock models: one edit for each architecture, and each edit once."""
     fused = apply(tiny_model(model_type), Plan(model_type, LAYERS, EDITS[name]))
