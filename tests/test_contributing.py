@@ -69,6 +69,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_adding_an_architecture_works_as_written(tmp_path):
     """The code of the guide, to the letter, is all it takes to fuse, save, reload and verify a model that is new."""
     code = blocks_of("Add an architecture")

@@ -32,11 +32,13 @@ FIRST = dict(reversed(HEADS))
 one_head = pytest.mark.parametrize(("model_type", "head"), FIRST.items(), ids=FIRST)
 
 
-def on_heads(field, choices, rest=tuple(HEADS)):
+def on_heads(field, choices, rest=tuple(HEADS), layouts=LAYOUTS):
     """Every choice on the first head of each layout, and one of them, in turn, on each of the other heads."""
-    firsts = [(kind, FIRST[kind]) for kind in LAYOUTS]
+    firsts = [(kind, FIRST[kind]) for kind in layouts]
     cases = in_turn(choices, firsts, [head for head in rest if head not in firsts])
-    ids = [f"{head.__name__}-{'-'.join(choice) if isinstance(choice, tuple) else choice}" for (_, head), choice in cases]
+    ids = [
+        f"{head.__name__}-{'-'.join(choice) if isinstance(choice, tuple) else choice}" for (_, head), choice in cases
+    ]
     return pytest.mark.parametrize(("model_type", "head", field), [(*head, choice) for head, choice in cases], ids=ids)
 
 
@@ -164,7 +166,7 @@ def test_every_parameter_is_reached_by_gradients(model_type, head, name):
 
 # transformers 5.23 prefers activation_checkpointing_enable, which earlier releases of version 5 do not have
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@on_one_head("name", EDITS)
+@on_heads("name", EDITS, FIRST.items(), ["gpt2", "bert", "llama"])
 def test_runs_as_transformers_models_do(model_type, head, name):
     """hidden states, gradient checkpointing, deepcopy and half precision work on the result."""
     fused = apply(tiny_model(model_type, head), Plan(model_type, LAYERS, EDITS[name]))
@@ -195,7 +197,13 @@ def test_runs_as_transformers_models_do(model_type, head, name):
         torch.testing.assert_close(value, plain[key])
 
 
-@pytest.mark.parametrize(("model_type", "name"), in_turn(EDITS, firsts=(), rest=TINY))
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        case if i < len(EDITS) else pytest.param(*case, marks=pytest.mark.slow)
+        for i, case in enumerate(in_turn(EDITS, firsts=(), rest=TINY))
+    ],
+)
 def test_compiles(model_type, name):
     """torch.compile traces the result as it does stock models: one edit for each architecture, and each edit once."""
     fused = apply(tiny_model(model_type), Plan(model_type, LAYERS, EDITS[name]))

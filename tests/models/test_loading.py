@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYERS, TINY, heads_of, network, tiny_model
+from helpers import LAYERS, TINY, heads_of, in_turn, network, tiny_model
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -43,6 +43,8 @@ from hf_layerfuse.plan import CHAIN
 
 SHARE = (Fuse("layer", (1, 3), "share", "mean"), Fuse("mlp", (4, 5), "share"))
 PARTS = (Drop("attention", 0), Fuse("mlp", (3, 4)))
+RESIDUAL = (Fuse("layer", (1, 3), "share", "mean", rank=3),)
+BASIS = (Fuse("layer", (0, 2, 4), "basis", rank=8),)
 
 
 def fused(model_type, edits=SHARE, head=None, **changes):
@@ -60,10 +62,10 @@ def python(code, *args):
 
 def test_fresh_process_gives_the_same_logits(tmp_path):
     """A process that knows nothing but the path and the library gets the outputs to the bit, with the right class."""
+    every = [SHARE, PARTS, (Fuse("layer", (1, 2)),), RESIDUAL, BASIS]
     models = [
         fused(model_type, edits, heads_of(model_type)[-1])
-        for model_type in TINY
-        for edits in (SHARE, PARTS, (Fuse("layer", (1, 2)),))
+        for model_type, edits in in_turn(every, rest=[name for name in TINY if name != "gpt2"])
     ]
     for name in ("bottleneck", "mobilenet"):
         model = copy.deepcopy(network(name)).float()
@@ -103,17 +105,17 @@ def test_without_the_library(tmp_path):
         "import json, sys, torch\n"
         "torch.set_num_threads(1)\n"
         "from transformers import AutoModel\n"
-        "model = AutoModel.from_pretrained(sys.argv[1])\n"
-        "assert 'hf_layerfuse' not in sys.modules\n"
-        "ids = torch.tensor(json.loads(sys.argv[2]))\n"
-        "with torch.inference_mode(): got = model(ids)[0]\n"
-        "assert torch.equal(got, torch.load(sys.argv[3], weights_only=True))\n"
+        "ids = torch.tensor(json.loads(sys.argv[1]))\n"
+        "for path in sys.argv[2:]:\n"
+        "    model = AutoModel.from_pretrained(path)\n"
+        "    with torch.inference_mode(): got = model(ids)[0]\n"
+        "    assert torch.equal(got, torch.load(path + '.pt', weights_only=True))\n"
+        "    assert 'hf_layerfuse' not in sys.modules\n"
+        "    print(path)\n"
     )
     ids = example_inputs(fused("gpt2", SHARE, "GPT2Model"))["input_ids"].tolist()
-    for name in ("depth", "expanded"):
-        done = python(code, tmp_path / name, ids, tmp_path / f"{name}.pt")
-        assert done.returncode == 0, done.stderr
-    done = python(code, tmp_path / "shared", ids, tmp_path / "shared.pt")
+    done = python(code, ids, *(tmp_path / name for name in ("depth", "expanded", "shared")))
+    assert done.stdout.split() == [str(tmp_path / name) for name in ("depth", "expanded")], done.stderr
     assert done.returncode != 0
     assert "fused_gpt2" in done.stderr
     assert "does not recognize this architecture" in done.stderr

@@ -238,6 +238,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_6_stock_transformers_does_not_load_it_by_accident(tmp_path):
     """Without this library Auto classes refuse, and a stock class that is forced on the file says what it lacks."""
     model = shared_model("gpt2", head="GPT2LMHeadModel")

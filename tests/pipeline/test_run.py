@@ -52,6 +52,13 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Pictures take a fifth of a tiny run and have tests of their own: few runs draw them."""
+    if request.function not in (test_end_to_end, test_homotopy_end_to_end):
+        monkeypatch.setattr(job, "draw", lambda *_: {})
+
+
 JOBS = {
     "causal-lm": (causal_lm, ["token_perplexity", "word_perplexity"]),
     "masked-lm": (masked_lm, ["accuracy", "cross_entropy"]),
@@ -72,6 +79,7 @@ def test_end_to_end(tmp_path, capsys, task, mode):
     """Every task and mode leaves a checkpoint with its processor, plan, results and card, all of them consistent."""
     prepare, metrics = JOBS[task]
     words = [*prepare(tmp_path), "--fusion.mode", mode, "--fusion.similarity", "block_influence"]
+    words += ["--fusion.effort", "medium"] if task == "causal-lm" else []
     assert main(words) == 0
     out = tmp_path / "out"
     assert not list(tmp_path.glob(".out*")), "a temporary directory was left behind"
@@ -111,7 +119,10 @@ def collapsing(words: list[str]) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("task", ["causal-lm", "text-classification", "image-classification"])
+@pytest.mark.parametrize(
+    "task",
+    ["causal-lm", *(pytest.param(f"{kind}-classification", marks=pytest.mark.slow) for kind in ("text", "image"))],
+)
 def test_collapse_end_to_end(tmp_path, task):
     """A recipe of collapse leaves a checkpoint, healed, whose plan, results and card say what became of the MLPs."""
     words = collapsing(JOBS[task][0](tmp_path))
@@ -468,6 +479,7 @@ def test_low_rank_healing(tmp_path):
     assert torch.equal(model.transformer.wte.weight, original.transformer.wte.weight)
 
 
+@pytest.mark.slow
 def test_rounds_of_rank_auto(tmp_path):
     """Each round removes its part of the ratio, and has the rank that follows from that."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--fusion.keep_layers", "null"]
@@ -615,6 +627,8 @@ MODELS = {  # what the models of the shipped recipes are, but tiny
 def test_shipped_recipes(path, request, tmp_path, monkeypatch):
     """Every shipped recipe parses, takes overrides, and leads to a plan for a model of the depth that it names."""
     recipe = load_recipe(path, {"heal.learning_rate": "1e-4", "output_dir": "elsewhere"})
+    if recipe.fusion:
+        recipe.fusion.effort = "low"
     assert recipe.heal.learning_rate == 1e-4
     assert recipe.output_dir == "elsewhere"
     request.getfixturevalue("steady")

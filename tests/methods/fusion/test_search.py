@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import batches_of, state_of, whole
+from helpers import batches_of, in_turn, state_of, whole
 
 from hf_layerfuse import (
     AutoFusedModel,
@@ -65,7 +65,7 @@ def test_more_effort_is_never_worse(model_type):
     model = whole(model_type)
     batches, before = batches_of(model, 24), state_of(model)
     tried, losses = [], []
-    for effort in ("low", "medium", "high") if model_type in ("gpt2", "bert", "vit") else ("low", "medium"):
+    for effort in ("low", "medium", "high") if model_type == "gpt2" else ("low", "medium"):
         found = search(model, FusionRecipe(keep_layers=3, effort=effort), batches)
         assert depth_of(found.model) == 3
         assert type(found.model) is type(model)
@@ -117,7 +117,7 @@ def borders(edits):
     return {1, 2, 3, 4, 5} - {layer for edit in edits for layer in edit.layers[1:]}
 
 
-@pytest.mark.parametrize("mode", ["depth", "share"])
+@pytest.mark.parametrize(("model_type", "mode"), in_turn(["depth", "share"]))
 def test_without_batches_it_is_from_the_weights_alone(model_type, mode):
     """Without calibration data the result is what the plan of the weights gives, to the bit, and says so."""
     model = whole(model_type)
@@ -142,11 +142,15 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("blocks", ["layer", "attention", "mlp", "separate"])
-@pytest.mark.parametrize("mode", ["depth", *MODES])
-@pytest.mark.parametrize("model_type", ["gpt2", "bert"])
-def test_every_mode_and_kind_of_block(model_type, mode, blocks):
+KINDS = ["layer", "attention", "mlp", "separate"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "asked"), in_turn(itertools.product(KINDS, ["depth", *MODES]), rest=["bert"] * 4)
+)
+def test_every_mode_and_kind_of_block(model_type, asked):
     """Whatever is fused and how: as many blocks stay distinct as asked for, and the result is repaired, and saves."""
+    blocks, mode = asked
     model = whole(model_type)
     recipe = FusionRecipe(keep_layers=3, blocks=blocks, effort="low", **MODES.get(mode, {}))
     found = search(model, recipe, batches_of(model))
@@ -161,7 +165,7 @@ def test_every_mode_and_kind_of_block(model_type, mode, blocks):
         verify(found.model)
 
 
-@pytest.mark.parametrize("effort", ["low", "medium"])
+@pytest.mark.parametrize("effort", ["low", pytest.param("medium", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["share", "basis"])
 def test_rank_auto_is_searched_as_its_number(mode, effort):
     """A rank that follows from the target gives what that number gives, and the notes say which."""
@@ -176,7 +180,7 @@ def test_rank_auto_is_searched_as_its_number(mode, effort):
     verify(auto.model)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["share", "basis", pytest.param("residual", marks=pytest.mark.slow)])
 def test_sharing_competes_too(mode):
     """Groups and operators of shared blocks are compared as those of fused ones are."""
     model = whole("vit")
@@ -227,8 +231,7 @@ def test_the_method_of_repair(refit):
     assert found.report.after == loss(found.model, model, batches_of(model))
 
 
-@pytest.mark.parametrize("blocks", ["layer", "separate"])
-@pytest.mark.parametrize("mode", ["depth", *MODES])
+@pytest.mark.parametrize(("mode", "blocks"), [(mode, "layer") for mode in ["depth", *MODES]] + [("depth", "separate")])
 def test_sizes_are_kept_to(mode, blocks):
     """The limit holds for the model that the search ends with."""
     model = whole("gpt2")
@@ -384,7 +387,7 @@ def test_even_spreads_layers(layers):
     assert even(6, 4) == [(0,), (1, 2), (3, 4), (5,)]
 
 
-@pytest.mark.parametrize("mode", ["depth", "residual"])
+@pytest.mark.parametrize("mode", ["depth", pytest.param("residual", marks=pytest.mark.slow)])
 def test_the_same_again(mode):
     """Two searches give the same plan and the same model, to the bit."""
     model = whole("roberta")
@@ -438,7 +441,7 @@ def test_weighted_does_not_depend_on_dropout():
     assert importances(model.train(), sample) == importances(model.eval(), sample)
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("keep", [1, 3])
 def test_mixed_layer_types(keep):
     """Layers of different types do not hinder the search: what cannot be averaged is not chosen."""
     model = whole("qwen2")
