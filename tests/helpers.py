@@ -79,7 +79,7 @@ TINY = {
 }
 
 
-# one architecture for each layout of blocks; the contract tests alone run on all of `TINY`
+# one architecture for each layout of blocks: the contract tests run on all of `TINY`, most others on these
 LAYOUTS = [
     "gpt2",  # queries, keys and values in one map, stored transposed; the norm in front of the block
     "bert",  # the norm behind the block; roberta has the same table
@@ -88,9 +88,6 @@ LAYOUTS = [
     "llama",  # a gate, rotary positions, grouped heads; mistral and qwen2 have the same table
     "qwen3",  # as llama, with norms on queries and keys
 ]
-
-
-OTHERS = [name for name in TINY if name not in LAYOUTS]
 
 
 def in_turn(choices, firsts=LAYOUTS[:1], rest=LAYOUTS[1:]) -> list[tuple]:

@@ -467,6 +467,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_processes_heal_as_one_does(tmp_path: Path) -> None:
     """Half the batch on each of two processes gives the losses of one: by cross-entropy, also where targets are spread
     unevenly, by hidden states, last or inner, and of texts that are streamed."""

@@ -29,7 +29,7 @@ from hf_layerfuse.methods.fusion.targets import settled
 from hf_layerfuse.models.architectures import linear_maps
 from hf_layerfuse.models.surgery.size import planned_size
 
-TEXT = sorted(TINY.keys() - {"vit", "deit"})
+TEXT = sorted(TINY.keys() - {"gpt2", "vit", "deit"})
 MEASURES = (*ON_WEIGHTS, *ON_ACTIVATIONS)
 
 

@@ -283,7 +283,7 @@ def test_full_basis_reproduces_the_original(model_type):
     assert max(distance(apply(model, Plan(model_type, LAYERS, edits)), model)) < 1e-4
 
 
-@pytest.mark.parametrize(("model_type", "mode"), in_turn(["share", "basis"]))
+@pytest.mark.parametrize(("model_type", "mode"), in_turn(["share", "basis"], rest=["bert", "llama"]))
 def test_error_falls_with_rank(model_type, mode):
     """The weights come nearer to the original's with every rank, and end there."""
     model = tiny_model(model_type)
@@ -332,7 +332,7 @@ def test_what_is_shared_and_what_is_not(model_type):
     assert model.num_parameters() == size
 
 
-@both
+@in_turns
 def test_saved_once_and_loaded_alike(tmp_path, model_type, edit):
     """The file holds each shared tensor once and each residual; a reload has equal outputs and the same ties."""
     model = fused(model_type, edit)
