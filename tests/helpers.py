@@ -83,7 +83,7 @@ TINY = {
 LAYOUTS = [
     "gpt2",  # queries, keys and values in one map, stored transposed; the norm in front of the block
     "bert",  # the norm behind the block; roberta has the same table
-    "distilbert",  # as bert, with the dropout and the norm of attention outside of its module
+    "distilbert",  # as bert, with each block in one module and the norms beside them
     "vit",  # images, no tokens; the norm in front of the block; deit has the same layout
     "llama",  # a gate, rotary positions, grouped heads; mistral and qwen2 have the same table
     "qwen3",  # as llama, with norms on queries and keys

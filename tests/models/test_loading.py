@@ -310,21 +310,25 @@ def test_pickle_is_never_read(tmp_path):
         AutoFusedModel.from_pretrained(tmp_path)
 
 
+GENERATING = {
+    "depth": (Fuse("layer", (1, 2)), Drop("layer", 0)),
+    "share": SHARE,
+    "attention": (Drop("attention", 0), Drop("attention", 4)),
+    "no-full-attention": (Drop("attention", 0), Drop("attention", 1), Drop("attention", 2)),
+    "no-sliding-attention": (Drop("attention", 3), Drop("attention", 4), Drop("attention", 5)),
+    "across-types": (Fuse("attention", (2, 3)), Drop("mlp", 0)),
+}
+WINDOWED = ["MistralForCausalLM", "Qwen2ForCausalLM"]
+
+
 @pytest.mark.parametrize(
-    "edits",
-    [
-        (Fuse("layer", (1, 2)), Drop("layer", 0)),
-        SHARE,
-        (Drop("attention", 0), Drop("attention", 4)),
-        (Drop("attention", 0), Drop("attention", 1), Drop("attention", 2)),
-        (Drop("attention", 3), Drop("attention", 4), Drop("attention", 5)),
-        (Fuse("attention", (2, 3)), Drop("mlp", 0)),
-    ],
-    ids=["depth", "share", "attention", "no-full-attention", "no-sliding-attention", "across-types"],
+    ("causal_lm", "name"),
+    in_turn(GENERATING, WINDOWED, ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
+    indirect=["causal_lm"],
 )
-def test_generation_with_caches(causal_lm, edits):
+def test_generation_with_caches(causal_lm, name):
     """Greedy decoding with a dynamic or a static cache, past the sliding window too, equals decoding without."""
-    model = apply(causal_lm, Plan(causal_lm.config.model_type, LAYERS, edits))
+    model = apply(causal_lm, Plan(causal_lm.config.model_type, LAYERS, GENERATING[name]))
     ids = example_inputs(model, 2, 9)["input_ids"]
     mask = torch.ones_like(ids)
     mask[0, :3] = 0  # left padding

@@ -143,6 +143,7 @@ def test_collapse_end_to_end(tmp_path, task):
     assert "import hf_layerfuse" in card
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("steady")
 def test_latency_end_to_end(tmp_path, capsys):
     """A recipe with a latency budget leaves a faster checkpoint, healed, and says what it takes; rounds are refused."""
@@ -197,6 +198,7 @@ def test_merge_end_to_end(tmp_path, capsys, method):
         assert "merges convolutions after healing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_homotopy_end_to_end(tmp_path, capsys):
     """Activations become lines while the model heals, and are merged; as a regulariser they stay what they are."""
     words = [*collapsing(text_classification(tmp_path)), "--collapse.method", "homotopy", "--heal.steps", "6"]

@@ -299,7 +299,7 @@ def test_targets_out_of_reach_are_refused():
         ({"max_loss": 1e-12}, "allows no linear MLP"),
     ):
         with pytest.raises(RecipeError, match=reason):
-            collapse(model, **values, batches=batches)
+            collapse(model, **values, order="deepest", batches=batches)
     with pytest.raises(RecipeError, match=r"order='measured' .* pass batches="):
         collapse(model, count=1)
     with pytest.raises(RecipeError, match=r"order='deepest' with max_loss=1 .* pass batches="):

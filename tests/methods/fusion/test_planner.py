@@ -565,7 +565,7 @@ def test_sizes_out_of_reach_are_refused_before_calibration():
 
 # the models are random, so that fusing them may well be worse than chance: what is said of it is not the claim here
 @pytest.mark.filterwarnings("ignore::hf_layerfuse.LayerFuseWarning")
-@pytest.mark.parametrize(("model_type", "mode"), in_turn(["depth", "share"]))
+@pytest.mark.parametrize(("model_type", "mode"), in_turn(["depth", "share"], rest=["bert", "vit", "llama"]))
 def test_fuse_leaves_its_input_as_it_was(model_type, mode):
     """Weights, config, generation config, modes and hooks of the input are the same after `fuse`, batches included."""
     model = tiny_model(model_type)
