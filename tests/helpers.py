@@ -79,6 +79,25 @@ TINY = {
 }
 
 
+# one architecture for each layout of blocks: the contract tests run on all of `TINY`, most others on these
+LAYOUTS = [
+    "gpt2",  # queries, keys and values in one map, stored transposed; the norm in front of the block
+    "bert",  # the norm behind the block; roberta has the same table
+    "distilbert",  # as bert, with each block in one module and the norms beside them
+    "vit",  # images, no tokens; the norm in front of the block; deit has the same layout
+    "llama",  # a gate, rotary positions, grouped heads; mistral and qwen2 have the same table
+    "qwen3",  # as llama, with norms on queries and keys
+]
+
+
+def in_turn(choices, firsts=LAYOUTS[:1], rest=LAYOUTS[1:]) -> list[tuple]:
+    """Every choice on each of the first names, and one, the next each time, on each of the rest."""
+    choices = list(choices)
+    return [(name, choice) for name in firsts for choice in choices] + [
+        (name, choices[i % len(choices)]) for i, name in enumerate(rest)
+    ]
+
+
 def heads_of(model_type: str) -> list[type[PreTrainedModel]]:
     """Every public model class that transformers has for an architecture."""
     module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")

@@ -98,7 +98,7 @@ def local(path: Path, task: str, suffix: str | None) -> list[str]:
         "task": task,
         "output_dir": str(path / "out"),
         "data": {**splits, "max_length": 32, "calibration_samples": 8},
-        "fusion": {"keep_layers": 4},
+        "fusion": {"keep_layers": 4, "effort": "low"},
         "heal": {"steps": 3, "batch_size": 8, "eval_every": 2},
         "evaluate": {"latency_repeats": 1},
     }

@@ -69,6 +69,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_adding_an_architecture_works_as_written(tmp_path):
     """The unchanged code of the guide is enough to fuse, save, reload and verify a new model."""
     code = blocks_of("Add an architecture")

@@ -85,6 +85,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_shipped_code_runs_without_the_library(tmp_path):
     """The code beside a checkpoint is that of its release, and computes the same without this library."""
     hidden = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_MODULES_CACHE": str(tmp_path / "modules")}

@@ -308,6 +308,7 @@ def test_windows_must_fit_the_model_and_the_text(tmp_path: Path, tokenizer: PreT
         prepare(rows, tokenizer, _recipe(tmp_path / "a.txt"), "causal-lm", training=True)
 
 
+@pytest.mark.slow
 def test_another_process_prepares_the_same_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """The cache key of the tokenised rows is the same in a second process, so ranks share one cache file."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")

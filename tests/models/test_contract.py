@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import HEADS, LAYERS, TINY, tiny_model
+from helpers import HEADS, LAYERS, TINY, in_turn, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Linearize, Plan, apply, expand, verify
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
@@ -26,20 +26,25 @@ EDITS = {
 STOCK = {"depth", "drop"}
 
 every_head = pytest.mark.parametrize(("model_type", "head"), HEADS, ids=[head.__name__ for _, head in HEADS])
-every_edit = pytest.mark.parametrize("name", EDITS)
 
 
-def on_heads(field, choices):
-    """Every choice on the first head of each architecture, and two of the choices, in turn, on each other head."""
-    choices, first = list(choices), dict(reversed(HEADS))
-    cases = [
-        (kind, head, choice)
-        for i, (kind, head) in enumerate(HEADS)
-        for j, choice in enumerate(choices)
-        if head is first[kind] or (j - i) % len(choices) in (0, len(choices) // 2)
+FIRST = dict(reversed(HEADS))
+one_head = pytest.mark.parametrize(("model_type", "head"), FIRST.items(), ids=FIRST)
+
+
+def on_heads(field, choices, rest=tuple(HEADS)):
+    """Every choice on the first head of three layouts, and one of the choices, in turn, on each other head."""
+    firsts = [(kind, FIRST[kind]) for kind in ("gpt2", "bert", "llama")]
+    cases = in_turn(choices, firsts, [head for head in rest if head not in firsts])
+    ids = [
+        f"{head.__name__}-{'-'.join(choice) if isinstance(choice, tuple) else choice}" for (_, head), choice in cases
     ]
-    ids = [f"{head.__name__}-{'-'.join(choice) if isinstance(choice, tuple) else choice}" for _, head, choice in cases]
-    return pytest.mark.parametrize(("model_type", "head", field), cases, ids=ids)
+    return pytest.mark.parametrize(("model_type", "head", field), [(*head, choice) for head, choice in cases], ids=ids)
+
+
+def on_one_head(field, choices):
+    """Every choice on three layouts, and one of them, in turn, on each of the other architectures."""
+    return on_heads(field, choices, rest=FIRST.items())
 
 
 def outputs(model, inputs=None):
@@ -77,7 +82,7 @@ def test_result_survives_saving_loading_and_caching(model_type, head, name):
     assert not torch.allclose(outputs(fused), expected, rtol=1e-2), "the edit had no effect: this test is blind"
 
 
-@on_heads("fused", itertools.product(["layer", "attention", "mlp"], ["mean", "freeze", "telescope"]))
+@on_one_head("fused", itertools.product(["layer", "attention", "mlp"], ["mean", "freeze", "telescope"]))
 def test_sharing_equal_blocks_is_the_identity(model_type, head, fused):
     """Sharing equal blocks changes no output bit, for any operator."""
     kind, operator = fused
@@ -89,8 +94,7 @@ def test_sharing_equal_blocks_is_the_identity(model_type, head, fused):
     assert torch.equal(outputs(apply(model, plan)), outputs(model))
 
 
-@every_head
-@pytest.mark.parametrize("operator", ["mean", "freeze", "telescope"])
+@on_one_head("operator", ["mean", "freeze", "telescope"])
 def test_depth_fusing_equal_layers_gives_that_layer(model_type, head, operator):
     """Fusing three equal layers in depth equals keeping one and dropping the others."""
     model = tiny_model(model_type, head)
@@ -102,7 +106,7 @@ def test_depth_fusing_equal_layers_gives_that_layer(model_type, head, operator):
     assert torch.equal(outputs(fused), outputs(dropped))
 
 
-@every_head
+@one_head
 def test_fusing_both_blocks_is_fusing_the_layer(model_type, head):
     """Attention and MLP fused over the same layers give a stock model, equal to fusing whole layers."""
     model = tiny_model(model_type, head)
@@ -113,7 +117,7 @@ def test_fusing_both_blocks_is_fusing_the_layer(model_type, head):
     assert torch.equal(outputs(parts), outputs(whole))
 
 
-@every_head
+@one_head
 def test_dropped_block_contributes_nothing(model_type, head):
     """Dropping a block equals setting its output projection to zero."""
     model = tiny_model(model_type, head)
@@ -126,7 +130,7 @@ def test_dropped_block_contributes_nothing(model_type, head):
     torch.testing.assert_close(outputs(fused), outputs(model))
 
 
-@on_heads("name", ["share", "attention", "mlp", "relaxed"])
+@on_one_head("name", ["share", "attention", "mlp", "relaxed"])
 def test_fused_model_expands_to_an_equal_stock_model(model_type, head, name):
     """The stock export of a fused model has the original's class and size, and the fused model's outputs."""
     model = tiny_model(model_type, head)
@@ -139,7 +143,7 @@ def test_fused_model_expands_to_an_equal_stock_model(model_type, head, name):
     torch.testing.assert_close(outputs(stock), outputs(fused))
 
 
-@on_heads("name", EDITS)
+@on_one_head("name", EDITS)
 def test_every_parameter_is_reached_by_gradients(model_type, head, name):
     """Every weight that trains in the original gets a gradient; a shared weight gets the sum over its uses."""
     model = tiny_model(model_type, head)
@@ -163,10 +167,9 @@ def test_every_parameter_is_reached_by_gradients(model_type, head, name):
 
 # transformers 5.23 prefers activation_checkpointing_enable, which earlier releases of version 5 do not have
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@every_edit
-def test_runs_as_transformers_models_do(model_type, name):
+@on_one_head("name", EDITS)
+def test_runs_as_transformers_models_do(model_type, head, name):
     """Hidden states, gradient checkpointing, deepcopy and half precision work on the result."""
-    head = next(head for kind, head in HEADS if kind == model_type)
     fused = apply(tiny_model(model_type, head), Plan(model_type, LAYERS, EDITS[name]))
     inputs = dummy_inputs(fused)
     expected = outputs(fused, inputs)
@@ -196,7 +199,11 @@ def test_runs_as_transformers_models_do(model_type, name):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "name"), dict.fromkeys([(k, "attention") for k in TINY] + [("gpt2", n) for n in EDITS])
+    ("model_type", "name"),
+    [
+        case if i < len(EDITS) else pytest.param(*case, marks=pytest.mark.slow)
+        for i, case in enumerate(in_turn(EDITS, firsts=(), rest=TINY))
+    ],
 )
 def test_compiles(model_type, name):
     """torch.compile traces the result like a stock model: one edit for each architecture, and each edit once."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYERS, TINY, heads_of, network, tiny_model
+from helpers import LAYERS, TINY, heads_of, in_turn, network, tiny_model
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -43,6 +43,8 @@ from hf_layerfuse.plan import CONV_GRAPH_KINDS
 
 SHARE = (Fuse("layer", (1, 3), "share", "mean"), Fuse("mlp", (4, 5), "share"))
 PARTS = (Drop("attention", 0), Fuse("mlp", (3, 4)))
+RESIDUAL = (Fuse("layer", (1, 3), "share", "mean", rank=3),)
+BASIS = (Fuse("layer", (0, 2, 4), "basis", rank=8),)
 
 
 def fused(model_type, edits=SHARE, head=None, **changes):
@@ -60,10 +62,10 @@ def python(code, *args):
 
 def test_fresh_process_gives_the_same_logits(tmp_path):
     """A new process with only the path and the library computes the outputs to the bit, with the right class."""
+    every = [SHARE, PARTS, (Fuse("layer", (1, 2)),), RESIDUAL, BASIS]
     models = [
         fused(model_type, edits, heads_of(model_type)[-1])
-        for model_type in TINY
-        for edits in (SHARE, PARTS, (Fuse("layer", (1, 2)),))
+        for model_type, edits in in_turn(every, rest=[name for name in TINY if name != "gpt2"])
     ]
     for name in ("bottleneck", "mobilenet"):
         model = copy.deepcopy(network(name)).float()
@@ -103,17 +105,17 @@ def test_without_the_library(tmp_path):
         "import json, sys, torch\n"
         "torch.set_num_threads(1)\n"
         "from transformers import AutoModel\n"
-        "model = AutoModel.from_pretrained(sys.argv[1])\n"
-        "assert 'hf_layerfuse' not in sys.modules\n"
-        "ids = torch.tensor(json.loads(sys.argv[2]))\n"
-        "with torch.inference_mode(): got = model(ids)[0]\n"
-        "assert torch.equal(got, torch.load(sys.argv[3], weights_only=True))\n"
+        "ids = torch.tensor(json.loads(sys.argv[1]))\n"
+        "for path in sys.argv[2:]:\n"
+        "    model = AutoModel.from_pretrained(path)\n"
+        "    with torch.inference_mode(): got = model(ids)[0]\n"
+        "    assert torch.equal(got, torch.load(path + '.pt', weights_only=True))\n"
+        "    assert 'hf_layerfuse' not in sys.modules\n"
+        "    print(path)\n"
     )
     ids = dummy_inputs(fused("gpt2", SHARE, "GPT2Model"))["input_ids"].tolist()
-    for name in ("depth", "expanded"):
-        done = python(code, tmp_path / name, ids, tmp_path / f"{name}.pt")
-        assert done.returncode == 0, done.stderr
-    done = python(code, tmp_path / "shared", ids, tmp_path / "shared.pt")
+    done = python(code, ids, *(tmp_path / name for name in ("depth", "expanded", "shared")))
+    assert done.stdout.split() == [str(tmp_path / name) for name in ("depth", "expanded")], done.stderr
     assert done.returncode != 0
     assert "fused_gpt2" in done.stderr
     assert "does not recognize this architecture" in done.stderr
@@ -308,22 +310,26 @@ def test_pickle_is_never_read(tmp_path):
         AutoFusedModel.from_pretrained(tmp_path)
 
 
+GENERATING = {
+    "depth": (Fuse("layer", (1, 2)), Drop("layer", 0)),
+    "share": SHARE,
+    "attention": (Drop("attention", 0), Drop("attention", 4)),
+    "no-full-attention": (Drop("attention", 0), Drop("attention", 1), Drop("attention", 2)),
+    "no-sliding-attention": (Drop("attention", 3), Drop("attention", 4), Drop("attention", 5)),
+    "across-types": (Fuse("attention", (2, 3)), Drop("mlp", 0)),
+}
+WINDOWED = ["MistralForCausalLM", "Qwen2ForCausalLM"]
+
+
 @pytest.mark.parametrize(
-    "edits",
-    [
-        (Fuse("layer", (1, 2)), Drop("layer", 0)),
-        SHARE,
-        (Drop("attention", 0), Drop("attention", 4)),
-        (Drop("attention", 0), Drop("attention", 1), Drop("attention", 2)),
-        (Drop("attention", 3), Drop("attention", 4), Drop("attention", 5)),
-        (Fuse("attention", (2, 3)), Drop("mlp", 0)),
-    ],
-    ids=["depth", "share", "attention", "no-full-attention", "no-sliding-attention", "across-types"],
+    ("causal_lm", "name"),
+    in_turn(GENERATING, WINDOWED, ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
+    indirect=["causal_lm"],
 )
-def test_generation_with_caches(causal_lm, edits):
+def test_generation_with_caches(causal_lm, name):
     """Greedy decoding with a dynamic or a static cache, also past the sliding window, equals decoding without a
     cache."""
-    model = apply(causal_lm, Plan(causal_lm.config.model_type, LAYERS, edits))
+    model = apply(causal_lm, Plan(causal_lm.config.model_type, LAYERS, GENERATING[name]))
     ids = dummy_inputs(model, 2, 9)["input_ids"]
     mask = torch.ones_like(ids)
     mask[0, :3] = 0  # left padding

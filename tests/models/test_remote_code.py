@@ -64,6 +64,7 @@ def fused(name):
     return apply(tiny_model(name, head), Plan(name, 6, edits)).eval()
 
 
+@pytest.mark.slow
 def test_loads_where_the_library_is_not(tmp_path):
     """Without the library, every kind of fused model gives the same outputs, generates with and without a cache, and
     can be saved."""

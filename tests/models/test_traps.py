@@ -239,6 +239,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_6_stock_transformers_does_not_load_it_by_accident(tmp_path):
     """Without this library, Auto classes refuse the checkpoint, and a stock class forced on it lists the missing
     weights."""

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from helpers import LAYERS, heads_of, tiny_config, tiny_model
+from helpers import LAYERS, heads_of, in_turn, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2ForSequenceClassification
@@ -47,7 +47,7 @@ def modes(model):
     return {name: module.training for name, module in model.named_modules()}
 
 
-@pytest.mark.parametrize("edits", [DEPTH, SHARE], ids=["depth", "share"])
+@pytest.mark.parametrize(("model_type", "edits"), in_turn([DEPTH, SHARE]))
 def test_good_results_pass(tmp_path, model_type, edits):
     """A good result reloads without a difference: from a given path, with given inputs and labels, in half
     precision."""
@@ -239,7 +239,7 @@ def test_losses_without_classes_are_not_judged_by_chance(changes, labels):
     model = tiny_model("bert", "BertForSequenceClassification", **changes)
     layers = model.bert.encoder.layer
     layers[3].load_state_dict(layers[2].state_dict())
-    fuse(model, keep_layers=5, mode="share", batches=[{**dummy_inputs(model, 4), "labels": labels}])
+    fuse(model, keep_layers=5, mode="share", effort="low", batches=[{**dummy_inputs(model, 4), "labels": labels}])
 
 
 def test_warns_of_a_plan_that_does_nothing():
@@ -345,7 +345,7 @@ def test_batches_from_a_generator():
     inputs = dummy_inputs(model, 4)
     batches = ({**inputs, "labels": inputs["input_ids"]} for _ in range(2))
     with pytest.warns(LayerFuseWarning, match="worse than chance on the calibration batches: loss"):
-        fuse(model, keep_layers=3, similarity="block_influence", batches=batches)
+        fuse(model, keep_layers=3, similarity="block_influence", effort="low", batches=batches)
 
 
 def test_labels_that_are_no_classes_are_no_obstacle():
@@ -353,6 +353,6 @@ def test_labels_that_are_no_classes_are_no_obstacle():
     for head, labels in (("BertModel", torch.tensor([0, 1])), ("BertForSequenceClassification", torch.rand(2, 2))):
         model = tiny_model("bert", head)
         before = model.config.to_dict()
-        small = fuse(model, keep_layers=5, batches=[{**dummy_inputs(model), "labels": labels}])
+        small = fuse(model, keep_layers=5, effort="low", batches=[{**dummy_inputs(model), "labels": labels}])
         assert model.config.to_dict() == before
         assert getattr(small.config, "problem_type", None) is None

@@ -52,6 +52,13 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Pictures take a fifth of a tiny run and have tests of their own: few runs draw them."""
+    if request.function not in (test_end_to_end, test_homotopy_end_to_end):
+        monkeypatch.setattr(job, "draw", lambda *_: {})
+
+
 JOBS = {
     "causal-lm": (causal_lm, ["token_perplexity", "word_perplexity"]),
     "masked-lm": (masked_lm, ["accuracy", "cross_entropy"]),
@@ -72,6 +79,7 @@ def test_end_to_end(tmp_path, capsys, task, mode):
     """Every task and mode gives a consistent checkpoint with processor, plan, results and card."""
     prepare, metrics = JOBS[task]
     words = [*prepare(tmp_path), "--fusion.mode", mode, "--fusion.similarity", "block_influence"]
+    words += ["--fusion.effort", "medium"] if task == "causal-lm" else []
     assert main(words) == 0
     out = tmp_path / "out"
     assert not list(tmp_path.glob(".out*")), "a temporary directory was left behind"
@@ -111,7 +119,10 @@ def collapsing(words: list[str]) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("task", ["causal-lm", "text-classification", "image-classification"])
+@pytest.mark.parametrize(
+    "task",
+    ["causal-lm", *(pytest.param(f"{kind}-classification", marks=pytest.mark.slow) for kind in ("text", "image"))],
+)
 def test_collapse_end_to_end(tmp_path, task):
     """A collapse recipe gives a healed checkpoint whose plan, results and card describe the linear MLPs."""
     words = collapsing(JOBS[task][0](tmp_path))
@@ -132,6 +143,7 @@ def test_collapse_end_to_end(tmp_path, task):
     assert "import hf_layerfuse" in card
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("steady")
 def test_latency_end_to_end(tmp_path, capsys):
     """A recipe with a latency budget gives a faster, healed checkpoint with its latency; rounds are refused."""
@@ -186,6 +198,7 @@ def test_merge_end_to_end(tmp_path, capsys, method):
         assert "merges convolutions after healing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_homotopy_end_to_end(tmp_path, capsys):
     """Activations become lines during healing, and maps are merged. As a regulariser, homotopy merges nothing."""
     words = [*collapsing(text_classification(tmp_path)), "--collapse.method", "homotopy", "--heal.steps", "6"]
@@ -468,6 +481,7 @@ def test_low_rank_healing(tmp_path):
     assert torch.equal(model.transformer.wte.weight, original.transformer.wte.weight)
 
 
+@pytest.mark.slow
 def test_rounds_of_rank_auto(tmp_path):
     """Each round removes its part of the ratio, with the rank that follows from it."""
     words = [*causal_lm(tmp_path), "--evaluate.latency", "false", "--fusion.keep_layers", "null"]
@@ -615,6 +629,8 @@ MODELS = {  # tiny versions of the models in the shipped recipes
 def test_shipped_recipes(path, request, tmp_path, monkeypatch):
     """Every shipped recipe can be parsed and overridden, and gives a plan for a model of its depth."""
     recipe = load_recipe(path, {"heal.learning_rate": "1e-4", "output_dir": "elsewhere"})
+    if recipe.fusion:
+        recipe.fusion.effort = "low"
     assert recipe.heal.learning_rate == 1e-4
     assert recipe.output_dir == "elsewhere"
     request.getfixturevalue("steady")

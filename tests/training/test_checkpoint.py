@@ -44,10 +44,24 @@ def assert_equal(ours, theirs) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-@pytest.mark.parametrize("moment", range(1, 19))
-def test_interrupted_anywhere_ends_the_same(tmp_path, interrupt, moment):
+@pytest.fixture(scope="module")
+def uninterrupted():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        whole = healed(None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return whole
+
+
+# before the first step, in the middle of an accumulated step, next to each kind of checkpoint, and before the last
+MOMENTS = [m if m in (1, 4, 5, 11, 18) else pytest.param(m, marks=pytest.mark.slow) for m in range(1, 19)]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_interrupted_anywhere_ends_the_same(tmp_path, interrupt, moment, uninterrupted):
     """Interrupted before any backward pass and started again, a training ends with the same weights and losses."""
-    whole, expected = healed(None)
+    whole, expected = uninterrupted
     interruption = interrupt(moment)
     with pytest.raises(InterruptedError):
         healed(tmp_path / "run")
@@ -61,7 +75,7 @@ def test_interrupted_anywhere_ends_the_same(tmp_path, interrupt, moment):
     assert student.lm_head.weight is student.transformer.wte.weight
 
 
-@pytest.mark.parametrize("moment", [3, 11, 16])
+@pytest.mark.parametrize("moment", [11, *(pytest.param(moment, marks=pytest.mark.slow) for moment in (3, 16))])
 def test_batches_by_length_go_on_where_they_were(tmp_path, interrupt, moment):
     """Batches by length resume in the order of the interrupted epoch."""
     whole, expected = healed(None, batches=by_length)
@@ -122,6 +136,7 @@ def same(losses: list) -> list:
     return [[step, pytest.approx(loss, rel=1e-5)] for step, loss in losses]
 
 
+@pytest.mark.slow
 def test_two_processes_resume(tmp_path):
     """Two interrupted processes end with the weights of two that were not."""
     found = trained_by(tmp_path / "run", "MULTI_CPU")
@@ -305,9 +320,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
         healed(tmp_path / "run", recipe_of(steps=2))
 
 
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, uninterrupted):
     """If the second checkpoint cannot be written, the first one is complete, and the error says what to do."""
-    whole, _ = healed(None)
+    whole, _ = uninterrupted
     save, saves = Accelerator.save_state, 0
 
     def fill(self, output_dir, **options):
@@ -327,8 +342,8 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     assert_equal(student, whole)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
-def test_an_explosion_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, value):
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.slow), 1e6])
+def test_an_explosion_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, uninterrupted, value):
     """A loss that is not finite, or many times the first one, ends the training; the last good checkpoint remains."""
     from hf_layerfuse.training.objective import Objective
 
@@ -345,10 +360,10 @@ def test_an_explosion_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path,
         healed(tmp_path / "run")
     monkeypatch.setattr(Objective, "train", train)
     student, _ = healed(tmp_path / "run")
-    assert_equal(student, healed(None)[0])
+    assert_equal(student, uninterrupted[0])
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, uninterrupted):
     """The loss before it is finite: without a check of gradients, the next checkpoint would have useless weights."""
     backward, calls = Accelerator.backward, 0
 
@@ -364,10 +379,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         healed(tmp_path / "run")
     monkeypatch.setattr(Accelerator, "backward", backward)
     student, _ = healed(tmp_path / "run")
-    assert_equal(student, healed(None)[0])
+    assert_equal(student, uninterrupted[0])
 
 
-def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, uninterrupted):
     """Such weights are not saved, and the run resumes from the checkpoint before."""
     from hf_layerfuse.training.objective import Objective
 
@@ -384,7 +399,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatc
     assert max(path.name for path in (tmp_path / "run").glob("step-*")) == "step-00000002"
     monkeypatch.setattr(Objective, "validate", validate)
     student, _ = healed(tmp_path / "run")
-    assert_equal(student, healed(None)[0])
+    assert_equal(student, uninterrupted[0])
 
 
 def test_one_accelerator_for_two_trainings(tmp_path):

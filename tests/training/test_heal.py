@@ -474,6 +474,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_two_processes_heal_as_one_does(tmp_path: Path) -> None:
     """Half of the batch on each of two processes gives the losses of one process: for cross-entropy, also with unevenly
     spread targets, for last and inner hidden states, and for streamed texts."""

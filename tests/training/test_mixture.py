@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from helpers import LAYERS, tiny_model
+from helpers import LAYERS, in_turn, tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import (
@@ -47,7 +47,7 @@ def made(model_type: str, name: str, head: str | None = None):
     return student, teacher, plan, mixed_weights(student, teacher, plan)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(("model_type", "name"), in_turn(PLANS))
 def test_parts_are_those_of_the_aligned_layers(model_type, name):
     """Every element of a weight made by `mix` comes from one of its parts; other weights have no parts."""
     student, teacher, plan, parts = made(model_type, name)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from helpers import LAYERS, tiny_model
+from helpers import LAYERS, in_turn, tiny_model
 from torch.nn import functional as F
 
 from hf_layerfuse import Drop, Fuse, HealRecipe, Plan, PlanError, apply, fused_parameters, layer_map
@@ -37,7 +37,7 @@ def matched(matches: tuple[Match, ...], kind: str) -> dict[int, int]:
     return {layer(match.student): layer(match.teacher) for match in matches if match.kind == kind}
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(("model_type", "name"), in_turn(PLANS))
 def test_layers_answer_to_the_end_of_their_group(model_type, name):
     """The map follows the plan, and every path in it is a module of the right depth and kind."""
     edits, expected = PLANS[name]
@@ -57,7 +57,7 @@ def test_layers_answer_to_the_end_of_their_group(model_type, name):
             assert module is (layer if match.kind == "hidden" else layer.get_submodule(architecture.attention["out"]))
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(("model_type", "name"), in_turn(PLANS))
 def test_fused_weights_are_those_of_blocks_made_of_several(model_type, name):
     """Fused weights are all parameters of fused blocks, and no others; embeddings and heads are left out."""
     edits, _ = PLANS[name]
@@ -89,7 +89,7 @@ def test_a_plan_of_something_else_is_refused():
         layer_map(student, student, plan)
 
 
-@pytest.mark.parametrize("kind", ["hidden", "attention"])
+@pytest.mark.parametrize(("model_type", "kind"), in_turn(["hidden", "attention"]))
 def test_copies_are_at_no_distance_and_training_closes_it(model_type, kind):
     """The loss of a copy is zero. That of another model is positive, and gradient steps on it alone lower it."""
     teacher, student = tiny_model(model_type), tiny_model(model_type, seed=1)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from helpers import TINY, tiny_model
+from helpers import LAYOUTS, TINY, in_turn, tiny_model
 
 from hf_layerfuse import AutoFusedModel, Drop, Fuse, Plan, apply, expand, verify
 from hf_layerfuse.calibration.layer_hooks import HookPoint
@@ -54,10 +54,11 @@ HEADS = {
     "vit": ["ViTForImageClassification", "ViTForMaskedImageModeling"],
     "llama": ["LlamaForCausalLM"],
 }
-PRE_NORM = [kind for kind in TINY if kind not in ("bert", "roberta", "distilbert")]
+PRE_NORM = [kind for kind in LAYOUTS if kind not in ("bert", "roberta", "distilbert")]
 
 MODES = ("depth", "drop", "share", "residual", "basis")
-CASES = [(kind, name) for kind in TINY for name in PLANS if name in MODES or kind in ("bert", "qwen2")]
+CASES = in_turn(PLANS, ["bert", "qwen2"], ())
+CASES += in_turn(MODES, (), [kind for kind in TINY if kind not in ("bert", "qwen2")])
 GATED = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 pre_norm = pytest.mark.parametrize("model_type", PRE_NORM)
@@ -155,8 +156,9 @@ def test_never_worse_and_mostly_better(model_type, name):
     assert report.after < (0.97 if layers_of(teacher)[0].__class__.__name__ in GATED else 0.6) * before
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
-@pytest.mark.parametrize("name", ["depth", "last", "drop", "blocks", "basis"])
+@pytest.mark.parametrize(
+    ("model_type", "name"), in_turn(["depth", "last", "drop", "blocks", "basis"], rest=["bert", "llama"])
+)
 def test_linear_is_never_worse(model_type, name):
     """`linear` fits one map per run of removed layers. It never raises the loss, and lowers it if layers were
     removed."""
@@ -200,7 +202,7 @@ def test_layers_in_front_of_the_first_edit_are_left_alone(model_type):
     assert {row["layer"] for row in report.blocks} == {2}
 
 
-@pytest.mark.parametrize(("model_type", "rank"), [*((kind, 0) for kind in TINY), ("gpt2", 3), ("llama", 3)])
+@pytest.mark.parametrize(("model_type", "rank"), [*((kind, 0) for kind in LAYOUTS), ("gpt2", 3), ("llama", 3)])
 def test_shared_equal_layers_stay_exact(model_type, rank):
     """Sharing equal layers loses nothing, and refitting them changes no output."""
     teacher = whole(model_type)
@@ -237,9 +239,9 @@ def test_removing_layers_that_add_nothing_stays_exact(model_type, operator):
 
 
 UNDO = {
-    "out": TINY,
-    "norm": TINY,
-    "bias": [kind for kind in TINY if kind not in ("llama", "mistral", "qwen2", "qwen3")],
+    "out": ["gpt2", "bert", "llama"],
+    "norm": LAYOUTS,
+    "bias": ["gpt2", "bert", "vit"],
 }
 
 
@@ -341,7 +343,7 @@ def test_repair_of_a_removed_layer_is_the_formula(monkeypatch, model_type, metho
     assert not torch.allclose(found, theta, rtol=1e-2), "blind"
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "distilbert", "vit", "qwen2"])
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen2"])
 def test_batches_do_not_matter(model_type):
     """The same sequences give the same model one by one, in unequal batches, or all together."""
     teacher = whole(model_type)
@@ -361,7 +363,7 @@ def test_batches_do_not_matter(model_type):
         torch.testing.assert_close(found, outputs[0], rtol=0, atol=1e-3 * outputs[0].abs().max().item())
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "bert", "distilbert", "mistral", "qwen3"])
+@pytest.mark.parametrize("model_type", ["gpt2", "bert", "mistral"])
 def test_padding_does_not_matter(model_type):
     """The content and the length of padding change nothing."""
     teacher = whole(model_type)
@@ -411,7 +413,6 @@ def test_what_makes_it_worse_is_undone(monkeypatch, name, value):
     assert ties_of(student) == ties
 
 
-@pytest.mark.parametrize("model_type", TINY)
 def test_exact_sharing_needs_no_repair(model_type):
     """Aligned weights with residuals of full rank equal the original, so the repair changes nothing: it compares maps
     in the same order of units and heads, and in the same rotation."""
@@ -423,7 +424,6 @@ def test_exact_sharing_needs_no_repair(model_type):
     assert all(row["before"] == pytest.approx(row["after"], abs=1e-7) for row in report.blocks)
 
 
-@pytest.mark.parametrize("model_type", TINY)
 def test_norms_of_shared_blocks_are_refitted(model_type):
     """Each depth has its own norms around shared matrices. In a model without biases, only these can be repaired."""
     teacher = whole(model_type)
@@ -449,8 +449,7 @@ def test_next_to_nothing_to_calibrate_with(model_type, sizes):
         refit(student, teacher, plan_for(teacher, *PLANS[name]), [])
 
 
-@pytest.mark.parametrize("name", ["depth", *SHARING])
-@pytest.mark.parametrize("model_type", ["bert", "qwen2"])
+@pytest.mark.parametrize(("model_type", "name"), in_turn(["depth", *SHARING], ["bert"], ["qwen2"] * 2))
 def test_repaired_models_are_saved_and_loaded(tmp_path, model_type, name):
     """A repaired model passes `verify`, is as small on disk as its ties allow, and expands to an equal stock model."""
     teacher = whole(model_type)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import TINY, tiny_model
+from helpers import LAYOUTS, tiny_model
 
 from hf_layerfuse import Fuse, Plan, apply
 from hf_layerfuse.calibration.layer_hooks import HookPoint
@@ -19,10 +19,10 @@ from hf_layerfuse.models.architectures.block_weights import heads_of, rows_of, w
 from hf_layerfuse.plan import Source
 
 LAYERS = 4
-PRE_NORM = [kind for kind in TINY if kind not in ("bert", "roberta", "distilbert")]
+PRE_NORM = [kind for kind in LAYOUTS if kind not in ("bert", "roberta", "distilbert")]
 BODIES = {"gpt2": "GPT2Model", "vit": "ViTModel", "deit": "DeiTModel"}
 
-every_model = pytest.mark.parametrize("model_type", TINY)
+every_model = pytest.mark.parametrize("model_type", LAYOUTS)
 every_kind = pytest.mark.parametrize("kind", ["attention", "mlp"])
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import GATED, LAYERS, TINY, predicted, some_batches, tiny_model
+from helpers import GATED, LAYERS, TINY, in_turn, predicted, some_batches, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -85,7 +85,6 @@ def test_maps_without_biases_collapse_exactly(model_type):
     torch.testing.assert_close(predicted(small), predicted(model), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", sorted(TINY))
 def test_a_linear_mlp_is_found_by_the_fit(model_type):
     """An MLP that computes a linear map, such as a gated one with an open gate, is recovered from its inputs and
     outputs."""
@@ -104,7 +103,7 @@ def test_a_linear_mlp_is_found_by_the_fit(model_type):
     assert all(row["r2"] > 0.99 for row in rows)
 
 
-@pytest.mark.parametrize("method", ["maps", "full"])
+@pytest.mark.parametrize(("model_type", "method"), in_turn(["maps", "full"]))
 def test_a_fit_never_makes_things_worse(model_type, method):
     """On held-out calibration sequences, the fitted model is no further from the original. It saves and reloads."""
     model = tiny_model(model_type)
@@ -124,7 +123,7 @@ def test_a_fit_never_makes_things_worse(model_type, method):
     assert verify(small.double())["reload"] == 0
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", ["bert", pytest.param("roberta", marks=pytest.mark.slow)])
 def test_a_residual_sum_is_folded_exactly(model_type):
     """With a norm after the sum, one map I + A replaces MLP and sum, from weights and fitted. It saves and reloads."""
     model, batches = tiny_model(model_type).double(), some_batches(tiny_model(model_type), 24)
@@ -138,7 +137,7 @@ def test_a_residual_sum_is_folded_exactly(model_type):
     torch.testing.assert_close(predicted(whole), predicted(small), rtol=0, atol=1e-3)
     assert verify(whole)["reload"] == 0
     assert Plan.from_dict(folded.to_dict()) == folded
-    found = collapse(model, count=2, fold=True, batches=batches)
+    found = collapse(model, count=2, fold=True, order="deepest", batches=batches)
     assert sum(isinstance(module, Parts) for module in found.modules()) == 2
 
 
@@ -244,7 +243,7 @@ def test_what_cannot_become_linear_is_refused(monkeypatch):
         apply(model, Plan("bert", LAYERS, (Linearize(1),)))
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
 def test_mlps_are_taken_in_the_order_of_what_they_cost(model_type):
     """The losses in the notes are those of models with one linear MLP, and the cheapest MLPs are chosen."""
     model = tiny_model(model_type)
@@ -302,7 +301,7 @@ def test_targets_out_of_reach_are_refused():
         ({"max_loss": 1e-12}, "allows no linear MLP"),
     ):
         with pytest.raises(RecipeError, match=reason):
-            collapse(model, **values, batches=batches)
+            collapse(model, **values, order="deepest", batches=batches)
     with pytest.raises(RecipeError, match=r"order='measured' .* pass batches="):
         collapse(model, count=1)
     with pytest.raises(RecipeError, match=r"order='deepest' with max_loss=1 .* pass batches="):
@@ -314,7 +313,7 @@ def test_targets_out_of_reach_are_refused():
             CollapseRecipe(**values)
 
 
-@pytest.mark.parametrize("model_type", GATED)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 def test_a_gated_mlp_wants_a_fit(model_type):
     """A gated MLP is bilinear without its activation: without batches, or without a fit, it is refused with this
     reason."""
@@ -339,7 +338,7 @@ def test_without_batches_nothing_is_fitted(caplog):
     torch.testing.assert_close(theta_of(mine.fc2)[:-1].T.float(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "bert", "vit", "llama"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
 def test_linear_mlps_are_exported(model_type):
     """torch.export accepts models with linear MLPs, and the exported program computes the same."""
     model = tiny_model(model_type)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import LAYERS, TINY, heads_of, tiny_model
+from helpers import LAYERS, TINY, heads_of, in_turn, tiny_model
 
 from hf_layerfuse import (
     DataError,
@@ -29,7 +29,7 @@ from hf_layerfuse.methods.fusion.targets import settled
 from hf_layerfuse.models.architectures import linear_maps
 from hf_layerfuse.models.surgery.size import planned_size
 
-TEXT = sorted(TINY.keys() - {"vit", "deit"})
+TEXT = sorted(TINY.keys() - {"gpt2", "vit", "deit"})
 MEASURES = (*ON_WEIGHTS, *ON_ACTIVATIONS)
 
 
@@ -87,13 +87,14 @@ def make_idle(model, layer):
             norm.bias.data.zero_()
 
 
-@pytest.mark.parametrize(
-    ("mode", "cluster"),
-    [("depth", "adjacent"), ("share", "adjacent"), ("share", "global"), ("share", "agglomerative")],
-)
-@pytest.mark.parametrize("blocks", ["layer", "attention", "mlp"])
-def test_target_is_met_exactly(model_type, blocks, mode, cluster):
+CLUSTERS = [("depth", "adjacent"), ("share", "adjacent"), ("share", "global"), ("share", "agglomerative")]
+KINDS = ["layer", "attention", "mlp"]
+
+
+@pytest.mark.parametrize(("model_type", "asked"), in_turn(itertools.product(KINDS, CLUSTERS)))
+def test_target_is_met_exactly(model_type, asked):
     """`keep_layers` distinct blocks of the kind remain, and the other kind is unchanged."""
+    blocks, (mode, cluster) = asked
     model = base_model(model_type)
     for keep in range(1, LAYERS):
         plan = plan_fusion(model, FusionRecipe(keep_layers=keep, blocks=blocks, mode=mode, cluster=cluster))
@@ -144,20 +145,18 @@ def test_ratio_counts_what_each_depth_keeps(mode, rank, blocks, ratios):
         plan_fusion(model, FusionRecipe(ratio=0.99, mode=mode, rank=rank, blocks=blocks))
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"ratio": 0.2, "mode": "share"},
-        {"ratio": 0.6, "mode": "share"},
-        {"ratio": 0.5, "mode": "share", "blocks": "mlp"},
-        {"ratio": 0.5, "mode": "share", "blocks": "separate"},
-        {"ratio": 0.4, "mode": "basis"},
-        {"max_parameters": 45_000, "mode": "share"},
-        {"max_bytes": 120_000, "mode": "share"},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("model_type", ["gpt2", "bert", "llama"])
+ASKED = [
+    {"ratio": 0.2, "mode": "share"},
+    {"ratio": 0.6, "mode": "share"},
+    {"ratio": 0.5, "mode": "share", "blocks": "mlp"},
+    {"ratio": 0.5, "mode": "share", "blocks": "separate"},
+    {"ratio": 0.4, "mode": "basis"},
+    {"max_parameters": 45_000, "mode": "share"},
+    {"max_bytes": 120_000, "mode": "share"},
+]
+
+
+@pytest.mark.parametrize(("model_type", "asked"), in_turn(ASKED, rest=["bert", "llama"]), ids=str)
 def test_rank_auto_is_the_largest_that_meets_the_target(model_type, asked):
     """All blocks share one set of weights, and the rank of the residuals is the largest that meets the target."""
     model = base_model(model_type)
@@ -253,8 +252,7 @@ def test_layer_distances_are_those_of_the_hidden_states(model_type, measure):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("measure", ["cka", "block_influence"])
-@pytest.mark.parametrize("model_type", TEXT)
+@pytest.mark.parametrize(("model_type", "measure"), in_turn(["cka", "block_influence"], rest=TEXT))
 def test_padding_does_not_change_distances(model_type, measure):
     """Padding tokens are ignored: padding a batch does not change the distances."""
     model = base_model(model_type)
@@ -321,10 +319,10 @@ def test_the_size_of_batches_does_not_change_distances(measure):
     torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("blocks", ["layer", "mlp"])
-@pytest.mark.parametrize("measure", MEASURES)
-def test_the_measure_drives_the_groups(model_type, measure, blocks):
+@pytest.mark.parametrize(("model_type", "by"), in_turn(itertools.product(MEASURES, ["layer", "mlp"])))
+def test_the_measure_drives_the_groups(model_type, by):
     """The fused neighbours are those with the smallest distance, anywhere in the model."""
+    measure, blocks = by
     for pair in ((1, 2), (3, 4)):
         model = base_model(model_type)
         recipe = FusionRecipe(keep_layers=LAYERS - 1, similarity=measure, blocks=blocks)
@@ -339,11 +337,12 @@ def test_the_measure_drives_the_groups(model_type, measure, blocks):
         assert neighbours.pop(pair) < 0.5 * min(neighbours.values())
 
 
-@pytest.mark.parametrize("cluster", ["global", "agglomerative"])
-@pytest.mark.parametrize("measure", ["euclidean", "kl"])
-@pytest.mark.parametrize("blocks", ["layer", "attention", "mlp"])
-def test_free_clusters_find_blocks_that_are_apart(model_type, blocks, measure, cluster):
+@pytest.mark.parametrize(
+    ("model_type", "by"), in_turn(itertools.product(KINDS, ["euclidean", "kl"], ["global", "agglomerative"]))
+)
+def test_free_clusters_find_blocks_that_are_apart(model_type, by):
     """Free clusters group the first layer with the fifth if these are similar; `adjacent` never does."""
+    blocks, measure, cluster = by
     model = base_model(model_type)
     make_equal(model, (0, 4))
     recipe = FusionRecipe(keep_layers=LAYERS - 1, mode="share", blocks=blocks, similarity=measure, cluster=cluster)
@@ -370,7 +369,7 @@ def test_other_blocks_do_not_count():
     torch.testing.assert_close(matrix["layer"] ** 2, squares, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("measure", ON_WEIGHTS)
+@pytest.mark.parametrize(("model_type", "measure"), in_turn(ON_WEIGHTS))
 def test_gains_are_part_of_what_reads_them(model_type, measure):
     """Moving a gain from a norm into the maps after it changes no distance. The gain of a norm after the block is
     ignored."""
@@ -391,7 +390,7 @@ def test_gains_are_part_of_what_reads_them(model_type, measure):
         assert not torch.allclose(distances(plan_fusion(model, recipe))[0], before[0], rtol=1e-3)
 
 
-@pytest.mark.parametrize("measure", ON_WEIGHTS)
+@pytest.mark.parametrize(("model_type", "measure"), in_turn(ON_WEIGHTS))
 def test_every_weight_is_compared_and_no_bias(model_type, measure):
     """Changing any weight matrix changes the distance; changing biases does not (O'Neill et al. 2021)."""
     model = base_model(model_type)
@@ -412,7 +411,7 @@ def test_every_weight_is_compared_and_no_bias(model_type, measure):
     assert torch.equal(distances(plan_fusion(model, recipe)), before)
 
 
-@pytest.mark.parametrize("measure", ON_WEIGHTS)
+@pytest.mark.parametrize(("model_type", "measure"), in_turn(ON_WEIGHTS))
 def test_order_of_hidden_units(model_type, measure):
     """Measures of distributions give distance zero to MLPs that differ only in the order of hidden units."""
     model = base_model(model_type)
@@ -430,11 +429,11 @@ def test_order_of_hidden_units(model_type, measure):
         assert matrix[2, 3] > 0.5 * matrix.max()
 
 
-@pytest.mark.parametrize("mode", ["depth", "share"])
-@pytest.mark.parametrize("measure", ["cosine", "cka"])
-def test_kinds_apart(model_type, mode, measure):
+@pytest.mark.parametrize(("model_type", "by"), in_turn(itertools.product(["depth", "share"], ["cosine", "cka"])))
+def test_kinds_apart(model_type, by):
     """`separate` groups attention by distances of attention, and MLPs by distances of MLPs, in one pass over the
     batches."""
+    mode, measure = by
     model = base_model(model_type)
     recipe = FusionRecipe(keep_layers=4, mode=mode, similarity=measure, blocks="separate")
     plan = plan_fusion(model, recipe, iter(batches_for(model)))
@@ -495,29 +494,29 @@ def bytes_of_file(model, path):
     return len(content) - 8 - int.from_bytes(content[:8], "little")
 
 
-@pytest.mark.parametrize(("name", "head"), HEADED[:2])
-@pytest.mark.parametrize("blocks", ["layer", "mlp", "separate"])
-@pytest.mark.parametrize("mode", ["depth", "share"])
-def test_sizes_are_met_with_as_many_blocks_as_fit(name, head, mode, blocks):
+@pytest.mark.parametrize(
+    ("headed", "asked"),
+    in_turn(itertools.product(["depth", "share"], ["layer", "mlp", "separate"]), HEADED[:1], HEADED[1:2]),
+)
+def test_sizes_are_met_with_as_many_blocks_as_fit(headed, asked):
     """Any reachable limit is met, and one block more would exceed it."""
-    model = tiny_model(name, head)
-    options = {"mode": mode, "blocks": blocks}
-    counts = [
-        parameters(apply(model, plan_fusion(model, FusionRecipe(keep_layers=keep, **options))))
-        for keep in range(1, LAYERS)
-    ]
+    model = tiny_model(*headed)
+    options = dict(zip(("mode", "blocks"), asked, strict=True))
+    plans = [plan_fusion(model, FusionRecipe(keep_layers=keep, **options)) for keep in range(1, LAYERS)]
+    counts = [parameters(apply(model, plan)) for plan in plans]
     assert counts == sorted(set(counts))
     for keep, most in enumerate(counts, start=1):
         for limit in (most, *([counts[keep] - 1] if keep < LAYERS - 1 else [])):
-            plan = plan_fusion(model, FusionRecipe(max_parameters=limit, **options))
-            assert plan == plan_fusion(model, FusionRecipe(keep_layers=keep, **options))
+            assert plan_fusion(model, FusionRecipe(max_parameters=limit, **options)) == plans[keep - 1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "head"), HEADED)
-@pytest.mark.parametrize("mode", ["depth", "share"])
-def test_bytes_are_those_of_the_file(tmp_path, name, head, mode, dtype):
+@pytest.mark.parametrize(
+    ("headed", "asked"),
+    in_turn(itertools.product(["depth", "share"], [torch.float32, torch.bfloat16]), HEADED[:1], HEADED[1:]),
+)
+def test_bytes_are_those_of_the_file(tmp_path, headed, asked):
     """The file has at most `max_bytes` of weights, in the dtype of the model, and exactly the planned number."""
+    (name, head), (mode, dtype) = headed, asked
     model = tiny_model(name, head).to(dtype)
     whole = bytes_of_file(model, tmp_path / "whole")
     assert planned_size(model, Plan(name, LAYERS)) == {"parameters": parameters(model), "bytes": whole}
@@ -529,16 +528,16 @@ def test_bytes_are_those_of_the_file(tmp_path, name, head, mode, dtype):
     assert bytes_of_file(more, tmp_path / "more") > 0.75 * whole
 
 
-@pytest.mark.parametrize(
-    "edits",
-    [
-        [Drop("attention", 1), Fuse("mlp", (2, 3))],
-        [Drop("layer", 0), Fuse("layer", (2, 4, 5), "share")],
-        [Fuse("layer", (1, 2), "share", rank=3), Fuse("attention", (3, 5), "share")],
-        [Fuse("mlp", (1, 2, 4), "basis", rank=5)],
-        [Fuse("layer", (1, 2, 3, 4), operator="mean")],
-    ],
-)
+EDITS = [
+    [Drop("attention", 1), Fuse("mlp", (2, 3))],
+    [Drop("layer", 0), Fuse("layer", (2, 4, 5), "share")],
+    [Fuse("layer", (1, 2), "share", rank=3), Fuse("attention", (3, 5), "share")],
+    [Fuse("mlp", (1, 2, 4), "basis", rank=5)],
+    [Fuse("layer", (1, 2, 3, 4), operator="mean")],
+]
+
+
+@pytest.mark.parametrize(("model_type", "edits"), in_turn(EDITS, rest=sorted(TINY.keys() - {"gpt2"})))
 def test_planned_sizes_are_those_of_the_result(model_type, edits):
     """For all edits, the size is known before they are applied; for `mean` also with different layer types."""
     model = base_model(model_type, **({"use_sliding_window": False} if model_type == "qwen2" else {}))
@@ -550,25 +549,26 @@ def test_sizes_out_of_reach_are_refused_before_calibration():
     """The error names the smallest size, which is reachable, and no batch is read."""
     model = base_model("gpt2")
     unread = iter([pytest.fail])
-    for mode, blocks in itertools.product(("depth", "share"), ("layer", "mlp", "separate")):
+    asked = itertools.product(("depth", "share"), ("layer", "mlp", "separate"))
+    limits = itertools.cycle([("max_parameters", "parameters"), ("max_bytes", "bytes")])
+    for (mode, blocks), (name, unit) in zip(asked, limits, strict=False):
         options = {"mode": mode, "blocks": blocks, "similarity": "cka"}
-        for name, unit in (("max_parameters", "parameters"), ("max_bytes", "bytes")):
-            with pytest.raises(RecipeError, match=rf"{name}=100 is out of reach: .* \d+ {unit} remain") as refused:
-                plan_fusion(model, FusionRecipe(**{name: 100}, **options), unread)
-            smallest = int(re.search(rf"(\d+) {unit} remain", str(refused.value))[1])
-            plan = plan_fusion(model, FusionRecipe(**{name: smallest}, **options), batches_for(model))
-            assert all(group == tuple(range(LAYERS)) for group in groups(plan))
-            assert planned_size(model, plan)[unit] == smallest
-            whole = planned_size(model, Plan("gpt2", LAYERS))[unit]
-            message = rf"{name}={whole} fuses nothing, because the model has {whole} {unit}: use less, .* {smallest}"
-            with pytest.raises(RecipeError, match=message):
-                plan_fusion(model, FusionRecipe(**{name: whole}, **options), unread)
+        with pytest.raises(RecipeError, match=rf"{name}=100 is out of reach: .* \d+ {unit} remain") as refused:
+            plan_fusion(model, FusionRecipe(**{name: 100}, **options), unread)
+        smallest = int(re.search(rf"(\d+) {unit} remain", str(refused.value))[1])
+        plan = plan_fusion(model, FusionRecipe(**{name: smallest}, **options), batches_for(model))
+        assert all(group == tuple(range(LAYERS)) for group in groups(plan))
+        assert planned_size(model, plan)[unit] == smallest
+        whole = planned_size(model, Plan("gpt2", LAYERS))[unit]
+        message = rf"{name}={whole} fuses nothing, because the model has {whole} {unit}: use less, .* {smallest}"
+        with pytest.raises(RecipeError, match=message):
+            plan_fusion(model, FusionRecipe(**{name: whole}, **options), unread)
     assert next(unread) is pytest.fail
 
 
 # fused random models may be worse than chance; the warning about this is not tested here
 @pytest.mark.filterwarnings("ignore::hf_layerfuse.LayerFuseWarning")
-@pytest.mark.parametrize("mode", ["depth", "share"])
+@pytest.mark.parametrize(("model_type", "mode"), in_turn(["depth", "share"], rest=["bert", "vit", "llama"]))
 def test_fuse_leaves_its_input_as_it_was(model_type, mode):
     """`fuse` does not change weights, config, generation config, modes, hooks or batches."""
     model = tiny_model(model_type)
