@@ -36,7 +36,7 @@ CHANGES = {
 }
 CASES = [(kind, head, {}) for kind, head in MODELS] + [(kind, None, changes) for kind, changes in CHANGES.items()]
 
-every_align = pytest.mark.parametrize("how", ALIGNS)
+in_turns = pytest.mark.parametrize(("model", "how"), in_turn(ALIGNS, CASES[-len(CHANGES) :], CASES[: -len(CHANGES)]))
 every_model = pytest.mark.parametrize(
     ("model_type", "head", "changes"),
     CASES,
@@ -71,10 +71,10 @@ def distance(model, kind, a, b):
     )
 
 
-@every_align
-@every_model
-def test_the_function_stays_and_the_weights_change(model_type, head, changes, how):
+@in_turns
+def test_the_function_stays_and_the_weights_change(model, how):
     """Whatever is aligned, in whatever mode: same class, same outputs, other weights, the input untouched."""
+    model_type, head, changes = model
     model = tiny_model(model_type, head, **changes).double()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     inputs = example_inputs(model)
@@ -99,7 +99,7 @@ def test_the_function_stays_and_the_weights_change(model_type, head, changes, ho
     assert changed <= {(0, "attention"), (0, "mlp"), (2, "attention"), (2, "mlp"), (5, "attention"), (4, "mlp")}
 
 
-@pytest.mark.parametrize(("model", "how"), in_turn(ALIGNS, CASES[-len(CHANGES) :], CASES[: -len(CHANGES)]))
+@in_turns
 def test_a_disguised_copy_is_recovered(model, how):
     """A block whose units and heads were shuffled, turned where that is free, and whose norm was traded with its maps
     becomes equal to the block that it is a copy of, so that their mean is that block."""
@@ -240,7 +240,7 @@ def test_blocks_that_differ_come_closer(model_type, head, changes):
     close(after("rotation", "mlp"), after("permutation", "mlp"))
 
 
-@every_align
+@pytest.mark.parametrize("how", ALIGNS)
 def test_half_precision_is_kept(how):
     """In bfloat16 a permutation moves weights without rounding them, and everything stays close."""
     model = tiny_model("llama", "LlamaModel").to(torch.bfloat16)

@@ -53,7 +53,7 @@ def weight(edit):
 
 @pytest.mark.parametrize(
     "model_type",
-    [pytest.param(name, marks=() if name in ("bert", "llama") else pytest.mark.slow) for name in TINY],
+    [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in TINY],
 )
 def test_a_budget_is_kept(model_type):
     """For every architecture: what is returned takes no longer than was asked for, is the best of what was tried, and
