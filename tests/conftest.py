@@ -27,6 +27,15 @@ from hf_layerfuse.evaluation.timing import Timed
 torch.set_num_threads(1)
 
 
+def _drawn_where_it_matters(draw):
+    """On the meta device nothing is drawn, but every tiny model that is loaded takes a while for it."""
+    return lambda layer: None if layer.weight.is_meta else draw(layer)
+
+
+for _layer in (torch.nn.Linear, torch.nn.Embedding):
+    _layer.reset_parameters = _drawn_where_it_matters(_layer.reset_parameters)
+
+
 @pytest.fixture(params=LAYOUTS)
 def model_type(request) -> str:
     return request.param

@@ -243,7 +243,7 @@ def test_what_cannot_become_linear_is_refused(monkeypatch):
         apply(model, Plan("bert", LAYERS, (Linearize(1),)))
 
 
-@pytest.mark.parametrize("model_type", ["bert", "llama"])
+@pytest.mark.parametrize("model_type", ["llama", pytest.param("bert", marks=pytest.mark.slow)])
 def test_mlps_are_taken_in_the_order_of_what_they_cost(model_type):
     """The losses in the notes are those of models with one linear MLP, and the cheapest MLPs are chosen."""
     model = tiny_model(model_type)

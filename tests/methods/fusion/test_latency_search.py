@@ -54,7 +54,7 @@ def weight(edit):
 
 @pytest.mark.parametrize(
     "model_type",
-    [pytest.param(name, marks=() if name in ("bert", "llama") else pytest.mark.slow) for name in TINY],
+    [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in TINY],
 )
 def test_a_budget_is_kept(model_type):
     """For every architecture, the result meets the budget, is the best candidate, and has the loss of the notes, which

@@ -43,7 +43,8 @@ BASIS = Fuse("layer", (0, 2, 4), "basis", rank=8)
 FULL = 32  # no matrix of the tiny models has a higher rank
 
 both = pytest.mark.parametrize("edit", [RESIDUAL, BASIS], ids=["residual", "basis"])
-in_turns = pytest.mark.parametrize(("model_type", "edit"), in_turn([RESIDUAL, BASIS]))
+REST = ["bert", "vit", "llama"]
+in_turns = pytest.mark.parametrize(("model_type", "edit"), in_turn([RESIDUAL, BASIS], rest=REST))
 
 
 def fused(model_type, *edits, head=None, **changes):
@@ -270,7 +271,7 @@ def test_fresh_weights_have_the_usual_size():
 # the models
 
 
-@pytest.mark.parametrize(("model_type", "operator"), in_turn(["mean", "freeze", "telescope", "mix"]))
+@pytest.mark.parametrize(("model_type", "operator"), in_turn(["mean", "freeze", "telescope", "mix"], rest=REST))
 def test_full_residual_reproduces_the_original(model_type, operator):
     """A residual of full rank restores the original for any operator."""
     edits = (Fuse("layer", (1, 3), "share", operator, rank=FULL), Fuse("mlp", (2, 4, 5), "share", operator, rank=FULL))
@@ -335,7 +336,7 @@ def test_what_is_shared_and_what_is_not(model_type):
     assert model.num_parameters() == size
 
 
-@in_turns
+@pytest.mark.parametrize(("model_type", "edit"), in_turn([RESIDUAL, BASIS]))
 def test_saved_once_and_loaded_alike(tmp_path, model_type, edit):
     """The file holds each shared tensor once, and each residual. The reloaded model has equal outputs and the same
     ties."""
@@ -426,7 +427,7 @@ def test_frozen_layer_starts_as_lora_does():
 
 
 @pytest.mark.parametrize(
-    ("model_type", "asked"), in_turn(itertools.product([RESIDUAL, BASIS], [torch.bfloat16, torch.float16]))
+    ("model_type", "asked"), in_turn(itertools.product([RESIDUAL, BASIS], [torch.bfloat16, torch.float16]), rest=REST)
 )
 def test_half_precision(model_type, asked):
     """Factors are computed in float64 and cast once; the model runs, saves and merges in half precision."""
