@@ -39,7 +39,7 @@ from hf_layerfuse.evaluation.timing import device_name, interleaved
 from hf_layerfuse.methods.base import SearchResult
 from hf_layerfuse.methods.fusion.block_latency import BlockLatencies
 from hf_layerfuse.methods.fusion.latency_search import batch_of
-from hf_layerfuse.methods.merge.segments import folded_plan
+from hf_layerfuse.methods.merge.candidates import folded_plan
 from hf_layerfuse.pipeline.report.tables import describe, text_table
 from hf_layerfuse.plan import PlanLatency
 
