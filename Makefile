@@ -17,7 +17,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(CORES) -m "not slow"
 
 slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow -rs
+	$(BIN)/python -m pytest -n $(CORES) -m slow -rs
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -98,6 +98,11 @@ def in_turn(choices, firsts=LAYOUTS[:1], rest=LAYOUTS[1:]) -> list[tuple]:
     ]
 
 
+def slow_except(quick, names=LAYOUTS) -> list:
+    """Names as parameters of a test, of which all but the quick ones run with the slow tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def heads_of(model_type: str) -> list[type[PreTrainedModel]]:
     """Every public model class that transformers has for an architecture."""
     module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")

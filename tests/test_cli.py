@@ -109,8 +109,10 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "code",
     [
-        "import hf_layerfuse; from transformers import AutoModelForCausalLM as Auto",
         "from transformers import AutoModelForCausalLM as Auto; import hf_layerfuse",
+        pytest.param(
+            "import hf_layerfuse; from transformers import AutoModelForCausalLM as Auto", marks=pytest.mark.slow
+        ),
         pytest.param("import hf_layerfuse; from transformers import AutoConfig as Auto", marks=pytest.mark.slow),
         pytest.param(
             "import hf_layerfuse.evaluation.dummy_inputs; from transformers import AutoModel as Auto",

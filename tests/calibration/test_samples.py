@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from helpers import HEADS, tiny_model
+from helpers import HEADS, LAYOUTS, tiny_model
 from transformers import BatchEncoding
 
 from hf_layerfuse.calibration.samples import ROWS, Sample, read
@@ -14,7 +14,13 @@ from hf_layerfuse.evaluation.batches import take
 from hf_layerfuse.evaluation.divergence import calibration_loss, divergence, prediction
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 
-every_head = pytest.mark.parametrize(("model_type", "head"), HEADS, ids=[head.__name__ for _, head in HEADS])
+every_head = pytest.mark.parametrize(
+    ("model_type", "head"),
+    [
+        pytest.param(name, head, id=head.__name__, marks=() if name in LAYOUTS else pytest.mark.slow)
+        for name, head in HEADS
+    ],
+)
 
 
 def numbered(count):

@@ -92,6 +92,7 @@ def test_fresh_process_gives_the_same_logits(tmp_path):
     assert done.stdout.split() == [type(model).__name__ for model in models], done.stderr
 
 
+@pytest.mark.slow
 def test_without_the_library(tmp_path):
     """Stock transformers loads depth-fused and expanded checkpoints, and refuses the others by their model type."""
     for name, model, options in (

@@ -167,7 +167,14 @@ def test_fused_blocks_of_0_1():
     assert notes.rounds[0].notes.competition[0].loss == 0.0012193719033148217
 
 
-@pytest.mark.parametrize("path", sorted(PLANS.glob("*.json")), ids=lambda path: path.stem)
+QUICK = ("composed-rounds", "straighten")
+PATHS = [
+    pytest.param(path, id=path.stem, marks=() if path.stem in QUICK or index % 3 == 0 else pytest.mark.slow)
+    for index, path in enumerate(sorted(PLANS.glob("*.json")))
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_notes_of_0_1_are_shown(path, tmp_path):
     """Page, card and pictures have all that the notes of 0.1.0 hold, before and after saving."""
     plan = Plan.load(path)

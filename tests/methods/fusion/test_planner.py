@@ -487,6 +487,10 @@ def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+MODES = ["depth", "share"]
+QUICK_SIZES = [("depth", "layer"), ("share", "separate")]
+
+
 def bytes_of_file(model, path):
     """Number of bytes of the tensors in the saved file, without the eight bytes of length and the header."""
     model.save_pretrained(path)
@@ -496,7 +500,12 @@ def bytes_of_file(model, path):
 
 @pytest.mark.parametrize(
     ("headed", "asked"),
-    in_turn(itertools.product(["depth", "share"], ["layer", "mlp", "separate"]), HEADED[:1], HEADED[1:2]),
+    [
+        pytest.param(*case, marks=() if case[1] in QUICK_SIZES else pytest.mark.slow)
+        for case in in_turn(
+            itertools.product(["depth", "share"], ["layer", "mlp", "separate"]), HEADED[:1], HEADED[1:2]
+        )
+    ],
 )
 def test_sizes_are_met_with_as_many_blocks_as_fit(headed, asked):
     """Any reachable limit is met, and one block more would exceed it."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import batches_of, in_turn, state_of, whole
+from helpers import batches_of, in_turn, slow_except, state_of, whole
 
 from hf_layerfuse import (
     AutoFusedModel,
@@ -55,8 +55,9 @@ def edits_of(found):
     return [candidate.edits for candidate in found.plan.notes.competition]
 
 
+@pytest.mark.parametrize("model_type", slow_except(["gpt2", "llama"]))
 def test_more_effort_is_never_worse(model_type):
-    """For every architecture, more effort tries at least as many candidates, keeps the best, and is not worse. The
+    """For every layout of blocks, more effort tries at least as many candidates, keeps the best, and is not worse. The
     winner and its loss are in the notes, which are JSON. The input is unchanged."""
     model = whole(model_type)
     batches, before = batches_of(model, 24), state_of(model)

@@ -22,7 +22,8 @@ from hf_layerfuse import (
 )
 from hf_layerfuse.models.surgery import checks
 
-SHARED = Plan("llama", 6, (Fuse("layer", (1, 2, 3), "share", align="permutation"),))
+LAYERS = 4
+SHARED = Plan("llama", LAYERS, (Fuse("layer", (1, 2), "share", align="permutation"),))
 
 
 def timed(model: PreTrainedModel) -> None:
@@ -31,17 +32,17 @@ def timed(model: PreTrainedModel) -> None:
 
 def refitted(model: PreTrainedModel) -> None:
     """Refit with a student made from an undamaged model."""
-    refit(apply(tiny_model("llama"), SHARED), model, SHARED, some_batches(model))
+    refit(apply(tiny_model("llama", num_hidden_layers=LAYERS), SHARED), model, SHARED, some_batches(model))
 
 
 FRONT_DOORS = {
     "apply": lambda model: apply(model, SHARED),
     "align": lambda model: align(model, SHARED),
-    "plan_fusion": lambda model: plan_fusion(model, FusionRecipe(keep_layers=4)),
-    "fuse from weights": lambda model: fuse(model, keep_layers=4),
-    "fuse, low": lambda model: fuse(model, keep_layers=4, effort="low", batches=some_batches(model)),
-    "fuse, medium": lambda model: fuse(model, keep_layers=4, effort="medium", batches=some_batches(model)),
-    "fuse, shared": lambda model: fuse(model, keep_layers=4, mode="share", effort="low", batches=some_batches(model)),
+    "plan_fusion": lambda model: plan_fusion(model, FusionRecipe(keep_layers=3)),
+    "fuse from weights": lambda model: fuse(model, keep_layers=3),
+    "fuse, low": lambda model: fuse(model, keep_layers=3, effort="low", batches=some_batches(model)),
+    "fuse, medium": lambda model: fuse(model, keep_layers=3, effort="medium", batches=some_batches(model)),
+    "fuse, shared": lambda model: fuse(model, keep_layers=3, mode="share", effort="low", batches=some_batches(model)),
     "fuse, timed": timed,
     "collapse": lambda model: collapse(model, count=2, batches=some_batches(model)),
     "merge": lambda model: merge(model, latency_budget=0.7, batches=some_batches(model)),
@@ -49,7 +50,7 @@ FRONT_DOORS = {
 
 
 def model_for(name: str) -> PreTrainedModel:
-    return network("cifar") if name == "merge" else tiny_model("llama")
+    return network("cifar") if name == "merge" else tiny_model("llama", num_hidden_layers=LAYERS)
 
 
 @pytest.mark.filterwarnings("ignore::hf_layerfuse.LayerFuseWarning")
