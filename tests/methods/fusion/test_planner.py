@@ -487,7 +487,6 @@ def parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-MODES = ["depth", "share"]
 QUICK_SIZES = [("depth", "layer"), ("share", "separate")]
 
 
