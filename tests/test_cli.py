@@ -126,6 +126,7 @@ def test_fused_checkpoints_load_in_a_fresh_process(checkpoint, code) -> None:
     assert "FusedGPT2" in python(f"{code}; print(type(Auto.from_pretrained({str(checkpoint)!r})).__name__)")
 
 
+@pytest.mark.slow
 def test_a_fused_model_is_unpickled_in_a_fresh_process(checkpoint) -> None:
     """A pickle names the class by its module, and importing the module registers the fused classes."""
     path = checkpoint / "model.pickle"

@@ -69,9 +69,14 @@ JOBS = {
 }
 
 
-# every task with one mode, and one task with both; together the others take long
-RUNS = [(task, "depth") for task in JOBS] + [("causal-lm", "share")]
-RUNS += [pytest.param(task, "share", marks=pytest.mark.slow) for task in JOBS if task != "causal-lm"]
+# every kind of content and of label once; together the others take long
+QUICK = [("causal-lm", "share"), ("text-classification", "depth"), ("image-classification", "depth")]
+QUICK += [("token-classification", "depth"), ("feature-extraction", "depth")]
+RUNS = [
+    pytest.param(task, mode, marks=() if (task, mode) in QUICK else pytest.mark.slow)
+    for task in JOBS
+    for mode in ("depth", "share")
+]
 
 
 @pytest.mark.parametrize(("task", "mode"), RUNS)

@@ -338,7 +338,7 @@ def test_without_batches_nothing_is_fitted(caplog):
     torch.testing.assert_close(theta_of(mine.fc2)[:-1].T.float(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("model_type", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_linear_mlps_are_exported(model_type):
     """torch.export accepts models with linear MLPs, and the exported program computes the same."""
     model = tiny_model(model_type)

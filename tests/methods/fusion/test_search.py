@@ -143,9 +143,7 @@ MODES = {
 KINDS = ["layer", "attention", "mlp", "separate"]
 
 
-@pytest.mark.parametrize(
-    ("model_type", "asked"), in_turn(itertools.product(KINDS, ["depth", *MODES]), rest=["bert"] * 4)
-)
+@pytest.mark.parametrize(("model_type", "asked"), in_turn(itertools.product(KINDS, ["depth", *MODES]), rest=["bert"]))
 def test_every_mode_and_kind_of_block(model_type, asked):
     """For every mode and kind of block, the requested number of distinct blocks remains, and the result is repaired and
     saves."""
