@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..errors import DataError
 from ..evaluation.batches import Batches, take, without_labels
+from ..evaluation.limits import Limits
 
 HELD_OUT_EVERY = 8
 """Number of calibration sequences per held-out one."""
@@ -37,10 +38,16 @@ def read(batches: Batches | Dataset, model: PreTrainedModel) -> list[dict[str, A
         model: Model that reads the batches.
 
     Raises:
-        DataError: The data set has no column for the main input of the model.
+        DataError: The data set has no column for the main input of the model, or the model does not accept a batch: a
+            token id or a length beyond its tables, an empty row, or an image of another shape.
     """
-    if not isinstance(batches, Dataset):
-        return list(batches)
+    batches = _rows(batches, model) if isinstance(batches, Dataset) else list(batches)
+    Limits.of(model).check_all("the calibration data", batches)
+    return batches
+
+
+def _rows(batches: Dataset, model: PreTrainedModel) -> list[dict[str, Tensor]]:
+    """Batches of the rows of a data set."""
     main = model.main_input_name
     if main not in batches.column_names:
         raise DataError(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import evaluate
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import CheckpointError, DataError
 from .batches import model_inputs
 from .eval_mode import eval_mode
+from .intervals import bootstrap, wilson
+from .limits import Limits
 
 
 class Accuracy(evaluate.Metric):
@@ -69,14 +72,15 @@ def perplexity(
         bf16: Whether to compute in bfloat16 autocast.
 
     Returns:
-        `token_perplexity`, `word_perplexity`, `nll` (sum over the scored tokens, in nats), `tokens` (scored), `words`,
-        `stride` and `max_length`.
+        `token_perplexity` and its 95% interval by a bootstrap over windows, `word_perplexity`, `nll` (sum over the
+        scored tokens, in nats), `tokens` (scored), `words`, `stride` and `max_length`.
 
     Raises:
         DataError: The text is too short, or `max_length` or `stride` do not fit the model or each other.
     """
     stride = max_length if stride is None else stride
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length
+    limits = Limits.of(model)
+    positions = limits.positions or getattr(model.config, "max_position_embeddings", None) or max_length
     if not 2 <= max_length <= positions or not 1 <= stride <= max_length:
         raise DataError(
             f"max_length={max_length} and stride={stride} do not fit: use a max_length of 2 to {positions} tokens, and "
@@ -88,8 +92,9 @@ def perplexity(
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # to count the words of this part
     if len(ids) < 2:
         raise DataError(f"the text has {len(ids)} tokens; perplexity needs at least 2. Use a longer text.")
+    limits.check_ids("the text", min(ids), max(ids))
 
-    nll, scored = 0.0, 0
+    scores: list[tuple[float, int]] = []  # loss and number of scored tokens of each window
     windows = list(_windows(len(ids), max_length, stride))
     ids = torch.tensor(ids)
     with evaluating(model, bf16=bf16) as device:
@@ -99,11 +104,13 @@ def perplexity(
             targets = labels[:, 1:].to(device)
             kept = targets != -100
             logits = model(**model_inputs(batch, model)).logits[:, :-1][kept]
-            nll += F.cross_entropy(logits.float(), targets[kept], reduction="sum").item()
-            scored += int(kept.sum())
+            losses = F.cross_entropy(logits.float(), targets[kept], reduction="none").split(kept.sum(1).tolist())
+            scores += [(loss.sum().item(), len(loss)) for loss in losses]
+    nll, scored = sum(loss for loss, _ in scores), sum(tokens for _, tokens in scores)
     words = len(text.split()) + text.count("\n")
     return {
         "token_perplexity": _exp(nll / scored),
+        "token_perplexity_interval": list(map(_exp, bootstrap(scores, lambda means: means[:, 0] / means[:, 1]))),
         "word_perplexity": _exp(nll / scored * len(ids) / max(words, 1)),
         "nll": nll,
         "tokens": scored,
@@ -122,7 +129,8 @@ def classification(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
         bf16: Whether to compute in bfloat16 autocast.
 
     Returns:
-        `accuracy` (share), `cross_entropy` (mean, in nats) and `examples` (rows, or tokens that count).
+        `accuracy` (share) and its 95% Wilson interval, `cross_entropy` (mean, in nats) and `examples` (rows, or tokens
+        that count).
 
     Raises:
         DataError: No batches.
@@ -139,7 +147,13 @@ def classification(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
             examples += len(labels)
     if not examples:
         raise DataError("there are no batches to classify: pass at least one.")
-    return {**metric.compute(), "cross_entropy": loss / examples, "examples": examples}
+    accuracy = metric.compute()["accuracy"]
+    return {
+        "accuracy": accuracy,
+        "accuracy_interval": list(wilson(round(accuracy * examples), examples)),
+        "cross_entropy": loss / examples,
+        "examples": examples,
+    }
 
 
 def embedding_fidelity(
@@ -158,22 +172,22 @@ def embedding_fidelity(
         bf16: Whether to compute in bfloat16 autocast.
 
     Returns:
-        `cosine`, the mean over rows of the cosine between the two embeddings.
+        `cosine`, the mean over rows of the cosine between the two embeddings, and its 95% interval by a bootstrap.
 
     Raises:
         DataError: No batches.
     """
-    total, rows = 0.0, 0
+    found, limits = [], Limits.of(model)
     with evaluating(model, bf16=bf16) as device, evaluating(reference, bf16=bf16):
         for batch in tqdm(batches, desc="embeddings", disable=None):
-            ours = _embed(model, batch)
-            theirs = _embed(reference, batch).to(device)
-            cosines = F.cosine_similarity(ours, theirs, dim=-1)
-            total += cosines.sum().item()
-            rows += len(cosines)
-    if not rows:
+            limits.check("the data", batch)
+            ours = embedding(model, batch)
+            theirs = embedding(reference, batch).to(device)
+            found += F.cosine_similarity(ours, theirs, dim=-1).tolist()
+    if not found:
         raise DataError("there are no batches to embed: pass at least one.")
-    return {"cosine": total / rows}
+    interval = bootstrap([[cosine] for cosine in found], lambda means: means[:, 0])
+    return {"cosine": math.fsum(found) / len(found), "cosine_interval": list(interval)}
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -239,7 +253,8 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 709 else math.inf
 
 
-def _embed(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+def embedding(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
+    """Embeddings of a batch, (rows, width): see `embedding_fidelity`."""
     inputs = model_inputs(batch, model)
     states = model.base_model(**inputs).last_hidden_state.float()
     if states.dim() == 4:  # (batch, channels, height, width) of a convolutional network

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..errors import LayerFuseError, RecipeError
-from ..evaluation.eval_mode import dropout_of
+from ..evaluation.eval_mode import checkpoint_activations, dropout_of, outside_inference_mode, plain_outputs
 from ..evaluation.fingerprint import fingerprint
 from ..plan.heal_scope import HealScope
 from ..recipe import HealRecipe
@@ -57,6 +57,7 @@ class HealReport:
     distributed_type: str
 
 
+@outside_inference_mode
 def heal(
     student: PreTrainedModel,
     train_batches: DataLoader,
@@ -131,6 +132,7 @@ def heal(
         run |= {"seed": seed, "number of processes": accelerator.num_processes}
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_training(accelerator, recipe, seed))
+        stack.enter_context(plain_outputs(*filter(None, (student, teacher))))
         stack.enter_context(dropout_of(student, recipe.dropout))
         stack.enter_context(low_rank(student, recipe.lora_rank))
         stack.enter_context(_training(student, recipe, teacher, scope))
@@ -197,11 +199,11 @@ def _training(
         if caches:
             student.config.use_cache = False  # nothing is generated here
         if recipe.gradient_checkpointing:
-            _recompute(student, True)
+            checkpoint_activations(student, True)
         yield
     finally:
         if recipe.gradient_checkpointing and not recomputes:
-            _recompute(student, False)
+            checkpoint_activations(student, False)
         if caches:
             student.config.use_cache = caches
         # Accelerate wraps `forward` for mixed precision. Its `unwrap_model` would also strip the decorators of
@@ -215,15 +217,6 @@ def _training(
             student.get_parameter(name).requires_grad_(True)
         for module, training in teacher_modes:
             module.training = training
-
-
-def _recompute(model: PreTrainedModel, on: bool) -> None:
-    """Switch gradient checkpointing, which transformers 5.2x renames."""
-    word = "enable" if on else "disable"
-    method = getattr(model, f"activation_checkpointing_{word}", None) or getattr(
-        model, f"gradient_checkpointing_{word}"
-    )
-    method(*([{"use_reentrant": False}] if on else []))
 
 
 @contextlib.contextmanager

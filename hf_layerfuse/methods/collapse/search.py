@@ -16,7 +16,7 @@ from ...calibration.refit.refit import refit_by
 from ...calibration.samples import Sample
 from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.batches import Batches
-from ...evaluation.eval_mode import eval_mode
+from ...evaluation.eval_mode import eval_mode, outside_inference_mode, take_modes
 from ...models.apply import applied
 from ...models.architectures import architecture_for
 from ...models.surgery.checks import check_model, check_plan
@@ -28,6 +28,7 @@ from ..base import SearchResult
 from ..trials import Trials
 
 
+@outside_inference_mode
 def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Batches | None = None) -> SearchResult:
     """Replace MLPs of a model with linear maps by a recipe: choose, apply, fit.
 
@@ -79,7 +80,7 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
         return SearchResult(applied(model, plan), plan, None)
     with eval_mode(model):
         found = _searched(model, recipe, batches, nothing, edits)
-    found.model.train(model.training)
+    take_modes(found.model, model)
     return found
 
 

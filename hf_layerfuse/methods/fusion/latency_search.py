@@ -21,7 +21,7 @@ from ...calibration.refit.base import RefitReport
 from ...calibration.refit.refit import refit_by
 from ...calibration.samples import Sample
 from ...errors import RecipeError, UnsupportedModelError
-from ...evaluation.eval_mode import eval_mode
+from ...evaluation.eval_mode import eval_mode, take_modes
 from ...evaluation.fingerprint import digest
 from ...models.apply import applied
 from ...models.architectures import LayerArchitecture, architecture_for
@@ -81,7 +81,7 @@ def search_budget(model: PreTrainedModel, recipe: FusionRecipe, batches: Sequenc
         raise RecipeError("a latency budget needs calibration batches to measure the candidates: pass batches=.")
     with eval_mode(model):
         found = _Budget(model, architecture, recipe, list(batches)).run()
-    found.model.train(model.training)
+    take_modes(found.model, model)
     return found
 
 

@@ -21,7 +21,7 @@ from ...calibration.refit.transformer import SELECTING
 from ...calibration.samples import Sample
 from ...evaluation.batches import Batches
 from ...evaluation.divergence import calibration_loss
-from ...evaluation.eval_mode import eval_mode
+from ...evaluation.eval_mode import eval_mode, outside_inference_mode, take_modes
 from ...math import cluster
 from ...models.apply import applied
 from ...models.architectures import architecture_for
@@ -42,6 +42,7 @@ MOVES = 12
 """Number of plans next to the best one that effort `high` tries."""
 
 
+@outside_inference_mode
 def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None = None) -> SearchResult:
     """Make a model smaller with a recipe: choose the groups and the operators, apply, refit.
 
@@ -85,7 +86,7 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
         return SearchResult(applied(model, first), replace(first, notes=notes), None)
     with eval_mode(model):
         found = _Search(model, recipe, batches, first).run()
-    found.model.train(model.training)
+    take_modes(found.model, model)
     return found
 
 

@@ -13,6 +13,7 @@ from ...calibration.refit.conv_graph import refit_conv_graph
 from ...calibration.samples import Sample
 from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.batches import Batches
+from ...evaluation.eval_mode import outside_inference_mode
 from ...math.knapsack import Frontier, Option
 from ...models.apply import applied
 from ...models.architectures import ConvGraphArchitecture, architecture_for
@@ -34,6 +35,7 @@ from .candidates import (
 from .segment_latency import SegmentLatencies
 
 
+@outside_inference_mode
 def search_merge(model: PreTrainedModel, recipe: MergeRecipe, batches: Batches | None) -> SearchResult:
     """Merge convolutions of a model with a recipe: measure segments, choose by an exact program, apply, fit.
 
