@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import glob
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 
 from ..errors import DataError
 from ..recipe import DataRecipe
+from ..recipe.pointer import is_pointer
 from ..recipe.tasks import TASKS, Task
 from .labels import encode_labels, encode_row, encode_word_labels
 
@@ -30,20 +32,19 @@ _COMPRESSIONS = (".xz", ".gz")
 _STRINGS = ("string", "large_string")
 
 
-def load_splits(data: DataRecipe, task: Task, seed: int, *, label2id: dict[str, int] | None = None) -> dict[str, Rows]:
+def load_splits(data: DataRecipe, task: Task, seed: int, *, classes: Sequence[str] | None = None) -> dict[str, Rows]:
     """Load the splits `train`, `validation` and `test` that the recipe has, and check their columns.
 
     Without `data.validation`, the last `data.held_out` rows of `train` become the held-out split. Rows grouped by
     class, as in image folders and IMDB, are first shuffled with `seed`, because their head and tail hold a single
-    class. Class ids follow `label2id` where the names agree (in any case), else the order of the data set, else the
-    sorted names in `train`. With `data.streaming`, `train` is read when it is used, and its classes are those of
-    `validation`.
+    class. Class ids are those of the model, see `encode_labels`. With `data.streaming`, `train` is read when it is
+    used, and its classes are those of `validation`.
 
     Args:
         data: Source of the rows.
         task: Task, which decides the columns.
         seed: Seed of the shuffle.
-        label2id: Class ids of the model, which the data must fit; placeholders `LABEL_0`, ... are ignored.
+        classes: Class names of the model in the order of their ids, from `class_names`; None accepts any classes.
 
     Raises:
         DataError: A file, a column or a text is missing, a split is empty or too small, or a class is unknown.
@@ -58,9 +59,9 @@ def load_splits(data: DataRecipe, task: Task, seed: int, *, label2id: dict[str, 
     streamed = splits.pop("train") if data.streaming else None
     given = splits["validation"].features if data.streaming else {}
     if TASKS[task].labels == "word":
-        encode_word_labels(splits, data.label_column, label2id)
+        encode_word_labels(splits, data.label_column, classes)
     if TASKS[task].labels == "row":
-        encode_labels(splits, data.label_column, label2id)
+        encode_labels(splits, data.label_column, classes)
         for split, rows in splits.items():
             labels = np.asarray(rows[data.label_column][:])
             if np.count_nonzero(np.diff(labels)) < len(np.unique(labels)):
@@ -69,7 +70,7 @@ def load_splits(data: DataRecipe, task: Task, seed: int, *, label2id: dict[str, 
         if TASKS[task].labels:
             column = data.label_column
             features = {"before": given[column], "after": splits["validation"].features[column]}
-            known = {"column": column, "classes": len(label2id or {}), **features}
+            known = {"column": column, "classes": len(classes or ()), **features}
             streamed = streamed.map(encode_row, fn_kwargs=known)
         splits["train"] = streamed
     elif "validation" not in splits:
@@ -99,6 +100,11 @@ def _load_local(data: DataRecipe, source: str, split: str, *, streaming: bool) -
         raise DataError(
             f"data.{split}={source!r}: no such file or folder. Correct the path, or set data.name to use the Hub."
         )
+    if is_pointer(path):
+        raise DataError(
+            f"data.{split}={source!r} is a pointer of git-lfs, not the content: run `git lfs pull` in its folder, or "
+            "download the file."
+        )
     *_, kind, compression = ["", "", *(suffix.lower() for suffix in path.suffixes)]
     if compression not in _COMPRESSIONS:
         kind = compression
@@ -114,7 +120,7 @@ def _load_local(data: DataRecipe, source: str, split: str, *, streaming: bool) -
 def _load(what: str, builder: str, *, split: str = "train", **options: Any) -> Rows:
     try:
         return datasets.load_dataset(builder, split=split, **options)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # parsers of user files raise anything, such as StopIteration for an empty one
         raise DataError(
             f"{what} cannot be loaded, or is empty: {error.__cause__ or error}. Check the name and the split, and that "
             "the file is complete."

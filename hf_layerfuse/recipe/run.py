@@ -169,7 +169,7 @@ def load_recipe(path: str | Path, overrides: dict[str, Any] | None = None) -> Re
     Raises:
         RecipeError: The file is missing or not a mapping, or a field is unknown or has a wrong value.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise RecipeError(f"no recipe at {path}: give the path of a YAML file such as recipes/gpt2-wikitext2.yaml.")
     try:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -44,6 +45,8 @@ def _strict(cls: type[_T], renamed: Mapping[str, str]) -> type[_T]:
                 values[name] = _as_float(values[name])
             if values[name] is False and "no" in get_args(hints[name]):
                 values[name] = "no"  # YAML 1.1 reads that word as false
+            if isinstance(values[name], str) and values[name].startswith("~/"):
+                values[name] = os.path.expanduser(values[name])  # a shell does this only at the start of a word
         try:
             fill(self, **values)
         except (StrictDataclassError, TypeError) as error:

@@ -116,14 +116,14 @@ def test_words_have_their_labels(tmp_path, tokenizer):
     data = DataRecipe(
         train=str(tmp_path / "a.jsonl"), held_out=1, text_column="tokens", label_column="tags", max_length=16
     )
-    ids = {"NAME": 0, "O": 1, "PLACE": 2}
-    splits = load_splits(data, "token-classification", seed=0, label2id=ids)
+    names = ["NAME", "O", "PLACE"]
+    splits = load_splits(data, "token-classification", seed=0, classes=names)
     assert splits["train"]["tags"][:] == [[1, 0, 1], [2]]
     prepared = prepare(splits["train"], tokenizer, data, "token-classification", training=True)
     (batch,) = loader(prepared, tokenizer, 2, shuffle=False, seed=0, task="token-classification")
     assert batch["labels"].tolist() == [[-100, 1, 0, -100, 1, -100], [-100, 2, -100, -100, -100, -100]]
     with pytest.raises(DataError, match="rename them"):
-        load_splits(data, "token-classification", seed=0, label2id={"A": 0, "B": 1})
+        load_splits(data, "token-classification", seed=0, classes=["A", "B"])
     plain = DataRecipe(train=str(tmp_path / "b.jsonl"), held_out=1)
     for row, message in (
         ({"text": "a b", "label": [0, 1]}, "token-classification cannot read"),

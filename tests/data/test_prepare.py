@@ -15,8 +15,9 @@ import torch
 from datasets import ClassLabel, Dataset, IterableDataset
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoImageProcessor, PreTrainedTokenizerFast, ViTImageProcessor
+from transformers import AutoImageProcessor, BertConfig, PreTrainedTokenizerFast, ViTImageProcessor
 
+from hf_layerfuse.data.labels import class_names
 from hf_layerfuse.data.prepare import calibration_batches, loader, prepare, text_of
 from hf_layerfuse.data.splits import load_splits
 from hf_layerfuse.errors import DataError, RecipeError
@@ -196,16 +197,72 @@ def test_calibration_is_a_seeded_sample_of_train(tmp_path: Path, tokenizer: PreT
 
 
 def test_labels_follow_the_model(tmp_path: Path) -> None:
-    """Ids are those of label2id, in any case of letters. Placeholder names are ignored; unknown names are an error."""
+    """Ids are those of the model, in any case of letters. Unknown names, and names for a model that has only
+    placeholders, are refused."""
     data = _recipe(_write(tmp_path / "a.tsv", ROWS))
 
-    def train_labels(label2id: dict[str, int]) -> list[int]:
-        return load_splits(data, "text-classification", seed=0, label2id=label2id)["train"]["label"][:]
+    def train_labels(classes: list[str] | None) -> list[int]:
+        return load_splits(data, "text-classification", seed=0, classes=classes)["train"]["label"][:]
 
-    assert train_labels({"POS": 0, "NEG": 1}) == [0, 1, 0, 1]
-    assert train_labels({"LABEL_0": 0, "LABEL_1": 1}) == [1, 0, 1, 0]
-    with pytest.raises(DataError, match="rename them"):
-        train_labels({"cat": 0, "dog": 1})
+    assert train_labels(["POS", "NEG"]) == [0, 1, 0, 1]
+    assert train_labels(["pos", "other", "neg"]) == [0, 2, 0, 2]
+    assert train_labels(["POS", "pos", "NEG", "neg"]) == [1, 3, 1, 3], "case matters where it is all that differs"
+    assert train_labels(None) == [1, 0, 1, 0]
+    for classes, message in (
+        (["LABEL_0", "LABEL_1"], "order is unknown: set id2label"),
+        (["cat", "dog"], r"train has the classes \['neg', 'pos'\]; the known ones are \['cat', 'dog'\]"),
+        (["pos", "negative"], r"train has the classes \['neg'\]"),
+        (["pos", "neg", "neg"], r"several classes the names \['neg'\]"),
+    ):
+        with pytest.raises(DataError, match=message):
+            train_labels(classes)
+
+
+def test_numbers_in_quotes_are_ids(tmp_path: Path) -> None:
+    """They are compared as numbers, unless the model has classes of these names."""
+    rows = [(f"row {number}", str(number)) for number in (10, 2, 0, 1, 2, 10, 0, 1)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    data = DataRecipe(train=str(path), held_out=2)
+
+    def ids(classes: list[str] | None) -> list[int]:
+        return load_splits(data, "text-classification", seed=0, classes=classes)["train"]["label"][:]
+
+    assert ids(None) == ids([f"LABEL_{i}" for i in range(11)]) == [10, 2, 0, 1, 2, 10]
+    assert ids([str(10 - i) for i in range(11)])[:3] == [0, 8, 10], "names of the model come first"
+    with pytest.raises(DataError, match=r"labels from 0 to 10; .* the model has 3 classes"):
+        ids(["a", "b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"id2label": {0: "pos", 1: "neg"}}, ["pos", "neg"]),
+        ({"id2label": {"0": "pos", "1": "neg"}, "label2id": None}, ["pos", "neg"]),
+        ({"id2label": {0: "pos", 1: "neg"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}, ["pos", "neg"]),
+        ({"id2label": {1: "neg", 0: "pos"}, "label2id": {"neg": 0, "pos": 1}}, ["pos", "neg"]),
+        ({"num_labels": 3}, ["LABEL_0", "LABEL_1", "LABEL_2"]),
+    ],
+)
+def test_class_names_of_a_model(tmp_path: Path, names: dict, expected: list[str]) -> None:
+    """`id2label` decides, whatever `label2id` says, in memory and after a round trip."""
+    config = BertConfig(**names)
+    assert class_names(config) == expected
+    config.save_pretrained(tmp_path)
+    assert class_names(BertConfig.from_pretrained(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.txt.xz"])
+def test_pointers_of_git_lfs_are_refused(tmp_path: Path, name: str) -> None:
+    """A text file that is one would be read as three lines of text."""
+    (tmp_path / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 5481\n")
+    with pytest.raises(DataError, match=r"is a pointer of git-lfs.*git lfs pull"):
+        load_splits(DataRecipe(train=str(tmp_path / name)), "causal-lm", seed=0)
+
+
+def test_classes_are_numbered_from_zero() -> None:
+    with pytest.raises(DataError, match="number the classes from 0"):
+        class_names(BertConfig(id2label={1: "pos", 2: "neg"}))
 
 
 def test_unknown_and_missing_classes_are_errors(tmp_path: Path) -> None:
@@ -218,7 +275,7 @@ def test_unknown_and_missing_classes_are_errors(tmp_path: Path) -> None:
         load_splits(data, "text-classification", seed=0)
     data = _recipe(_write(tmp_path / "d.jsonl", [("x", 0), ("y", 2), ("z", 1)]))
     with pytest.raises(DataError, match="has 2 classes"):
-        load_splits(data, "text-classification", seed=0, label2id={"no": 0, "yes": 1})
+        load_splits(data, "text-classification", seed=0, classes=["no", "yes"])
 
 
 def test_rows_grouped_by_class_are_shuffled_first(tmp_path: Path) -> None:
@@ -245,7 +302,7 @@ def test_image_folder(tmp_path: Path) -> None:
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "processor")
     processor = AutoImageProcessor.from_pretrained(tmp_path / "processor")
     data = DataRecipe(train=str(tmp_path / "train"), test=str(tmp_path / "test"), held_out=4, max_test_samples=3)
-    splits = load_splits(data, "image-classification", seed=0, label2id={"dog": 0, "cat": 1})
+    splits = load_splits(data, "image-classification", seed=0, classes=["dog", "cat"])
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 8, "validation": 4, "test": 4}
 
     prepared = prepare(splits["test"], processor, data, "image-classification", training=False)
@@ -362,7 +419,7 @@ def test_streamed_rows_are_those_of_the_file(tmp_path, tokenizer, name, numbers)
     batches = {}
     for streaming in (False, True):
         data = DataRecipe(train=str(train), validation=str(other), max_length=16, streaming=streaming)
-        splits = load_splits(data, "text-classification", 0, label2id={"POS": 0, "NEG": 1} if not numbers else None)
+        splits = load_splits(data, "text-classification", 0, classes=["POS", "NEG"] if not numbers else None)
         prepared = prepare(splits["train"], tokenizer, data, "text-classification", training=True)
         options = {"seed": 3, "task": "text-classification"}
         batches[streaming] = list(loader(prepared, tokenizer, 6, shuffle=False, **options))
@@ -432,7 +489,7 @@ def test_streamed_rows_are_checked_when_they_are_read(tmp_path, tokenizer, row, 
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     paths = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "validation")}
     data = DataRecipe(**paths, text_column="text", label_column="label", streaming=True, max_length=8)
-    rows = load_splits(data, "text-classification", 0, label2id={"LABEL_0": 0, "LABEL_1": 1})["train"]
+    rows = load_splits(data, "text-classification", 0, classes=["LABEL_0", "LABEL_1"])["train"]
     with pytest.raises(DataError, match=message):
         list(prepare(rows, tokenizer, data, "text-classification", training=True))
 
