@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..errors import RecipeError
 from ..evaluation.batches import Batches
+from ..evaluation.eval_mode import outside_inference_mode
 from ..evaluation.hooks import When, watch_tokens
 from ..math.align import CrossCorrelation, Rows, Turns, fit, gain, inner_product, scores, transport
 from ..plan import Fuse, Plan
@@ -50,6 +51,7 @@ class _Pair(NamedTuple):
         return self.block.kind, self.block.layer
 
 
+@outside_inference_mode
 def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
     """Align the blocks of each group with one of them. The function of every block stays the same.
 

@@ -8,10 +8,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ..evaluation.batches import Batches
+from ..evaluation.eval_mode import outside_inference_mode
 from ..plan import Blend, Plan
+from ..plan.layout import Layout
 from .activation_fit import fit_lines
 from .align import aligned
-from .architectures import ConvGraphArchitecture, architecture_for
+from .architectures import ConvGraphArchitecture, LayerArchitecture, architecture_for
 from .families import CONV_GRAPH, LAYERS, family_of
 from .modeling import build, fused_class, skeleton, with_plan
 from .surgery.checks import check_model, check_plan
@@ -20,6 +22,7 @@ from .surgery.layers import target_config
 from .surgery.weights import fused_weights
 
 
+@outside_inference_mode
 def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
     """Apply a plan: align blocks and combine their weights. The plan holds all decisions; the model is not changed.
 
@@ -58,7 +61,25 @@ def _with_fused_layers(model: PreTrainedModel, plan: Plan, batches: Batches | No
     if not layout.is_stock:
         cls = fused_class(cls)
         config = with_plan(cls, config, plan)
-    return build(cls, config, weights, model)
+    student = build(cls, config, weights, model)
+    _freeze_like(student, model, architecture, layout)
+    return student
+
+
+def _freeze_like(
+    student: PreTrainedModel, model: PreTrainedModel, architecture: LayerArchitecture, layout: Layout
+) -> None:
+    """Freeze the parameters of a student that are frozen in all layers of the original that they come from."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if not frozen:
+        return
+    path = f"{architecture.layers_path(model)}."
+    for name, parameter in student.named_parameters():
+        names = {name}
+        if name.startswith(path):
+            number, _, rest = name.removeprefix(path).partition(".")
+            names = {f"{path}{layer}.{rest}" for layer in layout.slots[int(number)].layers}
+        parameter.requires_grad_(not names <= frozen)
 
 
 def _with_merged_convolutions(model: PreTrainedModel, plan: Plan, batches: Batches | None) -> PreTrainedModel:

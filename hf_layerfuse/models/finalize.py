@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..errors import LayerFuseError, PlanError
 from ..evaluation.batches import Batches
+from ..evaluation.eval_mode import outside_inference_mode
 from ..plan import Blend, LinearActivation, LinearForm, Linearize, Plan, PlanNotes
 from .activation_fit import line_errors
 from .apply import merged
@@ -17,6 +18,7 @@ from .surgery.linear_mlp import check_form, linear_weights
 from .surgery.weights import untied_state
 
 
+@outside_inference_mode
 def linearize_mlps(
     model: PreTrainedModel, *, threshold: float = 0.05, fold: bool = False, batches: Batches | None = None
 ) -> tuple[PreTrainedModel, Plan]:
@@ -77,6 +79,7 @@ def linearize_mlps(
     return build(type(model), with_plan(type(model), model.config, plan), weights, model), plan
 
 
+@outside_inference_mode
 def merge_convs(model: PreTrainedModel) -> tuple[PreTrainedModel, Plan]:
     """Merge each open segment into one convolution. This completes `MergeConvs(..., merged=False)` edits.
 

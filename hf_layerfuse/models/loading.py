@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, LayerFuseError
+from ..evaluation.eval_mode import outside_inference_mode
+from .files import stored_names, why_unreadable
 from .modeling import head_class
 
 _HUB_ARGUMENTS = (
@@ -24,6 +26,7 @@ _HUB_ARGUMENTS = (
 )
 
 
+@outside_inference_mode
 def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, **kwargs: Any) -> Any:
     """Load a fused or stock checkpoint, see `AutoFusedModel.from_pretrained`.
 
@@ -38,7 +41,7 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
     """
     if isinstance(path, PreTrainedModel):
         raise CheckpointError("the model is in memory already: call fuse(model, recipe) to fuse it.")
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
     config = kwargs.pop("config", None)
     wants_report = kwargs.pop("output_loading_info", False)
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
@@ -50,15 +53,19 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
             config, rest = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **hub, **fields)
             kwargs = {k: v for k, v in kwargs.items() if k not in fields or k in rest}
         elif not isinstance(config, PreTrainedConfig):
-            config = AutoConfig.from_pretrained(config, **hub)
-        cls = auto_class or head_class(config)
+            config = AutoConfig.from_pretrained(os.path.expanduser(config), **hub)
+        cls = auto_class or _class_of(path, config, kwargs, hub)
         model, report = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     except LayerFuseError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except Exception as error:  # configs of users lead to anything, such as KeyError for an unknown activation
+        if (why := why_unreadable(path)) is not None:
+            raise CheckpointError(why) from error
         if not os.path.exists(path) and (os.path.isabs(path) or path.startswith(".") or path.count("/") != 1):
             raise CheckpointError(f"there is no directory {path!r}: correct the path, or give a Hub name.") from error
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())
+        if not isinstance(error, OSError | ValueError) or not reason:
+            reason = f"{type(error).__name__}: {reason}"
         raise CheckpointError(f"cannot load a model from {path!r}: {reason[:400]}") from error
     wrong = [str(key) for key in (*report["missing_keys"], *report["mismatched_keys"])]
     if model.base_model is model:
@@ -70,4 +77,36 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
             f"{', '.join(sorted(wrong)[:5])}{' and more' if len(wrong) > 5 else ''}. Download it again if it is "
             "damaged; fine-tune it first if it has no head for this task."
         )
+    _check_layers(model, path, report["unexpected_keys"])
     return (model, report) if wants_report else model
+
+
+def _class_of(path: str, config: PreTrainedConfig, kwargs: Mapping[str, Any], hub: Mapping[str, Any]) -> type:
+    """Class of a checkpoint: that of its config, else the one that takes all its weights."""
+    if config.architectures:
+        return head_class(config)
+    if "gguf_file" in kwargs:
+        return AutoModelForCausalLM  # a GGUF file holds a language model, and its config names no class
+    return head_class(config, stored_names(path, **hub))
+
+
+def _check_layers(model: PreTrainedModel, path: str, unexpected: Iterable[str]) -> None:
+    """Raise `CheckpointError` if the file holds layers that the model does not have.
+
+    Transformers only logs such weights. Those of a head may stay unused; a missing layer is another model.
+    """
+    known = {_numbered(name) for name, _ in model.named_parameters()}
+    layers = [name for name in unexpected if "#" in _numbered(name)]
+    # a body that is loaded from the file of a model with a head has no prefix
+    surplus = sorted(name for name in layers if known & {_numbered(name), _numbered(name).partition(".")[2]})
+    if surplus:
+        depth = getattr(model.config, "num_hidden_layers", None)
+        raise CheckpointError(
+            f"the checkpoint at {path!r} has weights of layers that its config does not have, such as {surplus[0]}: "
+            f"correct {'the depths' if depth is None else f'num_hidden_layers={depth}'} in config.json."
+        )
+
+
+def _numbered(name: str) -> str:
+    """Name of a weight with # for the number of its layer."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", name)

@@ -11,6 +11,7 @@ import copy
 import functools
 import os
 import sys
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers.models.auto import auto_factory, configuration_auto, modeling_
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, PlanError, UnsupportedModelError
+from ..evaluation.eval_mode import checkpoint_activations, outside_inference_mode
 from ..plan import Plan
 from .architectures import ARCHITECTURES, BUILTIN, FUSED_PREFIX, Architecture
 from .families import family_of
@@ -229,6 +231,7 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
     return {k: v for k, v in config.to_dict().items() if k not in ("model_type", "layerfuse_plan", "auto_map")}
 
 
+@outside_inference_mode
 def expand(model: PreTrainedModel) -> PreTrainedModel:
     """Turn a fused model into a stock model that computes the same.
 
@@ -254,9 +257,8 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
 def build(cls: type, config: PreTrainedConfig, weights: dict[str, Any], like: PreTrainedModel) -> PreTrainedModel:
     """Build a `cls` with these weights, using the same loading code as for a checkpoint."""
     config._attn_implementation = like.config._attn_implementation
-    generation = {"generation_config": copy.deepcopy(like.generation_config)} if like.can_generate() else {}
     model, report = cls.from_pretrained(
-        None, config=config, state_dict=weights, dtype=like.dtype, output_loading_info=True, **generation
+        None, config=config, state_dict=weights, dtype=like.dtype, output_loading_info=True
     )
     wrong = {key: sorted(report[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
     if wrong:
@@ -267,14 +269,25 @@ def build(cls: type, config: PreTrainedConfig, weights: dict[str, Any], like: Pr
     # names on disk follow the file of the original, as when the original is saved again
     model._weight_conversions = getattr(like, "_weight_conversions", None)
     model.config.name_or_path = model.name_or_path = like.config.name_or_path
+    if like.can_generate():
+        # A copy also remembers that it is unchanged since it was loaded: Transformers saves such configs even if they
+        # are invalid, as many on the Hub are.
+        model.generation_config = copy.deepcopy(like.generation_config)
+    if any(getattr(module, "gradient_checkpointing", False) for module in like.modules()):
+        checkpoint_activations(model, True)
     return model.to(like.device).train(like.training)
 
 
-def head_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Model class of a checkpoint, from `architectures` in its config.
+def head_class(config: PreTrainedConfig, stored: Collection[str] = ()) -> type[PreTrainedModel]:
+    """Model class of a checkpoint, from `architectures` in its config, or else from the names of its weights.
+
+    Args:
+        config: Config of the checkpoint.
+        stored: Names of the weights in its files. Without any, a config that names no class gets the body.
 
     Raises:
-        CheckpointError: Neither Transformers nor the user has registered the class for this config.
+        CheckpointError: Neither Transformers nor the user has registered the class for this config; or the config names
+            no class, and none takes all weights, or several do.
     """
     names = config.architectures or []
     heads = [head for auto_class in _AUTO_CLASSES for head in _heads(auto_class, type(config))]
@@ -288,10 +301,38 @@ def head_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         if isinstance(head, type) and issubclass(head, PreTrainedModel):
             return fused_class(head) if plain != name else head
     if not names and heads:
-        return heads[0]
+        # a model with a head has its body under a prefix, as in `transformer.wte.weight`
+        prefixes = tuple({f"{head.base_model_prefix}." for head in heads})
+        headed = any(name.startswith(prefixes) for name in stored)
+        return _head_of(config, dict.fromkeys(heads[1:]), stored) if headed else heads[0]
     raise CheckpointError(
         f"config.json names the class {names}, which is not known for {config.model_type!r}: register it with an Auto "
         "class, or import the package that defines it, before loading."
+    )
+
+
+def _head_of(
+    config: PreTrainedConfig, heads: Iterable[type[PreTrainedModel]], stored: Collection[str]
+) -> type[PreTrainedModel]:
+    """The only class whose head has exactly the stored weights, apart from those tied to the body."""
+    stored, fitting = set(stored), {}
+    for head in heads:
+        prefix = f"{head.base_model_prefix}."
+        own = {name for name in stored if not name.startswith(prefix)}
+        with torch.device("meta"):
+            model = head(copy.deepcopy(config))
+        names = set(model.state_dict())
+        lacking = {name for name in names if not name.startswith(prefix)} - own
+        if own <= names and lacking <= model.all_tied_weights_keys.keys():
+            fitting[head] = len(names ^ stored)
+    # heads that differ in their use of the body: some have no pooler
+    closest = [head for head, apart in fitting.items() if apart == min(fitting.values())]
+    if len(closest) == 1:
+        return closest[0]
+    found = f"the weights fit each of {', '.join(head.__name__ for head in closest)}" if closest else "no class fits"
+    raise CheckpointError(
+        f"config.json has no `architectures`, and {found} of {config.model_type!r}: add the class of the model to "
+        f'config.json, as in "architectures": ["{(closest or [*heads])[0].__name__}"].'
     )
 
 

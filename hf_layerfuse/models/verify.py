@@ -17,7 +17,7 @@ from ..errors import CheckpointError, LayerFuseWarning, VerificationError
 from ..evaluation.batches import Batches, model_inputs
 from ..evaluation.divergence import decode, prediction
 from ..evaluation.dummy_inputs import dummy_inputs, predicts_next_token
-from ..evaluation.eval_mode import eval_mode
+from ..evaluation.eval_mode import eval_mode, plain_outputs
 from ..plan import Plan
 from .families import family_of
 from .loading import load_checkpoint
@@ -93,7 +93,8 @@ def _compare_reloaded(model: PreTrainedModel, path: Path, inputs: dict[str, Tens
     if any(wrong.values()):
         raise VerificationError(f"the saved checkpoint does not match its config: {wrong}.")
     reloaded.set_attn_implementation(model.config._attn_implementation)
-    difference = (_predict(reloaded.to(model.device), inputs) - expected).abs().max().item()
+    with plain_outputs(reloaded):
+        difference = (_predict(reloaded.to(model.device), inputs) - expected).abs().max().item()
     if difference != 0:
         raise VerificationError(
             f"outputs differ by up to {difference:.3g} after saving and loading; they must be equal. Please report "

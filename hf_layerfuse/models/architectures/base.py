@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...plan import TRANSFORMER
@@ -60,6 +61,7 @@ class LayerArchitecture(Architecture, ABC):
     Attributes:
         layers: Path of the `nn.ModuleList` of layers inside the base model.
         skip: Modules to replace, and their replacements, so that a layer runs without a block; one entry per kind.
+            The first module of an MLP is the one that reads the state.
         post_norm: Whether the block's norm follows the residual sum (BERT) instead of preceding the block (GPT-2).
             Such a norm stays when its block is removed, because the next block was trained on normalised states.
         per_layer_config: Config fields with one entry per layer, kept in step with the layers.
@@ -143,7 +145,8 @@ class TransformerArchitecture(LayerArchitecture):
             return Place("after", table["norm"])
         if kind == "attention":
             return Place("before", "")
-        return Place("after", self.attention["norm"]) if self.post_norm else Place("before", table["norm"])
+        # cross-attention, which decoders have between the two blocks, changes the state once more
+        return Place("before", next(iter(self.skip["mlp"])) if self.post_norm else table["norm"])
 
 
 class ConvArchitecture(LayerArchitecture):
@@ -220,10 +223,13 @@ def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind
         The architecture that is registered for the `model_type`.
 
     Raises:
-        UnsupportedModelError: No architecture of this kind is registered for the `model_type`.
+        UnsupportedModelError: No architecture of this kind is registered for the `model_type`, or `model` is neither a
+            model nor a config.
     """
+    if not isinstance(model, PreTrainedModel | PreTrainedConfig):
+        raise UnsupportedModelError(f"{_name_of(model)} is not a transformers model: {_instead_of(model)}.")
     config = getattr(model, "config", model)
-    model_type = str(getattr(config, "model_type", type(model).__name__)).removeprefix(FUSED_PREFIX)
+    model_type = config.model_type.removeprefix(FUSED_PREFIX)
     architecture = ARCHITECTURES.get(model_type)
     if isinstance(architecture, kind):
         return architecture
@@ -235,3 +241,23 @@ def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind
         f"unknown architecture {model_type!r}. Known: {known}. To add one, see 'Add an "
         "architecture' in CONTRIBUTING.md."
     )
+
+
+def _name_of(value: Any) -> str:
+    return repr(value) if isinstance(value, str | os.PathLike) else type(value).__name__
+
+
+def _instead_of(value: Any) -> str:
+    """What to pass in place of a value that is not a model."""
+    if isinstance(value, str | os.PathLike):
+        return f"load it first, with AutoFusedModel.from_pretrained({str(value)!r})"
+    if hasattr(value, "merge_and_unload"):
+        return "pass model.merge_and_unload(), which keeps the adapters, or model.unload(), which drops them"
+    for attribute in ("module", "_orig_mod", "model"):  # DataParallel, torch.compile, pipelines
+        if isinstance(getattr(value, attribute, None), PreTrainedModel):
+            return f"pass the model inside it, .{attribute}"
+    if isinstance(value, nn.Module):
+        inside = [name for name, module in value.named_modules() if isinstance(module, PreTrainedModel)]
+        if inside:
+            return f"pass the model inside it, .get_submodule({inside[0]!r})"
+    return "pass a model as from_pretrained returns it"

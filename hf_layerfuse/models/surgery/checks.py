@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ...errors import PlanError, UnsupportedModelError
 from ...plan import Plan
 from ..architectures import FUSED_PREFIX, LayerArchitecture
+from .altered import check_unaltered
 from .layers import relaxed_maps
 from .linear_mlp import check_form
 
@@ -23,8 +24,7 @@ def check_model(model: PreTrainedModel, architecture: LayerArchitecture) -> None
     """Raise `UnsupportedModelError` unless the model can be fused."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers model: pass the model itself, without torch.compile or "
-            "other wrappers; merge PEFT adapters first (merge_and_unload)."
+            f"{type(model).__name__} is not a model: pass a model with its weights, as from_pretrained returns it."
         )
     if model.config.model_type.startswith(FUSED_PREFIX):
         raise UnsupportedModelError(
@@ -32,11 +32,10 @@ def check_model(model: PreTrainedModel, architecture: LayerArchitecture) -> None
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError("the model is quantised: fuse the full-precision model, then quantise the result.")
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModelError("the model carries PEFT adapters: merge them (merge_and_unload), then fuse.")
     if getattr(model.config, "is_heterogeneous", False):
         raise UnsupportedModelError("config.per_layer_config makes layers differ: such models cannot be fused yet.")
     architecture.check(model)
+    check_unaltered(model)
     check_weights(model)
 
 
@@ -45,6 +44,11 @@ def check_weights(model: PreTrainedModel) -> None:
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise UnsupportedModelError(f"{name} is on the meta device: load the model without offloading to fuse it.")
+        if tensor.is_inference():
+            raise UnsupportedModelError(
+                f"{name} was made under torch.inference_mode, so that nothing can be computed from it outside: load "
+                "the model outside of it, or pass copy.deepcopy(model)."
+            )
         if not torch.isfinite(tensor).all():
             raise UnsupportedModelError(
                 f"{name} holds NaN or infinite values: the checkpoint is damaged or was trained past divergence; "

@@ -16,6 +16,9 @@ from ..architectures import LayerArchitecture
 from ..modules.shared_linear import PER_DEPTH, Linear, Relaxed, can_relax, out_in, relax
 from .linear_mlp import reshape_mlp
 
+_NUMBERS_OF_FIRST_LAYERS = ("max_window_layers",)
+"""Config fields with the number of layers before the first one of another kind."""
+
 
 def target_config(config: PreTrainedConfig, architecture: LayerArchitecture, layout: Layout) -> PreTrainedConfig:
     """Config of the result: fewer layers, every per-layer list in step. `config` is not changed."""
@@ -30,6 +33,9 @@ def target_config(config: PreTrainedConfig, architecture: LayerArchitecture, lay
         used = {kind: None for kind, slot in zip(types, layout.slots, strict=True) if slot.source("attention")}
         fallback = next(iter(used))
         target.layer_types = [kind if kind in used else fallback for kind in types]
+    for name in _NUMBERS_OF_FIRST_LAYERS:
+        if getattr(config, name, None) is not None:
+            setattr(target, name, sum(slot.layers[0] < getattr(config, name) for slot in layout.slots))
     target.num_hidden_layers = len(layout.slots)
     return target
 
