@@ -14,11 +14,13 @@ from .errors import (
     UnsupportedModelError,
     VerificationError,
 )
+from .evaluation.comparison import Comparison, compare, evaluate
 from .methods.base import SearchResult
 from .methods.collapse.search import search_collapse
 from .methods.fusion.planner import plan_fusion
 from .methods.fusion.search import search
 from .methods.merge.search import search_merge
+from .methods.report import FusionReport
 from .models.align import align
 from .models.apply import apply
 from .models.architectures import (
@@ -35,6 +37,7 @@ from .models.finalize import linearize_mlps, merge_convs
 from .models.layer_map import fused_parameters, heal_scope, layer_map, mixed_weights
 from .models.modeling import expand, register_architecture
 from .models.verify import verify
+from .pipeline.report.plots import plot_distances, plot_plan
 from .plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan, PlanNotes
 from .plan.heal_scope import HealScope
 from .recipe import CollapseRecipe, FusionRecipe, HealRecipe, MergeRecipe
@@ -48,6 +51,7 @@ __all__ = [
     "Blend",
     "CheckpointError",
     "CollapseRecipe",
+    "Comparison",
     "ConvArchitecture",
     "ConvGraphArchitecture",
     "Convolutions",
@@ -55,6 +59,7 @@ __all__ = [
     "Drop",
     "Fuse",
     "FusionRecipe",
+    "FusionReport",
     "HealRecipe",
     "HealReport",
     "HealScope",
@@ -79,6 +84,8 @@ __all__ = [
     "apply",
     "architecture_for",
     "collapse",
+    "compare",
+    "evaluate",
     "expand",
     "fuse",
     "fused_parameters",
@@ -90,6 +97,8 @@ __all__ = [
     "merge_convs",
     "mixed_weights",
     "plan_fusion",
+    "plot_distances",
+    "plot_plan",
     "refit",
     "register_architecture",
     "search",

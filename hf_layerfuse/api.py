@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any, TypeVar
 
+import torch
 from transformers import PreTrainedModel
 
 from .calibration.samples import read
@@ -14,6 +16,8 @@ from .methods.base import Method
 from .methods.collapse.method import COLLAPSE
 from .methods.fusion.method import FUSION
 from .methods.merge.method import MERGE
+from .methods.report import FusionReport
+from .models.architectures import architecture_for
 from .models.loading import load_checkpoint
 from .models.verify import verify, warn_if_useless
 from .recipe import CollapseRecipe, FusionRecipe, MergeRecipe, current_names
@@ -44,6 +48,7 @@ def fuse(
 
     Returns:
         A new model. It has the stock class if whole layers were fused in depth, and its fused counterpart otherwise.
+        Its `fusion_report` is a `FusionReport`.
 
     Raises:
         RecipeError: Unknown field or impossible target.
@@ -79,7 +84,8 @@ def collapse(
         overrides: Fields of `CollapseRecipe` that replace those of `recipe`, or form the recipe if there is none.
 
     Returns:
-        A new model, whose class is the fused counterpart of the class of `model`.
+        A new model, whose class is the fused counterpart of the class of `model`. Its
+        `fusion_report` is a `FusionReport`.
 
     Raises:
         RecipeError: Unknown field or impossible target.
@@ -113,7 +119,8 @@ def merge(
 
     Returns:
         A new model, whose class is the fused counterpart of the class of `model`. With method `open`, its segments are
-        still to be trained. `merge_convs` then turns the trained model into the fast one.
+        still to be trained. `merge_convs` then turns the trained model into the fast one. Its `fusion_report` is a
+        `FusionReport`.
 
     Raises:
         RecipeError: Unknown field, latency budget that cannot be met, or missing batches.
@@ -136,13 +143,28 @@ def _compress(
 ) -> PreTrainedModel:
     """Run the search of a method, then check its result, as `fuse`, `collapse` and `merge` do."""
     recipe = _asked(method, recipe, overrides)
+    architecture_for(model, method.architecture_type)  # a value that is not a model is refused first
     sequences = None if batches is None else read(batches, model)
-    result = method.search(model, recipe, sequences).model
-    if check:
-        verify(result)
-    if not method.needs_training(recipe):  # the quality of other results shows only after training
-        warn_if_useless(model, result, sequences)
+    with torch.inference_mode(False):  # weights made in inference mode could not be trained
+        start = time.perf_counter()
+        found = method.search(model, recipe, sequences)
+        result = found.model
+        result.fusion_report = FusionReport(
+            method=method.name,
+            plan=found.plan,
+            parameters=(model.num_parameters(), result.num_parameters()),
+            bytes=(_bytes_of(model), _bytes_of(result)),
+            seconds=time.perf_counter() - start,
+        )
+        if check:
+            verify(result)
+        if not method.needs_training(recipe):  # the quality of other results shows only after training
+            warn_if_useless(model, result, sequences)
     return result
+
+
+def _bytes_of(model: PreTrainedModel) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())  # shared ones count once
 
 
 def _asked(method: Method[_Recipe], recipe: _Recipe | None, overrides: dict[str, Any]) -> _Recipe:
@@ -176,6 +198,8 @@ class AutoFusedModel:
     ) -> PreTrainedModel:
         """Load a fused or stock checkpoint, and fuse it if a recipe is given.
 
+        A `fusion_report.json` in the directory becomes `fusion_report` of the model.
+
         Args:
             path: Directory or Hub name.
             recipe: Recipe to fuse the loaded model with, as `fuse` does; None loads the model unchanged.
@@ -191,7 +215,10 @@ class AutoFusedModel:
                 raise RecipeError(
                     "batches= without recipe=: they are used only to fuse while loading. Pass recipe= too."
                 )
-            return load_checkpoint(path, **kwargs)
+            loaded = load_checkpoint(path, **kwargs)
+            if (report := FusionReport.load(os.path.expanduser(path))) is not None:
+                (loaded[0] if kwargs.get("output_loading_info") else loaded).fusion_report = report
+            return loaded
         if kwargs.get("output_loading_info"):
             raise RecipeError("output_loading_info=True describes a file, not a fused model: leave it out.")
         return fuse(load_checkpoint(path, **kwargs), recipe, batches=batches)

@@ -1,0 +1,86 @@
+"""Plans in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .edit import Blend, Drop, Fuse, Linearize, MergeConvs
+from .plan import Plan
+
+
+def changes(plan: Plan) -> list[tuple[str, str]]:
+    """Blocks of the original and their change, in words: one pair for each edit that changes more than norms."""
+    pairs = []
+    for edit in plan.edits:
+        if become := _WORDS[type(edit)](edit):
+            where = f"{_BLOCKS[edit.kind][len(edit.layers) > 1]} {', '.join(map(str, edit.layers))}"
+            pairs.append((where, become))
+    return pairs
+
+
+def describe(plan: Plan) -> list[str]:
+    """The plan in words, one line per edit."""
+    return [f"{blocks}: {become}" for blocks, become in changes(plan)]
+
+
+_BLOCKS = {
+    "layer": ("layer", "layers"),
+    "attention": ("the attention of layer", "the attention of layers"),
+    "mlp": ("the MLP of layer", "the MLPs of layers"),
+    "conv": ("the convolutions of layer", "the convolutions of layers"),
+    "convolution": ("convolution", "convolutions"),
+}
+"""Singular and plural name by kind of block."""
+
+_BECOME = {
+    "depth": "become one, which runs once",
+    "share": "share one set of weight matrices",
+    "basis": "combine one shared basis of {rank} vectors",
+}
+
+
+def _how(edit: Fuse) -> str:
+    """Operator and alignment of an edit in words."""
+    how = edit.operator if edit.keep is None else f"{edit.operator}, layer {edit.keep}"
+    return how if edit.align == "none" else f"{how}, aligned by {edit.align}"
+
+
+def _fused(edit: Fuse) -> str:
+    residuals = f", with residuals of rank {edit.rank}" if edit.mode == "share" and edit.rank else ""
+    return f"{_BECOME[edit.mode].format(rank=edit.rank)}{residuals} ({_how(edit)})"
+
+
+def _linear(edit: Linearize) -> str:
+    maps = "one linear map" if edit.rank is None else f"two linear maps of rank {edit.rank}"
+    sum_too = ", which includes the residual sum after it" if edit.fold else ""
+    return f"becomes {maps}{sum_too}"
+
+
+def _merged(edit: MergeConvs) -> str | None:
+    if not edit.keep:
+        return "removed"
+    if len(edit.layers) == 1:
+        return None  # its batch norm is folded
+    return f"become one, made of {', '.join(map(str, edit.keep))}{'' if edit.merged else ', not merged yet'}"
+
+
+_WORDS: dict[type, Callable[[Any], str | None]] = {
+    Fuse: _fused,
+    Drop: lambda _: "dropped",
+    Linearize: _linear,
+    Blend: lambda _: "its activation becomes a line in training",
+    MergeConvs: _merged,
+}
+"""Change of the blocks in words, by the type of the edit; None where only batch norms are folded."""
+
+
+def change_table(plan: Plan) -> list[list[str]]:
+    """Blocks and their changes as rows of text, header first."""
+    pairs = [[blocks[0].upper() + blocks[1:], become] for blocks, become in changes(plan)]
+    edited = sum(len(edit.layers) * (len(plan.kinds) if edit.kind == "layer" else 1) for edit in plan.edits)
+    if edited < plan.num_layers * len(plan.kinds):
+        pairs.append(["All others", "unchanged"])
+    elif len(pairs) < len(plan.edits):  # the other edits have one convolution each
+        pairs.append(["All others", "batch norms folded"])
+    return [["in the original", "in the result"], *pairs]
