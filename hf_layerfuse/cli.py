@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Error messages go to standard error.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = _underscored(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     known, rest = parser.parse_known_args(arguments)
     if known.command == "run":
@@ -57,7 +58,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     Every `LayerFuseError` and every `OSError`, such as a full disk, counts as such an error. The process that raised
     it prints the message to standard error.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = _underscored(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="fuse.py", usage=f"accelerate launch fuse.py {_RUN_USAGE}", description=_RUN_DESCRIPTION, **_RUN_OPTIONS
     )
@@ -66,6 +67,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
     module = Path(sys.argv[0]).parts[-2:] == ("hf_layerfuse", "__main__.py")
     program = ["-m", "hf_layerfuse"] if module else ["fuse.py"]
     return _run("fuse.py", arguments, known, rest, ["accelerate", "launch", *program, *arguments])
+
+
+def _underscored(arguments: Sequence[str]) -> list[str]:
+    """Arguments whose option names have underscores, as the fields of recipes: `--keep-layers` is `--keep_layers`."""
+    words = []
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        if word.startswith("--") and name != "--print-completion":
+            word = f"--{name[2:].replace('-', '_')}{equals}{value}"
+        words.append(word)
+    return words
 
 
 def _run(prog: str, words: Sequence[str], known: argparse.Namespace, rest: Sequence[str], command: list[str]) -> int:
@@ -206,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("output_dir", help="output directory of a run").complete = shtab.DIRECTORY
     report.add_argument("--output", metavar="FILE", help="file to write (default: report.html in output_dir)")
     add_fields(plan, "the fusion (fields of FusionRecipe)", FusionRecipe)
+    parser.add_argument("--version", action="version", version=f"hf-layerfuse {version('hf-layerfuse')}")
     shtab.add_argument_to(parser, "--print-completion", help="print the completion script of this command for a shell")
     return parser
 

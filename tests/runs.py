@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from hf_layerfuse import Drop, Fuse, FusionRecipe, Linearize, MergeConvs, Plan
-from hf_layerfuse.pipeline.results import Goal, HealRound, Measurement, RunResults
+from hf_layerfuse.pipeline.results import Goal, HealRound, Latency, Measurement, RunResults
 from hf_layerfuse.plan import CONV_GRAPH_KINDS
 from hf_layerfuse.recipe import DataRecipe, Recipe
 from hf_layerfuse.training.heal import HealReport
@@ -106,16 +106,23 @@ def local(path: Path, task: str, suffix: str | None) -> list[str]:
     return [str(path / "recipe.yaml")]
 
 
+def timed(milliseconds: float, speedup: float) -> Latency:
+    """A latency with some details."""
+    details = {"repeats": 2, "warmup": 3, "threads": 1, "device": "cpu", "dtype": "float32", "input_shape": [1, 16]}
+    return Latency(median_ms=milliseconds, spread_ms=0.5, speedup=speedup, **details)
+
+
 STAGE = Measurement(
     parameters=1000,
     non_embedding_parameters=800,
     bytes=4000,
-    latency_ms={1: 5.0, 8: 30.0},
     metrics={"accuracy": 0.9},
+).with_latency({1: timed(5.0, 1.0), 8: timed(30.0, 1.0)})
+
+
+SMALLER = dataclasses.replace(STAGE, parameters=750, metrics={"accuracy": 0.875}).with_latency(
+    {1: timed(4.0, 1.25), 8: timed(20.0, 1.5)}
 )
-
-
-SMALLER = dataclasses.replace(STAGE, parameters=750, latency_ms={1: 4.0, 8: 20.0}, metrics={"accuracy": 0.875})
 
 
 RESULTS = RunResults(

@@ -1,5 +1,6 @@
 """Help and a plain import load no heavy library, and the Auto classes still know fused models."""
 
+import importlib.metadata
 import os
 import pickle
 import subprocess
@@ -67,6 +68,24 @@ def test_run_is_fuse_py(tmp_path, capsys) -> None:
             messages.append(capsys.readouterr().err.replace("hf-layerfuse run", "fuse.py"))
         assert messages[0] == messages[1]
         assert messages[0].startswith("fuse.py: ")
+
+
+def test_version(capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"hf-layerfuse {importlib.metadata.version('hf-layerfuse')}\n"
+
+
+def test_dashes_are_underscores(tmp_path, capsys) -> None:
+    """Options have either, also in sections; values keep their dashes."""
+    tiny_model("gpt2").config.save_pretrained(tmp_path)
+    shown = []
+    for option in ("--keep_layers", "--keep-layers"):
+        assert main(["plan", str(tmp_path), option, "3"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert run([str(tmp_path / "no-such.yaml"), "--heal.batch-size=4", "--output-dir", "a-b"]) == 1
+    assert "no-such.yaml" in capsys.readouterr().err
 
 
 def test_similarities_in_the_help(capsys) -> None:

@@ -23,8 +23,8 @@ from ..models.surgery.checks import check_model, check_plan
 from ..models.surgery.conv_graph import check_merges
 from ..models.surgery.size import planned_size
 from ..plan import CONV_GRAPH_KINDS, Kind, Linearize, Plan
+from ..plan.words import change_table
 from ..recipe import FusionRecipe
-from .report.tables import change_table
 
 Rows = list[list[str]]
 """Rows of text, a header first, as `report.text_table` takes them."""
@@ -185,16 +185,21 @@ def _convolutions(model: PreTrainedModel, architecture: ConvGraphArchitecture) -
 
 def _load(name: str) -> PreTrainedModel:
     """The model of a checkpoint, or one without weights where there is only a config."""
-    path = Path(name)
+    path = Path(name).expanduser()
+    name = str(path) if path.exists() else name
     folder = path if path.is_dir() else path.parent
     weights = any(any(folder.glob(f"*.{ending}")) for ending in ("safetensors", "bin", "h5", "msgpack"))
     if path.exists() and (path.is_file() or not weights):
         try:
             config = AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{name!r} holds neither a checkpoint nor a config: {error}") from error
-        with torch.device("meta"):
-            return head_class(config)(config)
+            with torch.device("meta"):
+                return head_class(config)(config)
+        except LayerFuseError:
+            raise
+        except Exception as error:  # a config of a user leads to anything
+            raise CheckpointError(
+                f"{name!r} holds neither a checkpoint nor a valid config: {type(error).__name__}: {error}"
+            ) from error
     return load_checkpoint(name)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,11 @@ class Measurement:
     latency_ms: Mapping[int, float] | None = None
     latency: Mapping[int, Latency] | None = None
     metrics: Mapping[str, Any]
+
+    def with_latency(self, latency: Mapping[int, Latency]) -> Measurement:
+        """The measurement with latencies by batch size."""
+        times = {batch: row.median_ms for batch, row in latency.items()}
+        return replace(self, latency_ms=times, latency=latency)
 
     def to_dict(self) -> dict[str, Any]:
         """The measurement as JSON types."""

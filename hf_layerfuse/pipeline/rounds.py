@@ -39,6 +39,7 @@ class Outcome:
 
     Attributes:
         model: Model after the last round.
+        shaped: Model of the shape that the last fusing gave: `model`, or the one from before the method's last step.
         plan: One plan for all rounds.
         before: Measurement of the original.
         fused: Measurement of the model after the last fusing.
@@ -46,6 +47,7 @@ class Outcome:
     """
 
     model: PreTrainedModel
+    shaped: PreTrainedModel
     plan: Plan
     before: Measurement
     fused: Measurement
@@ -70,8 +72,10 @@ def fuse_and_heal(recipe: Recipe, original: PreTrainedModel, inputs: RunData, wo
         plan = compose(plan, step) if plan else step
         tree = json.loads((stage / MARK).read_text(encoding="utf-8"))
         measured |= {name: Measurement.from_dict(figures) for name, figures in tree.items()}
+        shaped = fused
         if steps > 0:
-            healing = dataclasses.replace(method.healing(recipe.method, recipe.heal), steps=steps)
+            healing = method.healing(recipe.method, recipe.heal)
+            healing = dataclasses.replace(healing, steps=steps, schedule="one-shot")  # a single round
             seed = recipe.seed + number - 1  # rounds read different rows, as long as there are enough
             batches = inputs.calibration() if healing.mix else None
             scope = heal_scope(fused, original, plan, healing, batches=batches, source=(source, step))
@@ -90,7 +94,7 @@ def fuse_and_heal(recipe: Recipe, original: PreTrainedModel, inputs: RunData, wo
             if finish:
                 say(finish.doing)
                 fused, plan = finish.apply(fused, plan, inputs.calibration())
-    return Outcome(fused, plan, measured["before"], measured["fused"], tuple(healed))
+    return Outcome(fused, shaped, plan, measured["before"], measured["fused"], tuple(healed))
 
 
 def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> list[tuple[Goal, int]]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shlex
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from ..errors import CheckpointError, PublishError
 from ..evaluation.timing import device_name
 from ..methods import method_of
 from ..models.architectures import architecture_for
+from ..models.files import why_unreadable
 from ..models.loading import load_checkpoint
 from ..models.modeling import check_with_code
 from ..models.verify import verify
 from ..plan import Plan
 from ..recipe import Recipe
 from ..training.distributed import process_state
+from .companions import companions_of, copy_companions
 from .output import MARK, check_output, new_directory, unfinished
 from .report.card import licence_of, model_card
 from .report.hub import check_publish, publish
@@ -59,6 +62,7 @@ def run(recipe: Recipe, command: str) -> RunResults:
     set_seed(recipe.seed)
 
     original, processor = _load(recipe)
+    companions = companions_of(recipe.model)
     original.to(state.device)
     # an unknown architecture is refused before the data are read
     architecture_for(original, method_of(recipe).architecture_type)
@@ -74,11 +78,11 @@ def run(recipe: Recipe, command: str) -> RunResults:
     if recipe.heal.steps > 0:
         round_to(fused, inputs.dtype)
         healed = inputs.measure(fused, original, "the healed model")
+    stages = {"before": (outcome.before, original), "fused": (outcome.fused, outcome.shaped)}
+    stages |= {"healed": (healed, fused)} if recipe.heal.steps > 0 else {}
     results = RunResults(
-        before=outcome.before,
-        fused=outcome.fused,
+        **inputs.time(stages),
         rounds=outcome.rounds,
-        healed=healed,
         metrics_on=inputs.reported,
         recipe=dataclasses.asdict(recipe),
         command=command,
@@ -86,7 +90,7 @@ def run(recipe: Recipe, command: str) -> RunResults:
     )
 
     if state.is_main_process:
-        _save(recipe, fused, processor, inputs.dtype, plan, results, command)
+        _save(recipe, fused, processor, inputs.dtype, plan, results, command, companions)
         shutil.rmtree(work, ignore_errors=True)
         print(text_table(rows(results)))
         print(f"\nWritten to {recipe.output_dir}")
@@ -126,9 +130,10 @@ def _load(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
     try:
         processor = auto_class.from_pretrained(recipe.model, **trust)
     except (OSError, ValueError) as error:
-        raise CheckpointError(
+        missing = (
             f"{recipe.model!r} has no tokenizer or image processor: save the one of its training in the same directory."
-        ) from error
+        )
+        raise CheckpointError(why_unreadable(recipe.model) or missing) from error
     if auto_class is AutoTokenizer:
         if len(processor) < model.config.vocab_size // 2:  # from a config alone, transformers makes up an empty one
             raise CheckpointError(
@@ -164,10 +169,12 @@ def _save(
     plan: Plan,
     results: RunResults,
     command: str,
+    companions: Mapping[str, Path],
 ) -> None:
     with new_directory(recipe.output_dir, overwrite=recipe.overwrite) as path:
         save_weights(model, dtype, path, with_code=recipe.with_code)
         processor.save_pretrained(path)
+        copy_companions(companions, path)
         (path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         pictures = draw(plan, results.heal, path)
         (path / MARK).write_text(json.dumps(results.to_dict(), indent=1) + "\n", encoding="utf-8")

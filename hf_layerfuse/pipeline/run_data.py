@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from datasets import Dataset
 from transformers import PreTrainedModel
 
+from ..data.check import check_rows
 from ..data.collate import CollateText
+from ..data.labels import class_names
 from ..data.prepare import calibration_batches, loader, prepare, text_of
 from ..data.splits import load_splits
 from ..evaluation import metrics as evaluate
 from ..evaluation.latency import latency_side_by_side
+from ..evaluation.limits import Limits
+from ..models.files import stored_dtype
 from ..models.modeling import FusedMixin
 from ..models.verify import verify
 from ..recipe import Recipe
@@ -34,11 +38,15 @@ class RunData:
         say("reading the data")
         self.recipe, self.processor = recipe, processor
         # the result is saved in the data type of the original's file; computation may use another one
-        self.dtype = _file_dtype(recipe)
-        label2id = model.config.label2id if TASKS[recipe.task].labels else None
-        self.splits = load_splits(recipe.data, recipe.task, recipe.seed, label2id=label2id)
+        self.dtype = stored_dtype(recipe.model) or model.dtype
+        classes = class_names(model.config) if TASKS[recipe.task].labels else None
+        self.splits = load_splits(recipe.data, recipe.task, recipe.seed, classes=classes)
         self.reported = "test" if "test" in self.splits else "validation"
         self.train = self._prepare("train", training=True)
+        limits = Limits.of(model)
+        for split, rows in self.splits.items():
+            if isinstance(rows, Dataset):  # streamed rows are read later
+                check_rows(self.train if split == "train" else self._prepare(split), limits, split)
         self._report_batches: Any = None
 
     def _prepare(self, split: str, *, training: bool = False) -> Any:
@@ -81,27 +89,30 @@ class RunData:
                 if model is not original:
                     verify(model, Path(directory))
                 size = {**evaluate.parameter_counts(model), "bytes": evaluate.bytes_on_disk(directory)}
-            latency = self._latency(model, original)
-            figures = Measurement(
-                **size,
-                latency_ms=latency and {batch: row.median_ms for batch, row in latency.items()},
-                latency=latency,
-                metrics=self._metrics(model, original),
-            )
+            figures = Measurement(**size, metrics=self._metrics(model, original))
         state.wait_for_everyone()
         return figures
 
-    def _latency(self, model: PreTrainedModel, original: PreTrainedModel) -> dict[int, Latency] | None:
-        settings = self.recipe.evaluate
-        if not settings.latency:
-            return None
-        # side by side with the original, so that a busy machine does not look like a slower model
-        timed = latency_side_by_side(
-            {"original": original, "model": model},
-            sequence_length=self.recipe.data.max_length,
-            repeats=settings.latency_repeats,
-        )
-        return against(timed["original"], timed["model"])
+    def time(self, stages: Mapping[str, tuple[Measurement | None, PreTrainedModel]]) -> dict[str, Measurement | None]:
+        """Add latencies to the measurements of all stages, from one measurement in which their models take turns.
+
+        Args:
+            stages: Measurement and model by the name of the stage, the original first. Stages with the same model have
+                the same latency.
+        """
+        measured = {name: figures for name, (figures, _) in stages.items()}
+        state, settings = process_state(), self.recipe.evaluate
+        if settings.latency and state.is_main_process:
+            say("timing all models in turn")
+            models = {str(id(model)): model for _, model in stages.values()}
+            timed = latency_side_by_side(
+                models, sequence_length=self.recipe.data.max_length, repeats=settings.latency_repeats
+            )
+            original = next(iter(timed.values()))
+            for name, (figures, model) in stages.items():
+                measured[name] = figures.with_latency(against(original, timed[str(id(model))]))
+        state.wait_for_everyone()
+        return measured
 
     def _metrics(self, model: PreTrainedModel, original: PreTrainedModel) -> dict[str, Any]:
         data, settings = self.recipe.data, self.recipe.evaluate
@@ -132,12 +143,6 @@ def against(original: Mapping[int, dict[str, Any]], model: Mapping[int, dict[str
     return {
         batch: Latency(**row, speedup=original[batch]["median_ms"] / row["median_ms"]) for batch, row in model.items()
     }
-
-
-def _file_dtype(recipe: Recipe) -> torch.dtype:
-    trust = {"trust_remote_code": True} if recipe.trust_remote_code else {}
-    dtype = transformers.AutoConfig.from_pretrained(recipe.model, **trust).dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def save_weights(model: PreTrainedModel, dtype: torch.dtype, path: Path, *, with_code: bool = False) -> None:

@@ -14,7 +14,8 @@ from hf_layerfuse.cli import main
 from hf_layerfuse.methods.fusion.distances import block_distances
 from hf_layerfuse.models.architectures import ARCHITECTURES, ConvGraphArchitecture, architecture_for
 from hf_layerfuse.pipeline.inspect import overview
-from hf_layerfuse.pipeline.report.tables import change_table, text_table
+from hf_layerfuse.pipeline.report.tables import text_table
+from hf_layerfuse.plan.words import change_table
 from hf_layerfuse.recipe import SECTIONS
 from hf_layerfuse.recipe.fields import fields_of
 
@@ -101,8 +102,8 @@ def test_bad_input_is_refused(tmp_path, capsys) -> None:
     shutil.copy(tmp_path / "model" / "config.json", tmp_path / "pickled")
     for words, reason in (
         (["/nowhere/at/all"], "there is no directory"),
-        ([str(tmp_path / "folder")], "neither a checkpoint nor a config"),
-        ([str(tmp_path / "pickled")], "cannot load a model"),
+        ([str(tmp_path / "folder")], "neither a checkpoint nor a valid config"),
+        ([str(tmp_path / "pickled")], "its weights in pytorch_model.bin"),
         ([str(tmp_path / "model"), "--similarity", "cka"], "give --text FILE"),
         ([str(tmp_path / "model"), "--text", str(tmp_path / "empty.txt")], "no lines of text"),
         ([str(tmp_path / "model"), "--text", str(tmp_path / "none.txt")], "none.txt"),

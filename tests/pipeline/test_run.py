@@ -590,8 +590,14 @@ def test_missing_tokenizer(tmp_path, capsys):
     assert "has no tokenizer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("labels", [lambda i: i % 3, lambda i: "abc"[i % 3]], ids=["ids", "names"])
-def test_more_classes_than_the_model_has(tmp_path, capsys, labels):
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        pytest.param(lambda i: i % 3, "labels from 0 to 2", id="ids"),
+        pytest.param(lambda i: "abc"[i % 3], "set id2label", id="names"),
+    ],
+)
+def test_more_classes_than_the_model_has(tmp_path, capsys, labels, message):
     """Data with three classes and a model with two are refused before any computation."""
     words = text_classification(tmp_path)
     rows = [f"{text}\t{labels(i)}" for i, text in enumerate(sentences(60, 0))]
@@ -601,7 +607,7 @@ def test_more_classes_than_the_model_has(tmp_path, capsys, labels):
         == 1
     )
     error = capsys.readouterr().err
-    assert "labels from 0 to 2" in error
+    assert message in error
     assert "planning" not in error
 
 

@@ -11,12 +11,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ...methods import method_of
 from ...models.families import family_of
 from ...plan import Plan
+from ...plan.words import change_table
 from ...recipe import Recipe
 from ...recipe.tasks import TASKS
 from ..results import RunResults
 from .tables import (
     METRIC_NAMES,
-    change_table,
     in_short,
     limitations_of,
     markdown_table,

@@ -17,6 +17,7 @@ from ...errors import CheckpointError
 from ...methods import method_of
 from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...plan import Edit, Linearize, Plan
+from ...plan.words import change_table, changes
 from ...recipe import Recipe, recipe_of
 from ...training.heal import HealReport
 from ..output import MARK, write_whole
@@ -83,7 +84,7 @@ def page(plan: Plan, results: RunResults, recipe: Recipe) -> str:
         summary=f"Made from {recipe.model}: {report.in_short(results)}.",
         measured_on=f"Measured on {dataset} ({split}){_how_many(results)}.",
         figures=_with_shares(report.rows(results)),
-        changes=report.change_table(plan),
+        changes=change_table(plan),
         pictures=_pictures(plan, results.heal),
         reasons=_reasons(plan),
         trained=_trained(results),
@@ -176,7 +177,7 @@ def _words_of(plan: Plan, edits: Sequence[Edit]) -> str:
     """A candidate in words: its edits, or the layers whose MLPs become linear."""
     if _by_layer(plan, edits):
         return f"linear MLPs of layers {', '.join(str(edit.layer) for edit in edits)}"
-    return "; ".join(f"{blocks} {become}" for blocks, become in report.changes(replace(plan, edits=edits)))
+    return "; ".join(f"{blocks} {become}" for blocks, become in changes(replace(plan, edits=edits)))
 
 
 def _by_layer(plan: Plan, edits: Sequence[Edit]) -> bool:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ...plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
+from ...plan import Plan
 from ...recipe import Recipe
 from ..results import RunResults
 
@@ -37,9 +36,15 @@ def rows(results: RunResults) -> list[list[str]]:
     add("bytes on disk", [stage.bytes for stage in measured], "{:,}")
     for batch in before.latency_ms or {}:
         add(f"latency, batch {batch} (ms)", [stage.latency_ms[batch] for stage in measured], "{:.1f}")
+        if all(stage.latency for stage in measured):  # release 0.1.0 timed each stage apart
+            spreads = [stage.latency[batch].spread_ms for stage in measured]
+            add("  distance between quartiles", spreads, "{:.1f}")
     for metric, label in METRIC_NAMES.items():
         if metric in before.metrics:
             add(label, [stage.metrics[metric] for stage in measured], "{:.4g}")
+        if all(f"{metric}_interval" in stage.metrics for stage in measured):
+            bounds = [stage.metrics[f"{metric}_interval"] for stage in measured]
+            table.append(["  95% interval", *(f"{low:.4g} to {high:.4g}" for low, high in bounds)])
     return table
 
 
@@ -59,72 +64,6 @@ def markdown_table(table: list[list[str]], *, numbers: bool = True) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *body])
 
 
-def changes(plan: Plan) -> list[tuple[str, str]]:
-    """Blocks of the original and their change, in words: one pair for each edit that changes more than norms."""
-    pairs = []
-    for edit in plan.edits:
-        if become := _WORDS[type(edit)](edit):
-            where = f"{_BLOCKS[edit.kind][len(edit.layers) > 1]} {', '.join(map(str, edit.layers))}"
-            pairs.append((where, become))
-    return pairs
-
-
-def describe(plan: Plan) -> list[str]:
-    """The plan in words, one line per edit."""
-    return [f"{blocks}: {become}" for blocks, become in changes(plan)]
-
-
-_BLOCKS = {
-    "layer": ("layer", "layers"),
-    "attention": ("the attention of layer", "the attention of layers"),
-    "mlp": ("the MLP of layer", "the MLPs of layers"),
-    "conv": ("the convolutions of layer", "the convolutions of layers"),
-    "convolution": ("convolution", "convolutions"),
-}
-"""Singular and plural name by kind of block."""
-
-_BECOME = {
-    "depth": "become one, which runs once",
-    "share": "share one set of weight matrices",
-    "basis": "combine one shared basis of {rank} vectors",
-}
-
-
-def _how(edit: Fuse) -> str:
-    """Operator and alignment of an edit in words."""
-    how = edit.operator if edit.keep is None else f"{edit.operator}, layer {edit.keep}"
-    return how if edit.align == "none" else f"{how}, aligned by {edit.align}"
-
-
-def _fused(edit: Fuse) -> str:
-    residuals = f", with residuals of rank {edit.rank}" if edit.mode == "share" and edit.rank else ""
-    return f"{_BECOME[edit.mode].format(rank=edit.rank)}{residuals} ({_how(edit)})"
-
-
-def _linear(edit: Linearize) -> str:
-    maps = "one linear map" if edit.rank is None else f"two linear maps of rank {edit.rank}"
-    sum_too = ", which includes the residual sum after it" if edit.fold else ""
-    return f"becomes {maps}{sum_too}"
-
-
-def _merged(edit: MergeConvs) -> str | None:
-    if not edit.keep:
-        return "removed"
-    if len(edit.layers) == 1:
-        return None  # its batch norm is folded
-    return f"become one, made of {', '.join(map(str, edit.keep))}{'' if edit.merged else ', not merged yet'}"
-
-
-_WORDS: dict[type, Callable[[Any], str | None]] = {
-    Fuse: _fused,
-    Drop: lambda _: "dropped",
-    Linearize: _linear,
-    Blend: lambda _: "its activation becomes a line in training",
-    MergeConvs: _merged,
-}
-"""Change of the blocks in words, by the type of the edit; None where only batch norms are folded."""
-
-
 def name_of(recipe: Recipe) -> str:
     """Name of the original: its Hub name, or the name of its folder."""
     return Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
@@ -141,23 +80,17 @@ def in_short(results: RunResults) -> str:
     """The result in one sentence, by its share of parameters, its speed, and its first metric."""
     before, after = results.before, results.last
     said = [f"{after.parameters / before.parameters:.0%} of the parameters"]
-    for batch, milliseconds in list((before.latency_ms or {}).items())[-1:]:
-        said.append(f"{milliseconds / after.latency_ms[batch]:.2f} times as fast at batch {batch}")
+    for batch in list(after.latency or {})[-1:]:
+        said.append(f"{in_words(after.latency[batch].speedup)} at batch {batch}")
     for metric in [metric for metric in METRIC_NAMES if metric in before.metrics][:1]:
         values = (f"{stage.metrics[metric]:.4g}" for stage in (after, before))
         said.append("{} {} (before: {})".format(METRIC_NAMES[metric], *values))
     return ", ".join(said)
 
 
-def change_table(plan: Plan) -> list[list[str]]:
-    """Blocks and their changes as rows of text, header first."""
-    pairs = [[blocks[0].upper() + blocks[1:], become] for blocks, become in changes(plan)]
-    edited = sum(len(edit.layers) * (len(plan.kinds) if edit.kind == "layer" else 1) for edit in plan.edits)
-    if edited < plan.num_layers * len(plan.kinds):
-        pairs.append(["All others", "unchanged"])
-    elif len(pairs) < len(plan.edits):  # the other edits have one convolution each
-        pairs.append(["All others", "batch norms folded"])
-    return [["in the original", "in the result"], *pairs]
+def in_words(speedup: float) -> str:
+    """A ratio of latencies in words."""
+    return f"{speedup:.2f} times as fast" if speedup >= 1 else f"{1 / speedup:.2f} times slower"
 
 
 def limitations_of(plan: Plan, results: RunResults) -> list[str]:

@@ -11,7 +11,7 @@ from runs import MERGED, PLAN, REPORT, RESULTS, SHARED, SMALLER, healed_by, reci
 
 from hf_layerfuse import Drop, Fuse, FusionRecipe, MergeRecipe, Plan
 from hf_layerfuse.pipeline.report.card import licence_of, model_card
-from hf_layerfuse.pipeline.report.tables import change_table
+from hf_layerfuse.plan.words import change_table
 from hf_layerfuse.recipe import Recipe, load_recipe
 
 

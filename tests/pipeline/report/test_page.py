@@ -17,8 +17,8 @@ from runs import MERGED, PLAN, REPORT, SHARED, STAGE, causal_lm, healed_by, reci
 from hf_layerfuse import CheckpointError, CollapseRecipe, Drop, Linearize, MergeRecipe, Plan, cli
 from hf_layerfuse.cli import main
 from hf_layerfuse.pipeline.report.page import page, write_page
-from hf_layerfuse.pipeline.report.tables import change_table
 from hf_layerfuse.plan import CandidatePlan, EditLoss, FrontierPoint, PlanLatency, PlanNotes, RefitReport
+from hf_layerfuse.plan.words import change_table
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

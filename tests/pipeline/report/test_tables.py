@@ -6,9 +6,10 @@ import pytest
 from runs import REPORT, healed_by, results
 
 from hf_layerfuse import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
-from hf_layerfuse.pipeline.report.tables import describe, rows
+from hf_layerfuse.pipeline.report.tables import rows
 from hf_layerfuse.plan import CONV_GRAPH_KINDS
 from hf_layerfuse.plan.edit import Kind, Mode
+from hf_layerfuse.plan.words import describe
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
