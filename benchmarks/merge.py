@@ -40,8 +40,9 @@ from hf_layerfuse.methods.base import SearchResult
 from hf_layerfuse.methods.fusion.block_latency import BlockLatencies
 from hf_layerfuse.methods.fusion.latency_search import batch_of
 from hf_layerfuse.methods.merge.candidates import folded_plan
-from hf_layerfuse.pipeline.report.tables import describe, text_table
+from hf_layerfuse.pipeline.report.tables import text_table
 from hf_layerfuse.plan import PlanLatency
+from hf_layerfuse.plan.words import describe
 
 FOLDER = common.ROOT / "outputs" / "merge"
 BUDGETS = (0.75, 0.6, 0.5, 0.4)

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from hf_layerfuse import AutoFusedModel, Plan
 from hf_layerfuse.cli import parse_overrides
+from hf_layerfuse.data.labels import class_names
 from hf_layerfuse.data.prepare import loader, prepare, text_of
 from hf_layerfuse.data.splits import load_splits
 from hf_layerfuse.evaluation import metrics as evaluate
@@ -66,10 +67,17 @@ JOBS = {
 
 @dataclass(frozen=True)
 class Retraining:
-    """Test metrics of the retrained original, and the seconds that its training took."""
+    """Retrained original.
 
-    metrics: dict[str, float]
+    Attributes:
+        metrics: Metrics on test data.
+        seconds: Seconds of its training.
+        best_step: Step whose weights were kept; None in results that kept the last one.
+    """
+
+    metrics: dict[str, Any]
     seconds: float
+    best_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -130,12 +138,15 @@ def retrain_original(recipe: Recipe, threads: int) -> Retraining:
         recipe.model, auto_class=getattr(transformers, TASKS[task].auto_class), dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    label2id = model.config.label2id if task == "text-classification" else None
-    splits = load_splits(data, task, recipe.seed, label2id=label2id)
+    classes = class_names(model.config) if task == "text-classification" else None
+    splits = load_splits(data, task, recipe.seed, classes=classes)
     train = prepare(splits["train"], tokenizer, data, task, training=True)
     batches = loader(train, tokenizer, recipe.heal.batch_size, shuffle=True, seed=recipe.seed, task=task)
-    report = heal(model, batches, recipe.heal, teacher=teacher, seed=recipe.seed)
     size = recipe.evaluate.batch_size
+    held_out = prepare(splits["validation"], tokenizer, data, task, training=False)
+    validation = loader(held_out, tokenizer, size, shuffle=False, seed=0, task=task)
+    # both keep the step of the lowest validation loss, step 0 included
+    report = heal(model, batches, recipe.heal, teacher=teacher, seed=recipe.seed, validation_batches=validation)
     if task == "causal-lm":
         metrics = evaluate.perplexity(
             model, tokenizer, text_of(splits["test"], data), max_length=data.max_length, batch_size=size
@@ -143,7 +154,7 @@ def retrain_original(recipe: Recipe, threads: int) -> Retraining:
     else:
         test = prepare(splits["test"], tokenizer, data, task, training=False)
         metrics = evaluate.classification(model, loader(test, tokenizer, size, shuffle=False, seed=0, task=task))
-    return Retraining(metrics, report.seconds)
+    return Retraining(metrics, report.seconds, report.best_step)
 
 
 def time_again(name: str, results: RunResults, threads: int) -> RunResults:

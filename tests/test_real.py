@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_layerfuse import AutoFusedModel, Drop, FusionRecipe, Plan, apply, fuse
+from hf_layerfuse.data.labels import class_names
 from hf_layerfuse.data.prepare import loader, prepare
 from hf_layerfuse.data.splits import load_splits
 from hf_layerfuse.evaluation.metrics import bytes_on_disk, classification, perplexity
@@ -24,7 +25,7 @@ def sentiment(shared):
     file = str(shared / "data" / "sst2" / "dev.tsv")
     data = DataRecipe(train=file, validation=file, text_column="sentence", max_length=128)
     task = "text-classification"
-    rows = load_splits(data, task, 0, label2id=model.config.label2id)["validation"]
+    rows = load_splits(data, task, 0, classes=class_names(model.config))["validation"]
     rows = prepare(rows, tokenizer, data, task, training=False)
     return model, list(loader(rows, tokenizer, 64, shuffle=False, seed=0, task=task))
 
