@@ -54,6 +54,7 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
             kwargs = {k: v for k, v in kwargs.items() if k not in fields or k in rest}
         elif not isinstance(config, PreTrainedConfig):
             config = AutoConfig.from_pretrained(os.path.expanduser(config), **hub)
+        architectures = config.architectures
         cls = auto_class or _class_of(path, config, kwargs, hub)
         model, report = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     except LayerFuseError:
@@ -78,6 +79,11 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
             "damaged; fine-tune it first if it has no head for this task."
         )
     _check_layers(model, path, report["unexpected_keys"])
+    if auto_class is None and not architectures and report["unexpected_keys"]:
+        raise CheckpointError(
+            f"config.json of {path!r} has no `architectures`, and {type(model).__name__} has no place for "
+            f"{sorted(report['unexpected_keys'])[0]}: add the class of the model to config.json."
+        )
     return (model, report) if wants_report else model
 
 

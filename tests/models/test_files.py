@@ -153,6 +153,17 @@ def test_the_advice_for_pickled_weights_works(tmp_path: Path) -> None:
     assert AutoFusedModel.from_pretrained(tmp_path / "safe")
 
 
+def test_pickled_weights_of_a_head_are_not_lost(tmp_path: Path) -> None:
+    """Names in a pickle are known only when it is loaded."""
+    pickled(tmp_path)
+    change_config(tmp_path, architectures=None)
+    torch.save(tiny_model("llama", "LlamaForCausalLM").state_dict(), tmp_path / "pytorch_model.bin")
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    change_config(tmp_path, architectures=None)
+    with pytest.raises(CheckpointError, match=r"LlamaModel has no place for lm_head\.weight"):
+        AutoFusedModel.from_pretrained(tmp_path, use_safetensors=False)
+
+
 def test_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`~` is the home directory, which a shell writes out only at the start of a word."""
     monkeypatch.setenv("HOME", str(tmp_path))

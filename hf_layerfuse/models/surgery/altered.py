@@ -35,6 +35,13 @@ def check_unaltered(model: PreTrainedModel) -> None:
             "were deleted (num_hidden_layers and lists with one entry per layer) or sizes changed; otherwise load the "
             "model with from_pretrained, and fuse it before you change it."
         )
+    places = {name: module.layer_idx for name, module in stock.named_modules() if hasattr(module, "layer_idx")}
+    for name, module in model.named_modules():
+        if name in places and getattr(module, "layer_idx", places[name]) != places[name]:
+            raise UnsupportedModelError(
+                f"{name} has layer_idx={module.layer_idx}, and its place is {places[name]}: layers were deleted, and "
+                "the others still count as before. Save the model with save_pretrained and load it again, then fuse."
+            )
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

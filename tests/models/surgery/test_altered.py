@@ -12,7 +12,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 from transformers import PreTrainedModel, pipeline
 
-from hf_layerfuse import Drop, Plan, UnsupportedModelError, apply, fuse
+from hf_layerfuse import AutoFusedModel, Drop, Plan, UnsupportedModelError, apply, fuse
 
 pytestmark = [
     # people still have models with it
@@ -77,6 +77,22 @@ def test_altered_models_are_refused(name: str) -> None:
     ):
         with pytest.raises(UnsupportedModelError, match=message):
             attempt()
+
+
+def cut(model: PreTrainedModel) -> PreTrainedModel:
+    """Two layers deleted, and the config changed to match."""
+    del model.model.layers[2:4]
+    model.config.num_hidden_layers = LAYERS - 2
+    return model
+
+
+def test_layers_that_count_as_before_are_refused(tmp_path) -> None:
+    """A cache would have too few entries for them; saved and loaded, the model is whole."""
+    model = cut(tiny_model("llama", "LlamaForCausalLM"))
+    with pytest.raises(UnsupportedModelError, match=r"has layer_idx=4, and its place is 2: .*load it again"):
+        fuse(model, keep_layers=2)
+    model.save_pretrained(tmp_path)
+    assert fuse(AutoFusedModel.from_pretrained(tmp_path), keep_layers=2).config.num_hidden_layers == 2
 
 
 REMEDIES = {
