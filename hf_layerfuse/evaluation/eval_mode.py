@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 outside_inference_mode = torch.inference_mode(False)
 """Decorator of functions that return weights: those made in a caller's inference mode could not be trained."""
 
-_OUTPUTS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+_OUTPUTS = {"return_dict": True, "output_hidden_states": False}
 """Flags of a config that change the outputs of a model, and their values here."""
 
 

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import CheckpointError, LayerFuseWarning, VerificationError
+from ..errors import CheckpointError, LayerFuseError, LayerFuseWarning, VerificationError
 from ..evaluation.batches import Batches, model_inputs
 from ..evaluation.divergence import decode, prediction
 from ..evaluation.dummy_inputs import dummy_inputs, predicts_next_token
@@ -52,11 +53,23 @@ def verify(
             report = {"reload": _compare_reloaded(model, Path(path), inputs, expected)}
         else:
             with tempfile.TemporaryDirectory(prefix="layerfuse-") as directory:
-                model.save_pretrained(directory)
+                _save(model, directory)
                 report = {"reload": _compare_reloaded(model, Path(directory), inputs, expected)}
         if _decodes(model):
             report["cache"] = _compare_cached(model, inputs)
     return report
+
+
+def _save(model: PreTrainedModel, directory: str) -> None:
+    try:
+        model.save_pretrained(directory)
+    except LayerFuseError:
+        raise
+    except (ValueError, StrictDataclassError) as error:  # such as a flag that its kernel does not support
+        raise VerificationError(
+            f"Transformers cannot save the fused model: {' '.join(str(error).split())[:400]} Correct the config of the "
+            "original, or load it with other arguments."
+        ) from error
 
 
 def _predict(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:

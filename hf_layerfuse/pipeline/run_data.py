@@ -44,6 +44,8 @@ class RunData:
         self.reported = "test" if "test" in self.splits else "validation"
         self.train = self._prepare("train", training=True)
         limits = Limits.of(model)
+        if (pad := getattr(processor, "pad_token_id", None)) is not None:
+            limits.check_ids("the tokenizer, for padding,", pad, pad)
         for split, rows in self.splits.items():
             if isinstance(rows, Dataset):  # streamed rows are read later
                 check_rows(self.train if split == "train" else self._prepare(split), limits, split)

@@ -16,6 +16,7 @@ from hf_layerfuse import (
     HealRecipe,
     Plan,
     UnsupportedModelError,
+    VerificationError,
     align,
     apply,
     collapse,
@@ -105,3 +106,13 @@ def test_flags_of_a_config_do_not_matter(name: str, flags: dict[str, bool]) -> N
     assert all(torch.equal(a, b) for a, b in zip(made.parameters(), plain.parameters(), strict=True))
     assert healed(made, model) > 0
     assert {flag: getattr(made.config, flag) for flag in flags} == flags
+
+
+def test_flags_that_transformers_loads_and_does_not_save(tmp_path) -> None:
+    """It loads `output_attentions` with a kernel that does not return them, and refuses to save such a config."""
+    model = tiny_model("llama", "LlamaForCausalLM", attn_implementation="eager", output_attentions=True)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(VerificationError, match=r"cannot save the fused model: .*output_attentions"):
+        fuse(AutoFusedModel.from_pretrained(tmp_path), keep_layers=4)
+    loaded = AutoFusedModel.from_pretrained(tmp_path, attn_implementation="eager")
+    assert fuse(loaded, keep_layers=4).config.output_attentions

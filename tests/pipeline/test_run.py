@@ -25,6 +25,7 @@ from runs import (
     feature_extraction,
     image_classification,
     masked_lm,
+    save_text_model,
     sentences,
     text_classification,
     token_classification,
@@ -715,3 +716,15 @@ def test_two_processes_share_the_work(tmp_path, task, options):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert bool(two["heal"]["homotopy"]) == ("homotopy" in options)
     assert verify(AutoFusedModel.from_pretrained(tmp_path / "two"))["reload"] == 0
+
+
+def test_a_padding_token_beyond_the_embeddings_is_refused(tmp_path, capsys):
+    """A new padding token is the usual recipe for GPT-2; its row in the embeddings is often forgotten."""
+    words = text_classification(tmp_path)
+    save_text_model(tmp_path / "model", "BertForSequenceClassification", vocab_size=63)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.pad_token = "<unk>"
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert "the tokenizer, for padding, has the token id 63, and the model has 63 token embeddings" in error
