@@ -55,7 +55,7 @@ class Limits:
         types = [table.num_embeddings for name, table in tables.items() if name.endswith("token_type_embeddings")]
         return cls(
             main="input_ids",
-            tokens=model.get_input_embeddings().weight.shape[0],
+            tokens=_tokens_of(model),
             positions=min(positions, default=None),
             types=min(types, default=None),
         )
@@ -143,3 +143,10 @@ class Limits:
         for number, batch in enumerate(batches):
             if isinstance(batch, Mapping):
                 self.check(f"batch {number} of {what}", batch)
+
+
+def _tokens_of(model: PreTrainedModel) -> int | None:
+    try:
+        return model.get_input_embeddings().weight.shape[0]
+    except NotImplementedError:  # a model that does not say where its embeddings are
+        return None
