@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..errors import DataError
 from .batches import model_inputs
-from .eval_mode import eval_mode
+from .modes import eval_mode
 
 _ROWS = 256
 """Number of distributions to compare at a time: float64 over a large vocabulary takes much memory."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import DataError
 from .batches import Batches, model_inputs, tokens_of
-from .eval_mode import eval_mode
+from .modes import eval_mode
 
 When = Literal["before", "after"]
 Key = TypeVar("Key", bound=Hashable)

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import CheckpointError, DataError
 from .batches import model_inputs
-from .eval_mode import eval_mode
 from .intervals import bootstrap, wilson
 from .limits import Limits
+from .modes import eval_mode
 
 
 class Accuracy(evaluate.Metric):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..evaluation.batches import model_inputs
 from ..evaluation.cache import MeasurementCache
-from ..evaluation.eval_mode import eval_mode
+from ..evaluation.modes import eval_mode
 from ..evaluation.timing import time_missing, timed_on
 from ..models.apply import applied
 from ..plan import Plan

@@ -14,7 +14,7 @@ from ..calibration.refit.base import RefitMethod
 from ..calibration.refit.refit import repair_of
 from ..calibration.samples import Sample
 from ..errors import PlanError, UnsupportedModelError
-from ..evaluation.eval_mode import eval_mode
+from ..evaluation.modes import eval_mode
 from ..models.apply import applied
 from ..models.architectures import architecture_for
 from ..plan import Edit, Plan

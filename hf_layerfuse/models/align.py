@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from ..errors import RecipeError
 from ..evaluation.batches import Batches
-from ..evaluation.eval_mode import outside_inference_mode
 from ..evaluation.hooks import When, watch_tokens
+from ..evaluation.modes import outside_inference_mode
 from ..math.align import CrossCorrelation, Rows, Turns, fit, gain, inner_product, scores, transport
 from ..plan import Fuse, Plan
 from .architectures import architecture_for

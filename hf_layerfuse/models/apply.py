@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..evaluation.batches import Batches
-from ..evaluation.eval_mode import outside_inference_mode
+from ..evaluation.modes import outside_inference_mode
 from ..plan import Blend, Plan
 from ..plan.layout import Layout
 from .activation_fit import fit_lines

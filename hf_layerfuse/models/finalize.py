@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..errors import LayerFuseError, PlanError
 from ..evaluation.batches import Batches
-from ..evaluation.eval_mode import outside_inference_mode
+from ..evaluation.modes import outside_inference_mode
 from ..plan import Blend, LinearActivation, LinearForm, Linearize, Plan, PlanNotes
 from .activation_fit import line_errors
 from .apply import merged

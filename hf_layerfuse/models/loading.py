@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..errors import CheckpointError, LayerFuseError
-from ..evaluation.eval_mode import outside_inference_mode
+from ..evaluation.modes import outside_inference_mode
 from .files import stored_names, why_unreadable
 from .modeling import head_class
 

@@ -25,7 +25,7 @@ from transformers.models.auto import auto_factory, configuration_auto, modeling_
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CheckpointError, PlanError, UnsupportedModelError
-from ..evaluation.eval_mode import checkpoint_activations, outside_inference_mode
+from ..evaluation.modes import checkpoint_activations, outside_inference_mode
 from ..plan import Plan
 from .architectures import ARCHITECTURES, BUILTIN, FUSED_PREFIX, Architecture
 from .families import family_of

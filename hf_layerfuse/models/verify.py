@@ -18,7 +18,7 @@ from ..errors import CheckpointError, LayerFuseError, LayerFuseWarning, Verifica
 from ..evaluation.batches import Batches, model_inputs
 from ..evaluation.divergence import decode, prediction
 from ..evaluation.dummy_inputs import dummy_inputs, predicts_next_token
-from ..evaluation.eval_mode import eval_mode, plain_outputs
+from ..evaluation.modes import eval_mode, plain_outputs
 from ..plan import Plan
 from .families import family_of
 from .loading import load_checkpoint

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from ..errors import LayerFuseError, RecipeError
-from ..evaluation.eval_mode import checkpoint_activations, dropout_of, outside_inference_mode, plain_outputs
 from ..evaluation.fingerprint import fingerprint
+from ..evaluation.modes import checkpoint_activations, dropout_of, outside_inference_mode, plain_outputs
 from ..plan.heal_scope import HealScope
 from ..recipe import HealRecipe
 from .accelerator import accelerator_of, finish_trackers, one_training

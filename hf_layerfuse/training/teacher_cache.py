@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from ..data.collate import TEACHER_IDS, TEACHER_LOGPROBS
 from ..evaluation.batches import model_inputs
 from ..evaluation.divergence import prediction
-from ..evaluation.eval_mode import eval_mode
 from ..evaluation.fingerprint import fingerprint
+from ..evaluation.modes import eval_mode
 
 
 def with_teacher(

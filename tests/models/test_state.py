@@ -8,7 +8,7 @@ from helpers import LAYERS, tiny_model
 from transformers import AutoModelForCausalLM
 
 from hf_layerfuse import AutoFusedModel, Drop, Fuse, Plan, apply, expand, fuse
-from hf_layerfuse.evaluation.eval_mode import checkpoint_activations
+from hf_layerfuse.evaluation.modes import checkpoint_activations
 
 PLANS = {
     "depth": (Fuse("layer", (1, 2)), Drop("layer", 4)),

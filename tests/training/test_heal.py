@@ -19,7 +19,7 @@ from hf_layerfuse import Fuse, HealScope, Plan, apply, fused_parameters, heal_sc
 from hf_layerfuse.errors import DataError, LayerFuseError, RecipeError, TrainingError
 from hf_layerfuse.evaluation.divergence import prediction
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
-from hf_layerfuse.evaluation.eval_mode import dropout_of
+from hf_layerfuse.evaluation.modes import dropout_of
 from hf_layerfuse.math.losses import distillation_loss
 from hf_layerfuse.plan.match import Match
 from hf_layerfuse.recipe import HealRecipe
@@ -410,7 +410,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
 from hf_layerfuse.training.heal import heal
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
-from hf_layerfuse.evaluation.eval_mode import dropout_of
+from hf_layerfuse.evaluation.modes import dropout_of
 from hf_layerfuse.training.objective import Objective
 from hf_layerfuse.plan.heal_scope import HealScope
 from hf_layerfuse.plan.match import Match

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from ...evaluation.batches import model_inputs
 from ...evaluation.divergence import calibration_loss
-from ...evaluation.eval_mode import eval_mode
 from ...evaluation.hooks import StopForward, watch
+from ...evaluation.modes import eval_mode
 from ...math.ridge import Moments, fit
 from ...models.architectures import ConvGraphArchitecture, Convolutions, Place, architecture_for
 from ...models.modules.conv import PaddedConv2d, module_at

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ...evaluation.batches import Batches
 from ...evaluation.divergence import calibration_loss
-from ...evaluation.eval_mode import eval_mode, outside_inference_mode
+from ...evaluation.modes import eval_mode, outside_inference_mode
 from ...models.architectures import ConvArchitecture, architecture_for
 from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...models.surgery.checks import check_model, check_plan

@@ -16,7 +16,7 @@ from ...calibration.refit.refit import refit_by
 from ...calibration.samples import Sample
 from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.batches import Batches
-from ...evaluation.eval_mode import eval_mode, outside_inference_mode, take_modes
+from ...evaluation.modes import eval_mode, outside_inference_mode, take_modes
 from ...models.apply import applied
 from ...models.architectures import architecture_for
 from ...models.surgery.checks import check_model, check_plan

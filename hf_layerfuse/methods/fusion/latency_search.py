@@ -21,8 +21,8 @@ from ...calibration.refit.base import RefitReport
 from ...calibration.refit.refit import refit_by
 from ...calibration.samples import Sample
 from ...errors import RecipeError, UnsupportedModelError
-from ...evaluation.eval_mode import eval_mode, take_modes
 from ...evaluation.fingerprint import digest
+from ...evaluation.modes import eval_mode, take_modes
 from ...models.apply import applied
 from ...models.architectures import LayerArchitecture, architecture_for
 from ...models.surgery.checks import check_model

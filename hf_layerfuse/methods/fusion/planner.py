@@ -17,7 +17,7 @@ from ...calibration.layerwise import LayerwiseForward
 from ...calibration.samples import Sample
 from ...errors import RecipeError
 from ...evaluation.batches import Batches
-from ...evaluation.eval_mode import eval_mode
+from ...evaluation.modes import eval_mode
 from ...math import cluster
 from ...models.architectures import architecture_for
 from ...models.surgery.checks import check_model

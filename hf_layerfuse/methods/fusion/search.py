@@ -21,7 +21,7 @@ from ...calibration.refit.transformer import SELECTING
 from ...calibration.samples import Sample
 from ...evaluation.batches import Batches
 from ...evaluation.divergence import calibration_loss
-from ...evaluation.eval_mode import eval_mode, outside_inference_mode, take_modes
+from ...evaluation.modes import eval_mode, outside_inference_mode, take_modes
 from ...math import cluster
 from ...models.apply import applied
 from ...models.architectures import architecture_for

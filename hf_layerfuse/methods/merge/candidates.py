@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from ...calibration.refit.conv_graph import repair
 from ...calibration.samples import Sample
 from ...evaluation.divergence import calibration_loss
-from ...evaluation.eval_mode import eval_mode
 from ...evaluation.fingerprint import digest
+from ...evaluation.modes import eval_mode
 from ...math.knapsack import Frontier
 from ...models.apply import applied
 from ...models.architectures import ConvGraphArchitecture, architecture_for

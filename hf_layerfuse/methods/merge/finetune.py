@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ...calibration.samples import Sample
 from ...evaluation.batches import model_inputs
 from ...evaluation.divergence import prediction
-from ...evaluation.eval_mode import eval_mode
+from ...evaluation.modes import eval_mode
 from ...math.losses import distillation_loss
 
 RATE = 1e-3

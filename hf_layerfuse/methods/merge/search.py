@@ -13,7 +13,7 @@ from ...calibration.refit.conv_graph import refit_conv_graph
 from ...calibration.samples import Sample
 from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.batches import Batches
-from ...evaluation.eval_mode import outside_inference_mode
+from ...evaluation.modes import outside_inference_mode
 from ...math.knapsack import Frontier, Option
 from ...models.apply import applied
 from ...models.architectures import ConvGraphArchitecture, architecture_for

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...calibration.refit.conv_graph import see
-from ...evaluation.eval_mode import eval_mode
+from ...evaluation.modes import eval_mode
 from ...models.architectures import ConvGraphArchitecture, Place, Skip, architecture_for
 from ...models.architectures.segments import Merged
 from ...models.modules.conv import PaddedConv2d, convolution, module_at
