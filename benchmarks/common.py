@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hf_layerfuse import AutoFusedModel, Drop, Plan, apply
 from hf_layerfuse.evaluation.divergence import calibration_loss
 from hf_layerfuse.evaluation.metrics import classification, embedding_fidelity
+from hf_layerfuse.evaluation.whole_file import write_whole
 from hf_layerfuse.models.architectures import architecture_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,11 +160,9 @@ def best_drop(job: Job, keep: int) -> Plan:
     return drops(job, job.removed[: depth - keep])
 
 
-def save(results: dict[str, Any], path: Path) -> None:
+def save(results: Any, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(results, indent=1) + "\n")
 
 
 HEADLINE = {

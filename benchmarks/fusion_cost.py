@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import save
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_layerfuse import FusionRecipe
@@ -165,9 +166,7 @@ def main() -> None:
             for shape in shapes:
                 if (*shape, effort) not in known:
                     results[kind].append(row(*shape, effort, options.threads, **environment))
-                    temporary = RESULT.with_suffix(".tmp")
-                    temporary.write_text(json.dumps(results, indent=1) + "\n")
-                    temporary.replace(RESULT)
+                    save(results, RESULT)
     print("\n\n".join(map(text_table, tables(results))))
     slow = [found for found in results["time"] if found["forwards"] > EFFORTS[found["effort"]]]
     large = [found for found in results["memory"] if found["models"] > MEMORY]

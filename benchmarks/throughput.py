@@ -9,7 +9,6 @@ and exits with 1 if the ratio is below 0.95.
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from common import save
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -107,9 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results = [measure(precision, options.steps, options.rounds) for precision in ("no", "bf16")]
-    temporary = RESULT.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(RESULT)
+    save(results, RESULT)
     print(text_table(table(results)))
     slow = [row for row in results if row["ratio"] < LEAST]
     if slow:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import LayerFuseError
+from .whole_file import write_whole
 
 FORMAT = 1
 
@@ -50,6 +50,4 @@ class MeasurementCache:
         self.values |= values
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps({"about": self.about, "values": self.values}, indent=1) + "\n")
-            temporary.replace(self.path)
+            write_whole(self.path, json.dumps({"about": self.about, "values": self.values}, indent=1) + "\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..evaluation.whole_file import write_whole
 from ..plan import Plan
 from ..plan.words import describe
 
@@ -105,9 +106,7 @@ class FusionReport:
         """
         path = Path(directory) / REPORT_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_suffix(".partial")
-        fresh.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        fresh.replace(path)
+        write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
         return path
 
     @classmethod

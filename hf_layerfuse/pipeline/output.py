@@ -68,17 +68,6 @@ def unfinished(path: str | Path, run: object) -> Path:
     return path.with_name(f".{path.name}-{digest}.unfinished")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole, or stays as it was before."""
-    fresh = path.with_name(f".{path.name}-{os.getpid()}.partial")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-
-
 @contextmanager
 def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A fresh directory to write to, which takes the name `path` when the block ends without an exception.

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import CheckpointError, LayerFuseError
+from ..evaluation.whole_file import write_whole
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Checkpoints:
         elif any(file.suffix != ".tmp" for file in self.directory.iterdir()):  # left by an interrupted write
             raise CheckpointError(f"{self.directory} is not empty and holds no checkpoints: give another folder.")
         else:
-            _write(path, run)
+            write_whole(path, json.dumps(run) + "\n")
         for stale in self.directory.glob("*.partial"):
             shutil.rmtree(stale)
 
@@ -148,7 +149,7 @@ class Checkpoints:
             accelerator.save_state(str(partial))
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                _write(partial / "progress.json", asdict(progress))
+                write_whole(partial / "progress.json", json.dumps(asdict(progress)) + "\n")
                 if path.is_dir():  # of a run that resumed from an earlier checkpoint
                     shutil.rmtree(path)
                 partial.rename(path)
@@ -178,9 +179,3 @@ def _without_copies(models: list[Any], weights: list[dict[str, Tensor]], folder:
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write(path: Path, tree: Mapping[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(tree) + "\n", encoding="utf-8")
-    temporary.replace(path)

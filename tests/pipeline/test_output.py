@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hf_layerfuse import CheckpointError
-from hf_layerfuse.pipeline.output import check_output, new_directory, write_whole
+from hf_layerfuse.pipeline.output import check_output, new_directory
 
 
 def test_appears_at_the_end(tmp_path):
@@ -113,20 +113,3 @@ def test_what_killed_processes_left_goes(tmp_path):
         (path / "file").write_text("whole")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"out", ".out-2-abcd1234.partial", ".out-abcd1234.unfinished"}
-
-
-def test_files_are_written_whole(tmp_path, monkeypatch):
-    """A written file has normal permissions. If writing fails, the earlier file stays and nothing else is left."""
-    plain, target = tmp_path / "plain", tmp_path / "page"
-    plain.touch()
-    write_whole(target, "old")
-    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
-
-    def full(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(target, "new")
-    assert target.read_text() == "old"
-    assert sorted(tmp_path.iterdir()) == [target, plain]

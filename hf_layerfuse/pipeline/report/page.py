@@ -14,13 +14,14 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from ...errors import CheckpointError
+from ...evaluation.whole_file import write_whole
 from ...methods import method_of
 from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...plan import Edit, Linearize, Plan
 from ...plan.words import change_table, changes
 from ...recipe import Recipe, recipe_of
 from ...training.heal import HealReport
-from ..output import MARK, write_whole
+from ..output import MARK
 from ..results import DAMAGED, RunResults, invalid_result
 from . import tables as report
 from .plots import draw
