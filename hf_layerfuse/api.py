@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from .calibration.samples import read
 from .errors import RecipeError
 from .evaluation.batches import Batches
+from .evaluation.metrics import bytes_in_memory
 from .methods.base import Method
 from .methods.collapse.method import COLLAPSE
 from .methods.fusion.method import FUSION
@@ -153,7 +154,7 @@ def _compress(
             method=method.name,
             plan=found.plan,
             parameters=(model.num_parameters(), result.num_parameters()),
-            bytes=(_bytes_of(model), _bytes_of(result)),
+            bytes=(bytes_in_memory(model), bytes_in_memory(result)),
             seconds=time.perf_counter() - start,
         )
         if check:
@@ -161,10 +162,6 @@ def _compress(
         if not method.needs_training(recipe):  # the quality of other results shows only after training
             warn_if_useless(model, result, sequences)
     return result
-
-
-def _bytes_of(model: PreTrainedModel) -> int:
-    return sum(parameter.nbytes for parameter in model.parameters())  # shared ones count once
 
 
 def _asked(method: Method[_Recipe], recipe: _Recipe | None, overrides: dict[str, Any]) -> _Recipe:

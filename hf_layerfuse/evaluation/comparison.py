@@ -20,7 +20,7 @@ from .dummy_inputs import predicts_next_token
 from .intervals import bootstrap
 from .latency import latency_side_by_side
 from .limits import Limits
-from .metrics import embedding, evaluating, parameter_counts
+from .metrics import bytes_in_memory, embedding, evaluating, parameter_counts
 
 
 class Metric(NamedTuple):
@@ -178,7 +178,7 @@ def compare(
         verdict=verdict,
         rows=len(pairs),
         parameters=tuple(parameter_counts(model)["parameters"] for model in models.values()),
-        bytes=tuple(sum(parameter.nbytes for parameter in model.parameters()) for model in models.values()),
+        bytes=tuple(map(bytes_in_memory, models.values())),
         latency_ms=times,
         speedup={batch: before / after for batch, (before, after) in times.items()},
     )

@@ -55,7 +55,7 @@ class Limits:
         types = [table.num_embeddings for name, table in tables.items() if name.endswith("token_type_embeddings")]
         return cls(
             main="input_ids",
-            tokens=_tokens_of(model),
+            tokens=None if (embeddings := token_embeddings(model)) is None else len(embeddings.weight),
             positions=min(positions, default=None),
             types=min(types, default=None),
         )
@@ -145,8 +145,9 @@ class Limits:
                 self.check(f"batch {number} of {what}", batch)
 
 
-def _tokens_of(model: PreTrainedModel) -> int | None:
+def token_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """Token embeddings of a model; None if it reads no tokens or does not say where they are."""
     try:
-        return model.get_input_embeddings().weight.shape[0]
-    except NotImplementedError:  # a model that does not say where its embeddings are
+        return model.get_input_embeddings()
+    except NotImplementedError:  # the answer of Transformers for such a model
         return None

@@ -205,6 +205,11 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     return {"parameters": total, "non_embedding_parameters": total - sum(tables.values())}
 
 
+def bytes_in_memory(model: nn.Module) -> int:
+    """Size of the parameters of a model, in bytes; shared ones count once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 def bytes_on_disk(path: str | Path) -> int:
     """Sum the sizes of the `*.safetensors` files in a folder, in bytes.
 

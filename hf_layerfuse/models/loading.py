@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from ..errors import CheckpointError, LayerFuseError
 from ..evaluation.modes import outside_inference_mode
 from .files import stored_names, why_unreadable
-from .modeling import head_class
+from .heads import head_class
 
 _HUB_ARGUMENTS = (
     "cache_dir",

@@ -11,11 +11,9 @@ import copy
 import functools
 import os
 import sys
-from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -24,7 +22,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import CheckpointError, PlanError, UnsupportedModelError
+from ..errors import PlanError, UnsupportedModelError
 from ..evaluation.modes import checkpoint_activations, outside_inference_mode
 from ..plan import Plan
 from .architectures import ARCHITECTURES, BUILTIN, FUSED_PREFIX, Architecture
@@ -278,62 +276,9 @@ def build(cls: type, config: PreTrainedConfig, weights: dict[str, Any], like: Pr
     return model.to(like.device).train(like.training)
 
 
-def head_class(config: PreTrainedConfig, stored: Collection[str] = ()) -> type[PreTrainedModel]:
-    """Model class of a checkpoint, from `architectures` in its config, or else from the names of its weights.
-
-    Args:
-        config: Config of the checkpoint.
-        stored: Names of the weights in its files. Without any, a config that names no class gets the body.
-
-    Raises:
-        CheckpointError: Neither Transformers nor the user has registered the class for this config; or the config names
-            no class, and none takes all weights, or several do.
-    """
-    names = config.architectures or []
-    heads = [head for auto_class in _AUTO_CLASSES for head in _heads(auto_class, type(config))]
-    for name in names:
-        plain = name.removeprefix("Fused") if config.model_type.startswith(FUSED_PREFIX) else name
-        for head in heads:
-            if head.__name__ == name:
-                return head
-        # heads of Transformers without an Auto class, such as DeiTForImageClassificationWithTeacher
-        head = getattr(transformers, plain, None)
-        if isinstance(head, type) and issubclass(head, PreTrainedModel):
-            return fused_class(head) if plain != name else head
-    if not names and heads:
-        # a model with a head has its body under a prefix, as in `transformer.wte.weight`
-        prefixes = tuple({f"{head.base_model_prefix}." for head in heads})
-        headed = any(name.startswith(prefixes) for name in stored)
-        return _head_of(config, dict.fromkeys(heads[1:]), stored) if headed else heads[0]
-    raise CheckpointError(
-        f"config.json names the class {names}, which is not known for {config.model_type!r}: register it with an Auto "
-        "class, or import the package that defines it, before loading."
-    )
-
-
-def _head_of(
-    config: PreTrainedConfig, heads: Iterable[type[PreTrainedModel]], stored: Collection[str]
-) -> type[PreTrainedModel]:
-    """The only class whose head has exactly the stored weights, apart from those tied to the body."""
-    stored, fitting = set(stored), {}
-    for head in heads:
-        prefix = f"{head.base_model_prefix}."
-        own = {name for name in stored if not name.startswith(prefix)}
-        with torch.device("meta"):
-            model = head(copy.deepcopy(config))
-        names = set(model.state_dict())
-        lacking = {name for name in names if not name.startswith(prefix)} - own
-        if own <= names and lacking <= model.all_tied_weights_keys.keys():
-            fitting[head] = len(names ^ stored)
-    # heads that differ in their use of the body: some have no pooler
-    closest = [head for head, apart in fitting.items() if apart == min(fitting.values())]
-    if len(closest) == 1:
-        return closest[0]
-    found = f"the weights fit each of {', '.join(head.__name__ for head in closest)}" if closest else "no class fits"
-    raise CheckpointError(
-        f"config.json has no `architectures`, and {found} of {config.model_type!r}: add the class of the model to "
-        f'config.json, as in "architectures": ["{(closest or [*heads])[0].__name__}"].'
-    )
+def model_classes(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
+    """Model classes that the Auto classes know for a config class; the body comes first."""
+    return list(dict.fromkeys(head for auto_class in _AUTO_CLASSES for head in _heads(auto_class, config_class)))
 
 
 def _heads(auto_class: type, config_class: type[PreTrainedConfig]) -> tuple[type[PreTrainedModel], ...]:

@@ -12,13 +12,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from ..errors import CheckpointError, DataError, LayerFuseError, UnsupportedModelError
 from ..evaluation.batches import Batches
-from ..evaluation.metrics import parameter_counts
+from ..evaluation.metrics import bytes_in_memory, parameter_counts
 from ..math.similarity import ON_ACTIVATIONS
 from ..methods.fusion.distances import block_distances
 from ..methods.fusion.planner import plan_evenly, plan_fusion
 from ..models.architectures import ConvGraphArchitecture, LayerArchitecture, TransformerArchitecture, architecture_for
+from ..models.heads import head_class
 from ..models.loading import load_checkpoint
-from ..models.modeling import head_class
 from ..models.surgery.checks import check_model, check_plan
 from ..models.surgery.conv_graph import check_merges
 from ..models.surgery.size import planned_size
@@ -118,7 +118,7 @@ def _summary(
     model: PreTrainedModel, layers: LayerArchitecture | None, conv_graph: ConvGraphArchitecture | None
 ) -> Rows:
     sizes = parameter_counts(model)
-    megabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e6  # parameters() gives shared ones once
+    megabytes = bytes_in_memory(model) / 1e6
     rows = [
         [type(model).__name__, model.config.model_type],
         ["parameters", f"{sizes['parameters']:,}"],

@@ -13,6 +13,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from ..evaluation.limits import token_embeddings
+
 
 @contextlib.contextmanager
 def one_unit_for_shared(model: PreTrainedModel, plugin: Any) -> Iterator[None]:
@@ -84,9 +86,8 @@ def set_parameter(parameter: nn.Parameter, value: Tensor) -> None:
 
 def shares_layers(model: PreTrainedModel) -> bool:
     """Whether modules share a parameter, apart from input and output embeddings."""
-    embeddings = set()
-    with contextlib.suppress(NotImplementedError):  # models without tokens have no embeddings
-        embeddings = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    tokens = token_embeddings(model)
+    embeddings = set() if tokens is None else {id(parameter) for parameter in tokens.parameters()}
     places = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     inner = [place for place in places if place not in embeddings]
     return len(inner) > len(set(inner))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -16,13 +17,13 @@ def check_unaltered(model: PreTrainedModel) -> None:
     """Raise `UnsupportedModelError` unless a model has the modules and weights of its class.
 
     A fused model is built from the class and the config, so that other modules and weights would be lost. The check
-    compares names alone.
+    compares names, shapes and the numbers of layers, and reads no weights.
     """
     for name, module in model.named_modules():
         for what, remedy in _alterations(module):
             raise UnsupportedModelError(f"{name or type(model).__name__} {what}: {remedy}, then fuse.")
     with torch.device("meta"):
-        stock = type(model)(model.config)
+        stock = type(model)(copy.deepcopy(model.config))  # building a model may change its config
     expected, found = _shapes(stock), _shapes(model)
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     # maps whose biases were removed by hand still become linear MLPs
