@@ -12,6 +12,7 @@ LEVEL = 0.95
 
 _Z = 1.959963984540054  # the normal quantile of LEVEL
 _RESAMPLES = 2000
+_AT_ONCE = 1_000_000  # rows that are drawn together, which bounds the memory
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -33,12 +34,16 @@ def bootstrap(
     """Percentile bootstrap interval of a statistic of independent samples (Efron 1979).
 
     Args:
-        samples: One row of numbers per sample, such as a loss and its number of tokens.
-        statistic: Function of means, (resamples, numbers per row), that returns one value per resample.
+        samples: Rows of numbers, (samples, numbers), such as a loss in nats and its number of tokens.
+        statistic: Function of means over samples, (resamples, numbers), that returns (resamples,).
         seed: Seed of the resamples.
     """
     rows = np.asarray(samples, dtype=np.float64)
     generator = np.random.default_rng(seed)
-    means = np.stack([rows[generator.integers(len(rows), size=len(rows))].mean(0) for _ in range(_RESAMPLES)])
-    low, high = np.quantile(statistic(means), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    part = min(max(_AT_ONCE // len(rows), 1), _RESAMPLES)
+    means = [
+        rows[generator.integers(len(rows), size=(min(part, _RESAMPLES - done), len(rows)))].mean(1)
+        for done in range(0, _RESAMPLES, part)
+    ]
+    low, high = np.quantile(statistic(np.concatenate(means)), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

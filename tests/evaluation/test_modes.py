@@ -52,9 +52,14 @@ def healed(student: PreTrainedModel, teacher: PreTrainedModel) -> float:
     return heal(student, DataLoader(rows, batch_size=4), HealRecipe(steps=2), teacher=teacher).train_loss[-1][1]
 
 
+TRAINED = ("depth", "share")
+"""Makers whose results are trained too; the weights of all are compared."""
+
+
 @pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, torch.inference_mode) for name in MAKERS), ("depth", torch.no_grad)]
+)
 def test_models_made_in_inference_mode_can_be_trained(name: str, mode: Callable) -> None:
     """Weights are ordinary tensors that require gradients, equal to those made outside of it."""
     model = tiny_model("llama", "LlamaForCausalLM")
@@ -64,7 +69,8 @@ def test_models_made_in_inference_mode_can_be_trained(name: str, mode: Callable)
     assert all(parameter.requires_grad for parameter in made.parameters())
     expected = MAKERS[name](model)
     assert all(torch.equal(a, b) for a, b in zip(made.parameters(), expected.parameters(), strict=True))
-    assert healed(made, model) > 0
+    if name in TRAINED:
+        assert healed(made, model) > 0
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -93,8 +99,11 @@ FLAGS = [{"return_dict": False}, {"output_hidden_states": True}, {"output_attent
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: next(iter(flags)))
-@pytest.mark.parametrize("name", ["depth", "share", "collapse"])
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [*(("depth", flags) for flags in FLAGS), ("share", FLAGS[0]), ("collapse", FLAGS[1])],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
 def test_flags_of_a_config_do_not_matter(name: str, flags: dict[str, bool]) -> None:
     """The result is the same to the bit, and keeps the flags, as the original does."""
     model = tiny_model("llama", "LlamaForCausalLM", attn_implementation="eager", **flags)
