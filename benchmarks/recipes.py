@@ -2,9 +2,11 @@
 
     python benchmarks/recipes.py [JOB ...] [--threads 2] [--latency]
 
-Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Each job runs `fuse.py` as a user would, then
-retrains the untouched original with the same budget, for a fair comparison. Jobs that have a result are skipped. To run
-one again, delete benchmarks/results/JOB.json. Model cards and their pictures go to model_cards/JOB. `--latency` times
+Data and checkpoints come from LAYERFUSE_DATA (default ../shared). Each job runs `fuse.py` as a user would, once for
+each of its healing options, and each run also retrains the untouched original. The fused model and the original each
+take the option, and the step, with the lowest validation loss. Jobs that differ only in their method share the
+retrained original. Jobs that have a result are skipped, and interrupted ones resume. To run one again, delete
+benchmarks/results/JOB.json and outputs/JOB-*. Model cards and their pictures go to model_cards/JOB. `--latency` times
 the checkpoints of finished jobs again, for example if the machine was busy before.
 """
 
@@ -14,22 +16,16 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer
 
 from hf_layerfuse import AutoFusedModel, Plan
 from hf_layerfuse.cli import parse_overrides
-from hf_layerfuse.data.labels import class_names
-from hf_layerfuse.data.prepare import loader, prepare, text_of
-from hf_layerfuse.data.splits import load_splits
-from hf_layerfuse.evaluation import metrics as evaluate
 from hf_layerfuse.evaluation.latency import latency_side_by_side
+from hf_layerfuse.evaluation.whole_file import write_whole
 from hf_layerfuse.models.loading import load_checkpoint
 from hf_layerfuse.pipeline.report.card import licence_of, model_card
 from hf_layerfuse.pipeline.report.plots import draw
@@ -38,7 +34,7 @@ from hf_layerfuse.pipeline.results import RunResults
 from hf_layerfuse.pipeline.run_data import against
 from hf_layerfuse.recipe import Recipe, load_recipe
 from hf_layerfuse.recipe.tasks import TASKS
-from hf_layerfuse.training.heal import heal
+from hf_layerfuse.training.heal import HealReport
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,7 +46,7 @@ _WIKITEXT = [
     *("--data.train", f"{DATA}/data/wikitext2/train.txt.xz"),
     *("--data.validation", f"{DATA}/data/wikitext2/valid.txt.xz"),
     *("--data.test", f"{DATA}/data/wikitext2/test.txt.xz"),
-    *("--heal.steps", "200", "--heal.batch_size", "8", "--heal.learning_rate", "3e-4"),
+    *("--heal.steps", "200", "--heal.batch_size", "8", "--heal.teacher_top_k", "64"),
 ]
 _SST2 = [
     *("--model", f"{DATA}/models/minilm-l6-sst2", *_LOCAL),
@@ -63,126 +59,139 @@ JOBS = {
     "gpt2-depth": _WIKITEXT,
     "gpt2-share": [*_WIKITEXT, "--fusion.mode", "share", "--fusion.ratio", "0.33", "--fusion.rank", "auto"],
 }
+_RATES = {"gpt2": (1e-4, 3e-4), "bert": (2e-5, 5e-5)}
+OPTIONS = {
+    name: [{"heal.learning_rate": rate, "heal.dropout": 0.0} for rate in _RATES[name.split("-")[0]]] for name in JOBS
+}
+"""Fields of the healing that each job chooses from."""
 
 
 @dataclass(frozen=True)
-class Retraining:
-    """Retrained original.
+class Choice:
+    """One healing option, and the lowest validation losses with it.
 
     Attributes:
-        metrics: Metrics on test data.
-        seconds: Seconds of its training.
-        best_step: Step whose weights were kept; None in results that kept the last one.
+        options: Fields of the recipe.
+        healed: Lowest loss of the fused model; the loss before training counts too.
+        original: The same of the original.
     """
 
-    metrics: dict[str, Any]
-    seconds: float
-    best_step: int | None = None
+    options: dict[str, float]
+    healed: float
+    original: float
 
 
 @dataclass(frozen=True)
 class JobResults:
-    """Results of one job: its run, and the retrained original."""
+    """Results of one job.
+
+    Attributes:
+        run: The run with the option that was chosen for the fused model, with the best of the retrained originals.
+        choices: All options, in order.
+    """
 
     run: RunResults
-    original: Retraining
+    choices: list[Choice]
 
     @classmethod
     def load(cls, name: str) -> "JobResults":
         path = RESULTS / f"{name}.json"
         tree = json.loads(path.read_text())
-        return cls(RunResults.from_dict(tree, path), Retraining(**tree["original_healed"]))
+        return cls(RunResults.from_dict(tree, path), [Choice(**choice) for choice in tree["choices"]])
 
     def save(self, name: str) -> None:
-        tree = self.run.to_dict() | {"original_healed": asdict(self.original)}
-        (RESULTS / f"{name}.json").write_text(json.dumps(tree, indent=1) + "\n")
+        tree = self.run.to_dict() | {"choices": [asdict(choice) for choice in self.choices]}
+        write_whole(RESULTS / f"{name}.json", json.dumps(tree, indent=1) + "\n")
+
+    @property
+    def chosen(self) -> int:
+        """Index of the option of the fused model."""
+        return min(range(len(self.choices)), key=lambda index: self.choices[index].healed)
 
 
 def run(name: str, threads: int) -> JobResults:
-    """Carry out one job and retrain the original."""
-    output, arguments = ROOT / "outputs" / name, _arguments(name)
+    """Carry out one job, and take the best option by validation loss."""
+    runs = [_run(name, index, threads) for index in range(len(OPTIONS[name]))]
+    originals = [_retrained(name, index).retrained for index in range(len(runs))]
+    choices = [
+        Choice(options, _lowest(each.heal), _lowest(original.report))
+        for options, each, original in zip(OPTIONS[name], runs, originals, strict=True)
+    ]
+    best = min(originals, key=lambda original: _lowest(original.report))
+    job = JobResults(runs[0], choices)
+    chosen = runs[job.chosen]
+    # one measurement in turn timed the models of a run; the retrained original has the shape of its original
+    best = replace(best, measurement=best.measurement.with_latency(chosen.before.latency))
+    return replace(job, run=replace(chosen, retrained=best))
+
+
+def _run(name: str, index: int, threads: int) -> RunResults:
+    """The results of one option of a job, run unless they are there."""
+    output = ROOT / "outputs" / f"{name}-{index}"
     if not (output / "results.json").is_file():
-        launch = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--num_cpu_threads_per_process", str(threads)]
-        command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "fuse.py", *arguments]
-        subprocess.run(command, check=True, cwd=ROOT)
-    results = RunResults.load(output)
-    return JobResults(results, _known_retraining(results.recipe) or retrain_original(_recipe(name), threads))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "true"}
+        words = [*_arguments(name, index), "--evaluate.retrain_original", str(_first_alike(name) == name).lower()]
+        subprocess.run([sys.executable, "fuse.py", *words], check=True, cwd=ROOT, env=environment)
+    return RunResults.load(output)
 
 
-def _arguments(name: str) -> list[str]:
-    return [*JOBS[name], "--output_dir", f"outputs/{name}"]
+def _first_alike(name: str) -> str:
+    """The first job with the same model, data and healing, which retrains the original for all of them."""
+    alike = [_recipe(other, 0) for other in JOBS]
+    same = [(each.model, each.data, each.heal, each.seed) for each in alike]
+    return list(JOBS)[same.index(same[list(JOBS).index(name)])]
 
 
-def _recipe(name: str) -> Recipe:
-    arguments = _arguments(name)
+def _retrained(name: str, index: int) -> RunResults:
+    return RunResults.load(ROOT / "outputs" / f"{_first_alike(name)}-{index}")
+
+
+def _lowest(report: HealReport) -> float:
+    return min(loss for _, loss in report.validation_loss)
+
+
+def _arguments(name: str, index: int) -> list[str]:
+    options = [word for field, value in OPTIONS[name][index].items() for word in (f"--{field}", str(value))]
+    return [*JOBS[name], *options, "--output_dir", f"outputs/{name}-{index}"]
+
+
+def _recipe(name: str, index: int) -> Recipe:
+    arguments = _arguments(name, index)
     return load_recipe(ROOT / arguments[0], parse_overrides(arguments[1:]))
 
 
-def _known_retraining(recipe: Mapping[str, Any]) -> Retraining | None:
-    """The retrained original of a finished job that differs only in its method; None if there is no such job."""
-    for name in sorted(JOBS):
-        if (RESULTS / f"{name}.json").is_file():
-            other = JobResults.load(name)
-            if all(other.run.recipe[key] == recipe[key] for key in ("model", "data", "heal", "seed")):
-                return other.original
-    return None
-
-
-def retrain_original(recipe: Recipe, threads: int) -> Retraining:
-    """Heal the original with the batches, steps and losses of the fused model, and measure it."""
-    torch.set_num_threads(threads)
-    data, task = recipe.data, recipe.task
-    model = load_checkpoint(recipe.model, auto_class=getattr(transformers, TASKS[task].auto_class), dtype=torch.float32)
-    teacher = load_checkpoint(
-        recipe.model, auto_class=getattr(transformers, TASKS[task].auto_class), dtype=torch.float32
-    )
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    classes = class_names(model.config) if task == "text-classification" else None
-    splits = load_splits(data, task, recipe.seed, classes=classes)
-    train = prepare(splits["train"], tokenizer, data, task, training=True)
-    batches = loader(train, tokenizer, recipe.heal.batch_size, shuffle=True, seed=recipe.seed, task=task)
-    size = recipe.evaluate.batch_size
-    held_out = prepare(splits["validation"], tokenizer, data, task, training=False)
-    validation = loader(held_out, tokenizer, size, shuffle=False, seed=0, task=task)
-    # both keep the step of the lowest validation loss, step 0 included
-    report = heal(model, batches, recipe.heal, teacher=teacher, seed=recipe.seed, validation_batches=validation)
-    if task == "causal-lm":
-        metrics = evaluate.perplexity(
-            model, tokenizer, text_of(splits["test"], data), max_length=data.max_length, batch_size=size
-        )
-    else:
-        test = prepare(splits["test"], tokenizer, data, task, training=False)
-        metrics = evaluate.classification(model, loader(test, tokenizer, size, shuffle=False, seed=0, task=task))
-    return Retraining(metrics, report.seconds, report.best_step)
-
-
-def time_again(name: str, results: RunResults, threads: int) -> RunResults:
+def time_again(name: str, job: JobResults, threads: int) -> JobResults:
     """The results with new latencies; the original and the result are timed in turn."""
     torch.set_num_threads(threads)
-    recipe, output = _recipe(name), ROOT / "outputs" / name
+    results, recipe, output = job.run, _recipe(name, job.chosen), ROOT / "outputs" / f"{name}-{job.chosen}"
     original = load_checkpoint(
         recipe.model, auto_class=getattr(transformers, TASKS[recipe.task].auto_class), dtype=torch.float32
     )
     model = AutoFusedModel.from_pretrained(output, dtype=torch.float32)
-    models = {"before": original, "fused": model, "healed": model}  # healing changes no shape
-    timed = latency_side_by_side(models, sequence_length=recipe.data.max_length, repeats=20)
-    stages = {}
-    for stage, figures in results.stages.items():
-        latency = against(timed["before"], timed[stage])
-        times = {batch: row.median_ms for batch, row in latency.items()}
-        stages[stage] = replace(figures, latency_ms=times, latency=latency)
-    # the number of threads of the timing, not of the training
-    return replace(results, **stages, environment={**results.environment, "threads": str(threads)})
+    timed = latency_side_by_side(
+        {"original": original, "fused": model}, sequence_length=recipe.data.max_length, repeats=20
+    )
+    before, after = (against(timed["original"], timed[each]) for each in timed)  # training changes no shape
+    results = replace(
+        results,
+        before=results.before.with_latency(before),
+        fused=results.fused.with_latency(after),
+        healed=results.healed.with_latency(after),
+        retrained=replace(results.retrained, measurement=results.retrained.measurement.with_latency(before)),
+        # the number of threads of the timing, not of the training
+        environment={**results.environment, "threads": str(threads)},
+    )
+    return replace(job, run=results)
 
 
-def write_card(name: str, results: RunResults) -> None:
+def write_card(name: str, job: JobResults) -> None:
     """Write the card of a finished job, with its pictures, as a run does."""
-    recipe, plan, folder = _recipe(name), Plan.load(ROOT / "outputs" / name / "plan.json"), ROOT / "model_cards" / name
+    recipe, folder = _recipe(name, job.chosen), ROOT / "model_cards" / name
+    plan = Plan.load(ROOT / "outputs" / f"{name}-{job.chosen}" / "plan.json")
     folder.mkdir(exist_ok=True)
-    command = shlex.join(["accelerate", "launch", "fuse.py", *_arguments(name)])
-    pictures = draw(plan, results.heal, folder)
-    card = model_card(recipe, plan, results, command, pictures=pictures, licence=licence_of(recipe.model))
+    command = shlex.join(["accelerate", "launch", "fuse.py", *_arguments(name, job.chosen)])
+    pictures = draw(plan, job.run.heal, folder)
+    card = model_card(recipe, plan, job.run, command, pictures=pictures, licence=licence_of(recipe.model))
     card.save(folder / "README.md")
 
 
@@ -196,15 +205,12 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     for name in options.jobs or JOBS:
         if not (RESULTS / f"{name}.json").is_file():
-            results = run(name, options.threads)
-            results.save(name)
-            write_card(name, results.run)
-        results = JobResults.load(name)
+            run(name, options.threads).save(name)
+            write_card(name, JobResults.load(name))
         if options.latency:
-            results = replace(results, run=time_again(name, results.run, options.threads))
-            results.save(name)
-            write_card(name, results.run)
-        print(f"\n{name}\n{text_table(rows(results.run))}")
+            time_again(name, JobResults.load(name), options.threads).save(name)
+            write_card(name, JobResults.load(name))
+        print(f"\n{name}\n{text_table(rows(JobResults.load(name).run))}")
 
 
 if __name__ == "__main__":

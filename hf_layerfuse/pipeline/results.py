@@ -144,6 +144,28 @@ class HealRound:
         return cls(Goal(keep_layers=tree.get("keep_layers"), ratio=tree.get("ratio")), HealReport(**fields))
 
 
+@dataclass(frozen=True)
+class RetrainedOriginal:
+    """The original after the same training as the fused model.
+
+    Attributes:
+        measurement: Size, speed and quality; it has the shape of the original, and so its latency.
+        report: Report of the training.
+    """
+
+    measurement: Measurement
+    report: HealReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measurement, with the report under `heal`, as JSON types."""
+        return {**self.measurement.to_dict(), "heal": asdict(self.report)}
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> RetrainedOriginal:
+        """Read a retrained original from JSON types."""
+        return cls(Measurement.from_dict(tree), HealRound.from_dict(tree["heal"]).report)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunResults:
     """Results of a run.
@@ -153,6 +175,7 @@ class RunResults:
         fused: Measurement of the model after the last fusing, before it was healed.
         rounds: Rounds of healing, in order; empty without healing.
         healed: Measurement of the healed model; None without healing.
+        retrained: The original after the same training; None where the recipe does not ask for it.
         metrics_on: Split that the metrics were measured on.
         recipe: Recipe as JSON types, with the names that the release that wrote it had.
         command: Command line of the run.
@@ -163,6 +186,7 @@ class RunResults:
     fused: Measurement
     rounds: tuple[HealRound, ...] = ()
     healed: Measurement | None = None
+    retrained: RetrainedOriginal | None = None
     metrics_on: str
     recipe: Mapping[str, Any]
     command: str
@@ -176,8 +200,9 @@ class RunResults:
     @property
     def stages(self) -> dict[str, Measurement]:
         """Measurements by the name of their stage, in order."""
-        healed = {} if self.healed is None else {"healed": self.healed}
-        return {"before": self.before, "fused": self.fused, **healed}
+        stages = {"before": self.before, "fused": self.fused, "healed": self.healed}
+        stages["original, retrained"] = self.retrained and self.retrained.measurement
+        return {name: figures for name, figures in stages.items() if figures is not None}
 
     @property
     def last(self) -> Measurement:
@@ -194,6 +219,7 @@ class RunResults:
             **({"heal": rounds[-1]} if rounds else {}),
             **({"rounds": rounds} if len(rounds) > 1 else {}),
             **({} if self.healed is None else {"healed": self.healed.to_dict()}),
+            **({} if self.retrained is None else {"original_retrained": self.retrained.to_dict()}),
             "metrics_on": self.metrics_on,
             "recipe": dict(self.recipe),
             "command": self.command,
@@ -220,12 +246,14 @@ class RunResults:
                 )
             if version != FORMAT_VERSION:
                 raise ValueError(f"format_version={version!r} is not a known version")
+            retrained = tree.get("original_retrained")
             rounds = tree.get("rounds") or [tree[name] for name in ("heal",) if tree.get(name)]
             return cls(
                 before=Measurement.from_dict(tree["before"]),
                 fused=Measurement.from_dict(tree["fused"]),
                 rounds=tuple(map(HealRound.from_dict, rounds)),
                 healed=Measurement.from_dict(tree["healed"]) if tree.get("healed") else None,
+                retrained=RetrainedOriginal.from_dict(retrained) if retrained else None,
                 metrics_on=tree["metrics_on"],
                 recipe=dict(tree["recipe"]),
                 command=tree["command"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from importlib.metadata import version
@@ -26,7 +27,7 @@ from ..plan import Plan
 from ..recipe import TARGETS, Recipe
 from ..recipe.tasks import TASKS
 from ..training.distributed import process_state
-from ..training.heal import heal
+from ..training.heal import HealReport, heal
 from ..training.schedule import compose, keeps_of, shares_of, steps_of
 from .output import MARK, new_directory, unfinished
 from .results import Goal, HealRound, Measurement
@@ -95,6 +96,45 @@ def fuse_and_heal(recipe: Recipe, original: PreTrainedModel, inputs: RunData, wo
                 say(finish.doing)
                 fused, plan = finish.apply(fused, plan, inputs.calibration())
     return Outcome(fused, shaped, plan, measured["before"], measured["fused"], tuple(healed))
+
+
+def retrain_original(
+    recipe: Recipe, original: PreTrainedModel, plan: Plan, inputs: RunData, work: Path
+) -> tuple[PreTrainedModel, HealReport]:
+    """Train a copy of the original on the data and steps of the healing, with the original as teacher.
+
+    The step of the lowest validation loss is kept, as it is for the fused model. What only a fused model has does not
+    apply: frozen or mixed weights, activations that become linear, and rounds.
+
+    Args:
+        recipe: Recipe of the run, with `heal.steps` above 0.
+        original: Model before any change; it stays as it is.
+        plan: Plan of the fused model.
+        inputs: Data of the run.
+        work: Folder of the unfinished run.
+
+    Returns:
+        The retrained model, in the precision of the file, and the report of its training.
+    """
+    say(f"retraining the original for {recipe.heal.steps} steps; if interrupted, rerun the same command to resume")
+    healing = dataclasses.replace(
+        recipe.heal, schedule="one-shot", mix=False, freeze_fused=False, homotopy_strength=0.0, progressive=False
+    )
+    model = copy.deepcopy(original)
+    scope = heal_scope(model, original, dataclasses.replace(plan, edits=()), healing)
+    if not scope.matches:  # convolutions are compared where they were merged
+        healing = dataclasses.replace(healing, hidden_weight=0.0, attention_weight=0.0)
+    report = heal(
+        model,
+        inputs.train_loader(original, recipe.seed),
+        healing,
+        teacher=original,
+        scope=scope,
+        validation_batches=inputs.validation_batches(),
+        seed=recipe.seed,
+        checkpoints=unfinished(work / "original", identity_of(healing)),
+    )
+    return round_to(model, inputs.dtype), report
 
 
 def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> list[tuple[Goal, int]]:

@@ -34,8 +34,8 @@ from .report.card import licence_of, model_card
 from .report.hub import check_publish, publish
 from .report.plots import draw
 from .report.tables import rows, text_table
-from .results import RunResults
-from .rounds import auto_class_of, fuse_and_heal, identity_of, round_to
+from .results import RetrainedOriginal, RunResults
+from .rounds import auto_class_of, fuse_and_heal, identity_of, retrain_original, round_to
 from .run_data import RunData, save_weights, say
 
 
@@ -80,8 +80,17 @@ def run(recipe: Recipe, command: str) -> RunResults:
         healed = inputs.measure(fused, original, "the healed model")
     stages = {"before": (outcome.before, original), "fused": (outcome.fused, outcome.shaped)}
     stages |= {"healed": (healed, fused)} if recipe.heal.steps > 0 else {}
+    retraining = None
+    if recipe.evaluate.retrain_original:
+        model, retraining = retrain_original(recipe, original, plan, inputs, work)
+        # it has the shape of the original, and so its latency
+        stages["retrained"] = inputs.measure(model, original, "the retrained original"), original
+        del model
+    timed = inputs.time(stages)
+    if retraining is not None:
+        timed["retrained"] = RetrainedOriginal(timed["retrained"], retraining)
     results = RunResults(
-        **inputs.time(stages),
+        **timed,
         rounds=outcome.rounds,
         metrics_on=inputs.reported,
         recipe=dataclasses.asdict(recipe),

@@ -28,12 +28,15 @@ class EvaluateRecipe:
             windows that do not overlap; a smaller value gives every token more context and costs more.
         latency: Whether the model is timed at batch sizes 1 and 8.
         latency_repeats: Number of timed runs, after as many warm-up runs as needed.
+        retrain_original: Whether the original is retrained too, on the same data and steps, with itself as teacher, and
+            measured: the fair comparison for a healed model. Takes about as long as healing.
     """
 
     batch_size: int = 16
     stride: int | None = None
     latency: bool = True
     latency_repeats: int = 10
+    retrain_original: bool = False
 
     def __post_init__(self) -> None:
         for field in ("batch_size", "stride", "latency_repeats"):
@@ -85,6 +88,10 @@ class Recipe:
                 f"heal.schedule={self.heal.schedule!r} and heal.mix={self.heal.mix} need fusion, and the method is "
                 f"{given[0]}: use schedule 'one-shot', and no mix.",
             )
+        require(
+            not self.evaluate.retrain_original or self.heal.steps > 0,
+            "evaluate.retrain_original trains the original for heal.steps, which is 0: use more, or leave it out.",
+        )
         homotopy = self.collapse is not None and self.collapse.method == "homotopy"
         require(
             not homotopy or self.heal.steps > 0,

@@ -185,6 +185,7 @@ def test_merge_end_to_end(tmp_path, capsys, method):
     recipe["merge"] = {"latency_budget": 0.9, "latency_batch_size": 2, "latency_repeats": 3, "method": method}
     path.write_text(json.dumps(recipe))
     out = tmp_path / "out"
+    words += ["--evaluate.retrain_original", "true", "--heal.hidden_weight", "1"]
     assert main([*words, "--merge.latency_budget", "0.01"]) == 1
     assert "the fastest available plan takes" in capsys.readouterr().err
     assert main(words) == 0
@@ -194,13 +195,27 @@ def test_merge_end_to_end(tmp_path, capsys, method):
     results = json.loads((out / "results.json").read_text())
     model = AutoFusedModel.from_pretrained(out)
     assert model.num_parameters() == results["healed"]["parameters"]
+    assert results["original_retrained"]["heal"]["steps"] == results["heal"]["steps"]
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.resnet.embedder.modules())
     card = (out / "README.md").read_text()
     assert "layer-merge" in card
     assert "Changes to its 11 convolutions" in card
     assert "The whole model was measured" in card
     if method == "open":
-        assert main([*words, "--output_dir", str(tmp_path / "other"), "--heal.steps", "0"]) == 1
+        assert (
+            main(
+                [
+                    *words,
+                    "--output_dir",
+                    str(tmp_path / "other"),
+                    "--heal.steps",
+                    "0",
+                    "--evaluate.retrain_original",
+                    "false",
+                ]
+            )
+            == 1
+        )
         assert "merges convolutions after healing" in capsys.readouterr().err
 
 
@@ -474,6 +489,24 @@ def test_killed_at_any_moment_and_started_again(tmp_path):
     assert files[0] == files[1]
 
 
+def test_the_original_is_retrained_by_the_same_rule(tmp_path, capsys):
+    """It takes the same steps, and keeps the one of the lowest validation loss: step 0, if training only harms."""
+    words = [*causal_lm(tmp_path), "--evaluate.retrain_original", "true", "--heal.hidden_weight", "1"]
+    words += ["--heal.eval_every", "1", "--heal.learning_rate", "0.1"]
+    assert main(words) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    retrained = results["original_retrained"]
+    assert retrained["heal"]["steps"] == results["heal"]["steps"]
+    losses = dict(retrained["heal"]["validation_loss"])
+    assert len(losses) == 4
+    assert retrained["heal"]["best_step"] == min(losses, key=losses.get) == 0
+    assert retrained["metrics"] == results["before"]["metrics"]
+    assert retrained["bytes"] == results["before"]["bytes"]
+    assert retrained["latency_ms"] == results["before"]["latency_ms"]
+    assert "original, retrained" in capsys.readouterr().out
+    assert "original, retrained" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_low_rank_healing(tmp_path):
     """`fuse.py` trains residuals and merges them: the result keeps its number of parameters, and the embeddings of the
     original."""
@@ -542,6 +575,7 @@ def test_fused_in_rounds(tmp_path, interrupt, mode, schedule, goals):
         (["--data.train", "EMPTY"], "cannot be loaded, or is empty"),
         (["--data.config", "wikitext-2"], "data.name is not set"),
         (["--task", "text-classification"], "lacks weights"),
+        (["--evaluate.retrain_original", "true", "--heal.steps", "0"], "which is 0: use more, or"),
         (["--surprise"], "no value"),
         (["surprise"], "not an option"),
     ],
