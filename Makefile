@@ -24,7 +24,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m mkdocs build --strict
+	rm -rf site
+	$(BIN)/python -m sphinx -W --keep-going -q -E -c docs -d build/doctrees . site
 
 # Where there is no GPU, a torch without CUDA saves gigabytes: from PyTorch's own index, else whatever pip resolves.
 $(VENV)/.installed: pyproject.toml
@@ -36,4 +37,4 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf outputs site .pytest_cache .ruff_cache
+	rm -rf outputs site build .pytest_cache .ruff_cache

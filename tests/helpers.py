@@ -6,6 +6,7 @@ import importlib.util
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -32,6 +33,7 @@ from hf_layerfuse.plan import CONV_GRAPH_KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "CONTRIBUTING.md"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 LAYERS = 6
 

@@ -5,11 +5,11 @@ import html
 import json
 import os
 import re
-import shutil
 from html.parser import HTMLParser
 from io import BytesIO
 
 import pytest
+from helpers import BROWSER
 from PIL import Image
 from playwright.sync_api import sync_playwright
 from runs import MERGED, PLAN, REPORT, SHARED, STAGE, causal_lm, healed_by, recipe, results, written
@@ -19,8 +19,6 @@ from hf_layerfuse.cli import main
 from hf_layerfuse.pipeline.report.page import page, write_page
 from hf_layerfuse.plan import CandidatePlan, EditLoss, FrontierPoint, PlanLatency, PlanNotes, RefitReport
 from hf_layerfuse.plan.words import change_table
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Tags(HTMLParser):
