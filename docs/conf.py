@@ -139,11 +139,13 @@ def hide_signature(app: Sphinx, what: str, name: str, value: Any, options: Any, 
 
 def visit_math(writer: Any, node: nodes.math | nodes.math_block) -> None:
     """Write a formula as MathML, which browsers typeset without a script or a font from elsewhere."""
-    block = isinstance(node, nodes.math_block)
+    block, source = isinstance(node, nodes.math_block), node.astext()
     try:
-        formula = tex2mathml(node.astext(), as_block=block)
+        if source.count("{") != source.count("}"):
+            raise MathError("its braces do not match")  # docutils accepts that
+        formula = tex2mathml(source, as_block=block)
     except MathError as error:
-        log.warning("formula %r: %s", node.astext(), error, location=node)
+        log.warning("formula %r: %s", source, error, location=node)
         formula = ""
     writer.body.append(f'<div class="math">{formula}</div>' if block else formula)
     raise nodes.SkipNode

@@ -24,10 +24,8 @@ def site(tmp_path_factory) -> Path:
     planned = subprocess.run(["make", "-n", "docs"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     [options] = re.findall(r"-m sphinx (.*) -d \S+ \. site$", planned, flags=re.MULTILINE)
     assert {"-W", "--keep-going", "-E"} <= set(options.split())
-    build = [*options.split(), "-d", str(folder / "doctrees"), ".", str(folder / "site")]
-    done = subprocess.run(
-        [sys.executable, "-m", "sphinx", *build], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "sphinx", *options.split(), "-d", str(folder / "doctrees")]
+    done = subprocess.run([*command, ".", str(folder / "site")], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "site"
 
@@ -79,25 +77,24 @@ def test_pages_are_self_contained(site):
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser found: install chromium")
 def test_works_from_a_folder(site):
-    """In Chromium without a server: search finds pages and fields, and formulas have a size. On light and dark pages
-    and on a phone, no script fails, nothing is requested from elsewhere, and no page is wider than the screen."""
+    """In Chromium without a server: search finds pages and fields, and formulas have a size. On a light screen, and on
+    a dark phone, no script fails, nothing is requested from elsewhere, and no page is wider than the screen."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         wrong, asked = [], []
-        for scheme in ("light", "dark"):
-            for width in (1280, 390):
-                tab = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
-                tab.on("pageerror", lambda error: wrong.append(str(error)))
-                tab.on("request", lambda request: asked.append(request.url))
-                for page in sorted(site.glob("*/*.html")):
-                    tab.goto(page.as_uri())
-                    assert tab.evaluate("document.documentElement.scrollWidth") <= width, page
-                tab.goto((site / "docs" / "fusion.html").as_uri())
-                formula = tab.locator("math[display=block]").first
-                assert formula.bounding_box()["height"] > 20
-                ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
-                assert (sum(map(int, re.findall(r"\d+", ground)[:3])) > 600) is (scheme == "light")
-                tab.close()
+        for scheme, width in (("light", 1280), ("dark", 390)):
+            tab = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 900})
+            tab.on("pageerror", lambda error: wrong.append(str(error)))
+            tab.on("request", lambda request: asked.append(request.url))
+            for page in sorted(site.glob("*/*.html")):
+                tab.goto(page.as_uri())
+                assert tab.evaluate("document.documentElement.scrollWidth") <= width, page
+            tab.goto((site / "docs" / "fusion.html").as_uri())
+            formula = tab.locator("math[display=block]").first
+            assert formula.bounding_box()["height"] > 20
+            ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, re.findall(r"\d+", ground)[:3])) > 600) is (scheme == "light")
+            tab.close()
         assert not wrong
         assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
         tab = browser.new_page()
