@@ -23,9 +23,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# built elsewhere first, because the notebooks leave a folder beside the site
 docs: $(VENV)/.installed
-	rm -rf site
-	$(BIN)/python -m sphinx -W --keep-going -q -E -c docs -d build/doctrees . site
+	rm -rf site build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -E -c docs -d build/docs/doctrees . build/docs/site
+	mv build/docs/site site
 
 # Where there is no GPU, a torch without CUDA saves gigabytes: from PyTorch's own index, else whatever pip resolves.
 $(VENV)/.installed: pyproject.toml

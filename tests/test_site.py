@@ -22,7 +22,7 @@ def site(tmp_path_factory) -> Path:
     """The site, built as by `make docs`: any warning fails."""
     folder = tmp_path_factory.mktemp("site")
     planned = subprocess.run(["make", "-n", "docs"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    [options] = re.findall(r"-m sphinx (.*) -d \S+ \. site$", planned, flags=re.MULTILINE)
+    [options] = re.findall(r"-m sphinx (.*) -d \S+ \. \S+$", planned, flags=re.MULTILINE)
     assert {"-W", "--keep-going", "-E"} <= set(options.split())
     command = [sys.executable, "-m", "sphinx", *options.split(), "-d", str(folder / "doctrees")]
     done = subprocess.run([*command, ".", str(folder / "site")], cwd=ROOT, capture_output=True, text=True, check=False)
