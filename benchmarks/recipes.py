@@ -13,7 +13,6 @@ the checkpoints of finished jobs again, for example if the machine was busy befo
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -27,8 +26,9 @@ from hf_layerfuse.cli import parse_overrides
 from hf_layerfuse.evaluation.latency import latency_side_by_side
 from hf_layerfuse.evaluation.whole_file import write_whole
 from hf_layerfuse.models.loading import load_checkpoint
-from hf_layerfuse.pipeline.report.card import licence_of, model_card
 from hf_layerfuse.pipeline.report.plots import draw
+from hf_layerfuse.pipeline.report.run_card import run_card
+from hf_layerfuse.pipeline.report.sections import licence_of
 from hf_layerfuse.pipeline.report.tables import rows, text_table
 from hf_layerfuse.pipeline.results import RunResults
 from hf_layerfuse.pipeline.run_data import against
@@ -189,9 +189,8 @@ def write_card(name: str, job: JobResults) -> None:
     recipe, folder = _recipe(name, job.chosen), ROOT / "model_cards" / name
     plan = Plan.load(ROOT / "outputs" / f"{name}-{job.chosen}" / "plan.json")
     folder.mkdir(exist_ok=True)
-    command = shlex.join(["accelerate", "launch", "fuse.py", *_arguments(name, job.chosen)])
-    pictures = draw(plan, job.run.heal, folder)
-    card = model_card(recipe, plan, job.run, command, pictures=pictures, licence=licence_of(recipe.model))
+    drawn, test_data = draw(plan, job.run.heal, folder), "WikiText-2" if recipe.task == "causal-lm" else "SST-2"
+    card = run_card(recipe, plan, job.run, drawn=drawn, licence=licence_of(recipe.model), test_data=test_data)
     card.save(folder / "README.md")
 
 

@@ -15,6 +15,7 @@ from .errors import (
     VerificationError,
 )
 from .evaluation.comparison import Comparison, compare, evaluate
+from .math.knee import knee
 from .methods.base import SearchResult
 from .methods.collapse.search import search_collapse
 from .methods.fusion.planner import plan_fusion
@@ -31,12 +32,15 @@ from .models.architectures import (
     Skip,
     TransformerArchitecture,
     Unit,
+    ZeroAttention,
+    ZeroBlock,
     architecture_for,
 )
 from .models.finalize import linearize_mlps, merge_convs
 from .models.layer_map import fused_parameters, heal_scope, layer_map, mixed_weights
 from .models.modeling import expand, register_architecture
 from .models.verify import verify
+from .pipeline.report.card import model_card
 from .pipeline.report.plots import plot_distances, plot_plan
 from .plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan, PlanNotes
 from .plan.heal_scope import HealScope
@@ -80,6 +84,8 @@ __all__ = [
     "Unit",
     "UnsupportedModelError",
     "VerificationError",
+    "ZeroAttention",
+    "ZeroBlock",
     "align",
     "apply",
     "architecture_for",
@@ -91,11 +97,13 @@ __all__ = [
     "fused_parameters",
     "heal",
     "heal_scope",
+    "knee",
     "layer_map",
     "linearize_mlps",
     "merge",
     "merge_convs",
     "mixed_weights",
+    "model_card",
     "plan_fusion",
     "plot_distances",
     "plot_plan",

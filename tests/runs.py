@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 from pathlib import Path
 
 from helpers import tiny_model
@@ -176,6 +177,19 @@ def healed_by(*reports: HealReport) -> tuple[HealRound, ...]:
 
 def results(**changes) -> RunResults:
     return dataclasses.replace(RESULTS, **{"rounds": healed_by(REPORT), "healed": SMALLER, **changes})
+
+
+def machine_paths(text: str) -> list[str]:
+    """Absolute paths in a text, and paths that lead out of their folder or to a home."""
+    return re.findall(r"(?<![\w.:/])/\w[\w.-]*/[\w.-]+|\.\./\S*|~/\S*|\b[A-Z]:\\\S*", text)
+
+
+def files_named_by(card: str) -> set[str]:
+    """Files that a model card names as beside it: links and names in its text, outside front matter and code."""
+    text = re.sub(r"\A---.*?^---$|^```.*?^```$", "", card, flags=re.DOTALL | re.MULTILINE)
+    links = {link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link}
+    # the reader is told to save this one
+    return (links | set(re.findall(r"`([\w./-]+\.\w+)`", text))) - {"recipe.yaml"}
 
 
 def written(folder: Path, plan: Plan = PLAN, made=None) -> Path:

@@ -21,6 +21,7 @@ from .intervals import bootstrap
 from .latency import latency_side_by_side
 from .limits import Limits
 from .metrics import bytes_in_memory, embedding, evaluating, parameter_counts
+from .timing import device_name
 
 
 class Metric(NamedTuple):
@@ -86,6 +87,7 @@ class Comparison:
         bytes: Size of the weights in memory.
         latency_ms: Median latency by batch size, measured in turn.
         speedup: Latency of the original divided by that of the model, by batch size.
+        device: Device of both models.
     """
 
     metric: str
@@ -98,23 +100,26 @@ class Comparison:
     bytes: tuple[int, int]
     latency_ms: Mapping[int, tuple[float, float]]
     speedup: Mapping[int, float]
+    device: str
 
-    def __str__(self) -> str:
+    def table(self) -> list[list[str]]:
+        """The comparison as rows of text, header first."""
         low, high = self.interval
-        rows = [
-            ("", "original", "model", ""),
-            ("parameters", *(f"{count:,}" for count in self.parameters), _share(self.parameters)),
-            ("bytes", *(f"{count:,}" for count in self.bytes), _share(self.bytes)),
+        return [
+            *size_rows(self.parameters, self.bytes),
             *(
-                (f"latency, batch {batch} (ms)", *(f"{ms:.2f}" for ms in pair), f"{self.speedup[batch]:.2f}x speed")
+                [f"latency, batch {batch} (ms)", *(f"{ms:.2f}" for ms in pair), f"{self.speedup[batch]:.2f}x speed"]
                 for batch, pair in self.latency_ms.items()
             ),
-            (
+            [
                 self.metric,
                 *(f"{value:.4g}" for value in self.quality),
                 f"{self.difference:+.4g} ({low:+.4g} to {high:+.4g}): {self.verdict}",
-            ),
+            ],
         ]
+
+    def __str__(self) -> str:
+        rows = self.table()
         widths = [max(len(row[place]) for row in rows) for place in range(3)]
         return "\n".join(
             "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3]]).rstrip()
@@ -181,11 +186,19 @@ def compare(
         bytes=tuple(map(bytes_in_memory, models.values())),
         latency_ms=times,
         speedup={batch: before / after for batch, (before, after) in times.items()},
+        device=device_name(fused.device),
     )
 
 
-def _share(pair: tuple[int, int]) -> str:
-    return f"{pair[1] / pair[0]:.0%}"
+def size_rows(parameters: tuple[int, int], bytes_: tuple[int, int]) -> list[list[str]]:
+    """Sizes of an original and of a model as rows of text, header first."""
+    return [
+        ["", "original", "model", "change"],
+        *(
+            [name, f"{before:,}", f"{after:,}", f"{after / before:.0%}"]
+            for name, (before, after) in {"parameters": parameters, "bytes in memory": bytes_}.items()
+        ),
+    ]
 
 
 def _value(metric: Metric, means: np.ndarray) -> np.ndarray:

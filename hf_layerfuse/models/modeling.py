@@ -281,6 +281,11 @@ def model_classes(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedM
     return list(dict.fromkeys(head for auto_class in _AUTO_CLASSES for head in _heads(auto_class, config_class)))
 
 
+def auto_classes_of(model: PreTrainedModel) -> list[str]:
+    """Names of the Auto classes that know the class of a model."""
+    return [each.__name__ for each in _AUTO_CLASSES if type(model) in _heads(each, type(model.config))]
+
+
 def _heads(auto_class: type, config_class: type[PreTrainedConfig]) -> tuple[type[PreTrainedModel], ...]:
     mapping = auto_class._model_mapping
     if config_class not in mapping:

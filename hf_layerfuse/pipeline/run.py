@@ -30,9 +30,10 @@ from ..recipe import Recipe
 from ..training.distributed import process_state
 from .companions import companions_of, copy_companions
 from .output import MARK, check_output, new_directory, unfinished
-from .report.card import licence_of, model_card
 from .report.hub import check_publish, publish
 from .report.plots import draw
+from .report.run_card import run_card
+from .report.sections import licence_of
 from .report.tables import rows, text_table
 from .results import RetrainedOriginal, RunResults
 from .rounds import auto_class_of, fuse_and_heal, identity_of, retrain_original, round_to
@@ -44,7 +45,7 @@ def run(recipe: Recipe, command: str) -> RunResults:
 
     Args:
         recipe: Recipe of the whole run.
-        command: Command line of the user, for the card.
+        command: Command line of the user, for `results.json`.
 
     Returns:
         The results, which `results.json` holds too; `healed` is set with `heal.steps` above 0.
@@ -99,7 +100,7 @@ def run(recipe: Recipe, command: str) -> RunResults:
     )
 
     if state.is_main_process:
-        _save(recipe, fused, processor, inputs.dtype, plan, results, command, companions)
+        _save(recipe, fused, processor, inputs.dtype, plan, results, companions)
         shutil.rmtree(work, ignore_errors=True)
         print(text_table(rows(results)))
         print(f"\nWritten to {recipe.output_dir}")
@@ -177,7 +178,6 @@ def _save(
     dtype: torch.dtype,
     plan: Plan,
     results: RunResults,
-    command: str,
     companions: Mapping[str, Path],
 ) -> None:
     with new_directory(recipe.output_dir, overwrite=recipe.overwrite) as path:
@@ -187,6 +187,7 @@ def _save(
         (path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         pictures = draw(plan, results.heal, path)
         (path / MARK).write_text(json.dumps(results.to_dict(), indent=1) + "\n", encoding="utf-8")
-        card = model_card(recipe, plan, results, command, pictures=pictures, licence=licence_of(recipe.model))
+        beside = [file.name for file in path.iterdir()]
+        card = run_card(recipe, plan, results, drawn=pictures, licence=licence_of(recipe.model), beside=beside)
         card.save(path / "README.md")
         verify(model, path)

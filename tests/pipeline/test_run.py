@@ -23,7 +23,9 @@ from hub import hub
 from runs import (
     causal_lm,
     feature_extraction,
+    files_named_by,
     image_classification,
+    machine_paths,
     masked_lm,
     save_text_model,
     sentences,
@@ -113,7 +115,10 @@ def test_end_to_end(tmp_path, capsys, task, mode):
         assert text in card
         assert text in printed
     assert ("not make the model faster" in card) == (mode == "share")
-    assert "accelerate launch fuse.py" in card
+    assert not machine_paths(card)
+    files = files_named_by(card)
+    assert {"plan.json", "results.json"} <= files
+    assert all((out / file).is_file() for file in files), files
 
 
 def collapsing(words: list[str]) -> list[str]:
@@ -319,7 +324,7 @@ def test_interrupted_while_saving(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "model_card", interrupt)
+        patch.setattr(job, "run_card", interrupt)
         assert main(words) == 130
         assert "the same command to resume" in capsys.readouterr().err
         assert [path.suffix for path in set(tmp_path.iterdir()) - before] == [".unfinished"]

@@ -1,188 +1,114 @@
-"""The model card of a run."""
+"""The model card of a model with a report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from importlib.metadata import version
 
-import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from transformers import PreTrainedModel
 
-from ...methods import method_of
-from ...models.families import family_of
-from ...plan import Plan
-from ...plan.words import change_table
-from ...recipe import Recipe
+from ...errors import CheckpointError, DataError
+from ...evaluation.comparison import Comparison, size_rows
+from ...methods import METHODS
+from ...methods.report import FusionReport
+from ...models.modeling import auto_classes_of
 from ...recipe.tasks import TASKS
-from ..results import RunResults
-from .tables import (
-    METRIC_NAMES,
-    in_short,
-    limitations_of,
-    markdown_table,
-    measured_on,
-    name_of,
-    recipe_text,
-    rows,
-)
+from ...training.heal import HealReport
+from .portable import PLACEHOLDER, base_name, placeholder
+from .sections import changes, document, front_matter, introduction, licence_of, limits, losses, measured, use
+from .tables import REMAINING, limitations_of_healing, limitations_of_plan, summary
 
-_LICENCE = ("license", "license_name", "license_link")
-
-_NO_LICENCE = "The card of the original states no licence, or could not be read. Its terms also apply here."
-
-
-def licence_of(model: str) -> dict[str, str]:
-    """Licence of a model, from its card; empty where it has no readable card.
-
-    Args:
-        model: Hub name, or path of a checkpoint with a `README.md`.
-
-    Returns:
-        The fields among `license`, `license_name` and `license_link` that the card has.
-    """
-    try:
-        data = ModelCard.load(Path(model) / "README.md" if Path(model).exists() else model).data.to_dict()
-    except (OSError, ValueError, yaml.YAMLError):  # the Hub client's errors are OSErrors
-        return {}
-    return {name: data[name] for name in _LICENCE if data.get(name)}
+_UNNAMED = f"{PLACEHOLDER}this-model"
+"""Source of a model whose name is unknown."""
 
 
 def model_card(
-    recipe: Recipe,
-    plan: Plan,
-    results: RunResults,
-    command: str,
+    model: PreTrainedModel,
+    comparison: Comparison | None = None,
     *,
-    pictures: Mapping[str, str] | None = None,
-    licence: Mapping[str, str] | None = None,
+    base_model: str | None = None,
+    name: str | None = None,
+    test_data: str | None = None,
+    heal_report: HealReport | None = None,
+    with_code: bool = False,
 ) -> ModelCard:
-    """The card of a run: the changes to the layers, the results, the limits, and the recipe.
+    """Write the model card of a result of `fuse`, `collapse` or `merge`.
+
+    The card shows the changes to the layers, sizes, calibration losses and limits, and the lines of code that load the
+    model. With a comparison, it also shows the quality with its interval, and the latency. `card.save(path)` writes
+    it, and `card.push_to_hub(repository)` publishes it.
 
     Args:
-        recipe: Recipe of the run.
-        plan: Plan that was carried out.
-        results: Results of the run.
-        command: Command line of the user.
-        pictures: Captions by the name of the file beside the card.
-        licence: Licence of the original, from `licence_of`; the result has the same.
+        model: Result with its `fusion_report`.
+        comparison: Comparison of the original with this model, from `compare`.
+        base_model: Hub name of the original. The card has its licence, which is read from its card.
+        name: Hub name of the result, for the lines that load it.
+        test_data: Name of the data of the comparison.
+        heal_report: Report of `heal`, if the model was healed.
+        with_code: Whether the model was saved with its code, for users without this library.
 
     Returns:
-        The card, with the metrics of the last stage as `model-index`.
+        The card. Its front matter has the tags that the Hub reads.
+
+    Raises:
+        CheckpointError: The model has no `fusion_report`.
+        DataError: The comparison is of another model.
+
+    Examples:
+        >>> model_card(small, compare(model, small, batches)).save("small/README.md")  # doctest: +SKIP
     """
-    name = name_of(recipe)
-    environment = ", ".join(f"{key} {value}" for key, value in results.environment.items())
-    data = _front(recipe, results, licence or {})
-    body = "\n".join(
-        [
-            f"# {name}, {method_of(recipe).done}",
-            "",
-            f"Made from `{name}` with [hf_layerfuse](https://pypi.org/project/hf-layerfuse/): "
-            f"{in_short(results)}. {_size_of(plan)}",
-            "",
-            f"## Before and after, on {' ('.join(measured_on(recipe, results))})",
-            "",
-            markdown_table(rows(results)),
-            "",
-            f"## Changes to its {plan.num_layers} {family_of(plan).units}",
-            "",
-            markdown_table(change_table(plan), numbers=False),
-            "",
-            *_timed(plan),
-            *(
-                line
-                for file, shows in (pictures or {}).items()
-                for line in (f"![{shows}]({file})", "", f"*{shows}.*", "")
-            ),
-            "## Use",
-            "",
-            "```python",
-            *_use(recipe, plan),
-            "```",
-            "",
-            "## Limits",
-            "",
-            *(f"- {limit}" for limit in [*limitations_of(plan, results), *([] if licence else [_NO_LICENCE])]),
-            "",
-            "## How it was made",
-            "",
-            "```bash",
-            command,
-            "```",
-            "",
-            "<details><summary>Full recipe</summary>",
-            "",
-            "```yaml",
-            recipe_text(recipe),
-            "```",
-            "",
-            "</details>",
-            "",
-            f"Seed {recipe.seed}; {environment}. `plan.json` and `results.json` beside this card hold all decisions "
-            "and results.",
-        ]
-    )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
-
-
-def _front(recipe: Recipe, results: RunResults, licence: Mapping[str, str]) -> ModelCardData:
-    method = method_of(recipe)
-    dataset, split = measured_on(recipe, results)
-    metrics = results.last.metrics
-    evaluations = [
-        EvalResult(
-            task_type=TASKS[recipe.task].pipeline,
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_config=recipe.data.config,
-            dataset_split=split,
-            metric_type=metric,
-            metric_value=metrics[metric],
+    report = _report_of(model)
+    if comparison is not None and comparison.parameters[1] != model.num_parameters():
+        raise DataError(
+            f"comparison is of a model with {comparison.parameters[1]:,} parameters, and this one has "
+            f"{model.num_parameters():,}: pass compare(original, model, batches) of this model."
         )
-        for metric in METRIC_NAMES
-        if metric in metrics
-    ]
-    return ModelCardData(
-        base_model=None if Path(recipe.model).exists() else recipe.model,  # the Hub takes repositories only
-        datasets=[recipe.data.name] if recipe.data.name else None,
-        library_name="transformers",
-        pipeline_tag=TASKS[recipe.task].pipeline,
-        tags=["hf-layerfuse", method.tag, "model-compression"],
-        model_name=f"{name_of(recipe)}, {method.done}",
-        eval_results=evaluations,
-        **licence,
+    plan, licence = report.plan, {} if base_model is None else licence_of(base_model)
+    method = next(method for method in METHODS if method.name == report.method)
+    original = None if base_model is None else base_name(base_model)
+    known = auto_classes_of(model)
+    task = next((task for task in TASKS.values() if task.auto_class in known), None)
+    loader = task.auto_class if task else next(iter(known), "AutoFusedModel")
+    if comparison is None:
+        table, notes, quality, speedups = size_rows(report.parameters, report.bytes), [], None, {}
+    else:
+        table, quality, speedups = comparison.table(), (comparison.metric, *comparison.quality), comparison.speedup
+        notes = [f"The change has a 95% interval, by a bootstrap over the same {comparison.rows} rows for both."]
+    training = ["This card has no record of a retraining after its layers were changed."]
+    if heal_report is not None:
+        training = limitations_of_healing([heal_report])
+    limitations = [*limitations_of_plan(plan, timed=bool(speedups)), *training, REMAINING]
+    return document(
+        front_matter(method, base_model, task and task.pipeline, licence),
+        introduction(original, method, plan, summary((comparison or report).parameters, speedups, quality)),
+        measured(test_data, table, *notes),
+        changes(plan),
+        losses(plan),
+        use(plan, loader, _UNNAMED if name is None else placeholder(name), with_code=with_code),
+        limits(limitations, original, licence),
+        ["## How it was made", "", _made(report, comparison, heal_report)],
     )
 
 
-def _size_of(plan: Plan) -> str:
-    if plan.layout().is_stock:
-        return "It is a stock checkpoint: Transformers loads it like any other."
-    return "Its `config.json` holds the plan."
+def _report_of(model: PreTrainedModel) -> FusionReport:
+    report = getattr(model, "fusion_report", None)
+    if not isinstance(report, FusionReport):
+        raise CheckpointError(
+            f"this {type(model).__name__} has no fusion_report: fuse, collapse and merge set it, and save_pretrained "
+            "does not write it. Pass the model that they returned; or write the report with "
+            "small.fusion_report.save(directory), and load the model with AutoFusedModel.from_pretrained(directory)."
+        )
+    return report
 
 
-def _timed(plan: Plan) -> list[str]:
-    """Predicted and measured latency, if the plan was chosen by latency."""
-    times = plan.notes.latency_ms
-    if times is None or times.measured is None:
-        return []
-    shares = [f"{part / times.original:.0%}" for part in (times.predicted, times.measured)]
-    return [
-        f"The plan was chosen by latency on the machine named below. The times of its parts predict {shares[0]} of the "
-        f"original's time. The whole model was measured at {shares[1]}, before healing.",
-        "",
-    ]
-
-
-def _use(recipe: Recipe, plan: Plan) -> list[str]:
-    """Python lines that load the result."""
-    auto_class = TASKS[recipe.task].auto_class
-    arguments = ['"path/to/this/model"' if recipe.hub.push_to_hub is None else f'"{recipe.hub.push_to_hub}"']
-    if recipe.hub.revision is not None:
-        arguments.append(f'revision="{recipe.hub.revision}"')
-    first, note = [], ""
-    if not plan.layout().is_stock and recipe.with_code:
-        arguments.append("trust_remote_code=True")
-        note = "  # runs the code in layerfuse/: read it first"
-    elif not plan.layout().is_stock:
-        first = ["import hf_layerfuse  # lets transformers load this kind of checkpoint"]
-    call = f"model = {auto_class}.from_pretrained({', '.join(arguments)}){note}"
-    return [*first, f"from transformers import {auto_class}", "", call]
+def _made(report: FusionReport, comparison: Comparison | None, healed: HealReport | None) -> str:
+    """Time and versions, in sentences."""
+    said = f"Search and refit took {report.seconds:.1f} seconds"
+    if healed is not None:
+        said += f", and healing {healed.seconds:.1f} seconds for {healed.steps} steps"
+    versions = [f"hf_layerfuse {version('hf-layerfuse')}", f"torch {torch.__version__}"]
+    versions.append(f"transformers {transformers.__version__}")
+    versions += [] if comparison is None else [f"device {comparison.device}"]
+    return f"{said}; {', '.join(versions)}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import yaml
 
 from ...plan import Plan
 from ...recipe import Recipe
+from ...training.heal import HealReport
 from ..results import RunResults
+from .portable import base_name
 
 METRIC_NAMES = {
     "token_perplexity": "perplexity (token)",
@@ -66,7 +69,7 @@ def markdown_table(table: list[list[str]], *, numbers: bool = True) -> str:
 
 def name_of(recipe: Recipe) -> str:
     """Name of the original: its Hub name, or the name of its folder."""
-    return Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
+    return base_name(recipe.model)
 
 
 def measured_on(recipe: Recipe, results: RunResults) -> tuple[str, str]:
@@ -79,12 +82,27 @@ def measured_on(recipe: Recipe, results: RunResults) -> tuple[str, str]:
 def in_short(results: RunResults) -> str:
     """The result in one sentence, by its share of parameters, its speed, and its first metric."""
     before, after = results.before, results.last
-    said = [f"{after.parameters / before.parameters:.0%} of the parameters"]
-    for batch in list(after.latency or {})[-1:]:
-        said.append(f"{in_words(after.latency[batch].speedup)} at batch {batch}")
-    for metric in [metric for metric in METRIC_NAMES if metric in before.metrics][:1]:
-        values = (f"{stage.metrics[metric]:.4g}" for stage in (after, before))
-        said.append("{} {} (before: {})".format(METRIC_NAMES[metric], *values))
+    speedups = {batch: latency.speedup for batch, latency in (after.latency or {}).items()}
+    metrics = [metric for metric in METRIC_NAMES if metric in before.metrics]
+    quality = [(METRIC_NAMES[metric], before.metrics[metric], after.metrics[metric]) for metric in metrics[:1]]
+    return summary((before.parameters, after.parameters), speedups, *quality)
+
+
+def summary(
+    parameters: tuple[int, int], speedups: Mapping[int, float], quality: tuple[str, float, float] | None = None
+) -> str:
+    """A result in one sentence.
+
+    Args:
+        parameters: Number of parameters before and after.
+        speedups: Ratios of latencies by batch size, of which the last one is named.
+        quality: Name of the metric, and its value before and after.
+    """
+    said = [f"{parameters[1] / parameters[0]:.0%} of the parameters"]
+    said += [f"{in_words(speedup)} at batch {batch}" for batch, speedup in list(speedups.items())[-1:]]
+    if quality is not None:
+        metric, before, after = quality
+        said.append(f"{metric} {after:.4g} (before: {before:.4g})")
     return ", ".join(said)
 
 
@@ -95,27 +113,45 @@ def in_words(speedup: float) -> str:
 
 def limitations_of(plan: Plan, results: RunResults) -> list[str]:
     """Limitations that a user of the result should know."""
+    data = "The recipe names no test data: the results are on the validation data that healing used."
+    if results.metrics_on == "test":
+        data = "Nothing was selected on the data of these results."
+    training = ["It was not retrained after its layers were changed."]
+    if results.healed is not None:
+        training = limitations_of_healing([one.report for one in results.rounds])
+    metrics, windows = results.before.metrics, []
+    if "stride" in metrics:
+        windows = [f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}."]
+    return [
+        *limitations_of_plan(plan, timed=bool(results.before.latency_ms)),
+        data,
+        *training,
+        *windows,
+        REMAINING,
+    ]
+
+
+def limitations_of_plan(plan: Plan, *, timed: bool) -> list[str]:
+    """Limitations of the shape of a result, and of its latency if it was timed."""
     limitations = []
     if plan.layout().ties:
         limitations.append("Sharing weights makes the file and the memory smaller. It does not make the model faster.")
-    if results.before.latency_ms:
+    if timed:
         limitations.append(
             "Latency was measured on the machine named below. On other machines, expect similar ratios only."
         )
-    limitations.append(
-        "Nothing was selected on the data of these results."
-        if results.metrics_on == "test"
-        else "The recipe names no test data: the results are on the validation data that healing used."
-    )
-    if results.healed is None:
-        limitations.append("It was not retrained after its layers were changed.")
-    elif len(results.rounds) == 1 and results.rounds[0].report.best_step == 0:
-        limitations.append("Retraining did not lower the validation loss, so the weights from before it were kept.")
-    metrics = results.before.metrics
-    if "stride" in metrics:
-        limitations.append(f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}.")
-    limitations.append("Errors and biases of the original remain, and may be worse.")
     return limitations
+
+
+def limitations_of_healing(reports: Sequence[HealReport]) -> list[str]:
+    """Limitation of a model whose only healing found nothing better."""
+    if len(reports) == 1 and reports[0].best_step == 0:
+        return ["Retraining did not lower the validation loss, so the weights from before it were kept."]
+    return []
+
+
+REMAINING = "Errors and biases of the original remain, and may be worse."
+"""Limitation of every result."""
 
 
 def recipe_text(recipe: Recipe) -> str:

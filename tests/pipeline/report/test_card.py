@@ -1,128 +1,118 @@
-"""A model card lists the changes, has the licence of the original, and contains the recipe of the run."""
-
-import dataclasses
-import re
+"""A user's model card is made of the report of a result and of a comparison with its original."""
 
 import pytest
-import yaml
-from helpers import ROOT
+from helpers import tiny_model
 from huggingface_hub import ModelCard
-from runs import MERGED, PLAN, REPORT, RESULTS, SHARED, SMALLER, healed_by, recipe, results
+from runs import REPORT, files_named_by, machine_paths
+from transformers import AutoModelForCausalLM
 
-from hf_layerfuse import Drop, Fuse, FusionRecipe, MergeRecipe, Plan
-from hf_layerfuse.pipeline.report.card import licence_of, model_card
-from hf_layerfuse.plan.words import change_table
-from hf_layerfuse.recipe import Recipe, load_recipe
+from hf_layerfuse import AutoFusedModel, CheckpointError, Comparison, DataError, fuse, model_card
 
-
-def test_says_what_became_of_what():
-    """The plan is a table with a row for unchanged blocks; the first sentence has size, speed and quality."""
-    text = model_card(recipe(), PLAN, RESULTS, "accelerate launch fuse.py x.yaml").content
-    assert "75% of the parameters, 1.50 times as fast at batch 8, accuracy 0.875 (before: 0.9)" in text
-    assert "| Layers 2, 3 | become one, which runs once (freeze) |" in text
-    assert "| The attention of layer 7 | dropped |" in text
-    assert "| All others | unchanged |" in text
-    assert "It was not retrained" in text
-    better = dataclasses.replace(SMALLER, metrics={"accuracy": 0.89})
-    healed = model_card(recipe(), PLAN, results(healed=better), "x").content
-    assert "accuracy 0.89 (before: 0.9)" in healed
-    assert "It was not retrained" not in healed
-    worse = healed_by(dataclasses.replace(REPORT, best_step=0))
-    kept = model_card(recipe(), PLAN, results(rounds=worse), "x").content
-    assert "did not lower the validation loss" in kept
-    assert "did not lower the validation loss" not in healed
+pytestmark = pytest.mark.filterwarnings("ignore::hf_layerfuse.errors.LayerFuseWarning")  # no calibration data
 
 
-def test_blocks_that_stay_have_a_row():
-    """Unchanged blocks have a row, even if each layer has an edit of its attention."""
-    halves = Plan("bert", 4, (*(Drop("attention", layer) for layer in range(3)), Fuse("mlp", (0, 1, 2, 3))))
-    assert change_table(halves)[-1] == ["All others", "unchanged"]
-    whole = Plan("bert", 4, (Fuse("layer", (0, 1)), Fuse("layer", (2, 3))))
-    assert change_table(whole)[-1][0] == "Layers 2, 3"
+@pytest.fixture(scope="module")
+def pair():
+    model = tiny_model("gpt2", "GPT2LMHeadModel")
+    return model, fuse(model, keep_layers=4, check=False)
 
 
-def test_merged_convolutions_have_a_row_each():
-    made = recipe(fusion=None, merge=MergeRecipe(latency_budget=0.5), task="image-classification")
-    text = model_card(made, MERGED, RESULTS, "x").content
-    assert "## Changes to its 3 convolutions" in text
-    assert "| Convolutions 1, 2 | become one, made of 2 |" in text
-    assert "| All others | batch norms folded |" in text
-
-
-def test_metrics_are_in_the_model_index():
-    """The Hub reads the last stage from the card, with task, data and base model."""
-    data = ModelCard(model_card(recipe(), PLAN, RESULTS, "x").content).data
-    [evaluation] = data.eval_results
-    assert (evaluation.metric_type, evaluation.metric_value) == ("accuracy", 0.875)
-    assert (evaluation.dataset_name, evaluation.dataset_config, evaluation.dataset_split) == (
-        "glue",
-        "sst2",
-        "validation",
+def compared(model, small) -> Comparison:
+    return Comparison(
+        metric="token perplexity",
+        quality=(40.0, 42.5),
+        difference=2.5,
+        interval=(1.5, 3.5),
+        verdict="worse",
+        rows=12,
+        parameters=(model.num_parameters(), small.num_parameters()),
+        bytes=(400, 300),
+        latency_ms={8: (20.0, 16.0)},
+        speedup={8: 1.25},
+        device="cpu x86_64",
     )
-    assert data.base_model == "user/model"
-    assert data.pipeline_tag == "text-classification"
+
+
+def test_card_of_a_comparison(pair):
+    """The card has sizes, latency and quality with its interval, the changes, and the lines that load the model."""
+    found = model_card(
+        pair[1], compared(*pair), base_model="user/model", name="user/small", test_data="own texts", heal_report=REPORT
+    )
+    text = found.content
+    assert "# user/model, fused" in text
+    assert "1.25 times as fast at batch 8, token perplexity 42.5 (before: 40). It is a stock checkpoint" in text
+    assert "## Before and after, on own texts" in text
+    assert "| token perplexity | 40 | 42.5 | +2.5 (+1.5 to +3.5): worse |" in text
+    assert "by a bootstrap over the same 12 rows" in text
+    assert "## Changes to its 6 layers" in text
+    assert "| All others | unchanged |" in text
+    assert 'model = AutoModelForCausalLM.from_pretrained("user/small")' in text
+    assert "Latency was measured on the machine named below." in text
+    assert "device cpu x86_64" in text
+    assert "states no licence" in text
+    assert "no record of a retraining" not in text
+    data = ModelCard(text).data
+    assert (data.base_model, data.pipeline_tag, data.library_name) == ("user/model", "text-generation", "transformers")
     assert "layer-fusion" in data.tags
+    assert not machine_paths(text)
+    assert not files_named_by(text)
 
 
-def test_the_recipe_in_the_card_makes_the_same_run(tmp_path):
-    """The folded section of the card is a recipe file with every field."""
-    made = recipe(seed=3, fusion=FusionRecipe(ratio=0.5, mode="share", rank=4))
-    text = model_card(made, PLAN, RESULTS, "accelerate launch fuse.py x.yaml --seed 3").content
-    [found] = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
-    (tmp_path / "recipe.yaml").write_text(found)
-    assert load_recipe(tmp_path / "recipe.yaml") == made
-    assert yaml.safe_load(found).keys() >= {field.name for field in dataclasses.fields(Recipe)} - {"merge", "collapse"}
-    assert "```bash\naccelerate launch fuse.py x.yaml --seed 3\n```" in text
+def test_card_of_a_report_alone(pair, tmp_path):
+    """Without a comparison, the card has the sizes; without names, it says so and has placeholders."""
+    text = model_card(pair[1]).content
+    assert "# gpt2, fused" in text
+    assert f"| parameters | {pair[0].num_parameters():,} | {pair[1].num_parameters():,} |" in text
+    assert "perplexity" not in text
+    assert "Latency" not in text
+    assert "does not name the original" in text
+    assert "no record of a retraining" in text
+    assert 'from_pretrained("path/to/this-model")' in text
+    local = model_card(pair[1], base_model=str(tmp_path), name=str(tmp_path / "small"))
+    assert not machine_paths(local.content)
+    assert 'from_pretrained("path/to/small")' in local.content
+    assert local.data.base_model is None
 
 
-@pytest.mark.parametrize(
-    ("front", "found"),
-    [
-        ("license: apache-2.0\nlanguage: en", {"license": "apache-2.0"}),
-        (
-            "license: other\nlicense_name: own\nlicense_link: LICENSE",
-            {"license": "other", "license_name": "own", "license_link": "LICENSE"},
-        ),
-        ("language: en", {}),
-        ("license: [", {}),
-    ],
-)
-def test_the_licence_is_that_of_the_original(tmp_path, front, found):
-    """The licence comes from the card of the original; without one, the card says so."""
-    (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# A model\n")
-    assert licence_of(str(tmp_path)) == found
-    card = model_card(recipe(), PLAN, RESULTS, "x", licence=licence_of(str(tmp_path)))
-    assert ModelCard(card.content).data.to_dict().get("license") == found.get("license")
-    assert ("states no licence" in card.content) == (not found)
+def test_the_licence_is_that_of_the_original(pair, tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    found = model_card(pair[1], base_model=str(tmp_path))
+    assert found.data.license == "mit"
+    assert "states no licence" not in found.content
 
 
-def test_a_model_without_a_card_has_no_licence(tmp_path):
-    """A path without a card, or a Hub name that cannot be reached, is not an error."""
-    assert licence_of(str(tmp_path)) == {}
-    assert licence_of("nobody/nothing") == {}
+def test_a_lost_report_is_an_error_that_says_where_to_get_it(pair, tmp_path):
+    """The report survives beside the weights only where it is saved."""
+    pair[1].save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"has no fusion_report.*fusion_report\.save\(directory\)"):
+        model_card(AutoModelForCausalLM.from_pretrained(tmp_path))
+    pair[1].fusion_report.save(tmp_path)
+    again = AutoFusedModel.from_pretrained(tmp_path)
+    model_card(again).save(tmp_path / "README.md")
+    assert ModelCard.load(tmp_path / "README.md").content == model_card(pair[1]).content
 
 
-def test_use_is_what_loads_it():
-    """Stock checkpoints load without imports. Others need the library, or trust in the code beside the weights."""
-    stock = model_card(recipe(), Plan("bert", 12, (Fuse("layer", (2, 3)),)), RESULTS, "x").content
-    assert "import hf_layerfuse" not in stock
-    assert "It is a stock checkpoint" in stock
-    library = model_card(recipe(), SHARED, RESULTS, "x").content
-    assert "import hf_layerfuse" in library
-    assert "does not make the model faster" in library
-    code = model_card(recipe(with_code=True), SHARED, RESULTS, "x").content
-    assert "import hf_layerfuse" not in code
-    assert 'from_pretrained("path/to/this/model", trust_remote_code=True)' in code
+def test_a_comparison_of_another_model_is_an_error(pair):
+    with pytest.raises(DataError, match=r"comparison is of a model with .* pass compare\(original, model"):
+        model_card(pair[1], compared(pair[1], pair[0]))
 
 
-def test_shipped_cards_are_of_this_form():
-    """Cards in model_cards/ have the form of a new card, and their pictures exist."""
-    cards = sorted((ROOT / "model_cards").glob("*/README.md"))
-    assert len(cards) >= 3
-    for path in cards:
-        card = ModelCard.load(path)
-        assert card.data.eval_results
-        assert card.data.license or "states no licence" in card.content
-        assert "Full recipe" in card.content
-        for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", card.content):
-            assert (path.parent / picture).is_file()
+def test_heads_without_a_task_load_with_their_auto_class_or_ours():
+    """Question answering has an Auto class but no task here; some heads have no Auto class at all."""
+    answering = fuse(tiny_model("bert", "BertForQuestionAnswering"), keep_layers=4, check=False)
+    text = model_card(answering).content
+    assert "AutoModelForQuestionAnswering.from_pretrained" in text
+    assert "pipeline_tag" not in text
+    heads = fuse(tiny_model("gpt2", "GPT2DoubleHeadsModel"), keep_layers=4, mode="share", check=False)
+    lines = model_card(heads).content
+    assert "from hf_layerfuse import AutoFusedModel" in lines
+    assert "import hf_layerfuse  #" not in lines
+
+
+@pytest.mark.parametrize("with_code", [False, True])
+def test_fused_classes_need_the_library_or_their_code(with_code):
+    shared = fuse(tiny_model("gpt2", "GPT2LMHeadModel"), keep_layers=4, mode="share", check=False)
+    text = model_card(shared, with_code=with_code).content
+    assert ("import hf_layerfuse  #" in text) != with_code
+    assert ("trust_remote_code=True" in text) == with_code
+    assert "does not make the model faster" in text
