@@ -1,7 +1,5 @@
 """The notebooks run in a kernel, and their stored outputs are up to date."""
 
-import ast
-import importlib
 import importlib.util
 import re
 from itertools import zip_longest
@@ -12,7 +10,8 @@ from helpers import ROOT
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?%?")
+# a sign belongs to a number at the start of a word, or after a bracket
+NUMBER = re.compile(r"(?:(?<!\S)[-+]|(?<=\()[-+])?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?%?")
 
 # Where a training ends depends on the processor and on the versions of Python and torch: perplexities by some percent.
 RELATIVE, POINTS = 0.25, 4.0
@@ -104,20 +103,6 @@ def test_is_kept_as_it_ran(path):
             assert not re.search(r"(?<![\w.])(/\w+){2}|[A-Z]:\\| at 0x", text), text
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_what_it_imports_is_there(path):
-    """Each name that a notebook imports from this package exists."""
-    found = 0
-    for cell in code(nbformat.read(path, as_version=4)):
-        for node in ast.walk(ast.parse(cell.source)):
-            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "hf_layerfuse":
-                module = importlib.import_module(node.module)
-                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
-                assert not missing, f"{node.module} has no {missing}"
-                found += 1
-    assert found, "no import of this package was found: this test is blind"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_and_shows_what_is_kept(path, tmp_path):
@@ -143,6 +128,8 @@ def cell(text: str, *tags: str):
         ("a   9.9", "a  10.1", False),
         ("accuracy 88.0%", "accuracy 89.5%", False),
         ("accuracy 88.0%", "accuracy 78.0%", True),
+        ("+0.3% (-0.1% to +0.7%)", "-0.2% (-0.5% to +0.1%)", False),
+        ("x-3", "x+3", True),
         ("1,024 parameters", "1,025 parameters", True),
         ("same logits: True", "same logits: False", True),
         ("one line", "one line\nand another", True),
