@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..errors import LayerFuseError, PlanError
 from ..evaluation.batches import Batches
+from ..evaluation.metrics import bytes_in_memory
 from ..evaluation.modes import outside_inference_mode
 from ..plan import Blend, LinearActivation, LinearForm, Linearize, Plan, PlanNotes
 from .activation_fit import line_errors
@@ -33,9 +34,9 @@ def linearize_mlps(
         batches: Calibration batches for measuring the loss of the step from a to 1.
 
     Returns:
-        The model, and its plan with `Linearize` instead of `Blend`. The notes of the plan hold `a` for each layer. With
-        batches, they also hold `relative_error`: the root mean square of the difference, relative to the output of
-        the MLP.
+        The model, with the `fusion_report` of `model` if it has one, and its plan with `Linearize` instead of `Blend`.
+        The notes of the plan hold `a` for each layer. With batches, they also hold `relative_error`: the root mean
+        square of the difference, relative to the output of the MLP.
 
     Raises:
         PlanError: The model has no `Blend` edits.
@@ -76,7 +77,8 @@ def linearize_mlps(
     for layer, module in inside.items():
         prefix = f"{architecture.layers_path(model)}.{places[layer]}"
         weights |= {f"{prefix}.{k}": v for k, v in linear_weights(module, architecture, LinearForm(fold=fold)).items()}
-    return build(type(model), with_plan(type(model), model.config, plan), weights, model), plan
+    result = build(type(model), with_plan(type(model), model.config, plan), weights, model)
+    return _with_report(result, model, plan), plan
 
 
 @outside_inference_mode
@@ -89,7 +91,7 @@ def merge_convs(model: PreTrainedModel) -> tuple[PreTrainedModel, Plan]:
         model: Trained model with open segments; it is not changed.
 
     Returns:
-        The model, and its plan.
+        The model, with the `fusion_report` of `model` if it has one, and its plan.
 
     Raises:
         PlanError: The model has no open segment.
@@ -101,4 +103,15 @@ def merge_convs(model: PreTrainedModel) -> tuple[PreTrainedModel, Plan]:
             f"no segment of this {type(model).__name__} is open: apply MergeConvs(..., merged=False) first."
         )
     plan = dataclasses.replace(plan, edits=tuple(dataclasses.replace(edit, merged=True) for edit in plan.edits))
-    return merged(model, plan), plan
+    return _with_report(merged(model, plan), model, plan), plan
+
+
+def _with_report(result: PreTrainedModel, model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """The result, with the `fusion_report` of the trained model if it has one, and with its own plan and sizes."""
+    if (report := getattr(model, "fusion_report", None)) is not None:
+        sizes = {
+            "parameters": (report.parameters[0], result.num_parameters()),
+            "bytes": (report.bytes[0], bytes_in_memory(result)),
+        }
+        result.fusion_report = dataclasses.replace(report, plan=plan, **sizes)
+    return result

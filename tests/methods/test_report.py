@@ -8,7 +8,7 @@ import pytest
 from helpers import network, some_batches, tiny_model
 from transformers import AutoModelForCausalLM
 
-from hf_layerfuse import AutoFusedModel, CheckpointError, FusionReport, collapse, fuse, merge
+from hf_layerfuse import AutoFusedModel, CheckpointError, FusionReport, collapse, fuse, linearize_mlps, merge
 
 MAKERS = {
     "depth": lambda model: fuse(model, keep_layers=4, effort="low", batches=some_batches(model)),
@@ -49,6 +49,20 @@ def test_report_of_merged_convolutions() -> None:
     report = merge(model, latency_budget=0.7, batches=some_batches(model)).fusion_report
     assert report.method == "merge"
     assert "convolutions" in str(report)
+
+
+def test_report_after_the_last_step() -> None:
+    """A model that `linearize_mlps` finishes has the report of the trained model, with its own plan and size."""
+    model = tiny_model("gpt2", "GPT2LMHeadModel")
+    trained = collapse(model, count=2, method="homotopy", batches=some_batches(model))
+    for module in trained.modules():
+        if hasattr(module, "a"):
+            module.a.data.fill_(1.0)
+    small, plan = linearize_mlps(trained)
+    report = small.fusion_report
+    assert report.plan == plan
+    assert report.parameters == (model.num_parameters(), small.num_parameters())
+    assert trained.fusion_report.parameters[1] > report.parameters[1]
 
 
 @pytest.mark.parametrize(
