@@ -38,7 +38,7 @@ def licence_of(model: str) -> dict[str, str]:
     """
     local = is_local(model)
     try:
-        data = ModelCard.load(Path(model) / "README.md" if local else model).data.to_dict()
+        data = ModelCard.load(Path(model).expanduser() / "README.md" if local else model).data.to_dict()
     except (OSError, ValueError, yaml.YAMLError):  # the Hub client's errors are OSErrors
         return {}
     found = {name: data[name] for name in _LICENCE if data.get(name)}
