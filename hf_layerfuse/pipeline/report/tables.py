@@ -80,16 +80,21 @@ def measured_on(recipe: Recipe, results: RunResults) -> tuple[str, str]:
 
 
 def in_short(results: RunResults) -> str:
-    """The result in one sentence, by its share of parameters, its speed, and its first metric."""
+    """The result in one sentence: its share of parameters, its speed, and its first metric with the 95% interval."""
     before, after = results.before, results.last
     speedups = {batch: latency.speedup for batch, latency in (after.latency or {}).items()}
-    metrics = [metric for metric in METRIC_NAMES if metric in before.metrics]
-    quality = [(METRIC_NAMES[metric], before.metrics[metric], after.metrics[metric]) for metric in metrics[:1]]
-    return summary((before.parameters, after.parameters), speedups, *quality)
+    sizes = (before.parameters, after.parameters)
+    for metric in [metric for metric in METRIC_NAMES if metric in before.metrics][:1]:
+        quality = (METRIC_NAMES[metric], before.metrics[metric], after.metrics[metric])
+        return summary(sizes, speedups, quality, after.metrics.get(f"{metric}_interval"))
+    return summary(sizes, speedups)
 
 
 def summary(
-    parameters: tuple[int, int], speedups: Mapping[int, float], quality: tuple[str, float, float] | None = None
+    parameters: tuple[int, int],
+    speedups: Mapping[int, float],
+    quality: tuple[str, float, float] | None = None,
+    interval: Sequence[float] | None = None,
 ) -> str:
     """A result in one sentence.
 
@@ -97,12 +102,14 @@ def summary(
         parameters: Number of parameters before and after.
         speedups: Ratios of latencies by batch size, of which the last one is named.
         quality: Name of the metric, and its value before and after.
+        interval: 95% interval of the value after.
     """
     said = [f"{parameters[1] / parameters[0]:.0%} of the parameters"]
     said += [f"{in_words(speedup)} at batch {batch}" for batch, speedup in list(speedups.items())[-1:]]
     if quality is not None:
         metric, before, after = quality
-        said.append(f"{metric} {after:.4g} (before: {before:.4g})")
+        bounds = "" if interval is None else f"95% interval {interval[0]:.4g} to {interval[1]:.4g}; "
+        said.append(f"{metric} {after:.4g} ({bounds}before: {before:.4g})")
     return ", ".join(said)
 
 
@@ -146,7 +153,10 @@ def limitations_of_plan(plan: Plan, *, timed: bool) -> list[str]:
 def limitations_of_healing(reports: Sequence[HealReport]) -> list[str]:
     """Limitation of a model whose only healing found nothing better."""
     if len(reports) == 1 and reports[0].best_step == 0:
-        return ["Retraining did not lower the validation loss, so the weights from before it were kept."]
+        return [
+            "Healing found nothing better: it did not lower the validation loss, so the weights from before it were "
+            "kept."
+        ]
     return []
 
 
