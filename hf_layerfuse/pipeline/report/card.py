@@ -23,6 +23,8 @@ from .tables import REMAINING, limitations_of_healing, limitations_of_plan, summ
 _UNNAMED = f"{PLACEHOLDER}this-model"
 """Source of a model whose name is unknown."""
 
+_HEALED = "The model was healed, so a fair comparison is with an original after the same training."
+
 
 def model_card(
     model: PreTrainedModel,
@@ -42,7 +44,8 @@ def model_card(
 
     Args:
         model: Result with its `fusion_report`.
-        comparison: Comparison of the original with this model, from `compare`.
+        comparison: Comparison of the original with this model, from `compare`. For a healed model, compare with an
+            original after the same training, and say so in `test_data`.
         base_model: Hub name of the original. The card has its licence, which is read from its card.
         name: Hub name of the result, for the lines that load it.
         test_data: Name of the data of the comparison.
@@ -78,7 +81,8 @@ def model_card(
         notes = [f"The change has a 95% interval, by a bootstrap over the same {comparison.rows} rows for both."]
     training = ["This card has no record of a retraining after its layers were changed."]
     if heal_report is not None:
-        training = limitations_of_healing([heal_report])
+        training = [] if comparison is None else [_HEALED]
+        training += limitations_of_healing([heal_report])
     limitations = [*limitations_of_plan(plan, timed=bool(speedups)), *training, REMAINING]
     return document(
         front_matter(method, base_model, task and task.pipeline, licence),

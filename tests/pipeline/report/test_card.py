@@ -51,6 +51,7 @@ def test_card_of_a_comparison(pair):
     assert "device cpu x86_64" in text
     assert "states no licence" in text
     assert "no record of a retraining" not in text
+    assert "a fair comparison is with an original after the same training" in text
     data = ModelCard(text).data
     assert (data.base_model, data.pipeline_tag, data.library_name) == ("user/model", "text-generation", "transformers")
     assert "layer-fusion" in data.tags
