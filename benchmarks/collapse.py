@@ -20,6 +20,7 @@ from typing import Any
 import common
 import retraining
 import torch
+from figures import figure, headline, title
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_layerfuse import Blend, CollapseRecipe, Drop, HealRecipe, Linearize, Plan, apply, refit, search_collapse
@@ -40,9 +41,9 @@ Make = Callable[[int], retraining.Made]
 """Function of the number of MLPs to change. It returns the model and its plan."""
 
 
-def vit_cifar10() -> retraining.Job:
-    """A ViT of 6 layers of width 128 that reads 64 patches."""
-    config = ViTConfig(
+def vit_config() -> ViTConfig:
+    """A ViT that reads 64 patches."""
+    return ViTConfig(
         hidden_size=128,
         num_hidden_layers=6,
         num_attention_heads=4,
@@ -51,8 +52,11 @@ def vit_cifar10() -> retraining.Job:
         patch_size=4,
         num_labels=10,
     )
+
+
+def vit_cifar10() -> retraining.Job:
     torch.manual_seed(0)
-    model = retraining.grown("vit", ViTForImageClassification(config), 5000)
+    model = retraining.grown("vit", ViTForImageClassification(vit_config()), 5000)
     recipe = HealRecipe(steps=400, batch_size=64, eval_every=100, teacher_top_k=10)
     return retraining.images("vit-cifar10", model, recipe, retraining.rates(1e-4, 3e-4, 1e-3), pilot=100)
 
@@ -188,14 +192,14 @@ def train(name: str, counts: Sequence[int], methods: Sequence[str] | None) -> No
 
 def table(results: dict[str, Any], name: str) -> list[list[str]]:
     """One row per method, one column per number of MLPs; the cross-entropy follows an accuracy in brackets."""
-    rows, (metric, form) = results[name], retraining.HEADLINE[name]
+    rows, metric = results[name], headline(name)
     original = rows["original"]
 
     def cell(row: dict[str, Any]) -> str:
         if not row:
             return ""
         beside = f" ({row['cross_entropy']:.3f})" if "cross_entropy" in row else ""
-        return form.format(row[metric]) + beside
+        return figure(row, metric) + beside
 
     columns = {count: found for count, found in rows.items() if count != "original"}
     names = dict.fromkeys(method for found in columns.values() for method in found)
@@ -203,7 +207,7 @@ def table(results: dict[str, Any], name: str) -> list[list[str]]:
     whole = original["non_embedding_parameters"]
     return [
         [
-            f"{name}, {metric.replace('_', ' ')}; original {cell(original)}",
+            f"{title(name, original['parameters'])}: {metric.replace('_', ' ')}; original {cell(original)}",
             *(f"{count} of {original['depth']} MLPs" for count in columns),
         ],
         ["block parameters", *(f"{size / whole:.0%}" for size in sizes)],

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_layerfuse import AutoFusedModel, Drop, Plan, apply
 from hf_layerfuse.evaluation.divergence import calibration_loss
+from hf_layerfuse.evaluation.intervals import bootstrap
 from hf_layerfuse.evaluation.metrics import classification, embedding_fidelity
 from hf_layerfuse.evaluation.whole_file import write_whole
 from hf_layerfuse.models.architectures import architecture_for
@@ -117,7 +119,7 @@ def gpt2() -> Job:
         model,
         windows(tokenizer, "train", 192),
         windows(tokenizer, "valid", 16),
-        lambda student: _perplexity(student, test),
+        lambda student: perplexity(student, test),
         keeps=(8, 6, 4, 10),
         shares=tuple((blocks, rank) for blocks in (8, 6, 4) for rank in (0, 8, 32)),
     )
@@ -130,14 +132,15 @@ def windows(tokenizer: Any, split: str, count: int, length: int = 256) -> Batche
 
 
 @torch.inference_mode()
-def _perplexity(model: PreTrainedModel, batches: Batches) -> dict[str, float]:
-    total = count = 0
+def perplexity(model: PreTrainedModel, batches: Batches) -> dict[str, Any]:
+    """Perplexity, and its 95% interval by a bootstrap over windows."""
+    losses = []
     for batch in batches:
-        logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-        targets = batch["input_ids"][:, 1:].flatten()
-        total += torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
-        count += len(targets)
-    return {"token_perplexity": math.exp(total / count)}
+        logits = model(**batch, use_cache=False).logits[:, :-1].transpose(1, 2)
+        losses += torch.nn.functional.cross_entropy(logits.float(), batch["input_ids"][:, 1:], reduction="none").mean(1)
+    interval = bootstrap([[loss.item()] for loss in losses], lambda means: np.exp(means[:, 0]))
+    mean = math.fsum(loss.item() for loss in losses) / len(losses)
+    return {"token_perplexity": math.exp(mean), "token_perplexity_interval": list(interval)}
 
 
 JOBS: dict[str, Callable[[], Job]] = {"minilm": minilm, "minilm-sst2": minilm_sst2, "gpt2": gpt2}
@@ -163,13 +166,6 @@ def best_drop(job: Job, keep: int) -> Plan:
 def save(results: Any, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps(results, indent=1) + "\n")
-
-
-HEADLINE = {
-    "minilm": ("cosine", "{:.3f}"),
-    "minilm-sst2": ("accuracy", "{:.2%}"),
-    "gpt2": ("token_perplexity", "{:.1f}"),
-}
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 
 import common
 import matplotlib
-from common import HEADLINE, JOBS, Job, best_drop, drops
+from common import JOBS, Job, best_drop, drops
+from figures import figure, headline, title
 from transformers import PreTrainedModel
 
 from hf_layerfuse import Fuse, FusionRecipe, Plan, apply
@@ -115,17 +116,20 @@ def table(results: dict[str, Any], name: str, targets: str) -> list[list[str]]:
 
     With shared weights, sizes differ: the share of block parameters that is left follows in brackets.
     """
-    rows, (metric, form) = results[name], HEADLINE[name]
+    rows, metric = results[name], headline(name)
+    original = rows["original"]
     columns = sorted((target for target in rows if targets in target), key=_size, reverse=True)
     methods = dict.fromkeys(method for column in columns for method in rows[column])
-    first = [f"{name}, {metric.replace('_', ' ')}; original {form.format(rows['original'][metric])}", *columns]
-    whole = rows["original"]["non_embedding_parameters"]
+    named = f"{title(name, original['parameters'])}: {metric.replace('_', ' ')}"
+    # the original's cosine to itself is 1
+    first = [named if metric == "cosine" else f"{named}; original {figure(original, metric)}", *columns]
+    whole = original["non_embedding_parameters"]
 
     def cell(row: dict[str, Any] | None) -> str:
         if row is None:
             return ""
         size = f" ({row['non_embedding_parameters'] / whole:.0%})" if targets == "share" else ""
-        return form.format(row[metric]) + size
+        return figure(row, metric) + size
 
     return [first, *([method, *(cell(rows[column].get(method)) for column in columns)] for method in methods)]
 
@@ -147,7 +151,7 @@ def plot(results: dict[str, Any]) -> None:
 
     figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4.2), squeeze=False)
     for axis, (name, rows) in zip(axes[0], results.items(), strict=True):
-        metric, _ = HEADLINE[name]
+        metric = headline(name)
         columns = sorted((target for target in rows if "layers" in target), key=_size, reverse=True)
         for i, method in enumerate(dict.fromkeys(m for column in columns for m in rows[column])):
             found = [rows[column][method] for column in columns if method in rows[column]]

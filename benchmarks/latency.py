@@ -85,11 +85,12 @@ def without_layers(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def speed(repeats: int) -> list[dict]:
+def speed(repeats: int, names: Iterable[str] = MODELS) -> list[dict]:
     """One row per architecture and batch size."""
     rows = []
-    for name, (head, config) in MODELS.items():
+    for name in names:
         torch.manual_seed(0)
+        head, config = MODELS[name]
         model = head(config)
         models = {
             "original": model,

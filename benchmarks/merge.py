@@ -24,6 +24,7 @@ import common
 import retraining
 import torch
 from cifar_resnet import published
+from figures import figure, title
 from transformers import (
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
@@ -160,24 +161,31 @@ def resnet56_model() -> PreTrainedModel:
     return published(common.DATA / "models" / "resnet-cifar10" / "resnet56.safetensors")
 
 
-def resnet34() -> Compared:
+def resnet34_config() -> ResNetConfig:
     """ResNet-34 at half width, for small images; 62 segments."""
     config = ResNetConfig(
         embedding_size=32, hidden_sizes=[32, 64, 128, 256], depths=[3, 4, 6, 3], layer_type="basic", num_labels=10
     )
     config.image_size = 32
+    return config
+
+
+def resnet34() -> Compared:
     torch.manual_seed(0)
-    model = retraining.grown("resnet34", ResNetForImageClassification(config), 3000)
+    model = retraining.grown("resnet34", ResNetForImageClassification(resnet34_config()), 3000)
     return convolutions("resnet34", retraining.images_base(model))
 
 
-def mobilenet_v2() -> Compared:
+def mobilenet_v2_config() -> MobileNetV2Config:
     """MobileNetV2 at half width, for small images; fewer strides, so that states stay at least 4 x 4; 306 segments."""
-    config = MobileNetV2Config(
+    return MobileNetV2Config(
         image_size=32, depth_multiplier=0.5, output_stride=8, num_labels=10, classifier_dropout_prob=0.1
     )
+
+
+def mobilenet_v2() -> Compared:
     torch.manual_seed(0)
-    model = MobileNetV2ForImageClassification(config)
+    model = MobileNetV2ForImageClassification(mobilenet_v2_config())
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.1  # transformers passes TensorFlow's 0.997, which means 0.003 in PyTorch
@@ -287,21 +295,18 @@ def train(name: str, device: str, budgets: Sequence[float], methods: Sequence[st
             retraining.save(job, path, news)
 
 
-QUALITY = {
-    "accuracy": ("accuracy", "{:.2%}"),
-    "cross_entropy": ("cross-entropy", "{:.3f}"),
-    "token_perplexity": ("perplexity", "{:.1f}"),
-}
-"""Heading in a table, and number format, by metric."""
+QUALITY = {"accuracy": "accuracy", "cross_entropy": "cross-entropy", "token_perplexity": "token perplexity"}
+"""Heading in a table, by metric."""
 
 
 def table(results: dict[str, Any], name: str) -> list[list[str]]:
     """One row per budget and method: quality, and predicted and measured time as shares of the original's."""
     found = results[name]
     original = found["original"]
-    shown = {key: form for key, (_, form) in QUALITY.items() if key in original}
-    made = [[f"{name}, budget", "method", *(QUALITY[key][0] for key in shown), "predicted", "measured", "parameters"]]
-    made.append(["100%", "original", *(form.format(original[key]) for key, form in shown.items()), *["100%"] * 3])
+    shown = [key for key in QUALITY if key in original]
+    named = f"{title(name, original['parameters'])}: budget"
+    made = [[named, "method", *(QUALITY[key] for key in shown), "predicted", "measured", "parameters"]]
+    made.append(["100%", "original", *(figure(original, key) for key in shown), *["100%"] * 3])
     budgets = sorted((name for name in found if name != "original"), key=lambda name: -float(name.rstrip("%")))
     for budget, method, row in ((name, *item) for name in budgets for item in found[name].items()):
         if "refused" in row:
@@ -309,7 +314,7 @@ def table(results: dict[str, Any], name: str) -> list[list[str]]:
             continue
         predicted = f"{row['predicted_share']:.0%}" if "predicted_share" in row else ""
         shares = row["ms"] / row["original_ms"], row["parameters"] / original["parameters"]
-        quality = [form.format(row[key]) for key, form in shown.items()]
+        quality = [figure(row, key) for key in shown]
         made.append([budget, method, *quality, predicted, *(f"{share:.0%}" for share in shares)])
     return made
 

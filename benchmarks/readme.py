@@ -78,13 +78,15 @@ _HEADLINES = {
 
 
 def headlines(trained: dict[str, list[Table]]) -> Table:
-    """One row per kind of edit: quality after retraining, beside the retrained original."""
-    rows = [["what was done", "model, metric", "block parameters", "fused", "retrained", "original, retrained"]]
+    """One row per kind of edit: quality before and after retraining, beside the original's."""
+    names = script("figures").MODELS
+    stages = ("original", "original, retrained", "fused", "fused, retrained")
+    rows = [["what was done", "model, data and metric", "block parameters", *stages]]
     for done, (name, model, label, method) in _HEADLINES.items():
-        table = next(table for table in trained[name] if table[0][0].startswith(f"{model}, "))
+        table = next(table for table in trained[name] if table[0][0].startswith(f"{names[model]}, "))
         original = next(row for row in table if row[1] == "original")
         row = next(row for row in table if row[:2] == [label, method])
-        rows.append([done, table[0][0], *row[2:5], original[4]])
+        rows.append([done, table[0][0], row[2], *original[3:5], *row[3:5]])
     return rows
 
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from cifar_resnet import cifar10, published
 from datasets import Dataset
+from figures import difference, figure, headline, title
+from figures import retrained as healed
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -440,20 +442,18 @@ def _place(name: str) -> int:
     return [*JOBS, name].index(name)
 
 
-HEADLINE = common.HEADLINE | dict.fromkeys(("resnet56", "vit-cifar10"), ("accuracy", "{:.2%}"))
-
-
 def table(results: dict[str, Any], name: str) -> list[list[str]]:
     """One row per model: size, quality before and after retraining, and difference from the retrained original."""
-    rows, (metric, form) = results[name]["models"], HEADLINE[name]
+    rows, metric = results[name]["models"], headline(name)
     original = rows["original"]["original"]
-    found = [[f"{name}, {metric.replace('_', ' ')}", "method", "block parameters", "fused", "retrained", "difference"]]
+    first = f"{title(name, original['parameters'])}: {metric.replace('_', ' ')}"
+    found = [[first, "method", "block parameters", "before training", "retrained", "difference"]]
     for target, models in rows.items():
         for method, row in sorted(models.items(), key=lambda item: item[0].startswith("ours")):  # baselines first
-            after, best = row["after"][metric], original["after"][metric]
-            difference = f"{100 * (after - best):+.2f} points" if metric == "accuracy" else f"{after / best - 1:+.1%}"
             size = f"{row['non_embedding_parameters'] / original['non_embedding_parameters']:.0%}"
-            found.append([target, method, size, form.format(row["before"][metric]), form.format(after), difference])
+            after = healed(row["after"], metric, row["rounds"][-1]["best_step"])
+            lost = "" if row is original else difference(row["after"], original["after"], metric)
+            found.append([target, method, size, figure(row["before"], metric), after, lost])
     return found
 
 

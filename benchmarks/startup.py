@@ -85,6 +85,11 @@ def run(checkout: Path, arguments: list[str]) -> str:
     return done.stdout
 
 
+def scans(checkout: Path, asked: dict[str, Any]) -> dict[str, float]:
+    """Scans of the weights per parameter in one search of a checkout, and their seconds."""
+    return json.loads(run(checkout, ["-c", SCANS, json.dumps(asked)]))
+
+
 def seconds(checkouts: dict[str, Path], repeats: int) -> dict[str, dict[str, list[float]]]:
     """Wall-clock seconds of each command in each checkout, in turn. The first round is not counted."""
     found: dict[str, dict[str, list[float]]] = {}
@@ -124,8 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     checkouts = {"before": options.against.resolve(), "now": ROOT}
     searches = {
-        name: {version: json.loads(run(path, ["-c", SCANS, json.dumps(asked)])) for version, path in checkouts.items()}
-        for name, asked in SEARCHES.items()
+        name: {version: scans(path, asked) for version, path in checkouts.items()} for name, asked in SEARCHES.items()
     }
     results = {"seconds": seconds(checkouts, options.repeats), "searches": searches}
     save(results, RESULTS / "startup.json")

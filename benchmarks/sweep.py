@@ -15,6 +15,7 @@ from typing import Any
 
 import common
 import retraining
+from figures import MODELS, figure, headline, retrained, title
 
 from hf_layerfuse.math.knee import knee
 from hf_layerfuse.pipeline.report.plots import Quality, plot_quality
@@ -63,14 +64,15 @@ def curve(known: dict[str, Any]) -> tuple[list[dict[str, Any]], list[float], int
 
 def table(results: dict[str, Any]) -> list[list[str]]:
     """One row per model."""
-    found = [["model", "block parameters removed", "metric", "fused", "healed", ""]]
+    found = [["model", "block parameters removed", "metric", "before training", "healed", ""]]
     for name, known in results.items():
-        metric, form = retraining.HEADLINE[name]
+        metric = headline(name)
         models, removed, best = curve(known)
         for place, row in enumerate(models):
-            figures = [form.format(row[stage][metric]) for stage in ("before", "after")]
-            note = "knee" if place == best else ""
-            found.append([name, f"{removed[place]:.0%}", metric.replace("_", " "), *figures, note])
+            healed = retrained(row["after"], metric, row["rounds"][-1]["best_step"])
+            figures = [figure(row["before"], metric), healed, "knee" if place == best else ""]
+            named = title(name, models[0]["parameters"])
+            found.append([named, f"{removed[place]:.0%}", metric.replace("_", " "), *figures])
     return found
 
 
@@ -78,12 +80,14 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """Plot two curves and the knee of each checkpoint."""
     panels = []
     for name, known in results.items():
-        metric, _ = retraining.HEADLINE[name]
+        metric = headline(name)
         models, removed, best = curve(known)
         curves = {
             label: [row[stage][metric] for row in models] for stage, label in (("before", "fused"), ("after", "healed"))
         }
-        panels.append(Quality(name, metric.replace("_", " "), removed, curves, best, log="perplexity" in metric))
+        panels.append(
+            Quality(MODELS[name], metric.replace("_", " "), removed, curves, best, log="perplexity" in metric)
+        )
     plot_quality(panels, path)
 
 
