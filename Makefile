@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
 
-.PHONY: demo test slow lint docs clean
+.PHONY: demo test slow lint docs bench-check clean
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/demo.py outputs/demo-model
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
@@ -28,6 +28,10 @@ docs: $(VENV)/.installed
 	rm -rf site build/docs
 	$(BIN)/python -m sphinx -W --keep-going -q -E -c docs -d build/docs/doctrees . build/docs/site
 	mv build/docs/site site
+
+# LAYERFUSE_DATA has the checkpoints and the data (default ../shared)
+bench-check: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/check.py --threads $(CORES)
 
 # Where there is no GPU, a torch without CUDA saves gigabytes: from PyTorch's own index, else whatever pip resolves.
 $(VENV)/.installed: pyproject.toml

@@ -12,38 +12,35 @@ from pathlib import Path
 from types import ModuleType
 
 from hf_layerfuse.pipeline.report.tables import markdown_table
+from hf_layerfuse.pipeline.results import RunResults
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 _RUNS = {
-    "bert-sst2": "MiniLM-L6, SST-2, 6 -> 4 layers, depth",
-    "bert-sst2-collapse": "the same, 2 of 6 MLPs linear",
-    "gpt2-depth": "GPT-2 (12 x 256), WikiText-2, 12 -> 8 layers, depth",
-    "gpt2-share": "the same, share, a third less in the blocks",
+    "bert-sst2": ("minilm-sst2", "layers fused: 6 -> 4"),
+    "bert-sst2-collapse": ("minilm-sst2", "2 of 6 MLPs linear"),
+    "gpt2-depth": ("gpt2", "layers fused: 12 -> 8"),
+    "gpt2-share": ("gpt2", "weights shared, a third less in the blocks"),
 }
+"""Checkpoint and change of each job of the recipe benchmark."""
 
 
 def recipes() -> list[list[str]]:
-    """One row per job: size, speed-up, and quality of the original, the fused and the healed model."""
-    table = [
-        ["model and task", "metric", "bytes", "speed-up, batch 8", "original", "fused", "healed", "original, retrained"]
-    ]
-    for name, label in _RUNS.items():
-        job = script("recipes").JobResults.load(name)
-        before, fused, healed = job.run.before, job.run.fused, job.run.healed
-        metric = "accuracy" if "accuracy" in before.metrics else "token_perplexity"
-        form = "{:.2%}" if metric == "accuracy" else "{:.1f}"
-        table.append(
-            [
-                label,
-                metric.replace("_", " "),
-                f"{healed.bytes / before.bytes:.0%}",
-                f"{healed.latency[8].speedup:.2f}",
-                *(form.format(stage.metrics[metric]) for stage in (before, fused, healed, job.original)),
-            ]
-        )
+    """One row per job: size, speed-up, and quality of the original and the fused model before and after training."""
+    figures = script("figures")
+    stages = ("original", "original, retrained", "fused", "healed")
+    table = [["what was done", "model, data and metric", "bytes", "speed-up, batch 8", *stages]]
+    for name, (checkpoint, done) in _RUNS.items():
+        run = RunResults.from_dict(results(name), RESULTS / f"{name}.json")
+        metric = figures.headline(checkpoint)
+        named = f"{figures.title(checkpoint, run.before.parameters)}: {metric.replace('_', ' ')}"
+        size, speed = f"{run.healed.bytes / run.before.bytes:.0%}", f"{run.healed.latency[8].speedup:.2f}"
+        before, fused = (figures.figure(stage.metrics, metric) for stage in (run.before, run.fused))
+        after = [(run.retrained.measurement, run.retrained.report), (run.healed, run.heal)]
+        original, healed = (figures.retrained(stage.metrics, metric, report.best_step) for stage, report in after)
+        table.append([done, named, size, speed, before, original, fused, healed])
     return table
 
 

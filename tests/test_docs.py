@@ -310,7 +310,7 @@ def on_several_gpus(words: list[str], here: Path) -> None:
 def handler(command: str) -> Callable[[list[str], Path], None]:
     """Function that checks a command of a page."""
     known = (
-        (r"make (demo|test|slow|lint|docs)", existing_target),
+        (r"make (demo|test|slow|lint|docs|bench-check)", existing_target),
         (r"pip install ", requirement),
         (r"python benchmarks/", benchmark),
         (r"hf-layerfuse (inspect|plan) ", looked_at),
