@@ -38,6 +38,11 @@ def headline(name: str) -> str:
     return HEADLINE.get(name, "accuracy")
 
 
+def label_of(name: str) -> str:
+    """A checkpoint by its shape and its data, such as `GPT-2, 12 x 256, WikiText-2`."""
+    return f"{MODELS[name]}, {DATA[name]}"
+
+
 def title(name: str, parameters: int) -> str:
     """A checkpoint by its size, such as `GPT-2, 12 x 256, 11.7M`, and its data."""
     return f"{MODELS[name]}, {size(parameters)}, {DATA[name]}"
@@ -70,8 +75,8 @@ def figure(row: Mapping[str, Any], metric: str) -> str:
 def difference(row: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> str:
     """Difference of a model from another: in points of accuracy with its interval, or in percent of the perplexity.
 
-    The interval is that of two independent samples (Newcombe 1998). On the same examples, it is an upper bound as long
-    as the two models are right on about the same ones.
+    The interval is that of two independent samples. On the same examples it is narrower if both models are mostly right
+    on the same ones.
     """
     if metric != "accuracy":
         return f"{row[metric] / other[metric] - 1:+.1%}"

@@ -15,7 +15,7 @@ from typing import Any
 import common
 import matplotlib
 from common import JOBS, Job, best_drop, drops
-from figures import figure, headline, title
+from figures import figure, headline, label_of, title
 from transformers import PreTrainedModel
 
 from hf_layerfuse import Fuse, FusionRecipe, Plan, apply
@@ -149,7 +149,7 @@ def plot(results: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4.2), squeeze=False)
+    picture, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4.2), squeeze=False)
     for axis, (name, rows) in zip(axes[0], results.items(), strict=True):
         metric = headline(name)
         columns = sorted((target for target in rows if "layers" in target), key=_size, reverse=True)
@@ -161,7 +161,7 @@ def plot(results: dict[str, Any]) -> None:
             )
             axis.plot(sizes, [row[metric] for row in found], label=method, color=f"C{i}", **style)
         axis.axhline(rows["original"][metric], color="grey", linewidth=0.8)
-        axis.set(title=name, xlabel="share of the parameters", ylabel=metric.replace("_", " "))
+        axis.set(title=label_of(name), xlabel="share of the parameters", ylabel=metric.replace("_", " "))
         if "perplexity" in metric:
             # without a limit, averages that break the model would compress all other lines into one
             most = 10 * rows["original"][metric]
@@ -169,8 +169,8 @@ def plot(results: dict[str, Any]) -> None:
             axis.set_ylim(0.95 * rows["original"][metric], most)
             axis.set_ylabel(f"{metric.replace('_', ' ')} (up to {most:.0f})")
     axes[0, -1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(PLOT, dpi=130)
+    picture.tight_layout()
+    picture.savefig(PLOT, dpi=130)
 
 
 def main() -> None:

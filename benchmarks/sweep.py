@@ -15,7 +15,7 @@ from typing import Any
 
 import common
 import retraining
-from figures import MODELS, figure, headline, retrained, title
+from figures import figure, headline, label_of, retrained, title
 
 from hf_layerfuse.math.knee import knee
 from hf_layerfuse.pipeline.report.plots import Quality, plot_quality
@@ -85,9 +85,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         curves = {
             label: [row[stage][metric] for row in models] for stage, label in (("before", "fused"), ("after", "healed"))
         }
-        panels.append(
-            Quality(MODELS[name], metric.replace("_", " "), removed, curves, best, log="perplexity" in metric)
-        )
+        label, log = label_of(name), "perplexity" in metric
+        panels.append(Quality(label, metric.replace("_", " "), removed, curves, best, log=log))
     plot_quality(panels, path)
 
 
