@@ -21,11 +21,13 @@ def script(name: str):
     return importlib.import_module(name)
 
 
+@pytest.mark.slow  # imports every benchmark
 def test_every_results_file_has_a_check():
     """`make bench-check` recomputes a row of each file, and nothing else."""
     assert script("check").CHECKS.keys() == RESULTS.keys()
 
 
+@pytest.mark.slow  # imports every benchmark
 def test_a_check_says_what_differs(monkeypatch):
     """A figure within the tolerance of its kind is the same, another one is different, and a skipped file says why."""
     check = script("check")
