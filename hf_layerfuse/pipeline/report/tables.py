@@ -13,6 +13,7 @@ from ...plan import Plan
 from ...recipe import Recipe
 from ...training.heal import HealReport
 from ..results import RunResults
+from .change import change_of
 from .portable import base_name
 
 METRIC_NAMES = {
@@ -22,6 +23,9 @@ METRIC_NAMES = {
     "cross_entropy": "cross-entropy",
     "cosine": "cosine to the original",
 }
+
+_COMPARED = ("token_perplexity", "accuracy")
+"""Metrics whose change from the original has a row of its own."""
 
 
 def rows(results: RunResults) -> list[list[str]]:
@@ -48,6 +52,11 @@ def rows(results: RunResults) -> list[list[str]]:
         if all(f"{metric}_interval" in stage.metrics for stage in measured):
             bounds = [stage.metrics[f"{metric}_interval"] for stage in measured]
             table.append(["  95% interval", *(f"{low:.4g} to {high:.4g}" for low, high in bounds)])
+        changes = [change_of(metric, before, stage) for stage in measured if stage is not before]
+        if metric in _COMPARED and all(changes):
+            table.append(["  change", "", *map(str, changes)])
+            if all(change.interval for change in changes):
+                table.append(["  95% interval of the change", "", *(change.bounds for change in changes)])
     return table
 
 
