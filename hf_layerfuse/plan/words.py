@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .edit import Blend, Drop, Fuse, Linearize, MergeConvs
+from .edit import Blend, Drop, Edit, Fuse, Linearize, MergeConvs
 from .plan import Plan
 
 
@@ -78,6 +78,21 @@ _WORDS: dict[type, Callable[[Any], str | None]] = {
     MergeConvs: _merged,
 }
 """Change of the blocks in words, by the type of the edit; None where only batch norms are folded."""
+
+
+def name_of(edit: Edit) -> str:
+    """One edit in a few words, to tell it from others of the same search, which have its mode."""
+    become = _SHORT[type(edit)](edit)
+    return f"{blocks(edit.kind, edit.layers)} {become}"
+
+
+_SHORT: dict[type, Callable[[Any], str]] = {
+    Fuse: lambda edit: f"({operator_of(edit)})",
+    Drop: lambda _: "dropped",
+    Linearize: lambda _: "linear",
+    Blend: lambda _: "becoming linear",
+    MergeConvs: lambda edit: f"merged from {', '.join(map(str, edit.keep))}" if edit.keep else "removed",
+}
 
 
 def in_brief(plan: Plan) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...plan import Edit, Linearize, OperatorLoss, Plan
-from ...plan.words import blocks, changes, operator_of
+from ...plan.words import blocks, name_of, operator_of
 
 
 class Candidate(NamedTuple):
@@ -91,7 +90,41 @@ def words_of(plan: Plan, edits: Sequence[Edit]) -> str:
     """A candidate in words: its edits, or the layers whose MLPs become linear."""
     if _by_layer(plan, edits):
         return f"linear MLPs of layers {', '.join(str(edit.layer) for edit in edits)}"
-    return "; ".join(f"{where} {become}" for where, become in changes(replace(plan, edits=edits)))
+    return "; ".join(map(name_of, edits))
+
+
+class Panel(NamedTuple):
+    """Panel of a picture of calibration losses.
+
+    Attributes:
+        title: Subject of the panel.
+        rows: Candidates that share a row, by its label.
+    """
+
+    title: str
+    rows: list[Group]
+
+
+_ROWS = 16
+"""Rows of a panel: the best candidates, and the taken ones."""
+
+
+def loss_panels(plan: Plan) -> list[Panel]:
+    """Candidates to draw, where there is more than one: plans, operators of each group, and single edits."""
+    panels = []
+    if len(found := plans(plan)) > 1:
+        best = [(rank, each) for rank, each in enumerate(found, 1) if rank <= _ROWS or each.taken]
+        rows = [Group(f"plan {rank}", [each]) for rank, each in best]
+        panels.append(Panel("whole plans (rings: before the repair)", rows))
+    inside, outside = groups(plan)
+    if inside:
+        panels.append(Panel("groups of the plan, fused alone by each operator", inside))
+    if outside:
+        panels.append(Panel("groups that are not in the plan", outside[:_ROWS]))
+    if single := single_edits(plan):
+        shown = [each for place, each in enumerate(single) if place < _ROWS or each.taken]
+        panels.append(Panel("single edits", [Group(each.name, [each]) for each in shown]))
+    return panels
 
 
 class Section(NamedTuple):
@@ -102,12 +135,14 @@ class Section(NamedTuple):
         words: Sentences under the heading.
         rows: Cells of each row, header first, and whether the row was taken; empty without a table.
         folded: Summary of a table that is shown on demand; empty for one that is shown at once.
+        names: Number of columns of text, before those of numbers.
     """
 
     title: str
     words: str
     rows: list[tuple[list[str], bool]]
     folded: str = ""
+    names: int = 1
 
 
 def sections(plan: Plan) -> list[Section]:
@@ -132,7 +167,7 @@ _AT_ONCE = 12
 
 def _plan_section(plan: Plan) -> list[Section]:
     found = plans(plan)
-    if not found:
+    if len(found) < 2:  # the repair says all about it
         return []
     header, columns = ["plan, best first", _LOSS], []
     for name, column in (
@@ -146,10 +181,7 @@ def _plan_section(plan: Plan) -> list[Section]:
     rows = [
         ([f"{rank}. {each.name}", *_cells(each, "loss", *columns)], each.taken) for rank, each in enumerate(found, 1)
     ]
-    count = f"{len(found)} plans were" if len(found) > 1 else "One plan was"
-    words = f"{count} applied and repaired as a whole. The marked row is the plan of this result."
-    if len(found) == 1:
-        words = "One plan was applied and repaired as a whole, so none lost to it here."
+    words = f"{len(found)} plans were applied and repaired as a whole. The marked row is the plan of this result."
     folded = "" if len(found) <= _AT_ONCE else f"All {len(found)} plans"
     return [Section("Plans", words, [(header, False), *rows], folded)]
 
@@ -168,7 +200,7 @@ def _group_sections(plan: Plan) -> list[Section]:
         (
             "Groups that are not in the plan",
             outside,
-            "Measured in the same way. The sum of the losses of all groups decides which groups a plan has.",
+            "Measured in the same way, to choose the groups of the plan.",
             0,
         ),
     ):
@@ -179,7 +211,7 @@ def _group_sections(plan: Plan) -> list[Section]:
         ]
         if rows:
             folded = "" if len(rows) <= unfold * 3 else f"All {len(part)} groups"
-            found.append(Section(title, words, [(["group", "operator", _LOSS], False), *rows], folded))
+            found.append(Section(title, words, [(["group", "operator", _LOSS], False), *rows], folded, names=2))
     return found
 
 

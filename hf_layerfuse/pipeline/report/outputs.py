@@ -53,10 +53,10 @@ def _continuation(each: Continuation) -> dict[str, str]:
     about = "result" if each.original != each.result else "result (the same)"
     return {
         "prompt": each.prompt.strip(),
-        "original": each.original.strip("\n"),
+        "original": each.original.strip(),
         "about": about,
-        "same": same.lstrip("\n"),
-        "other": each.result[len(same) :],
+        "same": same.lstrip(),
+        "other": each.result[len(same) :].rstrip(),
     }
 
 

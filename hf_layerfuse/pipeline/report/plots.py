@@ -13,6 +13,7 @@ import numpy as np
 from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...plan import Kind, Plan
 from ...training.heal import HealReport
+from .candidates import Panel, decided, loss_panels
 
 _GREY = "#7d7d7d"
 """Visible on white and on black."""
@@ -53,7 +54,10 @@ def draw(plan: Plan, healed: HealReport | None, folder: Path) -> dict[str, str]:
     """
     plot_plan(plan, folder / "plan.png")
     drawn = {"plan.png": "Blocks of the original, and the blocks of the result that they became"}
-    if plan.notes.distances:
+    if panels := loss_panels(decided(plan)):
+        plot_losses(panels, folder / "candidates.png")
+        drawn["candidates.png"] = "Calibration loss of the candidates, further left is better: filled dots were taken"
+    if plan.notes.distances and (not panels or _contrast(plan.notes.distances) >= _LEAST_CONTRAST):
         plot_distances(plan.notes.distances, plan, folder / "distances.png")
         drawn["distances.png"] = (
             "Distances between blocks of the original: dark pairs are similar, marked pairs are grouped"
@@ -65,6 +69,63 @@ def draw(plan: Plan, healed: HealReport | None, folder: Path) -> dict[str, str]:
         plot_homotopy(healed.homotopy, folder / "homotopy.png")
         drawn["homotopy.png"] = "Progress of each activation from its original form (0) to a line (1)"
     return drawn
+
+
+_LEAST_CONTRAST = 0.1
+"""Least difference between the distances of blocks, as a share of the largest, that says more than the losses do."""
+
+
+def _contrast(distances: Mapping[Kind, Sequence[Sequence[float | None]]]) -> float:
+    """Largest difference between two distances of one kind, as a share of the larger one."""
+    found = [0.0]
+    for matrix in distances.values():
+        known = _off_diagonal(matrix)
+        known = known[np.isfinite(known)]
+        if len(known) and known.max() > 0:
+            found.append((known.max() - known.min()) / known.max())
+    return max(found)
+
+
+def _off_diagonal(matrix: Sequence[Sequence[float | None]]) -> np.ndarray:
+    """Distances between different blocks, (blocks, blocks), NaN on the diagonal and between those that never fuse."""
+    known = np.array(matrix, dtype=float)
+    np.fill_diagonal(known, np.nan)  # zeros on the diagonal would take up half of the colours
+    return known
+
+
+def plot_losses(panels: Sequence[Panel], path: str | Path) -> None:
+    """Write a picture of the calibration losses of candidates, one row each.
+
+    A filled dot is the loss of the taken candidate, a hollow one that of another; a grey ring is the loss before the
+    refit, with a line to the loss after it.
+
+    Args:
+        panels: Panels, from top to bottom.
+        path: Path of a PNG file.
+    """
+    heights = [len(panel.rows) + 2.2 for panel in panels]
+    grid = {"nrows": len(panels), "gridspec_kw": {"height_ratios": heights}}
+    with _picture(path, 7.4, 0.23 * sum(heights), **grid) as axes:
+        for [axis], panel, colour in zip(axes, panels, cycle(_COLOURS)):
+            for place, row in enumerate(panel.rows):
+                for each in row.candidates:
+                    fill = colour if each.taken else "none"
+                    if each.before is not None:
+                        axis.plot([each.before, each.loss], [place, place], color=_GREY, linewidth=0.8, zorder=1)
+                        axis.plot(each.before, place, "o", color=_GREY, markersize=4.5, fillstyle="none", zorder=2)
+                    size = 7.5 if each.taken else 6
+                    axis.plot(each.loss, place, "o", color=colour, markerfacecolor=fill, markersize=size, zorder=3)
+            losses = [loss for row in panel.rows for each in row.candidates for loss in (each.loss, each.before)]
+            losses = [loss for loss in losses if loss is not None]
+            if min(losses) > 0 and max(losses) > 10 * min(losses):
+                axis.set_xscale("log")
+            axis.set_yticks(range(len(panel.rows)), [row.blocks for row in panel.rows])
+            axis.set_title(panel.title, loc="left")  # in sight where a phone shows the left part
+            axis.set(xlabel="calibration loss", ylim=(len(panel.rows) - 0.4, -0.6))
+            axis.grid(axis="x", color=_GREY, alpha=0.25, linewidth=0.6)
+            axis.tick_params(axis="y", length=0)
+            for side in ("top", "right", "left"):
+                axis.spines[side].set_visible(False)
 
 
 class Quality(NamedTuple):
@@ -165,9 +226,8 @@ def plot_distances(distances: Mapping[Kind, Sequence[Sequence[float | None]]], p
     dot = {"color": _COLOURS[4], "markersize": 7, "markeredgecolor": "white", "clip_on": False}
     with _picture(path, 4.2 * len(distances), 3.4, ncols=len(distances)) as [axes]:
         for axis, (kind, matrix) in zip(axes, distances.items(), strict=True):
-            known = np.array(matrix, dtype=float)
-            np.fill_diagonal(known, np.nan)  # zeros on the diagonal would take up half of the colours
-            image = axis.imshow(known, cmap="viridis")
+            known = _off_diagonal(matrix)
+            image = axis.imshow(known, cmap="viridis")  # its colours span the distances, NaN left out
             # after several rounds, distances are between the layers that the last one began with
             whole = len(known) == plan.num_layers
             groups = [edit.layers for edit in plan.edits if whole and edit.kind == kind and len(edit.layers) > 1]
@@ -232,7 +292,7 @@ def _draw_flow(axis: Any, plan: Plan, kind: str, colour: str) -> None:
     linear = sum(linear for _, linear in made)
     bars = f", {linear} linear (bars)" if linear else ""
     crosses = f", {len(gone)} dropped (crosses)" if gone else ""
-    axis.set_title(f"{kind}: {len(every)} to {len(made)}{crosses}{bars}", fontsize=text + 1)
+    axis.set_title(f"{kind}: {len(every)} to {len(made)}{crosses}{bars}", fontsize=text + 1, loc="left")
     axis.set(ylim=(-1.6 if ties else -0.7, 1.7), xlim=(-0.8, plan.num_layers - 0.2), yticks=(0, 1), xticks=[])
     axis.set_yticklabels(("result", "original"), fontsize=text + 1)
     axis.tick_params(length=0)

@@ -33,7 +33,10 @@ def rows(results: RunResults) -> list[list[str]]:
     before, measured = results.before, results.stages.values()
     # with rounds, the model fused last has been healed before
     fused = "fused in the last round" if len(results.rounds) > 1 else "fused"
-    table = [["", *(fused if name == "fused" else name for name in results.stages)]]
+    healed = results.heal
+    nothing = healed is not None and healed.best_step == 0 and bool(healed.validation_loss)
+    names = {"fused": fused, "healed": "healed (found nothing better)" if nothing else "healed"}
+    table = [["", *(names.get(name, name) for name in results.stages)]]
 
     def add(label: str, values: list[Any], form: str) -> None:
         table.append([label, *(form.format(value) for value in values)])

@@ -8,7 +8,7 @@ from ...plan import Plan
 from ...plan.words import in_brief
 from ..results import Latency, RunResults
 from .change import change_of
-from .tables import METRIC_NAMES, in_words
+from .tables import METRIC_NAMES
 
 Tone = Literal["good", "bad", "neutral"]
 
@@ -71,14 +71,23 @@ def _speed(results: RunResults) -> list[Finding]:
         return []
     *others, batch = after
     speedup, span = after[batch].speedup, _span(before[batch], after[batch])
-    value, tone = in_words(speedup), "good" if speedup > 1 else "bad"
+    value, tone = _in_times(speedup), "good" if speedup > 1 else "bad"
     if span is not None and span[0] <= 1 <= span[1]:
         value, tone = "same speed", "neutral"
-    details = [f"{before[batch].median_ms:.3g} to {after[batch].median_ms:.3g} ms at batch {batch}"]
+    details = [f"{_in_ms(before[batch])} to {_in_ms(after[batch])} ms at batch {batch}"]
     if span is not None:
-        details.append(f"quartiles: {span[0]:.2f} to {span[1]:.2f} times as fast")
-    details += [f"{in_words(after[other].speedup)} at batch {other}" for other in others]
+        details.append(f"{span[0]:.2f} to {span[1]:.2f} between the quartiles")
+    details += [f"{_in_times(after[other].speedup)} at batch {other}" for other in others]
     return [Finding("Speed", value, tuple(details), tone)]
+
+
+def _in_times(speedup: float) -> str:
+    """A ratio of latencies in a few characters."""
+    return f"{speedup:.2f}\u00d7 as fast" if speedup >= 1 else f"{1 / speedup:.2f}\u00d7 slower"
+
+
+def _in_ms(latency: Latency) -> str:
+    return f"{latency.median_ms:,.0f}" if latency.median_ms >= 100 else f"{latency.median_ms:.3g}"
 
 
 def _span(before: Latency, after: Latency) -> tuple[float, float] | None:
@@ -106,7 +115,7 @@ def _quality(results: RunResults) -> list[Finding]:
             return [Finding(label, value, details, "neutral")]
         details = [f"{before.metrics[metric]:.4g} to {value}"]
         if change.interval is not None:
-            details += [f"95% interval of the change: {change.bounds}", change.verdict]
+            details.append(f"{change.verdict} (95% interval: {change.bounds})")
         tone = {"better": "good", "worse": "bad"}.get(change.verdict, "neutral")
         return [Finding(label, str(change), tuple(details), tone)]
     return []
@@ -114,7 +123,7 @@ def _quality(results: RunResults) -> list[Finding]:
 
 def _done(plan: Plan, results: RunResults) -> Finding:
     value, *details = in_brief(plan)
-    return Finding("Done", value, (*details, _healing(results)), "neutral")
+    return Finding("What was done", value, (*details, _healing(results)), "neutral")
 
 
 def _healing(results: RunResults) -> str:
