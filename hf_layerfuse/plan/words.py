@@ -89,8 +89,8 @@ def name_of(edit: Edit) -> str:
 _SHORT: dict[type, Callable[[Any], str]] = {
     Fuse: lambda edit: f"({operator_of(edit)})",
     Drop: lambda _: "dropped",
-    Linearize: lambda _: "linear",
-    Blend: lambda _: "becoming linear",
+    Linearize: lambda _: "made linear",
+    Blend: lambda _: "made linear in training",
     MergeConvs: lambda edit: f"merged from {', '.join(map(str, edit.keep))}" if edit.keep else "removed",
 }
 

@@ -25,6 +25,7 @@ from .candidates import decided, sections
 from .change import interval_notes
 from .outputs import sample_section
 from .plots import draw
+from .tables import found_nothing
 from .verdict import verdict
 
 _TEMPLATE = (files(__package__) / "page.html").read_text(encoding="utf-8")
@@ -150,15 +151,19 @@ def _how_many(results: RunResults) -> str:
 
 
 def _trained(results: RunResults) -> list[str]:
-    """One sentence about the training of each round."""
-    said = []
-    for healed in (each.report for each in results.rounds):
-        after = f"{healed.steps:,} steps in {healed.seconds:,.0f} s, mixed precision: {healed.mixed_precision}"
-        kept = f"the weights of step {healed.best_step:,} were kept"
-        if healed.validation_loss and healed.best_step == 0:
-            kept = "healing found nothing better, so the initial weights were kept"
-        said.append(f"{after}; {kept}.")
+    """One sentence about each training: of each round, and of the original."""
+    said = [_training(each.report) for each in results.rounds]
+    if results.retrained is not None:
+        said.append(f"The original, retrained on the same data: {_training(results.retrained.report)}")
     return said
+
+
+def _training(report: HealReport) -> str:
+    after = f"{report.steps:,} steps in {report.seconds:,.0f} s, mixed precision: {report.mixed_precision}"
+    kept = f"the weights of step {report.best_step:,} were kept"
+    if found_nothing(report):
+        kept = "healing found nothing better, so the initial weights were kept"
+    return f"{after}; {kept}."
 
 
 def _with_shares(table: list[list[str]]) -> list[list[str]]:

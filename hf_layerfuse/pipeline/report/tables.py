@@ -33,9 +33,9 @@ def rows(results: RunResults) -> list[list[str]]:
     before, measured = results.before, results.stages.values()
     # with rounds, the model fused last has been healed before
     fused = "fused in the last round" if len(results.rounds) > 1 else "fused"
-    healed = results.heal
-    nothing = healed is not None and healed.best_step == 0 and bool(healed.validation_loss)
-    names = {"fused": fused, "healed": "healed (found nothing better)" if nothing else "healed"}
+    reports = {"healed": results.heal, "original, retrained": results.retrained and results.retrained.report}
+    nothing = {name: f"{name} (nothing better found)" for name, report in reports.items() if found_nothing(report)}
+    names = {"fused": fused, **nothing}
     table = [["", *(names.get(name, name) for name in results.stages)]]
 
     def add(label: str, values: list[Any], form: str) -> None:
@@ -55,12 +55,17 @@ def rows(results: RunResults) -> list[list[str]]:
         if all(f"{metric}_interval" in stage.metrics for stage in measured):
             bounds = [stage.metrics[f"{metric}_interval"] for stage in measured]
             table.append(["  95% interval", *(f"{low:.4g} to {high:.4g}" for low, high in bounds)])
-        changes = [change_of(metric, before, stage) for stage in measured if stage is not before]
+        changes = [change_of(metric, before, stage) for stage in list(measured)[1:]]
         if metric in _COMPARED and all(changes):
             table.append(["  change", "", *map(str, changes)])
             if all(change.interval for change in changes):
                 table.append(["  95% interval of the change", "", *(change.bounds for change in changes)])
     return table
+
+
+def found_nothing(report: HealReport | None) -> bool:
+    """Whether a training kept the weights that it began with, because no later ones had a lower validation loss."""
+    return report is not None and report.best_step == 0 and bool(report.validation_loss)
 
 
 def text_table(table: list[list[str]]) -> str:

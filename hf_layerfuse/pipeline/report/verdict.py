@@ -8,7 +8,7 @@ from ...plan import Plan
 from ...plan.words import in_brief
 from ..results import Latency, RunResults
 from .change import change_of
-from .tables import METRIC_NAMES
+from .tables import METRIC_NAMES, found_nothing
 
 Tone = Literal["good", "bad", "neutral"]
 
@@ -116,6 +116,8 @@ def _quality(results: RunResults) -> list[Finding]:
         details = [f"{before.metrics[metric]:.4g} to {value}"]
         if change.interval is not None:
             details.append(f"{change.verdict} (95% interval: {change.bounds})")
+        if results.retrained is not None:
+            details.append(f"original, retrained: {results.retrained.measurement.metrics[metric]:.4g}")
         tone = {"better": "good", "worse": "bad"}.get(change.verdict, "neutral")
         return [Finding(label, str(change), tuple(details), tone)]
     return []
@@ -130,7 +132,7 @@ def _healing(results: RunResults) -> str:
     if not results.rounds:
         return "not healed"
     reports = [each.report for each in results.rounds]
-    if len(reports) == 1 and reports[0].best_step == 0 and reports[0].validation_loss:
+    if len(reports) == 1 and found_nothing(reports[0]):
         return "healing found nothing better"
     steps = f"healed for {sum(report.steps for report in reports):,} steps"
     return steps if len(reports) == 1 else f"{steps} in {len(reports)} rounds"
