@@ -121,7 +121,7 @@ def loss_panels(plan: Plan) -> list[Panel]:
         panels.append(Panel("groups of the plan, fused alone by each operator", inside))
     if outside:
         panels.append(Panel("groups that are not in the plan", outside[:_ROWS]))
-    if single := single_edits(plan):
+    if len(single := single_edits(plan)) > 1:
         shown = [each for place, each in enumerate(single) if place < _ROWS or each.taken]
         panels.append(Panel("single edits", [Group(each.name, [each]) for each in shown]))
     return panels

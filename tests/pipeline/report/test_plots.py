@@ -73,15 +73,15 @@ def test_distances_of_any_size_are_drawn(tmp_path, spread) -> None:
 
 @pytest.mark.parametrize("far", [0.99, 0.5])
 def test_losses_replace_distances_without_contrast(tmp_path, far) -> None:
-    """Losses of candidates are drawn, down to 0; distances that are nearly equal are drawn only where nothing else is."""
+    """Losses of candidates are drawn, down to 0. Distances that are nearly equal are drawn only without losses."""
     apart = [[0.0, 0.98, far], [0.98, 0.0, 0.98], [far, 0.98, 0.0]]
     losses = [EditLoss(Linearize(layer), 0.1**layer) for layer in range(3)]
     plan = Plan("gpt2", 3, (Linearize(1),), PlanNotes(distances={"layer": apart}, losses=losses))
-    assert set(draw(plan, None, tmp_path)) == {"plan.png", "candidates.png"} | (
-        {"distances.png"} if far == 0.5 else set()
-    )
+    drawn = {"plan.png", "candidates.png"} | ({"distances.png"} if far == 0.5 else set())
+    assert set(draw(plan, None, tmp_path)) == drawn
     (tmp_path / "candidates.png").unlink()
-    none = replace(plan, notes=PlanNotes(losses=[EditLoss(Linearize(1), 0.0)], distances={"layer": apart}))
+    perfect = [EditLoss(Linearize(layer), 0.1 * layer) for layer in range(3)]
+    none = replace(plan, notes=PlanNotes(losses=perfect, distances={"layer": apart}))
     assert "candidates.png" in draw(none, None, tmp_path)
     with Image.open(tmp_path / "candidates.png") as picture:
         assert 500 < picture.width < 1600

@@ -100,7 +100,7 @@ def test_the_verdict_is_fair():
     size, speed, quality, done = verdict(plan, results())
     assert (size.value, size.tone) == ("same size", "neutral")
     assert (speed.value, speed.tone) == ("1.50\u00d7 as fast", "good")
-    assert "1.46 to 1.54 between the quartiles" in speed.details
+    assert "1.47 to 1.53 between the quartiles" in speed.details
     assert (quality.value, quality.tone) == ("-2.5 points", "neutral"), "without an interval nothing is called worse"
     assert done.value == "2 MLPs made linear"
     noisy = {8: dataclasses.replace(SMALLER.latency[8], median_ms=29.9, speedup=30 / 29.9)}
