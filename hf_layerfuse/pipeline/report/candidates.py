@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -111,20 +112,28 @@ _ROWS = 16
 
 def loss_panels(plan: Plan) -> list[Panel]:
     """Candidates to draw, where there is more than one: plans, operators of each group, and single edits."""
-    panels = []
-    if len(found := plans(plan)) > 1:
-        best = [(rank, each) for rank, each in enumerate(found, 1) if rank <= _ROWS or each.taken]
-        rows = [Group(f"plan {rank}", [each]) for rank, each in best]
-        panels.append(Panel("whole plans (rings: before the repair)", rows))
+    found, single = plans(plan), single_edits(plan)
+    best = [(rank, each) for rank, each in enumerate(found, 1) if rank <= _ROWS or each.taken]
+    shown = [each for place, each in enumerate(single) if place < _ROWS or each.taken]
     inside, outside = groups(plan)
-    if inside:
-        panels.append(Panel("groups of the plan, fused alone by each operator", inside))
-    if outside:
-        panels.append(Panel("groups that are not in the plan", outside[:_ROWS]))
-    if len(single := single_edits(plan)) > 1:
-        shown = [each for place, each in enumerate(single) if place < _ROWS or each.taken]
-        panels.append(Panel("single edits", [Group(each.name, [each]) for each in shown]))
-    return panels
+    panels = [
+        Panel("whole plans (rings: before the repair)", [Group(f"plan {rank}", [each]) for rank, each in best]),
+        Panel("groups of the plan, fused alone by each operator", inside),
+        Panel("groups that are not in the plan", outside[:_ROWS]),
+        Panel("single edits", [Group(each.name, [each]) for each in shown]),
+    ]
+    panels = [panel._replace(rows=list(filter(None, map(_drawable, panel.rows)))) for panel in panels]
+    return [panel for panel in panels if sum(len(row.candidates) for row in panel.rows) > 1]
+
+
+def _drawable(group: Group) -> Group | None:
+    """A group with its finite losses; None without any."""
+    candidates = [
+        each if each.before is None or math.isfinite(each.before) else each._replace(before=None)
+        for each in group.candidates
+        if math.isfinite(each.loss)
+    ]
+    return group._replace(candidates=candidates) if candidates else None
 
 
 class Section(NamedTuple):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import cycle, permutations, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,32 +12,11 @@ import numpy as np
 from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...plan import Kind, Plan
 from ...training.heal import HealReport
-from .candidates import Panel, decided, loss_panels
-
-_GREY = "#7d7d7d"
-"""Visible on white and on black."""
-
-_COLOURS = ("#2f87c8", "#cf7a00", "#009e73", "#b86ba8", "#d4552f", "#5b6fd6", "#8a8a00", "#00a3a3")
-"""Colours after Okabe and Ito, adjusted for light and dark pages."""
-
-
-@contextmanager
-def _picture(path: str | Path, width: float, height: float, **grid: Any) -> Iterator[Any]:
-    """Axes of a figure of this size in inches, which is written as a PNG file when the block ends."""
-    # imported here, because the import is slow and most runs draw nothing else; Agg needs no window
-    from matplotlib import cycler, rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names = ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "text.color", "xtick.color", "ytick.color")
-    style = dict.fromkeys(names, _GREY) | {"axes.prop_cycle": cycler(color=_COLOURS), "font.size": 9}
-    with rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure.subplots(squeeze=False, **grid)
-        for axis in figure.axes:
-            axis.set_facecolor("none")
-        figure.savefig(path, dpi=130, transparent=True)
+from .candidates import decided, loss_panels
+from .figure import COLOURS as _COLOURS
+from .figure import GREY as _GREY
+from .figure import picture as _picture
+from .losses import plot_losses
 
 
 def draw(plan: Plan, healed: HealReport | None, folder: Path) -> dict[str, str]:
@@ -91,41 +69,6 @@ def _off_diagonal(matrix: Sequence[Sequence[float | None]]) -> np.ndarray:
     known = np.array(matrix, dtype=float)
     np.fill_diagonal(known, np.nan)  # zeros on the diagonal would take up half of the colours
     return known
-
-
-def plot_losses(panels: Sequence[Panel], path: str | Path) -> None:
-    """Write a picture of the calibration losses of candidates, one row each.
-
-    A filled dot is the loss of the taken candidate, a hollow one that of another; a grey ring is the loss before the
-    refit, with a line to the loss after it.
-
-    Args:
-        panels: Panels, from top to bottom.
-        path: Path of a PNG file.
-    """
-    heights = [len(panel.rows) + 2.2 for panel in panels]
-    grid = {"nrows": len(panels), "gridspec_kw": {"height_ratios": heights}}
-    with _picture(path, 7.4, 0.23 * sum(heights), **grid) as axes:
-        for [axis], panel, colour in zip(axes, panels, cycle(_COLOURS)):
-            for place, row in enumerate(panel.rows):
-                for each in row.candidates:
-                    fill = colour if each.taken else "none"
-                    if each.before is not None:
-                        axis.plot([each.before, each.loss], [place, place], color=_GREY, linewidth=0.8, zorder=1)
-                        axis.plot(each.before, place, "o", color=_GREY, markersize=4.5, fillstyle="none", zorder=2)
-                    size = 7.5 if each.taken else 6
-                    axis.plot(each.loss, place, "o", color=colour, markerfacecolor=fill, markersize=size, zorder=3)
-            losses = [loss for row in panel.rows for each in row.candidates for loss in (each.loss, each.before)]
-            losses = [loss for loss in losses if loss is not None]
-            if min(losses) > 0 and max(losses) > 10 * min(losses):
-                axis.set_xscale("log")
-            axis.set_yticks(range(len(panel.rows)), [row.blocks for row in panel.rows])
-            axis.set_title(panel.title, loc="left")  # in sight where a phone shows the left part
-            axis.set(xlabel="calibration loss", ylim=(len(panel.rows) - 0.4, -0.6))
-            axis.grid(axis="x", color=_GREY, alpha=0.25, linewidth=0.6)
-            axis.tick_params(axis="y", length=0)
-            for side in ("top", "right", "left"):
-                axis.spines[side].set_visible(False)
 
 
 class Quality(NamedTuple):

@@ -80,7 +80,7 @@ def test_losses_replace_distances_without_contrast(tmp_path, far) -> None:
     drawn = {"plan.png", "candidates.png"} | ({"distances.png"} if far == 0.5 else set())
     assert set(draw(plan, None, tmp_path)) == drawn
     (tmp_path / "candidates.png").unlink()
-    perfect = [EditLoss(Linearize(layer), 0.1 * layer) for layer in range(3)]
+    perfect = [EditLoss(Linearize(layer), loss) for layer, loss in enumerate((0.0, 0.5, float("inf")))]
     none = replace(plan, notes=PlanNotes(losses=perfect, distances={"layer": apart}))
     assert "candidates.png" in draw(none, None, tmp_path)
     with Image.open(tmp_path / "candidates.png") as picture:
