@@ -99,8 +99,9 @@ def in_brief(plan: Plan) -> list[str]:
     """The plan in a few words, the main change first: its depth where that changes, and the number of edits by type."""
     counts = Counter(name for edit in plan.edits if (name := _COUNTED[type(edit)](edit)))
     said = [f"{count} {names[count > 1]}" for names, count in counts.items()]
-    after = len(plan.layout().slots)
-    depth = [f"{plan.num_layers} to {after} layers"] if after != plan.num_layers else []
+    merged = sum(len(edit.layers) - bool(edit.keep) for edit in plan.edits if isinstance(edit, MergeConvs))
+    after, unit = len(plan.layout().slots) - merged, "convolutions" if merged else "layers"
+    depth = [f"{plan.num_layers} to {after} {unit}"] if after != plan.num_layers else []
     return [*depth, *said] or ["nothing changed"]
 
 

@@ -198,19 +198,19 @@ def _plan_section(plan: Plan) -> list[Section]:
 def _group_sections(plan: Plan) -> list[Section]:
     inside, outside = groups(plan)
     found = []
-    for title, part, words, unfold in (
+    for title, part, words, most in (
         (
             "Operators, for each group of the plan",
             inside,
             "The calibration loss when this group alone is fused and repaired, on part of the data. Marked rows were "
             "taken: the operator of least loss, unless another plan was better as a whole.",
-            _AT_ONCE,
+            3 * _AT_ONCE,
         ),
         (
             "Groups that are not in the plan",
             outside,
             "Measured in the same way, to choose the groups of the plan.",
-            0,
+            _AT_ONCE,
         ),
     ):
         rows = [
@@ -219,7 +219,7 @@ def _group_sections(plan: Plan) -> list[Section]:
             for first, each in zip([True, *[False] * len(group.candidates)], group.candidates, strict=False)
         ]
         if rows:
-            folded = "" if len(rows) <= unfold * 3 else f"All {len(part)} groups"
+            folded = "" if len(rows) <= most else f"All {len(part)} groups"
             found.append(Section(title, words, [(["group", "operator", _LOSS], False), *rows], folded, names=2))
     return found
 

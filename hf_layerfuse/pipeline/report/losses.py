@@ -20,7 +20,7 @@ def plot_losses(panels: Sequence[Panel], path: str | Path) -> None:
         panels: Panels, from top to bottom.
         path: Path of a PNG file.
     """
-    heights = [len(panel.rows) + 2.2 for panel in panels]
+    heights = [len(panel.rows) + 3.4 for panel in panels]
     grid = {"nrows": len(panels), "gridspec_kw": {"height_ratios": heights}}
     with picture(path, 7.4, 0.23 * sum(heights), **grid) as axes:
         for [axis], panel, colour in zip(axes, panels, cycle(COLOURS)):

@@ -123,6 +123,6 @@ def test_a_plan_in_brief():
     ]
     assert in_brief(Plan("gpt2", 6, (Fuse("mlp", (0, 3), "share"),))) == ["1 group of MLPs shares its weights"]
     merged = (MergeConvs(-1, 0, (0,)), MergeConvs(0, 2, (2,)), MergeConvs(2, 3, ()))
-    expected = ["1 run of convolutions merged", "1 convolution removed"]
+    expected = ["6 to 4 convolutions", "1 run of convolutions merged", "1 convolution removed"]
     assert in_brief(Plan("resnet", 6, merged, kinds=CONV_GRAPH_KINDS)) == expected
     assert in_brief(Plan("gpt2", 6, ())) == ["nothing changed"]
