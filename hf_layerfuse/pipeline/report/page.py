@@ -130,7 +130,7 @@ def _of_which_data(plan: Plan) -> str:
     on = f" on {calibration}" if calibration and calibration[0].isdigit() else ""
     words = f"The calibration loss compares the outputs of a candidate with those of the original{on}; lower is better."
     if rounds := plan.notes.rounds:
-        words += f" These are the candidates of the last of {len(rounds)} rounds, which numbers the layers that it began with."
+        words += f" They are those of the last of {len(rounds)} rounds, which numbers the layers that it began with."
     return words
 
 
