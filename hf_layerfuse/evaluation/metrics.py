@@ -20,6 +20,9 @@ from .intervals import bootstrap, wilson
 from .limits import Limits
 from .modes import eval_mode
 
+Scores = list[tuple[float, float]]
+"""Sum and divisor of each row, to compare two models row by row."""
+
 
 class Accuracy(evaluate.Metric):
     """Share of right predictions: a metric of the `evaluate` library that needs neither the Hub nor sklearn.
@@ -50,6 +53,7 @@ def perplexity(
     batch_size: int,
     max_windows: int | None = None,
     bf16: bool = False,
+    scores: Scores | None = None,
 ) -> dict[str, float | int]:
     """Measure the perplexity of a causal language model on a text, with a sliding window.
 
@@ -70,6 +74,7 @@ def perplexity(
         batch_size: Number of windows per batch.
         max_windows: Maximum number of windows, from the start of the text.
         bf16: Whether to compute in bfloat16 autocast.
+        scores: List that receives the loss and the number of scored tokens of each window.
 
     Returns:
         `token_perplexity` and its 95% interval by a bootstrap over windows, `word_perplexity`, `nll` (sum over the
@@ -94,7 +99,7 @@ def perplexity(
         raise DataError(f"the text has {len(ids)} tokens; perplexity needs at least 2. Use a longer text.")
     limits.check_ids("the text", min(ids), max(ids))
 
-    scores: list[tuple[float, int]] = []  # loss and number of scored tokens of each window
+    scores = [] if scores is None else scores
     windows = list(_windows(len(ids), max_length, stride))
     ids = torch.tensor(ids)
     with evaluating(model, bf16=bf16) as device:
@@ -120,13 +125,20 @@ def perplexity(
     }
 
 
-def classification(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], *, bf16: bool = False) -> dict:
+def classification(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    bf16: bool = False,
+    scores: Scores | None = None,
+) -> dict:
     """Measure a classifier.
 
     Args:
         model: Model that maps inputs to `logits` of shape (batch, classes), or (batch, tokens, classes).
         batches: Inputs with `labels` of shape (batch,), or (batch, tokens), where -100 is ignored.
         bf16: Whether to compute in bfloat16 autocast.
+        scores: List that receives the number of right predictions and of all predictions of each row.
 
     Returns:
         `accuracy` (share) and its 95% Wilson interval, `cross_entropy` (mean, in nats) and `examples` (rows, or tokens
@@ -141,6 +153,10 @@ def classification(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor
             labels = batch["labels"].to(device)
             logits = model(**model_inputs(batch, model)).logits
             counts = labels != -100
+            if scores is not None:
+                right = (logits.argmax(-1) == labels) & counts
+                rows = [part.reshape(len(part), -1).sum(1).tolist() for part in (right, counts)]
+                scores += zip(*rows, strict=True)
             logits, labels = logits[counts].float(), labels[counts]
             metric.add_batch(predictions=logits.argmax(-1), references=labels)
             loss += F.cross_entropy(logits, labels, reduction="sum").item()

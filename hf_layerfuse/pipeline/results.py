@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..training.heal import HealReport
 from .output import MARK
+from .samples import Samples
 
 FORMAT_VERSION = 1
 """Format of the results that this release writes. Release 0.1.0 wrote the same keys without a `format_version`."""
@@ -180,6 +181,7 @@ class RunResults:
         recipe: Recipe as JSON types, with the names that the release that wrote it had.
         command: Command line of the run.
         environment: Versions of the libraries, the device, and the numbers of threads and processes.
+        samples: Outputs of the original and of the result on a few rows; None in results of release 0.1.0.
     """
 
     before: Measurement
@@ -191,6 +193,7 @@ class RunResults:
     recipe: Mapping[str, Any]
     command: str
     environment: Mapping[str, str]
+    samples: Samples | None = None
 
     @property
     def heal(self) -> HealReport | None:
@@ -224,6 +227,7 @@ class RunResults:
             "recipe": dict(self.recipe),
             "command": self.command,
             "environment": dict(self.environment),
+            **({} if self.samples is None else {"samples": self.samples.to_dict()}),
         }
 
     @classmethod
@@ -258,6 +262,7 @@ class RunResults:
                 recipe=dict(tree["recipe"]),
                 command=tree["command"],
                 environment=dict(tree["environment"]),
+                samples=Samples.from_dict(tree["samples"]) if tree.get("samples") else None,
             )
         except CheckpointError:
             raise

@@ -38,6 +38,7 @@ from .report.tables import rows, text_table
 from .results import RetrainedOriginal, RunResults
 from .rounds import auto_class_of, fuse_and_heal, identity_of, retrain_original, round_to
 from .run_data import RunData, save_weights, say
+from .samples import sample_outputs
 
 
 def run(recipe: Recipe, command: str) -> RunResults:
@@ -97,6 +98,7 @@ def run(recipe: Recipe, command: str) -> RunResults:
         recipe=dataclasses.asdict(recipe),
         command=command,
         environment=_environment(),
+        samples=sample_outputs(inputs, original, fused),
     )
 
     if state.is_main_process:

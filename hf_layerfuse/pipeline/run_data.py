@@ -21,6 +21,7 @@ from ..data.splits import load_splits
 from ..evaluation import metrics as evaluate
 from ..evaluation.latency import latency_side_by_side
 from ..evaluation.limits import Limits
+from ..evaluation.paired import change_intervals
 from ..models.files import stored_dtype
 from ..models.modeling import FusedMixin
 from ..models.verify import verify
@@ -50,6 +51,7 @@ class RunData:
             if isinstance(rows, Dataset):  # streamed rows are read later
                 check_rows(self.train if split == "train" else self._prepare(split), limits, split)
         self._report_batches: Any = None
+        self._scores_before: evaluate.Scores = []
 
     def _prepare(self, split: str, *, training: bool = False) -> Any:
         return prepare(self.splits[split], self.processor, self.recipe.data, self.recipe.task, training=training)
@@ -117,6 +119,19 @@ class RunData:
         return measured
 
     def _metrics(self, model: PreTrainedModel, original: PreTrainedModel) -> dict[str, Any]:
+        """Metrics of a model, with intervals of their changes from those of the original."""
+        scores: evaluate.Scores = []
+        metrics = self._scored(model, original, scores)
+        if model is original:
+            self._scores_before = scores
+        elif scores:
+            if not self._scores_before:  # a run that resumes measured the original earlier
+                self._scored(original, original, self._scores_before)
+            metrics |= change_intervals(tuple(metrics), self._scores_before, scores)
+        return metrics
+
+    def _scored(self, model: PreTrainedModel, original: PreTrainedModel, scores: evaluate.Scores) -> dict[str, Any]:
+        """Metrics of a model. `scores` receives those of each row, except for embeddings."""
         data, settings = self.recipe.data, self.recipe.evaluate
         if self.recipe.task == "causal-lm":
             return evaluate.perplexity(
@@ -127,12 +142,17 @@ class RunData:
                 stride=settings.stride,
                 batch_size=settings.batch_size,
                 max_windows=data.max_test_samples,
+                scores=scores,
             )
+        if self.recipe.task == "feature-extraction":
+            return evaluate.embedding_fidelity(model, original, self.reported_batches())
+        return evaluate.classification(model, self.reported_batches(), scores=scores)
+
+    def reported_batches(self) -> Any:
+        """Batches of the split that the results are reported on, in the order of its rows."""
         if self._report_batches is None:
             self._report_batches = self._batches(self.reported)
-        if self.recipe.task == "feature-extraction":
-            return evaluate.embedding_fidelity(model, original, self._report_batches)
-        return evaluate.classification(model, self._report_batches)
+        return self._report_batches
 
 
 def against(original: Mapping[int, dict[str, Any]], model: Mapping[int, dict[str, Any]]) -> dict[int, Latency]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from .edit import Blend, Drop, Fuse, Linearize, MergeConvs
+from .edit import Blend, Drop, Edit, Fuse, Linearize, MergeConvs
 from .plan import Plan
 
 
@@ -14,9 +15,19 @@ def changes(plan: Plan) -> list[tuple[str, str]]:
     pairs = []
     for edit in plan.edits:
         if become := _WORDS[type(edit)](edit):
-            where = f"{_BLOCKS[edit.kind][len(edit.layers) > 1]} {', '.join(map(str, edit.layers))}"
-            pairs.append((where, become))
+            pairs.append((blocks(edit.kind, edit.layers), become))
     return pairs
+
+
+def blocks(kind: str, layers: Sequence[int]) -> str:
+    """Blocks of one kind in words."""
+    return f"{_BLOCKS[kind][len(layers) > 1]} {', '.join(map(str, layers))}"
+
+
+def operator_of(edit: Fuse | Any) -> str:
+    """Operator and alignment in words, of an edit or of a record with the same fields."""
+    how = edit.operator if edit.keep is None else f"{edit.operator}, layer {edit.keep}"
+    return how if edit.align == "none" else f"{how}, aligned by {edit.align}"
 
 
 def describe(plan: Plan) -> list[str]:
@@ -40,15 +51,9 @@ _BECOME = {
 }
 
 
-def _how(edit: Fuse) -> str:
-    """Operator and alignment of an edit in words."""
-    how = edit.operator if edit.keep is None else f"{edit.operator}, layer {edit.keep}"
-    return how if edit.align == "none" else f"{how}, aligned by {edit.align}"
-
-
 def _fused(edit: Fuse) -> str:
     residuals = f", with residuals of rank {edit.rank}" if edit.mode == "share" and edit.rank else ""
-    return f"{_BECOME[edit.mode].format(rank=edit.rank)}{residuals} ({_how(edit)})"
+    return f"{_BECOME[edit.mode].format(rank=edit.rank)}{residuals} ({operator_of(edit)})"
 
 
 def _linear(edit: Linearize) -> str:
@@ -73,6 +78,56 @@ _WORDS: dict[type, Callable[[Any], str | None]] = {
     MergeConvs: _merged,
 }
 """Change of the blocks in words, by the type of the edit; None where only batch norms are folded."""
+
+
+def name_of(edit: Edit) -> str:
+    """One edit in a few words, to tell it from others of the same search, which have its mode."""
+    become = _SHORT[type(edit)](edit)
+    return f"{blocks(edit.kind, edit.layers)} {become}"
+
+
+_SHORT: dict[type, Callable[[Any], str]] = {
+    Fuse: lambda edit: f"({operator_of(edit)})",
+    Drop: lambda _: "dropped",
+    Linearize: lambda _: "made linear",
+    Blend: lambda _: "made linear in training",
+    MergeConvs: lambda edit: f"merged from {', '.join(map(str, edit.keep))}" if edit.keep else "removed",
+}
+
+
+def in_brief(plan: Plan) -> list[str]:
+    """The plan in a few words, the main change first: its depth where that changes, and the number of edits by type."""
+    counts = Counter(name for edit in plan.edits if (name := _COUNTED[type(edit)](edit)))
+    said = [f"{count} {names[count > 1]}" for names, count in counts.items()]
+    merged = sum(len(edit.layers) - bool(edit.keep) for edit in plan.edits if isinstance(edit, MergeConvs))
+    after, unit = len(plan.layout().slots) - merged, "convolutions" if merged else "layers"
+    depth = [f"{plan.num_layers} to {after} {unit}"] if after != plan.num_layers else []
+    return [*depth, *said] or ["nothing changed"]
+
+
+_FUSED = {
+    "depth": ("group of {} fused", "groups of {} fused"),
+    "share": ("group of {} shares its weights", "groups of {} share their weights"),
+    "basis": ("group of {} shares a basis", "groups of {} share a basis"),
+}
+
+_PLURAL = {"layer": "layers", "attention": "attention blocks", "mlp": "MLPs", "conv": "convolutions"}
+
+
+def _merged_count(edit: MergeConvs) -> tuple[str, str] | None:
+    if not edit.keep:
+        return "convolution removed", "convolutions removed"
+    return ("run of convolutions merged", "runs of convolutions merged") if len(edit.layers) > 1 else None
+
+
+_COUNTED: dict[type, Callable[[Any], tuple[str, str] | None]] = {
+    Fuse: lambda edit: tuple(name.format(_PLURAL[edit.kind]) for name in _FUSED[edit.mode]),
+    Drop: lambda _: ("block dropped", "blocks dropped"),
+    Linearize: lambda _: ("MLP made linear", "MLPs made linear"),
+    Blend: lambda _: ("MLP to be made linear", "MLPs to be made linear"),
+    MergeConvs: _merged_count,
+}
+"""Singular and plural by the type of the edit, to count edits; None where only batch norms are folded."""
 
 
 def change_table(plan: Plan) -> list[list[str]]:

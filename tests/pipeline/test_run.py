@@ -100,6 +100,9 @@ def test_end_to_end(tmp_path, capsys, task, mode):
     assert results["healed"]["bytes"] == (out / "model.safetensors").stat().st_size
     assert results["fused"]["parameters"] < results["before"]["parameters"]
     assert results["heal"]["steps"] == 3
+    compared = {f"{metrics[0]}_change_interval"} if metrics[0] != "cosine" else set()
+    assert compared == {name for name in results["healed"]["metrics"] if name.endswith("_change_interval")}
+    assert results["samples"]["rows"] > 0
 
     model = AutoFusedModel.from_pretrained(out)
     assert model.num_parameters() == results["healed"]["parameters"]
@@ -280,7 +283,9 @@ def test_figures_are_those_of_the_file(tmp_path):
     again = [*words, "--model", str(tmp_path / "out"), "--output_dir", str(tmp_path / "again"), "--heal.steps", "0"]
     assert main([*again, "--fusion.keep_layers", "3"]) == 0
     measured = json.loads((tmp_path / "again" / "results.json").read_text())
+    low, high = results["healed"]["metrics"].pop("accuracy_change_interval")
     assert measured["before"]["metrics"] == results["healed"]["metrics"]
+    assert low <= measured["before"]["metrics"]["accuracy"] - results["before"]["metrics"]["accuracy"] <= high
     assert "healed" not in measured
 
 

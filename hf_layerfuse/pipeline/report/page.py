@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
@@ -16,15 +14,19 @@ from PIL import Image
 from ...errors import CheckpointError
 from ...evaluation.whole_file import write_whole
 from ...methods import method_of
-from ...models.families import CONV_GRAPH, LAYERS, family_of
-from ...plan import Edit, Linearize, Plan
-from ...plan.words import change_table, changes
+from ...plan import Plan
+from ...plan.words import change_table
 from ...recipe import Recipe, recipe_of
 from ...training.heal import HealReport
 from ..output import MARK
 from ..results import DAMAGED, RunResults, invalid_result
 from . import tables as report
+from .candidates import decided, sections
+from .change import interval_notes
+from .outputs import sample_section
 from .plots import draw
+from .tables import found_nothing
+from .verdict import verdict
 
 _TEMPLATE = (files(__package__) / "page.html").read_text(encoding="utf-8")
 
@@ -80,20 +82,56 @@ def page(plan: Plan, results: RunResults, recipe: Recipe) -> str:
     dataset, split = report.measured_on(recipe, results)
     environment = ", ".join(f"{key} {value}" for key, value in results.environment.items())
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pictures = _pictures(plan, results.heal)
     return template.from_string(_TEMPLATE).render(
         title=f"{report.name_of(recipe)}, {method_of(recipe).done}",
         summary=f"Made from {recipe.model}: {report.in_short(results)}.",
+        verdict=verdict(plan, results),
         measured_on=f"Measured on {dataset} ({split}){_how_many(results)}.",
-        figures=_with_shares(report.rows(results)),
-        changes=change_table(plan),
-        pictures=_pictures(plan, results.heal),
-        reasons=_reasons(plan),
+        figures=_with_looks(_with_shares(report.rows(results))),
+        notes=interval_notes(results),
+        samples=sample_section(results.samples),
+        changes=[_Row(cells) for cells in change_table(plan)],
+        pictures=[pictures[name] for name in ("plan.png",)],
+        tried=[
+            section._replace(rows=[_Row(cells, "taken" * taken) for cells, taken in section.rows])
+            for section in sections(decided(plan))
+        ],
+        tried_words=_of_which_data(plan),
+        tried_pictures=[pictures[name] for name in ("candidates.png", "distances.png") if name in pictures],
         trained=_trained(results),
+        trained_pictures=[pictures[name] for name in ("training.png", "homotopy.png") if name in pictures],
         limitations=report.limitations_of(plan, results),
         command=results.command,
         environment=f"Seed {recipe.seed}; {environment}.",
         recipe=report.recipe_text(recipe),
     )
+
+
+class _Row(NamedTuple):
+    """Row of a table of the page.
+
+    Attributes:
+        cells: Text of each cell; the first one is the header of the row.
+        look: Class of the row in the page's style; empty for a plain one.
+    """
+
+    cells: list[str]
+    look: str = ""
+
+
+def _with_looks(table: list[list[str]]) -> list[_Row]:
+    """Rows with indented labels, which belong to the row above them, as such."""
+    return [_Row([row[0].strip(), *row[1:]], "sub" * row[0].startswith(" ")) for row in table]
+
+
+def _of_which_data(plan: Plan) -> str:
+    calibration = plan.notes.calibration
+    on = f" on {calibration}" if calibration and calibration[0].isdigit() else ""
+    words = f"The calibration loss compares the outputs of a candidate with those of the original{on}; lower is better."
+    if rounds := plan.notes.rounds:
+        words += f" They are those of the last of {len(rounds)} rounds, which numbers the layers that it began with."
+    return words
 
 
 def _read(folder: Path) -> tuple[Plan, RunResults, Recipe]:
@@ -113,15 +151,19 @@ def _how_many(results: RunResults) -> str:
 
 
 def _trained(results: RunResults) -> list[str]:
-    """One sentence about the training of each round."""
-    said = []
-    for healed in (each.report for each in results.rounds):
-        after = f"{healed.steps:,} steps in {healed.seconds:,.0f} s, mixed precision: {healed.mixed_precision}"
-        kept = f"the weights of step {healed.best_step:,} were kept"
-        if healed.validation_loss and healed.best_step == 0:
-            kept = "the validation loss did not improve, so the initial weights were kept"
-        said.append(f"{after}; {kept}.")
+    """One sentence about each training: of each round, and of the original."""
+    said = [_training(each.report) for each in results.rounds]
+    if results.retrained is not None:
+        said.append(f"The original, retrained on the same data: {_training(results.retrained.report)}")
     return said
+
+
+def _training(report: HealReport) -> str:
+    after = f"{report.steps:,} steps in {report.seconds:,.0f} s, mixed precision: {report.mixed_precision}"
+    kept = f"the weights of step {report.best_step:,} were kept"
+    if found_nothing(report):
+        kept = "healing found nothing better, so the initial weights were kept"
+    return f"{after}; {kept}."
 
 
 def _with_shares(table: list[list[str]]) -> list[list[str]]:
@@ -137,66 +179,14 @@ def _share(first: str, cell: str, label: str) -> str:
     return f"{cell} ({after / before:.0%})" if before else cell
 
 
-def _pictures(plan: Plan, healed: HealReport | None) -> list[dict[str, Any]]:
-    found = []
+def _pictures(plan: Plan, healed: HealReport | None) -> dict[str, dict[str, Any]]:
+    """Pictures of a run by the name of their file."""
+    found = {}
     with tempfile.TemporaryDirectory(prefix="layerfuse-") as folder:
         for name, shows in draw(plan, healed, Path(folder)).items():
             path = Path(folder, name)
             with Image.open(path) as image:
                 width, height = image.size
             data = base64.b64encode(path.read_bytes()).decode()
-            found.append({"data": data, "shows": shows, "width": width, "height": height})
+            found[name] = {"data": data, "shows": shows, "width": width, "height": height}
     return found
-
-
-def _reasons(plan: Plan) -> list[dict[str, Any]]:
-    """Reasons for the choice of a plan, from its notes: words, and rows of text."""
-    notes, found = plan.notes, []
-
-    def add(words: str, *rows: list[str]) -> None:
-        found.append({"words": words, "rows": rows})
-
-    if notes.competition:
-        ranked = sorted(notes.competition, key=lambda candidate: candidate.loss)
-        rivals = [[_words_of(plan, candidate.edits), f"{candidate.loss:.4g}"] for candidate in ranked]
-        add("Candidates that competed on calibration data, best first.", ["plan", "calibration loss"], *rivals)
-    if notes.losses:
-        head, names = _SINGLE_OF[family_of(plan)](plan)
-        single = [[name, f"{row.loss:.4g}"] for name, row in zip(names, notes.losses, strict=True)]
-        add("Calibration loss when only this edit is applied.", [head, "calibration loss"], *single)
-    if notes.frontier:
-        points = [[f"{point.share:.0%}", f"{point.loss:.4g}"] for point in notes.frontier]
-        add("Sum of the losses at other latency budgets.", ["of the original's time", "calibration loss"], *points)
-    if refit := notes.refit:
-        values = ["calibration loss", *(f"{loss:.4g}" for loss in (refit.before, refit.after))]
-        kept = "It was kept." if refit.kept else "It did not lower the loss, so it was undone."
-        add(f"Closed-form repair on calibration data. {kept}", ["", "before", "after"], values)
-    return found
-
-
-def _words_of(plan: Plan, edits: Sequence[Edit]) -> str:
-    """A candidate in words: its edits, or the layers whose MLPs become linear."""
-    if _by_layer(plan, edits):
-        return f"linear MLPs of layers {', '.join(str(edit.layer) for edit in edits)}"
-    return "; ".join(f"{blocks} {become}" for blocks, become in changes(replace(plan, edits=edits)))
-
-
-def _by_layer(plan: Plan, edits: Sequence[Edit]) -> bool:
-    """Whether layers alone name the edits: without a latency budget, linear MLPs compete with nothing else."""
-    return plan.notes.latency_ms is None and {type(edit) for edit in edits} == {Linearize}
-
-
-def _single_edits(plan: Plan) -> tuple[str, list[str]]:
-    edits = [row.edit for row in plan.notes.losses]
-    if _by_layer(plan, edits):
-        return "layer", [str(edit.layer) for edit in edits]
-    return "choice", [_words_of(plan, [edit]) for edit in edits]
-
-
-def _single_segments(plan: Plan) -> tuple[str, list[str]]:
-    names = [f"{row.start},{row.end},{row.kernel},{int(row.depthwise)}" for row in plan.notes.losses]
-    return "segment: begin, end, kernel, depthwise", names
-
-
-_SINGLE_OF = {LAYERS: _single_edits, CONV_GRAPH: _single_segments}
-"""Function of a plan that returns a header and the names of the candidates in `losses` of its notes, by its family."""

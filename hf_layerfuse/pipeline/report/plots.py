@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import cycle, permutations, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,31 +12,11 @@ import numpy as np
 from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...plan import Kind, Plan
 from ...training.heal import HealReport
-
-_GREY = "#7d7d7d"
-"""Visible on white and on black."""
-
-_COLOURS = ("#2f87c8", "#cf7a00", "#009e73", "#b86ba8", "#d4552f", "#5b6fd6", "#8a8a00", "#00a3a3")
-"""Colours after Okabe and Ito, adjusted for light and dark pages."""
-
-
-@contextmanager
-def _picture(path: str | Path, width: float, height: float, **grid: Any) -> Iterator[Any]:
-    """Axes of a figure of this size in inches, which is written as a PNG file when the block ends."""
-    # imported here, because the import is slow and most runs draw nothing else; Agg needs no window
-    from matplotlib import cycler, rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names = ("axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "text.color", "xtick.color", "ytick.color")
-    style = dict.fromkeys(names, _GREY) | {"axes.prop_cycle": cycler(color=_COLOURS), "font.size": 9}
-    with rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure.subplots(squeeze=False, **grid)
-        for axis in figure.axes:
-            axis.set_facecolor("none")
-        figure.savefig(path, dpi=130, transparent=True)
+from .candidates import decided, loss_panels
+from .figure import COLOURS as _COLOURS
+from .figure import GREY as _GREY
+from .figure import picture as _picture
+from .losses import plot_losses
 
 
 def draw(plan: Plan, healed: HealReport | None, folder: Path) -> dict[str, str]:
@@ -53,7 +32,10 @@ def draw(plan: Plan, healed: HealReport | None, folder: Path) -> dict[str, str]:
     """
     plot_plan(plan, folder / "plan.png")
     drawn = {"plan.png": "Blocks of the original, and the blocks of the result that they became"}
-    if plan.notes.distances:
+    if panels := loss_panels(decided(plan)):
+        plot_losses(panels, folder / "candidates.png")
+        drawn["candidates.png"] = "Calibration loss of the candidates, further left is better: filled dots were taken"
+    if plan.notes.distances and (not panels or _contrast(plan.notes.distances) >= _LEAST_CONTRAST):
         plot_distances(plan.notes.distances, plan, folder / "distances.png")
         drawn["distances.png"] = (
             "Distances between blocks of the original: dark pairs are similar, marked pairs are grouped"
@@ -65,6 +47,28 @@ def draw(plan: Plan, healed: HealReport | None, folder: Path) -> dict[str, str]:
         plot_homotopy(healed.homotopy, folder / "homotopy.png")
         drawn["homotopy.png"] = "Progress of each activation from its original form (0) to a line (1)"
     return drawn
+
+
+_LEAST_CONTRAST = 0.1
+"""Least difference between the distances of blocks, as a share of the largest, that says more than the losses do."""
+
+
+def _contrast(distances: Mapping[Kind, Sequence[Sequence[float | None]]]) -> float:
+    """Largest difference between two distances of one kind, as a share of the larger one."""
+    found = [0.0]
+    for matrix in distances.values():
+        known = _off_diagonal(matrix)
+        known = known[np.isfinite(known)]
+        if len(known) and known.max() > 0:
+            found.append((known.max() - known.min()) / known.max())
+    return max(found)
+
+
+def _off_diagonal(matrix: Sequence[Sequence[float | None]]) -> np.ndarray:
+    """Distances between different blocks, (blocks, blocks), NaN on the diagonal and between those that never fuse."""
+    known = np.array(matrix, dtype=float)
+    np.fill_diagonal(known, np.nan)  # zeros on the diagonal would take up half of the colours
+    return known
 
 
 class Quality(NamedTuple):
@@ -165,9 +169,8 @@ def plot_distances(distances: Mapping[Kind, Sequence[Sequence[float | None]]], p
     dot = {"color": _COLOURS[4], "markersize": 7, "markeredgecolor": "white", "clip_on": False}
     with _picture(path, 4.2 * len(distances), 3.4, ncols=len(distances)) as [axes]:
         for axis, (kind, matrix) in zip(axes, distances.items(), strict=True):
-            known = np.array(matrix, dtype=float)
-            np.fill_diagonal(known, np.nan)  # zeros on the diagonal would take up half of the colours
-            image = axis.imshow(known, cmap="viridis")
+            known = _off_diagonal(matrix)
+            image = axis.imshow(known, cmap="viridis")  # its colours span the distances, NaN left out
             # after several rounds, distances are between the layers that the last one began with
             whole = len(known) == plan.num_layers
             groups = [edit.layers for edit in plan.edits if whole and edit.kind == kind and len(edit.layers) > 1]
@@ -232,7 +235,7 @@ def _draw_flow(axis: Any, plan: Plan, kind: str, colour: str) -> None:
     linear = sum(linear for _, linear in made)
     bars = f", {linear} linear (bars)" if linear else ""
     crosses = f", {len(gone)} dropped (crosses)" if gone else ""
-    axis.set_title(f"{kind}: {len(every)} to {len(made)}{crosses}{bars}", fontsize=text + 1)
+    axis.set_title(f"{kind}: {len(every)} to {len(made)}{crosses}{bars}", fontsize=text + 1, loc="left")
     axis.set(ylim=(-1.6 if ties else -0.7, 1.7), xlim=(-0.8, plan.num_layers - 0.2), yticks=(0, 1), xticks=[])
     axis.set_yticklabels(("result", "original"), fontsize=text + 1)
     axis.tick_params(length=0)

@@ -13,6 +13,7 @@ from ...plan import Plan
 from ...recipe import Recipe
 from ...training.heal import HealReport
 from ..results import RunResults
+from .change import change_of
 from .portable import base_name
 
 METRIC_NAMES = {
@@ -23,13 +24,19 @@ METRIC_NAMES = {
     "cosine": "cosine to the original",
 }
 
+_COMPARED = ("token_perplexity", "accuracy")
+"""Metrics whose change from the original has a row of its own."""
+
 
 def rows(results: RunResults) -> list[list[str]]:
     """The results of a run as rows of text, header first: one row per metric, one column per stage."""
     before, measured = results.before, results.stages.values()
     # with rounds, the model fused last has been healed before
     fused = "fused in the last round" if len(results.rounds) > 1 else "fused"
-    table = [["", *(fused if name == "fused" else name for name in results.stages)]]
+    reports = {"healed": results.heal, "original, retrained": results.retrained and results.retrained.report}
+    nothing = {name: f"{name} (nothing better found)" for name, report in reports.items() if found_nothing(report)}
+    names = {"fused": fused, **nothing}
+    table = [["", *(names.get(name, name) for name in results.stages)]]
 
     def add(label: str, values: list[Any], form: str) -> None:
         table.append([label, *(form.format(value) for value in values)])
@@ -48,7 +55,17 @@ def rows(results: RunResults) -> list[list[str]]:
         if all(f"{metric}_interval" in stage.metrics for stage in measured):
             bounds = [stage.metrics[f"{metric}_interval"] for stage in measured]
             table.append(["  95% interval", *(f"{low:.4g} to {high:.4g}" for low, high in bounds)])
+        changes = [change_of(metric, before, stage) for stage in list(measured)[1:]]
+        if metric in _COMPARED and all(changes):
+            table.append(["  change", "", *map(str, changes)])
+            if all(change.interval for change in changes):
+                table.append(["  95% interval of the change", "", *(change.bounds for change in changes)])
     return table
+
+
+def found_nothing(report: HealReport | None) -> bool:
+    """Whether a training kept the weights that it began with, because no later ones had a lower validation loss."""
+    return report is not None and report.best_step == 0 and bool(report.validation_loss)
 
 
 def text_table(table: list[list[str]]) -> str:

@@ -12,12 +12,15 @@ import pytest
 from helpers import BROWSER
 from PIL import Image
 from playwright.sync_api import sync_playwright
-from runs import MERGED, PLAN, REPORT, SHARED, STAGE, causal_lm, healed_by, recipe, results, written
+from runs import MERGED, PLAN, REPORT, SHARED, SMALLER, STAGE, causal_lm, healed_by, recipe, results, written
 
-from hf_layerfuse import CheckpointError, CollapseRecipe, Drop, Linearize, MergeRecipe, Plan, cli
+from hf_layerfuse import CheckpointError, CollapseRecipe, Drop, Fuse, Linearize, MergeRecipe, Plan, cli
 from hf_layerfuse.cli import main
 from hf_layerfuse.pipeline.report.page import page, write_page
+from hf_layerfuse.pipeline.results import RunResults
+from hf_layerfuse.pipeline.samples import Continuation, Distance, Prediction, Samples
 from hf_layerfuse.plan import CandidatePlan, EditLoss, FrontierPoint, PlanLatency, PlanNotes, RefitReport
+from hf_layerfuse.plan.notes import OperatorLoss
 from hf_layerfuse.plan.words import change_table
 
 
@@ -40,6 +43,13 @@ class Tags(HTMLParser):
 
     def handle_endtag(self, tag) -> None:
         assert self.open.pop() == tag
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Pages with one picture, of a pixel: drawing takes most of the time of a page."""
+    picture = {"data": "", "shows": "nothing", "width": 1, "height": 1}
+    monkeypatch.setattr("hf_layerfuse.pipeline.report.page._pictures", lambda plan, healed: {"plan.png": picture})
 
 
 @pytest.mark.parametrize(
@@ -81,6 +91,7 @@ def test_needs_nothing_beside_it():
     assert "url(" not in page(PLAN, results(), recipe())
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_what_comes_from_the_run_is_text():
     """Names and commands appear as text, never as markup."""
     evil = "<script>alert(1)</script>"
@@ -102,18 +113,87 @@ def test_says_why(tmp_path):
     for text in ("0.125", "0.0625", "60%", "0.75", "It was kept."):
         assert text in shown
     notes = PlanNotes(losses=(EditLoss(Linearize(4), 0.375),), latency_ms=PlanLatency(2.0, 1.0))
-    assert "the MLP of layer 4 becomes one linear map" in page(
-        dataclasses.replace(PLAN, notes=notes), results(), recipe()
+    assert "the MLP of layer 4 made linear" in page(dataclasses.replace(PLAN, notes=notes), results(), recipe())
+
+
+def test_shows_who_lost():
+    """Each group of the plan has its operators, the taken one first and marked; other groups are listed after them."""
+    taken = Fuse("layer", (2, 3), operator="select", keep=2)
+    operators = (
+        OperatorLoss("layer", (2, 3), "freeze", 0.5, keep=2),
+        OperatorLoss("layer", (2, 3), "select", 0.25, keep=2),
+        OperatorLoss("layer", (4, 5), "mean", 0.75, align="rotation"),
     )
+    competition = (CandidatePlan((taken,), 0.2, 0.4), CandidatePlan((Fuse("layer", (4, 5)),), 0.9, 1.8))
+    apart = [[0.0 if i == j else 0.98 + 0.001 * (i + j) for i in range(12)] for j in range(12)]
+    notes = PlanNotes(operators=operators, competition=competition, distances={"layer": apart})
+    text = page(Plan("bert", 12, (taken,), notes), results(), recipe())
+    marked = re.findall(r'<tr class="taken">(.*?)</tr>', text)
+    assert ["select, layer 2" in row for row in marked] == [True, True]
+    assert "layers 2, 3 (select, layer 2)" in marked[0]
+    assert text.index("freeze, layer 2</td>") < text.index("mean, aligned by rotation")
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text)
+    assert any("Calibration loss" in caption for caption in captions)
+    assert not any("Distances" in caption for caption in captions), "all are alike, so this picture shows nothing"
 
 
+@pytest.mark.usefixtures("without_pictures")
+def test_begins_with_a_verdict():
+    """Tiles at the top have size, speed, quality and changes, and quality has the interval of its change."""
+    after = dataclasses.replace(
+        SMALLER, bytes=3000, metrics={**SMALLER.metrics, "accuracy_change_interval": [-0.05, -0.01]}
+    )
+    text = page(PLAN, results(healed=after), recipe())
+    shown = html.unescape(re.sub(r"<[^>]+>", " ", text))
+    assert re.search(r'class="tiles">.*?</ul>', text, re.DOTALL).group().count("<li") == 4
+    assert text.index('class="tiles"') < text.index("<h2>")
+    for words in (
+        "25% smaller",
+        "as fast",
+        "\u22122.5 points",
+        "worse (95% interval: -5.0 to -1.0)",
+        "12 to 11 layers",
+    ):
+        assert words in shown
+    assert "The interval of a change is a bootstrap over the same rows" in shown
+    without = page(PLAN, results(), recipe())
+    assert "no interval" in without
+    assert "Sample outputs" not in without
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        (
+            Samples(rows=1, continuations=(Continuation("It was <i>", " a dark night", " a dark <b>day</b>"),)),
+            ["It was &lt;i&gt;", '<span class="soft">a dark </span>&lt;b&gt;day&lt;/b&gt;'],
+        ),
+        (
+            Samples(rows=9, outputs=9, improved=1, worsened=2, predictions=(Prediction(3, "<a>", "<a>", "b", "<u>"),)),
+            ["3 changed: 1 became right, 2 became wrong. The first of these:", "&lt;u&gt;", "became wrong", "row 3"],
+        ),
+        (Samples(rows=9, outputs=9), ["Of the predictions for the first 9 rows, none changed."]),
+        (Samples(rows=9, distances=(Distance(3, 0.25, "<u>"),)), ["0.250", "&lt;u&gt;"]),
+    ],
+)
+def test_shows_sample_outputs(samples, words):
+    """Outputs of both models appear as text, never as markup; samples survive the file of the results."""
+    given = results(samples=RunResults.from_dict(results(samples=samples).to_dict()).samples)
+    assert given.samples == samples
+    text = page(PLAN, given, recipe())
+    Tags(text)
+    assert all(part in text for part in words)
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_says_what_training_did():
     """Each round has a sentence, a round without improvement says so, and a run without training has none. The number
     of test examples is given if it is known."""
     reports = dataclasses.replace(REPORT, best_step=0), dataclasses.replace(REPORT, steps=5000, best_step=5000)
     counted = dataclasses.replace(STAGE, metrics={"accuracy": 0.9, "examples": 1234})
     shown = page(PLAN, results(rounds=healed_by(*reports), before=counted), recipe())
-    assert "the initial weights were kept" in shown
+    assert "healing found nothing better, so the initial weights were kept" in shown
     assert "5,000 steps in 72 s" in shown
     assert "Measured on glue (validation), 1,234 examples." in shown
     assert "Training</h2>" not in page(PLAN, results(rounds=(), healed=None), recipe())
@@ -180,7 +260,8 @@ def test_nothing_else_is_replaced(tmp_path, capsys):
 def test_works_in_a_browser(tmp_path):
     """In Chromium, on light and dark pages and on a phone: no error, no network request, nothing cut off, and the
     filter shows the matching rows. Without scripts, all rows are visible; folded content is printed."""
-    plan = Plan("gpt2", 12, tuple(Linearize(layer) for layer in range(1, 11)))
+    losses = [EditLoss(Linearize(layer), 0.1 * layer + 0.1) for layer in range(12)]
+    plan = Plan("gpt2", 12, tuple(Linearize(layer) for layer in range(1, 11)), PlanNotes(losses=losses))
     path = write_page(written(tmp_path / "out", plan, recipe(fusion=None, collapse=CollapseRecipe(count=10))))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
@@ -195,6 +276,10 @@ def test_works_in_a_browser(tmp_path):
                 assert not wrong
                 assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
                 assert tab.evaluate("document.documentElement.scrollWidth") <= width
+                inside = "r => r.left >= 0 && r.right <= innerWidth"
+                boxes = "[...document.querySelectorAll('.tiles li')].map(tile => tile.getBoundingClientRect())"
+                assert tab.evaluate(f"{boxes}.map({inside})") == [True] * 4
+                assert len({box["x"] for box in tab.evaluate(boxes)}) == (4 if width == 1000 else 1)
                 assert all(tab.evaluate("[...document.images].map(image => image.naturalWidth > 100)"))
                 # on a phone, pictures are looked at in parts, since their text would be too small
                 assert all(tab.evaluate("[...document.images].map(image => image.width > 450)"))

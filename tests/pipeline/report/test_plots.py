@@ -10,7 +10,7 @@ from runs import REPORT
 
 from hf_layerfuse import Drop, Fuse, FusionRecipe, Linearize, MergeConvs, Plan, apply, architecture_for, plan_fusion
 from hf_layerfuse.pipeline.report.plots import _COLOURS, _GREY, Quality, _made_of, draw, plot_quality
-from hf_layerfuse.plan import CONV_GRAPH_KINDS, TRANSFORMER
+from hf_layerfuse.plan import CONV_GRAPH_KINDS, TRANSFORMER, EditLoss, PlanNotes
 
 MIXED = Plan("gpt2", 6, (Linearize(1), Drop("attention", 2), Drop("layer", 3), Fuse("layer", (4, 5))))
 SHARED = Plan("gpt2", 6, (Fuse("mlp", (0, 3, 5), mode="share"), Fuse("attention", (1, 2), mode="basis", rank=2)))
@@ -69,6 +69,22 @@ def test_distances_of_any_size_are_drawn(tmp_path, spread) -> None:
         apart = [[0.0 if i == j else 0.985 + spread * (i + j) for i in range(count)] for j in range(count)]
         plan = Plan("gpt2", count, (Fuse("layer", (0, 1)),), notes={"distances": {"layer": apart}})
         assert "distances.png" in draw(plan, None, tmp_path)
+
+
+@pytest.mark.parametrize("far", [0.99, 0.5])
+def test_losses_replace_distances_without_contrast(tmp_path, far) -> None:
+    """Losses of candidates are drawn, down to 0. Distances that are nearly equal are drawn only without losses."""
+    apart = [[0.0, 0.98, far], [0.98, 0.0, 0.98], [far, 0.98, 0.0]]
+    losses = [EditLoss(Linearize(layer), 0.1**layer) for layer in range(3)]
+    plan = Plan("gpt2", 3, (Linearize(1),), PlanNotes(distances={"layer": apart}, losses=losses))
+    drawn = {"plan.png", "candidates.png"} | ({"distances.png"} if far == 0.5 else set())
+    assert set(draw(plan, None, tmp_path)) == drawn
+    (tmp_path / "candidates.png").unlink()
+    perfect = [EditLoss(Linearize(layer), loss) for layer, loss in enumerate((0.0, 0.5, float("inf")))]
+    none = replace(plan, notes=PlanNotes(losses=perfect, distances={"layer": apart}))
+    assert "candidates.png" in draw(none, None, tmp_path)
+    with Image.open(tmp_path / "candidates.png") as picture:
+        assert 500 < picture.width < 1600
 
 
 def test_groups_of_the_original_are_not_marked_among_fewer_layers(tmp_path) -> None:

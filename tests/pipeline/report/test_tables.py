@@ -1,15 +1,19 @@
 """Tables and sentences about a run: every kind of edit has a description, and every metric a name."""
 
+import dataclasses
 from typing import get_args
 
 import pytest
-from runs import REPORT, healed_by, results
+from runs import REPORT, RESULTS, SMALLER, STAGE, healed_by, results
 
 from hf_layerfuse import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
+from hf_layerfuse.pipeline.report.change import change_of
 from hf_layerfuse.pipeline.report.tables import rows
+from hf_layerfuse.pipeline.report.verdict import in_bytes, verdict
+from hf_layerfuse.pipeline.results import RetrainedOriginal
 from hf_layerfuse.plan import CONV_GRAPH_KINDS
 from hf_layerfuse.plan.edit import Kind, Mode
-from hf_layerfuse.plan.words import describe
+from hf_layerfuse.plan.words import describe, in_brief
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
@@ -51,3 +55,74 @@ def test_what_was_healed_before_is_not_called_fused():
     assert rows(results())[0] == ["", "before", "fused", "healed"]
     twice = results(rounds=healed_by(REPORT, REPORT))
     assert rows(twice)[0] == ["", "before", "fused in the last round", "healed"]
+
+
+def test_a_change_has_its_interval():
+    """Perplexities change by a share, accuracies by points. An interval with 0 inside is no clear change."""
+
+    def change(metric, before, after, interval=None):
+        metrics = {metric: after} | ({f"{metric}_change_interval": interval} if interval else {})
+        return change_of(metric, *(dataclasses.replace(STAGE, metrics=each) for each in ({metric: before}, metrics)))
+
+    worse = change("token_perplexity", 20.0, 21.5, [0.06, 0.09])
+    assert (str(worse), worse.bounds, worse.verdict) == ("+7.5%", "+6.0 to +9.0%", "worse")
+    better = change("accuracy", 0.8, 0.85, [0.01, 0.09])
+    assert (str(better), better.bounds, better.verdict) == ("+5.0 points", "+1.0 to +9.0", "better")
+    assert change("accuracy", 0.8, 0.79, [-0.03, 0.0]).verdict == "no clear change"
+    assert change("accuracy", 0.8, 0.79).verdict == ""
+    assert str(change("accuracy", 0.8, 0.79999)) == "0.0 points"
+    assert str(change("token_perplexity", 20.0, 2000.0)) == "+9,900%"
+    assert change("cosine", 1.0, 0.9) is None
+    assert change("token_perplexity", float("inf"), 20.0) is None
+
+
+def test_a_change_has_a_row():
+    """The row of a change follows its metric, and the original has none. Results of 0.1.0 have no intervals."""
+    after = dataclasses.replace(SMALLER, metrics={"accuracy": 0.875, "accuracy_change_interval": [-0.04, -0.01]})
+    both = rows(dataclasses.replace(RESULTS, fused=after))
+    assert both[-2:] == [["  change", "", "-2.5 points"], ["  95% interval of the change", "", "-4.0 to -1.0"]]
+    assert rows(RESULTS)[-1] == ["  change", "", "-2.5 points"]
+
+
+def test_healing_that_found_nothing_is_marked():
+    """The columns of the healed model and of the retrained original say so."""
+    kept = dataclasses.replace(REPORT, best_step=0)
+    table = rows(results(rounds=healed_by(kept), retrained=RetrainedOriginal(STAGE, kept)))
+    assert table[0][-2:] == ["healed (nothing better found)", "original, retrained (nothing better found)"]
+    assert len({len(row) for row in table}) == 1
+    found = verdict(Plan("bert", 12, (Drop("layer", 3),)), results(rounds=healed_by(kept)))
+    assert found[-1].details == ("1 block dropped", "healing found nothing better")
+
+
+def test_the_verdict_is_fair():
+    """A speed-up within the spread of its times is none, and a larger file is called so."""
+    plan = Plan("bert", 12, (Linearize(1), Linearize(2)))
+    size, speed, quality, done = verdict(plan, results())
+    assert (size.value, size.tone) == ("same size", "neutral")
+    assert (speed.value, speed.tone) == ("1.50\u00d7 as fast", "good")
+    assert "1.47 to 1.53 between the quartiles" in speed.details
+    assert (quality.value, quality.tone) == ("-2.5 points", "neutral"), "without an interval nothing is called worse"
+    assert done.value == "2 MLPs made linear"
+    noisy = {8: dataclasses.replace(SMALLER.latency[8], median_ms=29.9, speedup=30 / 29.9)}
+    larger = dataclasses.replace(SMALLER, bytes=4400).with_latency(noisy)
+    size, speed, *_ = verdict(plan, results(healed=larger))
+    assert (size.value, size.tone) == ("10% larger", "bad")
+    assert (speed.value, speed.tone) == ("same speed", "neutral")
+    untimed = dataclasses.replace(STAGE, latency=None, latency_ms=None)
+    assert [each.label for each in verdict(plan, results(before=untimed))] == ["Size", "Accuracy", "What was done"]
+    assert [in_bytes(count) for count in (12, 45_439_980, 1_234_567_890)] == ["12 bytes", "45.4 MB", "1.23 GB"]
+
+
+def test_a_plan_in_brief():
+    edits = (Linearize(1), Drop("attention", 2), Drop("layer", 3), Fuse("layer", (4, 5)))
+    assert in_brief(Plan("gpt2", 6, edits)) == [
+        "6 to 4 layers",
+        "1 MLP made linear",
+        "2 blocks dropped",
+        "1 group of layers fused",
+    ]
+    assert in_brief(Plan("gpt2", 6, (Fuse("mlp", (0, 3), "share"),))) == ["1 group of MLPs shares its weights"]
+    merged = (MergeConvs(-1, 0, (0,)), MergeConvs(0, 2, (2,)), MergeConvs(2, 3, ()))
+    expected = ["6 to 4 convolutions", "1 run of convolutions merged", "1 convolution removed"]
+    assert in_brief(Plan("resnet", 6, merged, kinds=CONV_GRAPH_KINDS)) == expected
+    assert in_brief(Plan("gpt2", 6, ())) == ["nothing changed"]
