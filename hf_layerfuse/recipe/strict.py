@@ -33,8 +33,13 @@ def _strict(cls: type[_T], renamed: Mapping[str, str]) -> type[_T]:
     cls = strict(dataclasses.dataclass(cls, kw_only=True))
     fill = cls.__init__
     hints = get_type_hints(cls)
+    required = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
 
-    def __init__(self, **values: Any) -> None:
+    def check_and_fill(self: Any, values: dict[str, Any]) -> None:
         values = current_names(cls, values)
         for name in values:
             if name not in hints:
@@ -47,11 +52,22 @@ def _strict(cls: type[_T], renamed: Mapping[str, str]) -> type[_T]:
                 values[name] = "no"  # YAML 1.1 reads that word as false
             if isinstance(values[name], str) and values[name].startswith("~/"):
                 values[name] = os.path.expanduser(values[name])  # a shell does this only at the start of a word
+        if missing := [name for name in required if name not in values]:
+            raise RecipeError(
+                f"{cls.__name__} lacks {', '.join(missing)}: add {'it' if len(missing) == 1 else 'them'}."
+            )
         try:
             fill(self, **values)
         except (StrictDataclassError, TypeError) as error:
             reason = str(error).splitlines()[-1].strip().rstrip(".")
             raise RecipeError(f"{cls.__name__}: {reason}. Correct this value in the recipe.") from error
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            check_and_fill(self, values)
+        except RecipeError as error:
+            error.recipe = error.recipe or cls
+            raise
 
     cls.__init__, cls._renamed = __init__, renamed
     return cls
