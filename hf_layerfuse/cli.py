@@ -88,7 +88,9 @@ def _with_recipe(
         if words[0].startswith("-"):
             raise RecipeError(f"the recipe comes first, before {words[0]}: {prog} RECIPE.yaml {words[0]} ...")
         check_options(rest, OF_RECIPE, prog, _SHORT)
-        given = {name: value for name, value in vars(known).items() if name not in ("command", "recipe")}
+        given = {
+            name: value for name, value in vars(known).items() if name not in ("command", "recipe", "print_completion")
+        }
         plain = {name: value for name, value in given.items() if value is True or name in TEXT}
         overrides = plain | parse_overrides([*(f"--{name}={given[name]}" for name in given.keys() - plain), *rest])
         recipe = load_recipe(known.recipe, overrides)

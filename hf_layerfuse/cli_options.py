@@ -216,17 +216,13 @@ def in_options(error: LayerFuseError, options: Mapping[type, str], default: type
     kind = getattr(error, "recipe", None) or default
     if not isinstance(error, RecipeError) or kind not in options:
         return message
+    if f"{kind.__name__} has no field" in message or f"{kind.__name__} lacks" in message:
+        place = f"section {options[kind]}".rstrip(".") if options[kind] else "the recipe"
+        return message.replace(kind.__name__, place, 1)  # its names are those of a file
     words = {field.name for field in fields(kind)}
     names, alone = "|".join(words), "|".join(word for word in words if "_" in word)
-    option = f"--{options[kind]}"
-    message = re.sub(rf"^{kind.__name__}: (\w+Error: )?", "", message)
-    message = re.sub(
-        rf"^{kind.__name__}\b", _PLACES.get(options[kind], f"section {options[kind]}").rstrip("."), message
-    )
-    message = re.sub(rf"\b[Ff]ield '({names})'", rf"{option}\1", message)
-    # one word may be plain English, unless a value follows
-    message = re.sub(rf"(?<![\w./'\"-])({names})(?==| \()", rf"{option}\1", message)
-    return re.sub(rf"(?<![\w./'\"=-])({alone})\b(?![.(/=]\w)", rf"{option}\1", message) if alone else message
-
-
-_PLACES = {"": "the recipe"}
+    option = rf"--{options[kind]}\1"
+    message = message.removeprefix(f"{kind.__name__}: ")
+    # a name of one word may be plain English, unless a value follows
+    message = re.sub(rf"(?<![\w./'\"-])({names})(?==| \()", option, message)
+    return re.sub(rf"(?<![\w./'\"=-])({alone})\b(?![.(/=]\w)", option, message) if alone else message

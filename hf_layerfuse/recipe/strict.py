@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import MappingProxyType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -59,6 +60,10 @@ def _strict(cls: type[_T], renamed: Mapping[str, str]) -> type[_T]:
         try:
             fill(self, **values)
         except (StrictDataclassError, TypeError) as error:
+            wrong = re.search(r"[Ff]ield '(\w+)'", str(error))
+            if wrong is not None and wrong[1] in values:
+                name = wrong[1]
+                raise RecipeError(f"{cls.__name__}: {name}={values[name]!r}: use {_allowed(hints[name])}.") from error
             reason = str(error).splitlines()[-1].strip().rstrip(".")
             raise RecipeError(f"{cls.__name__}: {reason}. Correct this value in the recipe.") from error
 
@@ -71,6 +76,20 @@ def _strict(cls: type[_T], renamed: Mapping[str, str]) -> type[_T]:
 
     cls.__init__, cls._renamed = __init__, renamed
     return cls
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def _allowed(hint: Any) -> str:
+    """Values of a field in words."""
+    words = []
+    for part in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+        if get_origin(part) is Literal:
+            words += map(repr, get_args(part))
+        elif part is not type(None):
+            words.append(_KINDS.get(part) or f"a {part.__name__}")
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def current_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
