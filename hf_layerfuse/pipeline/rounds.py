@@ -94,7 +94,11 @@ def fuse_and_heal(recipe: Recipe, original: PreTrainedModel, inputs: RunData, wo
             )
             healed.append(HealRound(goal, report))
             if losses := dict(report.validation_loss):
-                say(f"validation loss {losses[0]:.4g} -> {losses[report.best_step]:.4g}, from step {report.best_step}")
+                best = f"{losses[report.best_step]:.4g} at step {report.best_step}"
+                say(
+                    f"validation loss: {losses[0]:.4g} before healing, "
+                    + (f"best {best}" if report.best_step else "and never lower")
+                )
             if finish:
                 say(finish.doing)
                 fused, plan = finish.apply(fused, plan, inputs.calibration())
