@@ -20,7 +20,7 @@ from .methods.merge.method import MERGE
 from .methods.report import FusionReport
 from .models.architectures import architecture_for
 from .models.loading import load_checkpoint
-from .models.precision import in_float32
+from .models.precision import batch_for, in_float32
 from .models.verify import verify, warn_if_useless
 from .recipe import CollapseRecipe, FusionRecipe, MergeRecipe, current_names
 
@@ -150,6 +150,8 @@ def _compress(
     with torch.inference_mode(False):  # weights made in inference mode could not be trained
         start = time.perf_counter()
         wide = in_float32(model)
+        if wide is not model and sequences is not None:
+            sequences = [batch_for(wide, batch) for batch in sequences]
         found = method.search(wide, recipe, sequences)
         if not method.needs_training(recipe):  # the quality of other results shows only after training
             warn_if_useless(wide, found.model, sequences)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -35,3 +36,11 @@ def in_float32(model: _Model) -> _Model:
     if model.device.type != "cpu" or model.dtype not in (torch.float16, torch.bfloat16):
         return model
     return store_as(copy.deepcopy(model).float(), model.dtype)
+
+
+def batch_for(model: PreTrainedModel, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with its half-precision tensors, such as images, in the data type of a float32 model."""
+    half = (torch.float16, torch.bfloat16)
+    return {
+        name: value.to(model.dtype) if getattr(value, "dtype", None) in half else value for name, value in batch.items()
+    }

@@ -93,12 +93,7 @@ def fuse_and_heal(recipe: Recipe, original: PreTrainedModel, inputs: RunData, wo
                 checkpoints=unfinished(work / f"heal-{number}", identity_of(healing)),
             )
             healed.append(HealRound(goal, report))
-            if losses := dict(report.validation_loss):
-                best = f"{losses[report.best_step]:.4g} at step {report.best_step}"
-                say(
-                    f"validation loss: {losses[0]:.4g} before healing, "
-                    + (f"best {best}" if report.best_step else "and never lower")
-                )
+            _say_losses(report)
             if finish:
                 say(finish.doing)
                 fused, plan = finish.apply(fused, plan, inputs.calibration())
@@ -141,7 +136,15 @@ def retrain_original(
         seed=recipe.seed,
         checkpoints=unfinished(work / "original", identity_of(healing)),
     )
+    _say_losses(report)
     return round_to(model, inputs.dtype), report
+
+
+def _say_losses(report: HealReport) -> None:
+    losses = dict(report.validation_loss)
+    if losses:
+        best = f"{losses[report.best_step]:.4g} at step {report.best_step}" if report.best_step else "never lower"
+        say(f"validation loss: {losses[0]:.4g} at step 0, {best}")
 
 
 def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> list[tuple[Goal, int]]:

@@ -1,8 +1,10 @@
 """Models in half precision on a CPU are computed in float32, and keep the data type of their file."""
 
+import copy
+
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import network, tiny_model
 
 from hf_layerfuse import fuse
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
@@ -12,7 +14,7 @@ from hf_layerfuse.models.surgery.size import planned_size
 from hf_layerfuse.plan import Plan
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_half_precision_is_computed_in_float32(dtype, monkeypatch) -> None:
     """`fuse` searches on a float32 copy, and returns a model in the given type; the model itself does not change."""
     model = tiny_model("gpt2", "GPT2LMHeadModel").to(dtype)
@@ -30,6 +32,16 @@ def test_half_precision_is_computed_in_float32(dtype, monkeypatch) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert small.fusion_report.bytes[0] == sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.slow
+def test_images_in_half_precision_fit() -> None:
+    """Images that a model in half precision takes are converted with it."""
+    model = copy.deepcopy(network("cifar")).to(torch.bfloat16)
+    images = dummy_inputs(model, 4)
+    assert images["pixel_values"].dtype == torch.bfloat16
+    small = fuse(model, keep_layers=4, effort="low", batches=[images])
+    assert small.dtype == torch.bfloat16
 
 
 def test_a_model_in_float32_is_not_copied() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from helpers import tiny_model
-from runs import causal_lm, image_classification, text_classification
+from runs import causal_lm, image_classification, sentences, text_classification
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
 
 from hf_layerfuse import AutoFusedModel, FusionRecipe, Plan, apply, plan_fusion
@@ -110,7 +110,13 @@ def test_a_recipe_is_planned_without_writing(tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("words", [["--keep_layers", "4"], ["--ratio", "0.4", "--mode", "share", "--rank", "auto"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--keep_layers", "4"],
+        pytest.param(["--ratio", "0.4", "--mode", "share", "--rank", "auto"], marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_without_data(tmp_path, capsys, words):
     """The command shows the decisions of `plan_fusion` and the sizes after `apply`, and says that data may change
     them. A config gives runs of about equal length and the same size, and no speed."""
@@ -140,13 +146,14 @@ def test_a_model_without_data(tmp_path, capsys, words):
 def test_a_model_with_text_is_searched(tmp_path, capsys):
     """With lines of text, the plan is that of the calibrated search."""
     causal_lm(tmp_path)
-    path, text = str(tmp_path / "model"), tmp_path / "train.txt"
+    path, text = str(tmp_path / "model"), tmp_path / "lines.txt"
+    text.write_text("\n".join(sentences(12, 1)) + "\n")
     assert main(["plan", path, "--keep_layers", "4", "--effort", "low", "--text", str(text)]) == 0
     shown = capsys.readouterr().out
     recipe = FusionRecipe(keep_layers=4, effort="low")
     found = search(AutoFusedModel.from_pretrained(path), recipe, text_batches(path, text))
     assert all(cell in shown for row in change_table(found.plan) for cell in row)
-    assert f"Decided on 60 sequences from {text}" in shown
+    assert f"Decided on 12 sequences from {text}" in shown
     assert main(["plan", f"{path}/config.json", "--keep_layers", "4", "--text", str(text)]) == 1
     assert "has no weights to calibrate" in capsys.readouterr().err
 
