@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, RecipeError
 from ..evaluation.latency import latency_side_by_side
+from ..evaluation.timing import device_name
 from ..methods import method_of
 from ..methods.fusion.method import FUSION
 from ..methods.fusion.planner import plan_evenly, plan_fusion
@@ -67,7 +68,8 @@ def plan_run(recipe: Recipe) -> Prediction:
     rounds = rounds_of(recipe, original, inputs)
     found = search_of(recipe, rounds[0][0], original, original, inputs)
     plan, model = found.plan, found.model
-    remarks = ["The run decides the same: the search used its calibration data and its seed."]
+    timed_again = "" if plan.notes.latency_ms is None else " It measures latency again, which varies a little."
+    remarks = [f"The run decides the same: the search used its calibration data and its seed.{timed_again}"]
     if plan.notes.refit is not None:
         refit = plan.notes.refit
         remarks.append(f"Calibration loss: {refit.before:.4g} before the refit, {refit.after:.4g} after it.")
@@ -87,7 +89,9 @@ def plan_run(recipe: Recipe) -> Prediction:
     timed: Mapping[int, tuple[float, float]] = {}
     if recipe.evaluate.latency:
         timed = _timed(original, model, sequence_length=recipe.data.max_length, repeats=recipe.evaluate.latency_repeats)
-    return _prediction(plan, {name: (before[name], after[name]) for name in ("parameters", "bytes")}, timed, remarks)
+    return _prediction(
+        plan, {name: (before[name], after[name]) for name in ("parameters", "bytes")}, timed, remarks, original
+    )
 
 
 @steps()
@@ -135,7 +139,7 @@ def plan_model(name: str, recipe: FusionRecipe, text: Path | None = None) -> Pre
     if has_weights:
         say("timing both models in turn")
         timed = _timed(model, applied(model, plan) if result is None else result)
-    return _prediction(plan, {name: (sizes[0][name], sizes[1][name]) for name in sizes[0]}, timed, remarks)
+    return _prediction(plan, {name: (sizes[0][name], sizes[1][name]) for name in sizes[0]}, timed, remarks, model)
 
 
 def _timed(original: PreTrainedModel, planned: PreTrainedModel, **options: Any) -> dict[int, tuple[float, float]]:
@@ -148,6 +152,7 @@ def _prediction(
     sizes: Mapping[str, tuple[int, int]],
     timed: Mapping[int, tuple[float, float]],
     remarks: list[str],
+    original: PreTrainedModel,
 ) -> Prediction:
     latency = plan.notes.latency_ms
     if latency is not None:
@@ -157,7 +162,7 @@ def _prediction(
         )
     if timed:
         remarks.append(
-            "Latency is measured on this machine, both models in turn; "
-            f"{torch.get_num_threads()} {'thread' if torch.get_num_threads() == 1 else 'threads'}."
+            f"Latency is measured on this machine ({device_name(original.device)}, threads: "
+            f"{torch.get_num_threads()}), both models in turn."
         )
     return Prediction(plan=plan, sizes=sizes, latency_ms=timed, remarks=tuple(remarks))
