@@ -153,8 +153,6 @@ def _compress(
         if wide is not model and sequences is not None:
             sequences = [batch_for(wide, batch) for batch in sequences]
         found = method.search(wide, recipe, sequences)
-        if not method.needs_training(recipe):  # the quality of other results shows only after training
-            warn_if_useless(wide, found.model, sequences)
         result = found.model.to(model.dtype)
         result.fusion_report = FusionReport(
             method=method.name,
@@ -165,6 +163,8 @@ def _compress(
         )
         if check:
             verify(result)
+        if not method.needs_training(recipe):  # the quality of other results shows only after training
+            warn_if_useless(wide, in_float32(result), sequences)
     return result
 
 
