@@ -9,8 +9,7 @@ CORES := $(shell $(PYTHON) -c "import os; print(len(os.sched_getaffinity(0)) if 
 .PHONY: demo test slow lint docs bench-check clean
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/demo.py outputs/demo-model
-	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
-	  --dynamo_backend no --num_cpu_threads_per_process $(CORES) fuse.py recipes/demo.yaml --overwrite
+	HF_HUB_OFFLINE=1 $(BIN)/hf-layerfuse run recipes/demo.yaml --overwrite
 	$(BIN)/python -c "from hf_layerfuse import AutoFusedModel; m = AutoFusedModel.from_pretrained('outputs/demo'); print(f'Reloaded: {type(m).__name__} with {m.config.num_hidden_layers} layers')"
 
 test: $(VENV)/.installed

@@ -20,6 +20,7 @@ from .methods.merge.method import MERGE
 from .methods.report import FusionReport
 from .models.architectures import architecture_for
 from .models.loading import load_checkpoint
+from .models.precision import batch_for, in_float32
 from .models.verify import verify, warn_if_useless
 from .recipe import CollapseRecipe, FusionRecipe, MergeRecipe, current_names
 
@@ -148,8 +149,11 @@ def _compress(
     sequences = None if batches is None else read(batches, model)
     with torch.inference_mode(False):  # weights made in inference mode could not be trained
         start = time.perf_counter()
-        found = method.search(model, recipe, sequences)
-        result = found.model
+        wide = in_float32(model)
+        if wide is not model and sequences is not None:
+            sequences = [batch_for(wide, batch) for batch in sequences]
+        found = method.search(wide, recipe, sequences)
+        result = found.model.to(model.dtype)
         result.fusion_report = FusionReport(
             method=method.name,
             plan=found.plan,
@@ -160,7 +164,7 @@ def _compress(
         if check:
             verify(result)
         if not method.needs_training(recipe):  # the quality of other results shows only after training
-            warn_if_useless(model, result, sequences)
+            warn_if_useless(wide, in_float32(result), sequences)
     return result
 
 

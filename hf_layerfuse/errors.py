@@ -6,7 +6,13 @@ class LayerFuseError(ValueError):
 
 
 class RecipeError(LayerFuseError):
-    """A recipe has unknown fields or contradictory values, or its target cannot be met."""
+    """A recipe has unknown fields or contradictory values, or its target cannot be met.
+
+    Attributes:
+        recipe: Class that has the fields in the message; None where they do not belong to one class.
+    """
+
+    recipe: type | None = None
 
 
 class PlanError(LayerFuseError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny_model
+from runs import causal_lm
 
 import hf_layerfuse
 from hf_layerfuse import AutoFusedModel, FusionRecipe, fuse
@@ -68,6 +69,18 @@ def test_run_is_fuse_py(tmp_path, capsys) -> None:
             messages.append(capsys.readouterr().err.replace("hf-layerfuse run", "fuse.py"))
         assert messages[0] == messages[1]
         assert messages[0].startswith("fuse.py: ")
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_run_reads_a_recipe(tmp_path, capsys) -> None:
+    """A recipe that can be read gets as far as its model, under both names, and a mistake is one line."""
+    words = [*causal_lm(tmp_path), "--model", "./nowhere"]
+    capsys.readouterr()
+    for command, own in ((main, ["run"]), (main, ["plan"]), (run, [])):
+        assert command([*own, *words]) == 1
+        step, message = capsys.readouterr().err.splitlines()
+        assert step.endswith("loading ./nowhere")
+        assert "there is no directory './nowhere'" in message
 
 
 def test_version(capsys) -> None:

@@ -238,8 +238,8 @@ def split_launch(words: list[str]) -> tuple[dict[str, str], list[str], list[str]
     while "=" in words[0]:
         name, _, value = words[0].partition("=")
         variables[name], words = value, words[1:]
-    start = words.index("-m") if "-m" in words else words.index("fuse.py")
-    end = start + (2 if words[start] == "-m" else 1)
+    start = next(words.index(name) for name in ("hf-layerfuse", "-m", "fuse.py") if name in words)
+    end = start + (1 if words[start] == "fuse.py" else 2)
     return variables, words[:start], words[start:end], words[end:]
 
 
@@ -256,7 +256,10 @@ def launched(words: list[str], here: Path) -> None:
     given += SMALLER
     environment = [f"{name}={value}" for name, value in variables.items()]
     with hub(here / "hub") as site:
-        run(["env", *environment, *launcher, *program, *given], here, site.url)
+        done = run(["env", *environment, *launcher, *program, *given], here, site.url)
+        if program[-1] == "plan":
+            assert "The run decides the same" in done.stdout
+            return
         recipe = load_recipe(given[0], parse_overrides(private_to_hub(given[1:])))
         assert (here / recipe.output_dir / "model.safetensors").is_file()
         results = json.loads((here / recipe.output_dir / "results.json").read_text())
@@ -279,8 +282,8 @@ def private_to_hub(given: list[str]) -> list[str]:
 
 def timed(words: list[str], here: Path) -> None:
     """A recipe with a latency budget: runs in this process, where latencies are simulated."""
-    _, launcher, _, given = split_launch(words)
-    assert launcher == ["accelerate", "launch"]
+    _, launcher, program, given = split_launch(words)
+    assert [*launcher, *program] == ["hf-layerfuse", "run"]
     given += [*SMALLER, "--data.name", "null", "--data.config", "null", "--model", str(here / "local" / "model")]
     (here / "local").mkdir()
     if "merge" in given[0]:
@@ -313,12 +316,14 @@ def handler(command: str) -> Callable[[list[str], Path], None]:
         (r"make (demo|test|slow|lint|docs|bench-check)", existing_target),
         (r"pip install ", requirement),
         (r"python benchmarks/", benchmark),
+        (r"hf-layerfuse plan \S+\.yaml", launched),
         (r"hf-layerfuse (inspect|plan) ", looked_at),
         (r"hf-layerfuse report ", reported),
         (r"hf-layerfuse --print-completion ", completed),
-        (r"accelerate launch fuse\.py recipes/(latency|merge)-", timed),
+        (r"hf-layerfuse run recipes/(latency|merge)-", timed),
         (r"accelerate launch --config_file ", on_several_gpus),
         (r"([A-Z_]+=\S+ )*(accelerate launch|torchrun --nproc_per_node 2) (fuse\.py|-m hf_layerfuse) ", launched),
+        (r"([A-Z_]+=\S+ )*hf-layerfuse run ", launched),
     )
     for pattern, check in known:
         if re.match(pattern, command):

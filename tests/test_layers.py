@@ -15,6 +15,7 @@ TESTS = Path(__file__).parent
 ROOMS = (
     ("__main__", "__init__"),
     ("cli",),
+    ("cli_options",),
     ("api", "pipeline"),
     ("methods",),
     ("calibration", "training"),

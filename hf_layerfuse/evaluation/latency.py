@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .dummy_inputs import dummy_inputs
@@ -56,7 +55,7 @@ def latency_side_by_side(
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(evaluating(model))
-        for batch_size in tqdm(list(batch_sizes), desc="latency", disable=None):
+        for batch_size in batch_sizes:
             length = sequence_length or _DEFAULT_SEQUENCE_LENGTH
             inputs = {name: dummy_inputs(model, batch_size, length) for name, model in models.items()}
             runs = {name: partial(model, **inputs[name]) for name, model in models.items()}

@@ -103,7 +103,9 @@ def perplexity(
     windows = list(_windows(len(ids), max_length, stride))
     ids = torch.tensor(ids)
     with evaluating(model, bf16=bf16) as device:
-        for first in tqdm(range(0, len(windows), batch_size), desc="perplexity", disable=None):
+        for first in tqdm(
+            range(0, len(windows), batch_size), desc="Perplexity", unit="batch", disable=None, leave=False
+        ):
             rows = windows[first : first + batch_size]
             batch, labels = _window_batch(ids, rows)
             targets = labels[:, 1:].to(device)
@@ -149,7 +151,7 @@ def classification(
     """
     metric, loss, examples = Accuracy(keep_in_memory=True), 0.0, 0
     with evaluating(model, bf16=bf16) as device:
-        for batch in tqdm(batches, desc="classification", disable=None):
+        for batch in tqdm(batches, desc="Classifying", unit="batch", disable=None, leave=False):
             labels = batch["labels"].to(device)
             logits = model(**model_inputs(batch, model)).logits
             counts = labels != -100
@@ -195,7 +197,7 @@ def embedding_fidelity(
     """
     found, limits = [], Limits.of(model)
     with evaluating(model, bf16=bf16) as device, evaluating(reference, bf16=bf16):
-        for batch in tqdm(batches, desc="embeddings", disable=None):
+        for batch in tqdm(batches, desc="Embedding", unit="batch", disable=None, leave=False):
             limits.check("the data", batch)
             ours = embedding(model, batch)
             theirs = embedding(reference, batch).to(device)

@@ -60,7 +60,7 @@ def interleaved(
     """
     rounds = [
         {name: _milliseconds(call, device, row) for name, call in runs.items()}
-        for _ in tqdm(range(warmup + repeats), "Timing", disable=None, leave=False)
+        for _ in tqdm(range(warmup + repeats), "Timing", unit="round", disable=None, leave=False)
     ]
     found = {}
     for name in runs:

@@ -32,6 +32,10 @@ class SearchResult:
     report: RefitReport | None
 
 
+def _the_same(plan: Plan) -> Plan:
+    return plan
+
+
 @dataclass(frozen=True)
 class Finish:
     """Last step of a method, after training.
@@ -41,11 +45,13 @@ class Finish:
         apply: Function of the trained model, its plan and calibration batches that returns the final model and plan.
         threshold: Largest distance from linear at which an activation is merged. Training needs it to choose the best
             weights. None where no activation becomes linear by training.
+        plan: Function of the plan before this step that returns the plan after it, provided that training succeeds.
     """
 
     doing: str
     apply: Callable[[PreTrainedModel, Plan, Sequence[Any]], tuple[PreTrainedModel, Plan]]
     threshold: float | None = None
+    plan: Callable[[Plan], Plan] = _the_same
 
 
 def _never(recipe: Any) -> bool:

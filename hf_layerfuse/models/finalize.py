@@ -62,8 +62,7 @@ def linearize_mlps(
         check_form(module, architecture, LinearForm(fold=fold))
     lost = {} if batches is None else line_errors(model, architecture, list(places.values()), batches)
     notes = PlanNotes(homotopy=tuple(LinearActivation(layer, a, lost.get(places[layer])) for layer, a in found.items()))
-    edits = [Linearize(edit.layer, fold=fold) if isinstance(edit, Blend) else edit for edit in plan.edits]
-    plan = dataclasses.replace(plan, edits=tuple(edits), notes=notes)
+    plan = dataclasses.replace(linearized(plan, fold=fold), notes=notes)
     gone = [
         f"{architecture.layers_path(model)}.{places[layer]}.{at}."
         for layer in blends
@@ -102,8 +101,19 @@ def merge_convs(model: PreTrainedModel) -> tuple[PreTrainedModel, Plan]:
         raise PlanError(
             f"no segment of this {type(model).__name__} is open: apply MergeConvs(..., merged=False) first."
         )
-    plan = dataclasses.replace(plan, edits=tuple(dataclasses.replace(edit, merged=True) for edit in plan.edits))
+    plan = closed(plan)
     return _with_report(merged(model, plan), model, plan), plan
+
+
+def linearized(plan: Plan, *, fold: bool = False) -> Plan:
+    """The plan that `linearize_mlps` returns for the model of a plan, without its notes."""
+    edits = [Linearize(edit.layer, fold=fold) if isinstance(edit, Blend) else edit for edit in plan.edits]
+    return dataclasses.replace(plan, edits=tuple(edits))
+
+
+def closed(plan: Plan) -> Plan:
+    """The plan that `merge_convs` returns for the model of a plan."""
+    return dataclasses.replace(plan, edits=tuple(dataclasses.replace(edit, merged=True) for edit in plan.edits))
 
 
 def _with_report(result: PreTrainedModel, model: PreTrainedModel, plan: Plan) -> PreTrainedModel:

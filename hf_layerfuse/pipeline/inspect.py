@@ -1,9 +1,8 @@
-"""Tables that describe a model and a planned fusion, before anything is changed."""
+"""Tables that describe a model, before anything is changed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,21 +14,21 @@ from ..evaluation.batches import Batches
 from ..evaluation.metrics import bytes_in_memory, parameter_counts
 from ..math.similarity import ON_ACTIVATIONS
 from ..methods.fusion.distances import block_distances
-from ..methods.fusion.planner import plan_evenly, plan_fusion
 from ..models.architectures import ConvGraphArchitecture, LayerArchitecture, TransformerArchitecture, architecture_for
+from ..models.files import stored_dtype
 from ..models.heads import head_class
 from ..models.loading import load_checkpoint
+from ..models.precision import dtype_in_file, store_as
 from ..models.surgery.checks import check_model, check_plan
 from ..models.surgery.conv_graph import check_merges
-from ..models.surgery.size import planned_size
 from ..plan import CONV_GRAPH_KINDS, Kind, Linearize, Plan
-from ..plan.words import change_table
-from ..recipe import FusionRecipe
+from .progress import steps
 
 Rows = list[list[str]]
 """Rows of text, a header first, as `report.text_table` takes them."""
 
 
+@steps()
 def inspect_tables(name: str, similarity: str | None = None, text: Path | None = None) -> list[Rows]:
     """Tables that describe a model, see `overview`.
 
@@ -43,7 +42,7 @@ def inspect_tables(name: str, similarity: str | None = None, text: Path | None =
         DataError: The text is missing or cannot be read.
         UnsupportedModelError: The architecture is unknown.
     """
-    model = _load(name)
+    model = load_model(name)
     if model.device.type != "meta":
         similarity = similarity or "cosine"
     elif similarity is not None:
@@ -51,36 +50,7 @@ def inspect_tables(name: str, similarity: str | None = None, text: Path | None =
             f"{name!r} is a config, and a config has no weights to compare: leave --similarity out, or name a "
             "checkpoint."
         )
-    return overview(model, similarity, _batches(name, text, similarity))
-
-
-def plan_tables(name: str, recipe: FusionRecipe, text: Path | None = None) -> list[Rows]:
-    """Tables that show a planned fusion, and the sizes of the model before and after it.
-
-    Args:
-        name: Checkpoint or Hub name; or a config, or the directory of one, which is planned evenly.
-        recipe: Recipe of the fusion.
-        text: File with lines of text, for a similarity of activations.
-
-    Raises:
-        CheckpointError: The model cannot be loaded.
-        DataError: The text is missing or cannot be read.
-        LayerFuseError: The recipe does not fit the model.
-    """
-    model = _load(name)
-    if model.device.type == "meta":
-        plan = plan_evenly(model, recipe)
-    else:
-        plan = plan_fusion(model, recipe, _batches(name, text, recipe.similarity))
-    sizes = [planned_size(model, replace(plan, edits=edits)) for edits in ((), plan.edits)]
-    return [
-        change_table(plan),
-        [
-            ["", "before", "after"],
-            ["parameters", *(f"{size['parameters']:,}" for size in sizes)],
-            ["megabytes", *(f"{size['bytes'] / 1e6:,.1f}" for size in sizes)],
-        ],
-    ]
+    return overview(model, similarity, text_batches(name, text, similarity))
 
 
 def overview(model: PreTrainedModel, similarity: str | None = None, batches: Batches | None = None) -> list[Rows]:
@@ -118,12 +88,13 @@ def _summary(
     model: PreTrainedModel, layers: LayerArchitecture | None, conv_graph: ConvGraphArchitecture | None
 ) -> Rows:
     sizes = parameter_counts(model)
-    megabytes = bytes_in_memory(model) / 1e6
+    dtype = dtype_in_file(model)
+    megabytes = bytes_in_memory(model) / model.dtype.itemsize * dtype.itemsize / 1e6
     rows = [
         [type(model).__name__, model.config.model_type],
         ["parameters", f"{sizes['parameters']:,}"],
         ["  outside embeddings", f"{sizes['non_embedding_parameters']:,}"],
-        [f"  megabytes in {str(model.dtype).removeprefix('torch.')}", f"{megabytes:,.1f}"],
+        [f"  megabytes in {str(dtype).removeprefix('torch.')}", f"{megabytes:,.1f}"],
     ]
     if model.device.type == "meta":  # the checks need the weights
         return rows
@@ -183,8 +154,17 @@ def _convolutions(model: PreTrainedModel, architecture: ConvGraphArchitecture) -
     ]
 
 
-def _load(name: str) -> PreTrainedModel:
-    """The model of a checkpoint, or one without weights where there is only a config."""
+def load_model(name: str) -> PreTrainedModel:
+    """Load a checkpoint in float32, or make a model without weights where there is only a config.
+
+    The model records the data type of the file.
+
+    Args:
+        name: Checkpoint or Hub name; or a config, or the directory of one.
+
+    Raises:
+        CheckpointError: There is neither a checkpoint nor a valid config.
+    """
     path = Path(name).expanduser()
     name = str(path) if path.exists() else name
     folder = path if path.is_dir() else path.parent
@@ -193,18 +173,29 @@ def _load(name: str) -> PreTrainedModel:
         try:
             config = AutoConfig.from_pretrained(name)
             with torch.device("meta"):
-                return head_class(config)(config)
+                model = head_class(config)(config)
+            return store_as(model, config.dtype or model.dtype)
         except LayerFuseError:
             raise
         except Exception as error:  # a config of a user leads to anything
             raise CheckpointError(
                 f"{name!r} holds neither a checkpoint nor a valid config: {type(error).__name__}: {error}"
             ) from error
-    return load_checkpoint(name)
+    model = load_checkpoint(name, dtype=torch.float32)
+    return store_as(model, stored_dtype(name) or model.dtype)
 
 
-def _batches(name: str, text: Path | None, similarity: str | None) -> Batches | None:
-    """Lines of a file as batches of 16, cut after 128 tokens; 256 lines at most."""
+def text_batches(name: str, text: Path | None, similarity: str | None = None) -> Batches | None:
+    """Lines of a file as batches of 16, cut after 128 tokens; 256 lines at most. None without a file.
+
+    Args:
+        name: Checkpoint or Hub name of the tokenizer.
+        text: File with lines of text.
+        similarity: Similarity that the batches are for; some need them.
+
+    Raises:
+        DataError: The file is missing, empty or needed, or there is no tokenizer.
+    """
     if text is None:
         if similarity in ON_ACTIVATIONS:
             raise DataError(f"--similarity {similarity} compares activations, which need a text: give --text FILE.")

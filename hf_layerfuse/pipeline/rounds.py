@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..methods import method_of
-from ..methods.base import Method
+from ..methods.base import SearchResult
 from ..methods.fusion.grouping import groups_of
 from ..methods.fusion.planner import plan_fusion
 from ..models.architectures import architecture_for
@@ -30,8 +30,9 @@ from ..training.distributed import process_state
 from ..training.heal import HealReport, heal
 from ..training.schedule import compose, keeps_of, shares_of, steps_of
 from .output import MARK, new_directory, unfinished
+from .progress import say
 from .results import Goal, HealRound, Measurement
-from .run_data import RunData, say
+from .run_data import RunData
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,7 @@ def fuse_and_heal(recipe: Recipe, original: PreTrainedModel, inputs: RunData, wo
         source = expand(fused) if plan else original
         stage = work / f"fused-{number}"
         if not (stage / MARK).is_file():
-            asked = dataclasses.replace(recipe.method, **target_of(goal, source, original))
-            _compress(method, asked, source, original, inputs, stage)
+            _compress(recipe, goal, source, original, inputs, stage)
         fused = load_checkpoint(stage, auto_class=auto_class_of(recipe), dtype=torch.float32).to(original.device)
         fused.config.name_or_path = fused.name_or_path = original.name_or_path
         step = Plan.load(stage / "plan.json")
@@ -80,7 +80,8 @@ def fuse_and_heal(recipe: Recipe, original: PreTrainedModel, inputs: RunData, wo
             seed = recipe.seed + number - 1  # rounds read different rows, as long as there are enough
             batches = inputs.calibration() if healing.mix else None
             scope = heal_scope(fused, original, plan, healing, batches=batches, source=(source, step))
-            say(f"healing for {steps} steps; if interrupted, rerun the same command to resume")
+            name = f"round {number} of {len(rounds)}: " if len(rounds) > 1 else ""
+            say(f"{name}healing for {steps} steps; if interrupted, rerun the same command to resume")
             report = heal(
                 fused,
                 inputs.train_loader(original, seed),
@@ -92,6 +93,7 @@ def fuse_and_heal(recipe: Recipe, original: PreTrainedModel, inputs: RunData, wo
                 checkpoints=unfinished(work / f"heal-{number}", identity_of(healing)),
             )
             healed.append(HealRound(goal, report))
+            _say_losses(report)
             if finish:
                 say(finish.doing)
                 fused, plan = finish.apply(fused, plan, inputs.calibration())
@@ -134,7 +136,15 @@ def retrain_original(
         seed=recipe.seed,
         checkpoints=unfinished(work / "original", identity_of(healing)),
     )
+    _say_losses(report)
     return round_to(model, inputs.dtype), report
+
+
+def _say_losses(report: HealReport) -> None:
+    losses = dict(report.validation_loss)
+    if losses:
+        best = f"{losses[report.best_step]:.4g} at step {report.best_step}" if report.best_step else "never lower"
+        say(f"validation loss: {losses[0]:.4g} at step 0, {best}")
 
 
 def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> list[tuple[Goal, int]]:
@@ -166,27 +176,40 @@ def target_of(goal: Goal, source: PreTrainedModel, original: PreTrainedModel) ->
     return dict.fromkeys(TARGETS) | target if target else {}
 
 
+def search_of(
+    recipe: Recipe, goal: Goal, source: PreTrainedModel, original: PreTrainedModel, inputs: RunData
+) -> SearchResult:
+    """Make a model smaller: the search of one round. The weights of the result are rounded to the type of the file.
+
+    Args:
+        recipe: Recipe of the run.
+        goal: Goal of the round.
+        source: Model to start from, which is the original in the first round.
+        original: Original.
+        inputs: Data of the run.
+    """
+    method, batches = method_of(recipe), inputs.calibration()
+    asked = dataclasses.replace(recipe.method, **target_of(goal, source, original))
+    target = next(f"{name}={value}" for name in method.targets if (value := getattr(asked, name)) is not None)
+    say(f"{method.doing} with {target}: searching on calibration data")
+    found = method.search(source, asked, batches)
+    found = dataclasses.replace(found, model=round_to(found.model, inputs.dtype))
+    if not method.needs_training(asked):  # a model that needs training first is of no use yet
+        warn_if_useless(original, found.model, batches)
+    return found
+
+
 def _compress(
-    method: Method,
-    recipe: Any,
-    source: PreTrainedModel,
-    original: PreTrainedModel,
-    inputs: RunData,
-    stage: Path,
+    recipe: Recipe, goal: Goal, source: PreTrainedModel, original: PreTrainedModel, inputs: RunData, stage: Path
 ) -> None:
     """Make a model smaller, measure it, and write the model, its plan and its results to a folder, as a whole."""
     state = process_state()
-    batches = inputs.calibration()
-    say(method.doing)
-    found = method.search(source, recipe, batches)
-    fused = round_to(found.model, inputs.dtype)
-    if not method.needs_training(recipe):  # a model that needs training first is of no use yet
-        warn_if_useless(original, fused, batches)
+    found = search_of(recipe, goal, source, original, inputs)
     measured = {} if source is not original else {"before": inputs.measure(original, original, "the original")}
-    measured["fused"] = inputs.measure(fused, original, "the fused model")
+    measured["fused"] = inputs.measure(found.model, original, f"the {method_of(recipe).done} model")
     if state.is_main_process:
         with new_directory(stage) as path:
-            fused.save_pretrained(path)
+            found.model.save_pretrained(path)
             (path / "plan.json").write_text(found.plan.to_json(), encoding="utf-8")
             tree = {name: figures.to_dict() for name, figures in measured.items()}
             (path / MARK).write_text(json.dumps(tree) + "\n", encoding="utf-8")

@@ -30,6 +30,8 @@ from ..recipe import Recipe
 from ..training.distributed import process_state
 from .companions import companions_of, copy_companions
 from .output import MARK, check_output, new_directory, unfinished
+from .progress import say, steps
+from .report.closing import closing
 from .report.hub import check_publish, publish
 from .report.plots import draw
 from .report.run_card import run_card
@@ -37,10 +39,11 @@ from .report.sections import licence_of
 from .report.tables import rows, text_table
 from .results import RetrainedOriginal, RunResults
 from .rounds import auto_class_of, fuse_and_heal, identity_of, retrain_original, round_to
-from .run_data import RunData, save_weights, say
+from .run_data import RunData, save_weights
 from .samples import sample_outputs
 
 
+@steps()
 def run(recipe: Recipe, command: str) -> RunResults:
     """Carry out a recipe and write its output directory: checkpoint, processor, plan, results and card.
 
@@ -61,16 +64,8 @@ def run(recipe: Recipe, command: str) -> RunResults:
     check_output(recipe.output_dir, recipe.overwrite, keep=inputs)
     if recipe.hub.push_to_hub is not None:
         check_publish(recipe.hub)  # before hours of work
-    set_seed(recipe.seed)
-
-    original, processor = _load(recipe)
     companions = companions_of(recipe.model)
-    original.to(state.device)
-    # an unknown architecture is refused before the data are read
-    architecture_for(original, method_of(recipe).architecture_type)
-    if recipe.with_code:
-        check_with_code(original.config)
-    inputs = RunData(recipe, processor, original)
+    original, processor, inputs = prepare_run(recipe)
     files = [_stamp(path) for path in (recipe.model, data.train, data.validation, data.test)]
     # one fused model serves every way to heal it; later rounds of fusing depend on the healing before them
     other = ("overwrite", "output_dir", "with_code", "hub", *(("heal",) if recipe.heal.schedule == "one-shot" else ()))
@@ -102,15 +97,29 @@ def run(recipe: Recipe, command: str) -> RunResults:
     )
 
     if state.is_main_process:
+        say(f"saving and verifying {recipe.output_dir}")
         _save(recipe, fused, processor, inputs.dtype, plan, results, companions)
         shutil.rmtree(work, ignore_errors=True)
         print(text_table(rows(results)))
-        print(f"\nWritten to {recipe.output_dir}")
+        print(f"\n{closing(recipe, plan, results)}")
         if recipe.hub.push_to_hub is not None:
+            say(f"publishing as {recipe.hub.push_to_hub}")
             print(f"Published: {_publish(recipe)}")
     state.wait_for_everyone()
     state.destroy_process_group()
     return results
+
+
+def prepare_run(recipe: Recipe) -> tuple[PreTrainedModel, Any, RunData]:
+    """Load the model, its tokenizer or image processor, and the data of a recipe."""
+    set_seed(recipe.seed)
+    original, processor = _load(recipe)
+    original.to(process_state().device)
+    # an unknown architecture is refused before the data are read
+    architecture_for(original, method_of(recipe).architecture_type)
+    if recipe.with_code:
+        check_with_code(original.config)
+    return original, processor, RunData(recipe, processor, original)
 
 
 def _publish(recipe: Recipe) -> str:

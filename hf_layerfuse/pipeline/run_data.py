@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,11 +23,13 @@ from ..evaluation.limits import Limits
 from ..evaluation.paired import change_intervals
 from ..models.files import stored_dtype
 from ..models.modeling import FusedMixin
+from ..models.precision import store_as
 from ..models.verify import verify
 from ..recipe import Recipe
 from ..recipe.tasks import TASKS
 from ..training.distributed import process_state
 from ..training.teacher_cache import with_teacher
+from .progress import say
 from .results import Latency, Measurement
 
 
@@ -40,6 +41,7 @@ class RunData:
         self.recipe, self.processor = recipe, processor
         # the result is saved in the data type of the original's file; computation may use another one
         self.dtype = stored_dtype(recipe.model) or model.dtype
+        store_as(model, self.dtype)
         classes = class_names(model.config) if TASKS[recipe.task].labels else None
         self.splits = load_splits(recipe.data, recipe.task, recipe.seed, classes=classes)
         self.reported = "test" if "test" in self.splits else "validation"
@@ -88,14 +90,17 @@ class RunData:
         figures = None
         if state.is_main_process:
             say(f"measuring {name}")
-            with tempfile.TemporaryDirectory(prefix="layerfuse-") as directory:
-                save_weights(model, self.dtype, Path(directory))
-                if model is not original:
-                    verify(model, Path(directory))
-                size = {**evaluate.parameter_counts(model), "bytes": evaluate.bytes_on_disk(directory)}
-            figures = Measurement(**size, metrics=self._metrics(model, original))
+            figures = Measurement(**self.size(model, original), metrics=self._metrics(model, original))
         state.wait_for_everyone()
         return figures
+
+    def size(self, model: PreTrainedModel, original: PreTrainedModel) -> dict[str, int]:
+        """Sizes of a model and of its file, which is verified unless it is the original."""
+        with tempfile.TemporaryDirectory(prefix="layerfuse-") as directory:
+            save_weights(model, self.dtype, Path(directory))
+            if model is not original:
+                verify(model, Path(directory))
+            return {**evaluate.parameter_counts(model), "bytes": evaluate.bytes_on_disk(directory)}
 
     def time(self, stages: Mapping[str, tuple[Measurement | None, PreTrainedModel]]) -> dict[str, Measurement | None]:
         """Add latencies to the measurements of all stages, from one measurement in which their models take turns.
@@ -172,9 +177,3 @@ def save_weights(model: PreTrainedModel, dtype: torch.dtype, path: Path, *, with
     if model.dtype != dtype:
         model = copy.deepcopy(model).to(dtype)
     model.save_pretrained(path, **({"with_code": True} if with_code and isinstance(model, FusedMixin) else {}))
-
-
-def say(message: str) -> None:
-    """One line on standard error, from the main process."""
-    if process_state().is_main_process:
-        print(f"[layerfuse] {message}", file=sys.stderr, flush=True)

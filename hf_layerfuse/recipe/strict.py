@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import MappingProxyType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -33,8 +34,13 @@ def _strict(cls: type[_T], renamed: Mapping[str, str]) -> type[_T]:
     cls = strict(dataclasses.dataclass(cls, kw_only=True))
     fill = cls.__init__
     hints = get_type_hints(cls)
+    required = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
 
-    def __init__(self, **values: Any) -> None:
+    def check_and_fill(self: Any, values: dict[str, Any]) -> None:
         values = current_names(cls, values)
         for name in values:
             if name not in hints:
@@ -47,14 +53,43 @@ def _strict(cls: type[_T], renamed: Mapping[str, str]) -> type[_T]:
                 values[name] = "no"  # YAML 1.1 reads that word as false
             if isinstance(values[name], str) and values[name].startswith("~/"):
                 values[name] = os.path.expanduser(values[name])  # a shell does this only at the start of a word
+        if missing := [name for name in required if name not in values]:
+            raise RecipeError(
+                f"{cls.__name__} lacks {', '.join(missing)}: add {'it' if len(missing) == 1 else 'them'}."
+            )
         try:
             fill(self, **values)
         except (StrictDataclassError, TypeError) as error:
+            wrong = re.search(r"[Ff]ield '(\w+)'", str(error))
+            if wrong is not None and wrong[1] in values:
+                name = wrong[1]
+                raise RecipeError(f"{cls.__name__}: {name}={values[name]!r}: use {_allowed(hints[name])}.") from error
             reason = str(error).splitlines()[-1].strip().rstrip(".")
             raise RecipeError(f"{cls.__name__}: {reason}. Correct this value in the recipe.") from error
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            check_and_fill(self, values)
+        except RecipeError as error:
+            error.recipe = error.recipe or cls
+            raise
+
     cls.__init__, cls._renamed = __init__, renamed
     return cls
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def _allowed(hint: Any) -> str:
+    """Values of a field in words."""
+    words = []
+    for part in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+        if get_origin(part) is Literal:
+            words += map(repr, get_args(part))
+        elif part is not type(None):
+            words.append(_KINDS.get(part) or f"a {part.__name__}")
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def current_names(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

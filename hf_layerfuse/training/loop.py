@@ -82,7 +82,9 @@ class Loop:
         batches = self._batches()
         self.optimizer.zero_grad()  # an earlier training that was interrupted may have left gradients
         hidden = None if self.accelerator.is_main_process else True
-        with tqdm(total=recipe.steps, initial=progress.step, desc="Healing", unit="step", disable=hidden) as bar:
+        with tqdm(
+            total=recipe.steps, initial=progress.step, desc="Healing", unit="step", disable=hidden, leave=False
+        ) as bar:
             if progress.step == 0 and not progress.validation_loss:
                 self._evaluate(validation_batches)
             while progress.step < recipe.steps and not self._stalled():

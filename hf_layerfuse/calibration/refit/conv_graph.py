@@ -112,7 +112,7 @@ def repair(
     """
     convs = architecture_for(teacher, ConvGraphArchitecture).convolutions(teacher)
     rows = []
-    for edit in tqdm(edits, "Fitting convolutions", disable=None, leave=False):
+    for edit in tqdm(edits, "Fitting convolutions", unit="convolution", disable=None, leave=False):
         conv = student.get_submodule(convs.units[edit.start + 1].conv)
         train, selection = _moments(student, teacher, convs, edit, sample)
         before = after = 0.0

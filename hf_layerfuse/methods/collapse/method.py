@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from ...models.finalize import linearize_mlps
+from ...models.finalize import linearize_mlps, linearized
 from ...plan import Plan
 from ...recipe import COLLAPSE_TARGETS, CollapseRecipe, HealRecipe
 from ..base import Finish, Method
@@ -34,7 +35,12 @@ def _finish(recipe: CollapseRecipe) -> Finish | None:
         model, straight = linearize_mlps(model, threshold=recipe.threshold, fold=recipe.fold, batches=batches)
         return model, replace(straight, notes=replace(plan.notes, homotopy=straight.notes.homotopy))
 
-    return Finish("merging the maps around activations that have become linear", merge_maps, recipe.threshold)
+    return Finish(
+        "merging the maps around activations that have become linear",
+        merge_maps,
+        recipe.threshold,
+        partial(linearized, fold=recipe.fold),
+    )
 
 
 COLLAPSE = Method(

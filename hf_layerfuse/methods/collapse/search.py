@@ -93,7 +93,9 @@ def _searched(
     order = edits[::-1]
     if recipe.order == "measured":
         trials = Trials(model, "none" if recipe.refit == "none" else "maps", batches, teacher_states)
-        losses = {edit: trials.loss(edit) for edit in tqdm(edits, "Measuring MLPs", disable=None, leave=False)}
+        losses = {
+            edit: trials.loss(edit) for edit in tqdm(edits, "Measuring MLPs", unit="MLP", disable=None, leave=False)
+        }
         whole = planned_size(model, nothing)["parameters"]
         saved = {edit: whole - planned_size(model, replace(nothing, edits=(edit,)))["parameters"] for edit in edits}
         order = sorted(edits, key=lambda edit: losses[edit] / saved[edit])

@@ -136,7 +136,7 @@ class LossImportance:
         """Measure the missing losses. Each is written to the cache at once."""
         units = architecture_for(self.model, ConvGraphArchitecture).convolutions(self.model).units
         todo = [each for each in candidates if each.changes and each.key not in self.cache.values]
-        for candidate in tqdm(todo, "Measuring segments", disable=None):
+        for candidate in tqdm(todo, "Measuring segments", unit="segment", disable=None, leave=False):
             plan = Plan(self.model.config.model_type, len(units), (candidate.edit,), kinds=CONV_GRAPH_KINDS)
             student = applied(self.model, plan)
             with eval_mode(self.model, student):

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ...models.architectures import ConvGraphArchitecture
-from ...models.finalize import merge_convs
+from ...models.finalize import closed, merge_convs
 from ...plan import Plan
 from ...recipe import MERGE_TARGETS, MergeRecipe
 from ..base import Finish, Method
@@ -23,12 +23,12 @@ def _needs_training(recipe: MergeRecipe) -> bool:
 
 def _finish(recipe: MergeRecipe) -> Finish | None:
     """Return the step that merges each open segment into one convolution."""
-    return Finish("merging convolutions", _merge_segments) if _needs_training(recipe) else None
+    return Finish("merging convolutions", _merge_segments, plan=closed) if _needs_training(recipe) else None
 
 
 def _merge_segments(model: PreTrainedModel, plan: Plan, batches: Sequence[Any]) -> tuple[PreTrainedModel, Plan]:
-    model, closed = merge_convs(model)
-    return model, replace(closed, notes=plan.notes)
+    model, merged = merge_convs(model)
+    return model, replace(merged, notes=plan.notes)
 
 
 MERGE = Method(

@@ -14,6 +14,7 @@ from ...plan import Fuse, Plan, Source, Tie
 from ...recipe import FusionRecipe
 from ..architectures import LayerArchitecture, architecture_for
 from ..modules.shared_linear import out_in
+from ..precision import dtype_in_file
 from .checks import shapes_of
 from .layers import is_shared, relaxed_maps, reshape, target_config, tied_weights
 from .weights import untied_state
@@ -38,6 +39,7 @@ def planned_size(model: PreTrainedModel, plan: Plan) -> dict[str, int]:
         `parameters`, the number of parameters, with shared ones counted once; and `bytes`, the size of weights and
         buffers on disk, without the file header.
     """
+    dtype = dtype_in_file(model)
     architecture = architecture_for(model)
     # the operator does not change shapes, and 'freeze' is allowed for all layers, even if their types differ
     frozen = [replace(edit, operator="freeze", weights=None) if isinstance(edit, Fuse) else edit for edit in plan.edits]
@@ -50,7 +52,7 @@ def planned_size(model: PreTrainedModel, plan: Plan) -> dict[str, int]:
     return {
         "parameters": sum(tensor.numel() for tensor in stored if isinstance(tensor, torch.nn.Parameter)),
         "bytes": sum(
-            tensor.numel() * (model.dtype if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in stored
+            tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in stored
         ),
     }
 

@@ -4,11 +4,12 @@ import dataclasses
 from typing import get_args
 
 import pytest
-from runs import REPORT, RESULTS, SMALLER, STAGE, healed_by, results
+from runs import PLAN, REPORT, RESULTS, SMALLER, STAGE, healed_by, recipe, results
 
 from hf_layerfuse import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
 from hf_layerfuse.pipeline.report.change import change_of
-from hf_layerfuse.pipeline.report.tables import rows
+from hf_layerfuse.pipeline.report.closing import closing
+from hf_layerfuse.pipeline.report.tables import in_short, rows
 from hf_layerfuse.pipeline.report.verdict import in_bytes, verdict
 from hf_layerfuse.pipeline.results import RetrainedOriginal
 from hf_layerfuse.plan import CONV_GRAPH_KINDS
@@ -126,3 +127,29 @@ def test_a_plan_in_brief():
     expected = ["6 to 4 convolutions", "1 run of convolutions merged", "1 convolution removed"]
     assert in_brief(Plan("resnet", 6, merged, kinds=CONV_GRAPH_KINDS)) == expected
     assert in_brief(Plan("gpt2", 6, ())) == ["nothing changed"]
+
+
+def test_the_result_in_short():
+    """The sentence has the size, the speed at the largest batch, and the quality with its interval if there is one."""
+    short = "75% of the parameters, 1.50 times as fast at batch 8, accuracy 0.875 ({}before: 0.9)"
+    assert in_short(results()) == short.format("")
+    metrics = {"accuracy": 0.875, "accuracy_interval": [0.85, 0.9]}
+    healed = dataclasses.replace(SMALLER, metrics=metrics)
+    assert in_short(results(healed=healed)) == short.format("95% interval 0.85 to 0.9; ")
+
+
+@pytest.mark.parametrize(
+    ("plan", "changes", "line"),
+    [
+        (Plan("bert", 12, (Fuse("layer", (2, 3)),)), {}, 'from_pretrained("a b")'),
+        (PLAN, {}, 'from_pretrained("a b"), after import hf_layerfuse'),
+        (PLAN, {"with_code": True}, 'from_pretrained("a b", trust_remote_code=True)'),
+    ],
+)
+def test_the_last_lines_name_the_next_commands(plan, changes, line):
+    """The terminal says how to load the result, by its kind, and how to write its report."""
+    short, where, load, report = closing(recipe(output_dir="a b", **changes), plan, results()).splitlines()
+    assert short == f"In short: {in_short(results())}."
+    assert where == "Written:  a b"
+    assert load == f"Load it:  AutoModelForSequenceClassification.{line}"
+    assert report == "Report:   hf-layerfuse report 'a b'"
