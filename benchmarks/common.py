@@ -54,10 +54,14 @@ class Job:
         return calibration_loss(model, self.model, self.validation)
 
 
+def text(split: str) -> str:
+    """Text of a WikiText-2 split: train, valid or test."""
+    return lzma.decompress((DATA / "data" / "wikitext2" / f"{split}.txt.xz").read_bytes()).decode()
+
+
 def lines(split: str, count: int) -> list[str]:
     """Up to `count` lines from the start of a WikiText-2 split, each longer than 30 words."""
-    text = lzma.decompress((DATA / "data" / "wikitext2" / f"{split}.txt.xz").read_bytes()).decode()
-    return [line.strip() for line in text.split("\n") if len(line.split()) > 30][:count]
+    return [line.strip() for line in text(split).split("\n") if len(line.split()) > 30][:count]
 
 
 def encoded(path: Path, texts: list[str], length: int, size: int = 32) -> Batches:
@@ -126,8 +130,7 @@ def gpt2() -> Job:
 
 
 def windows(tokenizer: Any, split: str, count: int, length: int = 256) -> Batches:
-    text = lzma.decompress((DATA / "data" / "wikitext2" / f"{split}.txt.xz").read_bytes()).decode()
-    ids = tokenizer(text[: count * length * 8], verbose=False)["input_ids"][: count * length]
+    ids = tokenizer(text(split)[: count * length * 8], verbose=False)["input_ids"][: count * length]
     return [{"input_ids": part} for part in torch.tensor(ids).view(-1, length).split(16)]
 
 

@@ -87,6 +87,43 @@ def headlines(trained: dict[str, list[Table]]) -> Table:
     return rows
 
 
+_PEERS = {
+    "ours (effort low)": "ours: refit (low)",
+    "ReplaceMe (Shopkhoev et al., 2025)": "ReplaceMe",
+    "LaCo (Yang et al., 2024)": "LaCo",
+    "layers dropped: the best subset on validation data": "drop: best on validation",
+    "layers dropped: UIDL (Gromov et al., 2024)": "drop: angular (UIDL)",
+    "layers dropped: ShortGPT (Men et al., 2024)": "drop: block influence",
+    "layers averaged": "average",
+}
+"""Method of the fusion benchmark, by its label."""
+
+_HALVED = {"gpt2": ("6 layers", "12 -> 6"), "minilm-sst2": ("3 layers", "6 -> 3"), "minilm": ("3 layers", "6 -> 3")}
+"""Target and change of each checkpoint of the fusion benchmark."""
+
+
+def peers(fused: dict) -> Table:
+    """One row per method, the original first: quality with half of the layers, without training."""
+    figures = script("figures")
+    table = [
+        [
+            "",
+            *(
+                f"{figures.title(name, fused[name]['original']['parameters'])}: {change} layers"
+                for name, (_, change) in _HALVED.items()
+            ),
+        ]
+    ]
+    for label, method in {"the original": None, **_PEERS}.items():
+        row = [label]
+        for name, (target, _) in _HALVED.items():
+            measured = fused[name][target][method] if method else fused[name]["original"]
+            metric = figures.headline(name)
+            row.append(f"{metric.replace('_', ' ')} {figures.figure(measured, metric)}")
+        table.append(row)
+    return table
+
+
 def of(methods: Sequence[str], tables: list[Table]) -> list[Table]:
     """The rows of some methods. The second column has the method."""
     return [[table[0], *(row for row in table[1:] if row[1] in methods)] for table in tables]
@@ -113,6 +150,7 @@ def tables() -> dict[str, list[Table]]:
     return {
         "headlines": [headlines(trained)],
         "recipes": [recipes()],
+        "peers": [peers(fused)],
         "fusion": fusion.tables(fused),
         "fusion, in short": of(("original", "ours", "ours, 3 rounds"), trained["heal"]),
         "cost": cost.tables(spent),
@@ -131,11 +169,13 @@ def tables() -> dict[str, list[Table]]:
     }
 
 
+_OUTPUT = re.compile(r"(<!-- output: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 _PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
 def filled(text: str) -> str:
-    """A page whose tables are filled from the JSON files."""
+    """A page whose tables and outputs are filled from the JSON files."""
+    text = _OUTPUT.sub(lambda place: f"{place[1]}```text\n{results(place[2])['output'].strip()}\n```\n{place[3]}", text)
     return _PLACE.sub(
         lambda place: place[1] + "\n\n".join(map(markdown_table, tables()[place[2]])) + "\n" + place[3], text
     )

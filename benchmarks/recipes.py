@@ -46,7 +46,7 @@ _WIKITEXT = [
     *("--data.train", f"{DATA}/data/wikitext2/train.txt.xz"),
     *("--data.validation", f"{DATA}/data/wikitext2/valid.txt.xz"),
     *("--data.test", f"{DATA}/data/wikitext2/test.txt.xz"),
-    *("--heal.steps", "200", "--heal.batch_size", "8", "--heal.teacher_top_k", "64"),
+    *("--heal.steps", "150", "--heal.batch_size", "8", "--heal.eval_every", "50"),
 ]
 _SST2 = [
     *("--model", f"{DATA}/models/minilm-l6-sst2", *_LOCAL),
@@ -61,9 +61,10 @@ JOBS = {
 }
 _RATES = {"gpt2": (1e-4, 3e-4), "bert": (2e-5, 5e-5)}
 OPTIONS = {
-    name: [{"heal.learning_rate": rate, "heal.dropout": 0.0} for rate in _RATES[name.split("-")[0]]] for name in JOBS
+    name: [{"heal.learning_rate": rate, "heal.dropout": 0.0} for rate in _RATES[name.split("-")[0]]]
+    for name in ("bert-sst2", "bert-sst2-collapse", "gpt2-depth")
 }
-"""Fields of the healing that each job chooses from."""
+"""Fields of the healing that each job chooses from. Any other job takes the choice of the first job like it."""
 
 
 @dataclass(frozen=True)
@@ -111,39 +112,47 @@ class JobResults:
 
 def run(name: str, threads: int) -> JobResults:
     """Carry out one job, and take the best option by validation loss."""
-    runs = [_run(name, index, threads) for index in range(len(OPTIONS[name]))]
-    originals = [_retrained(name, index).retrained for index in range(len(runs))]
+    options, first = _options(name), _first_alike(name)
+    runs = [_run(name, index, threads) for index in range(len(options))]
+    originals = [RunResults.load(_output(first, index)).retrained for index in range(len(_options(first)))]
+    lowest = {str(option): _lowest(each.report) for option, each in zip(_options(first), originals, strict=True)}
     choices = [
-        Choice(options, _lowest(each.heal), _lowest(original.report))
-        for options, each, original in zip(OPTIONS[name], runs, originals, strict=True)
+        Choice(option, _lowest(each.heal), lowest[str(option)]) for option, each in zip(options, runs, strict=True)
     ]
-    best = min(originals, key=lambda original: _lowest(original.report))
     job = JobResults(runs[0], choices)
     chosen = runs[job.chosen]
+    best = min(originals, key=lambda original: _lowest(original.report))
     # one measurement in turn timed the models of a run; the retrained original has the shape of its original
     best = replace(best, measurement=best.measurement.with_latency(chosen.before.latency))
     return replace(job, run=replace(chosen, retrained=best))
 
 
+def _options(name: str) -> list[dict[str, float]]:
+    """The healing options of a job."""
+    if name in OPTIONS:
+        return OPTIONS[name]
+    first = JobResults.load(_first_alike(name))
+    return [first.choices[first.chosen].options]
+
+
 def _run(name: str, index: int, threads: int) -> RunResults:
     """The results of one option of a job, run unless they are there."""
-    output = ROOT / "outputs" / f"{name}-{index}"
-    if not (output / "results.json").is_file():
+    if not (_output(name, index) / "results.json").is_file():
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": "true"}
         words = [*_arguments(name, index), "--evaluate.retrain_original", str(_first_alike(name) == name).lower()]
         subprocess.run([sys.executable, "fuse.py", *words], check=True, cwd=ROOT, env=environment)
-    return RunResults.load(output)
+    return RunResults.load(_output(name, index))
+
+
+def _output(name: str, index: int) -> Path:
+    return ROOT / "outputs" / f"{name}-{index}"
 
 
 def _first_alike(name: str) -> str:
     """The first job with the same model, data and healing, which retrains the original for all of them."""
-    alike = [_recipe(other, 0) for other in JOBS]
-    same = [(each.model, each.data, each.heal, each.seed) for each in alike]
-    return list(JOBS)[same.index(same[list(JOBS).index(name)])]
-
-
-def _retrained(name: str, index: int) -> RunResults:
-    return RunResults.load(ROOT / "outputs" / f"{_first_alike(name)}-{index}")
+    alike = {other: load_recipe(ROOT / words[0], parse_overrides(words[1:])) for other, words in JOBS.items()}
+    same = {other: (each.model, each.data, each.heal, each.seed) for other, each in alike.items()}
+    return next(other for other in JOBS if same[other] == same[name])
 
 
 def _lowest(report: HealReport) -> float:
@@ -151,7 +160,7 @@ def _lowest(report: HealReport) -> float:
 
 
 def _arguments(name: str, index: int) -> list[str]:
-    options = [word for field, value in OPTIONS[name][index].items() for word in (f"--{field}", str(value))]
+    options = [word for field, value in _options(name)[index].items() for word in (f"--{field}", str(value))]
     return [*JOBS[name], *options, "--output_dir", f"outputs/{name}-{index}"]
 
 

@@ -21,7 +21,8 @@ from hf_layerfuse.cli import run
 from hf_layerfuse.data.labels import class_names
 from hf_layerfuse.data.prepare import loader, prepare
 from hf_layerfuse.data.splits import load_splits
-from hf_layerfuse.pipeline.inspect import inspect_tables, plan_tables
+from hf_layerfuse.pipeline.inspect import inspect_tables
+from hf_layerfuse.pipeline.planning import plan_model
 from hf_layerfuse.recipe import DataRecipe, FusionRecipe, load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::hf_layerfuse.LayerFuseWarning")]
@@ -87,7 +88,7 @@ def test_configs(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) 
         pass
     else:
         verify(small)
-    for tables in (lambda: inspect_tables(str(path)), lambda: plan_tables(str(path), FusionRecipe(keep_layers=3))):
+    for tables in (lambda: inspect_tables(str(path)), lambda: plan_model(str(path), FusionRecipe(keep_layers=3))):
         with contextlib.suppress(*EXPECTED):
             assert tables()
 

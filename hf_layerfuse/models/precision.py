@@ -33,6 +33,8 @@ def in_float32(model: _Model) -> _Model:
 
     CPUs compute in float16 many times slower than in float32, and a search computes most of the time.
     """
+    if not isinstance(model, PreTrainedModel):
+        return model  # a search refuses it by name
     if model.device.type != "cpu" or model.dtype not in (torch.float16, torch.bfloat16):
         return model
     return store_as(copy.deepcopy(model).float(), model.dtype)

@@ -101,7 +101,11 @@ FLAGS = [{"return_dict": False}, {"output_hidden_states": True}, {"output_attent
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [*(("depth", flags) for flags in FLAGS), ("share", FLAGS[0]), ("collapse", FLAGS[1])],
+    [
+        ("share", FLAGS[0]),
+        *(pytest.param("depth", flags, marks=pytest.mark.slow) for flags in FLAGS),
+        pytest.param("collapse", FLAGS[1], marks=pytest.mark.slow),
+    ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_flags_of_a_config_do_not_matter(name: str, flags: dict[str, bool]) -> None:

@@ -371,8 +371,8 @@ def test_interrupted_while_healing(tmp_path, monkeypatch, interrupt, streaming):
 @pytest.mark.parametrize(
     "task",
     [
-        "causal-lm",
-        pytest.param("text-classification", marks=pytest.mark.slow),
+        pytest.param("causal-lm", marks=pytest.mark.slow),
+        "text-classification",
         pytest.param("token-classification", marks=pytest.mark.slow),
     ],
 )
@@ -510,7 +510,8 @@ def test_the_original_is_retrained_by_the_same_rule(tmp_path, capsys):
     losses = dict(retrained["heal"]["validation_loss"])
     assert len(losses) == 4
     assert retrained["heal"]["best_step"] == min(losses, key=losses.get) == 0
-    assert retrained["metrics"] == results["before"]["metrics"]
+    unchanged = {"token_perplexity_change_interval": [0.0, 0.0]}
+    assert retrained["metrics"] == results["before"]["metrics"] | unchanged
     assert retrained["bytes"] == results["before"]["bytes"]
     assert retrained["latency_ms"] == results["before"]["latency_ms"]
     assert "original, retrained" in capsys.readouterr().out
@@ -681,7 +682,21 @@ MODELS = {  # tiny versions of the models in the shipped recipes
 }
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid():
+    """Every recipe can be read; the tests of their runs are slow, but for two."""
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        load_recipe(path, {})
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path, id=path.stem, marks=() if path.stem in ("gpt2-wikitext2", "vit-cifar10") else pytest.mark.slow
+        )
+        for path in sorted((ROOT / "recipes").glob("*.yaml"))
+    ],
+)
 def test_shipped_recipes(path, request, tmp_path, monkeypatch):
     """Every shipped recipe can be parsed and overridden, and gives a plan for a model of its depth."""
     recipe = load_recipe(path, {"heal.learning_rate": "1e-4", "output_dir": "elsewhere"})

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from hf_layerfuse import CollapseRecipe, Drop, Fuse, Linearize, Plan, PlanError
-from hf_layerfuse.pipeline.report.card import _timed
-from hf_layerfuse.pipeline.report.page import _reasons
+from hf_layerfuse.pipeline.report.candidates import sections
 from hf_layerfuse.pipeline.report.plots import draw
+from hf_layerfuse.pipeline.report.run_card import _timed
 from hf_layerfuse.plan import (
     CandidatePlan,
     EditLoss,
@@ -182,30 +182,29 @@ def test_notes_of_0_1_are_shown(path, tmp_path):
     again = Plan.from_json(plan.to_json())
     assert again.notes == plan.notes
     tree = json.loads(path.read_text(encoding="utf-8"))["notes"]
-    reasons = _reasons(plan)
-    assert reasons == _reasons(again)
-    assert len(reasons) == len(tree.keys() & {"competition", "losses", "frontier", "refit"})
+    shown = sections(plan)
+    assert shown == sections(again)
+    words = " ".join(word for part in shown for word in (part.words, *(cell for row, _ in part.rows for cell in row)))
     for name in ("competition", "losses", "frontier"):
-        shown = [cell for reason in reasons for row in reason["rows"] for cell in row]
         rows = tree.get(name, {})
         losses = rows.values() if isinstance(rows, dict) else [row["loss"] for row in rows]
-        assert {f"{loss:.4g}" for loss in losses} <= set(shown)
+        assert all(f"{loss:.4g}" in words for loss in losses), name
     assert bool(_timed(plan)) is ("latency_ms" in tree)
-    assert ("distances.png" in draw(plan, None, tmp_path)) is ("distances" in tree)
+    drawn = draw(plan, None, tmp_path).keys()
+    # where distances hardly differ, losses say more
+    assert bool(drawn & {"distances.png", "candidates.png"}) is ("distances" in tree)
 
 
 def test_words_of_0_1():
-    """A page names candidates as it did: MLPs by layers, segments by numbers, edits in words."""
+    """A page names the candidates of 0.1.0 in words: MLPs by layers, segments by convolutions."""
     tables = {
-        name: [table["rows"] for table in _reasons(Plan.load(PLANS / f"{name}.json"))]
+        name: {part.title: [row for row, _ in part.rows] for part in sections(Plan.load(PLANS / f"{name}.json"))}
         for name in ("collapse-fitted", "merge-fitted", "fuse-latency")
     }
-    competition, single, _ = tables["collapse-fitted"]
-    assert competition[1:] == (["linear MLPs of layers 2, 3", "0.003007"],)
-    assert single[:2] == (["layer", "calibration loss"], ["0", "0.01762"])
-    single, frontier, _ = tables["merge-fitted"]
-    assert single == (["segment: begin, end, kernel, depthwise", "calibration loss"], ["0,6,7,0", "0.03721"])
-    assert frontier[1] == ["40%", "0.4029"]
-    competition, single, _ = tables["fuse-latency"]
-    assert competition[1] == ["layers 1, 2, 3 become one, which runs once (select, layer 1)", "0.1175"]
-    assert single[:2] == (["choice", "calibration loss"], ["the MLP of layer 0 becomes one linear map", "0.2763"])
+    single = tables["collapse-fitted"]["Single edits"]
+    assert single[:2] == [["edit", "calibration loss"], ["the MLP of layer 2", "0.001669"]]
+    assert tables["merge-fitted"]["Single edits"][1] == ["convolutions 1, 2, 3, 4, 5, 6, kernel 7", "0.03721"]
+    assert tables["merge-fitted"]["Other latency budgets"][1] == ["40%", "0.4029"]
+    single = tables["fuse-latency"]["Single edits"]
+    assert single[1] == ["layers 1, 2, 3 (select, layer 1)", "0.1175"]
+    assert single[2][0] == "the MLP of layer 3 made linear"

@@ -413,6 +413,7 @@ def test_one_accelerator_for_two_trainings(tmp_path):
     assert_equal(again, student)
 
 
+@pytest.mark.slow
 def test_recomputed_states_give_the_same_training():
     """Gradient checkpointing changes only memory, with and without losses of inner states, and is off afterwards."""
     expected, _ = healed(None)

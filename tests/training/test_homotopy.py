@@ -218,6 +218,7 @@ class TestTraining:
         penalty.step(10.0)
         assert set(penalty.values.values()) == {1.0}, "no further than to the line"
 
+    @pytest.mark.slow
     def test_one_after_the_other(self):
         """With `progressive`, the last layer reaches a line before the one before it begins, and all are lines at the
         end."""

@@ -284,6 +284,7 @@ def test_blocks_take_shares_of_the_whole():
         assert 0 < times.linear(layer) < times.block(layer, "mlp")
 
 
+@pytest.mark.slow
 def test_what_takes_longer_together(monkeypatch, caplog):
     """If models are slower than the sum of their blocks, the budget of the program shrinks until the result meets the
     real one. If that is impossible, there is a warning."""
