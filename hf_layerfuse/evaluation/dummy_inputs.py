@@ -1,6 +1,8 @@
 """Dummy inputs that any supported model accepts, to time it and to compare it with itself."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,9 +12,27 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
 )
 
-from ..errors import UnsupportedModelError
+from ..errors import LayerFuseError, UnsupportedModelError
 
 _CHOICES = 2
+
+
+@contextmanager
+def running(model: PreTrainedModel) -> Iterator[None]:
+    """Turn errors of the code of a model, which a config with contradictory values leads to, into one in words.
+
+    Raises:
+        UnsupportedModelError: The model cannot run.
+    """
+    try:
+        yield
+    except LayerFuseError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot run: {type(error).__name__}: {' '.join(str(error).split())[:400]}. If the "
+            "original cannot either, correct its config.json."
+        ) from error
 
 
 def dummy_inputs(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .dummy_inputs import dummy_inputs
+from .dummy_inputs import dummy_inputs, running
 from .metrics import evaluating
 from .timing import interleaved
 
@@ -50,11 +50,15 @@ def latency_side_by_side(
     Returns:
         Results by model and batch size: `median_ms`; `spread_ms`, the distance between the quartiles; `repeats`,
         `warmup`, `threads`, `device`, `dtype` and `input_shape`.
+
+    Raises:
+        UnsupportedModelError: A model cannot run.
     """
     results: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in models}
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(evaluating(model))
+            stack.enter_context(running(model))
         for batch_size in batch_sizes:
             length = sequence_length or _DEFAULT_SEQUENCE_LENGTH
             inputs = {name: dummy_inputs(model, batch_size, length) for name, model in models.items()}

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..errors import CheckpointError, LayerFuseError, LayerFuseWarning, VerificationError
 from ..evaluation.batches import Batches, model_inputs
 from ..evaluation.divergence import decode, prediction
-from ..evaluation.dummy_inputs import dummy_inputs, predicts_next_token
+from ..evaluation.dummy_inputs import dummy_inputs, predicts_next_token, running
 from ..evaluation.modes import eval_mode, plain_outputs
 from ..plan import Plan
 from .families import family_of
@@ -42,10 +42,11 @@ def verify(
     Raises:
         VerificationError: Weights are missing or unexpected, outputs are not finite, or outputs differ after reloading
             or between cached and uncached decoding.
+        UnsupportedModelError: The model cannot run, because its config has contradictory values.
     """
     inputs = _inputs(model, inputs)
     with eval_mode(model):
-        with torch.inference_mode():
+        with torch.inference_mode(), running(model):
             expected = _predict(model, inputs)
         if not torch.isfinite(expected).all():
             raise VerificationError("the fused model returns NaN or infinite values: check the data type and the plan.")

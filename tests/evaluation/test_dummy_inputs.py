@@ -5,11 +5,14 @@ from importlib import import_module
 
 import pytest
 import torch
+from helpers import tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_layerfuse import verify
 from hf_layerfuse.errors import UnsupportedModelError
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
+from hf_layerfuse.evaluation.latency import latency
 
 _WIDTH = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 _TEXT = {"vocab_size": 60, "max_position_embeddings": 24, "pad_token_id": 1}
@@ -86,3 +89,16 @@ def test_other_inputs_are_refused() -> None:
     """A module without a main input gives an error that says which inputs exist."""
     with pytest.raises(UnsupportedModelError, match="pixel_values"):
         dummy_inputs(nn.Linear(2, 2))
+
+
+def test_a_model_that_cannot_run_is_named(monkeypatch):
+    """Its own errors become one that names the model and the config; errors of the library stay as they are."""
+    model = tiny_model("gpt2")
+
+    def broken(*_, **__):
+        raise TypeError("'NoneType' object cannot be interpreted as an integer")
+
+    monkeypatch.setattr(model, "forward", broken)
+    for call in (verify, latency):
+        with pytest.raises(UnsupportedModelError, match=r"GPT2\w+ cannot run: TypeError: .*correct its config.json"):
+            call(model)
