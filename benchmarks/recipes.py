@@ -198,6 +198,8 @@ def write_card(name: str, job: JobResults) -> None:
     recipe, folder = _recipe(name, job.chosen), ROOT / "model_cards" / name
     plan = Plan.load(ROOT / "outputs" / f"{name}-{job.chosen}" / "plan.json")
     folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
     drawn, test_data = draw(plan, job.run.heal, folder), "WikiText-2" if recipe.task == "causal-lm" else "SST-2"
     card = run_card(recipe, plan, job.run, drawn=drawn, licence=licence_of(recipe.model), test_data=test_data)
     card.save(folder / "README.md")
