@@ -16,6 +16,9 @@ from .samples import Samples
 FORMAT_VERSION = 1
 """Format of the results that this release writes. Release 0.1.0 wrote the same keys without a `format_version`."""
 
+SAMPLES = "samples.json"
+"""File of the sample outputs. It holds rows of the user's data, and so is never published."""
+
 DAMAGED = (LookupError, TypeError, AttributeError, ValueError)
 """Errors of reading a tree that is not the results of a run."""
 
@@ -181,7 +184,7 @@ class RunResults:
         recipe: Recipe as JSON types, with the names that the release that wrote it had.
         command: Command line of the run.
         environment: Versions of the libraries, the device, and the numbers of threads and processes.
-        samples: Outputs of the original and of the result on a few rows; None in results of release 0.1.0.
+        samples: Outputs of the original and of the result on a few rows of the data, which are kept in `samples.json`.
     """
 
     before: Measurement
@@ -227,7 +230,6 @@ class RunResults:
             "recipe": dict(self.recipe),
             "command": self.command,
             "environment": dict(self.environment),
-            **({} if self.samples is None else {"samples": self.samples.to_dict()}),
         }
 
     @classmethod
@@ -262,7 +264,6 @@ class RunResults:
                 recipe=dict(tree["recipe"]),
                 command=tree["command"],
                 environment=dict(tree["environment"]),
-                samples=Samples.from_dict(tree["samples"]) if tree.get("samples") else None,
             )
         except CheckpointError:
             raise
@@ -271,16 +272,26 @@ class RunResults:
 
     @classmethod
     def load(cls, folder: str | Path) -> RunResults:
-        """Read the `results.json` of a folder.
+        """Read the `results.json` of a folder, and its samples if there are any.
 
         Raises:
-            CheckpointError: The file is missing, damaged, or of a newer format.
+            CheckpointError: A file is missing, damaged, or of a newer format.
         """
         try:
             tree = json.loads((Path(folder) / MARK).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            path, samples = Path(folder) / SAMPLES, None
+            if path.is_file():
+                samples = Samples.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, *DAMAGED) as error:
             raise invalid_result(folder, error) from error
-        return cls.from_dict(tree, folder)
+        return replace(cls.from_dict(tree, folder), samples=samples)
+
+    def save(self, folder: Path) -> None:
+        """Write `results.json`, and `samples.json` if there are samples."""
+        (folder / MARK).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        if self.samples is not None:
+            tree = json.dumps(self.samples.to_dict(), indent=1, ensure_ascii=False)
+            (folder / SAMPLES).write_text(f"{tree}\n", encoding="utf-8")
 
 
 def invalid_result(source: str | Path, error: Exception) -> CheckpointError:

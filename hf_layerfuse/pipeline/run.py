@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from ..plan import Plan
 from ..recipe import Recipe
 from ..training.distributed import process_state
 from .companions import companions_of, copy_companions
-from .output import MARK, check_output, new_directory, unfinished
+from .output import check_output, new_directory, unfinished
 from .progress import say, steps
 from .report.closing import closing
 from .report.hub import check_publish, publish
@@ -37,7 +36,7 @@ from .report.plots import draw
 from .report.run_card import run_card
 from .report.sections import licence_of
 from .report.tables import rows, text_table
-from .results import RetrainedOriginal, RunResults
+from .results import SAMPLES, RetrainedOriginal, RunResults
 from .rounds import auto_class_of, fuse_and_heal, identity_of, retrain_original, round_to
 from .run_data import RunData, save_weights
 from .samples import sample_outputs
@@ -126,7 +125,7 @@ def _publish(recipe: Recipe) -> str:
     try:
         return publish(Path(recipe.output_dir), recipe.hub, f"{Path(recipe.model).name}, made smaller")
     except PublishError as error:
-        words = ["hf", "upload", recipe.hub.push_to_hub, recipe.output_dir, "."]
+        words = ["hf", "upload", recipe.hub.push_to_hub, recipe.output_dir, ".", "--exclude", SAMPLES]
         words += ["--private"] * recipe.hub.private  # used only where the command creates the repository
         words += [] if recipe.hub.revision is None else ["--revision", recipe.hub.revision]
         command = shlex.join(words)
@@ -197,7 +196,7 @@ def _save(
         copy_companions(companions, path)
         (path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         pictures = draw(plan, results.heal, path)
-        (path / MARK).write_text(json.dumps(results.to_dict(), indent=1) + "\n", encoding="utf-8")
+        results.save(path)
         beside = [file.name for file in path.iterdir()]
         card = run_card(recipe, plan, results, drawn=pictures, licence=licence_of(recipe.model), beside=beside)
         card.save(path / "README.md")

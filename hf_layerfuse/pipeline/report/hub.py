@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Repo
 
 from ...errors import PublishError
 from ...recipe import HubRecipe
+from ..results import SAMPLES
 
 _STALE = ["*.safetensors", "*.safetensors.index.json"]
 """Files of an earlier result to delete, because a new one may be split into other files."""
@@ -65,6 +66,7 @@ def publish(folder: Path, recipe: HubRecipe, message: str) -> str:
             revision=recipe.revision,
             commit_message=message,
             delete_patterns=_STALE,
+            ignore_patterns=SAMPLES,
         )
     return commit.commit_url
 

@@ -57,6 +57,8 @@ def test_a_run_is_published_and_comes_back(tmp_path, site) -> None:
     assert len(repository.commits) == 2  # the first one is that of an empty repository
     files = repository.files("v1")[1]
     local = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert local.pop("samples.json")
+    assert "samples.json" not in files, "rows of the data were published"
     assert local.items() <= files.items()
     assert {"model.safetensors", "config.json", "tokenizer.json", "plan.json", "results.json", "README.md"} <= set(
         local
@@ -147,7 +149,8 @@ def test_a_result_that_could_not_be_published_is_by_the_command_that_the_error_n
     assert done.returncode == 0, done.stdout + done.stderr
     repository = site.repositories["models", "someone/late"]
     assert repository.private
-    assert {path.name for path in (tmp_path / "out").iterdir()} <= set(repository.files("v1")[1])
+    local = {path.name for path in (tmp_path / "out").iterdir()}
+    assert local - set(repository.files("v1")[1]) == {"samples.json"}
     assert "model.safetensors" not in repository.files("main")[1]
 
 

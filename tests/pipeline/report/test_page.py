@@ -17,7 +17,6 @@ from runs import MERGED, PLAN, REPORT, SHARED, SMALLER, STAGE, causal_lm, healed
 from hf_layerfuse import CheckpointError, CollapseRecipe, Drop, Fuse, Linearize, MergeRecipe, Plan, cli
 from hf_layerfuse.cli import main
 from hf_layerfuse.pipeline.report.page import page, write_page
-from hf_layerfuse.pipeline.results import RunResults
 from hf_layerfuse.pipeline.samples import Continuation, Distance, Prediction, Samples
 from hf_layerfuse.plan import CandidatePlan, EditLoss, FrontierPoint, PlanLatency, PlanNotes, RefitReport
 from hf_layerfuse.plan.notes import OperatorLoss
@@ -178,8 +177,8 @@ def test_begins_with_a_verdict():
     ],
 )
 def test_shows_sample_outputs(samples, words):
-    """Outputs of both models appear as text, never as markup; samples survive the file of the results."""
-    given = results(samples=RunResults.from_dict(results(samples=samples).to_dict()).samples)
+    """Outputs of both models appear as text, never as markup; samples survive their file."""
+    given = results(samples=Samples.from_dict(json.loads(json.dumps(samples.to_dict()))))
     assert given.samples == samples
     text = page(PLAN, given, recipe())
     Tags(text)
