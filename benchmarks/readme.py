@@ -22,7 +22,6 @@ _RUNS = {
     "bert-sst2": ("minilm-sst2", "layers fused: 6 -> 4"),
     "bert-sst2-collapse": ("minilm-sst2", "2 of 6 MLPs linear"),
     "gpt2-depth": ("gpt2", "layers fused: 12 -> 8"),
-    "gpt2-share": ("gpt2", "weights shared, a third less in the blocks"),
 }
 """Checkpoint and change of each job of the recipe benchmark."""
 
@@ -169,13 +168,11 @@ def tables() -> dict[str, list[Table]]:
     }
 
 
-_OUTPUT = re.compile(r"(<!-- output: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 _PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
 def filled(text: str) -> str:
-    """A page whose tables and outputs are filled from the JSON files."""
-    text = _OUTPUT.sub(lambda place: f"{place[1]}```text\n{results(place[2])['output'].strip()}\n```\n{place[3]}", text)
+    """A page whose tables are filled from the JSON files."""
     return _PLACE.sub(
         lambda place: place[1] + "\n\n".join(map(markdown_table, tables()[place[2]])) + "\n" + place[3], text
     )

@@ -57,14 +57,12 @@ JOBS = {
     "bert-sst2": ["recipes/bert-sst2.yaml", *_SST2, "--fusion.keep_layers", "4"],
     "bert-sst2-collapse": ["recipes/collapse-bert-sst2.yaml", *_SST2, "--collapse.count", "2"],
     "gpt2-depth": _WIKITEXT,
-    "gpt2-share": [*_WIKITEXT, "--fusion.mode", "share", "--fusion.ratio", "0.33", "--fusion.rank", "auto"],
 }
 _RATES = {"gpt2": (1e-4, 3e-4), "bert": (2e-5, 5e-5)}
 OPTIONS = {
-    name: [{"heal.learning_rate": rate, "heal.dropout": 0.0} for rate in _RATES[name.split("-")[0]]]
-    for name in ("bert-sst2", "bert-sst2-collapse", "gpt2-depth")
+    name: [{"heal.learning_rate": rate, "heal.dropout": 0.0} for rate in _RATES[name.split("-")[0]]] for name in JOBS
 }
-"""Fields of the healing that each job chooses from. Any other job takes the choice of the first job like it."""
+"""Fields of the healing that each job chooses from."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +110,10 @@ class JobResults:
 
 def run(name: str, threads: int) -> JobResults:
     """Carry out one job, and take the best option by validation loss."""
-    options, first = _options(name), _first_alike(name)
+    options, first = OPTIONS[name], _first_alike(name)
     runs = [_run(name, index, threads) for index in range(len(options))]
-    originals = [RunResults.load(_output(first, index)).retrained for index in range(len(_options(first)))]
-    lowest = {str(option): _lowest(each.report) for option, each in zip(_options(first), originals, strict=True)}
+    originals = [RunResults.load(_output(first, index)).retrained for index in range(len(OPTIONS[first]))]
+    lowest = {str(option): _lowest(each.report) for option, each in zip(OPTIONS[first], originals, strict=True)}
     choices = [
         Choice(option, _lowest(each.heal), lowest[str(option)]) for option, each in zip(options, runs, strict=True)
     ]
@@ -125,14 +123,6 @@ def run(name: str, threads: int) -> JobResults:
     # one measurement in turn timed the models of a run; the retrained original has the shape of its original
     best = replace(best, measurement=best.measurement.with_latency(chosen.before.latency))
     return replace(job, run=replace(chosen, retrained=best))
-
-
-def _options(name: str) -> list[dict[str, float]]:
-    """The healing options of a job."""
-    if name in OPTIONS:
-        return OPTIONS[name]
-    first = JobResults.load(_first_alike(name))
-    return [first.choices[first.chosen].options]
 
 
 def _run(name: str, index: int, threads: int) -> RunResults:
@@ -160,7 +150,7 @@ def _lowest(report: HealReport) -> float:
 
 
 def _arguments(name: str, index: int) -> list[str]:
-    options = [word for field, value in _options(name)[index].items() for word in (f"--{field}", str(value))]
+    options = [word for field, value in OPTIONS[name][index].items() for word in (f"--{field}", str(value))]
     return [*JOBS[name], *options, "--output_dir", f"outputs/{name}-{index}"]
 
 
