@@ -23,8 +23,6 @@ from .tables import REMAINING, limitations_of_healing, limitations_of_plan, summ
 _UNNAMED = f"{PLACEHOLDER}this-model"
 """Source of a model whose name is unknown."""
 
-_HEALED = "The model was healed, so a fair comparison is with an original after the same training."
-
 
 def model_card(
     model: PreTrainedModel,
@@ -81,8 +79,7 @@ def model_card(
         notes = [f"The change has a 95% interval, by a bootstrap over the same {comparison.rows} rows for both."]
     training = ["This card has no record of a retraining after its layers were changed."]
     if heal_report is not None:
-        training = [] if comparison is None else [_HEALED]
-        training += limitations_of_healing([heal_report])
+        training = limitations_of_healing([heal_report], alone=comparison is not None)
     limitations = [*limitations_of_plan(plan, timed=bool(speedups)), *training, REMAINING]
     return document(
         front_matter(method, base_model, task and task.pipeline, licence),

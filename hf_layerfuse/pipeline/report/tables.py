@@ -142,7 +142,8 @@ def limitations_of(plan: Plan, results: RunResults) -> list[str]:
         data = "Nothing was selected on the data of these results."
     training = ["It was not retrained after its layers were changed."]
     if results.healed is not None:
-        training = limitations_of_healing([one.report for one in results.rounds])
+        alone = results.retrained is None and any(metric in results.before.metrics for metric in _COMPARED)
+        training = limitations_of_healing([one.report for one in results.rounds], alone=alone)
     metrics, windows = results.before.metrics, []
     if "stride" in metrics:
         windows = [f"Perplexity: windows of {metrics['max_length']} tokens, stride {metrics['stride']}."]
@@ -167,14 +168,20 @@ def limitations_of_plan(plan: Plan, *, timed: bool) -> list[str]:
     return limitations
 
 
-def limitations_of_healing(reports: Sequence[HealReport]) -> list[str]:
-    """Limitation of a model whose only healing found nothing better."""
-    if len(reports) == 1 and reports[0].best_step == 0:
+def limitations_of_healing(reports: Sequence[HealReport], *, alone: bool) -> list[str]:
+    """Limitations of a healed model.
+
+    Args:
+        reports: Report of each round.
+        alone: Whether the model is compared with an original that was not trained further.
+    """
+    if len(reports) == 1 and found_nothing(reports[0]):
         return [
             "Healing found nothing better: it did not lower the validation loss, so the weights from before it were "
             "kept."
         ]
-    return []
+    fair = "The model was healed, so a fair comparison is with an original after the same training."
+    return [fair] if alone else []
 
 
 REMAINING = "Errors and biases of the original remain, and may be worse."

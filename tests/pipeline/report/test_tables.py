@@ -9,7 +9,7 @@ from runs import PLAN, REPORT, RESULTS, SMALLER, STAGE, healed_by, recipe, resul
 from hf_layerfuse import Blend, Drop, Fuse, Linearize, MergeConvs, Plan
 from hf_layerfuse.pipeline.report.change import change_of
 from hf_layerfuse.pipeline.report.closing import closing
-from hf_layerfuse.pipeline.report.tables import in_short, rows
+from hf_layerfuse.pipeline.report.tables import in_short, limitations_of, rows
 from hf_layerfuse.pipeline.report.verdict import in_bytes, verdict
 from hf_layerfuse.pipeline.results import RetrainedOriginal
 from hf_layerfuse.plan import CONV_GRAPH_KINDS
@@ -153,3 +153,17 @@ def test_the_last_lines_name_the_next_commands(plan, changes, line):
     assert where == "Written:  a b"
     assert load == f"Load it:  AutoModelForSequenceClassification.{line}"
     assert report == "Report:   hf-layerfuse report 'a b'"
+
+
+def test_a_healed_model_names_its_fair_comparison():
+    """Where the original was not retrained, a reader learns that a healed model has had more training."""
+    plan, fair = Plan("bert", 12, (Drop("layer", 3),)), "an original after the same training"
+
+    def said(given):
+        return any(fair in limit for limit in limitations_of(plan, given))
+
+    assert said(results())
+    assert not said(results(retrained=RetrainedOriginal(STAGE, REPORT)))
+    assert not said(RESULTS), "nothing was trained"
+    kept = dataclasses.replace(REPORT, best_step=0)
+    assert not said(results(rounds=healed_by(kept)))
