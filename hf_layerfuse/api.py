@@ -13,6 +13,7 @@ from .calibration.samples import read
 from .errors import RecipeError
 from .evaluation.batches import Batches
 from .evaluation.metrics import bytes_in_memory
+from .evaluation.precision import batch_for, in_float32
 from .methods.base import Method
 from .methods.collapse.method import COLLAPSE
 from .methods.fusion.method import FUSION
@@ -20,7 +21,6 @@ from .methods.merge.method import MERGE
 from .methods.report import FusionReport
 from .models.architectures import architecture_for
 from .models.loading import load_checkpoint
-from .models.precision import batch_for, in_float32
 from .models.verify import verify, warn_if_useless
 from .recipe import CollapseRecipe, FusionRecipe, MergeRecipe, current_names
 

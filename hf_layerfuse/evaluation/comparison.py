@@ -21,6 +21,7 @@ from .intervals import bootstrap
 from .latency import latency_side_by_side
 from .limits import Limits
 from .metrics import bytes_in_memory, embedding, evaluating, parameter_counts
+from .precision import batch_for, in_float32
 from .timing import device_name
 
 
@@ -46,7 +47,8 @@ def evaluate(
     """Measure the quality of a model.
 
     Causal language models are scored by token perplexity, models with `labels` of classes in the batches by accuracy,
-    and all others by the cosine between their embeddings and those of a reference.
+    and all others by the cosine between their embeddings and those of a reference. On a CPU, models in half precision
+    compute in float32.
 
     Args:
         model: Model under test.
@@ -59,7 +61,8 @@ def evaluate(
     Raises:
         DataError: There are no rows, the model does not accept a batch, or there are neither labels nor a reference.
     """
-    batches = list(batches)
+    model, batches = in_float32(model), list(batches)
+    reference = None if reference is None else in_float32(reference)
     metric = _metric_of(model, batches, reference)
     scores = _scores(metric, model, reference, batches)
     return {
@@ -145,7 +148,8 @@ def compare(
 ) -> Comparison:
     """Compare a model with its original on test data, by quality, size and latency.
 
-    The metric is that of `evaluate`. Both models are scored on the same rows, and take turns while they are timed.
+    The metric is that of `evaluate`. Both models are scored on the same rows, and take turns while they are timed. On a
+    CPU, models in half precision compute in float32, which is faster there; their size is that of their own type.
 
     Args:
         original: Model before fusing.
@@ -158,7 +162,8 @@ def compare(
     Raises:
         DataError: There are no rows, or a model does not accept a batch.
     """
-    batches = list(batches)
+    sizes = [(parameter_counts(model)["parameters"], bytes_in_memory(model)) for model in (original, fused)]
+    original, fused, batches = in_float32(original), in_float32(fused), list(batches)
     metric = _metric_of(original, batches, original)
     pairs = np.concatenate([_scores(metric, model, original, batches) for model in (original, fused)], axis=1)
 
@@ -182,8 +187,8 @@ def compare(
         interval=(low, high),
         verdict=verdict,
         rows=len(pairs),
-        parameters=tuple(parameter_counts(model)["parameters"] for model in models.values()),
-        bytes=tuple(map(bytes_in_memory, models.values())),
+        parameters=(sizes[0][0], sizes[1][0]),
+        bytes=(sizes[0][1], sizes[1][1]),
         latency_ms=times,
         speedup={batch: before / after for batch, (before, after) in times.items()},
         device=device_name(fused.device),
@@ -228,7 +233,7 @@ def _scores(
     """Sum and divisor of each row, (rows, 2). Rows without anything to score are left out."""
     limits, found = Limits.of(model), []
     with evaluating(model), evaluating(reference if reference is not None else model):
-        for batch in batches:
+        for batch in (batch_for(model, batch) for batch in batches):
             limits.check("the test data", batch)
             found.append(metric.score(model, reference, batch).double().cpu())
     scores = torch.cat(found) if found else torch.zeros(0, 2)

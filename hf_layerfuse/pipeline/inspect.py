@@ -12,13 +12,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from ..errors import CheckpointError, DataError, LayerFuseError, UnsupportedModelError
 from ..evaluation.batches import Batches
 from ..evaluation.metrics import bytes_in_memory, parameter_counts
+from ..evaluation.precision import dtype_in_file, store_as
 from ..math.similarity import ON_ACTIVATIONS
 from ..methods.fusion.distances import block_distances
 from ..models.architectures import ConvGraphArchitecture, LayerArchitecture, TransformerArchitecture, architecture_for
 from ..models.files import stored_dtype
 from ..models.heads import head_class
 from ..models.loading import load_checkpoint
-from ..models.precision import dtype_in_file, store_as
 from ..models.surgery.checks import check_model, check_plan
 from ..models.surgery.conv_graph import check_merges
 from ..plan import CONV_GRAPH_KINDS, Kind, Linearize, Plan

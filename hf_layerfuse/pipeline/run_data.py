@@ -21,9 +21,9 @@ from ..evaluation import metrics as evaluate
 from ..evaluation.latency import latency_side_by_side
 from ..evaluation.limits import Limits
 from ..evaluation.paired import change_intervals
+from ..evaluation.precision import store_as
 from ..models.files import stored_dtype
 from ..models.modeling import FusedMixin
-from ..models.precision import store_as
 from ..models.verify import verify
 from ..recipe import Recipe
 from ..recipe.tasks import TASKS

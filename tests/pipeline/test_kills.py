@@ -49,6 +49,8 @@ def test_killed_runs_resume(tmp_path: Path) -> None:
         "6",
         "--heal.eval_every",
         "1",
+        "--evaluate.retrain_original",
+        "true",
     ]
     words += ["--fusion.keep_layers", "3", "--fusion.mode", "share"]
     log, chance = tmp_path / "log", random.Random(0)

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...evaluation.precision import dtype_in_file
 from ...plan import Fuse, Plan, Source, Tie
 from ...recipe import FusionRecipe
 from ..architectures import LayerArchitecture, architecture_for
 from ..modules.shared_linear import out_in
-from ..precision import dtype_in_file
 from .checks import shapes_of
 from .layers import is_shared, relaxed_maps, reshape, target_config, tied_weights
 from .weights import untied_state

@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers import network, tiny_model
 
-from hf_layerfuse import fuse
+from hf_layerfuse import compare, evaluate, fuse
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
+from hf_layerfuse.evaluation.precision import dtype_in_file, in_float32, store_as
 from hf_layerfuse.methods.fusion import search as fusion
-from hf_layerfuse.models.precision import dtype_in_file, in_float32, store_as
 from hf_layerfuse.models.surgery.size import planned_size
 from hf_layerfuse.plan import Plan
 
@@ -62,3 +62,16 @@ def test_sizes_are_those_of_the_file() -> None:
     small = fuse(model, max_bytes=limit)
     assert small.num_parameters() < model.num_parameters()
     assert fuse(model.half(), max_bytes=limit / 2).num_parameters() == small.num_parameters()
+
+
+def test_comparisons_compute_in_float32() -> None:
+    """`evaluate` and `compare` give the figures of float32 copies, and the sizes of the models themselves."""
+    model = tiny_model("gpt2", "GPT2LMHeadModel").half()
+    small = tiny_model("gpt2", "GPT2LMHeadModel", n_layer=3).half()
+    batches = [dummy_inputs(model, seed=seed) for seed in range(2)]
+    wide = evaluate(copy.deepcopy(model).float(), batches)
+    assert evaluate(model, batches) == wide
+    found = compare(model, small, batches, batch_sizes=())
+    assert found.quality[0] == wide["value"]
+    assert found.bytes == tuple(sum(weight.nbytes for weight in one.parameters()) for one in (model, small))
+    assert {model.dtype, small.dtype} == {torch.float16}
