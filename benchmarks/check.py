@@ -10,6 +10,7 @@ more than the tolerance of its kind.
 
 import argparse
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import collapse
 import common
+import example
 import fusion
 import fusion_cost
 import latency
@@ -66,6 +68,16 @@ def _fusion(results: Any) -> Iterator[Figure]:
     make = dict(fusion.depth_methods(job, 3))["ours: refit (low)"]
     found, stored = fusion.measure(job, make), results["minilm-sst2"]["3 layers"]["ours: refit (low)"]
     yield from _quality("MiniLM, 3 layers, ours: refit (low)", stored, found)
+
+
+def _example(results: Any) -> Iterator[Figure]:
+    """Size and quality that the first example of the README prints."""
+    both = [
+        dict(re.findall(r"^(\S[a-z ]*?)  +[\d,.]+ +([\d,.]+)", text, flags=re.MULTILINE))
+        for text in (results["output"], example.output(results["code"]))
+    ]
+    for label, kind in (("parameters", "count"), ("cosine to the original", "quality")):
+        yield Figure(f"example: {label}", kind, *(float(found[label].replace(",", "")) for found in both))
 
 
 def _quality(row: str, stored: Any, found: Any) -> Iterator[Figure]:
@@ -183,6 +195,7 @@ CHECKS: dict[str, Check] = {
     "merge_cuda": partial(_merge, device="cuda"),
     "merge_heal": _merge_heal,
     "startup": _startup,
+    "example": _example,
     "throughput": _throughput,
     **{name: partial(_recipe, name) for name in recipes.JOBS},
 }

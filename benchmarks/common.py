@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 RESULTS = ROOT / "benchmarks" / "results"
-DATA = Path(os.environ.get("LAYERFUSE_DATA", ROOT.parent / "shared"))
+DATA = Path(os.environ.get("LAYERFUSE_DATA", ROOT.parent / "shared")).resolve()  # the example changes the directory
 
 
 Batches = list[dict[str, torch.Tensor]]

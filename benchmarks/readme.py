@@ -168,11 +168,15 @@ def tables() -> dict[str, list[Table]]:
     }
 
 
+_OUTPUT = re.compile(r"(<!-- output: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 _PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
 def filled(text: str) -> str:
-    """A page whose tables are filled from the JSON files."""
+    """A page whose tables and outputs are filled from the JSON files."""
+    text = _OUTPUT.sub(
+        lambda place: f"{place[1]}```text\n{results(place[2])['output'].rstrip()}\n```\n{place[3]}", text
+    )
     return _PLACE.sub(
         lambda place: place[1] + "\n\n".join(map(markdown_table, tables()[place[2]])) + "\n" + place[3], text
     )
