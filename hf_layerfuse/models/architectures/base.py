@@ -32,7 +32,7 @@ class Block:
 
 
 class Place(NamedTuple):
-    """A hook point: the input of a module, its output, or its output `added` to the residual.
+    """A hook point: the input of a module, its output, or its output `added` to the input of the layer.
 
     `module` is a path relative to a layer; the empty path is the layer itself. In a conv graph, the path is
     relative to the model.
@@ -114,39 +114,61 @@ class LayerArchitecture(Architecture, ABC):
 
     def owner(self, parameter: str) -> str | None:
         """Kind of the block that owns a parameter, or None. The name of the parameter is relative to its layer."""
-        module = parameter.rpartition(".")[0]
-        return next((kind for kind in self.kinds if module in self.table(kind).values()), None)
+        owners = [
+            kind
+            for kind in self.kinds
+            if any(parameter == path or parameter.startswith(f"{path}.") for path in self.table(kind).values())
+        ]
+        return owners[0] if len(owners) == 1 else None  # parallel blocks may share their norm
 
 
 class TransformerArchitecture(LayerArchitecture):
     """Layers of one attention and one MLP block each.
 
+    Roles with a meaning are `norm`, `q`, `k`, `v`, `qkv`, `q_norm`, `k_norm`, `in`, `gate` and `out`. Parts with another
+    role belong to the block, but nothing fits them. A block without the role `out` is opaque: it can be dropped, kept
+    or shared, but not aligned or refitted.
+
     Attributes:
-        attention: Role -> path, for the modules of the attention block.
-        mlp: Role -> path, for the modules of the MLP block.
+        attention: Role -> path, for the parts of the attention block.
+        mlp: Role -> path, for the parts of the MLP block.
         activation: Path of the module between the maps of the MLP. Without it, MLPs cannot become linear.
         adds: Path of a module that contains only `out` and `norm` and returns norm(out(a) + b), where a is the input
             of `out` and b the input of the MLP. Without it, the residual sum cannot be folded.
+        parallel: Whether both blocks read the input of the layer, which adds their outputs in one sum (GPT-NeoX).
+        between: Kind -> path of what lies between the output of `out` and the residual sum: a norm (Gemma 2), a
+            parameter (BEiT) or a number (Granite) that multiplies.
     """
 
     attention: ClassVar[Mapping[str, str]]
     mlp: ClassVar[Mapping[str, str]]
     activation: ClassVar[str | None] = None
     adds: ClassVar[str | None] = None
+    parallel: ClassVar[bool] = False
+    between: ClassVar[Mapping[str, str]] = {}
     kinds = TRANSFORMER
 
     def place(self, kind: str, name: str) -> Place:
         table = self.table(kind)
-        if name == "features":
-            return Place("before", table["out"])
-        if name == "sum":  # without a norm after it, only the addition itself sees the sum
-            return Place("before", table["norm"]) if self.post_norm else Place("added", table["out"])
-        if name == "read" and not self.post_norm:
+        if name in ("features", "output"):
+            return Place("before" if name == "features" else "after", table["out"])
+        if name == "read" and not self.post_norm and "norm" in table:
             return Place("after", table["norm"])
-        if kind == "attention":
+        if name == "sum" and self.post_norm:
+            return Place("before", table["norm"])
+        if name == "sum" and kind == "mlp":
+            return Place("after", "")
+        if kind == "attention" and name in ("read", "residual"):
             return Place("before", "")
-        # cross-attention, which decoders have between the two blocks, changes the state once more
-        return Place("before", next(iter(self.skip["mlp"])) if self.post_norm else table["norm"])
+        if self.parallel and name in ("sum", "residual"):
+            return Place("added", self.between.get("attention", self.attention["out"]))
+        # the stream after attention is what the MLP reads, also behind the cross-attention of a decoder
+        return Place("before", self.entry("mlp"))
+
+    def entry(self, kind: str) -> str:
+        """Path of the first module of a block that reads the stream."""
+        norm = self.table(kind).get("norm")
+        return next(iter(self.skip[kind])) if self.post_norm or norm is None else norm
 
 
 class ConvArchitecture(LayerArchitecture):
