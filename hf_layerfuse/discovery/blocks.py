@@ -1,0 +1,286 @@
+"""The blocks of a layer: kind, roles, norm, what lies between `out` and the residual sum, and placeholders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from .attention import Operands, attention_operands, attention_roles, memory_roles
+from .behaviour import mixes_tokens
+from .dataflow import LayerGraph, ModuleCall
+from .placeholders import placeholders
+from .sums import Branch, branches_of, residual_sums
+
+BlockKind = Literal["attention", "cross", "mixer", "mlp"]
+
+MEANINGS = frozenset({"norm", "q", "k", "v", "qkv", "q_norm", "k_norm", "in", "gate", "gate_in", "out"})
+"""Roles of maps and norms that alignment and refit know."""
+
+_EXPERTS = frozenset({"topk", "_grouped_mm", "one_hot", "index_add", "scatter_reduce"})
+"""Operations that send tokens to different weights."""
+
+
+@dataclass(frozen=True)
+class DiscoveredBlock:
+    """One block of a layer. All paths are relative to the layer.
+
+    Attributes:
+        kind: `attention`; `cross`, attention to the states of an encoder; `mixer`, any other block that mixes tokens;
+            or `mlp`.
+        roles: Role -> path. Roles without a meaning name the other parts of the block that have parameters.
+        norm_after: Whether `norm` follows the residual sum instead of preceding the block.
+        between: Paths of norms, scales, parameters and numbers between `out` and the residual sum, in this order.
+        skip: Path -> placeholder, which together remove the block.
+        activation: Path of the module between the maps of an MLP, or None.
+        adds: Path of a module of only `out` and `norm` that adds the residual itself, or None.
+        layout: Layout of a joint map of queries, keys and values, or of gate and input; None if there is no such map,
+            or if no layout could be verified.
+    """
+
+    kind: BlockKind
+    roles: Mapping[str, str]
+    norm_after: bool
+    between: tuple[str, ...]
+    skip: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    activation: str | None = None
+    adds: str | None = None
+    layout: str | None = None
+
+    @property
+    def opaque(self) -> bool:
+        """Whether the block has no output projection, so that it can only be kept, shared or dropped."""
+        return "out" not in self.roles
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """The blocks of a layer, and what joins them.
+
+    Attributes:
+        blocks: Blocks in execution order.
+        parallel: Whether all blocks read the input of the layer and are added in one sum.
+        leftover: Parameters that belong to no block.
+    """
+
+    blocks: tuple[DiscoveredBlock, ...]
+    parallel: bool
+    leftover: tuple[str, ...]
+
+
+def layer_table(graph: LayerGraph) -> LayerTable:
+    """Find the blocks of a layer.
+
+    Raises:
+        UnsupportedModelError: The layer is not a chain of residual sums, or attends inside windows.
+    """
+    sums = residual_sums(graph)
+    if len(sums) > 1 and any(len(total.branches) > 1 for total in sums):
+        raise UnsupportedModelError("some of its residual sums add one block and others several.")
+    branches = [branch for total in sums for branch in branches_of(graph, total)]
+    blocks = tuple(_block(graph, branch) for branch in branches)
+    owned = {path for block in blocks for path in (*block.roles.values(), *block.between, *block.skip)}
+    leftover = [name for name, _ in graph.layer.named_parameters() if not _is_in(name, owned)]
+    return LayerTable(blocks, len(branches) > len(sums), tuple(leftover))
+
+
+def _block(graph: LayerGraph, branch: Branch) -> DiscoveredBlock:
+    out, between = _output(graph, branch)
+    norm = _norm_before(graph, branch)
+    starts = {branch.start, *([graph.unmoved(norm.outputs[0])] if norm else [])}
+    maps = [call for call in branch.calls if call.behaviour == "linear"]
+    readers = [call for call in maps if call is not out and graph.unmoved(call.inputs[0]) in starts]
+    small = [
+        call for call in branch.calls if call.behaviour == "norm" and call is not norm and call.path not in between
+    ]
+    operands = attention_operands(graph, branch)
+    kind = _kind(graph, branch, operands)
+    roles: dict[str, str] = {}
+    if norm is not None:
+        roles["norm"] = norm.path
+    elif branch.sum.norm is not None:
+        roles["norm"] = branch.sum.norm.path
+    activation = None
+    if kind in ("attention", "cross") and out is not None:
+        roles |= attention_roles(graph, branch, operands, readers, small)
+        roles |= memory_roles(graph, operands) if kind == "cross" else {}
+    elif kind == "mlp" and out is not None:
+        found, activation = _mlp_roles(graph, branch, out, readers)
+        roles |= found
+    if out is not None:
+        roles["out"] = out.path
+    skip = placeholders(graph, branch, _holds_kernel(graph, branch, operands))
+    _name_other_parts(graph, roles, between, skip)
+    adds = _adder(graph, branch, out, readers) if kind == "mlp" else None
+    return DiscoveredBlock(
+        kind, roles, norm is None and branch.sum.norm is not None, tuple(between), skip, activation, adds
+    )
+
+
+def _kind(graph: LayerGraph, branch: Branch, operands: Operands | None) -> BlockKind:
+    mixing = [part for part in (*branch.parts, *filter(None, [branch.adder])) if mixes_tokens(part.module, part.args, part.kwargs)]
+    for part in mixing:
+        _check_windows(graph, part)
+    experts = _EXPERTS & {node.operation for at, node in enumerate(graph.nodes) if branch.nodes >> at & 1}
+    if operands is not None and (mixing or not experts):
+        return "attention" if graph.on_stream(operands.k) else "cross"
+    return "mixer" if mixing else "mlp"
+
+
+def _check_windows(graph: LayerGraph, part: ModuleCall) -> None:
+    """Raise `UnsupportedModelError` if a module that mixes tokens reads more rows than the layer."""
+    rows = graph.nodes[graph.source].shape[0]
+    read = next((graph.nodes[at].shape for at in part.inputs if graph.on_stream(at)), (rows,))
+    if read[0] != rows and read[0] % rows == 0:
+        raise UnsupportedModelError(
+            f"{part.path!r} attends inside windows: it reads {read[0]} rows where the layer reads {rows}."
+        )
+
+
+def _output(graph: LayerGraph, branch: Branch) -> tuple[ModuleCall | None, list[str]]:
+    """The output projection of a branch, and the paths between it and the residual sum."""
+    between: list[str] = []
+    node = branch.end
+    while True:
+        call = graph.giver(node, "linear", "norm", "scale")
+        if call is not None and call.behaviour == "linear":
+            return call, between[::-1]
+        factor = _factor(graph, node)
+        if call is not None:
+            between.append(call.path)
+            node = call.inputs[0]
+        elif factor is not None:
+            between.append(factor[0])
+            node = factor[1]
+        elif (before := graph.one_back(node)) is not None:
+            node = before
+        else:
+            return None, between[::-1]
+
+
+def _factor(graph: LayerGraph, node: int) -> tuple[str, int] | None:
+    """Path of the number or parameter that a product multiplies the stream with, and the node of the stream."""
+    made = graph.nodes[node]
+    if made.operation != "mul":
+        return None
+    if len(made.inputs) == 1 and len(made.numbers) == 1:
+        path = _attribute(graph.layer, made.numbers[0])
+        return None if path is None else (path, made.inputs[0])
+    states = [at for at in made.inputs if graph.on_stream(at)]
+    weights = [name for at in made.inputs if not graph.on_stream(at) and (name := graph.weight_behind(at))]
+    return (weights[0], states[0]) if len(states) == len(weights) == 1 else None
+
+
+def _attribute(layer: nn.Module, number: float) -> str | None:
+    """Path of the attribute of a layer that holds a number, or None."""
+    for path, module in layer.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and value == number:
+                return f"{path}.{name}" if path else name
+    return None
+
+
+def _norm_before(graph: LayerGraph, branch: Branch) -> ModuleCall | None:
+    """The norm that reads the stream in front of a block."""
+    for call in graph.calls:
+        if call.behaviour != "norm" or graph.unmoved(call.inputs[0]) != branch.start:
+            continue
+        if any(graph.depends(branch.end, node) for node in call.outputs) and call is not branch.sum.norm:
+            return call
+    return None
+
+
+def _mlp_roles(
+    graph: LayerGraph, branch: Branch, out: ModuleCall, readers: list[ModuleCall]
+) -> tuple[dict[str, str], str | None]:
+    """Roles of the maps of an MLP that read the stream, and the path of its activation."""
+    activations = [call for call in branch.calls if call.behaviour == "activation"]
+    activation = activations[0] if len(activations) == 1 else None
+    width = graph.nodes[out.inputs[0]].shape[-1]
+    wide = {reader: graph.nodes[reader.outputs[0]].shape[-1] for reader in readers}
+    roles: dict[str, str] = {}
+    if len(readers) == 1 and wide[readers[0]] == width:
+        roles = {"in": readers[0].path}
+    elif len(readers) == 1 and wide[readers[0]] == 2 * width:
+        roles = {"gate_in": readers[0].path}
+    elif len(readers) == 2 and set(wide.values()) == {width} and activation is not None:
+        gates = [reader for reader in readers if graph.depends(activation.inputs[0], reader.outputs[0])]
+        if len(gates) == 1:
+            roles = {"gate" if reader in gates else "in": reader.path for reader in readers}
+    return roles, activation.path if activation is not None and roles else None
+
+
+def _holds_kernel(graph: LayerGraph, branch: Branch, operands: Operands | None) -> bool:
+    """Whether the parts of a branch hold all its weights, and its attention kernel if it has one."""
+    held = 0
+    for part in branch.parts:
+        held |= graph.body(part)
+    paths = [part.path for part in branch.parts]
+    weights = [name for name in graph.weights_of(branch.nodes) if not _is_in(name, paths)]
+    norms = {call.path for call in graph.calls if call.behaviour in ("norm", "scale")}
+    if any(not _is_in(name, norms) and name in dict(graph.layer.named_parameters()) for name in weights):
+        maps = {call.path for call in graph.calls if call.behaviour == "linear"}
+        if any(_is_in(name, maps) for name in weights):
+            return False
+    kernels = [] if operands is None else [operands.q]
+    return all(held >> node & 1 for node in kernels)
+
+
+def _name_other_parts(graph: LayerGraph, roles: dict[str, str], between: list[str], skip: Mapping[str, Any]) -> None:
+    """Add the parts of a block that have parameters and no role yet, in place."""
+    if "out" not in roles:
+        found = [path for path in skip if path != roles.get("norm") and any(True for _ in _parameters(graph, path))]
+    else:
+        named = {*roles.values()}
+        found = list(
+            dict.fromkeys(
+                name.rpartition(".")[0]
+                for path in skip
+                for name in _parameters(graph, path)
+                if not _is_in(name, named)
+            )
+        )
+    found += [path for path in between if path not in found and path not in roles.values() and _is_weight(graph, path)]
+    for path in found:
+        name = path.rpartition(".")[2]
+        name = name if name not in MEANINGS and not name.isdigit() else f"part_{name}"
+        while name in roles:
+            name += "_"
+        roles[name] = path
+
+
+def _parameters(graph: LayerGraph, path: str) -> list[str]:
+    module = graph.layer.get_submodule(path)
+    return [f"{path}.{name}" for name, _ in module.named_parameters()]
+
+
+def _is_weight(graph: LayerGraph, path: str) -> bool:
+    """Whether a path names a parameter, or a module with parameters."""
+    return any(_is_in(name, [path]) for name, _ in graph.layer.named_parameters())
+
+
+def _is_in(name: str, paths: Any) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
+
+
+def _adder(graph: LayerGraph, branch: Branch, out: ModuleCall | None, readers: list[ModuleCall]) -> str | None:
+    """Path of the module that returns norm(out(a) + b), where b is the input of the MLP."""
+    norm = branch.sum.norm
+    if out is None or norm is None:
+        return None
+    for call in graph.calls:
+        given = [leaf for leaf in (*call.args, *call.kwargs.values()) if isinstance(leaf, Tensor)]
+        owned = {name.rpartition(".")[0] for name in _parameters(graph, call.path)}
+        if (
+            owned == {out.path, norm.path}
+            and len(given) == len(call.inputs) == 2
+            and call.outputs == norm.outputs
+            and graph.unmoved(call.inputs[0]) == graph.unmoved(out.inputs[0])
+            and graph.unmoved(call.inputs[1]) == branch.start
+            and all(graph.unmoved(reader.inputs[0]) == branch.start for reader in readers)
+        ):
+            return call.path
+    return None
