@@ -175,7 +175,9 @@ def alike(model: PreTrainedModel, source: Source) -> list[int]:
     They have the same kind of attention, sliding-window or full, and no norms inside the heads, because all heads of a
     layer share such norms. The kept layer is always included.
     """
-    types = getattr(model.config, "layer_types", None) or [None] * (max(source.layers) + 1)
+    types = getattr(architecture_for(model).config_of(model.config), "layer_types", None) or [None] * (
+        max(source.layers) + 1
+    )
     normed = any(role in architecture_for(model).attention for role in HEAD_NORMS)
     return [n for n in source.layers if n == source.kept or (types[n] == types[source.kept] and not normed)]
 

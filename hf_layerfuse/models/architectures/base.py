@@ -54,6 +54,10 @@ class Architecture:
     def check(self, model: PreTrainedModel) -> None:
         """Raise `UnsupportedModelError` for a model of this architecture that cannot be made smaller."""
 
+    def variant(self, config: PreTrainedConfig) -> Architecture:
+        """The table for a config, where its fields decide on the structure of a layer."""
+        return self
+
 
 class LayerArchitecture(Architecture, ABC):
     """A stack of layers, each with one block of every kind. All paths except `layers` are relative to a layer.
@@ -65,6 +69,9 @@ class LayerArchitecture(Architecture, ABC):
         post_norm: Whether the block's norm follows the residual sum (BERT) instead of preceding the block (GPT-2).
             Such a norm stays when its block is removed, because the next block was trained on normalised states.
         per_layer_config: Config fields with one entry per layer, kept in step with the layers.
+        other_lists: Config fields whose lists are as long as the stack by chance.
+        config: Name of the nested config that describes the stack (`text_config`); empty for the config itself.
+        depth: Config field with the number of layers.
         resizes: Whether layers may change the shape of the stream. If so, only layers of one shape can be compared.
         kinds: Kinds of blocks in a layer, in execution order. The attribute with the name of a kind is its table:
             role -> path of its modules.
@@ -74,6 +81,9 @@ class LayerArchitecture(Architecture, ABC):
     skip: ClassVar[Mapping[str, Mapping[str, type[nn.Module]]]] = {}
     post_norm: ClassVar[bool] = False
     per_layer_config: ClassVar[tuple[str, ...]] = ("layer_types",)
+    other_lists: ClassVar[tuple[str, ...]] = ()
+    config: ClassVar[str] = ""
+    depth: ClassVar[str] = "num_hidden_layers"
     resizes: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]]
 
@@ -84,6 +94,17 @@ class LayerArchitecture(Architecture, ABC):
     @abstractmethod
     def place(self, kind: str, name: str) -> Place:
         """Place of a `HookPoint` in a kind of block."""
+
+    def config_of(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The config that describes the stack: a config of the architecture, or the one nested in it."""
+        return getattr(config, self.config) if self.config else config
+
+    def complete(self, config: PreTrainedConfig) -> None:
+        """Bring fields that follow from `per_layer_config` or the depth up to date, in the config of the stack."""
+
+    def silences(self, kind: str, parameter: str) -> bool:
+        """Whether a block adds nothing to the stream once all such parameters are zero."""
+        return parameter.startswith(f"{self.table(kind)['out']}.")
 
     def layers_path(self, model: PreTrainedModel) -> str:
         """Live path of the list of layers, relative to `model`, with any head."""
@@ -140,17 +161,21 @@ class TransformerArchitecture(LayerArchitecture):
         activation: Path of the module between the maps of the MLP. Without it, MLPs cannot become linear.
         adds: Path of a module that contains only `out` and `norm` and returns norm(out(a) + b), where a is the input
             of `out` and b the input of the MLP. Without it, the residual sum cannot be folded.
+        crossed: Whether another block, such as cross-attention, runs between attention and MLP.
         parallel: Whether both blocks read the input of the layer, which adds their outputs in one sum (GPT-NeoX).
         between: Kind -> path of what lies between the output of `out` and the residual sum: a norm (Gemma 2), a
             parameter (BEiT) or a number (Granite) that multiplies.
+        silent: Kind -> paths of the parameters that are zero in an opaque block that adds nothing.
     """
 
     attention: ClassVar[Mapping[str, str]]
     mlp: ClassVar[Mapping[str, str]]
     activation: ClassVar[str | None] = None
     adds: ClassVar[str | None] = None
+    crossed: ClassVar[bool] = False
     parallel: ClassVar[bool] = False
     between: ClassVar[Mapping[str, str]] = {}
+    silent: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     kinds = TRANSFORMER
 
     def place(self, kind: str, name: str) -> Place:
@@ -165,14 +190,20 @@ class TransformerArchitecture(LayerArchitecture):
             return Place("after", "")
         if kind == "attention" and name in ("read", "residual"):
             return Place("before", "")
-        if self.parallel and name in ("sum", "residual"):
+        if self.parallel or (self.crossed and kind == "attention"):
             return Place("added", self.between.get("attention", self.attention["out"]))
-        # the stream after attention is what the MLP reads, also behind the cross-attention of a decoder
         return Place("before", self.entry("mlp"))
 
     def parts(self, kind: str) -> tuple[str, ...]:
         between = self.between.get(kind)
         return super().parts(kind) if between is None else (*super().parts(kind), between)
+
+    def silences(self, kind: str, parameter: str) -> bool:
+        module, _, name = parameter.rpartition(".")
+        paths = self.silent.get(kind) or (self.table(kind)["out"],)
+        return any(parameter == path or parameter.startswith(f"{path}.") for path in paths) or (
+            name == "bias" and module == self.between.get(kind)
+        )
 
     def own_norm(self, kind: str) -> str | None:
         """Path of the norm in front of a kind of block; None if there is none, or if both blocks read it."""
@@ -269,7 +300,7 @@ def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind
     model_type = config.model_type.removeprefix(FUSED_PREFIX)
     architecture = ARCHITECTURES.get(model_type)
     if isinstance(architecture, kind):
-        return architecture
+        return architecture.variant(config)
     known = ", ".join(sorted(name for name, architecture in ARCHITECTURES.items() if isinstance(architecture, kind)))
     if architecture is not None:
         what = "layers to fuse, drop or make linear" if kind is LayerArchitecture else "convolutions to merge"
