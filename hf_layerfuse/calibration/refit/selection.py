@@ -17,6 +17,7 @@ from ...plan import Source
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward
 from ..mmap import MappedActivations, PerBatch
+from .between import Between
 from .linear import store
 
 TOKENS_PER_INPUT = 4
@@ -52,6 +53,7 @@ class Selection:
         self.layerwise, self.block = layerwise, block
         self.table = layerwise.architecture.table(block.kind)
         self.layer = layerwise.layers[block.layer]
+        self.between = Between(layerwise, block)
         self.variants: list[nn.Module] = []
         own = {id(p) for path in self.table.values() for p in self.layer.get_submodule(path).parameters()}
         # deepcopy treats these parameters as already copied
@@ -161,7 +163,7 @@ class Selection:
         while (steps := [next(one, None) for one in passes])[0] is not None:
             index, first = steps[0]
             x = torch.cat([self.layerwise.rows(index, step[features]) for _, step in steps], dim=-1)
-            y = self.layerwise.rows(index, target[index].to(x.device) - first[residual].float())
+            y = self.between.aims(self.layerwise.rows(index, target[index].to(x.device) - first[residual].float()))
             del steps, first
             yield x, y
             del x, y
@@ -173,7 +175,9 @@ def alike(model: PreTrainedModel, source: Source) -> list[int]:
     They have the same kind of attention, sliding-window or full, and no norms inside the heads, because all heads of a
     layer share such norms. The kept layer is always included.
     """
-    types = getattr(model.config, "layer_types", None) or [None] * (max(source.layers) + 1)
+    types = getattr(architecture_for(model).config_of(model.config), "layer_types", None) or [None] * (
+        max(source.layers) + 1
+    )
     normed = any(role in architecture_for(model).attention for role in HEAD_NORMS)
     return [n for n in source.layers if n == source.kept or (types[n] == types[source.kept] and not normed)]
 

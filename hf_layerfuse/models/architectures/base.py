@@ -54,6 +54,10 @@ class Architecture:
     def check(self, model: PreTrainedModel) -> None:
         """Raise `UnsupportedModelError` for a model of this architecture that cannot be made smaller."""
 
+    def variant(self, config: PreTrainedConfig) -> Architecture:
+        """The table for a config, where its fields decide on the structure of a layer."""
+        return self
+
 
 class LayerArchitecture(Architecture, ABC):
     """A stack of layers, each with one block of every kind. All paths except `layers` are relative to a layer.
@@ -65,6 +69,9 @@ class LayerArchitecture(Architecture, ABC):
         post_norm: Whether the block's norm follows the residual sum (BERT) instead of preceding the block (GPT-2).
             Such a norm stays when its block is removed, because the next block was trained on normalised states.
         per_layer_config: Config fields with one entry per layer, kept in step with the layers.
+        other_lists: Config fields whose lists are as long as the stack by chance.
+        config: Name of the nested config that describes the stack (`text_config`); empty for the config itself.
+        depth: Config field with the number of layers.
         resizes: Whether layers may change the shape of the stream. If so, only layers of one shape can be compared.
         kinds: Kinds of blocks in a layer, in execution order. The attribute with the name of a kind is its table:
             role -> path of its modules.
@@ -74,6 +81,9 @@ class LayerArchitecture(Architecture, ABC):
     skip: ClassVar[Mapping[str, Mapping[str, type[nn.Module]]]] = {}
     post_norm: ClassVar[bool] = False
     per_layer_config: ClassVar[tuple[str, ...]] = ("layer_types",)
+    other_lists: ClassVar[tuple[str, ...]] = ()
+    config: ClassVar[str] = ""
+    depth: ClassVar[str] = "num_hidden_layers"
     resizes: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]]
 
@@ -84,6 +94,17 @@ class LayerArchitecture(Architecture, ABC):
     @abstractmethod
     def place(self, kind: str, name: str) -> Place:
         """Place of a `HookPoint` in a kind of block."""
+
+    def config_of(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The config that describes the stack: a config of the architecture, or the one nested in it."""
+        return getattr(config, self.config) if self.config else config
+
+    def complete(self, config: PreTrainedConfig) -> None:
+        """Bring fields that follow from `per_layer_config` or the depth up to date, in the config of the stack."""
+
+    def silences(self, kind: str, parameter: str) -> bool:
+        """Whether a block adds nothing to the stream once all such parameters are zero."""
+        return parameter.startswith(f"{self.table(kind)['out']}.")
 
     def layers_path(self, model: PreTrainedModel) -> str:
         """Live path of the list of layers, relative to `model`, with any head."""
@@ -117,17 +138,22 @@ class LayerArchitecture(Architecture, ABC):
         owners = [
             kind
             for kind in self.kinds
-            if any(parameter == path or parameter.startswith(f"{path}.") for path in self.table(kind).values())
+            if any(parameter == path or parameter.startswith(f"{path}.") for path in self.parts(kind))
         ]
         return owners[0] if len(owners) == 1 else None  # parallel blocks may share their norm
+
+    def parts(self, kind: str) -> tuple[str, ...]:
+        """Paths of the modules and parameters of a kind of block."""
+        return tuple(self.table(kind).values())
 
 
 class TransformerArchitecture(LayerArchitecture):
     """Layers of one attention and one MLP block each.
 
-    Roles with a meaning are `norm`, `q`, `k`, `v`, `qkv`, `q_norm`, `k_norm`, `in`, `gate` and `out`. Parts with another
-    role belong to the block, but nothing fits them. A block without the role `out` is opaque: it can be dropped, kept
-    or shared, but not aligned or refitted.
+    Roles with a meaning are `norm`, `q`, `k`, `v`, `qkv`, `q_norm`, `k_norm`, `in`, `gate` and `out`. Parts with
+    another role belong to the block, but nothing fits them. A block without the role `out` is opaque: it can be
+    dropped, kept or shared, but not aligned or refitted. `norm` is the norm in front of the block, or the one behind
+    the residual sum with `post_norm`.
 
     Attributes:
         attention: Role -> path, for the parts of the attention block.
@@ -135,17 +161,21 @@ class TransformerArchitecture(LayerArchitecture):
         activation: Path of the module between the maps of the MLP. Without it, MLPs cannot become linear.
         adds: Path of a module that contains only `out` and `norm` and returns norm(out(a) + b), where a is the input
             of `out` and b the input of the MLP. Without it, the residual sum cannot be folded.
+        crossed: Whether another block, such as cross-attention, runs between attention and MLP.
         parallel: Whether both blocks read the input of the layer, which adds their outputs in one sum (GPT-NeoX).
         between: Kind -> path of what lies between the output of `out` and the residual sum: a norm (Gemma 2), a
             parameter (BEiT) or a number (Granite) that multiplies.
+        silent: Kind -> paths of the parameters that are zero in an opaque block that adds nothing.
     """
 
     attention: ClassVar[Mapping[str, str]]
     mlp: ClassVar[Mapping[str, str]]
     activation: ClassVar[str | None] = None
     adds: ClassVar[str | None] = None
+    crossed: ClassVar[bool] = False
     parallel: ClassVar[bool] = False
     between: ClassVar[Mapping[str, str]] = {}
+    silent: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     kinds = TRANSFORMER
 
     def place(self, kind: str, name: str) -> Place:
@@ -160,10 +190,26 @@ class TransformerArchitecture(LayerArchitecture):
             return Place("after", "")
         if kind == "attention" and name in ("read", "residual"):
             return Place("before", "")
-        if self.parallel and name in ("sum", "residual"):
+        if self.parallel or (self.crossed and kind == "attention"):
             return Place("added", self.between.get("attention", self.attention["out"]))
-        # the stream after attention is what the MLP reads, also behind the cross-attention of a decoder
         return Place("before", self.entry("mlp"))
+
+    def parts(self, kind: str) -> tuple[str, ...]:
+        between = self.between.get(kind)
+        return super().parts(kind) if between is None else (*super().parts(kind), between)
+
+    def silences(self, kind: str, parameter: str) -> bool:
+        module, _, name = parameter.rpartition(".")
+        paths = self.silent.get(kind) or (self.table(kind)["out"],)
+        return any(parameter == path or parameter.startswith(f"{path}.") for path in paths) or (
+            name == "bias" and module == self.between.get(kind)
+        )
+
+    def own_norm(self, kind: str) -> str | None:
+        """Path of the norm in front of a kind of block; None if there is none, or if both blocks read it."""
+        norms = [self.table(each).get("norm") for each in self.kinds]
+        norm = self.table(kind).get("norm")
+        return None if self.post_norm or norms.count(norm) > 1 else norm
 
     def entry(self, kind: str) -> str:
         """Path of the first module of a block that reads the stream."""
@@ -276,7 +322,7 @@ def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind
     model_type = config.model_type.removeprefix(FUSED_PREFIX)
     architecture = ARCHITECTURES.get(model_type)
     if isinstance(architecture, kind):
-        return architecture
+        return architecture.variant(config)
     known = ", ".join(sorted(name for name, architecture in ARCHITECTURES.items() if isinstance(architecture, kind)))
     if architecture is not None:
         what = "layers to fuse, drop or make linear" if kind is LayerArchitecture else "convolutions to merge"

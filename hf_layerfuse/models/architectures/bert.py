@@ -48,3 +48,53 @@ class DistilBertArchitecture(TransformerArchitecture):
         "mlp": {"ffn": ZeroBlock},
     }
     post_norm = True
+
+
+class XLMRobertaArchitecture(BertArchitecture):
+    model_type = "xlm-roberta"
+
+
+class CamembertArchitecture(BertArchitecture):
+    model_type = "camembert"
+
+
+class ElectraArchitecture(BertArchitecture):
+    model_type = "electra"
+
+
+class MPNetArchitecture(BertArchitecture):
+    model_type = "mpnet"
+    attention = {
+        "q": "attention.attn.q",
+        "k": "attention.attn.k",
+        "v": "attention.attn.v",
+        "out": "attention.attn.o",
+        "norm": "attention.LayerNorm",
+    }
+    skip = {**BertArchitecture.skip, "attention": {"attention.attn": ZeroAttention}}
+
+
+class DebertaV2Architecture(BertArchitecture):
+    model_type = "deberta-v2"
+    attention = {
+        **BertArchitecture.attention,
+        "q": "attention.self.query_proj",
+        "k": "attention.self.key_proj",
+        "v": "attention.self.value_proj",
+    }
+
+
+class NomicBertArchitecture(TransformerArchitecture):
+    model_type = "nomic_bert"
+    layers = "layers"
+    attention = {
+        "norm": "post_attention_layernorm",
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "out": "self_attn.o_proj",
+    }
+    mlp = {"norm": "post_mlp_layernorm", "gate": "mlp.gate_proj", "in": "mlp.up_proj", "out": "mlp.down_proj"}
+    activation = "mlp.act_fn"
+    skip = {"attention": {"self_attn": ZeroAttention}, "mlp": {"mlp": ZeroBlock}}
+    post_norm = True
