@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .stacks import first_tensor
+from .stacks import RAISED, first_tensor
 
 Behaviour = Literal["inert", "scale", "norm", "activation", "linear", "other"]
-
-_RAISED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
-"""Errors of a module whose input has other values than the model gives it."""
 
 
 @torch.no_grad()
@@ -44,7 +41,7 @@ def behaviour_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 
     try:
         return _behaviour(module, module, random(), random())
-    except _RAISED:
+    except RAISED:
         return "other"
 
 
@@ -83,7 +80,9 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
 @torch.no_grad()
 def mixes_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a token of the output depends on other tokens of the input, (batch, tokens, ..., width)."""
-    states = next((t for t in tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor) and t.is_floating_point()), None)
+    states = next(
+        (t for t in tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor) and t.is_floating_point()), None
+    )
     if states is None or states.ndim < 3:
         return False
     other = states.clone()
@@ -98,7 +97,7 @@ def mixes_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 
     try:
         before, after = run(states), run(other)
-    except _RAISED:
+    except RAISED:
         return False
     if before is None or before.ndim < 3:
         return False

@@ -1,9 +1,9 @@
-"""The blocks of a layer: kind, roles, norm, what lies between `out` and the residual sum, and placeholders."""
+"""The blocks of a layer: kind, roles, norm, the parts between `out` and the residual sum, and placeholders."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -33,12 +33,11 @@ class DiscoveredBlock:
             or `mlp`.
         roles: Role -> path. Roles without a meaning name the other parts of the block that have parameters.
         norm_after: Whether `norm` follows the residual sum instead of preceding the block.
-        between: Paths of norms, scales, parameters and numbers between `out` and the residual sum, in this order.
+        between: Paths of norms, parameters and numbers between `out` and the residual sum, in this order.
         skip: Path -> placeholder, which together remove the block.
         activation: Path of the module between the maps of an MLP, or None.
         adds: Path of a module of only `out` and `norm` that adds the residual itself, or None.
-        layout: Layout of a joint map of queries, keys and values, or of gate and input; None if there is no such map,
-            or if no layout could be verified.
+        silent: Parameters that are zero if an opaque block adds nothing.
     """
 
     kind: BlockKind
@@ -48,7 +47,7 @@ class DiscoveredBlock:
     skip: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     activation: str | None = None
     adds: str | None = None
-    layout: str | None = None
+    silent: tuple[str, ...] = ()
 
     @property
     def opaque(self) -> bool:
@@ -81,10 +80,20 @@ def layer_table(graph: LayerGraph) -> LayerTable:
     if len(sums) > 1 and any(len(total.branches) > 1 for total in sums):
         raise UnsupportedModelError("some of its residual sums add one block and others several.")
     branches = [branch for total in sums for branch in branches_of(graph, total)]
-    blocks = tuple(_block(graph, branch) for branch in branches)
+    blocks = [_block(graph, branch) for branch in branches]
     owned = {path for block in blocks for path in (*block.roles.values(), *block.between, *block.skip)}
-    leftover = [name for name, _ in graph.layer.named_parameters() if not _is_in(name, owned)]
-    return LayerTable(blocks, len(branches) > len(sums), tuple(leftover))
+    leftover = []
+    for name, _ in graph.layer.named_parameters():
+        if _is_in(name, owned):
+            continue
+        users = [at for at, branch in enumerate(branches) if name in graph.weights_of(branch.nodes)]
+        if len(users) == 1 and not blocks[users[0]].opaque:
+            roles = dict(blocks[users[0]].roles)
+            _name_parts(roles, [name.rpartition(".")[0] or name])
+            blocks[users[0]] = replace(blocks[users[0]], roles=roles)
+        else:
+            leftover.append(name)
+    return LayerTable(tuple(blocks), len(branches) > len(sums), tuple(leftover))
 
 
 def _block(graph: LayerGraph, branch: Branch) -> DiscoveredBlock:
@@ -113,7 +122,7 @@ def _block(graph: LayerGraph, branch: Branch) -> DiscoveredBlock:
     if out is not None:
         roles["out"] = out.path
     skip = placeholders(graph, branch, _holds_kernel(graph, branch, operands))
-    _name_other_parts(graph, roles, between, skip)
+    _name_parts(roles, _other_parts(graph, roles, between, skip))
     adds = _adder(graph, branch, out, readers) if kind == "mlp" else None
     return DiscoveredBlock(
         kind, roles, norm is None and branch.sum.norm is not None, tuple(between), skip, activation, adds
@@ -121,7 +130,11 @@ def _block(graph: LayerGraph, branch: Branch) -> DiscoveredBlock:
 
 
 def _kind(graph: LayerGraph, branch: Branch, operands: Operands | None) -> BlockKind:
-    mixing = [part for part in (*branch.parts, *filter(None, [branch.adder])) if mixes_tokens(part.module, part.args, part.kwargs)]
+    mixing = [
+        part
+        for part in (*branch.parts, *filter(None, [branch.adder]))
+        if mixes_tokens(part.module, part.args, part.kwargs)
+    ]
     for part in mixing:
         _check_windows(graph, part)
     experts = _EXPERTS & {node.operation for at, node in enumerate(graph.nodes) if branch.nodes >> at & 1}
@@ -145,7 +158,7 @@ def _output(graph: LayerGraph, branch: Branch) -> tuple[ModuleCall | None, list[
     between: list[str] = []
     node = branch.end
     while True:
-        call = graph.giver(node, "linear", "norm", "scale")
+        call = graph.giver(node, "linear", "norm")
         if call is not None and call.behaviour == "linear":
             return call, between[::-1]
         factor = _factor(graph, node)
@@ -214,37 +227,32 @@ def _mlp_roles(
 
 
 def _holds_kernel(graph: LayerGraph, branch: Branch, operands: Operands | None) -> bool:
-    """Whether the parts of a branch hold all its weights, and its attention kernel if it has one."""
+    """Whether the parts of a branch hold all its maps, and its attention kernel if it has one."""
     held = 0
     for part in branch.parts:
         held |= graph.body(part)
     paths = [part.path for part in branch.parts]
-    weights = [name for name in graph.weights_of(branch.nodes) if not _is_in(name, paths)]
-    norms = {call.path for call in graph.calls if call.behaviour in ("norm", "scale")}
-    if any(not _is_in(name, norms) and name in dict(graph.layer.named_parameters()) for name in weights):
-        maps = {call.path for call in graph.calls if call.behaviour == "linear"}
-        if any(_is_in(name, maps) for name in weights):
-            return False
-    kernels = [] if operands is None else [operands.q]
-    return all(held >> node & 1 for node in kernels)
+    outside = [name for name in graph.weights_of(branch.nodes) if not _is_in(name, paths)]
+    maps = [call.path for call in graph.calls if call.behaviour == "linear"]
+    if any(_is_in(name, maps) for name in outside):
+        return False
+    return operands is None or bool(held >> operands.q & 1)
 
 
-def _name_other_parts(graph: LayerGraph, roles: dict[str, str], between: list[str], skip: Mapping[str, Any]) -> None:
-    """Add the parts of a block that have parameters and no role yet, in place."""
+def _other_parts(graph: LayerGraph, roles: Mapping[str, str], between: list[str], skip: Mapping[str, Any]) -> list[str]:
+    """Paths of the parts of a block that have parameters and no role."""
     if "out" not in roles:
-        found = [path for path in skip if path != roles.get("norm") and any(True for _ in _parameters(graph, path))]
-    else:
-        named = {*roles.values()}
-        found = list(
-            dict.fromkeys(
-                name.rpartition(".")[0]
-                for path in skip
-                for name in _parameters(graph, path)
-                if not _is_in(name, named)
-            )
-        )
-    found += [path for path in between if path not in found and path not in roles.values() and _is_weight(graph, path)]
-    for path in found:
+        return [path for path in skip if path != roles.get("norm") and _parameters(graph, path)]
+    named = {*roles.values(), *between}
+    names = [name for path in skip for name in _parameters(graph, path) if not _is_in(name, named)]
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+
+def _name_parts(roles: dict[str, str], paths: list[str]) -> None:
+    """Add parts that nothing fits to the roles of a block, in place. The role is the name of the module."""
+    for path in paths:
+        if path in roles.values():
+            continue
         name = path.rpartition(".")[2]
         name = name if name not in MEANINGS and not name.isdigit() else f"part_{name}"
         while name in roles:
@@ -255,11 +263,6 @@ def _name_other_parts(graph: LayerGraph, roles: dict[str, str], between: list[st
 def _parameters(graph: LayerGraph, path: str) -> list[str]:
     module = graph.layer.get_submodule(path)
     return [f"{path}.{name}" for name, _ in module.named_parameters()]
-
-
-def _is_weight(graph: LayerGraph, path: str) -> bool:
-    """Whether a path names a parameter, or a module with parameters."""
-    return any(_is_in(name, [path]) for name, _ in graph.layer.named_parameters())
 
 
 def _is_in(name: str, paths: Any) -> bool:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from .stacks import RAISED
 
 _USUAL = "num_hidden_layers"
 
@@ -28,16 +32,63 @@ def depth_field(model: PreTrainedModel, path: str) -> str | None:
     return next((name for name in _candidates(model.config, length) if _follows(model, path, name)), None)
 
 
-def per_layer_fields(config: PreTrainedConfig, field: str) -> tuple[str, ...]:
-    """Fields beside the depth field that hold a list with one entry per layer, `layer_types` first."""
-    owner = _owner(config, field)
+def lists_of_depth(config: PreTrainedConfig, field: str) -> tuple[str, ...]:
+    """Fields beside the depth field that hold a list with as many entries as there are layers."""
+    owner = owner_of(config, field)
     length = getattr(owner, field.rpartition(".")[2])
-    names = [
+    return tuple(
         name
         for name, value in owner.to_dict().items()
         if isinstance(value, list) and len(value) == length and isinstance(getattr(owner, name, None), list)
-    ]
-    return tuple(sorted(names, key=lambda name: (name != "layer_types", name)))
+    )
+
+
+def per_layer_fields(model: PreTrainedModel, path: str, field: str) -> tuple[str, ...]:
+    """Fields of `lists_of_depth` that describe one layer with each entry.
+
+    `layer_types` is one. Another list is one if its name speaks of layers and its entries are not the numbers of some
+    layers, or if exchanging two entries exchanges the attributes of two layers.
+    """
+    owner = owner_of(model.config, field)
+    return tuple(
+        name
+        for name in lists_of_depth(model.config, field)
+        if ("layer" in name and not _are_indices(getattr(owner, name))) or _exchanges(model, path, field, name)
+    )
+
+
+def _are_indices(values: list) -> bool:
+    """Whether a list holds increasing numbers, such as the layers that have no experts."""
+    return all(type(value) is int for value in values) and all(a < b for a, b in itertools.pairwise(values))
+
+
+def _exchanges(model: PreTrainedModel, path: str, field: str, name: str) -> bool:
+    """Whether exchanging two unequal entries of a list exchanges the attributes of two layers."""
+    values = getattr(owner_of(model.config, field), name)
+    other = next((at for at, value in enumerate(values) if value != values[0]), None)
+    if other is None:
+        return False
+    config = copy.deepcopy(model.config)
+    changed = getattr(owner_of(config, field), name)
+    changed[0], changed[other] = changed[other], changed[0]
+    try:
+        before, after = (
+            _attributes(_layers(type(model), each, path)) for each in (copy.deepcopy(model.config), config)
+        )
+    except RAISED:
+        return False
+    return before != after and (before[0], before[other]) == (after[other], after[0])
+
+
+def _attributes(layers: nn.ModuleList) -> list[dict[str, object]]:
+    """Numbers, words and shapes of each layer, by path, except for its own index."""
+    plain = (bool, int, float, str, type(None))
+    found = []
+    for layer in layers:
+        values = {f"{path}.{k}": v for path, m in layer.named_modules() for k, v in vars(m).items()}
+        each: dict[str, object] = {k: v for k, v in values.items() if isinstance(v, plain) and not k.endswith("_idx")}
+        found.append(each | {name: tensor.shape for name, tensor in layer.named_parameters()})
+    return found
 
 
 def _candidates(config: PreTrainedConfig, length: int) -> list[str]:
@@ -58,7 +109,8 @@ def _parts(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, Pr
             yield from _parts(value, f"{prefix}{name}.")
 
 
-def _owner(config: PreTrainedConfig, field: str) -> PreTrainedConfig:
+def owner_of(config: PreTrainedConfig, field: str) -> PreTrainedConfig:
+    """The config that has a field: the config itself, or one that is nested in it."""
     for name in field.split(".")[:-1]:
         config = getattr(config, name)
     return config
@@ -67,14 +119,18 @@ def _owner(config: PreTrainedConfig, field: str) -> PreTrainedConfig:
 def _follows(model: PreTrainedModel, path: str, field: str) -> bool:
     """Whether a stack has one layer less if a field is less by one."""
     config, name = copy.deepcopy(model.config), field.rpartition(".")[2]
-    owner, length = _owner(config, field), len(model.get_submodule(path))
-    lists = per_layer_fields(model.config, field)
+    owner, length = owner_of(config, field), len(model.get_submodule(path))
+    lists = lists_of_depth(model.config, field)
     try:
         setattr(owner, name, length - 1)
         for each in lists:
             setattr(owner, each, getattr(owner, each)[:-1])
-        with torch.device("meta"):
-            other = type(model)(config)
-        return len(other.get_submodule(path)) == length - 1
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return len(_layers(type(model), config, path)) == length - 1
+    except RAISED:
         return False  # the class cannot be built with this value, so the field is not a depth of its own
+
+
+def _layers(cls: type[PreTrainedModel], config: PreTrainedConfig, path: str) -> nn.ModuleList:
+    """Layers of a model without weights."""
+    with torch.device("meta"):
+        return cls(config).get_submodule(path)

@@ -8,24 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..calibration.contract import check_contract
 from ..errors import UnsupportedModelError
 from ..evaluation.batches import model_inputs
 from ..evaluation.dummy_inputs import dummy_inputs
 from ..evaluation.modes import eval_mode
 from ..models.architectures import FUSED_PREFIX, TransformerArchitecture, architecture_for
 from ..models.architectures.base import root_of
-from .blocks import DiscoveredBlock, LayerTable
-from .checks import check_table
-from .config_fields import depth_field, per_layer_fields
-from .layouts import gate_layout, qkv_layout
+from .blocks import DiscoveredBlock
+from .checks import check_removal, silent_parameters
+from .config_fields import depth_field, lists_of_depth, owner_of, per_layer_fields
+from .layouts import AttentionLayout, attention_layout, gate_layout
+from .fields import class_name, fields_of
 from .source import source_of
 from .stacks import Stack, find_stacks
 from .tables import stack_table
-
-_DEPTH = "num_hidden_layers"
-"""Config field of the depth that the engine changes."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,12 @@ class Discovery:
         layers: The same path, relative to the base model.
         blocks: Blocks of a layer, in execution order.
         parallel: Whether all blocks read the input of the layer.
-        depth_field: Config field that sets the number of layers.
+        joint: Role of a joint map -> layout of its rows: `parts` or `groups`, `gate_first` or `gate_last`.
+        pairing: Coordinates of a head that rotate together, `halves` or `neighbours`; None without rotary positions.
+        bound_heads: Whether each head has its own position bias.
+        depth_field: Path of the config field that sets the number of layers.
         per_layer_config: Config fields with one entry per layer.
+        other_lists: Config fields whose lists are as long as the stack by chance.
         verified: Claims that hold on the batch.
         unverified: Claims that do not hold, or could not be tested, each with the reason.
         notes: Differences between the layers, and parts that the table leaves out.
@@ -50,11 +53,15 @@ class Discovery:
     layers: str
     blocks: tuple[DiscoveredBlock, ...]
     parallel: bool
+    joint: Mapping[str, str]
+    pairing: str | None
+    bound_heads: bool
     depth_field: str
     per_layer_config: tuple[str, ...]
-    verified: tuple[str, ...]
-    unverified: tuple[str, ...]
-    notes: tuple[str, ...]
+    other_lists: tuple[str, ...]
+    verified: tuple[str, ...] = ()
+    unverified: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def post_norm(self) -> bool:
@@ -76,18 +83,15 @@ class Discovery:
         """Path of the activation of the MLP, or None."""
         return next((block.activation for block in self.blocks if block.kind == "mlp"), None)
 
-    @property
-    def layouts(self) -> Mapping[str, str]:
-        """Path of a joint map -> its layout."""
-        return {block.roles[role]: block.layout for block in self.blocks for role in _JOINT if role in block.roles}
-
     def architecture(self) -> type[TransformerArchitecture]:
         """The table as a class, to pass to `register_architecture`.
 
         Raises:
             UnsupportedModelError: `TransformerArchitecture` cannot describe this architecture.
         """
-        return type(class_name(self.model_type), (TransformerArchitecture,), {"__module__": __name__, **self.fields()})
+        return type(
+            class_name(self.model_type), (TransformerArchitecture,), {"__module__": __name__, **fields_of(self)}
+        )
 
     def source(self) -> str:
         """The table as Python source, which registers the architecture when it is executed.
@@ -95,70 +99,7 @@ class Discovery:
         Raises:
             UnsupportedModelError: `TransformerArchitecture` cannot describe this architecture.
         """
-        return source_of(class_name(self.model_type), self.fields())
-
-    def fields(self) -> dict[str, Any]:
-        """Attributes of the class, without those that equal their default.
-
-        Raises:
-            UnsupportedModelError: `TransformerArchitecture` cannot describe this architecture.
-        """
-        self._check_representable()
-        attention, mlp = self.blocks
-        between = {kind: paths[0] for kind, paths in zip(("attention", "mlp"), map(_between, self.blocks)) if paths}
-        found: dict[str, Any] = {
-            "model_type": self.model_type,
-            "layers": self.layers,
-            "attention": dict(attention.roles),
-            "mlp": dict(mlp.roles),
-            "activation": mlp.activation,
-            "adds": mlp.adds,
-            "parallel": self.parallel,
-            "between": between,
-            "post_norm": self.post_norm,
-            "per_layer_config": tuple(dict.fromkeys(["layer_types", *self.per_layer_config])),
-            "skip": {"attention": dict(attention.skip), "mlp": dict(mlp.skip)},
-        }
-        return {
-            name: value
-            for name, value in found.items()
-            if not hasattr(TransformerArchitecture, name) or value != getattr(TransformerArchitecture, name)
-        }
-
-    def _check_representable(self) -> None:
-        kinds = [block.kind for block in self.blocks]
-        where = f"the layers of {self.stack} ({self.model_type!r}) were found, but cannot be fused"
-        if kinds not in (["attention", "mlp"], ["mixer", "mlp"]):
-            raise UnsupportedModelError(
-                f"{where}: each has the blocks {', '.join(kinds)}; supported are one attention block and one MLP."
-            )
-        if self.depth_field != _DEPTH:
-            raise UnsupportedModelError(
-                f"{where}: their number is config.{self.depth_field}; supported is config.{_DEPTH}."
-            )
-        if len({block.norm_after for block in self.blocks}) > 1:
-            raise UnsupportedModelError(
-                f"{where}: the norm follows the residual sum of one block and precedes the other; supported is one "
-                "position for both."
-            )
-        for block in self.blocks:
-            if len(block.between) > 1:
-                raise UnsupportedModelError(
-                    f"{where}: {' and '.join(block.between)} lie between {block.roles.get('out')} and the residual sum; "
-                    "supported is one norm, parameter or number."
-                )
-
-
-_JOINT = ("qkv", "gate_in")
-
-
-def _between(block: DiscoveredBlock) -> tuple[str, ...]:
-    return block.between
-
-
-def class_name(model_type: str) -> str:
-    """Name of the class of a table: `Gemma2Architecture` for `gemma2`."""
-    return "".join(part.capitalize() for part in model_type.replace("-", "_").split("_")) + "Architecture"
+        return source_of(class_name(self.model_type), fields_of(self))
 
 
 @torch.no_grad()
@@ -192,28 +133,74 @@ def discover_architecture(
         inputs = _inputs(model, batch)
         stacks, refused = _stacks(model, inputs, given=batch is not None)
         chosen, field = _chosen(model, stacks, refused, stack)
-        table, notes = stack_table(chosen)
-        table = replace(table, blocks=tuple(_with_layout(model, chosen, block, field) for block in table.blocks))
-        claims = check_table(model, inputs, chosen, table)
-    claims |= {
-        f"the layout of {block.roles[role]}": None if block.layout else "no known layout leaves the output as it is"
-        for block in table.blocks
-        for role in _JOINT
-        if role in block.roles
-    }
-    root = root_of(model)
+        found = _described(model, chosen, field)
+        return _verified(model, inputs, chosen, found)
+
+
+def _described(model: PreTrainedModel, stack: Stack, field: str) -> Discovery:
+    """The architecture of a stack, before it is verified as a whole."""
+    table, notes = stack_table(stack)
+    middle = len(stack.layers) // 2
+    layer, call = stack.layers[middle], stack.calls[middle]
+    blocks, joint, unknown = [], {}, []
+    heads: AttentionLayout | str | None = None
+    for block in table.blocks:
+        roles = block.roles
+        if block.kind == "attention" and not block.opaque and ("qkv" in roles or roles.keys() >= {*"qkv"}):
+            heads = attention_layout(layer, call, roles, owner_of(model.config, field))
+            if isinstance(heads, str):
+                unknown.append(f"the heads of attention: {heads}")
+                heads = None
+            elif heads.joint is not None:
+                joint["qkv"] = heads.joint
+        elif "gate_in" in roles:
+            half = gate_layout(layer, call, roles["gate_in"], block.activation)
+            if half is None:
+                unknown.append(f"the layout of {roles['gate_in']}: neither half is the input of the activation")
+            else:
+                joint["gate_in"] = half
+        elif block.opaque:
+            silent = silent_parameters(layer, call, block)
+            block = replace(block, silent=silent)
+        blocks.append(block)
+    lists = lists_of_depth(model.config, field)
+    per_layer = per_layer_fields(model, stack.path, field)
     return Discovery(
         model_type=model.config.model_type,
-        stack=chosen.path,
-        layers=chosen.path.removeprefix(root),
-        blocks=table.blocks,
+        stack=stack.path,
+        layers=stack.path.removeprefix(root_of(model)),
+        blocks=tuple(blocks),
         parallel=table.parallel,
+        joint=joint,
+        pairing=None if heads is None else heads.pairing,
+        bound_heads=heads is not None and heads.bound_heads,
         depth_field=field,
-        per_layer_config=per_layer_fields(model.config, field),
-        verified=tuple(claim for claim, why in claims.items() if why is None),
-        unverified=tuple(f"{claim}: {why}" for claim, why in claims.items() if why is not None),
+        per_layer_config=per_layer,
+        other_lists=tuple(name for name in lists if name not in per_layer),
+        unverified=tuple(unknown),
         notes=notes,
     )
+
+
+def _verified(model: PreTrainedModel, inputs: Mapping[str, Tensor], stack: Stack, found: Discovery) -> Discovery:
+    """An architecture with the claims that hold and those that do not."""
+    verified, unverified = [], list(found.unverified)
+    last = len(stack.layers) - 1
+    for block in found.blocks:
+        for index in dict.fromkeys([0, last // 2 + 1, last]):
+            claim = f"removing the {block.kind} block of layer {index} equals a block that adds zero"
+            why = check_removal(model, inputs, stack, block, index)
+            if why is None:
+                verified.append(claim)
+            else:
+                unverified.append(f"{claim}: {why}")
+    claim = "the layers, run one by one with their blocks as in the table, are the model"
+    try:
+        check_contract(model, [inputs], found.architecture()())
+        verified.append(claim)
+    except UnsupportedModelError as error:
+        unverified.append(f"{claim}: {error}")
+    return replace(found, verified=tuple(verified), unverified=tuple(unverified))
 
 
 def _check(model: PreTrainedModel) -> None:
@@ -276,9 +263,7 @@ def _chosen(
         stacks = {path: stacks[path]}
     if not stacks:
         each = "; ".join(f"{path}: {why}" for path, why in refused.items()) or "it has no nn.ModuleList"
-        raise UnsupportedModelError(
-            f"{name} does not run a stack of layers once, in order. What was found: {each}."
-        )
+        raise UnsupportedModelError(f"{name} does not run a stack of layers once, in order. What was found: {each}.")
     fields = {path: depth_field(model, path) for path in stacks}
     followed = [path for path, field in fields.items() if field is not None]
     if not followed:
@@ -291,18 +276,3 @@ def _chosen(
         each = ", ".join(f"{path!r} ({len(stacks[path].layers)} layers, config.{fields[path]})" for path in followed)
         raise UnsupportedModelError(f"{name} has several stacks of layers: pass stack= with one of {each}.")
     return stacks[followed[0]], fields[followed[0]]
-
-
-def _with_layout(model: PreTrainedModel, stack: Stack, block: DiscoveredBlock, field: str) -> DiscoveredBlock:
-    """A block with the layout of its joint map, tested on the middle layer."""
-    middle = len(stack.layers) // 2
-    layer, call = stack.layers[middle], stack.calls[middle]
-    if "qkv" in block.roles and "out" in block.roles:
-        config: PreTrainedConfig = model.config
-        for name in field.split(".")[:-1]:
-            config = getattr(config, name)
-        found = qkv_layout(layer, call, block.roles["qkv"], block.roles["out"], config)
-        return replace(block, layout=found and found[0])
-    if "gate_in" in block.roles:
-        return replace(block, layout=gate_layout(layer, call, block.roles["gate_in"], block.activation))
-    return block

@@ -59,7 +59,7 @@ def _class_for(part: ModuleCall, passed: Mapping[int, int | str]) -> type[nn.Mod
         if isinstance(value, Tensor):
             passed |= {place: key for key, argument in given.items() if argument is value}
     simple = not passed and (bool(part.args) or "hidden_states" in part.kwargs)
-    if simple and outputs == 2:
+    if simple and outputs in (1, 2):
         return ZeroAttention
     if simple and outputs is None and len(given) == 1:
         return ZeroBlock

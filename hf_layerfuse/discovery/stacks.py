@@ -15,6 +15,9 @@ from transformers import Cache, PreTrainedModel
 _MAIN_ARGUMENT = "hidden_states"
 """Name of the stream among the keyword arguments of a layer."""
 
+RAISED = (AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+"""Errors of the code of a model that is run in a way it was not written for."""
+
 
 @dataclass(frozen=True)
 class LayerCall:

@@ -1,0 +1,85 @@
+"""The attributes of the class that describes a discovered architecture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UnsupportedModelError
+from ..models.architectures import TransformerArchitecture
+
+if TYPE_CHECKING:
+    from .discovery import Discovery
+
+_SUPPORTED = (("attention", "mlp"), ("mixer", "mlp"), ("attention", "cross", "mlp"))
+"""Kinds of the blocks of a layer that a `TransformerArchitecture` describes. It leaves cross-attention as it is."""
+
+
+def class_name(model_type: str) -> str:
+    """Name of the class of a table: `Gemma2Architecture` for `gemma2`."""
+    return "".join(part[:1].upper() + part[1:] for part in model_type.replace("-", "_").split("_")) + "Architecture"
+
+
+def fields_of(found: Discovery) -> dict[str, Any]:
+    """Attributes of the class, without those that equal their default.
+
+    Raises:
+        UnsupportedModelError: `TransformerArchitecture` cannot describe the architecture.
+    """
+    _check_describable(found)
+    attention, mlp = found.blocks[0], found.blocks[-1]
+    blocks = {"attention": attention, "mlp": mlp}
+    config, _, depth = found.depth_field.rpartition(".")
+    joint = getattr(TransformerArchitecture, "joint", {})
+    every: dict[str, Any] = {
+        "model_type": found.model_type,
+        "layers": found.layers,
+        "config": config,
+        "depth": depth,
+        "attention": dict(attention.roles),
+        "mlp": dict(mlp.roles),
+        "activation": mlp.activation,
+        "adds": mlp.adds,
+        "crossed": len(found.blocks) > 2,
+        "parallel": found.parallel,
+        "between": {kind: block.between[0] for kind, block in blocks.items() if block.between},
+        "joint": {**joint, **found.joint},
+        "pairing": found.pairing or getattr(TransformerArchitecture, "pairing", "halves"),
+        "bound_heads": found.bound_heads,
+        "silent": {kind: block.silent for kind, block in blocks.items() if block.silent},
+        "post_norm": found.post_norm,
+        "per_layer_config": tuple(dict.fromkeys(["layer_types", *found.per_layer_config])),
+        "other_lists": found.other_lists,
+        "skip": {kind: dict(block.skip) for kind, block in blocks.items()},
+    }
+    return {name: value for name, value in every.items() if _is_own(name, value)}
+
+
+def _is_own(name: str, value: Any) -> bool:
+    """Whether an attribute differs from that of `TransformerArchitecture`."""
+    return not hasattr(TransformerArchitecture, name) or value != getattr(TransformerArchitecture, name)
+
+
+def _check_describable(found: Discovery) -> None:
+    kinds = tuple(block.kind for block in found.blocks)
+    where = f"the layers of {found.stack} ({found.model_type!r}) are known, but cannot be fused"
+    if kinds not in _SUPPORTED:
+        raise UnsupportedModelError(
+            f"{where}: each has the blocks {', '.join(kinds)}; supported are one attention block, perhaps "
+            "cross-attention, and one MLP."
+        )
+    if len({block.norm_after for block in found.blocks}) > 1:
+        raise UnsupportedModelError(
+            f"{where}: the norm follows the residual sum of one block and precedes another; supported is one position "
+            "for all."
+        )
+    if found.depth_field.count(".") > 1:
+        raise UnsupportedModelError(
+            f"{where}: their number is config.{found.depth_field}; supported is a field of the config or of one that "
+            "is nested in it."
+        )
+    for block in found.blocks:
+        if len(block.between) > 1:
+            raise UnsupportedModelError(
+                f"{where}: {' and '.join(block.between)} lie between {block.roles.get('out')!r} and the residual sum; "
+                "supported is one norm, parameter or number."
+            )
