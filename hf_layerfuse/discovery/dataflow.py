@@ -19,9 +19,11 @@ from .behaviour import Behaviour, behaviour_of
 from .stacks import LayerCall, first_tensor
 
 _RESHAPES = frozenset(
-    "_reshape_alias _to_copy _unsafe_view alias clone constant_pad_nd contiguous detach dropout expand index lift_fresh "
-    "native_dropout permute reshape roll select slice split split_with_sizes squeeze t to transpose unfold unsqueeze "
-    "view".split()
+    {
+        *("_reshape_alias", "_to_copy", "_unsafe_view", "alias", "clone", "constant_pad_nd", "contiguous", "detach"),
+        *("dropout", "expand", "index", "lift_fresh", "native_dropout", "permute", "reshape", "roll", "select"),
+        *("slice", "split", "split_with_sizes", "squeeze", "t", "to", "transpose", "unfold", "unsqueeze", "view"),
+    }
 )
 """Operations that move values and do not change them."""
 

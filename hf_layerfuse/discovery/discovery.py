@@ -17,11 +17,12 @@ from ..evaluation.dummy_inputs import dummy_inputs
 from ..evaluation.modes import eval_mode
 from ..models.architectures import FUSED_PREFIX, TransformerArchitecture, architecture_for
 from ..models.architectures.base import root_of
+from ..models.surgery.checks import shapes_of
 from .blocks import DiscoveredBlock
 from .checks import check_removal, silent_parameters
 from .config_fields import depth_field, lists_of_depth, owner_of, per_layer_fields
-from .layouts import AttentionLayout, attention_layout, gate_layout
 from .fields import class_name, fields_of
+from .layouts import AttentionLayout, attention_layout, gate_layout
 from .source import source_of
 from .stacks import Stack, find_stacks
 from .tables import stack_table
@@ -160,8 +161,7 @@ def _described(model: PreTrainedModel, stack: Stack, field: str) -> Discovery:
             else:
                 joint["gate_in"] = half
         elif block.opaque:
-            silent = silent_parameters(layer, call, block)
-            block = replace(block, silent=silent)
+            block = replace(block, silent=_silent(stack, block))
         blocks.append(block)
     lists = lists_of_depth(model.config, field)
     per_layer = per_layer_fields(model, stack.path, field)
@@ -180,6 +180,13 @@ def _described(model: PreTrainedModel, stack: Stack, field: str) -> Discovery:
         unverified=tuple(unknown),
         notes=notes,
     )
+
+
+def _silent(stack: Stack, block: DiscoveredBlock) -> tuple[str, ...]:
+    """Parameters that silence an opaque block, in one layer of each shape."""
+    shapes = {shapes_of(layer): index for index, layer in enumerate(stack.layers)}
+    found = [silent_parameters(stack.layers[index], stack.calls[index], block) for index in shapes.values()]
+    return tuple(dict.fromkeys(name for names in found for name in names))
 
 
 def _verified(model: PreTrainedModel, inputs: Mapping[str, Tensor], stack: Stack, found: Discovery) -> Discovery:

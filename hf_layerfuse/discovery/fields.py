@@ -56,6 +56,8 @@ def fields_of(found: Discovery) -> dict[str, Any]:
 
 def _is_own(name: str, value: Any) -> bool:
     """Whether an attribute differs from that of `TransformerArchitecture`."""
+    if name in ("joint", "pairing", "bound_heads") and not hasattr(TransformerArchitecture, name):
+        return False
     return not hasattr(TransformerArchitecture, name) or value != getattr(TransformerArchitecture, name)
 
 

@@ -1,9 +1,10 @@
 """Layouts of a block's maps, found by symmetries: changes to the outputs of maps that leave a layer as it is.
 
-In an attention block, a factor on the queries and its inverse on their keys cancel in the scores. A factor on values and
-its inverse on the columns of `out` that read them cancel in the output. Both also hold for rotary positions, position
-biases and shared keys, and only if the rows of a joint map are divided correctly. Heads can change places unless each
-has its own position bias. A rotation of all queries and keys cancels only if it commutes with the rotation by position.
+In an attention block, a factor on the queries and its inverse on their keys cancel in the scores. A factor on values
+and its inverse on the columns of `out` that read them cancel in the output. Both also hold for rotary positions,
+position biases and shared keys, and only if the rows of a joint map are divided correctly. Heads can change places
+unless each has its own position bias. A rotation of all queries and keys cancels only if it commutes with the rotation
+by position.
 """
 
 from __future__ import annotations

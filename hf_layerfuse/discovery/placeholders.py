@@ -15,7 +15,7 @@ from .sums import Branch
 def placeholders(graph: LayerGraph, branch: Branch, complete: bool) -> dict[str, type[nn.Module]]:
     """Path -> class, for the modules to replace so that a layer runs without a block.
 
-    Parts that read the stream become zeros. Norms in front of them, and parts that read only zeros, pass on their input.
+    Parts that read the stream become zeros. Norms in front of them, and parts that read zeros, return their input.
 
     Args:
         graph: Dataflow of the layer.
@@ -57,7 +57,9 @@ def _class_for(part: ModuleCall, passed: Mapping[int, int | str]) -> type[nn.Mod
     for place in range(1, outputs or 1):
         value = part.output[place]
         if isinstance(value, Tensor):
-            passed |= {place: key for key, argument in given.items() if argument is value}
+            keys = [key for key, argument in given.items() if argument is value]
+            if keys:
+                passed[place] = keys[0]
     simple = not passed and (bool(part.args) or "hidden_states" in part.kwargs)
     if simple and outputs in (1, 2):
         return ZeroAttention
