@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .calibration.samples import read
+from .discovery import ensure_architecture, is_unknown
 from .errors import RecipeError, UnsupportedModelError
 from .evaluation.batches import Batches, without_labels
 from .evaluation.dummy_inputs import dummy_inputs
@@ -146,13 +147,15 @@ def _compress(
 ) -> PreTrainedModel:
     """Run the search of a method, then check its result, as `fuse`, `collapse` and `merge` do."""
     recipe = _asked(method, recipe, overrides)
-    architecture_for(model, method.architecture_type)  # a value that is not a model is refused first
+    if not is_unknown(model):
+        architecture_for(model, method.architecture_type)  # a value that is not a model is refused first
     sequences = None if batches is None else read(batches, model)
     with torch.inference_mode(False):  # weights made in inference mode could not be trained
         start = time.perf_counter()
         wide = in_float32(model)
         if wide is not model and sequences is not None:
             sequences = [batch_for(wide, batch) for batch in sequences]
+        ensure_architecture(wide, method.architecture_type, sequences, stacklevel=5)
         found = method.search(wide, recipe, sequences)
         result = found.model.to(model.dtype)
         result.fusion_report = FusionReport(

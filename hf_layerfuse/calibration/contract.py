@@ -57,7 +57,7 @@ def check_contract(
         return
     inputs = model_inputs(batch, model)
     rows = torch.arange(len(next(iter(inputs.values())))) < _ROWS
-    with eval_mode(model):
+    with eval_mode(model), torch.no_grad():
         _Contract(model, take(inputs, rows), architecture).check()
 
 

@@ -2,5 +2,6 @@
 
 from .blocks import DiscoveredBlock
 from .discovery import Discovery, discover_architecture
+from .unknown import ensure_architecture, is_unknown
 
-__all__ = ["DiscoveredBlock", "Discovery", "discover_architecture"]
+__all__ = ["DiscoveredBlock", "Discovery", "discover_architecture", "ensure_architecture", "is_unknown"]

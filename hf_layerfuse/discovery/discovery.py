@@ -14,7 +14,7 @@ from ..calibration.contract import check_contract
 from ..errors import UnsupportedModelError
 from ..evaluation.batches import model_inputs
 from ..evaluation.dummy_inputs import dummy_inputs
-from ..evaluation.modes import eval_mode
+from ..evaluation.modes import eval_mode, outside_inference_mode
 from ..models.architectures import FUSED_PREFIX, TransformerArchitecture, architecture_for
 from ..models.architectures.base import root_of
 from ..models.surgery.checks import shapes_of
@@ -103,6 +103,7 @@ class Discovery:
         return source_of(class_name(self.model_type), fields_of(self))
 
 
+@outside_inference_mode
 @torch.no_grad()
 def discover_architecture(
     model: PreTrainedModel, batch: Mapping[str, Any] | None = None, *, stack: str | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from ..discovery import ensure_architecture, is_unknown
 from ..errors import CheckpointError, DataError, LayerFuseError, UnsupportedModelError
 from ..evaluation.batches import Batches
 from ..evaluation.metrics import bytes_in_memory, parameter_counts
@@ -50,7 +51,10 @@ def inspect_tables(name: str, similarity: str | None = None, text: Path | None =
             f"{name!r} is a config, and a config has no weights to compare: leave --similarity out, or name a "
             "checkpoint."
         )
-    return overview(model, similarity, text_batches(name, text, similarity))
+    batches = text_batches(name, text, similarity)
+    if is_unknown(model) and model.device.type != "meta":
+        ensure_architecture(model, LayerArchitecture, batches)
+    return overview(model, similarity, batches)
 
 
 def overview(model: PreTrainedModel, similarity: str | None = None, batches: Batches | None = None) -> list[Rows]:

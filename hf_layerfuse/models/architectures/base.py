@@ -328,8 +328,8 @@ def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind
         what = "layers to fuse, drop or make linear" if kind is LayerArchitecture else "convolutions to merge"
         raise UnsupportedModelError(f"the architecture of {model_type!r} has no {what}. Those that have: {known}.")
     raise UnsupportedModelError(
-        f"unknown architecture {model_type!r}. Known: {known}. To add one, see 'Add an "
-        "architecture' in CONTRIBUTING.md."
+        f"unknown architecture {model_type!r}. Known: {known}. `hf-layerfuse adapt MODEL` prints a table for it; see "
+        "'Add an architecture' in CONTRIBUTING.md."
     )
 
 

@@ -1,0 +1,62 @@
+"""Models of an unknown architecture: their table is discovered, verified and registered."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import LayerFuseError, LayerFuseWarning, UnsupportedModelError
+from ..models.architectures import ARCHITECTURES, FUSED_PREFIX, Architecture, LayerArchitecture, architecture_for
+from ..models.modeling import register_architecture
+from .discovery import discover_architecture
+
+
+def is_unknown(model: Any) -> bool:
+    """Whether a value is a model whose `model_type` has no table."""
+    return isinstance(model, PreTrainedModel) and (
+        model.config.model_type.removeprefix(FUSED_PREFIX) not in ARCHITECTURES
+    )
+
+
+def ensure_architecture(
+    model: Any, kind: type[Architecture], batches: Iterable[Mapping[str, Any]] | None = None, stacklevel: int = 3
+) -> None:
+    """Make sure that a model has a table. If its `model_type` is unknown, discover, verify and register one.
+
+    Args:
+        model: Model to fuse.
+        kind: Kind of table, as in `architecture_for`. Only tables of layers are discovered.
+        batches: Batches of model inputs, of which the first is used; by default, random inputs.
+        stacklevel: Level of the warning, as in `warnings.warn`.
+
+    Raises:
+        UnsupportedModelError: No table is registered, and none is found that holds on the batch.
+
+    Warns:
+        LayerFuseWarning: A discovered table is used.
+    """
+    if not is_unknown(model) or not issubclass(LayerArchitecture, kind):
+        architecture_for(model, kind)
+        return
+    model_type = model.config.model_type
+    name = model.config.name_or_path or "MODEL"
+    try:
+        found = discover_architecture(model, None if batches is None else next(iter(batches)))
+        architecture = found.architecture()
+    except LayerFuseError as error:
+        raise UnsupportedModelError(f"{model_type!r} has no architecture table, and none was found: {error}") from error
+    if found.unverified:
+        raise UnsupportedModelError(
+            f"{model_type!r} has no architecture table. The one that was found is not verified: {found.unverified[0]}. "
+            f"`hf-layerfuse adapt {name}` prints it: correct it, and register it with register_architecture."
+        )
+    register_architecture(architecture)
+    warnings.warn(
+        f"{model_type!r} has no architecture table in this package. {architecture.__name__} was discovered from one "
+        f"forward pass, verified on it, and registered. `hf-layerfuse adapt {name}` prints it, to review and commit.",
+        LayerFuseWarning,
+        stacklevel=stacklevel,
+    )
