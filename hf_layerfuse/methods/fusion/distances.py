@@ -70,7 +70,7 @@ def _aligned_maps(
     """Yield the matrices in some layers of each linear map of a kind of block: (layers, units, stream) float64.
 
     The columns are coordinates of the residual stream, also for maps that write to it. The gain of a norm before
-    the block is multiplied into the maps that read its output. Of an opaque block, all matrices are yielded as they are.
+    the block is multiplied into the maps that read its output. The matrices of an opaque block are yielded as they are.
     """
     for part in ("attention", "mlp") if kind == "layer" else (kind,):
         blocks = [block for block in architecture.blocks(model) if block.kind == part and block.layer in layers]

@@ -23,7 +23,6 @@ from ...calibration.samples import Sample
 from ...evaluation.batches import Batches
 from ...evaluation.divergence import calibration_loss
 from ...evaluation.modes import eval_mode, outside_inference_mode, take_modes
-from ...math import cluster
 from ...models.apply import applied
 from ...models.architectures import architecture_for
 from ...models.surgery.checks import check_model
