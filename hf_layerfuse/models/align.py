@@ -113,12 +113,12 @@ def aligned(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) 
         for kind in (plan.kinds if edit.kind == "layer" else (edit.kind,))
         for target in [edit.layers[0] if edit.operator == "telescope" else edit.source.kept]
         for layer in edit.layers
-        if layer != target
+        if layer != target and "out" in blocks[kind, layer].modules  # the inside of an opaque block is unknown
     ]
     correlations = _correlations(result, [pair for pair in pairs if pair.edit.align == "activation"], batches)
     for pair in pairs:
         reference, rows = (rows_of(result, block, _heads(result, block)) for block in (pair.reference, pair.block))
-        if pair.edit.mode == "depth" and not architecture.post_norm and pair.block.kind != "conv":
+        if pair.edit.mode == "depth" and pair.block.kind != "conv" and architecture.own_norm(pair.block.kind):
             _share_norm(result, pair, rows)
         write_rows(result, pair.block, _fit(result, pair, reference, rows, correlations))
     return result

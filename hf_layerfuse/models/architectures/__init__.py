@@ -26,7 +26,7 @@ from .bert import (
     RobertaArchitecture,
     XLMRobertaArchitecture,
 )
-from .block_weights import READERS, Heads, LinearMap, heads_of, linear_maps
+from .block_weights import MAPS, READERS, Heads, LinearMap, heads_of, linear_maps
 from .conv_graph import ConvGraphArchitecture, Convolutions, Skip, Unit
 from .gemma import Gemma2Architecture, Gemma3Architecture, Gemma3TextArchitecture
 from .gpt2 import GPT2Architecture, GPTNeoArchitecture
@@ -111,6 +111,7 @@ __all__ = [
     "ARCHITECTURES",
     "BUILTIN",
     "FUSED_PREFIX",
+    "MAPS",
     "READERS",
     "Architecture",
     "Block",

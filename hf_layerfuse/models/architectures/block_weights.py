@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import UnsupportedModelError
-from .base import Block
+from .base import Block, architecture_for
 
 HEAD_NORMS = ("q_norm", "k_norm")
 """Roles of the norms inside an attention block."""
@@ -20,6 +20,10 @@ _ROLES = {"attention": ({"q", "k", "v", "out"},), "mlp": ({"in", "out"}, {"in", 
 
 READERS = ("qkv", "q", "k", "v", "gate", "in")
 """Roles of the maps that read the input of a block."""
+
+
+MAPS = (*READERS, "out")
+"""Roles of linear maps and convolutions. Parts with other roles are not fitted, aligned or relaxed."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def linear_maps(root: nn.Module, block: Block) -> dict[str, LinearMap]:
     """
     found = {}
     for role, path in block.modules.items():
-        if role == "norm" or role in HEAD_NORMS:
+        if role not in MAPS:
             continue
         module = root.get_submodule(path)
         weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
@@ -79,7 +83,7 @@ def heads_of(model: PreTrainedModel) -> Heads:
     Raises:
         UnsupportedModelError: The config does not state the number of heads.
     """
-    config = model.config
+    config = architecture_for(model).config_of(model.config)
     count = getattr(config, "num_attention_heads", None)
     if count is None:
         raise UnsupportedModelError(
