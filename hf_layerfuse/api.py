@@ -150,12 +150,12 @@ def _compress(
     if not is_unknown(model):
         architecture_for(model, method.architecture_type)  # a value that is not a model is refused first
     sequences = None if batches is None else read(batches, model)
+    ensure_architecture(model, method.architecture_type, sequences, stacklevel=4)
     with torch.inference_mode(False):  # weights made in inference mode could not be trained
         start = time.perf_counter()
         wide = in_float32(model)
         if wide is not model and sequences is not None:
             sequences = [batch_for(wide, batch) for batch in sequences]
-        ensure_architecture(wide, method.architecture_type, sequences, stacklevel=5)
         found = method.search(wide, recipe, sequences)
         result = found.model.to(model.dtype)
         result.fusion_report = FusionReport(

@@ -194,6 +194,7 @@ FAMILIES = {
         "SiglipModel",
         {"text_config": {**_BERT, "projection_size": 32}, "vision_config": _VIT},
     ),
+    "siglip_text_model": ("siglip_text_model", "SiglipTextModel", {**_BERT, **_SPECIAL, "projection_size": 32}),
     "siglip_vision_model": ("siglip_vision_model", "SiglipVisionModel", _VIT),
     "dinov2": ("dinov2", "Dinov2ForImageClassification", {**_SCALED_VIT, "mlp_ratio": 2}),
     "dinov3_vit": ("dinov3_vit", "DINOv3ViTModel", {**_SCALED_VIT, "num_register_tokens": 2}),

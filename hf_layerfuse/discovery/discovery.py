@@ -130,7 +130,7 @@ def discover_architecture(
     Examples:
         >>> print(discover_architecture(model).source())  # doctest: +SKIP
     """
-    _check(model)
+    check_discoverable(model)
     with eval_mode(model):
         inputs = _inputs(model, batch)
         stacks, refused = _stacks(model, inputs, given=batch is not None)
@@ -211,12 +211,13 @@ def _verified(model: PreTrainedModel, inputs: Mapping[str, Tensor], stack: Stack
     return replace(found, verified=tuple(verified), unverified=tuple(unverified))
 
 
-def _check(model: PreTrainedModel) -> None:
+def check_discoverable(model: PreTrainedModel) -> None:
+    """Raise `UnsupportedModelError` for a value that is not a stock model with weights."""
     if not isinstance(model, PreTrainedModel):
         architecture_for(model)  # which says what to pass instead
     if model.config.model_type.startswith(FUSED_PREFIX):
         raise UnsupportedModelError(f"{type(model).__name__} is already fused: discover the original instead.")
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if next(model.parameters(), None) is None or any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no weights, and an architecture is found by running the model: load it with "
             "from_pretrained, without offloading."

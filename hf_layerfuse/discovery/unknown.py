@@ -8,10 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..errors import LayerFuseError, LayerFuseWarning, UnsupportedModelError
+from ..errors import LayerFuseWarning, UnsupportedModelError
+from ..evaluation.precision import batch_for, in_float32
 from ..models.architectures import ARCHITECTURES, FUSED_PREFIX, Architecture, LayerArchitecture, architecture_for
 from ..models.modeling import register_architecture
-from .discovery import discover_architecture
+from .discovery import check_discoverable, discover_architecture
 
 
 def is_unknown(model: Any) -> bool:
@@ -44,19 +45,27 @@ def ensure_architecture(
     model_type = model.config.model_type
     name = model.config.name_or_path or "MODEL"
     try:
-        found = discover_architecture(model, None if batches is None else next(iter(batches)))
+        check_discoverable(model)
+        wide = in_float32(model)
+        batch = None if batches is None else batch_for(wide, next(iter(batches)))
+        found = discover_architecture(wide, batch)
         architecture = found.architecture()
-    except LayerFuseError as error:
-        raise UnsupportedModelError(f"{model_type!r} has no architecture table, and none was found: {error}") from error
+    except UnsupportedModelError as error:
+        known = ", ".join(sorted(name for name, each in ARCHITECTURES.items() if isinstance(each, kind)))
+        raise UnsupportedModelError(
+            f"unknown architecture {model_type!r}, and no table was found for it: {error} Known: {known}. To write "
+            "one, see 'Add an architecture' in CONTRIBUTING.md."
+        ) from error
     if found.unverified:
         raise UnsupportedModelError(
-            f"{model_type!r} has no architecture table. The one that was found is not verified: {found.unverified[0]}. "
-            f"`hf-layerfuse adapt {name}` prints it: correct it, and register it with register_architecture."
+            f"unknown architecture {model_type!r}, and the table that was found is not verified: "
+            f"{found.unverified[0]}. `hf-layerfuse adapt {name}` prints it: correct it, and register it with "
+            "register_architecture."
         )
     register_architecture(architecture)
     warnings.warn(
-        f"{model_type!r} has no architecture table in this package. {architecture.__name__} was discovered from one "
-        f"forward pass, verified on it, and registered. `hf-layerfuse adapt {name}` prints it, to review and commit.",
+        f"unknown architecture {model_type!r}: {architecture.__name__} was discovered from one forward pass, verified "
+        f"on it, and registered. `hf-layerfuse adapt {name}` prints this table, to review and commit.",
         LayerFuseWarning,
         stacklevel=stacklevel,
     )

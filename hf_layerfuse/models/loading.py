@@ -58,12 +58,12 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
         architectures = config.architectures
         cls = auto_class or _class_of(path, config, kwargs, hub)
         model, report = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
-    except LayerFuseError:
-        raise
     except Exception as error:  # configs of users lead to anything, such as KeyError for an unknown activation
-        if (why := why_unreadable(path)) is not None:
-            raise CheckpointError(why) from error
         if (why := _why_unknown(path, hub)) is not None:
+            raise CheckpointError(why) from error
+        if isinstance(error, LayerFuseError):
+            raise
+        if (why := why_unreadable(path)) is not None:
             raise CheckpointError(why) from error
         if not os.path.exists(path) and (os.path.isabs(path) or path.startswith(".") or path.count("/") != 1):
             raise CheckpointError(f"there is no directory {path!r}: correct the path, or give a Hub name.") from error

@@ -1,0 +1,60 @@
+"""`hf-layerfuse adapt` prints the architecture table of a checkpoint."""
+
+import numpy as np
+import pytest
+import torch
+from families import family_inputs, family_model
+from helpers import tiny_model
+from safetensors.torch import save_file
+
+from hf_layerfuse import DataError
+from hf_layerfuse.cli import main
+from hf_layerfuse.pipeline.adapt import read_batch
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpt2")
+    tiny_model("gpt2", "GPT2LMHeadModel").save_pretrained(path)
+    return path
+
+
+def test_adapt_prints_source_and_checks(checkpoint, tmp_path, capsys):
+    """The output is a Python file: the table, and the checks as comments."""
+    save_file({"input_ids": torch.arange(24).view(2, 12)}, tmp_path / "batch.safetensors")
+    assert main(["adapt", str(checkpoint), "--batch", str(tmp_path / "batch.safetensors")]) == 0
+    printed = capsys.readouterr().out
+    compile(printed, "table.py", "exec")
+    assert '    attention = {"norm": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj"}' in printed.splitlines()
+    checks = [line for line in printed.splitlines() if line.startswith("# ")]
+    assert len(checks) == 8
+    assert all(line.endswith("holds") for line in checks[1:])
+
+
+def test_adapt_asks_in_options(tmp_path, capsys):
+    """A model with several stacks asks for `--stack`."""
+    model = family_model("bart")
+    model.save_pretrained(tmp_path)
+    assert main(["adapt", str(tmp_path)]) == 1
+    assert "give --stack with one of 'model.encoder.layers' (6 layers" in capsys.readouterr().err
+    assert main(["adapt", str(tmp_path), "--stack", "model.encoder.layers"]) == 0
+    assert 'layers = "encoder.layers"' in capsys.readouterr().out
+
+
+def test_a_config_is_refused(checkpoint, capsys):
+    """A config has no weights to run."""
+    assert main(["adapt", str(checkpoint / "config.json")]) == 1
+    assert "an architecture is found by running a model: name a checkpoint with weights" in capsys.readouterr().err
+
+
+def test_batches_are_read_without_pickle(tmp_path):
+    """Files of safetensors and numpy are read; pickles, in whatever file, are not."""
+    expected = family_inputs("llama")["input_ids"]
+    np.savez(tmp_path / "batch.npz", input_ids=expected.numpy())
+    assert torch.equal(read_batch(tmp_path / "batch.npz")["input_ids"], expected)
+    np.savez(tmp_path / "objects.npz", input_ids=np.array([{"a": 1}], dtype=object))
+    torch.save({"input_ids": expected}, tmp_path / "batch.pt")
+    (tmp_path / "broken.safetensors").write_text("nothing")
+    for name in ("objects.npz", "batch.pt", "broken.safetensors", "missing.npz"):
+        with pytest.raises(DataError, match=f"--batch .*{name}"):
+            read_batch(tmp_path / name)
