@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .dataflow import LayerGraph, ModuleCall
 from .sums import Branch
 
+_FUSED = ("scaled_dot_product", "flash_attn", "flex_attention")
 _SOFTMAX = frozenset({"_softmax", "softmax", "_safe_softmax"})
 _PRODUCT = frozenset({"bmm", "matmul", "baddbmm"})  # maps use mm and addmm
 
@@ -31,7 +32,7 @@ def attention_operands(graph: LayerGraph, branch: Branch) -> Operands | None:
     """
     inside = [at for at in range(len(graph.nodes)) if branch.nodes >> at & 1]
     for node in inside:
-        if "scaled_dot_product" in graph.nodes[node].operation:
+        if any(word in graph.nodes[node].operation for word in _FUSED) and len(graph.nodes[node].inputs) >= 3:
             return Operands(*graph.nodes[node].inputs[:3])
     for node in inside:
         if graph.nodes[node].operation in _SOFTMAX and (found := _around(graph, node)) is not None:

@@ -145,11 +145,11 @@ def _kind(graph: LayerGraph, branch: Branch, operands: Operands | None) -> Block
 
 def _check_windows(graph: LayerGraph, part: ModuleCall) -> None:
     """Raise `UnsupportedModelError` if a module that mixes tokens reads more rows than the layer."""
-    rows = graph.nodes[graph.source].shape[0]
-    read = next((graph.nodes[at].shape for at in part.inputs if graph.on_stream(at)), (rows,))
-    if read[0] != rows and read[0] % rows == 0:
+    states = graph.nodes[graph.source].shape
+    read = next((graph.nodes[at].shape for at in part.inputs if graph.on_stream(at)), states)
+    if len(read) == len(states) and read[0] != states[0]:
         raise UnsupportedModelError(
-            f"{part.path!r} attends inside windows: it reads {read[0]} rows where the layer reads {rows}."
+            f"{part.path!r} attends inside windows: it reads {read[0]} rows where the layer reads {states[0]}."
         )
 
 

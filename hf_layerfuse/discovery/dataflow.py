@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,6 +66,7 @@ class ModuleCall:
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         output: The value that it returned.
+        known: Behaviours that were found already, by path and structure of the module. Layers of a stack share them.
     """
 
     path: str
@@ -77,10 +78,15 @@ class ModuleCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any
+    known: dict[Hashable, Behaviour]
 
     @cached_property
     def behaviour(self) -> Behaviour:
-        return behaviour_of(self.module, self.args, self.kwargs, self.output)
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in self.module.named_parameters())
+        key = self.path, type(self.module), shapes
+        if key not in self.known:
+            self.known[key] = behaviour_of(self.module, self.args, self.kwargs, self.output)
+        return self.known[key]
 
 
 class LayerGraph:
@@ -163,8 +169,13 @@ class LayerGraph:
 
 
 @torch.no_grad()
-def record_layer(layer: nn.Module, call: LayerCall) -> LayerGraph:
+def record_layer(layer: nn.Module, call: LayerCall, known: dict[Hashable, Behaviour]) -> LayerGraph:
     """Run a layer once with the arguments that the model gives it, and record its dataflow.
+
+    Args:
+        layer: Layer to run.
+        call: Call of the layer in the model.
+        known: Behaviours of modules in other layers of the stack, to which those of this layer are added.
 
     Raises:
         UnsupportedModelError: The output of the layer does not come from an operation of torch.
@@ -183,7 +194,8 @@ def record_layer(layer: nn.Module, call: LayerCall) -> LayerGraph:
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             (start, inputs), outputs = entered.pop(), tuple(map(recorder.index, _tensors(output)))
-            calls.append(ModuleCall(path, module, start, len(recorder.nodes), inputs, outputs, args, kwargs, output))
+            end = len(recorder.nodes)
+            calls.append(ModuleCall(path, module, start, end, inputs, outputs, args, kwargs, output, known))
 
         hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         hooks.callback(module.register_forward_hook(after, with_kwargs=True).remove)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..calibration.contract import check_contract
 from ..errors import UnsupportedModelError
-from ..evaluation.batches import model_inputs
+from ..evaluation.batches import model_inputs, take
 from ..evaluation.dummy_inputs import dummy_inputs
 from ..evaluation.modes import eval_mode, outside_inference_mode
 from ..models.architectures import FUSED_PREFIX, TransformerArchitecture, architecture_for
@@ -26,6 +26,9 @@ from .layouts import AttentionLayout, attention_layout, gate_layout
 from .source import source_of
 from .stacks import Stack, find_stacks
 from .tables import stack_table
+
+_ROWS = 2
+"""Rows of a batch that are used."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,8 @@ def discover_architecture(
 
     Args:
         model: Model with its weights, with any head.
-        batch: Representative batch of model inputs with at least two tokens per row; by default, random tokens or
-            pixels.
+        batch: Representative batch of model inputs with at least two tokens per row, of which two rows are used; by
+            default, random tokens, pixels or sound.
         stack: Path of the stack of layers, needed only if the model has several.
 
     Returns:
@@ -226,7 +229,9 @@ def check_discoverable(model: PreTrainedModel) -> None:
 
 def _inputs(model: PreTrainedModel, batch: Mapping[str, Any] | None) -> dict[str, Tensor]:
     if batch is not None:
-        return model_inputs(batch, model)
+        inputs = model_inputs(batch, model)
+        rows = len(next(iter(inputs.values()), ()))
+        return take(inputs, torch.arange(rows) < _ROWS)
     try:
         return dummy_inputs(model)
     except (AttributeError, LookupError, TypeError, ValueError) as error:

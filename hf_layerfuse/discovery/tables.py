@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import replace
 
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from .behaviour import Behaviour
 from .blocks import MEANINGS, DiscoveredBlock, LayerTable, layer_table
 from .dataflow import record_layer
 from .stacks import Stack
@@ -25,7 +27,8 @@ def stack_table(stack: Stack) -> tuple[LayerTable, tuple[str, ...]]:
     Raises:
         UnsupportedModelError: A layer is not a chain of residual sums, or the layers have different blocks.
     """
-    tables = [_table_of(stack, index) for index in range(len(stack.layers))]
+    known: dict[Hashable, Behaviour] = {}
+    tables = [_table_of(stack, index, known) for index in range(len(stack.layers))]
     shapes = [_outline(table) for table in tables]
     if len(set(shapes)) > 1:
         kinds = {shape: [i for i, other in enumerate(shapes) if other == shape] for shape in dict.fromkeys(shapes)}
@@ -43,10 +46,10 @@ def stack_table(stack: Stack) -> tuple[LayerTable, tuple[str, ...]]:
     return replace(tables[0], blocks=blocks, leftover=tuple(leftover)), tuple(dict.fromkeys(notes))
 
 
-def _table_of(stack: Stack, index: int) -> LayerTable:
+def _table_of(stack: Stack, index: int, known: dict[Hashable, Behaviour]) -> LayerTable:
     layer = stack.layers[index]
     try:
-        return layer_table(record_layer(layer, stack.calls[index]))
+        return layer_table(record_layer(layer, stack.calls[index], known))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"layer {index} of {stack.path} ({type(layer).__name__}): {error}") from error
 

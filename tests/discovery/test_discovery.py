@@ -123,8 +123,9 @@ def test_the_source_gives_the_same_table(name):
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_nothing_is_changed_or_copied(name):
-    """Modules, weights, hooks and modes of the model are the same objects afterwards."""
+def test_nothing_is_changed_or_copied(name, monkeypatch):
+    """Modules, weights, hooks and modes of the model are the same objects afterwards, and no module is copied."""
+    monkeypatch.setattr(nn.Module, "__deepcopy__", None, raising=False)
     model = family_model(name).train()
     modules, versions = dict(model.named_modules()), [p._version for p in model.parameters()]
     weights = {name: id(parameter) for name, parameter in model.named_parameters()}
