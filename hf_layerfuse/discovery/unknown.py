@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -63,9 +64,9 @@ def ensure_architecture(
             "register_architecture."
         )
     register_architecture(architecture)
-    warnings.warn(
+    message = (
         f"unknown architecture {model_type!r}: {architecture.__name__} was discovered from one forward pass, verified "
-        f"on it, and registered. `hf-layerfuse adapt {name}` prints this table, to review and commit.",
-        LayerFuseWarning,
-        stacklevel=stacklevel,
+        f"on it, and registered. `hf-layerfuse adapt {name}` prints this table, to review and commit."
     )
+    logging.getLogger(__name__).warning(message)
+    warnings.warn(message, LayerFuseWarning, stacklevel=stacklevel)

@@ -5,10 +5,12 @@ import pytest
 import torch
 from families import family_inputs, family_model
 from helpers import tiny_model
+from repeated import repeated
 from safetensors.torch import save_file
 
 from hf_layerfuse import DataError
 from hf_layerfuse.cli import main
+from hf_layerfuse.models.architectures import ARCHITECTURES
 from hf_layerfuse.pipeline.adapt import read_batch
 
 
@@ -58,3 +60,16 @@ def test_batches_are_read_without_pickle(tmp_path):
     for name in ("objects.npz", "batch.pt", "broken.safetensors", "missing.npz"):
         with pytest.raises(DataError, match=f"--batch .*{name}"):
             read_batch(tmp_path / name)
+
+
+def test_inspect_knows_discovered_tables(tmp_path, capsys):
+    """`hf-layerfuse inspect` shows a model of an unknown architecture by its discovered table, and says so."""
+    repeated().save_pretrained(tmp_path)
+    try:
+        assert main(["inspect", str(tmp_path)]) == 0
+    finally:
+        ARCHITECTURES.pop("repeated", None)
+    shown = capsys.readouterr()
+    assert shown.out.count("yes") == 2
+    assert "warning: unknown architecture 'repeated': RepeatedArchitecture was discovered" in shown.err
+    assert f"`hf-layerfuse adapt {tmp_path}` prints this table" in shown.err
