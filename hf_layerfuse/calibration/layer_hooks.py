@@ -61,6 +61,8 @@ def layer_hooks(
         if point == "input":
             start.append(tensor)
             return
+        if point is not None and places[point].when == "after":
+            tensor = tensor.clone()  # Falcon adds the output of attention to that of the MLP, in place
         found[point] = start[0] + tensor if point in added else tensor
         if found.keys() >= set(points):
             raise StopForward

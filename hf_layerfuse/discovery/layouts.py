@@ -33,13 +33,11 @@ class AttentionLayout:
 
     Attributes:
         joint: Layout of a joint map of queries, keys and values: `parts` or `groups`; None without such a map.
-        groups: Number of key-value heads.
         pairing: Coordinates of a head that rotate together: `halves` or `neighbours`; None without rotary positions.
         bound_heads: Whether heads cannot change places.
     """
 
     joint: str | None
-    groups: int
     pairing: str | None
     bound_heads: bool
 
@@ -63,15 +61,19 @@ def attention_layout(
     if not isinstance(heads, int):
         return "the config states no num_attention_heads"
     block = _Attention(layer, call, roles, heads)
-    stated = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None)
-    for groups in dict.fromkeys([stated or heads, heads, 1]):
+    stated = getattr(config, "num_key_value_heads", None) or heads
+    for groups in dict.fromkeys([stated, getattr(config, "num_kv_heads", None) or heads, heads, 1]):
         for joint in ("parts", "groups") if "qkv" in roles else (None,):
             rows = block.rows(joint, groups)
             if rows is not None and block.is_divided_into(rows):
                 pairing = block.pairing(rows, config)
                 if pairing == "unknown":
                     return "its rotary positions pair the coordinates of a head in an unknown way"
-                return AttentionLayout(joint, groups, pairing, not block.can_exchange(rows))
+                if groups != stated:
+                    return (
+                        f"they share {groups} keys and values, which num_key_value_heads of the config does not state"
+                    )
+                return AttentionLayout(joint, pairing, not block.can_exchange(rows))
     return "no known division into heads leaves the output as it is"
 
 

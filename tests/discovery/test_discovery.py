@@ -68,6 +68,20 @@ def test_nothing_is_changed_or_copied(name, monkeypatch):
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("name", "joint", "pairing", "bound_heads"),
+    [
+        ("gpt_neox", {"qkv": "groups"}, "halves", False),
+        ("bloom", {"qkv": "groups"}, None, True),
+        ("glm4", {"gate_in": "gate_first"}, "neighbours", False),
+    ],
+)
+def test_layouts(name, joint, pairing, bound_heads):
+    """The layouts of joint maps and of rotary positions, and heads with their own position biases, are found."""
+    found = discover_architecture(family_model(name), family_inputs(name))
+    assert (found.joint, found.pairing, found.bound_heads) == (joint, pairing, bound_heads)
+
+
 def test_random_inputs_are_the_default():
     """A text model needs no batch, and half precision is enough."""
     found = discover_architecture(family_model("llama").to(torch.bfloat16))

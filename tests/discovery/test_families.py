@@ -25,7 +25,7 @@ REFUSED = {
 
 UNVERIFIED = {
     "mamba": "cannot be fused: each has the blocks mixer",
-    "falcon": "the stream plus 'out' of mlp is not the stream after mlp",
+    "falcon": "they share 1 keys and values, which num_key_value_heads of the config does not state",
     "t5 encoder.block": "removing the attention block of layer 0",
     "t5 decoder.block": "removing the attention block of layer 0",
     "llava model.vision_tower.encoder.layers": "run one by one, differ from the whole model",
