@@ -59,15 +59,16 @@ def _aligned_maps(model: PreTrainedModel, architecture: LayerArchitecture, kind:
     for part in ("attention", "mlp") if kind == "layer" else (kind,):
         blocks = [block for block in architecture.blocks(model) if block.kind == part]
         maps = [linear_maps(model, block) for block in blocks]
-        gains = [None if architecture.post_norm else _gain(model, block) for block in blocks]
+        gains = None if architecture.post_norm else [_gain(model, block) for block in blocks]
         for role, first in maps[0].items():
             if not is_shared(first.weight):
                 continue
             weights = torch.stack([found[role].weight.double() for found in maps])
             if role == "out":
                 weights = weights.transpose(1, 2)
-            elif role in READERS and gains[0] is not None:
-                weights = weights * torch.stack(gains).unsqueeze(1)
+            elif role in READERS and gains is not None:
+                ones = weights.new_ones(weights.shape[2])
+                weights = weights * torch.stack([ones if gain is None else gain for gain in gains]).unsqueeze(1)
             yield weights.contiguous()
 
 
@@ -101,5 +102,7 @@ def _folded(layer: torch.nn.Module, architecture: LayerArchitecture, conv: str, 
 
 
 def _gain(model: PreTrainedModel, block: Block) -> Tensor | None:
-    weight = getattr(model.get_submodule(block.modules["norm"]), "weight", None)
+    """Gain of the norm before a block, (stream,) float64; None if there is no norm, or one without weights."""
+    norm = model.get_submodule(block.modules["norm"]) if "norm" in block.modules else None
+    weight = getattr(norm, "weight", None)
     return None if weight is None else weight.detach().double()

@@ -8,6 +8,7 @@ from .base import (
     ConvArchitecture,
     LayerArchitecture,
     One,
+    OneBeside,
     Place,
     TransformerArchitecture,
     ZeroAttention,
@@ -15,9 +16,10 @@ from .base import (
     architecture_for,
 )
 from .bert import BertArchitecture, DistilBertArchitecture, RobertaArchitecture
-from .block_weights import READERS, Heads, LinearMap, heads_of, linear_maps
+from .block_weights import READERS, LinearMap, linear_maps
 from .conv_graph import ConvGraphArchitecture, Convolutions, Skip, Unit
 from .gpt2 import GPT2Architecture
+from .layouts import Heads
 from .llama import LlamaArchitecture, MistralArchitecture, Qwen2Architecture, Qwen3Architecture
 from .mobilenet_v2 import MobileNetV2Architecture
 from .resnet import ResNetArchitecture
@@ -52,6 +54,7 @@ __all__ = [
     "LayerArchitecture",
     "LinearMap",
     "One",
+    "OneBeside",
     "Place",
     "Skip",
     "TransformerArchitecture",
@@ -59,6 +62,5 @@ __all__ = [
     "ZeroAttention",
     "ZeroBlock",
     "architecture_for",
-    "heads_of",
     "linear_maps",
 ]

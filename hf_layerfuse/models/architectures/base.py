@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...plan import TRANSFORMER
+from .layouts import Heads, JointLayout, Pairing, heads_in
 
 FUSED_PREFIX = "fused_"
 
@@ -23,12 +24,15 @@ class Block:
     """One attention, MLP or convolutional block at one depth.
 
     `modules` maps a role to a live module path. `norm` is the norm that the block owns, `out` is the map back to the
-    residual stream. The architecture chooses the roles of the other maps and small norms.
+    residual stream. The architecture chooses the roles of the other maps and small norms. `joint` maps the role of a
+    joint map to the layout of its rows. `heads` are the heads of an attention block, if the config states them.
     """
 
     layer: int
     kind: Literal["attention", "mlp", "conv"]
     modules: Mapping[str, str]
+    joint: Mapping[str, JointLayout] = field(default_factory=dict)
+    heads: Heads | None = None
 
 
 class Place(NamedTuple):
@@ -53,6 +57,10 @@ class Architecture:
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise `UnsupportedModelError` for a model of this architecture that cannot be made smaller."""
+
+    def variant(self, config: PreTrainedConfig) -> Architecture:
+        """Table for a config: this one, unless the modules of a layer depend on the config (Falcon)."""
+        return self
 
 
 class LayerArchitecture(Architecture, ABC):
@@ -102,10 +110,14 @@ class LayerArchitecture(Architecture, ABC):
                     modules = {
                         role: f"{path}.{index}.{at}"
                         for role, at in self.table(kind).items()
-                        if role == "norm" or type(layer.get_submodule(at)) not in (nn.Identity, One)
+                        if role == "norm" or type(layer.get_submodule(at)) not in (nn.Identity, One, OneBeside)
                     }
-                    found.append(Block(index, kind, modules))
+                    found.append(self.block(model.config, index, kind, modules))
         return found
+
+    def block(self, config: PreTrainedConfig, layer: int, kind: str, modules: Mapping[str, str]) -> Block:
+        """Block of a layer, with the layouts of its maps."""
+        return Block(layer, kind, modules)
 
     def stays(self, parameter: str) -> bool:
         """Whether a parameter stays when its block is removed; its name is relative to its layer."""
@@ -125,9 +137,10 @@ class LayerArchitecture(Architecture, ABC):
 class TransformerArchitecture(LayerArchitecture):
     """Layers of one attention and one MLP block each.
 
-    Roles with a meaning are `norm`, `q`, `k`, `v`, `qkv`, `q_norm`, `k_norm`, `in`, `gate` and `out`. Parts with another
-    role belong to the block, but nothing fits them. A block without the role `out` is opaque: it can be dropped, kept
-    or shared, but not aligned or refitted.
+    Roles with a meaning are `norm`, `q`, `k`, `v`, `q_norm`, `k_norm`, `in`, `gate` and `out`; the joint maps `qkv` and
+    `gate_in`; and the maps `q_position` and `k_position` from position embeddings to vectors that keys and queries are
+    multiplied with (DeBERTa). Parts with another role belong to the block, but nothing fits them. A block without the
+    role `out` is opaque: it can be dropped, kept or shared, but not aligned or refitted.
 
     Attributes:
         attention: Role -> path, for the parts of the attention block.
@@ -138,6 +151,14 @@ class TransformerArchitecture(LayerArchitecture):
         parallel: Whether both blocks read the input of the layer, which adds their outputs in one sum (GPT-NeoX).
         between: Kind -> path of what lies between the output of `out` and the residual sum: a norm (Gemma 2), a
             parameter (BEiT) or a number (Granite) that multiplies.
+        joint: Role of a joint map -> layout of its rows. A `qkv` holds all queries, all keys and all values ("parts",
+            GPT-2), or for each key-value head its queries, its key and its value ("groups", GPT-NeoX). A `gate_in`
+            holds the units that pass the activation, then those that do not ("gate_first"), or the reverse
+            ("gate_last").
+        pairing: Coordinates of a head that rotate together with the position, if the config states rotary positions:
+            "halves" (Llama) or "neighbours" (GLM-4), see `Heads`.
+        bound_heads: Whether each head has its own position bias (T5, ALiBi). Such heads can be rotated, but they
+            cannot change places.
     """
 
     attention: ClassVar[Mapping[str, str]]
@@ -146,7 +167,17 @@ class TransformerArchitecture(LayerArchitecture):
     adds: ClassVar[str | None] = None
     parallel: ClassVar[bool] = False
     between: ClassVar[Mapping[str, str]] = {}
+    joint: ClassVar[Mapping[str, JointLayout]] = {"qkv": "parts", "gate_in": "gate_first"}
+    pairing: ClassVar[Pairing] = "halves"
+    bound_heads: ClassVar[bool] = False
     kinds = TRANSFORMER
+
+    def heads(self, config: PreTrainedConfig, layer: int) -> Heads | None:
+        """Heads of an attention block; None if the config states no number of heads."""
+        return heads_in(config, layer, self.pairing, self.bound_heads)
+
+    def block(self, config: PreTrainedConfig, layer: int, kind: str, modules: Mapping[str, str]) -> Block:
+        return Block(layer, kind, modules, self.joint, self.heads(config, layer) if kind == "attention" else None)
 
     def place(self, kind: str, name: str) -> Place:
         table = self.table(kind)
@@ -221,6 +252,23 @@ class One(nn.Module):
         return hidden_states.new_ones(())
 
 
+class OneBeside(nn.Module):
+    """Placeholder for the removed joint map of a gate and its units: returns its input with ones in place of the gate.
+
+    Args:
+        layout: "gate_first" or "gate_last".
+    """
+
+    def __init__(self, layout: JointLayout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        ones = torch.ones_like(hidden_states)
+        parts = (ones, hidden_states) if self.layout == "gate_first" else (hidden_states, ones)
+        return torch.cat(parts, dim=-1)
+
+
 def root_of(model: PreTrainedModel) -> str:
     """Prefix of the live paths of the base model, with any head: `resnet.`, or an empty string."""
     base = model.base_model
@@ -254,7 +302,7 @@ def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind
     model_type = config.model_type.removeprefix(FUSED_PREFIX)
     architecture = ARCHITECTURES.get(model_type)
     if isinstance(architecture, kind):
-        return architecture
+        return architecture.variant(config)
     known = ", ".join(sorted(name for name, architecture in ARCHITECTURES.items() if isinstance(architecture, kind)))
     if architecture is not None:
         what = "layers to fuse, drop or make linear" if kind is LayerArchitecture else "convolutions to merge"
