@@ -31,20 +31,22 @@ def watch(modules: Mapping[Key, tuple[nn.Module, When]], record: Callable[[Key, 
     without an error.
 
     Args:
-        modules: Modules by any key, each with the side to watch. `before` is the first positional input of the module.
-            `after` is its output, or the first element of a tuple.
+        modules: Modules by any key, each with the side to watch. `before` is the first input of the module, `after` its
+            output, or the first element of a tuple.
         record: Function that receives a key and its tensor, in the order in which the modules run. The tensor is not
             copied.
     """
 
     def add_hook(key: Key, module: nn.Module, when: When) -> Any:
-        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-            record(key, args[0])
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            record(key, args[0] if args else next(iter(kwargs.values())))
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             record(key, output[0] if isinstance(output, tuple) else output)
 
-        return module.register_forward_pre_hook(before) if when == "before" else module.register_forward_hook(after)
+        if when == "before":
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_hook(after)
 
     with ExitStack() as hooks:
         for key, (module, when) in modules.items():

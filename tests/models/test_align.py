@@ -23,7 +23,7 @@ from hf_layerfuse.math.align import (
 )
 from hf_layerfuse.models.align import align
 from hf_layerfuse.models.architectures import architecture_for
-from hf_layerfuse.models.architectures.block_weights import heads_of, linear_maps
+from hf_layerfuse.models.architectures.block_weights import linear_maps
 from hf_layerfuse.models.verify import prediction
 
 ALIGNS = ["permutation", "activation", "transport", "rotation"]

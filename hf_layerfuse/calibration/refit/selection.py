@@ -18,6 +18,7 @@ from ...plan import Source
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward
 from ..mmap import MappedActivations, PerBatch
+from .between import Between
 from .linear import store
 
 TOKENS_PER_INPUT = 4
@@ -53,6 +54,7 @@ class Selection:
         self.layerwise, self.block = layerwise, block
         self.table = layerwise.architecture.table(block.kind)
         self.layer = layerwise.layers[block.layer]
+        self.between = Between(layerwise, block)
         self.variants: list[nn.Module] = []
         own = {id(p) for path in self.table.values() for p in self.layer.get_submodule(path).parameters()}
         # deepcopy treats these parameters as already copied
@@ -159,7 +161,7 @@ class Selection:
         while (steps := [next(one, None) for one in passes])[0] is not None:
             index, first = steps[0]
             x = torch.cat([self.layerwise.rows(index, step[features]) for _, step in steps], dim=-1)
-            y = self.layerwise.rows(index, target[index].to(x.device) - first[residual].float())
+            y = self.between.aims(self.layerwise.rows(index, target[index].to(x.device) - first[residual].float()))
             del steps, first
             yield x, y
             del x, y

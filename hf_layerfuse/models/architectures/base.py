@@ -129,9 +129,13 @@ class LayerArchitecture(Architecture, ABC):
         owners = [
             kind
             for kind in self.kinds
-            if any(parameter == path or parameter.startswith(f"{path}.") for path in self.table(kind).values())
+            if any(parameter == path or parameter.startswith(f"{path}.") for path in self.parts(kind))
         ]
         return owners[0] if len(owners) == 1 else None  # parallel blocks may share their norm
+
+    def parts(self, kind: str) -> tuple[str, ...]:
+        """Paths of the modules and parameters of a kind of block."""
+        return tuple(self.table(kind).values())
 
 
 class TransformerArchitecture(LayerArchitecture):
@@ -140,7 +144,8 @@ class TransformerArchitecture(LayerArchitecture):
     Roles with a meaning are `norm`, `q`, `k`, `v`, `q_norm`, `k_norm`, `in`, `gate` and `out`; the joint maps `qkv` and
     `gate_in`; and the maps `q_position` and `k_position` from position embeddings to vectors that keys and queries are
     multiplied with (DeBERTa). Parts with another role belong to the block, but nothing fits them. A block without the
-    role `out` is opaque: it can be dropped, kept or shared, but not aligned or refitted.
+    role `out` is opaque: it can be dropped, kept or shared, but not aligned or refitted. `norm` is the norm in front of
+    the block, or the one behind the residual sum with `post_norm`.
 
     Attributes:
         attention: Role -> path, for the parts of the attention block.
@@ -195,6 +200,16 @@ class TransformerArchitecture(LayerArchitecture):
             return Place("added", self.between.get("attention", self.attention["out"]))
         # the stream after attention is what the MLP reads, also behind the cross-attention of a decoder
         return Place("before", self.entry("mlp"))
+
+    def parts(self, kind: str) -> tuple[str, ...]:
+        between = self.between.get(kind)
+        return super().parts(kind) if between is None else (*super().parts(kind), between)
+
+    def own_norm(self, kind: str) -> str | None:
+        """Path of the norm in front of a kind of block; None if there is none, or if both blocks read it."""
+        norms = [self.table(each).get("norm") for each in self.kinds]
+        norm = self.table(kind).get("norm")
+        return None if self.post_norm or norms.count(norm) > 1 else norm
 
     def entry(self, kind: str) -> str:
         """Path of the first module of a block that reads the stream."""

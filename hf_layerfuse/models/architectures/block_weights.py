@@ -32,7 +32,7 @@ class LinearMap:
 
     _weight: Tensor
     _bias: Tensor | None
-    _rows: Rows = slice(None)
+    _rows: Rows = ...
 
     @property
     def weight(self) -> Tensor:

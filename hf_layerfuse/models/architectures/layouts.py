@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any, Literal
 
 import torch
@@ -15,8 +16,8 @@ from ...math.align import Planes, Turn
 
 JointLayout = Literal["parts", "groups", "gate_first", "gate_last"]
 Pairing = Literal["halves", "neighbours"]
-Rows = slice | Tensor
-"""Indices of some rows of a map."""
+Rows = slice | Tensor | EllipsisType
+"""Indices of some rows of a map, or of all of them."""
 
 
 @dataclass(frozen=True)
