@@ -10,8 +10,6 @@ alignment has the largest inner product. All functions here maximise this inner 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,29 +17,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..errors import RecipeError
+from .turn import Planes, Turn
 
 Rows = Mapping[str, Tensor]
 
-
-@dataclass(frozen=True)
-class Planes:
-    """Maps of the coordinates of a head: a rotation in each plane, and any orthogonal map of the other coordinates.
-
-    Attributes:
-        first: First coordinate of each plane.
-        second: Second coordinate of each plane.
-    """
-
-    first: tuple[int, ...]
-    second: tuple[int, ...]
-
-    def free(self, dim: int) -> list[int]:
-        """Coordinates of a head of width `dim` that are in no plane."""
-        return sorted(set(range(dim)) - {*self.first, *self.second})
-
-
-# maps of the coordinates of a head: identity; a rotation in each plane; any orthogonal map
-Turn = Literal["none", "any"] | Planes
 # roles that must be rotated together -> allowed maps
 Turns = Mapping[tuple[str, ...], Turn]
 Solver = Callable[[Tensor], Tensor]

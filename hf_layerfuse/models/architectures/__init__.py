@@ -1,8 +1,6 @@
 """One table per architecture; `BUILTIN` lists the architectures that ship with the package."""
 
 from .base import (
-    ARCHITECTURES,
-    FUSED_PREFIX,
     Architecture,
     Block,
     ConvArchitecture,
@@ -13,7 +11,6 @@ from .base import (
     TransformerArchitecture,
     ZeroAttention,
     ZeroBlock,
-    architecture_for,
 )
 from .bert import BertArchitecture, DistilBertArchitecture, RobertaArchitecture
 from .block_weights import READERS, LinearMap, linear_maps
@@ -22,6 +19,7 @@ from .gpt2 import GPT2Architecture
 from .layouts import Heads
 from .llama import LlamaArchitecture, MistralArchitecture, Qwen2Architecture, Qwen3Architecture
 from .mobilenet_v2 import MobileNetV2Architecture
+from .registry import ARCHITECTURES, FUSED_PREFIX, architecture_for
 from .resnet import ResNetArchitecture
 from .vit import DeiTArchitecture, ViTArchitecture
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ...errors import UnsupportedModelError
-from ...math.align import Planes, Turn
+from ...math.turn import Planes, Turn
 
 JointLayout = Literal["parts", "groups", "gate_first", "gate_last"]
 Pairing = Literal["halves", "neighbours"]
