@@ -103,7 +103,9 @@ class LayerArchitecture(Architecture, ABC):
         found = []
         for index, layer in enumerate(self.layer_list(model)):
             for kind in self.kinds:
-                if not any(type(layer.get_submodule(at)) is to for at, to in self.skip.get(kind, {}).items()):
+                skip = self.skip.get(kind, {})
+                # a part of a stock layer may be an Identity too, such as the first norm of ModernBERT
+                if not skip or any(type(layer.get_submodule(at)) is not to for at, to in skip.items()):
                     modules = {
                         role: f"{path}.{index}.{at}"
                         for role, at in self.table(kind).items()
@@ -265,10 +267,10 @@ class One(nn.Module):
 
 
 class OneBeside(nn.Module):
-    """Placeholder for the removed joint map of a gate and its units: returns its input with ones in place of the gate.
+    """Placeholder for the removed joint map of an MLP: returns its input, with ones in place of the gate.
 
     Args:
-        layout: "gate_first" or "gate_last".
+        layout: Layout of the joint map, "gate_first" or "gate_last".
     """
 
     def __init__(self, layout: JointLayout) -> None:
@@ -277,8 +279,7 @@ class OneBeside(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         ones = torch.ones_like(hidden_states)
-        parts = (ones, hidden_states) if self.layout == "gate_first" else (hidden_states, ones)
-        return torch.cat(parts, dim=-1)
+        return torch.cat([ones, hidden_states] if self.layout == "gate_first" else [hidden_states, ones], dim=-1)
 
 
 def root_of(model: PreTrainedModel) -> str:

@@ -1,0 +1,409 @@
+"""Blocks are read, rewritten and aligned by their layout: joint maps, rotary positions, heads bound to their places."""
+
+import pytest
+import torch
+import transformers
+from transformers import CONFIG_MAPPING
+
+from hf_layerfuse import Fuse, Plan
+from hf_layerfuse.calibration.refit.selection import alike
+from hf_layerfuse.errors import UnsupportedModelError
+from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
+from hf_layerfuse.math.align import rotation
+from hf_layerfuse.math.turn import Planes
+from hf_layerfuse.models.align import align
+from hf_layerfuse.models.architectures import (
+    ARCHITECTURES,
+    TransformerArchitecture,
+    ZeroAttention,
+    ZeroBlock,
+    architecture_for,
+    linear_maps,
+)
+from hf_layerfuse.models.architectures.bert import BertArchitecture
+from hf_layerfuse.models.architectures.block_weights import HEAD_NORMS, rows_of, write_rows
+from hf_layerfuse.models.architectures.bloom import BloomArchitecture
+from hf_layerfuse.models.architectures.cohere import CohereArchitecture
+from hf_layerfuse.models.architectures.falcon import FalconArchitecture
+from hf_layerfuse.models.architectures.glm4 import Glm4Architecture
+from hf_layerfuse.models.architectures.gpt_neox import GPTNeoXArchitecture
+from hf_layerfuse.models.architectures.llama import LlamaArchitecture
+from hf_layerfuse.models.architectures.modernbert import ModernBertArchitecture
+from hf_layerfuse.models.architectures.phi import Phi3Architecture, PhiArchitecture
+from hf_layerfuse.models.architectures.vit import ViTArchitecture
+from hf_layerfuse.models.verify import prediction
+from hf_layerfuse.plan import Source
+
+LAYERS = 4
+ALIGNS = ["permutation", "activation", "transport", "rotation"]
+
+
+class Olmo2(LlamaArchitecture):
+    """Norms on queries and keys that span all heads, and no norm in front of a block."""
+
+    model_type = "olmo2"
+    attention = {
+        **{role: path for role, path in LlamaArchitecture.attention.items() if role != "norm"},
+        "q_norm": "self_attn.q_norm",
+        "k_norm": "self_attn.k_norm",
+    }
+    mlp = {role: path for role, path in LlamaArchitecture.mlp.items() if role != "norm"}
+    between = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+    skip = {"attention": {"self_attn": ZeroAttention}, "mlp": {"mlp": ZeroBlock}}
+
+
+class MPNet(BertArchitecture):
+    """Position biases of heads, the same in all layers."""
+
+    model_type = "mpnet"
+    attention = {
+        **{role: f"attention.attn.{role}" for role in ("q", "k", "v")},
+        "out": "attention.attn.o",
+        "norm": "attention.LayerNorm",
+    }
+    skip = {**BertArchitecture.skip, "attention": {"attention.attn": ZeroAttention}}
+    bound_heads = True
+
+
+class DebertaV2(BertArchitecture):
+    """Position embeddings that queries and keys are multiplied with."""
+
+    model_type = "deberta-v2"
+    attention = {
+        **BertArchitecture.attention,
+        **{role: f"attention.self.{name}_proj" for role, name in zip("qkv", ("query", "key", "value"), strict=True)},
+    }
+
+    def variant(self, config):
+        return self if getattr(config, "share_att_key", False) else DebertaV2Apart()
+
+
+class DebertaV2Apart(DebertaV2):
+    attention = {
+        **DebertaV2.attention,
+        "q_position": "attention.self.pos_query_proj",
+        "k_position": "attention.self.pos_key_proj",
+    }
+
+    def variant(self, config):
+        return self
+
+
+class T5(TransformerArchitecture):
+    """Position biases of heads that layer 0 holds for all."""
+
+    model_type = "t5"
+    layers = "encoder.block"
+    attention = {
+        "norm": "layer.0.layer_norm",
+        **{role: f"layer.0.SelfAttention.{role}" for role in ("q", "k", "v")},
+        "out": "layer.0.SelfAttention.o",
+    }
+    mlp = {
+        "norm": "layer.1.layer_norm",
+        "in": "layer.1.DenseReluDense.wi",
+        "out": "layer.1.DenseReluDense.wo",
+    }
+    bound_heads = True
+
+
+class Beit(ViTArchitecture):
+    """Position biases of heads in every layer."""
+
+    model_type = "beit"
+    attention = {**ViTArchitecture.attention, "bias": "relative_position_bias"}
+    bound_heads = True
+
+
+TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+BERT = {**TEXT, "intermediate_size": 48, "max_position_embeddings": 40}
+WIDE = {**BERT, **TOKENS}
+LLAMA = {**WIDE, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}  # more heads than layers differ by
+PHI = {**WIDE, "num_attention_heads": 4, "num_key_value_heads": 2}
+FALCON = {**TEXT, **TOKENS, "ffn_hidden_size": 48, "bias": True}
+DEBERTA = {
+    **BERT,
+    "relative_attention": True,
+    "position_buckets": 8,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
+BEIT = {
+    **{name: value for name, value in BERT.items() if name not in ("vocab_size", "max_position_embeddings")},
+    "image_size": 8,
+    "patch_size": 2,
+    "layer_scale_init_value": 0.5,
+    "use_relative_position_bias": True,
+}
+
+# one row per layout: the architecture, the class of the model, its config
+CASES = {
+    "gpt_neox": (GPTNeoXArchitecture, "GPTNeoXForCausalLM", {**WIDE, "rotary_pct": 0.5}),
+    "gpt_neox sequential": (GPTNeoXArchitecture, "GPTNeoXModel", {**WIDE, "use_parallel_residual": False}),
+    "bloom": (
+        BloomArchitecture,
+        "BloomForCausalLM",
+        {**TOKENS, "vocab_size": 64, "hidden_size": 32, "n_layer": LAYERS, "n_head": 4},
+    ),
+    "falcon": (FalconArchitecture, "FalconForCausalLM", FALCON),
+    "falcon grouped": (
+        FalconArchitecture,
+        "FalconModel",
+        {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "falcon alibi": (
+        FalconArchitecture,
+        "FalconModel",
+        {**FALCON, "multi_query": False, "parallel_attn": False, "alibi": True},
+    ),
+    "phi3": (Phi3Architecture, "Phi3ForCausalLM", PHI),
+    "phi": (PhiArchitecture, "PhiForCausalLM", PHI),
+    "phi norms": (PhiArchitecture, "PhiModel", {**PHI, "qk_layernorm": True}),
+    "modernbert": (
+        ModernBertArchitecture,
+        "ModernBertForMaskedLM",
+        {**BERT, **TOKENS, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 6},
+    ),
+    "cohere": (CohereArchitecture, "CohereForCausalLM", PHI),
+    "cohere norms": (CohereArchitecture, "CohereModel", {**PHI, "use_qk_norm": True}),
+    "glm4": (Glm4Architecture, "Glm4ForCausalLM", LLAMA),
+    "olmo2": (Olmo2, "Olmo2ForCausalLM", PHI),
+    "mpnet": (MPNet, "MPNetForMaskedLM", {**BERT, "pad_token_id": 1}),
+    "deberta-v2": (DebertaV2, "DebertaV2ForMaskedLM", {**DEBERTA, "share_att_key": True}),
+    "deberta-v2 apart": (DebertaV2, "DebertaV2Model", DEBERTA),
+    "t5": (
+        T5,
+        "T5EncoderModel",
+        {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": 4},
+    ),
+    "beit": (Beit, "BeitForImageClassification", BEIT),
+}
+BOUND = ("bloom", "falcon alibi", "mpnet", "t5", "beit")
+
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture
+def model_of(monkeypatch):
+    """Function of a case's name that returns its random model in float64, with the architecture registered."""
+
+    def make(name, **changes):
+        architecture, head, values = CASES[name]
+        monkeypatch.setitem(ARCHITECTURES, architecture.model_type, architecture())
+        torch.manual_seed(0)
+        model = getattr(transformers, head)(CONFIG_MAPPING[architecture.model_type](**values, **changes)).eval()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+        return model.double()
+
+    return make
+
+
+def outputs(model):
+    with torch.inference_mode():
+        return prediction(model(**dummy_inputs(model, 2, 12)))
+
+
+def difference(model, expected):
+    """Largest difference of the outputs, relative to the largest output."""
+    return ((outputs(model) - expected).abs().max() / expected.abs().max()).item()
+
+
+def attention_of(model, layer=1):
+    return next(b for b in architecture_for(model).blocks(model) if (b.layer, b.kind) == (layer, "attention"))
+
+
+def shuffled(block, rows, generator, bound):
+    """Rows in another order of units, of groups, and of the heads in each group."""
+    groups, heads, _, _ = rows["out"].shape
+    if bound:
+        return rows
+    order = torch.randperm(groups, generator=generator)
+    inner = torch.stack([torch.randperm(heads, generator=generator) for _ in range(groups)])
+    return {
+        role: values[order] if values.shape[1] == 1 else values[order[:, None], inner] for role, values in rows.items()
+    }
+
+
+def turned(rows, turn, roles, generator):
+    """Rows of some roles after one random rotation for each group."""
+    groups, _, dim, _ = rows["out"].shape
+    turns = rotation(torch.randn(groups, dim, dim, generator=generator).double(), turn)
+    return {**rows, **{role: torch.einsum("gde,gief->gidf", turns, rows[role]) for role in roles}}
+
+
+@every_case
+def test_allowed_changes_leave_the_outputs(name, model_of):
+    """Another order of units and heads, and rotations of queries with keys and of values with outputs, change weights
+    and not outputs."""
+    model, generator = model_of(name), torch.Generator().manual_seed(0)
+    expected, before = outputs(model), {n: p.clone() for n, p in model.named_parameters()}
+    blocks = architecture_for(model).blocks(model)
+    assert len(blocks) == 2 * LAYERS
+    for block in blocks:
+        bound = block.heads is not None and block.heads.bound
+        rows = shuffled(block, rows_of(model, block), generator, bound)
+        if block.kind == "attention":
+            rows = turned(rows, "any", ("v", "out"), generator)
+            if not any(role in block.modules for role in HEAD_NORMS):
+                scored = [role for role in rows if role not in ("v", "out")]
+                rows = turned(rows, block.heads.turn, scored, generator)
+        write_rows(model, block, rows)
+        for role, path in block.modules.items():
+            if role in ("q", "k", "v", "qkv", "in", "gate", "gate_in", "out"):
+                weight = f"{path}.weight"
+                same = torch.equal(before[weight], model.get_parameter(weight))
+                assert not same or "q_norm" in block.modules, role
+    assert difference(model, expected) < 1e-6
+
+
+@every_case
+def test_alignment_leaves_the_outputs(name, model_of):
+    """Every method of alignment leaves the outputs as they are, in both modes."""
+    model = model_of(name)
+    expected = outputs(model)
+    batches = [dummy_inputs(model, 4, 12, seed=seed) for seed in range(2)]
+    for how in ALIGNS:
+        edits = (
+            Fuse("layer", (1, 2), operator="mean", align=how),
+            Fuse("attention", (0, 3), "share", operator="freeze", align=how),
+        )
+        if name in ("modernbert", "t5"):  # layer 0 has one norm less, or the biases of all layers
+            edits = edits[:1]
+        aligned = align(model, Plan(model.config.model_type, LAYERS, edits), batches)
+        assert difference(aligned, expected) < 1e-6, how
+        changed = [n for n, p in aligned.named_parameters() if not torch.equal(p, model.get_parameter(n))]
+        assert changed
+        out = attention_of(model, 1).modules["out"]
+        assert name not in BOUND or how == "rotation" or f"{out}.weight" not in changed
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_bound_heads_keep_their_places(name, model_of):
+    """Heads with position biases of their own would change the outputs at another place, and heads of several layers
+    are not mixed."""
+    model = model_of(name)
+    expected, block = outputs(model), attention_of(model)
+    assert block.heads.bound
+    assert alike(model, Source((1, 2), "select", 1)) == [1]
+    write_rows(model, block, {role: values.flip(0) for role, values in rows_of(model, block).items()})
+    assert difference(model, expected) > 1e-3
+
+
+def test_free_heads_of_several_layers_are_mixed(model_of):
+    """Heads without biases, norms and position maps of their own can be combined with those of other layers."""
+    assert alike(model_of("phi3"), Source((1, 2), "select", 1)) == [1, 2]
+    assert alike(model_of("gpt_neox"), Source((1, 2), "select", 1)) == [1, 2]
+    assert alike(model_of("deberta-v2"), Source((1, 2), "select", 1)) == [1, 2]
+    for name in ("olmo2", "deberta-v2 apart", "cohere norms"):
+        assert alike(model_of(name), Source((1, 2), "select", 1)) == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("gpt_neox", "any"),
+        ("gpt_neox", Planes((0, 1, 2, 3), (4, 5, 6, 7))),  # only 4 of 8 coordinates rotate
+        ("phi", "any"),
+        ("cohere", Planes((0, 1, 2, 3), (4, 5, 6, 7))),
+        ("glm4", Planes((0, 1), (2, 3))),
+        ("modernbert", Planes((0, 2, 4, 6), (1, 3, 5, 7))),
+    ],
+)
+def test_other_rotations_change_the_outputs(name, wrong, model_of):
+    """Queries and keys rotate only as their positions allow: the tests of allowed rotations are not blind."""
+    model = model_of(name)
+    expected, block = outputs(model), attention_of(model)
+    rows = turned(rows_of(model, block), wrong, ("q", "k"), torch.Generator().manual_seed(0))
+    write_rows(model, block, rows)
+    assert difference(model, expected) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("gpt_neox", "parts"), ("bloom", "parts"), ("modernbert", "groups")])
+def test_rows_of_another_layout_change_the_outputs(name, wrong, model_of, monkeypatch):
+    """Alignment by the wrong layout of a joint map changes the outputs: the tests of right layouts are not blind."""
+    monkeypatch.setattr(CASES[name][0], "joint", {"qkv": wrong, "gate_in": "gate_first"})
+    model = model_of(name)
+    plan = Plan(model.config.model_type, LAYERS, (Fuse("attention", (1, 2), operator="mean", align="rotation"),))
+    assert difference(align(model, plan), outputs(model)) > 1e-3
+
+
+def test_heads_that_a_config_states(model_of):
+    """Groups, widths and rotary coordinates are read from the config, or from the table where it lacks them."""
+
+    def heads(name, **changes):
+        found = attention_of(model_of(name, **changes)).heads
+        return found.count, found.groups, found.dim, found.rotary, found.pairing
+
+    assert heads("gpt_neox") == (4, 4, 8, 4, "halves")
+    assert heads("phi") == (4, 2, 8, 4, "halves")
+    assert heads("glm4") == (8, 4, 8, 4, "neighbours")
+    assert heads("cohere") == (4, 2, 8, 8, "neighbours")
+    assert heads("modernbert") == (4, 4, 8, 8, "halves")
+    assert heads("falcon") == (4, 1, 8, 8, "halves")
+    assert heads("falcon grouped") == (4, 2, 8, 8, "halves")
+    assert heads("falcon alibi") == heads("bloom") == heads("t5") == (4, 4, 8, 0, "halves")
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "falcon grouped", "phi3", "glm4"])
+def test_parts_of_joint_maps(name, model_of):
+    """The parts of a joint map compute what the model's own code takes for queries, keys, values, gates and units, and
+    writing to one part leaves the others."""
+    model = model_of(name)
+    for block in architecture_for(model).blocks(model)[:2]:
+        joint = {"qkv", "gate_in"} & block.modules.keys()
+        maps = linear_maps(model, block)
+        assert maps.keys() == ({"q", "k", "v", "out"} if block.kind == "attention" else {*maps.keys(), "in", "out"})
+        for role in joint:
+            module = model.get_submodule(block.modules[role])
+            parts = [part for part in maps if part != "out"]
+            assert sum(len(maps[part].weight) for part in parts) == len(module.weight)
+            before = {part: maps[part].weight.clone() for part in parts}
+            maps[parts[0]].write(before[parts[0]] + 1)
+            assert torch.equal(maps[parts[0]].weight, before[parts[0]] + 1)
+            assert all(torch.equal(maps[part].weight, before[part]) for part in parts[1:])
+            assert (module.weight.double().sum() - sum(w.sum() for w in before.values())).abs() > 1
+
+
+def test_maps_that_do_not_fit_the_heads_are_refused(model_of, monkeypatch):
+    """A joint map whose rows do not fit the heads of the config, and heads that the config does not state, are refused
+    with the method to override."""
+    model = model_of("phi3")
+    model.config.num_key_value_heads = 4
+    with pytest.raises(UnsupportedModelError, match="override heads"):
+        rows_of(model, attention_of(model))
+    model = model_of("phi")
+    monkeypatch.setattr(PhiArchitecture, "heads", lambda *args: None)
+    with pytest.raises(UnsupportedModelError, match="states no num_attention_heads"):
+        rows_of(model, attention_of(model))
+
+
+def test_roles_without_a_meaning_and_opaque_blocks(model_of, monkeypatch):
+    """Parts with other roles are no maps, and a block without `out` has none; alignment leaves it as it is."""
+    model = model_of("beit")
+    assert "bias" in attention_of(model).modules
+    assert linear_maps(model, attention_of(model)).keys() == {"q", "k", "v", "out"}
+    monkeypatch.setattr(Beit, "mlp", {"norm": "layernorm_after", "experts": "mlp"})
+    block = next(block for block in architecture_for(model).blocks(model) if block.kind == "mlp")
+    assert linear_maps(model, block) == {}
+    aligned = align(model, Plan("beit", LAYERS, (Fuse("layer", (1, 2), operator="telescope", align="rotation"),)))
+    assert difference(aligned, outputs(model)) < 1e-6
+    one, other = aligned.beit.layers[2], model.beit.layers[2]
+    assert torch.equal(one.mlp.fc1.weight, other.mlp.fc1.weight)
+    assert not torch.equal(one.attention.o_proj.weight, other.attention.o_proj.weight)
+
+
+def test_a_norm_of_two_blocks_changes_with_both(model_of):
+    """A norm that attention and MLP read takes the gain of the reference if both are aligned, and stays otherwise."""
+    model = model_of("phi")
+    expected = outputs(model)
+    for kind, same in (("layer", True), ("attention", False)):
+        plan = Plan("phi", LAYERS, (Fuse(kind, (1, 2), operator="telescope", align="permutation"),))
+        aligned = align(model, plan)
+        layers = aligned.model.layers
+        assert torch.equal(layers[2].input_layernorm.weight, layers[1].input_layernorm.weight) == same
+        assert difference(aligned, expected) < 1e-6
