@@ -16,7 +16,7 @@ from ..evaluation.batches import model_inputs, take, tokens_of
 from ..evaluation.divergence import divergence
 from ..evaluation.hooks import StopForward
 from ..math.ridge import Moments
-from ..models.architectures import architecture_for
+from ..models.architectures import LayerArchitecture, architecture_for
 from .layer_hooks import HookPoint, layer_hooks
 from .mmap import MappedActivations
 from .samples import SELECTION_EVERY, Sample
@@ -28,6 +28,7 @@ class LayerwiseForward:
     Args:
         model: Model in eval mode. Its layers may change between calls, but their number may not.
         sample: Calibration sequences to run.
+        architecture: Architecture table of the model; by default, the one that is registered for it.
 
     Attributes:
         depth: Index of the next layer to run.
@@ -38,8 +39,8 @@ class LayerwiseForward:
         UnsupportedModelError: The model does not run each of its layers once, in order.
     """
 
-    def __init__(self, model: PreTrainedModel, sample: Sample) -> None:
-        self.model, self.architecture, self.sample = model, architecture_for(model), sample
+    def __init__(self, model: PreTrainedModel, sample: Sample, architecture: LayerArchitecture | None = None) -> None:
+        self.model, self.architecture, self.sample = model, architecture or architecture_for(model), sample
         self.layers = self.architecture.layer_list(model)
         self.depth = 0
         self.states = MappedActivations()

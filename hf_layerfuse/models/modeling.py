@@ -57,6 +57,12 @@ class FusedMixin:
         # The stock method returns no ties if the config does not tie word embeddings.
         return {**super().get_expanded_tied_weights_keys(all_submodels=all_submodels), **self._fused_ties}
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().tie_weights(*args, **kwargs)
+        stock = next(base for base in type(self).__mro__ if base is not FusedMixin and "tie_weights" in vars(base))
+        if stock is not PreTrainedModel:  # such as CTC heads, which override it for their adapters and tie nothing
+            PreTrainedModel.tie_weights(self, *args, **kwargs)
+
     def _adjust_bias(self, output_embeddings: Any, input_embeddings: Any) -> None:
         # The stock method uses weight.shape[0] as the size of the bias, which truncates the bias of a Conv1D.
         if not isinstance(output_embeddings, Conv1D | Relaxed):

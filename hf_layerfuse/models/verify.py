@@ -94,7 +94,8 @@ def _inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None) -> dict
 
 def _decodes(model: PreTrainedModel) -> bool:
     # BERT with a language-model head can generate, but uses a cache only if it is configured as a decoder
-    return model.can_generate() and getattr(model.config, "is_decoder", None) is not False
+    decoder = model.can_generate() and getattr(model.config, "is_decoder", None) is not False
+    return decoder and model.main_input_name == "input_ids" and not model.config.is_encoder_decoder
 
 
 @torch.inference_mode()

@@ -14,105 +14,25 @@ from hf_layerfuse.math.turn import Planes
 from hf_layerfuse.models.align import align
 from hf_layerfuse.models.architectures import (
     ARCHITECTURES,
-    TransformerArchitecture,
-    ZeroAttention,
-    ZeroBlock,
     architecture_for,
     linear_maps,
 )
-from hf_layerfuse.models.architectures.bert import BertArchitecture
+from hf_layerfuse.models.architectures.bert import DebertaV2Architecture, MPNetArchitecture
 from hf_layerfuse.models.architectures.block_weights import HEAD_NORMS, rows_of, write_rows
 from hf_layerfuse.models.architectures.bloom import BloomArchitecture
 from hf_layerfuse.models.architectures.cohere import CohereArchitecture
 from hf_layerfuse.models.architectures.falcon import FalconArchitecture
 from hf_layerfuse.models.architectures.glm4 import Glm4Architecture
 from hf_layerfuse.models.architectures.gpt_neox import GPTNeoXArchitecture
-from hf_layerfuse.models.architectures.llama import LlamaArchitecture
+from hf_layerfuse.models.architectures.llama import Olmo2Architecture
 from hf_layerfuse.models.architectures.modernbert import ModernBertArchitecture
 from hf_layerfuse.models.architectures.phi import Phi3Architecture, PhiArchitecture
-from hf_layerfuse.models.architectures.vit import ViTArchitecture
+from hf_layerfuse.models.architectures.vit import BEiTArchitecture
 from hf_layerfuse.models.verify import prediction
 from hf_layerfuse.plan import Source
 
 LAYERS = 4
 ALIGNS = ["permutation", "activation", "transport", "rotation"]
-
-
-class Olmo2(LlamaArchitecture):
-    """Norms on queries and keys that span all heads, and no norm in front of a block."""
-
-    model_type = "olmo2"
-    attention = {
-        **{role: path for role, path in LlamaArchitecture.attention.items() if role != "norm"},
-        "q_norm": "self_attn.q_norm",
-        "k_norm": "self_attn.k_norm",
-    }
-    mlp = {role: path for role, path in LlamaArchitecture.mlp.items() if role != "norm"}
-    between = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
-    skip = {"attention": {"self_attn": ZeroAttention}, "mlp": {"mlp": ZeroBlock}}
-
-
-class MPNet(BertArchitecture):
-    """Position biases of heads, the same in all layers."""
-
-    model_type = "mpnet"
-    attention = {
-        **{role: f"attention.attn.{role}" for role in ("q", "k", "v")},
-        "out": "attention.attn.o",
-        "norm": "attention.LayerNorm",
-    }
-    skip = {**BertArchitecture.skip, "attention": {"attention.attn": ZeroAttention}}
-    bound_heads = True
-
-
-class DebertaV2(BertArchitecture):
-    """Position embeddings that queries and keys are multiplied with."""
-
-    model_type = "deberta-v2"
-    attention = {
-        **BertArchitecture.attention,
-        **{role: f"attention.self.{name}_proj" for role, name in zip("qkv", ("query", "key", "value"), strict=True)},
-    }
-
-    def variant(self, config):
-        return self if getattr(config, "share_att_key", False) else DebertaV2Apart()
-
-
-class DebertaV2Apart(DebertaV2):
-    attention = {
-        **DebertaV2.attention,
-        "q_position": "attention.self.pos_query_proj",
-        "k_position": "attention.self.pos_key_proj",
-    }
-
-    def variant(self, config):
-        return self
-
-
-class T5(TransformerArchitecture):
-    """Position biases of heads that layer 0 holds for all."""
-
-    model_type = "t5"
-    layers = "encoder.block"
-    attention = {
-        "norm": "layer.0.layer_norm",
-        **{role: f"layer.0.SelfAttention.{role}" for role in ("q", "k", "v")},
-        "out": "layer.0.SelfAttention.o",
-    }
-    mlp = {
-        "norm": "layer.1.layer_norm",
-        "in": "layer.1.DenseReluDense.wi",
-        "out": "layer.1.DenseReluDense.wo",
-    }
-    bound_heads = True
-
-
-class Beit(ViTArchitecture):
-    """Position biases of heads in every layer."""
-
-    model_type = "beit"
-    attention = {**ViTArchitecture.attention, "bias": "relative_position_bias"}
-    bound_heads = True
 
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
@@ -170,16 +90,16 @@ CASES = {
     "cohere": (CohereArchitecture, "CohereForCausalLM", PHI),
     "cohere norms": (CohereArchitecture, "CohereModel", {**PHI, "use_qk_norm": True}),
     "glm4": (Glm4Architecture, "Glm4ForCausalLM", LLAMA),
-    "olmo2": (Olmo2, "Olmo2ForCausalLM", PHI),
-    "mpnet": (MPNet, "MPNetForMaskedLM", {**BERT, "pad_token_id": 1}),
-    "deberta-v2": (DebertaV2, "DebertaV2ForMaskedLM", {**DEBERTA, "share_att_key": True}),
-    "deberta-v2 apart": (DebertaV2, "DebertaV2Model", DEBERTA),
+    "olmo2": (Olmo2Architecture, "Olmo2ForCausalLM", PHI),
+    "mpnet": (MPNetArchitecture, "MPNetForMaskedLM", {**BERT, "pad_token_id": 1}),
+    "deberta-v2": (DebertaV2Architecture, "DebertaV2ForMaskedLM", {**DEBERTA, "share_att_key": True}),
+    "deberta-v2 apart": (DebertaV2Architecture, "DebertaV2Model", DEBERTA),
     "t5": (
         T5,
         "T5EncoderModel",
         {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": 4},
     ),
-    "beit": (Beit, "BeitForImageClassification", BEIT),
+    "beit": (BEiTArchitecture, "BeitForImageClassification", BEIT),
 }
 BOUND = ("bloom", "falcon alibi", "mpnet", "t5", "beit")
 
@@ -387,7 +307,7 @@ def test_roles_without_a_meaning_and_opaque_blocks(model_of, monkeypatch):
     model = model_of("beit")
     assert "bias" in attention_of(model).modules
     assert linear_maps(model, attention_of(model)).keys() == {"q", "k", "v", "out"}
-    monkeypatch.setattr(Beit, "mlp", {"norm": "layernorm_after", "experts": "mlp"})
+    monkeypatch.setattr(BEiTArchitecture, "mlp", {"norm": "layernorm_after", "experts": "mlp"})
     block = next(block for block in architecture_for(model).blocks(model) if block.kind == "mlp")
     assert linear_maps(model, block) == {}
     aligned = align(model, Plan("beit", LAYERS, (Fuse("layer", (1, 2), operator="telescope", align="rotation"),)))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...models.architectures import Block
+from ...models.architectures import Block, TransformerArchitecture
+from ...plan import Kind
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward
 
@@ -33,12 +34,7 @@ class Between:
     """
 
     def __init__(self, layerwise: LayerwiseForward, block: Block) -> None:
-        path = layerwise.architecture.between.get(block.kind)
-        found: Any = None
-        if path is not None:
-            found = layerwise.layers[block.layer]
-            for name in path.split("."):
-                found = getattr(found, name)
+        found = _between(layerwise.layers[block.layer], layerwise.architecture, block.kind)
         self.norm = found if isinstance(found, nn.Module) else None
         self._factor: Tensor | None = None
         self._size: float | None = None
@@ -60,6 +56,25 @@ class Between:
         if self._size is None:
             return aims
         return aims * (self._size / aims.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def through(layer: nn.Module, architecture: TransformerArchitecture, kind: Kind, output: Tensor) -> Tensor:
+    """What reaches the residual sum of an output of the output projection, (..., width)."""
+    found = _between(layer, architecture, kind)
+    if isinstance(found, nn.Module):
+        return found(output.to(next(found.parameters(), output).dtype))
+    return output if found is None else output * found
+
+
+def _between(layer: nn.Module, architecture: TransformerArchitecture, kind: Kind) -> nn.Module | Tensor | float | None:
+    path = architecture.between.get(kind)
+    if path is None:
+        return None
+    found: Any = layer
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
 
 
 @torch.no_grad()

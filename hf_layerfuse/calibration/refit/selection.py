@@ -174,7 +174,7 @@ def alike(model: PreTrainedModel, source: Source) -> list[int]:
     position embeddings, because all heads of a layer share such parts, and no position biases of their own, which would
     bind them to their places. The kept layer is always included.
     """
-    architecture, config = architecture_for(model), model.config
+    architecture, config = architecture_for(model), architecture_for(model).config_of(model.config)
     kept, heads = source.kept, architecture.heads(config, source.kept)
     if any(role in architecture.attention for role in (*HEAD_NORMS, *POSITIONS)) or (heads and heads.bound):
         return [kept]

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ...calibration.contract import check_contract
 from ...calibration.layerwise import LayerwiseForward, TeacherStates
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.refit import refit_by
@@ -53,6 +54,7 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
     architecture = architecture_for(model)
     check_model(model, architecture)
     batches = None if batches is None else list(batches)
+    check_contract(model, batches)
     nothing = Plan(architecture.model_type, len(architecture.layer_list(model)), kinds=architecture.kinds)
     edits = [Linearize(layer, recipe.rank, recipe.fold) for layer in range(nothing.num_layers)]
     homotopy = recipe.method == "homotopy"

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ...calibration.contract import check_contract
 from ...calibration.layerwise import LayerwiseForward, TeacherStates
 from ...calibration.mmap import WeightSnapshot
 from ...calibration.refit.base import RefitReport
@@ -79,6 +80,7 @@ def search_budget(model: PreTrainedModel, recipe: FusionRecipe, batches: Sequenc
         )
     if batches is None:
         raise RecipeError("a latency budget needs calibration batches to measure the candidates: pass batches=.")
+    check_contract(model, batches)
     with eval_mode(model):
         found = _Budget(model, architecture, recipe, list(batches)).run()
     take_modes(found.model, model)

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ...calibration.contract import check_contract
 from ...calibration.layerwise import LayerwiseForward, TeacherStates
 from ...calibration.mmap import WeightSnapshot
 from ...calibration.refit.base import RefitReport
@@ -75,6 +76,7 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
     if recipe.is_timed:
         return search_budget(model, recipe, batches)
     check_model(model, architecture_for(model))
+    check_contract(model, batches)
     recipe = settled(model, recipe)
     first = planned(model, recipe, batches)
     if batches is None:

@@ -12,16 +12,52 @@ from .base import (
     ZeroAttention,
     ZeroBlock,
 )
-from .bert import BertArchitecture, DistilBertArchitecture, RobertaArchitecture
+from .bert import (
+    BertArchitecture,
+    CamembertArchitecture,
+    DebertaV2Architecture,
+    DistilBertArchitecture,
+    ElectraArchitecture,
+    MPNetArchitecture,
+    NomicBertArchitecture,
+    RobertaArchitecture,
+    XLMRobertaArchitecture,
+)
 from .block_weights import READERS, LinearMap, linear_maps
 from .conv_graph import ConvGraphArchitecture, Convolutions, Skip, Unit
-from .gpt2 import GPT2Architecture
+from .gemma import Gemma2Architecture, Gemma3Architecture, Gemma3TextArchitecture
+from .gpt2 import GPT2Architecture, GPTNeoArchitecture
 from .layouts import Heads
-from .llama import LlamaArchitecture, MistralArchitecture, Qwen2Architecture, Qwen3Architecture
+from .llama import (
+    GraniteArchitecture,
+    LlamaArchitecture,
+    MistralArchitecture,
+    MixtralArchitecture,
+    Olmo2Architecture,
+    Qwen2Architecture,
+    Qwen3Architecture,
+    Qwen3MoeArchitecture,
+    SmolLM3Architecture,
+    Starcoder2Architecture,
+)
 from .mobilenet_v2 import MobileNetV2Architecture
+from .opt import BartArchitecture, MarianArchitecture, MBartArchitecture, OPTArchitecture, WhisperArchitecture
 from .registry import ARCHITECTURES, FUSED_PREFIX, architecture_for
 from .resnet import ResNetArchitecture
-from .vit import DeiTArchitecture, ViTArchitecture
+from .speech import HubertArchitecture, Wav2Vec2Architecture
+from .t5 import T5Architecture
+from .vit import (
+    BEiTArchitecture,
+    CLIPTextArchitecture,
+    CLIPVisionArchitecture,
+    DeiTArchitecture,
+    DINOv2Architecture,
+    DINOv3Architecture,
+    SigLIPTextArchitecture,
+    SigLIPVisionArchitecture,
+    ViTArchitecture,
+    ViTMAEArchitecture,
+)
 
 BUILTIN: tuple[type[Architecture], ...] = (
     GPT2Architecture,
@@ -34,6 +70,38 @@ BUILTIN: tuple[type[Architecture], ...] = (
     MistralArchitecture,
     Qwen2Architecture,
     Qwen3Architecture,
+    SmolLM3Architecture,
+    GraniteArchitecture,
+    Starcoder2Architecture,
+    Olmo2Architecture,
+    Gemma2Architecture,
+    Gemma3TextArchitecture,
+    Gemma3Architecture,
+    MixtralArchitecture,
+    Qwen3MoeArchitecture,
+    GPTNeoArchitecture,
+    OPTArchitecture,
+    XLMRobertaArchitecture,
+    CamembertArchitecture,
+    ElectraArchitecture,
+    MPNetArchitecture,
+    DebertaV2Architecture,
+    NomicBertArchitecture,
+    T5Architecture,
+    BartArchitecture,
+    MBartArchitecture,
+    MarianArchitecture,
+    WhisperArchitecture,
+    Wav2Vec2Architecture,
+    HubertArchitecture,
+    CLIPVisionArchitecture,
+    CLIPTextArchitecture,
+    SigLIPVisionArchitecture,
+    SigLIPTextArchitecture,
+    ViTMAEArchitecture,
+    DINOv2Architecture,
+    DINOv3Architecture,
+    BEiTArchitecture,
     ResNetArchitecture,
     MobileNetV2Architecture,
 )

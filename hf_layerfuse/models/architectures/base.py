@@ -56,7 +56,7 @@ class Architecture:
         """Raise `UnsupportedModelError` for a model of this architecture that cannot be made smaller."""
 
     def variant(self, config: PreTrainedConfig) -> Architecture:
-        """Table for a config: this one, unless the modules of a layer depend on the config (Falcon)."""
+        """The table for a config, where its fields decide on the structure of a layer."""
         return self
 
 
@@ -70,6 +70,9 @@ class LayerArchitecture(Architecture, ABC):
         post_norm: Whether the block's norm follows the residual sum (BERT) instead of preceding the block (GPT-2).
             Such a norm stays when its block is removed, because the next block was trained on normalised states.
         per_layer_config: Config fields with one entry per layer, kept in step with the layers.
+        other_lists: Config fields whose lists are as long as the stack by chance.
+        config: Name of the nested config that describes the stack (`text_config`); empty for the config itself.
+        depth: Config field with the number of layers.
         resizes: Whether layers may change the shape of the stream. If so, only layers of one shape can be compared.
         kinds: Kinds of blocks in a layer, in execution order. The attribute with the name of a kind is its table:
             role -> path of its modules.
@@ -79,6 +82,9 @@ class LayerArchitecture(Architecture, ABC):
     skip: ClassVar[Mapping[str, Mapping[str, type[nn.Module]]]] = {}
     post_norm: ClassVar[bool] = False
     per_layer_config: ClassVar[tuple[str, ...]] = ("layer_types",)
+    other_lists: ClassVar[tuple[str, ...]] = ()
+    config: ClassVar[str] = ""
+    depth: ClassVar[str] = "num_hidden_layers"
     resizes: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]]
 
@@ -89,6 +95,17 @@ class LayerArchitecture(Architecture, ABC):
     @abstractmethod
     def place(self, kind: str, name: str) -> Place:
         """Place of a `HookPoint` in a kind of block."""
+
+    def config_of(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The config that describes the stack: a config of the architecture, or the one nested in it."""
+        return getattr(config, self.config) if self.config else config
+
+    def complete(self, config: PreTrainedConfig) -> None:
+        """Bring fields that follow from `per_layer_config` or the depth up to date, in the config of the stack."""
+
+    def silences(self, kind: str, parameter: str) -> bool:
+        """Whether a block adds nothing to the stream once all such parameters are zero."""
+        return parameter.startswith(f"{self.table(kind)['out']}.")
 
     def layers_path(self, model: PreTrainedModel) -> str:
         """Live path of the list of layers, relative to `model`, with any head."""
@@ -111,11 +128,11 @@ class LayerArchitecture(Architecture, ABC):
                         for role, at in self.table(kind).items()
                         if role == "norm" or type(layer.get_submodule(at)) not in (nn.Identity, One, OneBeside)
                     }
-                    found.append(self.block(model.config, index, kind, modules))
+                    found.append(self.block(self.config_of(model.config), index, kind, modules))
         return found
 
     def block(self, config: PreTrainedConfig, layer: int, kind: str, modules: Mapping[str, str]) -> Block:
-        """Block of a layer, with the layouts of its maps."""
+        """Block of a layer, with the layouts of its maps. `config` is the config of the stack."""
         return Block(layer, kind, modules)
 
     def stays(self, parameter: str) -> bool:
@@ -152,6 +169,7 @@ class TransformerArchitecture(LayerArchitecture):
         activation: Path of the module between the maps of the MLP. Without it, MLPs cannot become linear.
         adds: Path of a module that contains only `out` and `norm` and returns norm(out(a) + b), where a is the input
             of `out` and b the input of the MLP. Without it, the residual sum cannot be folded.
+        crossed: Whether another block, such as cross-attention, runs between attention and MLP.
         parallel: Whether both blocks read the input of the layer, which adds their outputs in one sum (GPT-NeoX).
         between: Kind -> path of what lies between the output of `out` and the residual sum: a norm (Gemma 2), a
             parameter (BEiT) or a number (Granite) that multiplies.
@@ -163,21 +181,24 @@ class TransformerArchitecture(LayerArchitecture):
             "halves" (Llama) or "neighbours" (GLM-4), see `Heads`.
         bound_heads: Whether each head has its own position bias (T5, ALiBi). Such heads can be rotated, but they
             cannot change places.
+        silent: Kind -> paths of the parameters that are zero in an opaque block that adds nothing.
     """
 
     attention: ClassVar[Mapping[str, str]]
     mlp: ClassVar[Mapping[str, str]]
     activation: ClassVar[str | None] = None
     adds: ClassVar[str | None] = None
+    crossed: ClassVar[bool] = False
     parallel: ClassVar[bool] = False
     between: ClassVar[Mapping[str, str]] = {}
     joint: ClassVar[Mapping[str, JointLayout]] = {"qkv": "parts", "gate_in": "gate_first"}
     pairing: ClassVar[Pairing] = "halves"
     bound_heads: ClassVar[bool] = False
+    silent: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     kinds = TRANSFORMER
 
     def heads(self, config: PreTrainedConfig, layer: int) -> Heads | None:
-        """Heads of an attention block; None if the config states no number of heads."""
+        """Heads of an attention block; None if the config of the stack states no number of heads."""
         return heads_in(config, layer, self.pairing, self.bound_heads)
 
     def block(self, config: PreTrainedConfig, layer: int, kind: str, modules: Mapping[str, str]) -> Block:
@@ -195,14 +216,20 @@ class TransformerArchitecture(LayerArchitecture):
             return Place("after", "")
         if kind == "attention" and name in ("read", "residual"):
             return Place("before", "")
-        if self.parallel and name in ("sum", "residual"):
+        if self.parallel or (self.crossed and kind == "attention"):
             return Place("added", self.between.get("attention", self.attention["out"]))
-        # the stream after attention is what the MLP reads, also behind the cross-attention of a decoder
         return Place("before", self.entry("mlp"))
 
     def parts(self, kind: str) -> tuple[str, ...]:
         between = self.between.get(kind)
         return super().parts(kind) if between is None else (*super().parts(kind), between)
+
+    def silences(self, kind: str, parameter: str) -> bool:
+        module, _, name = parameter.rpartition(".")
+        paths = self.silent.get(kind) or (self.table(kind)["out"],)
+        return any(parameter == path or parameter.startswith(f"{path}.") for path in paths) or (
+            name == "bias" and module == self.between.get(kind)
+        )
 
     def own_norm(self, kind: str) -> str | None:
         """Path of the norm in front of a kind of block; None if there is none, or if both blocks read it."""

@@ -22,7 +22,8 @@ _NUMBERS_OF_FIRST_LAYERS = ("max_window_layers",)
 
 def target_config(config: PreTrainedConfig, architecture: LayerArchitecture, layout: Layout) -> PreTrainedConfig:
     """Config of the result: fewer layers, every per-layer list in step. `config` is not changed."""
-    target = copy.deepcopy(config)
+    whole = copy.deepcopy(config)
+    config, target = architecture.config_of(config), architecture.config_of(whole)
     for name in architecture.per_layer_config:
         if getattr(config, name, None) is not None:
             setattr(target, name, [_per_layer(getattr(config, name), slot, name) for slot in layout.slots])
@@ -36,8 +37,9 @@ def target_config(config: PreTrainedConfig, architecture: LayerArchitecture, lay
     for name in _NUMBERS_OF_FIRST_LAYERS:
         if getattr(config, name, None) is not None:
             setattr(target, name, sum(slot.layers[0] < getattr(config, name) for slot in layout.slots))
-    target.num_hidden_layers = len(layout.slots)
-    return target
+    setattr(target, architecture.depth, len(layout.slots))
+    architecture.complete(target)
+    return whole
 
 
 def _per_layer(values: Sequence[Any], slot: Slot, name: str) -> Any:
@@ -64,7 +66,7 @@ def reshape(model: PreTrainedModel, architecture: LayerArchitecture, layout: Lay
     first entry of each layer type. Therefore, the remaining attention blocks take the first entries of their type.
     """
     layers = architecture.layer_list(model)
-    types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers)
+    types = getattr(architecture.config_of(model.config), "layer_types", None) or ["full_attention"] * len(layers)
     free = {kind: iter([i for i, other in enumerate(types) if other == kind]) for kind in types}
     for layer, slot, layer_type in zip(layers, layout.slots, types, strict=True):
         for kind in architecture.kinds:

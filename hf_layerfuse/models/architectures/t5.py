@@ -1,0 +1,52 @@
+"""The encoder of T5: pre-norm RMSNorm, and a position bias that the first layer computes for all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .base import Architecture, TransformerArchitecture, ZeroBlock
+
+_MLP = "layer.1.DenseReluDense"
+
+
+class ZeroT5Attention(nn.Module):
+    """Placeholder for a removed attention module: contributes nothing, and hands on the position bias."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, position_bias: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return torch.zeros_like(hidden_states), position_bias
+
+
+class T5Architecture(TransformerArchitecture):
+    model_type = "t5"
+    layers = "encoder.block"
+    depth = "num_layers"
+    attention = {
+        "norm": "layer.0.layer_norm",
+        "q": "layer.0.SelfAttention.q",
+        "k": "layer.0.SelfAttention.k",
+        "v": "layer.0.SelfAttention.v",
+        "out": "layer.0.SelfAttention.o",
+    }
+    mlp = {"norm": "layer.1.layer_norm", "in": f"{_MLP}.wi", "out": f"{_MLP}.wo"}
+    activation = f"{_MLP}.act"
+    skip = {
+        "attention": {"layer.0.layer_norm": nn.Identity, "layer.0.SelfAttention": ZeroT5Attention},
+        "mlp": {"layer.1.layer_norm": nn.Identity, _MLP: ZeroBlock},
+    }
+
+    bound_heads = True
+
+    def variant(self, config: PreTrainedConfig) -> Architecture:
+        return _GatedT5() if config.is_gated_act else self
+
+
+class _GatedT5(T5Architecture):
+    """T5 1.1, Flan-T5."""
+
+    mlp = {"norm": "layer.1.layer_norm", "gate": f"{_MLP}.wi_0", "in": f"{_MLP}.wi_1", "out": f"{_MLP}.wo"}
