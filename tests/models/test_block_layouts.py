@@ -27,6 +27,7 @@ from hf_layerfuse.models.architectures.gpt_neox import GPTNeoXArchitecture
 from hf_layerfuse.models.architectures.llama import Olmo2Architecture
 from hf_layerfuse.models.architectures.modernbert import ModernBertArchitecture
 from hf_layerfuse.models.architectures.phi import Phi3Architecture, PhiArchitecture
+from hf_layerfuse.models.architectures.t5 import T5Architecture
 from hf_layerfuse.models.architectures.vit import BEiTArchitecture
 from hf_layerfuse.models.verify import prediction
 from hf_layerfuse.plan import Source
@@ -95,7 +96,7 @@ CASES = {
     "deberta-v2": (DebertaV2Architecture, "DebertaV2ForMaskedLM", {**DEBERTA, "share_att_key": True}),
     "deberta-v2 apart": (DebertaV2Architecture, "DebertaV2Model", DEBERTA),
     "t5": (
-        T5,
+        T5Architecture,
         "T5EncoderModel",
         {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": LAYERS, "num_heads": 4},
     ),
