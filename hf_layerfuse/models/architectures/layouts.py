@@ -72,9 +72,10 @@ def heads_in(config: PreTrainedConfig, layer: int, pairing: Pairing, bound: bool
 
 def _rope_of(config: PreTrainedConfig, layer: int) -> Mapping[str, Any] | None:
     """Parameters of a layer's rotary positions; None without them. A config may state them for each type of layer."""
-    rope = getattr(config, "rope_parameters", None)
-    types = getattr(config, "layer_types", None)
-    return rope[types[layer]] if rope and types and types[layer] in rope else rope
+    rope, types = (getattr(config, name, None) for name in ("rope_parameters", "layer_types"))
+    if rope is None:
+        return {} if hasattr(config, "rope_theta") else None  # DINOv3
+    return rope[types[layer]] if types and types[layer] in rope else rope
 
 
 def parts_of(role: str, layout: JointLayout, rows: int, heads: Heads | None) -> dict[str, Rows]:
