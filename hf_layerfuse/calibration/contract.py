@@ -57,7 +57,7 @@ def check_contract(
         return
     inputs = model_inputs(batch, model)
     rows = torch.arange(len(next(iter(inputs.values())))) < _ROWS
-    with eval_mode(model):
+    with eval_mode(model), torch.no_grad():
         _Contract(model, take(inputs, rows), architecture).check()
 
 
@@ -118,13 +118,14 @@ class _Contract:
             for role, path in block.modules.items()
             if role in READERS
         }
-        inputs: dict[tuple[str, str], Tensor] = {}
-        with watch(readers, inputs.__setitem__):
+        inputs: dict[tuple[str, str], list[Tensor]] = {}
+        with watch(readers, lambda key, tensor: inputs.setdefault(key, []).append(tensor)):
             seen = _first(layerwise.look(*points, None))
         where = f"in layer {index}, "
-        for (kind, role), tensor in inputs.items():
+        for (kind, role), tensors in inputs.items():
+            read = seen[HookPoint(kind, "read")]
             self._require(
-                self._near(tensor, seen[HookPoint(kind, "read")]),
+                any(self._near(tensor, read) for tensor in tensors),  # DeBERTa also maps positions with them
                 f"{where}{role!r} of {kind} does not read what the table says: check `norm` of {kind}, `post_norm` and "
                 "the order of `skip`",
             )
@@ -138,6 +139,8 @@ class _Contract:
                     f"{where}the stream plus 'out' of {kind} is not the stream after {kind}: check `out`, `between`, "
                     "`parallel` and `post_norm`",
                 )
+            if index in architecture.fixed.get(kind, ()):
+                continue
             self._check_stand_ins(layerwise, layer, kind, "out" in block.modules, where)
         if architecture.post_norm:
             end = layer.get_submodule(architecture.mlp["norm"])(seen[HookPoint("mlp", "sum")].to(self.model.dtype))

@@ -122,6 +122,10 @@ def _image_inputs(
         patch_height, patch_width = _pair(config.patch_size)
         patches = (height // patch_height) * (width // patch_width)
         inputs["bool_masked_pos"] = torch.rand(batch_size, patches, generator=generator) < 0.5
+    if "noise" in inspect.signature(model.forward).parameters:  # masked autoencoders draw their mask from it
+        patch_height, patch_width = _pair(config.patch_size)
+        patches = (height // patch_height) * (width // patch_width)
+        inputs["noise"] = torch.rand(batch_size, patches, generator=generator)
     return inputs
 
 

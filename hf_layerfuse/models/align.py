@@ -109,7 +109,7 @@ def aligned(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) 
         for kind in (plan.kinds if edit.kind == "layer" else (edit.kind,))
         for target in [edit.layers[0] if edit.operator == "telescope" else edit.source.kept]
         for layer in edit.layers
-        if layer != target and "out" in blocks[kind, layer].modules
+        if layer != target and "out" in blocks[kind, layer].modules  # the inside of an opaque block is unknown
     ]
     by_activation = [pair for pair in pairs if pair.edit.align == "activation" and not _bound(pair)]
     correlations = _correlations(result, by_activation, batches)

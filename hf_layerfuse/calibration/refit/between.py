@@ -40,7 +40,8 @@ class Between:
         self._size: float | None = None
         if self.norm is not None:
             self._factor = gain_of(self.norm)
-            self._size = _size(layerwise, HookPoint(block.kind, "output"))
+            # an MLP that is about to become linear has no outputs yet; any size does
+            self._size = _size(layerwise, HookPoint(block.kind, "output")) or 1.0
         elif found is not None:
             self._factor = torch.as_tensor(found).detach()
         if self._factor is not None:
@@ -56,6 +57,11 @@ class Between:
         if self._size is None:
             return aims
         return aims * (self._size / aims.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12))
+
+    @torch.no_grad()
+    def normed(self, output: Tensor) -> Tensor:
+        """Output of the norm for outputs of the projection, (..., width) float32."""
+        return self.norm(output.to(self.norm.weight.dtype)).float()
 
 
 @torch.no_grad()

@@ -148,12 +148,12 @@ class TransformerRepair(Repair):
         residual = HookPoint(block.kind, "residual")
         moments = self.student.moments(rows, HookPoint(block.kind, "features"), residual)
         self._fit(block, "out", block.modules["out"], moments)
-        if (norm := between.norm) is not None:
+        if between.norm is not None:
 
             def normed(index: int, output: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-                return norm(output.to(norm.weight.dtype)).float(), target[index].to(residual.device) - residual
+                return between.normed(output), target[index].to(residual.device) - residual
 
-            found = fit_norm(norm, *self.student.moments(normed, HookPoint(block.kind, "output"), residual))
+            found = fit_norm(between.norm, *self.student.moments(normed, HookPoint(block.kind, "output"), residual))
             self._note(block.layer, block.kind, "norm", found.before, found.after)
 
     def _fit_linear(self, block: Block, form: LinearForm, target: PerBatch) -> None:

@@ -23,15 +23,15 @@ from ...calibration.samples import Sample
 from ...evaluation.batches import Batches
 from ...evaluation.divergence import calibration_loss
 from ...evaluation.modes import eval_mode, outside_inference_mode, take_modes
-from ...math import cluster
 from ...models.apply import applied
 from ...models.architectures import architecture_for
 from ...models.surgery.checks import check_model
+from ...models.surgery.size import are_unlike
 from ...plan import CandidatePlan, Kind, OperatorLoss, Plan
 from ...recipe import FusionRecipe
 from ..base import SearchResult
 from ..trials import Trials, share_of
-from .grouping import Groups, even, groups_of, longest, unexplained
+from .grouping import Groups, even, groups_of, longest, of_one_shape, unexplained
 from .latency_search import search_budget
 from .planner import LayerImportance, divider, group_edit, layer_importance_of, operator_candidates, planned
 from .targets import fits, kinds_of, settled
@@ -147,8 +147,10 @@ class _Search:
             return even(self.first.num_layers, self._count(kind))
         if self.recipe.refit == "full" and self.recipe.operator in ("auto", "select") and kind != "attention":
             self.teacher_states.ahead(SELECTING)  # for any groups that will be chosen
-        count = self._count(kind)
-        return cluster.partition(unexplained(self.teacher_states, longest(self.first.num_layers, count)), count)
+        count, depth = self._count(kind), self.first.num_layers
+        unlike = are_unlike(self.model)
+        cost = unexplained(self.teacher_states, depth if unlike else longest(depth, count))
+        return divider(self.model, self.recipe)(of_one_shape(self.model, cost), count)
 
     def _with_groups(self, groups: dict[Kind, Groups]) -> Plan:
         edits = [
@@ -219,7 +221,7 @@ class _Table:
     ) -> None:
         self.recipe, self.importance = recipe, importance
         architecture = architecture_for(model)
-        self.resizes, self.depth = architecture.resizes, len(architecture.layer_list(model))
+        self.unlike, self.depth = are_unlike(model), len(architecture.layer_list(model))
         self.divide = divider(model, recipe)
         share = share_of(Sample.of(batches), self.depth, 3 * self.depth, TABLE_COST)
         sample = Sample.of(batches, share)
@@ -234,7 +236,7 @@ class _Table:
         """
         cost = np.full((self.depth + 1, self.depth + 1), np.inf)
         cost[range(self.depth), range(1, self.depth + 1)] = 0
-        most = self.depth if self.resizes else longest(self.depth, count)
+        most = self.depth if self.unlike else longest(self.depth, count)
         lengths = range(2, most + 1)
         left = {(start, start + size) for size in lengths for start in range(self.depth - size + 1)}
         todo = [run for run in sorted(left) if run[1] - run[0] == 2]

@@ -23,7 +23,7 @@ from .bert import (
     RobertaArchitecture,
     XLMRobertaArchitecture,
 )
-from .block_weights import READERS, LinearMap, linear_maps
+from .block_weights import MAPS, READERS, LinearMap, linear_maps
 from .conv_graph import ConvGraphArchitecture, Convolutions, Skip, Unit
 from .gemma import Gemma2Architecture, Gemma3Architecture, Gemma3TextArchitecture
 from .gpt2 import GPT2Architecture, GPTNeoArchitecture
@@ -110,6 +110,7 @@ __all__ = [
     "ARCHITECTURES",
     "BUILTIN",
     "FUSED_PREFIX",
+    "MAPS",
     "READERS",
     "Architecture",
     "Block",

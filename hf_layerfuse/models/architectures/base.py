@@ -68,9 +68,9 @@ class LayerArchitecture(Architecture, ABC):
         skip: Modules to replace, and their replacements, so that a layer runs without a block; one entry per kind.
             The first module of an MLP is the one that reads the state.
         post_norm: Whether the block's norm follows the residual sum (BERT) instead of preceding the block (GPT-2).
-            Such a norm stays when its block is removed, because the next block was trained on normalised states.
         per_layer_config: Config fields with one entry per layer, kept in step with the layers.
         other_lists: Config fields whose lists are as long as the stack by chance.
+        fixed: Kind -> layers whose block cannot be removed, because other layers use what it computes.
         config: Name of the nested config that describes the stack (`text_config`); empty for the config itself.
         depth: Config field with the number of layers.
         resizes: Whether layers may change the shape of the stream. If so, only layers of one shape can be compared.
@@ -83,6 +83,7 @@ class LayerArchitecture(Architecture, ABC):
     post_norm: ClassVar[bool] = False
     per_layer_config: ClassVar[tuple[str, ...]] = ("layer_types",)
     other_lists: ClassVar[tuple[str, ...]] = ()
+    fixed: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     config: ClassVar[str] = ""
     depth: ClassVar[str] = "num_hidden_layers"
     resizes: ClassVar[bool] = False
@@ -136,9 +137,13 @@ class LayerArchitecture(Architecture, ABC):
         return Block(layer, kind, modules)
 
     def stays(self, parameter: str) -> bool:
-        """Whether a parameter stays when its block is removed; its name is relative to its layer."""
-        module = parameter.rpartition(".")[0]
-        return self.post_norm and module in [self.table(kind)["norm"] for kind in self.kinds]
+        """Whether a parameter of a block stays when its block is removed; its name is relative to its layer.
+
+        Those stay that no stand-in replaces, such as norms behind a residual sum: the next block was trained on
+        normalised states.
+        """
+        gone = self.skip.get(self.owner(parameter), {})
+        return bool(gone) and not any(parameter.startswith(f"{path}.") for path in gone)
 
     def owner(self, parameter: str) -> str | None:
         """Kind of the block that owns a parameter, or None. The name of the parameter is relative to its layer."""

@@ -22,7 +22,9 @@ POSITIONS = ("q_position", "k_position")
 READERS = ("qkv", "q", "k", "v", "gate_in", "gate", "in")
 """Roles of the maps that read the input of a block."""
 
-_MAPS = {*READERS, *POSITIONS, "out"}
+MAPS = (*READERS, *POSITIONS, "out")
+"""Roles of linear maps and convolutions. Parts with other roles are not fitted, aligned or relaxed."""
+
 _NEEDED = {"attention": ({"q", "k", "v", "out"},), "mlp": ({"in", "out"}, {"in", "gate", "out"})}
 
 
@@ -64,7 +66,7 @@ def linear_maps(root: nn.Module, block: Block) -> dict[str, LinearMap]:
     if "out" not in block.modules:
         return {}
     found = {}
-    for role in filter(_MAPS.__contains__, block.modules):
+    for role in filter(MAPS.__contains__, block.modules):
         module = root.get_submodule(block.modules[role])
         weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
         bias = None if module.bias is None else module.bias.detach()

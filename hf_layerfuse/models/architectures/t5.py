@@ -18,14 +18,15 @@ class ZeroT5Attention(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, *args: Any, position_bias: torch.Tensor | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return torch.zeros_like(hidden_states), position_bias
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        return torch.zeros_like(hidden_states), position_bias, None
 
 
 class T5Architecture(TransformerArchitecture):
     model_type = "t5"
     layers = "encoder.block"
     depth = "num_layers"
+    fixed = {"attention": (0,)}  # the first layer computes the position bias of all
     attention = {
         "norm": "layer.0.layer_norm",
         "q": "layer.0.SelfAttention.q",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .base import TransformerArchitecture, ZeroAttention, ZeroBlock
 
@@ -33,7 +34,19 @@ class ViTMAEArchitecture(ViTArchitecture):
     model_type = "vit_mae"
 
 
-class DINOv2Architecture(ViTArchitecture):
+class _Backbone(ViTArchitecture):
+    """Models whose config names one stage per layer, to serve as backbones of others."""
+
+    def complete(self, config: PreTrainedConfig) -> None:
+        depth, last = config.num_hidden_layers, len(config.stage_names) - 1
+        stages = ["stem", *(f"stage{layer + 1}" for layer in range(depth))]
+        # a backbone gives the last stages, by their distance from the end
+        chosen = sorted({max(depth - (last - index), 0) for index in config._out_indices or [last]})
+        config.stage_names, config._out_indices = stages, chosen
+        config._out_features = [stages[index] for index in chosen]
+
+
+class DINOv2Architecture(_Backbone):
     """A gain per channel between each block and the residual sum."""
 
     model_type = "dinov2"
@@ -54,7 +67,7 @@ class DINOv3Architecture(DINOv2Architecture):
     activation = "mlp.act_fn"
 
 
-class BEiTArchitecture(ViTArchitecture):
+class BEiTArchitecture(_Backbone):
     model_type = "beit"
     attention = {**ViTArchitecture.attention, "bias": "relative_position_bias"}
     between = {"attention": "lambda_1", "mlp": "lambda_2"}

@@ -12,7 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ...errors import PlanError, UnsupportedModelError
 from ...plan import Layout, Slot, Source, Tie
-from ..architectures import LayerArchitecture
+from ..architectures import MAPS, LayerArchitecture
 from ..modules.shared_linear import PER_DEPTH, Linear, Relaxed, can_relax, out_in, relax
 from .linear_mlp import reshape_mlp
 
@@ -98,7 +98,8 @@ def relaxed_maps(layer: nn.Module, architecture: LayerArchitecture, tie: Tie) ->
         UnsupportedModelError: A matrix belongs to a module that cannot be relaxed.
     """
     found = {}
-    for at in architecture.table(tie.kind).values() if tie.rank else ():
+    maps = [at for role, at in architecture.table(tie.kind).items() if role in MAPS]
+    for at in maps if tie.rank else ():
         module = layer.get_submodule(at)
         # a head that builds its body with AutoModel, as those of Llama do, gets a body that is already reshaped
         if not isinstance(module, Relaxed) and any(is_shared(tensor) for tensor in module.parameters()):
