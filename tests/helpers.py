@@ -78,6 +78,14 @@ TINY = {
     "mistral": {**_LLAMA, "sliding_window": 6},
     "qwen2": {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3},
     "qwen3": {**_LLAMA, "head_dim": 8},
+    "gpt_neox": {**_TEXT, **_TOKENS, "intermediate_size": 48, "max_position_embeddings": 64},
+    "bloom": {**_TOKENS, "vocab_size": 64, "hidden_size": 32, "n_layer": LAYERS, "n_head": 4},
+    "falcon": {**_TEXT, **_TOKENS, "ffn_hidden_size": 48, "bias": True},
+    "phi": _LLAMA,
+    "phi3": _LLAMA,
+    "cohere": _LLAMA,
+    "glm4": {**_LLAMA, "head_dim": 8},
+    "modernbert": {**_BERT, **_TOKENS, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 6},
 }
 
 
@@ -165,7 +173,7 @@ def cifar_resnet():
     return module
 
 
-GATED = sorted(name for name in TINY if "gate" in ARCHITECTURES[name].mlp)
+GATED = sorted(name for name in TINY if not {"gate", "gate_in"}.isdisjoint(ARCHITECTURES[name].mlp))
 """Architectures whose MLPs have a gate."""
 
 

@@ -24,9 +24,14 @@ from .bert import (
     XLMRobertaArchitecture,
 )
 from .block_weights import MAPS, READERS, LinearMap, linear_maps
+from .bloom import BloomArchitecture
+from .cohere import CohereArchitecture
 from .conv_graph import ConvGraphArchitecture, Convolutions, Skip, Unit
+from .falcon import FalconArchitecture
 from .gemma import Gemma2Architecture, Gemma3Architecture, Gemma3TextArchitecture
+from .glm4 import Glm4Architecture
 from .gpt2 import GPT2Architecture, GPTNeoArchitecture
+from .gpt_neox import GPTNeoXArchitecture
 from .layouts import Heads
 from .llama import (
     GraniteArchitecture,
@@ -41,7 +46,9 @@ from .llama import (
     Starcoder2Architecture,
 )
 from .mobilenet_v2 import MobileNetV2Architecture
+from .modernbert import ModernBertArchitecture
 from .opt import BartArchitecture, MarianArchitecture, MBartArchitecture, OPTArchitecture, WhisperArchitecture
+from .phi import Phi3Architecture, PhiArchitecture
 from .registry import ARCHITECTURES, FUSED_PREFIX, architecture_for
 from .resnet import ResNetArchitecture
 from .speech import HubertArchitecture, Wav2Vec2Architecture
@@ -102,6 +109,14 @@ BUILTIN: tuple[type[Architecture], ...] = (
     DINOv2Architecture,
     DINOv3Architecture,
     BEiTArchitecture,
+    GPTNeoXArchitecture,
+    BloomArchitecture,
+    FalconArchitecture,
+    PhiArchitecture,
+    Phi3Architecture,
+    CohereArchitecture,
+    Glm4Architecture,
+    ModernBertArchitecture,
     ResNetArchitecture,
     MobileNetV2Architecture,
 )
