@@ -80,12 +80,10 @@ TINY = {
     "qwen3": {**_LLAMA, "head_dim": 8},
     "gpt_neox": {**_TEXT, **_TOKENS, "intermediate_size": 48, "max_position_embeddings": 64},
     "bloom": {**_TOKENS, "vocab_size": 64, "hidden_size": 32, "n_layer": LAYERS, "n_head": 4},
-    "falcon": {**_TEXT, **_TOKENS, "ffn_hidden_size": 48, "bias": True},
     "phi": _LLAMA,
     "phi3": _LLAMA,
     "cohere": _LLAMA,
     "glm4": {**_LLAMA, "head_dim": 8},
-    "modernbert": {**_BERT, **_TOKENS, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 6},
 }
 
 

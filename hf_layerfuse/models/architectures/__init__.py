@@ -27,7 +27,6 @@ from .block_weights import MAPS, READERS, LinearMap, linear_maps
 from .bloom import BloomArchitecture
 from .cohere import CohereArchitecture
 from .conv_graph import ConvGraphArchitecture, Convolutions, Skip, Unit
-from .falcon import FalconArchitecture
 from .gemma import Gemma2Architecture, Gemma3Architecture, Gemma3TextArchitecture
 from .glm4 import Glm4Architecture
 from .gpt2 import GPT2Architecture, GPTNeoArchitecture
@@ -46,7 +45,6 @@ from .llama import (
     Starcoder2Architecture,
 )
 from .mobilenet_v2 import MobileNetV2Architecture
-from .modernbert import ModernBertArchitecture
 from .opt import BartArchitecture, MarianArchitecture, MBartArchitecture, OPTArchitecture, WhisperArchitecture
 from .phi import Phi3Architecture, PhiArchitecture
 from .registry import ARCHITECTURES, FUSED_PREFIX, architecture_for
@@ -111,12 +109,10 @@ BUILTIN: tuple[type[Architecture], ...] = (
     BEiTArchitecture,
     GPTNeoXArchitecture,
     BloomArchitecture,
-    FalconArchitecture,
     PhiArchitecture,
     Phi3Architecture,
     CohereArchitecture,
     Glm4Architecture,
-    ModernBertArchitecture,
     ResNetArchitecture,
     MobileNetV2Architecture,
 )
