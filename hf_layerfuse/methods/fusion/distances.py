@@ -70,7 +70,7 @@ def _aligned_maps(
     """Yield the matrices in some layers of each linear map of a kind of block: (layers, units, stream) float64.
 
     The columns are coordinates of the residual stream, also for maps that write to it. The gain of a norm before
-    the block is multiplied into the maps that read its output. An opaque block gives all its matrices as they are.
+    the block is multiplied into the maps that read its output. The matrices of an opaque block are yielded as they are.
     """
     for part in ("attention", "mlp") if kind == "layer" else (kind,):
         blocks = [block for block in architecture.blocks(model) if block.kind == part and block.layer in layers]
@@ -84,16 +84,16 @@ def _aligned_maps(
             )
             continue
         maps = [linear_maps(model, block) for block in blocks]
-        gains = None if architecture.post_norm else [_gain(model, block) for block in blocks]
+        plain = architecture.post_norm or "norm" not in blocks[0].modules
+        gains = [None if plain else _gain(model, block) for block in blocks]
         for role, first in maps[0].items():
             if not is_shared(first.weight):
                 continue
             weights = torch.stack([found[role].weight.double() for found in maps])
             if role == "out":
                 weights = weights.transpose(1, 2)
-            elif role in READERS and gains is not None:
-                ones = weights.new_ones(weights.shape[2])
-                weights = weights * torch.stack([ones if gain is None else gain for gain in gains]).unsqueeze(1)
+            elif role in READERS and gains[0] is not None:
+                weights = weights * torch.stack(gains).unsqueeze(1)
             yield weights.contiguous()
 
 
@@ -127,7 +127,5 @@ def _folded(layer: torch.nn.Module, architecture: LayerArchitecture, conv: str, 
 
 
 def _gain(model: PreTrainedModel, block: Block) -> Tensor | None:
-    """Gain of the norm before a block, (stream,) float64; None if there is no norm, or one without weights."""
-    norm = model.get_submodule(block.modules["norm"]) if "norm" in block.modules else None
-    weight = getattr(norm, "weight", None)
+    weight = getattr(model.get_submodule(block.modules["norm"]), "weight", None)
     return None if weight is None else weight.detach().double()

@@ -21,7 +21,7 @@ from ...evaluation.modes import eval_mode
 from ...math import cluster
 from ...models.architectures import architecture_for
 from ...models.surgery.checks import check_model
-from ...models.surgery.size import are_unlike, sizes_of_runs
+from ...models.surgery.size import are_unlike, size_of_blocks, sizes_of_runs
 from ...plan import Align, Fuse, Kind, Plan, PlanNotes
 from ...recipe import FusionRecipe
 from .distances import block_distances
@@ -125,7 +125,7 @@ def divider(model: PreTrainedModel, recipe: FusionRecipe) -> Callable[[np.ndarra
     layers = architecture_for(model).layer_list(model)
     unlike = are_unlike(model)
     if unlike and recipe.ratio is not None:
-        whole = sum(parameter.numel() for parameter in layers.parameters())
+        whole = size_of_blocks(model, recipe)
         sizes, kept = sizes_of_runs(model, recipe)
 
     def divide(cost: np.ndarray, count: int) -> cluster.Groups:

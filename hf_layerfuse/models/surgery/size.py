@@ -74,8 +74,8 @@ def sizes_of_runs(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[np.ndar
 
     Returns:
         Two values. The first is an array of shape (layers + 1, layers + 1): entry [i, j] is the number of parameters of
-        the fused run i .. j-1, if its layers have one shape. The second is the number of parameters outside all runs,
-        such as norms and biases where weights are shared.
+        the fused run i .. j-1, if its layers have one shape. The second is the number of parameters of these blocks
+        outside all runs, such as norms and biases where weights are shared.
     """
     architecture = architecture_for(model)
     layers = architecture.layer_list(model)
@@ -84,7 +84,7 @@ def sizes_of_runs(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[np.ndar
         for end in range(start + 1, len(layers) + 1):
             sizes[start, end] = _size_of_run(layer, architecture, recipe, end - start)
     single = sum(sizes[i, i + 1] for i in range(len(layers)))
-    return sizes, sum(parameter.numel() for parameter in layers.parameters()) - int(single)
+    return sizes, size_of_blocks(model, recipe) - int(single)
 
 
 def _size_of_run(layer: nn.Module, architecture: LayerArchitecture, recipe: FusionRecipe, count: int) -> int:
