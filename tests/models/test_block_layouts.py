@@ -3,9 +3,12 @@
 import pytest
 import torch
 import transformers
+from helpers import tiny_model
+from torch import nn
 from transformers import CONFIG_MAPPING
 
-from hf_layerfuse import Fuse, Plan
+from hf_layerfuse import Fuse, Linearize, Plan, apply, verify
+from hf_layerfuse.calibration.refit.refit import refit
 from hf_layerfuse.calibration.refit.selection import alike
 from hf_layerfuse.errors import UnsupportedModelError
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
@@ -14,6 +17,7 @@ from hf_layerfuse.math.turn import Planes
 from hf_layerfuse.models.align import align
 from hf_layerfuse.models.architectures import (
     ARCHITECTURES,
+    One,
     architecture_for,
     linear_maps,
 )
@@ -328,3 +332,31 @@ def test_a_norm_of_two_blocks_changes_with_both(model_of):
         layers = aligned.model.layers
         assert torch.equal(layers[2].input_layernorm.weight, layers[1].input_layernorm.weight) == same
         assert difference(aligned, expected) < 1e-6
+
+
+def test_an_mlp_with_a_joint_map_becomes_linear():
+    """An MLP whose gate is open becomes the linear map that it is, after a fit, and the joint map has no weights."""
+    model = tiny_model("phi3", "Phi3ForCausalLM", num_hidden_layers=LAYERS)
+    model.model.layers[2].mlp.activation_fn = One()
+    plan = Plan("phi3", LAYERS, (Linearize(2),))
+    small = apply(model, plan)
+    report = refit(small, model, plan, [dummy_inputs(model, 8, 12, seed=seed) for seed in range(4)])
+    assert report.after < 1e-6 * report.before
+    assert difference(small.double(), outputs(model.double())) < 1e-3
+    assert not list(small.model.layers[2].mlp.gate_up_proj.parameters())
+    assert verify(small)["reload"] == 0
+
+
+@pytest.mark.parametrize("layout", ["gate_first", "gate_last"])
+def test_two_maps_replace_a_joint_map(layout, monkeypatch):
+    """With a rank, the first map stands in the place of the joint map, beside ones in the place of the gate."""
+    monkeypatch.setattr(Phi3Architecture, "joint", {"qkv": "parts", "gate_in": layout})
+    model = tiny_model("phi3", "Phi3ForCausalLM", num_hidden_layers=LAYERS)
+    small = apply(model, Plan("phi3", LAYERS, (Linearize(2, rank=4),)))
+    first = small.model.layers[2].mlp.gate_up_proj
+    nn.init.normal_(first.weight)
+    x = torch.randn(3, 32)
+    one, other = first(x).chunk(2, dim=-1)
+    gate, units = (one, other) if layout == "gate_first" else (other, one)
+    assert torch.equal(gate, torch.ones(3, 4))
+    torch.testing.assert_close(units, x @ first.weight.T)

@@ -49,7 +49,7 @@ def without_activation(model_type, layers=range(LAYERS), **changes):
     architecture = architecture_for(model)
     for index in layers:
         layer = architecture.layer_list(model)[index]
-        layer.set_submodule(architecture.activation, One() if "gate" in architecture.mlp else nn.Identity())
+        layer.set_submodule(architecture.activation, One() if model_type in GATED else nn.Identity())
     return model
 
 
