@@ -25,6 +25,7 @@ from .architectures import architecture_for
 from .architectures.base import Block
 from .architectures.block_weights import HEAD_NORMS, POSITIONS, READERS, batch_norm_gain, rows_of, write_rows
 from .surgery.checks import check_model, check_plan
+from .symmetries import is_bound, turns_of
 
 _OFF = 1e-3  # gains below this share of the largest gain of their norm are not divided by
 
@@ -111,7 +112,7 @@ def aligned(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) 
         for layer in edit.layers
         if layer != target and "out" in blocks[kind, layer].modules  # the inside of an opaque block is unknown
     ]
-    by_activation = [pair for pair in pairs if pair.edit.align == "activation" and not _bound(pair)]
+    by_activation = [pair for pair in pairs if pair.edit.align == "activation" and not is_bound(pair.block)]
     correlations = _correlations(result, by_activation, batches)
     for edit in edits:
         for layer in edit.layers:
@@ -127,10 +128,10 @@ def aligned(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) 
 
 def _fit(pair: _Pair, reference: Rows, rows: Rows, correlations: Correlations) -> Rows:
     """Rows of the block, reordered and rotated by the method of the edit."""
-    free = _turns(pair.block, rows)
+    free = turns_of(pair.block, rows)
     matched = _folded(reference), _folded(rows)
     fixed: Turns = dict.fromkeys(free, "none")
-    if _bound(pair):
+    if is_bound(pair.block):
         return fit(reference, rows, scores(*matched, fixed), free if pair.edit.align == "rotation" else fixed, in_place)
     if pair.edit.align == "activation":
         # Single coordinates inside a head have no meaning, so heads match if they compute the same up to a rotation.
@@ -151,30 +152,12 @@ def _fit(pair: _Pair, reference: Rows, rows: Rows, correlations: Correlations) -
     return max(found, key=lambda fitted: inner_product(matched[0], _folded(fitted)))
 
 
-def _bound(pair: _Pair) -> bool:
-    """Whether the heads of a block keep their places."""
-    return pair.block.heads is not None and pair.block.heads.bound
-
-
 def _folded(rows: Rows) -> Rows:
     """Rows for comparison: rows of a convolution are multiplied by the gain of the batch norm after it."""
     if "in_norm" not in rows:
         return rows
     weight, _, _, variance = rows["in_norm"].split(1, dim=-1)
     return {"in": rows["in"] * batch_norm_gain(weight, variance), "out": rows["out"]}
-
-
-def _turns(block: Block, rows: Rows) -> Turns:
-    """Rotations of a block's heads that do not change its function."""
-    if block.kind == "mlp":  # a nonlinearity acts on each unit separately
-        return {tuple(rows): "none"}
-    if block.kind == "conv":
-        return {("in", "out"): "none"}
-    # Rotating both q and k preserves q . k. A norm in between has one gain per coordinate, which does not commute with
-    # rotations. Rotary positions rotate each frequency pair, which commutes with rotations of the same pair.
-    normed = any(role in block.modules for role in HEAD_NORMS)
-    scored = ("q", "k", *(role for role in POSITIONS if role in rows))
-    return {scored: "none" if normed else block.heads.turn, ("v", "out"): "any"}
 
 
 def _share_norms(model: PreTrainedModel, layer: list[Block], pairs: list[_Pair], rows: list[dict[str, Tensor]]) -> None:

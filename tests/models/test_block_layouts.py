@@ -22,7 +22,7 @@ from hf_layerfuse.models.architectures import (
     linear_maps,
 )
 from hf_layerfuse.models.architectures.bert import DebertaV2Architecture, MPNetArchitecture
-from hf_layerfuse.models.architectures.block_weights import HEAD_NORMS, rows_of, write_rows
+from hf_layerfuse.models.architectures.block_weights import rows_of, write_rows
 from hf_layerfuse.models.architectures.bloom import BloomArchitecture
 from hf_layerfuse.models.architectures.cohere import CohereArchitecture
 from hf_layerfuse.models.architectures.falcon import FalconArchitecture
@@ -33,6 +33,7 @@ from hf_layerfuse.models.architectures.modernbert import ModernBertArchitecture
 from hf_layerfuse.models.architectures.phi import Phi3Architecture, PhiArchitecture
 from hf_layerfuse.models.architectures.t5 import T5Architecture
 from hf_layerfuse.models.architectures.vit import BEiTArchitecture
+from hf_layerfuse.models.symmetries import disguise
 from hf_layerfuse.models.verify import prediction
 from hf_layerfuse.plan import Source
 
@@ -142,18 +143,6 @@ def attention_of(model, layer=1):
     return next(b for b in architecture_for(model).blocks(model) if (b.layer, b.kind) == (layer, "attention"))
 
 
-def shuffled(block, rows, generator, bound):
-    """Rows in another order of units, of groups, and of the heads in each group."""
-    groups, heads, _, _ = rows["out"].shape
-    if bound:
-        return rows
-    order = torch.randperm(groups, generator=generator)
-    inner = torch.stack([torch.randperm(heads, generator=generator) for _ in range(groups)])
-    return {
-        role: values[order] if values.shape[1] == 1 else values[order[:, None], inner] for role, values in rows.items()
-    }
-
-
 def turned(rows, turn, roles, generator):
     """Rows of some roles after one random rotation for each group."""
     groups, _, dim, _ = rows["out"].shape
@@ -170,14 +159,7 @@ def test_allowed_changes_leave_the_outputs(name, model_of):
     blocks = architecture_for(model).blocks(model)
     assert len(blocks) == 2 * LAYERS
     for block in blocks:
-        bound = block.heads is not None and block.heads.bound
-        rows = shuffled(block, rows_of(model, block), generator, bound)
-        if block.kind == "attention":
-            rows = turned(rows, "any", ("v", "out"), generator)
-            if not any(role in block.modules for role in HEAD_NORMS):
-                scored = [role for role in rows if role not in ("v", "out")]
-                rows = turned(rows, block.heads.turn, scored, generator)
-        write_rows(model, block, rows)
+        disguise(model, block, generator)
         for role, path in block.modules.items():
             if role in ("q", "k", "v", "qkv", "in", "gate", "gate_in", "out"):
                 weight = f"{path}.weight"
