@@ -181,6 +181,10 @@ def _scale(norm: nn.Module, scale: Tensor) -> bool:
 
     The weight of most norms is their gain, that of Gemma's is their gain less one.
     """
+    if isinstance(norm, nn.LayerNorm | nn.BatchNorm2d):
+        for tensor in norm.parameters():
+            tensor.copy_(scale * tensor)
+        return True
     old = copy.deepcopy(norm.state_dict())
     probe = torch.linspace(-1, 1, len(scale), dtype=norm.weight.dtype, device=norm.weight.device)
     aim = scale.to(probe) * norm(probe)

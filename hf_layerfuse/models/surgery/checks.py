@@ -116,10 +116,11 @@ def _check_places(
     with torch.device("meta"):
         stock = type(model)(target_config(model.config, architecture, plan.layout()))
     for index, (layer, slot) in enumerate(zip(architecture.layer_list(stock), slots, strict=True)):
-        if shapes_of(layer) != shapes[slot.layers[0]]:
+        moved = slot.layers[0]
+        if index != moved and shapes_of(layer) != shapes[moved]:
             raise PlanError(
-                f"layer {slot.layers[0]} cannot become layer {index}: {type(model).__name__} builds a layer of another "
-                "shape there. Keep the layers that differ from the others in their places."
+                f"layer {moved} cannot become layer {index}: {type(model).__name__} builds a layer of another shape "
+                "there. Keep the layers that differ from the others in their places."
             )
 
 

@@ -98,12 +98,13 @@ def relaxed_maps(layer: nn.Module, architecture: LayerArchitecture, tie: Tie) ->
         UnsupportedModelError: A matrix belongs to a module that cannot be relaxed.
     """
     found = {}
-    maps = [at for role, at in architecture.table(tie.kind).items() if role in MAPS]
-    for at in maps if tie.rank else ():
+    for role, at in architecture.table(tie.kind).items() if tie.rank else ():
         module = layer.get_submodule(at)
         # a head that builds its body with AutoModel, as those of Llama do, gets a body that is already reshaped
         if not isinstance(module, Relaxed) and any(is_shared(tensor) for tensor in module.parameters()):
             if not can_relax(module, tie.mode):
+                if role not in MAPS:  # experts, or a table of positions
+                    continue
                 raise UnsupportedModelError(
                     f"{at} is a {type(module).__name__}. A residual needs an nn.Linear, a Conv1D, or an nn.Conv2d of "
                     "one group; a basis needs an nn.Linear or a Conv1D. Share this block with rank 0."
