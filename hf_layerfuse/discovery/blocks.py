@@ -54,6 +54,12 @@ class DiscoveredBlock:
         """Whether the block has no output projection, so that it can only be kept, shared or dropped."""
         return "out" not in self.roles
 
+    @property
+    def has_known_maps(self) -> bool:
+        """Whether all its maps that read the stream have a role with a meaning, so that alignment can change them."""
+        needed = ({"q", "k", "v"}, {"qkv"}) if self.kind == "attention" else ({"in"}, {"gate_in"})
+        return self.kind != "cross" and not self.opaque and any(roles <= self.roles.keys() for roles in needed)
+
 
 @dataclass(frozen=True)
 class LayerTable:

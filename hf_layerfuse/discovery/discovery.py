@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .blocks import DiscoveredBlock
 from .checks import check_removal, silent_parameters
 from .config_fields import depth_field, lists_of_depth, owner_of, per_layer_fields
 from .fields import class_name, fields_of
-from .layouts import AttentionLayout, attention_layout, gate_layout
+from .layouts import BlockLayout, block_layout
 from .source import source_of
 from .stacks import Stack, find_stacks
 from .tables import stack_table
@@ -41,9 +41,10 @@ class Discovery:
         layers: The same path, relative to the base model.
         blocks: Blocks of a layer, in execution order.
         parallel: Whether all blocks read the input of the layer.
-        joint: Role of a joint map -> layout of its rows: `parts` or `groups`, `gate_first` or `gate_last`.
-        pairing: Coordinates of a head that rotate together, `halves` or `neighbours`; None without rotary positions.
+        joint: Role of a joint map -> layout of its rows, see `TransformerArchitecture`.
+        pairing: Coordinates of a head that rotate together, if the config states rotary positions.
         bound_heads: Whether each head has its own position bias.
+        fixed: Kind -> layers whose block cannot be removed, because other layers use its results.
         depth_field: Path of the config field that sets the number of layers.
         per_layer_config: Config fields with one entry per layer.
         other_lists: Config fields whose lists are as long as the stack by chance.
@@ -58,11 +59,12 @@ class Discovery:
     blocks: tuple[DiscoveredBlock, ...]
     parallel: bool
     joint: Mapping[str, str]
-    pairing: str | None
+    pairing: str
     bound_heads: bool
     depth_field: str
     per_layer_config: tuple[str, ...]
     other_lists: tuple[str, ...]
+    fixed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     verified: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -137,48 +139,41 @@ def discover_architecture(
     with eval_mode(model):
         inputs = _inputs(model, batch)
         stacks, refused = _stacks(model, inputs, given=batch is not None)
-        chosen, field = _chosen(model, stacks, refused, stack)
-        found = _described(model, chosen, field)
+        chosen, depth = _chosen(model, stacks, refused, stack)
+        found = _described(model, chosen, depth)
         return _verified(model, inputs, chosen, found)
 
 
-def _described(model: PreTrainedModel, stack: Stack, field: str) -> Discovery:
+def _described(model: PreTrainedModel, stack: Stack, depth: str) -> Discovery:
     """The architecture of a stack, before it is verified as a whole."""
     table, notes = stack_table(stack)
     middle = len(stack.layers) // 2
-    layer, call = stack.layers[middle], stack.calls[middle]
-    blocks, joint, unknown = [], {}, []
-    heads: AttentionLayout | str | None = None
+    layouts: dict[str, BlockLayout] = {}
+    blocks, unknown = [], []
     for block in table.blocks:
-        roles = block.roles
-        if block.kind == "attention" and not block.opaque and ("qkv" in roles or roles.keys() >= {*"qkv"}):
-            heads = attention_layout(layer, call, roles, owner_of(model.config, field))
-            if isinstance(heads, str):
-                unknown.append(f"the heads of attention: {heads}")
-                heads = None
-            elif heads.joint is not None:
-                joint["qkv"] = heads.joint
-        elif "gate_in" in roles:
-            half = gate_layout(layer, call, roles["gate_in"], block.activation)
-            if half is None:
-                unknown.append(f"the layout of {roles['gate_in']}: neither half is the input of the activation")
-            else:
-                joint["gate_in"] = half
-        elif block.opaque:
+        if block.opaque:
             block = replace(block, silent=_silent(stack, block))
+        elif block.has_known_maps:
+            config = owner_of(model.config, depth)
+            layout = block_layout(stack.layers[middle], stack.calls[middle], block, config, middle)
+            if isinstance(layout, str):
+                unknown.append(f"the layout of the {block.kind} block: {layout}")
+            else:
+                layouts[block.kind] = layout
         blocks.append(block)
-    lists = lists_of_depth(model.config, field)
-    per_layer = per_layer_fields(model, stack.path, field)
+    lists = lists_of_depth(model.config, depth)
+    per_layer = per_layer_fields(model, stack.path, depth)
+    attention = layouts.get("attention", BlockLayout())
     return Discovery(
         model_type=model.config.model_type,
         stack=stack.path,
         layers=stack.path.removeprefix(root_of(model)),
         blocks=tuple(blocks),
         parallel=table.parallel,
-        joint=joint,
-        pairing=None if heads is None else heads.pairing,
-        bound_heads=heads is not None and heads.bound_heads,
-        depth_field=field,
+        joint={role: each for layout in layouts.values() for role, each in layout.joint.items()},
+        pairing=attention.pairing,
+        bound_heads=attention.bound_heads,
+        depth_field=depth,
         per_layer_config=per_layer,
         other_lists=tuple(name for name in lists if name not in per_layer),
         unverified=tuple(unknown),
@@ -195,16 +190,18 @@ def _silent(stack: Stack, block: DiscoveredBlock) -> tuple[str, ...]:
 
 def _verified(model: PreTrainedModel, inputs: Mapping[str, Tensor], stack: Stack, found: Discovery) -> Discovery:
     """An architecture with the claims that hold and those that do not."""
-    verified, unverified = [], list(found.unverified)
-    last = len(stack.layers) - 1
+    verified, unverified, fixed = [], list(found.unverified), {}
     for block in found.blocks:
-        for index in dict.fromkeys([0, last // 2 + 1, last]):
-            claim = f"removing the {block.kind} block of layer {index} equals a block that adds zero"
-            why = check_removal(model, inputs, stack, block, index)
-            if why is None:
-                verified.append(claim)
-            else:
-                unverified.append(f"{claim}: {why}")
+        why, used = _check_removals(model, inputs, stack, block)
+        claim = f"without its {block.kind} block, a layer computes as if the block added zero"
+        if why is not None:
+            unverified.append(f"{claim}: {why}")
+            continue
+        if used:
+            fixed[block.kind] = used
+            claim += f", except layers {', '.join(map(str, used))}, whose block other layers use"
+        verified.append(claim)
+    found = replace(found, fixed=fixed)
     claim = "the layers, run one by one with their blocks as in the table, are the model"
     try:
         check_contract(model, [inputs], found.architecture()())
@@ -212,6 +209,24 @@ def _verified(model: PreTrainedModel, inputs: Mapping[str, Tensor], stack: Stack
     except UnsupportedModelError as error:
         unverified.append(f"{claim}: {error}")
     return replace(found, verified=tuple(verified), unverified=tuple(unverified))
+
+
+def _check_removals(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], stack: Stack, block: DiscoveredBlock
+) -> tuple[str | None, tuple[int, ...]]:
+    """Check the placeholders of a block in the first, the middle and the last layer, or in all if one of them fails.
+
+    Returns:
+        The reason why they fail in the middle layer, or None; and the layers in which they fail.
+    """
+    last = len(stack.layers) - 1
+    middle = last // 2 + 1
+    checked = {index: check_removal(model, inputs, stack, block, index) for index in (0, middle, last)}
+    if checked[middle] is None and any(checked.values()):
+        checked |= {
+            index: check_removal(model, inputs, stack, block, index) for index in range(last) if index not in checked
+        }
+    return checked[middle], tuple(sorted(index for index, why in checked.items() if why is not None))
 
 
 def check_discoverable(model: PreTrainedModel) -> None:

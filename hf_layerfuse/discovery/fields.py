@@ -29,7 +29,7 @@ def fields_of(found: Discovery) -> dict[str, Any]:
     attention, mlp = found.blocks[0], found.blocks[-1]
     blocks = {"attention": attention, "mlp": mlp}
     config, _, depth = found.depth_field.rpartition(".")
-    joint = getattr(TransformerArchitecture, "joint", {})
+    usual = TransformerArchitecture.joint
     every: dict[str, Any] = {
         "model_type": found.model_type,
         "layers": found.layers,
@@ -42,13 +42,14 @@ def fields_of(found: Discovery) -> dict[str, Any]:
         "crossed": len(found.blocks) > 2,
         "parallel": found.parallel,
         "between": {kind: block.between[0] for kind, block in blocks.items() if block.between},
-        "joint": {**joint, **found.joint},
-        "pairing": found.pairing or getattr(TransformerArchitecture, "pairing", "halves"),
+        "joint": usual if found.joint.items() <= usual.items() else dict(found.joint),
+        "pairing": found.pairing,
         "bound_heads": found.bound_heads,
         "silent": {kind: block.silent for kind, block in blocks.items() if block.silent},
         "post_norm": found.post_norm,
         "per_layer_config": tuple(dict.fromkeys(["layer_types", *found.per_layer_config])),
         "other_lists": found.other_lists,
+        "fixed": dict(found.fixed),
         "skip": {kind: dict(block.skip) for kind, block in blocks.items()},
     }
     return {name: value for name, value in every.items() if _is_own(name, value)}
@@ -56,8 +57,6 @@ def fields_of(found: Discovery) -> dict[str, Any]:
 
 def _is_own(name: str, value: Any) -> bool:
     """Whether an attribute differs from that of `TransformerArchitecture`."""
-    if name in ("joint", "pairing", "bound_heads") and not hasattr(TransformerArchitecture, name):
-        return False
     return not hasattr(TransformerArchitecture, name) or value != getattr(TransformerArchitecture, name)
 
 

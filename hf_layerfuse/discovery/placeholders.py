@@ -22,9 +22,15 @@ def placeholders(graph: LayerGraph, branch: Branch, complete: bool) -> dict[str,
         branch: Branch of the block.
         complete: Whether the parts that do not add the residual hold the whole block.
     """
-    if not complete and branch.adder is not None:
-        return {branch.adder.path: _class_for(branch.adder, _places(branch.adder, graph, branch.sum.residual))}
     found: dict[str, type[nn.Module]] = {}
+    if branch.adder is not None:
+        inside = [part for part in branch.parts if part.path.startswith(f"{branch.adder.path}.")]
+        if not complete or sum(part.behaviour not in ("norm", "inert") for part in inside) > 1:
+            for part in branch.parts:
+                if part not in inside:
+                    found[part.path] = _passing(part)
+            found[branch.adder.path] = _class_for(branch.adder, _places(branch.adder, graph, branch.sum.residual))
+            return found
     silent: list[int] = []  # outputs of parts that are zeros
     for part in branch.parts:
         zero = any(graph.depends(node, of) for of in silent for node in part.inputs)

@@ -23,6 +23,10 @@ EXPLAINED = {
     "marian": _FIRST,
     "whisper": _FIRST,
     "t5": _OUTPUTS,
+    "bloom": {
+        "attention, placeholders": "a general placeholder adds the residual",
+        "mlp, placeholders": "a general placeholder adds the residual",
+    },
 }
 """Family -> field -> reason for a difference between both tables."""
 
@@ -44,7 +48,8 @@ def differences(model, hand, found) -> dict[str, tuple]:
         same(f"{kind}, skip", *(set(each.skip[kind]) for each in (hand, found)))
         same(f"{kind}, placeholders", *(dict(each.skip[kind]) for each in (hand, found)))
         same(f"{kind}, silent", *(set(each.silent.get(kind, ())) for each in (hand, found)))
-    fields = ("layers", "activation", "adds", "crossed", "parallel", "between", "post_norm", "config")
+    fields = ("layers", "activation", "adds", "crossed", "parallel", "between", "post_norm", "config", "fixed")
+    fields += ("joint", "pairing", "bound_heads")
     for field in fields:
         same(field, getattr(hand, field), getattr(found, field))
     real = type(config).attribute_map

@@ -25,9 +25,7 @@ REFUSED = {
 
 UNVERIFIED = {
     "mamba": "cannot be fused: each has the blocks mixer",
-    "falcon": "they share 1 keys and values, which num_key_value_heads of the config does not state",
-    "t5 encoder.block": "removing the attention block of layer 0",
-    "t5 decoder.block": "removing the attention block of layer 0",
+    "falcon": "the layout of the attention block: a joint map of 48 rows does not fit",
     "llava model.vision_tower.encoder.layers": "run one by one, differ from the whole model",
 }
 """Stacks whose table is found and does not hold, and a part of the reason."""
