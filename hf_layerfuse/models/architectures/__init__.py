@@ -13,6 +13,7 @@ from .base import (
     ZeroAttention,
     ZeroBlock,
     architecture_for,
+    part_at,
 )
 from .bert import (
     BertArchitecture,
@@ -29,6 +30,7 @@ from .block_weights import MAPS, READERS, Heads, LinearMap, heads_of, linear_map
 from .conv_graph import ConvGraphArchitecture, Convolutions, Skip, Unit
 from .gemma import Gemma2Architecture, Gemma3Architecture, Gemma3TextArchitecture
 from .gpt2 import GPT2Architecture, GPTNeoArchitecture
+from .hybrid import MambaArchitecture, Qwen3NextArchitecture, Qwen35TextArchitecture
 from .llama import (
     GraniteArchitecture,
     LlamaArchitecture,
@@ -79,6 +81,9 @@ BUILTIN: tuple[type[Architecture], ...] = (
     Gemma3Architecture,
     MixtralArchitecture,
     Qwen3MoeArchitecture,
+    Qwen3NextArchitecture,
+    Qwen35TextArchitecture,
+    MambaArchitecture,
     GPTNeoArchitecture,
     OPTArchitecture,
     XLMRobertaArchitecture,
@@ -130,4 +135,5 @@ __all__ = [
     "architecture_for",
     "heads_of",
     "linear_maps",
+    "part_at",
 ]
