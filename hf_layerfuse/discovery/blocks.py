@@ -130,9 +130,17 @@ def _block(graph: LayerGraph, branch: Branch) -> DiscoveredBlock:
     skip = placeholders(graph, branch, _holds_kernel(graph, branch, operands))
     _name_parts(roles, _other_parts(graph, roles, between, skip))
     adds = _adder(graph, branch, out, readers) if kind == "mlp" else None
-    return DiscoveredBlock(
-        kind, roles, norm is None and branch.sum.norm is not None, tuple(between), skip, activation, adds
-    )
+    norm_after = norm is None and branch.sum.norm is not None
+    block = DiscoveredBlock(kind, roles, norm_after, tuple(between), skip, activation, adds)
+    return opaque(block) if kind == "mixer" else block
+
+
+def opaque(block: DiscoveredBlock) -> DiscoveredBlock:
+    """A block without its maps, which can be kept, shared or dropped."""
+    norm = block.roles.get("norm")
+    roles = {} if norm is None else {"norm": norm}
+    _name_parts(roles, [path for path, each in block.skip.items() if path != norm and each is not nn.Identity])
+    return replace(block, roles=roles, activation=None, adds=None)
 
 
 def _kind(graph: LayerGraph, branch: Branch, operands: Operands | None) -> BlockKind:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..evaluation.divergence import prediction
+from ..models.architectures import part_at
 from .blocks import DiscoveredBlock
 from .stacks import RAISED, LayerCall, Stack, first_tensor, near
 
@@ -60,6 +62,7 @@ def silent_parameters(layer: nn.Module, call: LayerCall, block: DiscoveredBlock)
         without = first_tensor(call.run(layer))
     own = [path for path in block.skip if path != block.roles.get("norm")]
     weights = {n: p for n, p in layer.named_parameters() if any(n.startswith(f"{path}.") for path in own)}
+    order = _order_of_calls(layer, call)
 
     def is_silent(names: list[str]) -> bool:
         zeros = {name: torch.zeros_like(weights[name]) for name in names}
@@ -69,20 +72,34 @@ def silent_parameters(layer: nn.Module, call: LayerCall, block: DiscoveredBlock)
     chosen = list(weights)
     if not chosen or not is_silent(chosen):
         return ()
-    for name in weights:  # from the first one, so that the last ones remain
+    for name in sorted(weights, key=lambda name: order.get(name.rpartition(".")[0], -1)):  # the last ones remain
         rest = [other for other in chosen if other != name]
         if rest and is_silent(rest):
             chosen = rest
     return tuple(chosen)
 
 
+def _order_of_calls(layer: nn.Module, call: LayerCall) -> dict[str, int]:
+    """Path of each module of a layer that runs -> its place in the order of calls."""
+    order: dict[str, int] = {}
+    with ExitStack() as hooks:
+        for path, module in layer.named_modules():
+
+            def before(_: nn.Module, args: Any, path: str = path) -> None:
+                order.setdefault(path, len(order))
+
+            hooks.callback(module.register_forward_pre_hook(before).remove)
+        call.run(layer)
+    return order
+
+
 @contextmanager
 def replaced(layer: nn.Module, skip: Mapping[str, type[nn.Module]]) -> Iterator[None]:
-    """Replace modules of a layer inside the `with` block."""
-    before = {path: layer.get_submodule(path) for path in skip}
+    """Replace the modules that a layer has inside the `with` block."""
+    before = {path: part for path in skip if (part := part_at(layer, path)) is not None}
     try:
-        for path, placeholder in skip.items():
-            layer.set_submodule(path, placeholder())
+        for path in before:
+            layer.set_submodule(path, skip[path]())
         yield
     finally:
         for path, module in before.items():
@@ -106,6 +123,15 @@ def silenced(layer: nn.Module, path: str) -> Iterator[None]:
 
 def _last_module(layer: nn.Module, block: DiscoveredBlock) -> str:
     """Path of the last module of a block in front of the residual sum."""
-    modules = dict(layer.named_modules())
-    last = [path for path in block.between if path in modules]
-    return (last or [block.roles.get("out") or list(block.skip)[-1]])[-1]
+    paths = [*block.skip] if block.opaque else [block.roles["out"], *block.between]
+    return [path for path in paths if part_at(layer, path) is not None][-1]
+
+
+def with_needed_norm(layer: nn.Module, call: LayerCall, block: DiscoveredBlock) -> DiscoveredBlock:
+    """A block whose norm stays when the block is removed, if its layer reads an attribute of the norm."""
+    try:
+        with replaced(layer, block.skip):
+            call.run(layer)
+    except AttributeError:
+        return replace(block, skip={path: each for path, each in block.skip.items() if path != block.roles.get("norm")})
+    return block

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .stacks import RAISED
 
-_USUAL = "num_hidden_layers"
+_USUAL, _TYPES = "num_hidden_layers", "layer_types"
 
 
 def depth_field(model: PreTrainedModel, path: str) -> str | None:
@@ -44,17 +44,20 @@ def lists_of_depth(config: PreTrainedConfig, field: str) -> tuple[str, ...]:
 
 
 def per_layer_fields(model: PreTrainedModel, path: str, field: str) -> tuple[str, ...]:
-    """Fields of `lists_of_depth` that describe one layer with each entry.
+    """Fields of `lists_of_depth` that describe one layer with each entry, and `layer_types` if the config has none yet.
 
-    `layer_types` is one. Another list is one if its name speaks of layers and its entries are not the numbers of some
-    layers, or if exchanging two entries exchanges the attributes of two layers.
+    A list is one if its name speaks of layers and its entries are not the numbers of some layers, or if exchanging two
+    entries exchanges the attributes of two layers.
     """
     owner = owner_of(model.config, field)
-    return tuple(
+    found = [
         name
         for name in lists_of_depth(model.config, field)
         if ("layer" in name and not _are_indices(getattr(owner, name))) or _exchanges(model, path, field, name)
-    )
+    ]
+    if getattr(owner, _TYPES, None) is None:
+        found.append(_TYPES)
+    return tuple(sorted(found, key=lambda name: (name != _TYPES, name)))
 
 
 def _are_indices(values: list) -> bool:

@@ -19,7 +19,7 @@ from ..models.architectures import FUSED_PREFIX, TransformerArchitecture, archit
 from ..models.architectures.base import root_of
 from ..models.surgery.checks import shapes_of
 from .blocks import DiscoveredBlock
-from .checks import check_removal, silent_parameters
+from .checks import check_removal, silent_parameters, with_needed_norm
 from .config_fields import depth_field, lists_of_depth, owner_of, per_layer_fields
 from .fields import class_name, fields_of
 from .layouts import BlockLayout, block_layout
@@ -151,6 +151,7 @@ def _described(model: PreTrainedModel, stack: Stack, depth: str) -> Discovery:
     layouts: dict[str, BlockLayout] = {}
     blocks, unknown = [], []
     for block in table.blocks:
+        block = with_needed_norm(stack.layers[middle], stack.calls[middle], block)
         if block.opaque:
             block = replace(block, silent=_silent(stack, block))
         elif block.has_known_maps:

@@ -10,8 +10,11 @@ from ..models.architectures import TransformerArchitecture
 if TYPE_CHECKING:
     from .discovery import Discovery
 
-_SUPPORTED = (("attention", "mlp"), ("mixer", "mlp"), ("attention", "cross", "mlp"))
+_SUPPORTED = (("attention", "mlp"), ("attention",), ("attention", "cross", "mlp"))
 """Kinds of the blocks of a layer that a `TransformerArchitecture` describes. It leaves cross-attention as it is."""
+
+_TABLE = {"mixer": "attention"}
+"""Kind of block -> kind whose table describes it, where they differ."""
 
 
 def class_name(model_type: str) -> str:
@@ -26,8 +29,8 @@ def fields_of(found: Discovery) -> dict[str, Any]:
         UnsupportedModelError: `TransformerArchitecture` cannot describe the architecture.
     """
     _check_describable(found)
-    attention, mlp = found.blocks[0], found.blocks[-1]
-    blocks = {"attention": attention, "mlp": mlp}
+    blocks = {_TABLE.get(block.kind, block.kind): block for block in found.blocks if block.kind != "cross"}
+    mlp = blocks.get("mlp")
     config, _, depth = found.depth_field.rpartition(".")
     usual = TransformerArchitecture.joint
     every: dict[str, Any] = {
@@ -35,10 +38,10 @@ def fields_of(found: Discovery) -> dict[str, Any]:
         "layers": found.layers,
         "config": config,
         "depth": depth,
-        "attention": dict(attention.roles),
-        "mlp": dict(mlp.roles),
-        "activation": mlp.activation,
-        "adds": mlp.adds,
+        "kinds": tuple(blocks),
+        **{kind: dict(block.roles) for kind, block in blocks.items()},
+        "activation": mlp and mlp.activation,
+        "adds": mlp and mlp.adds,
         "crossed": len(found.blocks) > 2,
         "parallel": found.parallel,
         "between": {kind: block.between[0] for kind, block in blocks.items() if block.between},
@@ -47,9 +50,9 @@ def fields_of(found: Discovery) -> dict[str, Any]:
         "bound_heads": found.bound_heads,
         "silent": {kind: block.silent for kind, block in blocks.items() if block.silent},
         "post_norm": found.post_norm,
-        "per_layer_config": tuple(dict.fromkeys(["layer_types", *found.per_layer_config])),
+        "per_layer_config": found.per_layer_config,
         "other_lists": found.other_lists,
-        "fixed": dict(found.fixed),
+        "fixed": {_TABLE.get(kind, kind): layers for kind, layers in found.fixed.items()},
         "skip": {kind: dict(block.skip) for kind, block in blocks.items()},
     }
     return {name: value for name, value in every.items() if _is_own(name, value)}
@@ -61,12 +64,12 @@ def _is_own(name: str, value: Any) -> bool:
 
 
 def _check_describable(found: Discovery) -> None:
-    kinds = tuple(block.kind for block in found.blocks)
+    kinds = tuple(_TABLE.get(block.kind, block.kind) for block in found.blocks)
     where = f"the layers of {found.stack} ({found.model_type!r}) are known, but cannot be fused"
     if kinds not in _SUPPORTED:
         raise UnsupportedModelError(
-            f"{where}: each has the blocks {', '.join(kinds)}; supported are one attention block, perhaps "
-            "cross-attention, and one MLP."
+            f"{where}: each has the blocks {', '.join(kinds)}; supported are one attention block, then "
+            "perhaps cross-attention, and one MLP; or one block that mixes tokens."
         )
     if len({block.norm_after for block in found.blocks}) > 1:
         raise UnsupportedModelError(

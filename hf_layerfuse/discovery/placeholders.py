@@ -69,7 +69,7 @@ def _class_for(part: ModuleCall, passed: Mapping[int, int | str]) -> type[nn.Mod
     simple = not passed and (bool(part.args) or "hidden_states" in part.kwargs)
     if simple and outputs in (1, 2):
         return ZeroAttention
-    if simple and outputs is None and len(given) == 1:
+    if simple and outputs is None:
         return ZeroBlock
     return placeholder_class(outputs, passed)
 

@@ -9,8 +9,9 @@ from dataclasses import replace
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from ..models.architectures import part_at
 from .behaviour import Behaviour
-from .blocks import MEANINGS, DiscoveredBlock, LayerTable, layer_table
+from .blocks import MEANINGS, DiscoveredBlock, LayerTable, layer_table, opaque
 from .dataflow import record_layer
 from .stacks import Stack
 
@@ -55,53 +56,41 @@ def _table_of(stack: Stack, index: int, known: dict[Hashable, Behaviour]) -> Lay
 
 
 def _outline(table: LayerTable) -> tuple:
-    """The part of a table in which all layers must be alike."""
-    return table.parallel, tuple((block.kind, block.norm_after, block.between) for block in table.blocks)
+    """The part of a table in which all layers must be alike. Attention and other mixers may take turns."""
+    mixing = {"mixer": "attention"}
+    return table.parallel, tuple(
+        (mixing.get(block.kind, block.kind), block.norm_after, block.between) for block in table.blocks
+    )
 
 
 def _merged(stack: Stack, blocks: list[DiscoveredBlock], notes: list[str]) -> DiscoveredBlock:
     """One block for all layers; differences are added to `notes`."""
-    usual = Counter(map(_key, blocks)).most_common(1)[0][0]
-    usual = next(block for block in blocks if _key(block) == usual)
+    common = Counter(map(_key, blocks)).most_common(1)[0][0]
+    usual = next(block for block in blocks if _key(block) == common)
     blocks = [_with_missing_norm(layer, block, usual) for layer, block in zip(stack.layers, blocks, strict=True)]
+    meanings = [{role: path for role, path in block.roles.items() if role in MEANINGS} for block in blocks]
+    unlike = any(each != meanings[0] for each in meanings) or len({block.kind for block in blocks}) > 1
+    if unlike or any(block.skip.keys() != usual.skip.keys() for block in blocks):
+        notes.append(f"the {usual.kind} blocks of the layers have different maps, so the table treats them as opaque")
+        skip = {path: each for block in blocks for path, each in block.skip.items()}
+        return opaque(replace(usual, skip=skip))
     for index, block in enumerate(blocks):
-        if block.skip.keys() != usual.skip.keys():
-            raise UnsupportedModelError(
-                f"the layers of {stack.path} have different {usual.kind} blocks, which no single table describes: "
-                f"{', '.join(usual.skip)} in most layers, {', '.join(block.skip)} in layer {index}."
-            )
         if block.skip != usual.skip:
             notes.append(f"the outputs of the {usual.kind} block of layer {index} are others than in most layers")
-    meanings = [{role: path for role, path in block.roles.items() if role in MEANINGS} for block in blocks]
-    if any(each != meanings[0] for each in meanings):
-        notes.append(f"the {usual.kind} blocks of the layers have different maps, so the table treats them as opaque")
-        return opaque(usual)
     roles = dict(usual.roles)
-    for role in {**usual.roles, **{role: path for block in blocks for role, path in block.roles.items()}}:
+    for role in {role: path for block in blocks for role, path in block.roles.items()}:
         if any(block.roles.get(role) != usual.roles.get(role) for block in blocks):
             notes.append(f"{role} is not a part of the {usual.kind} block of every layer, so the table leaves it out")
             roles.pop(role, None)
-    first = usual.roles.get("norm")
-    if any(first is not None and type(layer.get_submodule(first)) is nn.Identity for layer in stack.layers):
-        # a layer without this norm would look like one whose block was removed
-        return replace(usual, roles=roles, skip={path: each for path, each in usual.skip.items() if path != first})
     return replace(usual, roles=roles)
 
 
 def _with_missing_norm(layer: nn.Module, block: DiscoveredBlock, usual: DiscoveredBlock) -> DiscoveredBlock:
     """A block with the norm that most layers have, if it is `nn.Identity` in this layer."""
     norm = usual.roles.get("norm")
-    if norm is None or "norm" in block.roles or type(layer.get_submodule(norm)) is not nn.Identity:
+    if norm is None or "norm" in block.roles or type(part_at(layer, norm)) is not nn.Identity:
         return block
     return replace(block, roles={"norm": norm, **block.roles}, skip={norm: nn.Identity, **block.skip})
-
-
-def opaque(block: DiscoveredBlock) -> DiscoveredBlock:
-    """A block without its maps, which can be kept, shared or dropped."""
-    norm = block.roles.get("norm")
-    roles = {} if norm is None else {"norm": norm}
-    roles |= {path.rpartition(".")[2]: path for path in block.skip if path != norm}
-    return replace(block, roles=roles, activation=None, adds=None)
 
 
 def _key(block: DiscoveredBlock) -> tuple:

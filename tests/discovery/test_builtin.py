@@ -47,8 +47,9 @@ def differences(model, hand, found) -> dict[str, tuple]:
         same(f"{kind}, other parts", *other)
         same(f"{kind}, skip", *(set(each.skip[kind]) for each in (hand, found)))
         same(f"{kind}, placeholders", *(dict(each.skip[kind]) for each in (hand, found)))
-        same(f"{kind}, silent", *(set(each.silent.get(kind, ())) for each in (hand, found)))
-    fields = ("layers", "activation", "adds", "crossed", "parallel", "between", "post_norm", "config", "fixed")
+        silent = [{path.removesuffix(".weight") for path in each.silent.get(kind, ())} for each in (hand, found)]
+        same(f"{kind}, silent", *silent)
+    fields = ("kinds", "layers", "activation", "adds", "crossed", "parallel", "between", "post_norm", "config", "fixed")
     fields += ("joint", "pairing", "bound_heads")
     for field in fields:
         same(field, getattr(hand, field), getattr(found, field))
