@@ -26,12 +26,15 @@ class _Attention(nn.Module):
 
 
 class _Layer(nn.Module):
-    def __init__(self, size):
+    def __init__(self, size, parallel):
         super().__init__()
+        self.parallel = parallel
         self.norm1, self.attention = nn.LayerNorm(size), _Attention(size)
         self.norm2, self.mlp = nn.LayerNorm(size), nn.Sequential(nn.Linear(size, 32), nn.GELU(), nn.Linear(32, size))
 
     def forward(self, hidden):
+        if self.parallel:
+            return hidden + self.attention(self.norm1(hidden)) + self.mlp(self.norm2(hidden))
         hidden = hidden + self.attention(self.norm1(hidden))
         return hidden + self.mlp(self.norm2(hidden))
 
@@ -44,7 +47,9 @@ class RepeatedForSequenceClassification(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(_Layer(config.hidden_size) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            _Layer(config.hidden_size, config.order == "mixed" and i > 3) for i in range(config.num_hidden_layers)
+        )
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 

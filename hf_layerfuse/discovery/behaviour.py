@@ -1,4 +1,4 @@
-"""The behaviour of a module, found by running it: a map, a norm, a scale, an activation, or nothing at all."""
+"""The behaviour of a module, found by running it: a map, a norm, an activation, or nothing at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from .stacks import RAISED, first_tensor
 
-Behaviour = Literal["inert", "scale", "norm", "activation", "linear", "other"]
+Behaviour = Literal["inert", "norm", "activation", "linear", "other"]
 
 
 @torch.no_grad()
@@ -25,9 +25,9 @@ def behaviour_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         output: Its output in the model.
 
     Returns:
-        `inert`: the output is the input. `linear`: an affine map with a matrix named `weight`. `scale`: a factor for
-        each feature. `norm`: the output does not depend on the length of the input. `activation`: one function for
-        each element, without parameters. `other`: anything else, such as a module that takes several tensors.
+        `inert`: the output is the input. `linear`: an affine map with a matrix named `weight`. `norm`: the output does
+        not depend on the length of the input. `activation`: one function for each element, without parameters. `other`:
+        anything else, such as a module that takes several tensors.
     """
     given = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
     if len(given) != 1 or not isinstance(output, Tensor) or not given[0].is_floating_point():
@@ -57,10 +57,7 @@ def _behaviour(module: nn.Module, of: Callable[[Tensor], Tensor], x: Tensor, y: 
         return "linear" if affine and named and len(sizes) <= 2 and len(list(module.modules())) == 1 else "other"
     if at_x.shape != x.shape:
         return "other"
-    at_twice = of(2 * x)
-    if sizes and _close(at_twice, 2 * at_x) and _close(of(x + y), at_x + of(y)):
-        return "scale"
-    if _close(at_twice, at_x):
+    if _close(of(2 * x), at_x):
         return "norm"
     if not sizes:
         half = x.shape[-1] // 2

@@ -43,13 +43,9 @@ def placeholders(graph: LayerGraph, branch: Branch, complete: bool) -> dict[str,
     return found
 
 
-def placeholder_class(outputs: int | None, passed: Mapping[int, int | str]) -> type[nn.Module]:
-    """A subclass of `Placeholder`, the same each time for the same values."""
-    return _cached(outputs, tuple(sorted(passed.items())))
-
-
 @functools.cache
-def _cached(outputs: int | None, passed: tuple[tuple[int, int | str], ...]) -> type[nn.Module]:
+def _subclass(outputs: int | None, passed: tuple[tuple[int, int | str], ...]) -> type[nn.Module]:
+    """A subclass of `Placeholder`, the same each time for the same values, so that tables can be compared."""
     names = [f"{place}{str(key).title().replace('_', '')}" for place, key in passed]
     name = "_".join(["Zero" if 0 not in dict(passed) else "Pass", *([str(outputs)] if outputs else []), *names])
     return type(name, (Placeholder,), {"outputs": outputs, "passed": dict(passed), "__module__": __name__})
@@ -71,7 +67,7 @@ def _class_for(part: ModuleCall, passed: Mapping[int, int | str]) -> type[nn.Mod
         return ZeroAttention
     if simple and outputs is None:
         return ZeroBlock
-    return placeholder_class(outputs, passed)
+    return _subclass(outputs, tuple(sorted(passed.items())))
 
 
 def _passing(part: ModuleCall) -> type[nn.Module]:
@@ -81,7 +77,7 @@ def _passing(part: ModuleCall) -> type[nn.Module]:
     if isinstance(part.output, tuple):
         return _class_for(part, {})
     first = 0 if part.args else next(name for name, value in part.kwargs.items() if isinstance(value, Tensor))
-    return placeholder_class(None, {0: first})
+    return _subclass(None, ((0, first),))
 
 
 def _places(adder: ModuleCall, graph: LayerGraph, residual: int) -> dict[int, int | str]:

@@ -104,10 +104,11 @@ def test_own_class():
     [
         ("twice", "layers: its members run 2, 2, 2, 2, 2, 2 times, so weights serve several depths"),
         ("backwards", "layers: its members run in the order 5, 4, 3, 2, 1, 0"),
+        ("mixed", r"have different blocks, .* layers 0, 1, 2, 3: attention .*; layers 4, 5: parallel attention"),
     ],
 )
-def test_layers_that_do_not_run_once_in_order(order, message):
-    """A model that repeats its layers, or runs them in another order, is refused with the order that was found."""
+def test_stacks_that_no_table_describes(order, message):
+    """A model that repeats its layers, runs them in another order or mixes two kinds is refused; the error says how."""
     with pytest.raises(UnsupportedModelError, match=message):
         discover_architecture(repeated(order=order), tokens())
 
