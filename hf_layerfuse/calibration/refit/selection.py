@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...math.ridge import Moments, compose, eliminate, fit, identity
-from ...models.architectures import READERS, Block, architecture_for, heads_of
+from ...models.architectures import READERS, Block, TransformerArchitecture, heads_of
 from ...models.architectures.block_weights import HEAD_NORMS, rows_of, write_rows
 from ...models.modules.shared_linear import theta_of
 from ...plan import Source
@@ -169,16 +169,14 @@ class Selection:
             del x, y
 
 
-def alike(model: PreTrainedModel, source: Source) -> list[int]:
+def alike(model: PreTrainedModel, architecture: TransformerArchitecture, source: Source) -> list[int]:
     """The layers of a group whose heads can be combined with those of the kept layer.
 
     They have the same kind of attention, sliding-window or full, and no norms inside the heads, because all heads of a
     layer share such norms. The kept layer is always included.
     """
-    types = getattr(architecture_for(model).config_of(model.config), "layer_types", None) or [None] * (
-        max(source.layers) + 1
-    )
-    normed = any(role in architecture_for(model).attention for role in HEAD_NORMS)
+    types = getattr(architecture.config_of(model.config), "layer_types", None) or [None] * (max(source.layers) + 1)
+    normed = any(role in architecture.attention for role in HEAD_NORMS)
     return [n for n in source.layers if n == source.kept or (types[n] == types[source.kept] and not normed)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
-from ...plan import TRANSFORMER
+from ...plan import TRANSFORMER, Edit, Plan, PlanNotes
 
 FUSED_PREFIX = "fused_"
 
@@ -70,6 +70,9 @@ class LayerArchitecture(Architecture, ABC):
         post_norm: Whether the block's norm follows the residual sum (BERT) instead of preceding the block (GPT-2).
         per_layer_config: Config fields with one entry per layer, kept in step with the layers.
         other_lists: Config fields whose lists are as long as the stack by chance.
+        stack: Name of the stack in models that have several, such as `encoder`; empty in others.
+        other_stacks: Tables of the other stacks of the same models. The first table is the default.
+        mask: Input of the model that masks the tokens of the stack; empty for tokens without padding.
         fixed: Kind -> layers whose block cannot be removed, because other layers use what it computes.
         config: Name of the nested config that describes the stack (`text_config`); empty for the config itself.
         depth: Config field with the number of layers.
@@ -83,6 +86,9 @@ class LayerArchitecture(Architecture, ABC):
     post_norm: ClassVar[bool] = False
     per_layer_config: ClassVar[tuple[str, ...]] = ("layer_types",)
     other_lists: ClassVar[tuple[str, ...]] = ()
+    stack: ClassVar[str] = ""
+    other_stacks: ClassVar[tuple[type[LayerArchitecture], ...]] = ()
+    mask: ClassVar[str] = "attention_mask"
     fixed: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     config: ClassVar[str] = ""
     depth: ClassVar[str] = "num_hidden_layers"
@@ -96,6 +102,10 @@ class LayerArchitecture(Architecture, ABC):
     @abstractmethod
     def place(self, kind: str, name: str) -> Place:
         """Place of a `HookPoint` in a kind of block."""
+
+    def plan(self, depth: int, edits: Sequence[Edit] = (), notes: PlanNotes | None = None) -> Plan:
+        """A plan for the stack, which has `depth` layers."""
+        return Plan(self.model_type, depth, tuple(edits), notes or PlanNotes(), self.kinds, self.stack)
 
     def config_of(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The config that describes the stack: a config of the architecture, or the one nested in it."""
@@ -294,20 +304,21 @@ ARCHITECTURES: dict[str, Architecture] = {}
 _Kind = TypeVar("_Kind", bound=Architecture)
 
 
-def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind:
+def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture, stack: str | None = None) -> _Kind:
     """Look up the architecture of a model or config.
 
     Args:
         model: Model, or its config.
         kind: Kind of architecture: `LayerArchitecture` (layers to fuse) or `ConvGraphArchitecture` (a graph of
             convolutions to merge).
+        stack: Name of a stack, in models that have several; by default, the stack of the table that is registered.
 
     Returns:
         The architecture that is registered for the `model_type`.
 
     Raises:
-        UnsupportedModelError: No architecture of this kind is registered for the `model_type`, or `model` is neither a
-            model nor a config.
+        UnsupportedModelError: No architecture of this kind is registered for the `model_type`, the models have no such
+            stack, or `model` is neither a model nor a config.
     """
     if not isinstance(model, PreTrainedModel | PreTrainedConfig):
         raise UnsupportedModelError(f"{_name_of(model)} is not a transformers model: {_instead_of(model)}.")
@@ -315,7 +326,7 @@ def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind
     model_type = config.model_type.removeprefix(FUSED_PREFIX)
     architecture = ARCHITECTURES.get(model_type)
     if isinstance(architecture, kind):
-        return architecture.variant(config)
+        return (_of_stack(architecture, stack) if stack else architecture).variant(config)
     known = ", ".join(sorted(name for name, architecture in ARCHITECTURES.items() if isinstance(architecture, kind)))
     if architecture is not None:
         what = "layers to fuse, drop or make linear" if kind is LayerArchitecture else "convolutions to merge"
@@ -324,6 +335,15 @@ def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind
         f"unknown architecture {model_type!r}. Known: {known}. To add one, see 'Add an "
         "architecture' in CONTRIBUTING.md."
     )
+
+
+def _of_stack(architecture: _Kind, stack: str) -> _Kind:
+    tables = (architecture, *(other() for other in getattr(architecture, "other_stacks", ())))
+    named = {getattr(table, "stack", ""): table for table in tables}
+    if stack not in named:
+        known = ", ".join(filter(None, named)) or "one stack, which needs no name"
+        raise UnsupportedModelError(f"{architecture.model_type!r} has no stack {stack!r}. It has: {known}.")
+    return named[stack]
 
 
 def _name_of(value: Any) -> str:
