@@ -81,7 +81,10 @@ class LayerwiseForward:
             )
         self.states.append(first[0].float())
         # images get one mask entry for all pixels, because the number of pixels changes from layer to layer
-        mask, shape = inputs.get("attention_mask"), (len(first[0]), 1) if first[0].ndim == 4 else first[0].shape[:-1]
+        mask, shape = (
+            inputs.get(self.architecture.mask),
+            (len(first[0]), 1) if first[0].ndim == 4 else first[0].shape[:-1],
+        )
         if mask is None or mask.numel() != math.prod(shape):
             mask = torch.ones(shape, device=first[0].device)
         mask = mask.reshape(shape).bool()  # each choice of a multiple-choice input is one row here

@@ -86,7 +86,7 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
         PlanError: The plan is for another architecture or number of layers.
         UnsupportedModelError: The model cannot be fused, or its blocks have parts that alignment does not support.
     """
-    architecture = architecture_for(model)
+    architecture = architecture_for(model, stack=plan.stack)
     check_model(model, architecture)
     check_plan(model, architecture, plan)
     return aligned(model, plan, batches)
@@ -95,7 +95,7 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
 @torch.no_grad()
 def aligned(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
     """Run `align` for a model and a plan that `check_model` and `check_plan` have accepted."""
-    architecture = architecture_for(model)
+    architecture = architecture_for(model, stack=plan.stack)
     edits = [edit for edit in plan.edits if edit.align != "none"]
     if not edits:
         return model

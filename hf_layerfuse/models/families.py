@@ -59,7 +59,7 @@ class _Layers(PlanFamily):
     saves_parameters = True
 
     def reshape(self, model: PreTrainedModel, plan: Plan) -> dict[str, str]:
-        architecture, layout = architecture_for(model, LayerArchitecture), _layout_of(plan, model)
+        architecture, layout = architecture_for(model, LayerArchitecture, plan.stack), _layout_of(plan, model)
         reshape(model, architecture, layout)
         return tied_weights(model, architecture, layout)
 
@@ -72,7 +72,7 @@ class _Layers(PlanFamily):
                 f"{type(model).__name__} cannot represent without this library: save the model as it is, without "
                 "expanded=True."
             )
-        return expanded_weights(model, architecture_for(model, LayerArchitecture), layout)
+        return expanded_weights(model, architecture_for(model, LayerArchitecture, plan.stack), layout)
 
 
 class _ConvGraph(PlanFamily):
@@ -102,7 +102,7 @@ def family_of(plan: Plan) -> PlanFamily:
 
 def _layout_of(plan: Plan, model: PreTrainedModel) -> Layout:
     """Layout of the plan of a fused model, after checking that its config has the same number of layers."""
-    layout, architecture = plan.layout(), architecture_for(model, LayerArchitecture)
+    layout, architecture = plan.layout(), architecture_for(model, LayerArchitecture, plan.stack)
     depth = getattr(architecture.config_of(model.config), architecture.depth)
     if len(layout.slots) != depth:
         raise PlanError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...math.ridge import Moments, compose, eliminate, fit, identity
-from ...models.architectures import READERS, Block, architecture_for
+from ...models.architectures import READERS, Block, TransformerArchitecture
 from ...models.architectures.block_weights import HEAD_NORMS, POSITIONS, rows_of, write_rows
 from ...models.modules.shared_linear import theta_of
 from ...plan import Source
@@ -167,14 +167,14 @@ class Selection:
             del x, y
 
 
-def alike(model: PreTrainedModel, source: Source) -> list[int]:
+def alike(model: PreTrainedModel, architecture: TransformerArchitecture, source: Source) -> list[int]:
     """The layers of a group whose heads can be combined with those of the kept layer.
 
     They have the same kind of attention, such as sliding-window or full. Their heads have no norms and no maps of
     position embeddings, because all heads of a layer share such parts, and no position biases of their own, which would
     bind them to their places. The kept layer is always included.
     """
-    architecture, config = architecture_for(model), architecture_for(model).config_of(model.config)
+    config = architecture.config_of(model.config)
     kept, heads = source.kept, architecture.heads(config, source.kept)
     if any(role in architecture.attention for role in (*HEAD_NORMS, *POSITIONS)) or (heads and heads.bound):
         return [kept]

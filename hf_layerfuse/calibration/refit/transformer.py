@@ -195,9 +195,11 @@ class TransformerRepair(Repair):
         if attention is not None:
             before = units.missed(target)
             total = Total(seen, slot.source("attention").layers)
-            self._selection(attention, alike(self.teacher.layerwise.model, slot.source("attention")), seen).choose(
-                total
-            )
+            self._selection(
+                attention,
+                alike(self.teacher.layerwise.model, self.teacher.architecture, slot.source("attention")),
+                seen,
+            ).choose(total)
             self._fit_projection(attention, total)
             found = self._selection(mlp, slot.source("mlp").layers, seen)
             after = found.missed(target)

@@ -21,7 +21,11 @@ from ...plan import Kind
 
 
 def block_distances(
-    model: PreTrainedModel, kinds: Sequence[Kind], similarity: str, batches: Batches | None
+    model: PreTrainedModel,
+    kinds: Sequence[Kind],
+    similarity: str,
+    batches: Batches | None,
+    stack: str | None = None,
 ) -> dict[Kind, Tensor]:
     """Return the distances between all blocks of each kind, by a similarity: (depth, depth) float64.
 
@@ -29,7 +33,7 @@ def block_distances(
         RecipeError: Similarity of activations without batches, or for layers of different shapes.
         DataError: Batches without tokens, or with too few for the similarity.
     """
-    architecture = architecture_for(model)
+    architecture = architecture_for(model, stack=stack)
     if similarity in ON_WEIGHTS:
         measure = ON_WEIGHTS[similarity]
         if architecture.resizes:

@@ -7,11 +7,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from transformers import PreTrainedModel
+from torch import nn
 
 from ...calibration.layerwise import TeacherStates
 from ...math.ridge import Moments, identity
-from ...models.architectures import architecture_for
 from ...models.surgery.checks import shapes_of
 from ...plan import Kind, Plan
 
@@ -72,9 +71,9 @@ def unexplained(teacher_states: TeacherStates, size: int) -> np.ndarray:
     return cost
 
 
-def of_one_shape(model: PreTrainedModel, cost: np.ndarray) -> np.ndarray:
+def of_one_shape(layers: Sequence[nn.Module], cost: np.ndarray) -> np.ndarray:
     """Costs of runs, (layers + 1, layers + 1), infinite for runs whose layers differ in shape."""
-    shapes = [shapes_of(layer) for layer in architecture_for(model).layer_list(model)]
+    shapes = [shapes_of(layer) for layer in layers]
     found = cost.copy()
     for start, end in itertools.combinations(range(len(shapes) + 1), 2):
         if any(shape != shapes[start] for shape in shapes[start:end]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
-from ...plan import TRANSFORMER
+from ...plan import TRANSFORMER, Edit, Plan, PlanNotes
 from .layouts import Heads, JointLayout, Pairing, heads_in
 
 
@@ -71,6 +71,9 @@ class LayerArchitecture(Architecture, ABC):
         post_norm: Whether the block's norm follows the residual sum (BERT) instead of preceding the block (GPT-2).
         per_layer_config: Config fields with one entry per layer, kept in step with the layers.
         other_lists: Config fields whose lists are as long as the stack by chance.
+        stack: Name of the stack in models that have several, such as `encoder`; empty in others.
+        other_stacks: Tables of the other stacks of the same models. The first table is the default.
+        mask: Input of the model that masks the tokens of the stack; empty for tokens without padding.
         fixed: Kind -> layers whose block cannot be removed, because other layers use what it computes.
         config: Name of the nested config that describes the stack (`text_config`); empty for the config itself.
         depth: Config field with the number of layers.
@@ -84,6 +87,9 @@ class LayerArchitecture(Architecture, ABC):
     post_norm: ClassVar[bool] = False
     per_layer_config: ClassVar[tuple[str, ...]] = ("layer_types",)
     other_lists: ClassVar[tuple[str, ...]] = ()
+    stack: ClassVar[str] = ""
+    other_stacks: ClassVar[tuple[type[LayerArchitecture], ...]] = ()
+    mask: ClassVar[str] = "attention_mask"
     fixed: ClassVar[Mapping[str, tuple[int, ...]]] = {}
     config: ClassVar[str] = ""
     depth: ClassVar[str] = "num_hidden_layers"
@@ -97,6 +103,10 @@ class LayerArchitecture(Architecture, ABC):
     @abstractmethod
     def place(self, kind: str, name: str) -> Place:
         """Place of a `HookPoint` in a kind of block."""
+
+    def plan(self, depth: int, edits: Sequence[Edit] = (), notes: PlanNotes | None = None) -> Plan:
+        """A plan for the stack, which has `depth` layers."""
+        return Plan(self.model_type, depth, tuple(edits), notes or PlanNotes(), self.kinds, self.stack)
 
     def config_of(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The config that describes the stack: a config of the architecture, or the one nested in it."""

@@ -1,4 +1,4 @@
-"""OPT, and the encoders of BART and its relatives, whose layers hold both maps of the MLP themselves."""
+"""OPT, BART and its relatives, whose layers hold both maps of the MLP themselves."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class BartArchitecture(OPTArchitecture):
     """The encoder of BART."""
 
     model_type = "bart"
+    stack = "encoder"
     layers = "encoder.layers"
     depth = "encoder_layers"
     skip = _PostNormOPT.skip
@@ -52,9 +53,21 @@ class BartArchitecture(OPTArchitecture):
         return self
 
 
+class _BartDecoder(BartArchitecture):
+    stack = "decoder"
+    layers = "decoder.layers"
+    depth = "decoder_layers"
+    mask = "decoder_attention_mask"
+    crossed = True
+
+
 class MarianArchitecture(BartArchitecture):
     """The encoder of Marian."""
 
+    model_type = "marian"
+
+
+class _MarianDecoder(_BartDecoder):
     model_type = "marian"
 
 
@@ -66,7 +79,23 @@ class MBartArchitecture(BartArchitecture):
     post_norm = False
 
 
+class _MBartDecoder(_BartDecoder):
+    model_type = "mbart"
+    skip = OPTArchitecture.skip
+    post_norm = False
+
+
 class WhisperArchitecture(MBartArchitecture):
     """The encoder of Whisper."""
 
     model_type = "whisper"
+
+
+class _WhisperDecoder(_MBartDecoder):
+    model_type = "whisper"
+
+
+BartArchitecture.other_stacks = (_BartDecoder,)
+MarianArchitecture.other_stacks = (_MarianDecoder,)
+MBartArchitecture.other_stacks = (_MBartDecoder,)
+WhisperArchitecture.other_stacks = (_WhisperDecoder,)

@@ -18,20 +18,21 @@ ARCHITECTURES: dict[str, Architecture] = {}
 _Kind = TypeVar("_Kind", bound=Architecture)
 
 
-def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind:
+def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture, stack: str | None = None) -> _Kind:
     """Look up the architecture of a model or config.
 
     Args:
         model: Model, or its config.
         kind: Kind of architecture: `LayerArchitecture` (layers to fuse) or `ConvGraphArchitecture` (a graph of
             convolutions to merge).
+        stack: Name of a stack, in models that have several; by default, the stack of the table that is registered.
 
     Returns:
         The architecture that is registered for the `model_type`.
 
     Raises:
-        UnsupportedModelError: No architecture of this kind is registered for the `model_type`, or `model` is neither a
-            model nor a config.
+        UnsupportedModelError: No architecture of this kind is registered for the `model_type`, the models have no such
+            stack, or `model` is neither a model nor a config.
     """
     if not isinstance(model, PreTrainedModel | PreTrainedConfig):
         raise UnsupportedModelError(f"{_name_of(model)} is not a transformers model: {_instead_of(model)}.")
@@ -39,7 +40,7 @@ def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind
     model_type = config.model_type.removeprefix(FUSED_PREFIX)
     architecture = ARCHITECTURES.get(model_type)
     if isinstance(architecture, kind):
-        return architecture.variant(config)
+        return (_of_stack(architecture, stack) if stack else architecture).variant(config)
     known = ", ".join(sorted(name for name, architecture in ARCHITECTURES.items() if isinstance(architecture, kind)))
     if architecture is not None:
         what = "layers to fuse, drop or make linear" if kind is LayerArchitecture else "convolutions to merge"
@@ -48,6 +49,15 @@ def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture) -> _Kind
         f"unknown architecture {model_type!r}. Known: {known}. `hf-layerfuse adapt MODEL` prints a table for it; see "
         "'Add an architecture' in CONTRIBUTING.md."
     )
+
+
+def _of_stack(architecture: _Kind, stack: str) -> _Kind:
+    tables = (architecture, *(other() for other in getattr(architecture, "other_stacks", ())))
+    named = {getattr(table, "stack", ""): table for table in tables}
+    if stack not in named:
+        known = ", ".join(filter(None, named)) or "one stack, which needs no name"
+        raise UnsupportedModelError(f"{architecture.model_type!r} has no stack {stack!r}. It has: {known}.")
+    return named[stack]
 
 
 def _name_of(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The encoder of T5: pre-norm RMSNorm, and a position bias that the first layer computes for all."""
+"""T5: pre-norm RMSNorm, and a position bias that the first layer computes for all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ class ZeroT5Attention(nn.Module):
 
 
 class T5Architecture(TransformerArchitecture):
+    """The encoder of T5."""
+
     model_type = "t5"
+    stack = "encoder"
     layers = "encoder.block"
     depth = "num_layers"
     fixed = {"attention": (0,)}  # the first layer computes the position bias of all
@@ -51,3 +54,29 @@ class _GatedT5(T5Architecture):
     """T5 1.1, Flan-T5."""
 
     mlp = {"norm": "layer.1.layer_norm", "gate": f"{_MLP}.wi_0", "in": f"{_MLP}.wi_1", "out": f"{_MLP}.wo"}
+
+
+class _T5Decoder(T5Architecture):
+    """Its MLP follows the cross-attention."""
+
+    stack = "decoder"
+    layers = "decoder.block"
+    depth = "num_decoder_layers"
+    mask = "decoder_attention_mask"
+    crossed = True
+    mlp = {role: path.replace("layer.1.", "layer.2.") for role, path in T5Architecture.mlp.items()}
+    activation = T5Architecture.activation.replace("layer.1.", "layer.2.")
+    skip = {
+        "attention": T5Architecture.skip["attention"],
+        "mlp": {"layer.2.layer_norm": nn.Identity, _MLP.replace("layer.1.", "layer.2."): ZeroBlock},
+    }
+
+    def variant(self, config: PreTrainedConfig) -> Architecture:
+        return _GatedT5Decoder() if config.is_gated_act else self
+
+
+class _GatedT5Decoder(_T5Decoder):
+    mlp = {role: path.replace("layer.1.", "layer.2.") for role, path in _GatedT5.mlp.items()}
+
+
+T5Architecture.other_stacks = (_T5Decoder,)

@@ -102,3 +102,34 @@ class SigLIPVisionArchitecture(CLIPVisionArchitecture):
 
 class SigLIPTextArchitecture(CLIPVisionArchitecture):
     model_type = "siglip_text_model"
+
+
+class CLIPArchitecture(CLIPVisionArchitecture):
+    """The image tower of the two-tower model."""
+
+    model_type = "clip"
+    stack = "vision"
+    layers = "vision_model.encoder.layers"
+    config = "vision_config"
+    mask = ""
+
+
+class _CLIPText(CLIPArchitecture):
+    stack = "text"
+    layers = "text_model.encoder.layers"
+    config = "text_config"
+    mask = "attention_mask"
+
+
+class SigLIPArchitecture(CLIPArchitecture):
+    """The image tower of the two-tower model."""
+
+    model_type = "siglip"
+
+
+class _SigLIPText(_CLIPText):
+    model_type = "siglip"
+
+
+CLIPArchitecture.other_stacks = (_CLIPText,)
+SigLIPArchitecture.other_stacks = (_SigLIPText,)

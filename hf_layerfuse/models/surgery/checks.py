@@ -71,6 +71,8 @@ def check_plan(model: PreTrainedModel, architecture: LayerArchitecture, plan: Pl
     depth = len(architecture.layer_list(model))
     if plan.num_layers != depth:
         raise PlanError(f"the plan is for {plan.num_layers} layers, the model has {depth}: make a new plan.")
+    if plan.stack and plan.stack != architecture.stack:
+        raise PlanError(f"the plan is for stack {plan.stack!r}, not {architecture.stack!r}: make a new plan.")
     if plan.kinds != architecture.kinds:
         raise PlanError(
             f"the plan is for layers of {' and '.join(plan.kinds)} blocks, but {architecture.model_type!r} has layers "
