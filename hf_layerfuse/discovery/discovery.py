@@ -23,6 +23,7 @@ from .checks import check_removal, silent_parameters, with_needed_norm
 from .config_fields import depth_field, lists_of_depth, owner_of, per_layer_fields
 from .fields import class_name, fields_of
 from .layouts import BlockLayout, block_layout
+from .several import stack_mask, stack_name
 from .source import source_of
 from .stacks import Stack, find_stacks
 from .tables import stack_table
@@ -39,6 +40,8 @@ class Discovery:
         model_type: `model_type` of its config.
         stack: Path of the stack of layers in the model.
         layers: The same path, relative to the base model.
+        name: Short name of the stack, if the model has several.
+        mask: Input of the model that masks the tokens of the stack.
         blocks: Blocks of a layer, in execution order.
         parallel: Whether all blocks read the input of the layer.
         joint: Role of a joint map -> layout of its rows, see `TransformerArchitecture`.
@@ -68,6 +71,8 @@ class Discovery:
     verified: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    name: str = ""
+    mask: str = "attention_mask"
 
     @property
     def post_norm(self) -> bool:
@@ -139,8 +144,11 @@ def discover_architecture(
     with eval_mode(model):
         inputs = _inputs(model, batch)
         stacks, refused = _stacks(model, inputs, given=batch is not None)
-        chosen, depth = _chosen(model, stacks, refused, stack)
-        found = _described(model, chosen, depth)
+        chosen, depths = _chosen(model, stacks, refused, stack)
+        found = _described(model, chosen, depths[chosen.path])
+        if len(depths) > 1:
+            name, mask = stack_name(chosen.path, depths), stack_mask(model, inputs, chosen)
+            found = replace(found, name=name, mask=mask)
         return _verified(model, inputs, chosen, found)
 
 
@@ -281,28 +289,31 @@ def _one_line(error: Exception) -> str:
 
 def _chosen(
     model: PreTrainedModel, stacks: Mapping[str, Stack], refused: Mapping[str, str], wanted: str | None
-) -> tuple[Stack, str]:
-    """The stack to describe, and its depth field."""
+) -> tuple[Stack, dict[str, str]]:
+    """The stack to describe, and the depth field of each stack that has one, by path."""
     name = type(model).__name__
-    if wanted is not None:
-        path = next((path for path in (wanted, root_of(model) + wanted) if path in stacks), None)
-        if path is None:
-            why = f" {wanted!r} is not one: {refused[wanted]}." if wanted in refused else ""
-            known = ", ".join(map(repr, stacks)) or "none"
-            raise UnsupportedModelError(f"{name} has no stack {wanted!r}.{why} Its stacks: {known}.")
-        stacks = {path: stacks[path]}
     if not stacks:
         each = "; ".join(f"{path}: {why}" for path, why in refused.items()) or "it has no nn.ModuleList"
         raise UnsupportedModelError(f"{name} does not run a stack of layers once, in order. What was found: {each}.")
+    if wanted is not None:
+        wanted = next((path for path in (wanted, root_of(model) + wanted) if path in stacks), wanted)
+        if wanted not in stacks:
+            why = f" It is a list, but {refused[wanted]}." if wanted in refused else ""
+            raise UnsupportedModelError(
+                f"{name} has no stack {wanted!r}.{why} Its stacks: {', '.join(map(repr, stacks))}."
+            )
     fields = {path: depth_field(model, path) for path in stacks}
-    followed = [path for path, field in fields.items() if field is not None]
-    if not followed:
-        each = ", ".join(f"{path} ({len(stacks[path].layers)} layers)" for path in stacks)
+    depths = {path: field for path, field in fields.items() if field is not None}
+    lacking = [wanted] if wanted is not None and wanted not in depths else [] if depths else [*stacks]
+    if lacking:
+        each = ", ".join(f"{path} ({len(stacks[path].layers)} layers)" for path in lacking)
         raise UnsupportedModelError(
             f"no field of {type(model.config).__name__} sets the number of layers of {each}, so a model with fewer "
             "layers cannot be built."
         )
-    if len(followed) > 1:
-        each = ", ".join(f"{path!r} ({len(stacks[path].layers)} layers, config.{fields[path]})" for path in followed)
+    if wanted is None and len(depths) > 1:
+        each = ", ".join(
+            f"{path!r} ({len(stacks[path].layers)} layers, config.{depth})" for path, depth in depths.items()
+        )
         raise UnsupportedModelError(f"{name} has several stacks of layers: pass stack= with one of {each}.")
-    return stacks[followed[0]], fields[followed[0]]
+    return stacks[wanted or next(iter(depths))], depths

@@ -35,7 +35,9 @@ def fields_of(found: Discovery) -> dict[str, Any]:
     usual = TransformerArchitecture.joint
     every: dict[str, Any] = {
         "model_type": found.model_type,
+        "stack": found.name,
         "layers": found.layers,
+        "mask": found.mask,
         "config": config,
         "depth": depth,
         "kinds": tuple(blocks),
