@@ -21,7 +21,7 @@ from ..evaluation.batches import Batches, model_inputs, take
 from ..evaluation.divergence import prediction
 from ..evaluation.hooks import watch
 from ..evaluation.modes import eval_mode, outside_inference_mode
-from ..models.architectures import READERS, Block, LayerArchitecture, TransformerArchitecture, architecture_for
+from ..models.architectures import READERS, Block, LayerArchitecture, TransformerArchitecture, architecture_for, part_at
 from ..models.surgery.checks import shapes_of
 from ..models.symmetries import disguise
 from .layer_hooks import HookPoint
@@ -178,8 +178,8 @@ class _Contract:
             f"{where}the stand-ins in `skip` of {kind} still add to the stream",
         )
         if has_out:
-            between = self.architecture.between.get(kind, "")
-            last = _module(layer, between) or layer.get_submodule(self.architecture.table(kind)["out"])
+            between = self.architecture.between.get(kind)
+            last = (between and part_at(layer, between)) or layer.get_submodule(self.architecture.table(kind)["out"])
             with _silenced(last):
                 silent = _first(layerwise.look(None))
             self._require(
@@ -206,17 +206,12 @@ def _first(found: Iterator[tuple[int, dict[Any, Tensor]]]) -> dict[Any, Tensor]:
     return next(iter(found))[1]
 
 
-def _module(layer: nn.Module, path: str) -> nn.Module | None:
-    """Module at a path that may be that of a parameter or a number, or empty."""
-    return dict(layer.named_modules()).get(path) if path else None
-
-
 @contextmanager
 def _replaced(layer: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    before = {path: layer.get_submodule(path) for path in modules}
+    before = {path: part for path in modules if (part := part_at(layer, path)) is not None}
     try:
-        for path, module in modules.items():
-            layer.set_submodule(path, module)
+        for path in before:
+            layer.set_submodule(path, modules[path])
         yield
     finally:
         for path, module in before.items():

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..evaluation.hooks import StopForward, When, watch
-from ..models.architectures import LayerArchitecture
+from ..models.architectures import LayerArchitecture, part_at
 from ..plan import Kind
 
 
@@ -48,7 +48,7 @@ def layer_hooks(
     sides = {"before": "before", "after": "after", "added": "after"}
     modules: dict[HookPoint | Literal["input"], tuple[nn.Module, When]] = {}
     for point, place in places.items():
-        module = _submodule(layer, place.module)
+        module = part_at(layer, place.module)
         # a removed block adds nothing to the input of the layer
         modules[point] = (layer, "before") if module is None else (module, sides[place.when])
     added = {point for point, place in places.items() if place.when == "added" and modules[point][0] is not layer}
@@ -67,10 +67,3 @@ def layer_hooks(
 
     with watch(modules, record):
         yield found
-
-
-def _submodule(layer: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return layer.get_submodule(path)
-    except AttributeError:
-        return None

@@ -73,10 +73,18 @@ def calibration_loss(model: nn.Module, reference: nn.Module, batches: Iterable[M
     return total / count
 
 
-def decode(model: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """Logits of tokens (batch, tokens) that follow those in a key-value cache, and the cache with them in it."""
+def decode(model: nn.Module, ids: Tensor, cache: Any = None, **encoded: Tensor) -> tuple[Tensor, Any]:
+    """Logits of tokens (batch, tokens) that follow those in a key-value cache, and the cache with them in it.
+
+    Args:
+        model: Model that generates text.
+        ids: Tokens; of the decoder, if the model has an encoder.
+        cache: Cache from an earlier call; None starts afresh.
+        encoded: Inputs of the encoder, if the model has one.
+    """
     # transformers 5.24 renames it, in what a model is given and in what it gives
     renamed = "cache" in inspect.signature(model.forward).parameters
     name = "cache" if renamed else "past_key_values"
-    output = model(input_ids=ids, use_cache=True, **{name: cache})
+    tokens = "decoder_input_ids" if encoded else "input_ids"
+    output = model(**encoded, **{tokens: ids}, use_cache=True, **{name: cache})
     return output.logits, output[name]

@@ -253,7 +253,9 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, FusedMixin):
         return copy.deepcopy(model)
     plan = plan_of(model.config)
-    weights = family_of(plan).expanded(model, plan)
+    names = skeleton(model).state_dict()
+    # in hybrid models, a removed block gets the weights of its own kind of mixer alone
+    weights = {name: tensor for name, tensor in family_of(plan).expanded(model, plan).items() if name in names}
     stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
     return build(stock, stock.config_class(**_fields(model.config)), weights, model)
 

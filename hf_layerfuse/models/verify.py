@@ -56,7 +56,7 @@ def verify(
             with tempfile.TemporaryDirectory(prefix="layerfuse-") as directory:
                 _save(model, directory)
                 report = {"reload": _compare_reloaded(model, Path(directory), inputs, expected)}
-        if _decodes(model):
+        if _decodes(model, inputs):
             report["cache"] = _compare_cached(model, inputs)
     return report
 
@@ -92,10 +92,12 @@ def _inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None) -> dict
     return model_inputs(inputs, model)
 
 
-def _decodes(model: PreTrainedModel) -> bool:
+def _decodes(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
     # BERT with a language-model head can generate, but uses a cache only if it is configured as a decoder
-    decoder = model.can_generate() and getattr(model.config, "is_decoder", None) is not False
-    return decoder and model.main_input_name == "input_ids" and not model.config.is_encoder_decoder
+    config = model.config
+    decodes = config.is_encoder_decoder or getattr(config, "is_decoder", None) is not False
+    text = model.main_input_name == "input_ids" and "pixel_values" not in inputs
+    return model.can_generate() and decodes and (text or "decoder_input_ids" in inputs)
 
 
 @torch.inference_mode()
@@ -120,14 +122,16 @@ def _compare_reloaded(model: PreTrainedModel, path: Path, inputs: dict[str, Tens
 
 @torch.inference_mode()
 def _compare_cached(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
-    ids = inputs["input_ids"]
+    name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    ids = inputs[name]
     ids = ids.reshape(-1, ids.shape[-1])[:1, :16]  # double-head models have an extra dimension for choices
+    encoded = {model.main_input_name: inputs[model.main_input_name][:1]} if model.config.is_encoder_decoder else {}
     prefix = max(1, ids.shape[1] // 2)
-    whole = model(input_ids=ids, use_cache=False).logits
-    logits, cache = decode(model, ids[:, :prefix])
+    whole = model(**encoded, **{name: ids}, use_cache=False).logits
+    logits, cache = decode(model, ids[:, :prefix], **encoded)
     parts = [logits]
     for position in range(prefix, ids.shape[1]):
-        logits, cache = decode(model, ids[:, position : position + 1], cache)
+        logits, cache = decode(model, ids[:, position : position + 1], cache, **encoded)
         parts.append(logits)
     difference = (torch.cat(parts, dim=1) - whole).abs().max() / whole.abs().max()
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2

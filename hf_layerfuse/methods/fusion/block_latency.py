@@ -37,7 +37,7 @@ class BlockLatencies(LatencyTable):
         super().__init__(model, inputs, path, **rounds)
         self.architecture = architecture_for(model)
         layers = self.architecture.layer_list(model)
-        types = getattr(model.config, "layer_types", None) or [None] * len(layers)
+        types = getattr(self.architecture.config_of(model.config), "layer_types", None) or [None] * len(layers)
         alike: dict[tuple, list[int]] = {}
         for index, layer in enumerate(layers):
             alike.setdefault((types[index], shapes_of(layer)), []).append(index)

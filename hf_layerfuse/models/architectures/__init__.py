@@ -11,6 +11,7 @@ from .base import (
     TransformerArchitecture,
     ZeroAttention,
     ZeroBlock,
+    part_at,
 )
 from .bert import (
     BertArchitecture,
@@ -31,6 +32,7 @@ from .gemma import Gemma2Architecture, Gemma3Architecture, Gemma3TextArchitectur
 from .glm4 import Glm4Architecture
 from .gpt2 import GPT2Architecture, GPTNeoArchitecture
 from .gpt_neox import GPTNeoXArchitecture
+from .hybrid import MambaArchitecture, Qwen3NextArchitecture, Qwen35TextArchitecture
 from .layouts import Heads
 from .llama import (
     GraniteArchitecture,
@@ -84,6 +86,9 @@ BUILTIN: tuple[type[Architecture], ...] = (
     Gemma3Architecture,
     MixtralArchitecture,
     Qwen3MoeArchitecture,
+    Qwen3NextArchitecture,
+    Qwen35TextArchitecture,
+    MambaArchitecture,
     GPTNeoArchitecture,
     OPTArchitecture,
     XLMRobertaArchitecture,
@@ -141,4 +146,5 @@ __all__ = [
     "ZeroBlock",
     "architecture_for",
     "linear_maps",
+    "part_at",
 ]

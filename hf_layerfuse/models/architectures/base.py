@@ -65,7 +65,8 @@ class LayerArchitecture(Architecture, ABC):
 
     Attributes:
         layers: Path of the `nn.ModuleList` of layers inside the base model.
-        skip: Modules to replace, and their replacements, so that a layer runs without a block; one entry per kind.
+        skip: Modules to replace, if a layer has them, and their replacements, so that a layer runs without a block; one
+            entry per kind.
             The first module of an MLP is the one that reads the state.
         post_norm: Whether the block's norm follows the residual sum (BERT) instead of preceding the block (GPT-2).
         per_layer_config: Config fields with one entry per layer, kept in step with the layers.
@@ -121,13 +122,14 @@ class LayerArchitecture(Architecture, ABC):
         found = []
         for index, layer in enumerate(self.layer_list(model)):
             for kind in self.kinds:
-                skip = self.skip.get(kind, {})
+                gone = [type(part) is to for at, to in self.skip.get(kind, {}).items() if (part := part_at(layer, at))]
                 # a part of a stock layer may be an Identity too, such as the first norm of ModernBERT
-                if not skip or any(type(layer.get_submodule(at)) is not to for at, to in skip.items()):
+                if not gone or not all(gone):
                     modules = {
                         role: f"{path}.{index}.{at}"
                         for role, at in self.table(kind).items()
-                        if role == "norm" or type(layer.get_submodule(at)) not in (nn.Identity, One, OneBeside)
+                        if (part := part_at(layer, at)) is not None
+                        and (role == "norm" or type(part) not in (nn.Identity, One, OneBeside))
                     }
                     found.append(self.block(self.config_of(model.config), index, kind, modules))
         return found
@@ -217,7 +219,7 @@ class TransformerArchitecture(LayerArchitecture):
             return Place("after", table["norm"])
         if name == "sum" and self.post_norm:
             return Place("before", table["norm"])
-        if name == "sum" and kind == "mlp":
+        if name == "sum" and kind == self.kinds[-1]:
             return Place("after", "")
         if kind == "attention" and name in ("read", "residual"):
             return Place("before", "")
@@ -277,6 +279,14 @@ class ConvArchitecture(LayerArchitecture):
                 )
 
 
+def part_at(layer: nn.Module, path: str) -> nn.Module | None:
+    """Module of a layer at a path, or None: in hybrid models, layers have parts that others lack."""
+    try:
+        return layer.get_submodule(path)
+    except AttributeError:
+        return None
+
+
 class ZeroAttention(nn.Module):
     """Placeholder for a removed attention module: contributes nothing, attends to nothing, caches nothing."""
 
@@ -285,9 +295,9 @@ class ZeroAttention(nn.Module):
 
 
 class ZeroBlock(nn.Module):
-    """Placeholder for a removed MLP: contributes nothing."""
+    """Placeholder for a removed MLP, or for a mixer that returns no attention weights: contributes nothing."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.zeros_like(hidden_states)
 
 

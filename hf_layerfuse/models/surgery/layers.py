@@ -12,7 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ...errors import PlanError, UnsupportedModelError
 from ...plan import Layout, Slot, Source, Tie
-from ..architectures import MAPS, LayerArchitecture
+from ..architectures import MAPS, LayerArchitecture, part_at
 from ..modules.shared_linear import PER_DEPTH, Linear, Relaxed, can_relax, out_in, relax
 from .linear_mlp import reshape_mlp
 
@@ -28,7 +28,7 @@ def target_config(config: PreTrainedConfig, architecture: LayerArchitecture, lay
         if getattr(config, name, None) is not None:
             setattr(target, name, [_per_layer(getattr(config, name), slot, name) for slot in layout.slots])
     types = getattr(target, "layer_types", None)
-    if types is not None:
+    if types is not None and "layer_types" in architecture.per_layer_config:
         # A layer without attention needs no cache of its own type. If all attention of a type is removed, a cache of
         # that type would stay empty and report length 0. Such layers take the type of a layer with attention.
         used = {kind: None for kind, slot in zip(types, layout.slots, strict=True) if slot.source("attention")}
@@ -72,14 +72,16 @@ def reshape(model: PreTrainedModel, architecture: LayerArchitecture, layout: Lay
         for kind in architecture.kinds:
             if slot.source(kind) is None:
                 for path, stand_in in architecture.skip[kind].items():
-                    layer.set_submodule(path, stand_in())
+                    if part_at(layer, path) is not None:
+                        layer.set_submodule(path, stand_in())
             elif (form := slot.source(kind).form) is not None:
                 reshape_mlp(layer, architecture, form)
         if slot.source("attention") is None:
             continue
         index = next(free[layer_type])
         for path in architecture.skip["attention"]:
-            for module in layer.get_submodule(path).modules():
+            part = part_at(layer, path)
+            for module in () if part is None else part.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = index
     for tie in layout.ties:
@@ -99,7 +101,9 @@ def relaxed_maps(layer: nn.Module, architecture: LayerArchitecture, tie: Tie) ->
     """
     found = {}
     for role, at in architecture.table(tie.kind).items() if tie.rank else ():
-        module = layer.get_submodule(at)
+        module = part_at(layer, at)
+        if module is None:
+            continue
         # a head that builds its body with AutoModel, as those of Llama do, gets a body that is already reshaped
         if not isinstance(module, Relaxed) and any(is_shared(tensor) for tensor in module.parameters()):
             if not can_relax(module, tie.mode):
