@@ -122,7 +122,11 @@ class LayerArchitecture(Architecture, ABC):
         found = []
         for index, layer in enumerate(self.layer_list(model)):
             for kind in self.kinds:
-                gone = [type(part) is to for at, to in self.skip.get(kind, {}).items() if (part := part_at(layer, at))]
+                gone = [
+                    type(part) is to
+                    for at, to in self.skip.get(kind, {}).items()
+                    if (part := part_at(layer, at)) is not None
+                ]
                 # a part of a stock layer may be an Identity too, such as the first norm of ModernBERT
                 if not gone or not all(gone):
                     modules = {
