@@ -370,3 +370,13 @@ def test_a_wrong_layout_breaks_the_contract(name, model_of, monkeypatch):
         monkeypatch.setattr(CASES[name][0], field, value)
         with pytest.raises(UnsupportedModelError, match="another order of the units or heads of attention"):
             check_contract(model, batches)
+
+
+def test_norms_inside_the_heads(model_of):
+    """A norm with gains for all heads moves with them; one with the gains of a single head, or without any, has no
+    rows."""
+    assert rows_of(model := model_of("olmo2"), attention_of(model)).keys() == {"q", "k", "v", "out", "q_norm", "k_norm"}
+    assert rows_of(model := model_of("phi norms"), attention_of(model)).keys() == {"q", "k", "v", "out"}
+    model = model_of("olmo2")
+    model.model.layers[1].self_attn.q_norm.weight = None
+    assert rows_of(model, attention_of(model)).keys() == {"q", "k", "v", "out", "k_norm"}
