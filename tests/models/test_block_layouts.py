@@ -375,8 +375,9 @@ def test_a_wrong_layout_breaks_the_contract(name, model_of, monkeypatch):
 def test_norms_inside_the_heads(model_of):
     """A norm with gains for all heads moves with them; one with the gains of a single head, or without any, has no
     rows."""
-    assert rows_of(model := model_of("olmo2"), attention_of(model)).keys() == {"q", "k", "v", "out", "q_norm", "k_norm"}
-    assert rows_of(model := model_of("phi norms"), attention_of(model)).keys() == {"q", "k", "v", "out"}
+    for name, norms in (("olmo2", {"q_norm", "k_norm"}), ("phi norms", set())):
+        model = model_of(name)
+        assert rows_of(model, attention_of(model)).keys() == {"q", "k", "v", "out", *norms}
     model = model_of("olmo2")
     model.model.layers[1].self_attn.q_norm.weight = None
     assert rows_of(model, attention_of(model)).keys() == {"q", "k", "v", "out", "k_norm"}
