@@ -78,6 +78,12 @@ TINY = {
     "mistral": {**_LLAMA, "sliding_window": 6},
     "qwen2": {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3},
     "qwen3": {**_LLAMA, "head_dim": 8},
+    "gpt_neox": {**_TEXT, **_TOKENS, "intermediate_size": 48, "max_position_embeddings": 64},
+    "bloom": {**_TOKENS, "vocab_size": 64, "hidden_size": 32, "n_layer": LAYERS, "n_head": 4},
+    "phi": _LLAMA,
+    "phi3": _LLAMA,
+    "cohere": _LLAMA,
+    "glm4": {**_LLAMA, "head_dim": 8},
 }
 
 
@@ -165,7 +171,7 @@ def cifar_resnet():
     return module
 
 
-GATED = sorted(name for name in TINY if "gate" in ARCHITECTURES[name].mlp)
+GATED = sorted(name for name in TINY if not {"gate", "gate_in"}.isdisjoint(ARCHITECTURES[name].mlp))
 """Architectures whose MLPs have a gate."""
 
 

@@ -6,8 +6,10 @@ result is only worse than it could be.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -19,8 +21,9 @@ from ..evaluation.batches import Batches, model_inputs, take
 from ..evaluation.divergence import prediction
 from ..evaluation.hooks import watch
 from ..evaluation.modes import eval_mode, outside_inference_mode
-from ..models.architectures import READERS, LayerArchitecture, TransformerArchitecture, architecture_for, part_at
+from ..models.architectures import READERS, Block, LayerArchitecture, TransformerArchitecture, architecture_for, part_at
 from ..models.surgery.checks import shapes_of
+from ..models.symmetries import disguise
 from .layer_hooks import HookPoint
 from .layerwise import LayerwiseForward
 from .refit.between import through
@@ -38,6 +41,7 @@ def check_contract(
     - The layers, run one by one, are the whole model.
     - The maps that read the input of a block read what the table says.
     - The stream plus the output of a block, behind what the table has between them, is the stream after the block.
+    - Another order of units and heads, and rotations of heads, as alignment makes them, leave the outputs of a layer.
     - A layer whose block is replaced by its stand-ins is the layer whose block adds zero.
     - The table names each config field that has one entry per layer.
 
@@ -139,6 +143,7 @@ class _Contract:
                     f"{where}the stream plus 'out' of {kind} is not the stream after {kind}: check `out`, `between`, "
                     "`parallel` and `post_norm`",
                 )
+                self._check_layout(layerwise, block, seen[None], where)
             if index in architecture.fixed.get(kind, ()):
                 continue
             self._check_stand_ins(layerwise, layer, kind, "out" in block.modules, where)
@@ -147,6 +152,19 @@ class _Contract:
             self._require(
                 self._near(end, seen[None]), f"{where}`norm` of mlp does not give the output of the layer: `post_norm`"
             )
+
+    def _check_layout(self, layerwise: LayerwiseForward, block: Block, output: Tensor, where: str) -> None:
+        """Require that changes that leave the function of a block, by its table, leave the output of its layer."""
+        layer = copy.deepcopy(layerwise.layers[block.layer])
+        prefix = f"{self.architecture.layers_path(self.model)}.{block.layer}."
+        inside = {role: path.removeprefix(prefix) for role, path in block.modules.items()}
+        with suppress(UnsupportedModelError):  # of a block that alignment refuses
+            disguise(layer, dataclasses.replace(block, modules=inside), torch.Generator().manual_seed(0))
+        self._require(
+            self._near(_first(layerwise.look(None, layer=layer))[None], output),
+            f"{where}another order of the units or heads of {block.kind}, or a rotation of its heads, changes the "
+            "output: check the roles of the maps, `joint`, `pairing`, `bound_heads` and `heads(config, layer)`",
+        )
 
     def _check_stand_ins(
         self, layerwise: LayerwiseForward, layer: nn.Module, kind: str, has_out: bool, where: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...math.ridge import Moments, compose, eliminate, fit, identity
-from ...models.architectures import READERS, Block, TransformerArchitecture, heads_of
-from ...models.architectures.block_weights import HEAD_NORMS, rows_of, write_rows
+from ...models.architectures import READERS, Block, TransformerArchitecture
+from ...models.architectures.block_weights import HEAD_NORMS, POSITIONS, rows_of, write_rows
 from ...models.modules.shared_linear import theta_of
 from ...plan import Source
 from ..layer_hooks import HookPoint
@@ -116,7 +117,7 @@ class Selection:
             own = kept[kept // keep == place] - place * keep
             for role, rows in self._units(variant).items():
                 chosen.setdefault(role, []).append(rows[own])
-        shapes = {role: rows.shape for role, rows in self._heads(self.layer).items()}
+        shapes = {role: rows.shape for role, rows in rows_of(self.layer, self._part).items()}
         made = {role: torch.cat(rows).reshape(shapes[role]) for role, rows in chosen.items()}
         write_rows(self.layer, self._part, made)
         out = self.layer.get_submodule(self.table["out"])
@@ -126,15 +127,12 @@ class Selection:
     @property
     def _part(self) -> Block:
         """The block, with paths relative to its layer."""
-        return Block(self.block.layer, self.block.kind, self.table)
-
-    def _heads(self, layer: nn.Module) -> dict[str, Tensor]:
-        return rows_of(layer, self._part, heads_of(self.layerwise.model) if self.block.kind == "attention" else None)
+        return dataclasses.replace(self.block, modules=self.table)
 
     def _units(self, layer: nn.Module) -> dict[str, Tensor]:
         """Weights of the units, (units, rows of a unit, features), by role. A unit is kept or removed as a whole."""
         axis = 1 if self.block.kind == "attention" else 2  # heads that share keys and values; a hidden unit
-        return {role: rows.flatten(0, axis - 1).flatten(1, -2) for role, rows in self._heads(layer).items()}
+        return {role: rows.flatten(0, axis - 1).flatten(1, -2) for role, rows in rows_of(layer, self._part).items()}
 
     def _able(self, target: PerBatch, keep: int, size: int) -> Tensor:
         """The candidate units: all of them, or in large groups those that add most to the stream.
@@ -172,12 +170,16 @@ class Selection:
 def alike(model: PreTrainedModel, architecture: TransformerArchitecture, source: Source) -> list[int]:
     """The layers of a group whose heads can be combined with those of the kept layer.
 
-    They have the same kind of attention, sliding-window or full, and no norms inside the heads, because all heads of a
-    layer share such norms. The kept layer is always included.
+    They have the same kind of attention, such as sliding-window or full. Their heads have no norms and no maps of
+    position embeddings, because all heads of a layer share such parts, and no position biases of their own, which would
+    bind them to their places. The kept layer is always included.
     """
-    types = getattr(architecture.config_of(model.config), "layer_types", None) or [None] * (max(source.layers) + 1)
-    normed = any(role in architecture.attention for role in HEAD_NORMS)
-    return [n for n in source.layers if n == source.kept or (types[n] == types[source.kept] and not normed)]
+    config, kept = architecture.config_of(model.config), source.kept
+    heads = architecture.heads(config, kept)
+    if any(role in architecture.attention for role in (*HEAD_NORMS, *POSITIONS)) or (heads and heads.bound):
+        return [kept]
+    lists = [values for name in architecture.per_layer_config if (values := getattr(config, name, None))]
+    return [n for n in source.layers if n == kept or all(values[n] == values[kept] for values in lists)]
 
 
 def _columns(units: Tensor, size: int) -> Tensor:

@@ -1,18 +1,16 @@
 """One table per architecture; `BUILTIN` lists the architectures that ship with the package."""
 
 from .base import (
-    ARCHITECTURES,
-    FUSED_PREFIX,
     Architecture,
     Block,
     ConvArchitecture,
     LayerArchitecture,
     One,
+    OneBeside,
     Place,
     TransformerArchitecture,
     ZeroAttention,
     ZeroBlock,
-    architecture_for,
     part_at,
 )
 from .bert import (
@@ -26,11 +24,16 @@ from .bert import (
     RobertaArchitecture,
     XLMRobertaArchitecture,
 )
-from .block_weights import MAPS, READERS, Heads, LinearMap, heads_of, linear_maps
+from .block_weights import MAPS, READERS, LinearMap, linear_maps
+from .bloom import BloomArchitecture
+from .cohere import CohereArchitecture
 from .conv_graph import ConvGraphArchitecture, Convolutions, Skip, Unit
 from .gemma import Gemma2Architecture, Gemma3Architecture, Gemma3TextArchitecture
+from .glm4 import Glm4Architecture
 from .gpt2 import GPT2Architecture, GPTNeoArchitecture
+from .gpt_neox import GPTNeoXArchitecture
 from .hybrid import MambaArchitecture, Qwen3NextArchitecture, Qwen35TextArchitecture
+from .layouts import Heads
 from .llama import (
     GraniteArchitecture,
     LlamaArchitecture,
@@ -45,6 +48,8 @@ from .llama import (
 )
 from .mobilenet_v2 import MobileNetV2Architecture
 from .opt import BartArchitecture, MarianArchitecture, MBartArchitecture, OPTArchitecture, WhisperArchitecture
+from .phi import Phi3Architecture, PhiArchitecture
+from .registry import ARCHITECTURES, FUSED_PREFIX, architecture_for
 from .resnet import ResNetArchitecture
 from .speech import HubertArchitecture, Wav2Vec2Architecture
 from .t5 import T5Architecture
@@ -111,6 +116,12 @@ BUILTIN: tuple[type[Architecture], ...] = (
     DINOv2Architecture,
     DINOv3Architecture,
     BEiTArchitecture,
+    GPTNeoXArchitecture,
+    BloomArchitecture,
+    PhiArchitecture,
+    Phi3Architecture,
+    CohereArchitecture,
+    Glm4Architecture,
     ResNetArchitecture,
     MobileNetV2Architecture,
 )
@@ -130,6 +141,7 @@ __all__ = [
     "LayerArchitecture",
     "LinearMap",
     "One",
+    "OneBeside",
     "Place",
     "Skip",
     "TransformerArchitecture",
@@ -137,7 +149,6 @@ __all__ = [
     "ZeroAttention",
     "ZeroBlock",
     "architecture_for",
-    "heads_of",
     "linear_maps",
     "part_at",
 ]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -14,8 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...plan import TRANSFORMER, Edit, Plan, PlanNotes
-
-FUSED_PREFIX = "fused_"
+from .layouts import Heads, JointLayout, Pairing, heads_in
 
 
 @dataclass(frozen=True)
@@ -23,12 +21,15 @@ class Block:
     """One attention, MLP or convolutional block at one depth.
 
     `modules` maps a role to a live module path. `norm` is the norm that the block owns, `out` is the map back to the
-    residual stream. The architecture chooses the roles of the other maps and small norms.
+    residual stream. The architecture chooses the roles of the other maps and small norms. `joint` maps the role of a
+    joint map to the layout of its rows. `heads` are the heads of an attention block, if the config states them.
     """
 
     layer: int
     kind: Literal["attention", "mlp", "conv"]
     modules: Mapping[str, str]
+    joint: Mapping[str, JointLayout] = field(default_factory=dict)
+    heads: Heads | None = None
 
 
 class Place(NamedTuple):
@@ -131,15 +132,25 @@ class LayerArchitecture(Architecture, ABC):
         found = []
         for index, layer in enumerate(self.layer_list(model)):
             for kind in self.kinds:
-                if not any(type(part_at(layer, at)) is to for at, to in self.skip.get(kind, {}).items()):
+                gone = [
+                    type(part) is to
+                    for at, to in self.skip.get(kind, {}).items()
+                    if (part := part_at(layer, at)) is not None
+                ]
+                # a part of a stock layer may be an Identity too, such as the first norm of ModernBERT
+                if not gone or not all(gone):
                     modules = {
                         role: f"{path}.{index}.{at}"
                         for role, at in self.table(kind).items()
                         if (part := part_at(layer, at)) is not None
-                        and (role == "norm" or type(part) not in (nn.Identity, One))
+                        and (role == "norm" or type(part) not in (nn.Identity, One, OneBeside))
                     }
-                    found.append(Block(index, kind, modules))
+                    found.append(self.block(self.config_of(model.config), index, kind, modules))
         return found
+
+    def block(self, config: PreTrainedConfig, layer: int, kind: str, modules: Mapping[str, str]) -> Block:
+        """Block of a layer, with the layouts of its maps. `config` is the config of the stack."""
+        return Block(layer, kind, modules)
 
     def stays(self, parameter: str) -> bool:
         """Whether a parameter of a block stays when its block is removed; its name is relative to its layer.
@@ -167,10 +178,11 @@ class LayerArchitecture(Architecture, ABC):
 class TransformerArchitecture(LayerArchitecture):
     """Layers of one attention and one MLP block each.
 
-    Roles with a meaning are `norm`, `q`, `k`, `v`, `qkv`, `q_norm`, `k_norm`, `in`, `gate` and `out`. Parts with
-    another role belong to the block, but nothing fits them. A block without the role `out` is opaque: it can be
-    dropped, kept or shared, but not aligned or refitted. `norm` is the norm in front of the block, or the one behind
-    the residual sum with `post_norm`.
+    Roles with a meaning are `norm`, `q`, `k`, `v`, `q_norm`, `k_norm`, `in`, `gate` and `out`; the joint maps `qkv` and
+    `gate_in`; and the maps `q_position` and `k_position` from position embeddings to vectors that keys and queries are
+    multiplied with (DeBERTa). Parts with another role belong to the block, but nothing fits them. A block without the
+    role `out` is opaque: it can be dropped, kept or shared, but not aligned or refitted. `norm` is the norm in front of
+    the block, or the one behind the residual sum with `post_norm`.
 
     Attributes:
         attention: Role -> path, for the parts of the attention block.
@@ -182,6 +194,14 @@ class TransformerArchitecture(LayerArchitecture):
         parallel: Whether both blocks read the input of the layer, which adds their outputs in one sum (GPT-NeoX).
         between: Kind -> path of what lies between the output of `out` and the residual sum: a norm (Gemma 2), a
             parameter (BEiT) or a number (Granite) that multiplies.
+        joint: Role of a joint map -> layout of its rows. A `qkv` holds all queries, all keys and all values ("parts",
+            GPT-2), or for each key-value head its queries, its key and its value ("groups", GPT-NeoX). A `gate_in`
+            holds the units that pass the activation, then those that do not ("gate_first"), or the reverse
+            ("gate_last").
+        pairing: Coordinates of a head that rotate together with the position, if the config states rotary positions:
+            "halves" (Llama) or "neighbours" (GLM-4), see `Heads`.
+        bound_heads: Whether each head has its own position bias (T5, ALiBi). Such heads can be rotated, but they
+            cannot change places.
         silent: Kind -> paths of the parameters that are zero in an opaque block that adds nothing.
     """
 
@@ -192,8 +212,18 @@ class TransformerArchitecture(LayerArchitecture):
     crossed: ClassVar[bool] = False
     parallel: ClassVar[bool] = False
     between: ClassVar[Mapping[str, str]] = {}
+    joint: ClassVar[Mapping[str, JointLayout]] = {"qkv": "parts", "gate_in": "gate_first"}
+    pairing: ClassVar[Pairing] = "halves"
+    bound_heads: ClassVar[bool] = False
     silent: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     kinds = TRANSFORMER
+
+    def heads(self, config: PreTrainedConfig, layer: int) -> Heads | None:
+        """Heads of an attention block; None if the config of the stack states no number of heads."""
+        return heads_in(config, layer, self.pairing, self.bound_heads)
+
+    def block(self, config: PreTrainedConfig, layer: int, kind: str, modules: Mapping[str, str]) -> Block:
+        return Block(layer, kind, modules, self.joint, self.heads(config, layer) if kind == "attention" else None)
 
     def place(self, kind: str, name: str) -> Place:
         table = self.table(kind)
@@ -292,75 +322,24 @@ class One(nn.Module):
         return hidden_states.new_ones(())
 
 
+class OneBeside(nn.Module):
+    """Placeholder for the removed joint map of an MLP: returns its input, with ones in place of the gate.
+
+    Args:
+        layout: Layout of the joint map, "gate_first" or "gate_last".
+    """
+
+    def __init__(self, layout: JointLayout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        ones = torch.ones_like(hidden_states)
+        return torch.cat([ones, hidden_states] if self.layout == "gate_first" else [hidden_states, ones], dim=-1)
+
+
 def root_of(model: PreTrainedModel) -> str:
     """Prefix of the live paths of the base model, with any head: `resnet.`, or an empty string."""
     base = model.base_model
     prefix = next(name for name, module in model.named_modules() if module is base)
     return f"{prefix}." if prefix else ""
-
-
-ARCHITECTURES: dict[str, Architecture] = {}
-
-_Kind = TypeVar("_Kind", bound=Architecture)
-
-
-def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture, stack: str | None = None) -> _Kind:
-    """Look up the architecture of a model or config.
-
-    Args:
-        model: Model, or its config.
-        kind: Kind of architecture: `LayerArchitecture` (layers to fuse) or `ConvGraphArchitecture` (a graph of
-            convolutions to merge).
-        stack: Name of a stack, in models that have several; by default, the stack of the table that is registered.
-
-    Returns:
-        The architecture that is registered for the `model_type`.
-
-    Raises:
-        UnsupportedModelError: No architecture of this kind is registered for the `model_type`, the models have no such
-            stack, or `model` is neither a model nor a config.
-    """
-    if not isinstance(model, PreTrainedModel | PreTrainedConfig):
-        raise UnsupportedModelError(f"{_name_of(model)} is not a transformers model: {_instead_of(model)}.")
-    config = getattr(model, "config", model)
-    model_type = config.model_type.removeprefix(FUSED_PREFIX)
-    architecture = ARCHITECTURES.get(model_type)
-    if isinstance(architecture, kind):
-        return (_of_stack(architecture, stack) if stack else architecture).variant(config)
-    known = ", ".join(sorted(name for name, architecture in ARCHITECTURES.items() if isinstance(architecture, kind)))
-    if architecture is not None:
-        what = "layers to fuse, drop or make linear" if kind is LayerArchitecture else "convolutions to merge"
-        raise UnsupportedModelError(f"the architecture of {model_type!r} has no {what}. Those that have: {known}.")
-    raise UnsupportedModelError(
-        f"unknown architecture {model_type!r}. Known: {known}. To add one, see 'Add an "
-        "architecture' in CONTRIBUTING.md."
-    )
-
-
-def _of_stack(architecture: _Kind, stack: str) -> _Kind:
-    tables = (architecture, *(other() for other in getattr(architecture, "other_stacks", ())))
-    named = {getattr(table, "stack", ""): table for table in tables}
-    if stack not in named:
-        known = ", ".join(filter(None, named)) or "one stack, which needs no name"
-        raise UnsupportedModelError(f"{architecture.model_type!r} has no stack {stack!r}. It has: {known}.")
-    return named[stack]
-
-
-def _name_of(value: Any) -> str:
-    return repr(value) if isinstance(value, str | os.PathLike) else type(value).__name__
-
-
-def _instead_of(value: Any) -> str:
-    """What to pass in place of a value that is not a model."""
-    if isinstance(value, str | os.PathLike):
-        return f"load it first, with AutoFusedModel.from_pretrained({str(value)!r})"
-    if hasattr(value, "merge_and_unload"):
-        return "pass model.merge_and_unload(), which keeps the adapters, or model.unload(), which drops them"
-    for attribute in ("module", "_orig_mod", "model"):  # DataParallel, torch.compile, pipelines
-        if isinstance(getattr(value, attribute, None), PreTrainedModel):
-            return f"pass the model inside it, .{attribute}"
-    if isinstance(value, nn.Module):
-        inside = [name for name, module in value.named_modules() if isinstance(module, PreTrainedModel)]
-        if inside:
-            return f"pass the model inside it, .get_submodule({inside[0]!r})"
-    return "pass a model as from_pretrained returns it"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
 
-from .base import TransformerArchitecture, ZeroAttention, ZeroBlock
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .base import Architecture, TransformerArchitecture, ZeroAttention, ZeroBlock
 
 
 class BertArchitecture(TransformerArchitecture):
@@ -72,6 +75,7 @@ class MPNetArchitecture(BertArchitecture):
         "norm": "attention.LayerNorm",
     }
     skip = {**BertArchitecture.skip, "attention": {"attention.attn": ZeroAttention}}
+    bound_heads = True
 
 
 class DebertaV2Architecture(BertArchitecture):
@@ -82,6 +86,21 @@ class DebertaV2Architecture(BertArchitecture):
         "k": "attention.self.key_proj",
         "v": "attention.self.value_proj",
     }
+
+    def variant(self, config: PreTrainedConfig) -> Architecture:
+        types = config.pos_att_type or () if config.relative_attention else ()
+        return self if getattr(config, "share_att_key", False) or not types else _ApartDebertaV2(types)
+
+
+class _ApartDebertaV2(DebertaV2Architecture):
+    """Relative positions have maps of their own, for queries and for keys to be multiplied with."""
+
+    def __init__(self, types: Sequence[str]) -> None:
+        paths = {
+            "p2c": ("q_position", "attention.self.pos_query_proj"),
+            "c2p": ("k_position", "attention.self.pos_key_proj"),
+        }
+        self.attention = {**DebertaV2Architecture.attention, **dict(paths[name] for name in types)}
 
 
 class NomicBertArchitecture(TransformerArchitecture):

@@ -44,6 +44,8 @@ class T5Architecture(TransformerArchitecture):
         "mlp": {"layer.1.layer_norm": nn.Identity, _MLP: ZeroBlock},
     }
 
+    bound_heads = True
+
     def variant(self, config: PreTrainedConfig) -> Architecture:
         return _GatedT5() if config.is_gated_act else self
 

@@ -71,6 +71,7 @@ class BEiTArchitecture(_Backbone):
     model_type = "beit"
     attention = {**ViTArchitecture.attention, "bias": "relative_position_bias"}
     between = {"attention": "lambda_1", "mlp": "lambda_2"}
+    bound_heads = True
 
 
 class CLIPVisionArchitecture(TransformerArchitecture):
