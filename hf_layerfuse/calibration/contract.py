@@ -21,14 +21,7 @@ from ..evaluation.batches import Batches, model_inputs, take
 from ..evaluation.divergence import prediction
 from ..evaluation.hooks import watch
 from ..evaluation.modes import eval_mode, outside_inference_mode
-from ..models.architectures import (
-    READERS,
-    Block,
-    LayerArchitecture,
-    TransformerArchitecture,
-    architecture_for,
-    part_at,
-)
+from ..models.architectures import READERS, Block, LayerArchitecture, TransformerArchitecture, architecture_for, part_at
 from ..models.surgery.checks import shapes_of
 from ..models.symmetries import disguise
 from .layer_hooks import HookPoint

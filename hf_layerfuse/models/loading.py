@@ -94,9 +94,9 @@ def _why_unknown(path: str, hub: Mapping[str, Any]) -> str | None:
     """Message for a fused checkpoint whose architecture has no table in this process, or None."""
     try:
         fields, _ = PreTrainedConfig.get_config_dict(path, **hub)
-    except (OSError, ValueError):
+        model_type = str(fields.get("model_type"))
+    except (AttributeError, OSError, TypeError, ValueError):  # a damaged config has a message of its own
         return None
-    model_type = str(fields.get("model_type"))
     base = model_type.removeprefix(FUSED_PREFIX)
     if base == model_type or base in ARCHITECTURES:
         return None

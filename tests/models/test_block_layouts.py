@@ -370,3 +370,14 @@ def test_a_wrong_layout_breaks_the_contract(name, model_of, monkeypatch):
         monkeypatch.setattr(CASES[name][0], field, value)
         with pytest.raises(UnsupportedModelError, match="another order of the units or heads of attention"):
             check_contract(model, batches)
+
+
+def test_norms_inside_the_heads(model_of):
+    """A norm with gains for all heads moves with them; one with the gains of a single head, or without any, has no
+    rows."""
+    for name, norms in (("olmo2", {"q_norm", "k_norm"}), ("phi norms", set())):
+        model = model_of(name)
+        assert rows_of(model, attention_of(model)).keys() == {"q", "k", "v", "out", *norms}
+    model = model_of("olmo2")
+    model.model.layers[1].self_attn.q_norm.weight = None
+    assert rows_of(model, attention_of(model)).keys() == {"q", "k", "v", "out", "k_norm"}

@@ -174,8 +174,8 @@ def alike(model: PreTrainedModel, architecture: TransformerArchitecture, source:
     position embeddings, because all heads of a layer share such parts, and no position biases of their own, which would
     bind them to their places. The kept layer is always included.
     """
-    config = architecture.config_of(model.config)
-    kept, heads = source.kept, architecture.heads(config, source.kept)
+    config, kept = architecture.config_of(model.config), source.kept
+    heads = architecture.heads(config, kept)
     if any(role in architecture.attention for role in (*HEAD_NORMS, *POSITIONS)) or (heads and heads.bound):
         return [kept]
     lists = [values for name in architecture.per_layer_config if (values := getattr(config, name, None))]

@@ -132,9 +132,13 @@ class LayerArchitecture(Architecture, ABC):
         found = []
         for index, layer in enumerate(self.layer_list(model)):
             for kind in self.kinds:
-                skip = {at: to for at, to in self.skip.get(kind, {}).items() if part_at(layer, at) is not None}
+                gone = [
+                    type(part) is to
+                    for at, to in self.skip.get(kind, {}).items()
+                    if (part := part_at(layer, at)) is not None
+                ]
                 # a part of a stock layer may be an Identity too, such as the first norm of ModernBERT
-                if not skip or any(type(part_at(layer, at)) is not to for at, to in skip.items()):
+                if not gone or not all(gone):
                     modules = {
                         role: f"{path}.{index}.{at}"
                         for role, at in self.table(kind).items()
