@@ -76,7 +76,7 @@ def _merged(stack: Stack, blocks: list[DiscoveredBlock], notes: list[str]) -> Di
         return opaque(replace(usual, skip=skip))
     for index, block in enumerate(blocks):
         if block.skip != usual.skip:
-            notes.append(f"the outputs of the {usual.kind} block of layer {index} are others than in most layers")
+            notes.append(f"the {usual.kind} block of layer {index} returns other values than in most layers")
     roles = dict(usual.roles)
     for role in {role: path for block in blocks for role, path in block.roles.items()}:
         if any(block.roles.get(role) != usual.roles.get(role) for block in blocks):

@@ -53,7 +53,7 @@ def test_the_source_gives_the_same_table(name):
     assert ours.__name__ == type(before).__name__ or name == "gpt2"
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_nothing_is_changed_or_copied(name, monkeypatch):
     """Modules, weights, hooks and modes of the model are the same objects afterwards; only single layers are copied."""
     model = family_model(name).train()
