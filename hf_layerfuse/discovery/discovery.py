@@ -12,24 +12,20 @@ from transformers import PreTrainedModel
 
 from ..calibration.contract import check_contract
 from ..errors import UnsupportedModelError
-from ..evaluation.batches import model_inputs, take
-from ..evaluation.dummy_inputs import dummy_inputs
 from ..evaluation.modes import eval_mode, outside_inference_mode
 from ..models.architectures import FUSED_PREFIX, TransformerArchitecture, architecture_for
 from ..models.architectures.base import root_of
 from ..models.surgery.checks import shapes_of
 from .blocks import DiscoveredBlock
 from .checks import check_removal, silent_parameters, with_needed_norm
-from .config_fields import depth_field, lists_of_depth, owner_of, per_layer_fields
+from .choice import chosen_stack, inputs_for, stacks_of
+from .config_fields import lists_of_depth, owner_of, per_layer_fields
 from .fields import class_name, fields_of
 from .layouts import BlockLayout, block_layout
 from .several import stack_mask, stack_name
 from .source import source_of
-from .stacks import Stack, find_stacks
+from .stacks import RAISED, Stack
 from .tables import stack_table
-
-_ROWS = 2
-"""Rows of a batch that are used."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +138,9 @@ def discover_architecture(
     """
     check_discoverable(model)
     with eval_mode(model):
-        inputs = _inputs(model, batch)
-        stacks, refused = _stacks(model, inputs, given=batch is not None)
-        chosen, depths = _chosen(model, stacks, refused, stack)
+        inputs = inputs_for(model, batch)
+        stacks, refused = stacks_of(model, inputs, given=batch is not None)
+        chosen, depths = chosen_stack(model, stacks, refused, stack)
         found = _described(model, chosen, depths[chosen.path])
         if len(depths) > 1:
             name, mask = stack_name(chosen.path, depths), stack_mask(model, inputs, chosen)
@@ -215,7 +211,7 @@ def _verified(model: PreTrainedModel, inputs: Mapping[str, Tensor], stack: Stack
     try:
         check_contract(model, [inputs], found.architecture()())
         verified.append(claim)
-    except UnsupportedModelError as error:
+    except (UnsupportedModelError, *RAISED) as error:
         unverified.append(f"{claim}: {error}")
     return replace(found, verified=tuple(verified), unverified=tuple(unverified))
 
@@ -228,8 +224,7 @@ def _check_removals(
     Returns:
         The reason why they fail in the middle layer, or None; and the layers in which they fail.
     """
-    last = len(stack.layers) - 1
-    middle = last // 2 + 1
+    last, middle = len(stack.layers) - 1, len(stack.layers) // 2
     checked = {index: check_removal(model, inputs, stack, block, index) for index in (0, middle, last)}
     if checked[middle] is None and any(checked.values()):
         checked |= {
@@ -249,71 +244,3 @@ def check_discoverable(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has no weights, and an architecture is found by running the model: load it with "
             "from_pretrained, without offloading."
         )
-
-
-def _inputs(model: PreTrainedModel, batch: Mapping[str, Any] | None) -> dict[str, Tensor]:
-    if batch is not None:
-        inputs = model_inputs(batch, model)
-        rows = len(next(iter(inputs.values()), ()))
-        return take(inputs, torch.arange(rows) < _ROWS)
-    try:
-        return dummy_inputs(model)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(_ask_for_batch(model, error)) from error
-
-
-def _stacks(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], given: bool
-) -> tuple[dict[str, Stack], dict[str, str]]:
-    try:
-        return find_stacks(model, inputs)
-    except (AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if given:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} does not accept the batch of {', '.join(inputs)}: {_one_line(error)}"
-            ) from error
-        raise UnsupportedModelError(_ask_for_batch(model, error)) from error
-
-
-def _ask_for_batch(model: PreTrainedModel, error: Exception) -> str:
-    return (
-        f"{type(model).__name__} does not accept random inputs: {_one_line(error)} Pass a representative batch of its "
-        "inputs."
-    )
-
-
-def _one_line(error: Exception) -> str:
-    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return text if text.endswith(".") else f"{text}."
-
-
-def _chosen(
-    model: PreTrainedModel, stacks: Mapping[str, Stack], refused: Mapping[str, str], wanted: str | None
-) -> tuple[Stack, dict[str, str]]:
-    """The stack to describe, and the depth field of each stack that has one, by path."""
-    name = type(model).__name__
-    if not stacks:
-        each = "; ".join(f"{path}: {why}" for path, why in refused.items()) or "it has no nn.ModuleList"
-        raise UnsupportedModelError(f"{name} does not run a stack of layers once, in order. What was found: {each}.")
-    if wanted is not None:
-        wanted = next((path for path in (wanted, root_of(model) + wanted) if path in stacks), wanted)
-        if wanted not in stacks:
-            why = f" It is a list, but {refused[wanted]}." if wanted in refused else ""
-            raise UnsupportedModelError(
-                f"{name} has no stack {wanted!r}.{why} Its stacks: {', '.join(map(repr, stacks))}."
-            )
-    fields = {path: depth_field(model, path) for path in stacks}
-    depths = {path: field for path, field in fields.items() if field is not None}
-    lacking = [wanted] if wanted is not None and wanted not in depths else [] if depths else [*stacks]
-    if lacking:
-        each = ", ".join(f"{path} ({len(stacks[path].layers)} layers)" for path in lacking)
-        raise UnsupportedModelError(
-            f"no field of {type(model.config).__name__} sets the number of layers of {each}, so a model with fewer "
-            "layers cannot be built."
-        )
-    if wanted is None and len(depths) > 1:
-        each = ", ".join(
-            f"{path!r} ({len(stacks[path].layers)} layers, config.{depth})" for path, depth in depths.items()
-        )
-        raise UnsupportedModelError(f"{name} has several stacks of layers: pass stack= with one of {each}.")
-    return stacks[wanted or next(iter(depths))], depths
