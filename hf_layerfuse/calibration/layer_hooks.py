@@ -61,9 +61,10 @@ def layer_hooks(
         if point == "input":
             start.append(tensor)
             return
-        if point is not None and places[point].when == "after":
-            tensor = tensor.clone()  # Falcon adds the output of attention to that of the MLP, in place
-        found[point] = start[0] + tensor if point in added else tensor
+        if point in added:
+            found[point] = start[0] + tensor
+        else:  # Falcon adds the output of one block to that of the other in place
+            found[point] = tensor.clone() if modules[point][1] == "after" else tensor
         if found.keys() >= set(points):
             raise StopForward
 

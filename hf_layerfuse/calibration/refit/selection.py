@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...math.ridge import Moments, compose, eliminate, fit, identity
-from ...models.architectures import READERS, Block, TransformerArchitecture
+from ...models.architectures import MAPS, READERS, Block, TransformerArchitecture
 from ...models.architectures.block_weights import HEAD_NORMS, POSITIONS, rows_of, write_rows
 from ...models.modules.shared_linear import theta_of
 from ...plan import Source
@@ -62,9 +62,10 @@ class Selection:
         for depth, reading in self._readings(originals).items():
             variant = copy.deepcopy(self.layer, shared.copy())
             for role, path in self.table.items():
-                if role == "out" or role in READERS:
+                if role in MAPS:
                     theta = theta_of(stocks[depth].get_submodule(path))
-                    store(variant.get_submodule(path), compose(reading, theta) if role in READERS else theta)
+                    folds = role in READERS and role not in layerwise.architecture.also_positions
+                    store(variant.get_submodule(path), compose(reading, theta) if folds else theta)
             self.variants.append(variant)
         parts = [theta_of(variant.get_submodule(self.table["out"])) for variant in self.variants]
         self.start = torch.cat([*(theta[:-1] for theta in parts), sum(theta[-1:] for theta in parts)])

@@ -80,7 +80,8 @@ class TransformerRepair(Repair):
 
     def _readers(self, block: Block) -> dict[str, str]:
         """Paths of the maps that read the inputs of a block, by role."""
-        return {role: path for role, path in block.modules.items() if role in READERS}
+        also_positions = self.student.architecture.also_positions
+        return {role: path for role, path in block.modules.items() if role in READERS and role not in also_positions}
 
     def _reading(self, block: Block, original: MappedActivations) -> list[Moments]:
         """Moments of the inputs of a block in the student, with the inputs of the original block as targets."""
@@ -173,7 +174,11 @@ class TransformerRepair(Repair):
             )
 
         moments = self.student.moments(rows, HookPoint(block.kind, "read"), HookPoint(block.kind, "residual"))
-        maps = [self.student.model.get_submodule(path) for role, path in block.modules.items() if role in ("in", "out")]
+        maps = [
+            self.student.model.get_submodule(path)
+            for role, path in block.modules.items()
+            if role in ("in", "gate_in", "out")
+        ]
         found = fit_linear(maps, *moments)
         variance = moments[1].centred()[2].trace().item() / max(moments[1].rows, 1)
         self._note(block.layer, block.kind, "linear map", found.before, found.after, r2=1 - found.after / variance)

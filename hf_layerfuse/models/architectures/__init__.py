@@ -28,6 +28,7 @@ from .block_weights import MAPS, READERS, LinearMap, linear_maps
 from .bloom import BloomArchitecture
 from .cohere import CohereArchitecture
 from .conv_graph import ConvGraphArchitecture, Convolutions, Skip, Unit
+from .falcon import FalconArchitecture
 from .gemma import Gemma2Architecture, Gemma3Architecture, Gemma3TextArchitecture
 from .glm4 import Glm4Architecture
 from .gpt2 import GPT2Architecture, GPTNeoArchitecture
@@ -47,6 +48,7 @@ from .llama import (
     Starcoder2Architecture,
 )
 from .mobilenet_v2 import MobileNetV2Architecture
+from .modernbert import ModernBertArchitecture
 from .opt import BartArchitecture, MarianArchitecture, MBartArchitecture, OPTArchitecture, WhisperArchitecture
 from .phi import Phi3Architecture, PhiArchitecture
 from .placeholder import Placeholder
@@ -87,6 +89,7 @@ BUILTIN: tuple[type[Architecture], ...] = (
     Gemma2Architecture,
     Gemma3TextArchitecture,
     Gemma3Architecture,
+    FalconArchitecture,
     MixtralArchitecture,
     Qwen3MoeArchitecture,
     Qwen3NextArchitecture,
@@ -100,6 +103,7 @@ BUILTIN: tuple[type[Architecture], ...] = (
     MPNetArchitecture,
     DebertaV2Architecture,
     NomicBertArchitecture,
+    ModernBertArchitecture,
     T5Architecture,
     BartArchitecture,
     MBartArchitecture,

@@ -66,8 +66,7 @@ class LayerArchitecture(Architecture, ABC):
     Attributes:
         layers: Path of the `nn.ModuleList` of layers inside the base model.
         skip: Modules to replace, if a layer has them, and their replacements, so that a layer runs without a block; one
-            entry per kind.
-            The first module of an MLP is the one that reads the state.
+            entry per kind. The first module of an MLP is the one that reads the state.
         post_norm: Whether the block's norm follows the residual sum (BERT) instead of preceding the block (GPT-2).
         per_layer_config: Config fields with one entry per layer, kept in step with the layers.
         other_lists: Config fields whose lists are as long as the stack by chance.
@@ -202,6 +201,8 @@ class TransformerArchitecture(LayerArchitecture):
             "halves" (Llama) or "neighbours" (GLM-4), see `Heads`.
         bound_heads: Whether each head has its own position bias (T5, ALiBi). Such heads can be rotated, but they
             cannot change places.
+        also_positions: Roles of maps that read position embeddings besides the stream (DeBERTa). The refit folds
+            nothing into them.
         silent: Kind -> paths of the parameters that are zero in an opaque block that adds nothing.
     """
 
@@ -215,6 +216,7 @@ class TransformerArchitecture(LayerArchitecture):
     joint: ClassVar[Mapping[str, JointLayout]] = {"qkv": "parts", "gate_in": "gate_first"}
     pairing: ClassVar[Pairing] = "halves"
     bound_heads: ClassVar[bool] = False
+    also_positions: ClassVar[tuple[str, ...]] = ()
     silent: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     kinds = TRANSFORMER
 

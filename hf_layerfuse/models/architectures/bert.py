@@ -86,6 +86,7 @@ class DebertaV2Architecture(BertArchitecture):
         "k": "attention.self.key_proj",
         "v": "attention.self.value_proj",
     }
+    also_positions = ("q", "k")
 
     def variant(self, config: PreTrainedConfig) -> Architecture:
         types = config.pos_att_type or () if config.relative_attention else ()
@@ -94,6 +95,8 @@ class DebertaV2Architecture(BertArchitecture):
 
 class _ApartDebertaV2(DebertaV2Architecture):
     """Relative positions have maps of their own, for queries and for keys to be multiplied with."""
+
+    also_positions = ()
 
     def __init__(self, types: Sequence[str]) -> None:
         paths = {

@@ -189,13 +189,13 @@ def _stock(kind: type[nn.Module]) -> type[nn.Module] | None:
     # others may leave the weight to their parent, as the output projection of nn.MultiheadAttention does
     if not issubclass(kind, nn.Linear) or "forward" not in vars(kind):
         return None
-    try:
-        probe = kind(3, 2, device="cpu", dtype=torch.float64)
-    except TypeError:
-        return None
-    values = torch.linspace(-1, 1, 8, dtype=torch.float64)
-    weight, bias = values[:6].view(2, 3), values[6:]
-    with torch.no_grad():
+    with torch.device("cpu"), torch.no_grad():  # sizes are predicted on the meta device
+        try:
+            probe = kind(3, 2, dtype=torch.float64)
+        except TypeError:
+            return None
+        values = torch.linspace(-1, 1, 8, dtype=torch.float64)
+        weight, bias = values[:6].view(2, 3), values[6:]
         probe.weight.copy_(weight)
         probe.bias.copy_(bias)
         x = torch.tensor([[0.3, -0.7, 0.2], [1.5, 0.1, -0.4]], dtype=torch.float64)
