@@ -38,6 +38,7 @@ class DiscoveredBlock:
         skip: Path -> placeholder, which together remove the block.
         activation: Path of the module between the maps of an MLP, or None.
         adds: Path of a module of only `out` and `norm` that adds the residual itself, or None.
+        also_positions: Roles of maps that also read other inputs than the stream, such as position embeddings.
         silent: Parameters that are zero if an opaque block adds nothing.
     """
 
@@ -48,6 +49,7 @@ class DiscoveredBlock:
     skip: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     activation: str | None = None
     adds: str | None = None
+    also_positions: tuple[str, ...] = ()
     silent: tuple[str, ...] = ()
 
     @property
@@ -132,7 +134,9 @@ def _block(graph: LayerGraph, branch: Branch) -> DiscoveredBlock:
     _name_parts(roles, _other_parts(graph, roles, between, skip))
     adds = _adder(graph, branch, out, readers) if kind == "mlp" else None
     norm_after = norm is None and branch.sum.norm is not None
-    block = DiscoveredBlock(kind, roles, norm_after, tuple(between), skip, activation, adds)
+    again = {call.path for call in graph.calls if call.inputs and not graph.on_stream(call.inputs[0])}
+    also = tuple(role for role, path in roles.items() if path in again and kind != "cross")
+    block = DiscoveredBlock(kind, roles, norm_after, tuple(between), skip, activation, adds, also)
     return opaque(block) if kind == "mixer" else block
 
 
@@ -141,7 +145,7 @@ def opaque(block: DiscoveredBlock) -> DiscoveredBlock:
     norm = block.roles.get("norm")
     roles = {} if norm is None else {"norm": norm}
     _name_parts(roles, [path for path, each in block.skip.items() if path != norm and each is not nn.Identity])
-    return replace(block, roles=roles, activation=None, adds=None)
+    return replace(block, roles=roles, activation=None, adds=None, also_positions=())
 
 
 def _kind(graph: LayerGraph, branch: Branch, operands: Operands | None) -> BlockKind:

@@ -44,6 +44,7 @@ def fields_of(found: Discovery) -> dict[str, Any]:
         **{kind: dict(block.roles) for kind, block in blocks.items()},
         "activation": mlp and mlp.activation,
         "adds": mlp and mlp.adds,
+        "also_positions": tuple(role for block in blocks.values() for role in block.also_positions),
         "crossed": len(found.blocks) > 2,
         "parallel": found.parallel,
         "between": {kind: block.between[0] for kind, block in blocks.items() if block.between},

@@ -53,7 +53,7 @@ def block_layout(
     Returns:
         The layout, or the reason why none is known.
     """
-    expected, why = first_tensor(call.run(layer)), "no known layout leaves the output of the layer as it is"
+    expected, why = first_tensor(call.run(layer)), None
     for layout in _layouts(block):
         heads = None
         if block.kind == "attention":
@@ -64,11 +64,11 @@ def block_layout(
                 changed, Block(index, block.kind, block.roles, layout.joint, heads), torch.Generator().manual_seed(0)
             )
         except UnsupportedModelError as error:
-            why = str(error)
+            why = why or str(error)
             continue
         if near(first_tensor(call.run(changed)), expected):
             return layout
-    return why
+    return why or "no known layout leaves the output of the layer as it is"
 
 
 def _layouts(block: DiscoveredBlock) -> list[BlockLayout]:

@@ -24,6 +24,7 @@ EXPLAINED = {
     "marian": _FIRST,
     "whisper": _FIRST,
     "t5": _OUTPUTS,
+    "falcon": {"joint": "the config does not state the number of key-value heads, so the layout is not verified"},
     "gemma3": {"stack": "the hand-written table describes the language model alone"},
     "bloom": {
         "attention, placeholders": "a general placeholder adds the residual",
@@ -52,7 +53,7 @@ def differences(model, hand, found) -> dict[str, tuple]:
         silent = [{path.removesuffix(".weight") for path in each.silent.get(kind, ())} for each in (hand, found)]
         same(f"{kind}, silent", *silent)
     fields = ("kinds", "layers", "activation", "adds", "crossed", "parallel", "between", "post_norm", "config", "fixed")
-    fields += ("joint", "pairing", "bound_heads", "stack", "mask")
+    fields += ("also_positions", "joint", "pairing", "bound_heads", "stack", "mask")
     for field in fields:
         same(field, getattr(hand, field), getattr(found, field))
     real = type(config).attribute_map
