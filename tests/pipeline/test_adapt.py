@@ -6,6 +6,7 @@ import torch
 from families import family_inputs, family_model
 from helpers import tiny_model
 from repeated import repeated
+from runs import causal_lm
 from safetensors.torch import save_file
 
 from hf_layerfuse import DataError
@@ -73,3 +74,11 @@ def test_inspect_knows_discovered_tables(tmp_path, capsys):
     assert shown.out.count("yes") == 2
     assert "warning: unknown architecture 'repeated': RepeatedArchitecture was discovered" in shown.err
     assert f"`hf-layerfuse adapt {tmp_path}` prints this table" in shown.err
+
+
+@pytest.mark.slow
+def test_recipes_use_discovered_tables(tmp_path, capsys, monkeypatch):
+    """A run of a recipe on an unknown architecture discovers its table, says so, and ends with a verified result."""
+    monkeypatch.delitem(ARCHITECTURES, "gpt2")
+    assert main(["run", *causal_lm(tmp_path), "--heal.steps", "0"]) == 0
+    assert "warning: unknown architecture 'gpt2': Gpt2Architecture was discovered" in capsys.readouterr().err
