@@ -34,7 +34,6 @@ class Branch:
         end: Node that the block adds to the stream.
         start: Node of the stream that it reads, with the norm of the block before it.
         nodes: Bit set of its nodes.
-        own: Bit set of those nodes that serve no other block.
         calls: Calls of modules that gave some of these nodes.
         parts: Largest modules that serve this block alone and do not add the residual, in execution order.
         adder: Largest module that serves this block alone and adds the residual itself, or None.
@@ -44,7 +43,6 @@ class Branch:
     end: int
     start: int
     nodes: int
-    own: int
     calls: tuple[ModuleCall, ...]
     parts: tuple[ModuleCall, ...]
     adder: ModuleCall | None
@@ -104,7 +102,7 @@ def branches_of(graph: LayerGraph, total: ResidualSum) -> list[Branch]:
             and not graph.body(call) & ~(own | 1 << total.total)
         ]
         parts, adder = _largest(alone), next(iter(_largest(adders)), None)
-        found.append(Branch(total, end, graph.unmoved(total.residual), nodes, own, calls, parts, adder))
+        found.append(Branch(total, end, graph.unmoved(total.residual), nodes, calls, parts, adder))
     return sorted(found, key=lambda branch: min((part.start for part in branch.parts), default=branch.end))
 
 
