@@ -152,8 +152,12 @@ def gemma3() -> Job:
 
 
 def windows(tokenizer: Any, split: str, count: int, length: int = 256, size: int = 16) -> Batches:
-    ids = tokenizer(text(split)[: count * length * 8], verbose=False)["input_ids"][: count * length]
-    return [{"input_ids": part} for part in torch.tensor(ids).view(-1, length).split(size)]
+    """Windows of a split. If the tokenizer starts texts with a token, each window starts with it."""
+    found = tokenizer(text(split)[: count * length * 8], verbose=False)["input_ids"]
+    start = found[:1] if found[0] == tokenizer.bos_token_id else []
+    found, own = found[len(start) :], length - len(start)
+    rows = [start + found[at : at + own] for at in range(0, count * own, own)]
+    return [{"input_ids": part} for part in torch.tensor(rows).split(size)]
 
 
 @torch.inference_mode()
