@@ -150,7 +150,7 @@ def _compress(
     if not is_unknown(model):
         architecture_for(model, method.architecture_type)  # a value that is not a model is refused first
     sequences = None if batches is None else read(batches, model)
-    ensure_architecture(model, method.architecture_type, sequences, stacklevel=4)
+    ensure_architecture(model, method.architecture_type, sequences, getattr(recipe, "stack", None), stacklevel=4)
     with torch.inference_mode(False):  # weights made in inference mode could not be trained
         start = time.perf_counter()
         wide = in_float32(model)

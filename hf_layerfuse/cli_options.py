@@ -126,7 +126,7 @@ def main_parser() -> argparse.ArgumentParser:
         help=".safetensors or .npz file with a tensor for each input of the model, such as input_ids (default: random "
         "inputs)",
     )
-    adapt.add_argument("--stack", metavar="PATH", help="path of the stack of layers, if the model has several")
+    adapt.add_argument("--stack", metavar="NAME", help="stack of layers, such as decoder, if the model has several")
     model.complete = batch.complete = shtab.FILE
     plan = commands.add_parser(
         "plan",

@@ -14,6 +14,7 @@ from ..evaluation.batches import model_inputs, take
 from ..evaluation.dummy_inputs import dummy_inputs
 from ..models.architectures.base import root_of
 from .config_fields import depth_field
+from .several import stack_name
 from .stacks import RAISED, Stack, find_stacks
 
 _ROWS = 2
@@ -80,7 +81,7 @@ def chosen_stack(
         model: Model of the stacks.
         stacks: Its stacks by path.
         refused: Reason why another module list is not a stack, by path.
-        wanted: Path of the stack, or None if there should be only one.
+        wanted: Path or short name of the stack; None if there is only one.
 
     Returns:
         The stack, and the depth field of each stack that has one, by path.
@@ -92,25 +93,31 @@ def chosen_stack(
     if not stacks:
         each = "; ".join(f"{path}: {why}" for path, why in refused.items()) or "it has no nn.ModuleList"
         raise UnsupportedModelError(f"{name} does not run a stack of layers once, in order. What was found: {each}.")
-    if wanted is not None:
-        wanted = next((path for path in (wanted, root_of(model) + wanted) if path in stacks), wanted)
-        if wanted not in stacks:
-            why = f" It is a list, but {refused[wanted]}." if wanted in refused else ""
-            raise UnsupportedModelError(
-                f"{name} has no stack {wanted!r}.{why} Its stacks: {', '.join(map(repr, stacks))}."
-            )
     fields = {path: depth_field(model, path) for path in stacks}
     depths = {path: field for path, field in fields.items() if field is not None}
-    lacking = [wanted] if wanted is not None and wanted not in depths else [] if depths else [*stacks]
-    if lacking:
-        each = ", ".join(f"{path} ({len(stacks[path].layers)} layers)" for path in lacking)
-        raise UnsupportedModelError(
-            f"no field of {type(model.config).__name__} sets the number of layers of {each}, so a model with fewer "
-            "layers cannot be built."
-        )
-    if wanted is None and len(depths) > 1:
-        each = ", ".join(
-            f"{path!r} ({len(stacks[path].layers)} layers, config.{depth})" for path, depth in depths.items()
-        )
+    if not depths:
+        raise _without_depth(model, stacks)
+    if wanted is None and len(depths) == 1:
+        return stacks[next(iter(depths))], depths
+    each = ", ".join(
+        f"{stack_name(path, depths)!r} ({path}, {len(stacks[path].layers)} layers, config.{depth})"
+        for path, depth in depths.items()
+    )
+    if wanted is None:
         raise UnsupportedModelError(f"{name} has several stacks of layers: pass stack= with one of {each}.")
-    return stacks[wanted or next(iter(depths))], depths
+    named = {**{stack_name(path, depths): path for path in depths}, **{path: path for path in stacks}}
+    path = named.get(wanted) or named.get(root_of(model) + wanted)
+    if path is None:
+        why = f" It is a list, but {refused[wanted]}." if wanted in refused else ""
+        raise UnsupportedModelError(f"{name} has no stack {wanted!r}.{why} It has {each}.")
+    if path not in depths:
+        raise _without_depth(model, {path: stacks[path]})
+    return stacks[path], depths
+
+
+def _without_depth(model: PreTrainedModel, stacks: Mapping[str, Stack]) -> UnsupportedModelError:
+    each = ", ".join(f"{path} ({len(stack.layers)} layers)" for path, stack in stacks.items())
+    return UnsupportedModelError(
+        f"no field of {type(model.config).__name__} sets the number of layers of {each}, so a model with fewer layers "
+        "cannot be built."
+    )

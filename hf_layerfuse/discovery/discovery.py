@@ -38,6 +38,7 @@ class Discovery:
         layers: The same path, relative to the base model.
         name: Short name of the stack, if the model has several.
         mask: Input of the model that masks the tokens of the stack.
+        other_stacks: Paths of its other stacks whose number of layers can be set.
         blocks: Blocks of a layer, in execution order.
         parallel: Whether all blocks read the input of the layer.
         joint: Role of a joint map -> layout of its rows, see `TransformerArchitecture`.
@@ -69,6 +70,7 @@ class Discovery:
     notes: tuple[str, ...] = ()
     name: str = ""
     mask: str = "attention_mask"
+    other_stacks: tuple[str, ...] = ()
 
     @property
     def post_norm(self) -> bool:
@@ -123,7 +125,8 @@ def discover_architecture(
         model: Model with its weights, with any head.
         batch: Representative batch of model inputs with at least two tokens per row, of which two rows are used; by
             default, random tokens, pixels or sound.
-        stack: Path of the stack of layers, needed only if the model has several.
+        stack: Path of the stack of layers, or its short name, such as `decoder`. It is needed only if the model has
+            several.
 
     Returns:
         The architecture that was found, with the parts that could not be verified. `source()` prints it as a class.
@@ -144,7 +147,8 @@ def discover_architecture(
         found = _described(model, chosen, depths[chosen.path])
         if len(depths) > 1:
             name, mask = stack_name(chosen.path, depths), stack_mask(model, inputs, chosen)
-            found = replace(found, name=name, mask=mask)
+            others = tuple(path for path in depths if path != chosen.path)
+            found = replace(found, name=name, mask=mask, other_stacks=others)
         return _verified(model, inputs, chosen, found)
 
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..errors import LayerFuseWarning, UnsupportedModelError
 from ..evaluation.precision import batch_for, in_float32
-from ..models.architectures import ARCHITECTURES, FUSED_PREFIX, Architecture, LayerArchitecture, architecture_for
+from ..models.architectures import (
+    ARCHITECTURES,
+    FUSED_PREFIX,
+    Architecture,
+    LayerArchitecture,
+    TransformerArchitecture,
+    architecture_for,
+)
 from ..models.modeling import register_architecture
 from .discovery import check_discoverable, discover_architecture
 
@@ -24,7 +32,11 @@ def is_unknown(model: Any) -> bool:
 
 
 def ensure_architecture(
-    model: Any, kind: type[Architecture], batches: Iterable[Mapping[str, Any]] | None = None, stacklevel: int = 3
+    model: Any,
+    kind: type[Architecture],
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    stack: str | None = None,
+    stacklevel: int = 3,
 ) -> None:
     """Make sure that a model has a table. If its `model_type` is unknown, discover, verify and register one.
 
@@ -32,6 +44,7 @@ def ensure_architecture(
         model: Model to fuse.
         kind: Kind of table, as in `architecture_for`. Only tables of layers are discovered.
         batches: Batches of model inputs, of which the first is used; by default, random inputs.
+        stack: Name of the stack to fuse, in models that have several. The tables of the others are added, if verified.
         stacklevel: Level of the warning, as in `warnings.warn`.
 
     Raises:
@@ -49,7 +62,7 @@ def ensure_architecture(
         check_discoverable(model)
         wide = in_float32(model)
         batch = None if batches is None else batch_for(wide, next(iter(batches)))
-        found = discover_architecture(wide, batch)
+        found = discover_architecture(wide, batch, stack=stack)
         architecture = found.architecture()
     except UnsupportedModelError as error:
         known = ", ".join(sorted(name for name, each in ARCHITECTURES.items() if isinstance(each, kind)))
@@ -63,6 +76,7 @@ def ensure_architecture(
             f"{found.unverified[0]}. `hf-layerfuse adapt {name}` prints it: correct it, and register it with "
             "register_architecture."
         )
+    architecture.other_stacks = tuple(_verified_tables(wide, batch, found.other_stacks))
     register_architecture(architecture)
     message = (
         f"unknown architecture {model_type!r}: {architecture.__name__} was discovered from one forward pass, verified "
@@ -70,3 +84,14 @@ def ensure_architecture(
     )
     logging.getLogger(__name__).warning(message)
     warnings.warn(message, LayerFuseWarning, stacklevel=stacklevel)
+
+
+def _verified_tables(
+    model: PreTrainedModel, batch: Mapping[str, Any] | None, stacks: Iterable[str]
+) -> Iterator[type[TransformerArchitecture]]:
+    """Tables of those stacks of a model that can be described and verified."""
+    for stack in stacks:
+        with suppress(UnsupportedModelError):
+            found = discover_architecture(model, batch, stack=stack)
+            if not found.unverified:
+                yield found.architecture()

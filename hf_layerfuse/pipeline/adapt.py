@@ -31,7 +31,7 @@ def adapt(name: str, batch: Path | None = None, stack: str | None = None) -> str
     Args:
         name: Checkpoint or Hub name.
         batch: File with a tensor for each input of the model, `.safetensors` or `.npz`; by default, random inputs.
-        stack: Path of the stack of layers, needed only if the model has several.
+        stack: Name of the stack of layers, needed only if the model has several.
 
     Returns:
         Python source of the table, with the checks as comments at its end.

@@ -124,7 +124,7 @@ def plan_model(name: str, recipe: FusionRecipe, text: Path | None = None) -> Pre
             "recipe of a run."
         )
     if has_weights:
-        ensure_architecture(model, LayerArchitecture, batches)
+        ensure_architecture(model, LayerArchitecture, batches, recipe.stack)
     result = None
     if batches is not None:
         say(f"{FUSION.doing}: searching on the lines of {text}")

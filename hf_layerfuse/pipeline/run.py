@@ -115,7 +115,7 @@ def prepare_run(recipe: Recipe) -> tuple[PreTrainedModel, Any, RunData]:
     original, processor = _load(recipe)
     original.to(process_state().device)
     # a model that cannot be fused is refused before the data are read
-    ensure_architecture(original, method_of(recipe).architecture_type)
+    ensure_architecture(original, method_of(recipe).architecture_type, stack=getattr(recipe.method, "stack", None))
     if recipe.with_code:
         check_with_code(original.config)
     return original, processor, RunData(recipe, processor, original)

@@ -115,7 +115,7 @@ def test_stacks_that_no_table_describes(order, message):
 
 def test_a_wrong_stack_is_refused():
     """An unknown `stack=` is refused with the stacks that exist."""
-    with pytest.raises(UnsupportedModelError, match=r"no stack 'blocks'\. Its stacks: 'layers'"):
+    with pytest.raises(UnsupportedModelError, match=r"no stack 'blocks'\. It has 'layers' \(layers, 6 layers"):
         discover_architecture(repeated(), tokens(), stack="blocks")
 
 
@@ -151,6 +151,19 @@ def test_unknown_architectures_are_discovered(method, target, forget):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         method(model, batches=batches, check=False, **target)
+
+
+@pytest.mark.slow
+def test_unknown_architectures_with_several_stacks(monkeypatch):
+    """`fuse` asks which stack of an unknown architecture to fuse, and discovers the tables of all."""
+    monkeypatch.delitem(ARCHITECTURES, "bart")
+    model, inputs = family_model("bart"), family_inputs("bart")
+    with pytest.raises(UnsupportedModelError, match=r"pass stack= with one of 'encoder' .* 'decoder'"):
+        fuse(model, keep_layers=4, batches=[inputs])
+    with pytest.warns(LayerFuseWarning, match="BartArchitecture was discovered"):
+        small = fuse(model, keep_layers=4, stack="decoder", batches=[inputs])
+    assert (small.config.encoder_layers, small.config.decoder_layers) == (6, 4)
+    assert fuse(model, keep_layers=4, stack="encoder", batches=[inputs]).config.encoder_layers == 4
 
 
 def test_unverified_tables_are_not_used(forget):

@@ -39,8 +39,8 @@ def test_adapt_asks_in_options(tmp_path, capsys):
     model = family_model("bart")
     model.save_pretrained(tmp_path)
     assert main(["adapt", str(tmp_path)]) == 1
-    assert "give --stack with one of 'model.encoder.layers' (6 layers" in capsys.readouterr().err
-    assert main(["adapt", str(tmp_path), "--stack", "model.encoder.layers"]) == 0
+    assert "give --stack with one of 'encoder' (model.encoder.layers, 6 layers" in capsys.readouterr().err
+    assert main(["adapt", str(tmp_path), "--stack", "encoder"]) == 0
     assert 'layers = "encoder.layers"' in capsys.readouterr().out
 
 
