@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from ..evaluation.batches import model_inputs, take, tokens_of
+from ..evaluation.batches import model_inputs, output_mask, take, tokens_of
 from ..evaluation.divergence import divergence
 from ..evaluation.hooks import StopForward
 from ..math.ridge import Moments
@@ -127,7 +127,7 @@ class LayerwiseForward:
             states = states.to(self.model.device, self.model.dtype)
             with self._layers_replaced(lambda *args, states=states, **kwargs: self._as_output(states)):
                 output = self.model(**inputs)
-            yield output, inputs.get("attention_mask")
+            yield output, output_mask(inputs)
 
     def advance(self) -> None:
         """Run the layer at `depth` on all batches, and move to the next layer."""
@@ -285,7 +285,7 @@ def _answers(model: PreTrainedModel, sample: Sample) -> Iterator[tuple[Any, Tens
     """Yield a model's outputs for the held-out sequences, as `LayerwiseForward.outputs`: (output, mask) per batch."""
     for batch in sample.held_out_batches:
         inputs = model_inputs(batch, model)
-        yield model(**inputs), inputs.get("attention_mask")
+        yield model(**inputs), output_mask(inputs)
 
 
 def _per_sequence(chosen: Tensor, states: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def observe(
 
     added = {kind for kind in observers if kind != "layer" and architecture.place(kind, "sum").when == "added"}
     modules = {key: place for kind in observers for key, place in _stream(model, architecture, kind).items()}
-    watch_tokens(model, batches, modules, record, show)
+    watch_tokens(model, batches, modules, record, show, architecture.mask)
 
 
 def _stream(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import DataError
-from .batches import model_inputs
+from .batches import model_inputs, output_mask
 from .modes import eval_mode
 
 _ROWS = 256
@@ -66,7 +66,7 @@ def calibration_loss(model: nn.Module, reference: nn.Module, batches: Iterable[M
     with eval_mode(model, reference):
         for batch in batches:
             inputs = model_inputs(batch, reference)
-            found = divergence(model(**inputs), reference(**inputs), inputs.get("attention_mask"))
+            found = divergence(model(**inputs), reference(**inputs), output_mask(inputs))
             total, count = total + found[0], count + found[1]
     if not count:
         raise DataError("the calibration batches hold nothing to compare: give `batches` with at least one batch.")

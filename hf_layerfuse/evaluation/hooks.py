@@ -62,6 +62,7 @@ def watch_tokens(
     modules: Mapping[Key, tuple[nn.Module, When]],
     record: Callable[[Key, Tensor], None],
     after_batch: Callable[[], None] = lambda: None,
+    mask_name: str = "attention_mask",
 ) -> None:
     """Run batches in eval mode, and pass the tokens at modules to `record`, without padding.
 
@@ -73,6 +74,7 @@ def watch_tokens(
         modules: Modules to watch, as in `watch`.
         record: Function that receives a key and its tokens, (tokens, width). The pixels of images count as tokens.
         after_batch: Function called after each batch with at least one token.
+        mask_name: Input of the model that masks the tokens.
 
     Raises:
         DataError: No batches, or no tokens but padding.
@@ -93,7 +95,7 @@ def watch_tokens(
         for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=None, leave=False):
             before = tokens
             inputs = model_inputs(batch, model)
-            mask = inputs.get("attention_mask")
+            mask = inputs.get(mask_name)
             model(**inputs)
             if tokens > before:
                 after_batch()

@@ -113,7 +113,7 @@ def aligned(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) 
         if layer != target and "out" in blocks[kind, layer].modules  # the inside of an opaque block is unknown
     ]
     by_activation = [pair for pair in pairs if pair.edit.align == "activation" and not is_bound(pair.block)]
-    correlations = _correlations(result, by_activation, batches)
+    correlations = _correlations(result, by_activation, batches, architecture.mask)
     for edit in edits:
         for layer in edit.layers:
             own = [pair for pair in pairs if pair.edit is edit and pair.block.layer == layer]
@@ -227,7 +227,7 @@ def _same_but_for_gain(a: nn.Module, b: nn.Module) -> bool:
     return torch.allclose(u_a * b.weight, u_b * a.weight, rtol=1e-4)
 
 
-def _correlations(model: PreTrainedModel, pairs: list[_Pair], batches: Batches | None) -> Correlations:
+def _correlations(model: PreTrainedModel, pairs: list[_Pair], batches: Batches | None, mask_name: str) -> Correlations:
     """Cross-correlations of each block with its reference over all tokens of one pass.
 
     Attention compares the outputs of the heads. MLPs compare the pre-activations of their units, as in the paper:
@@ -257,5 +257,5 @@ def _correlations(model: PreTrainedModel, pairs: list[_Pair], batches: Batches |
         for one, other, correlation in watched:
             correlation.update(states[one], states[other])
 
-    watch_tokens(model, batches, modules, states.__setitem__, correlate)
+    watch_tokens(model, batches, modules, states.__setitem__, correlate, mask_name)
     return found

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, LayerFuseError, LayerFuseWarning, VerificationError
-from ..evaluation.batches import Batches, model_inputs
+from ..evaluation.batches import Batches, model_inputs, output_mask
 from ..evaluation.divergence import decode, prediction
 from ..evaluation.dummy_inputs import dummy_inputs, predicts_next_token, running
 from ..evaluation.modes import eval_mode, plain_outputs
@@ -197,7 +197,7 @@ def _cross_entropy(model: PreTrainedModel, logits: Tensor, labels: Tensor | None
 
 def _vectors(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """Output averaged over all tokens except padding, (batch, features)."""
-    mask = inputs.get("attention_mask")
+    mask = output_mask(inputs)
     if mask is not None and output.shape[: mask.ndim] == mask.shape and output.ndim == mask.ndim + 1:
         weights = mask[..., None].to(output.dtype)
         output = (output * weights).sum(-2) / weights.sum(-2).clamp_min(1)

@@ -1,7 +1,7 @@
 """Discovery finds every hand-written table of the package."""
 
 import pytest
-from families import FAMILIES, family_inputs, family_model
+from tiny_configs import CONFIGS, configured_inputs, configured_model
 
 from hf_layerfuse import TransformerArchitecture, architecture_for, discover_architecture
 from hf_layerfuse.discovery.blocks import MEANINGS
@@ -9,7 +9,7 @@ from hf_layerfuse.models.architectures import ARCHITECTURES, BUILTIN
 
 TABLES = [
     (name, table.stack)
-    for name, (model_type, *_) in FAMILIES.items()
+    for name, (model_type, *_) in CONFIGS.items()
     if isinstance(hand := ARCHITECTURES.get(model_type), TransformerArchitecture)
     for table in (hand, *hand.other_stacks)
 ]
@@ -68,15 +68,15 @@ def differences(model, hand, found) -> dict[str, tuple]:
 def test_every_transformer_of_the_package_has_a_family():
     """The tests below run on every hand-written table."""
     known = {each.model_type for each in BUILTIN if issubclass(each, TransformerArchitecture)}
-    assert known <= {model_type for model_type, *_ in FAMILIES.values()}
+    assert known <= {model_type for model_type, *_ in CONFIGS.values()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "stack"), TABLES)
 def test_discovery_finds_the_hand_written_table(name, stack):
     """The discovered table equals the hand-written one field by field, except for the differences in EXPLAINED."""
-    model = family_model(name)
+    model = configured_model(name)
     hand = architecture_for(model, stack=stack)
-    found = discover_architecture(model, family_inputs(name), stack=hand.layers_path(model))
+    found = discover_architecture(model, configured_inputs(name), stack=hand.layers_path(model))
     different = differences(model, hand, found.architecture()())
     assert different.keys() == EXPLAINED.get(name, {}).keys(), different

@@ -1,7 +1,7 @@
 """Families of Transformers of which discovery finds a table, and those that it refuses, with the reason."""
 
 import pytest
-from families import FAMILIES, family_inputs, family_model
+from tiny_configs import CONFIGS, configured_inputs, configured_model
 
 from hf_layerfuse import UnsupportedModelError, discover_architecture
 
@@ -27,19 +27,19 @@ UNVERIFIED = {
 }
 """Stacks whose table is found and does not hold, and a part of the reason."""
 
-CASES = [(name, stack) for name in FAMILIES if name not in REFUSED for stack in SEVERAL.get(name, (None,))]
+CASES = [(name, stack) for name in CONFIGS if name not in REFUSED for stack in SEVERAL.get(name, (None,))]
 
 
 def test_counts():
     """Of 65 families, 4 are refused; the tables of 71 stacks are found in the others."""
-    assert (len(FAMILIES), len(REFUSED), len(CASES)) == (65, 4, 71)
+    assert (len(CONFIGS), len(REFUSED), len(CASES)) == (65, 4, 71)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "stack"), CASES)
 def test_discovery_finds_a_table(name, stack):
     """The table is verified, except for the stacks in UNVERIFIED."""
-    found = discover_architecture(family_model(name), family_inputs(name), stack=stack)
+    found = discover_architecture(configured_model(name), configured_inputs(name), stack=stack)
     expected = UNVERIFIED.get(name if stack is None else f"{name} {stack}")
     if expected is None:
         assert not found.unverified
@@ -53,7 +53,7 @@ def test_discovery_finds_a_table(name, stack):
 def test_several_stacks_are_asked_for(name):
     """Without `stack=`, the error lists the stacks to choose from."""
     with pytest.raises(UnsupportedModelError, match="has several stacks of layers: pass stack=") as refused:
-        discover_architecture(family_model(name), family_inputs(name))
+        discover_architecture(configured_model(name), configured_inputs(name))
     assert all(f"({stack}, 6 layers, config." in str(refused.value) for stack in SEVERAL[name])
 
 
@@ -62,4 +62,4 @@ def test_several_stacks_are_asked_for(name):
 def test_refusals_say_what_was_found(name):
     """A model whose layers no table describes is refused, and the message says why."""
     with pytest.raises(UnsupportedModelError, match=REFUSED[name]):
-        discover_architecture(family_model(name), family_inputs(name))
+        discover_architecture(configured_model(name), configured_inputs(name))

@@ -55,7 +55,7 @@ def _rope(*sections: int) -> dict:
 
 
 # name of a family: (model_type, name of the class, fields of the config)
-FAMILIES = {
+CONFIGS = {
     "gpt2": ("gpt2", "GPT2LMHeadModel", {**_SPECIAL, "vocab_size": 64, "n_embd": 32, "n_layer": LAYERS, "n_head": 4}),
     "bert": ("bert", "BertForMaskedLM", _BERT),
     "roberta": ("roberta", "RobertaForMaskedLM", _ROBERTA),
@@ -341,9 +341,9 @@ FAMILIES = {
 }
 
 
-def family_model(name: str) -> PreTrainedModel:
+def configured_model(name: str) -> PreTrainedModel:
     """A random model of a family in which every parameter has an effect."""
-    model_type, head, fields = FAMILIES[name]
+    model_type, head, fields = CONFIGS[name]
     torch.manual_seed(0)
     model = getattr(transformers, head)(CONFIG_MAPPING[model_type](**copy.deepcopy(fields))).eval()
     generator = torch.Generator().manual_seed(0)
@@ -352,7 +352,7 @@ def family_model(name: str) -> PreTrainedModel:
     return model
 
 
-def family_inputs(name: str, rows: int = 2, tokens: int = 16) -> dict[str, Tensor]:
+def configured_inputs(name: str, rows: int = 2, tokens: int = 16) -> dict[str, Tensor]:
     """A batch of random inputs that a family accepts, without padding."""
     generator = torch.Generator().manual_seed(0)
 
@@ -382,6 +382,6 @@ def family_inputs(name: str, rows: int = 2, tokens: int = 16) -> dict[str, Tenso
         images = torch.full((rows, 16 if name == "llava" else 4), 63)
         batch = {"input_ids": torch.cat([images, ids(8)], 1), "pixel_values": pixels(8)}
         return batch if name == "llava" else {**batch, "token_type_ids": (batch["input_ids"] == 63).long()}
-    if FAMILIES[name][2].get("image_size"):
+    if CONFIGS[name][2].get("image_size"):
         return {"pixel_values": pixels(8)}
     return {"input_ids": ids()}
