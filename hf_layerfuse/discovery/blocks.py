@@ -72,11 +72,13 @@ class LayerTable:
         blocks: Blocks in execution order.
         parallel: Whether all blocks read the input of the layer and are added in one sum.
         leftover: Parameters that belong to no block.
+        idle: Parameters that belong to no block because no operation reads them.
     """
 
     blocks: tuple[DiscoveredBlock, ...]
     parallel: bool
     leftover: tuple[str, ...]
+    idle: tuple[str, ...]
 
 
 def layer_table(graph: LayerGraph) -> LayerTable:
@@ -91,7 +93,8 @@ def layer_table(graph: LayerGraph) -> LayerTable:
     branches = [branch for total in sums for branch in branches_of(graph, total)]
     blocks = [_block(graph, branch) for branch in branches]
     owned = {path for block in blocks for path in (*block.roles.values(), *block.between, *block.skip)}
-    leftover = []
+    leftover, idle = [], []
+    used = {node.name for node in graph.nodes}
     for name, _ in graph.layer.named_parameters():
         if _is_in(name, owned):
             continue
@@ -101,8 +104,8 @@ def layer_table(graph: LayerGraph) -> LayerTable:
             _name_parts(roles, [name.rpartition(".")[0] or name])
             blocks[users[0]] = replace(blocks[users[0]], roles=roles)
         else:
-            leftover.append(name)
-    return LayerTable(tuple(blocks), len(branches) > len(sums), tuple(leftover))
+            (leftover if name in used else idle).append(name)
+    return LayerTable(tuple(blocks), len(branches) > len(sums), tuple(leftover), tuple(idle))
 
 
 def _block(graph: LayerGraph, branch: Branch) -> DiscoveredBlock:

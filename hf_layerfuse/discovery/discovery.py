@@ -158,6 +158,8 @@ def _described(model: PreTrainedModel, stack: Stack, depth: str) -> Discovery:
     middle = len(stack.layers) // 2
     layouts: dict[str, BlockLayout] = {}
     blocks, unknown = [], []
+    if table.idle:
+        unknown.append(f"the use of {', '.join(table.idle)}: these parameters are not used on this batch")
     for block in table.blocks:
         block = with_needed_norm(stack.layers[middle], stack.calls[middle], block)
         if block.opaque:

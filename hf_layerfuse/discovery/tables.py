@@ -41,10 +41,12 @@ def stack_table(stack: Stack) -> tuple[LayerTable, tuple[str, ...]]:
     blocks = tuple(
         _merged(stack, [table.blocks[place] for table in tables], notes) for place in range(len(tables[0].blocks))
     )
-    leftover = sorted({name for table in tables for name in table.leftover})
+    leftover, idle = (
+        tuple(sorted({name for table in tables for name in getattr(table, kind)})) for kind in ("leftover", "idle")
+    )
     if leftover:
         notes.append(f"the parameters {', '.join(leftover)} of a layer belong to no block")
-    return replace(tables[0], blocks=blocks, leftover=tuple(leftover)), tuple(dict.fromkeys(notes))
+    return replace(tables[0], blocks=blocks, leftover=leftover, idle=idle), tuple(dict.fromkeys(notes))
 
 
 def _table_of(stack: Stack, index: int, known: dict[Hashable, Behaviour]) -> LayerTable:
