@@ -76,7 +76,7 @@ def counts_of(model: PreTrainedModel, recipe: FusionRecipe) -> Sequence[int]:
     Raises:
         RecipeError: Target that no number meets. It is raised before minutes of calibration are spent.
     """
-    depth = len(architecture_for(model, stack=recipe.stack).layer_list(model))
+    depth, kinds = len(architecture_for(model, stack=recipe.stack).layer_list(model)), kinds_of(model, recipe)
     if depth < 2:
         raise RecipeError(f"the model has {depth} layer: there is nothing to fuse. Use a model with 2 layers or more.")
     if recipe.keep_layers is not None:
@@ -101,7 +101,6 @@ def counts_of(model: PreTrainedModel, recipe: FusionRecipe) -> Sequence[int]:
     # one group per shape is the smallest result, whatever the distances are
     least = _plan_of_runs(model, recipe, _runs_of_one_shape(model, recipe))
     smallest, whole = (planned_size(model, plan) for plan in (least, replace(least, edits=())))
-    kinds = " and ".join(kinds_of(model, recipe))
     for name, unit, most in _limits(recipe):
         if whole[unit] <= most:
             raise RecipeError(
@@ -110,7 +109,7 @@ def counts_of(model: PreTrainedModel, recipe: FusionRecipe) -> Sequence[int]:
             )
         if smallest[unit] > most:
             raise RecipeError(
-                f"{name}={most:.12g} is out of reach: with all {depth} {kinds} blocks fused "
+                f"{name}={most:.12g} is out of reach: with all {depth} {' and '.join(kinds)} blocks fused "
                 f"in mode {recipe.mode!r}, {smallest[unit]} {unit} remain. Use that or more, or other blocks or mode."
             )
     return range(depth - 1, 0, -1)
