@@ -151,8 +151,9 @@ class TransformerRepair(Repair):
         self._fit(block, "out", block.modules["out"], moments)
         if between.norm is not None:
 
-            def normed(index: int, output: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-                return between.normed(output), target[index].to(residual.device) - residual
+            def normed(index: int, output: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                aim = target[index].to(residual.device)
+                return between.normed(output), aim - residual, _per_deviation(aim)
 
             found = fit_norm(between.norm, *self.student.moments(normed, HookPoint(block.kind, "output"), residual))
             self._note(block.layer, block.kind, "norm", found.before, found.after)
@@ -166,12 +167,7 @@ class TransformerRepair(Repair):
 
         def rows(index: int, read: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             aim = target[index].to(residual.device)
-            deviation = aim.std(-1, keepdim=True)
-            return (
-                read,
-                aim if form.fold else between.aims(aim - residual),
-                1 / (deviation + 1e-3 * deviation.mean() + 1e-12),
-            )
+            return read, aim if form.fold else between.aims(aim - residual), _per_deviation(aim)
 
         moments = self.student.moments(rows, HookPoint(block.kind, "read"), HookPoint(block.kind, "residual"))
         maps = [
@@ -243,6 +239,15 @@ class TransformerRepair(Repair):
         module = self.student.model.get_submodule(path)
         found = fit_map(module, *moments, tied=(block.layer, block.kind) in self.tied)
         self._note(block.layer, block.kind, role, found.before, found.after)
+
+
+def _per_deviation(states: Tensor) -> Tensor:
+    """Weight of each token by the inverse of its standard deviation, (..., 1).
+
+    Norms that read the stream divide by it. Without the weights, the few tokens with massive states count alone.
+    """
+    deviation = states.std(-1, keepdim=True)
+    return 1 / (deviation + 1e-3 * deviation.mean() + 1e-12)
 
 
 def _selects(slot: Slot) -> bool:
