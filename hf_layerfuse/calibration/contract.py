@@ -86,7 +86,7 @@ class _Contract:
             self._require(
                 self._near(prediction(output), whole),
                 f"the layers at {self.architecture.layers!r}, run one by one, differ from the whole model: something "
-                "outside of them changes the stream between layers, or a layer reads the states of others",
+                "outside of them changes the stream between layers, or a layer or the head reads the states of others",
             )
 
     def _check_lists(self) -> None:

@@ -123,7 +123,18 @@ class LayerArchitecture(Architecture, ABC):
         return root_of(model) + self.layers
 
     def layer_list(self, model: PreTrainedModel) -> nn.ModuleList:
-        return model.get_submodule(self.layers_path(model))
+        """The list of layers of `model`, with any head.
+
+        Raises:
+            UnsupportedModelError: The model has no such list, like a decoder alone where the table names the encoder.
+        """
+        try:
+            return model.get_submodule(self.layers_path(model))
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no {self.layers!r}, which are the layers in the table of "
+                f"{self.model_type!r}: fuse a model of {self.model_type!r} that has them."
+            ) from error
 
     def blocks(self, model: PreTrainedModel) -> list[Block]:
         """Blocks of `model` that have not been removed, in execution order."""

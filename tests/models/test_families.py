@@ -1,0 +1,181 @@
+"""Properties of every family of `FAMILIES`: one compact test each, and all heads, edits and searches in slow tests."""
+
+import pytest
+import torch
+from families import DEPTH, FAMILIES, HEADS, family_batches, family_inputs, family_model
+from helpers import EDITS, STOCK
+
+from hf_layerfuse import (
+    AutoFusedModel,
+    Drop,
+    Fuse,
+    Linearize,
+    Plan,
+    PlanError,
+    UnsupportedModelError,
+    apply,
+    collapse,
+    expand,
+    fuse,
+    verify,
+)
+from hf_layerfuse.calibration.contract import check_contract
+from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
+from hf_layerfuse.models.architectures import architecture_for
+from hf_layerfuse.models.modeling import FusedMixin
+
+# heads that cannot be fused on calibration batches, and why
+REFUSED = {
+    "BartForCausalLM": "has no 'encoder.layers'",
+    "MBartForCausalLM": "has no 'encoder.layers'",
+    "MarianForCausalLM": "has no 'encoder.layers'",
+    "WhisperForCausalLM": "has no 'encoder.layers'",
+    "Dinov2Backbone": "none of which is a tensor",
+    "DINOv3ViTBackbone": "none of which is a tensor",
+    "BeitBackbone": "none of which is a tensor",
+    "BeitForSemanticSegmentation": "or the head reads the states of others",
+}
+
+ALTERNATE = ("gemma2", "gpt_neo")  # neighbours attend in different ways, and cannot be averaged
+
+OPAQUE = ("mixtral", "qwen3_moe")  # mixtures of experts have no MLP that could become linear
+
+EVERY_HEAD = [pytest.param(name, head, id=f"{name}-{head}") for name, head in HEADS if head not in REFUSED]
+
+
+def plan(name, *edits) -> Plan:
+    return Plan(FAMILIES[name].model_type, DEPTH, edits)
+
+
+def outputs(model, inputs):
+    with torch.inference_mode():
+        return prediction(model(**inputs))
+
+
+def near(ours, theirs):
+    """Equal up to rounding, which large activations of random models make large."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+
+
+def zeroed(model, *blocks):
+    """The model with the outputs of some blocks set to zero, in place."""
+    architecture = architecture_for(model)
+    for kind, index in blocks:
+        for path, parameter in architecture.layer_list(model)[index].named_parameters():
+            if architecture.silences(kind, path):
+                parameter.data.zero_()
+    return model
+
+
+def ruled_out(name, edit) -> str | None:
+    """Part of the message with which a family refuses an edit, or None."""
+    edits = EDITS[edit]
+    if name in OPAQUE and any(isinstance(each, Linearize) for each in edits):
+        return "cannot become linear"
+    if name.startswith("t5") and Drop("layer", 0) in edits:  # which computes the position bias of all layers
+        return "computes what other layers use"
+    if name in ALTERNATE and any(isinstance(each, Fuse) and each.mode == "depth" for each in edits):
+        return "differ in config"
+    return None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_edit_of_a_family(name):
+    """The table fits; edits do what they say; results survive saving, loading, caching and expansion."""
+    model = family_model(name)
+    inputs = family_inputs(name, model)
+    check_contract(model, [inputs])
+    expected = outputs(model, inputs)
+    assert torch.equal(outputs(apply(model, plan(name)), inputs), expected)
+
+    depth = apply(model, plan(name, Fuse("layer", (1, 2), operator="freeze"), Drop("layer", 4)))
+    assert not isinstance(depth, FusedMixin)
+    assert not torch.allclose(outputs(depth, inputs), expected, rtol=1e-2), "the edits had no effect: a blind test"
+    assert verify(depth, inputs=inputs)["reload"] == 0
+
+    linear = [] if name in OPAQUE else [Linearize(4)]
+    small = apply(model, plan(name, Fuse("layer", (1, 3), "share", "mean", rank=2), Drop("mlp", 5), *linear))
+    assert small.num_parameters() < model.num_parameters()
+    report = verify(small, inputs=inputs)
+    assert report["reload"] == 0
+    decodes = small.can_generate() and not small.config.is_encoder_decoder
+    assert ("cache" in report) == (decodes and getattr(small.config, "is_decoder", None) is not False)
+
+    dropped = apply(model, plan(name, Drop("attention", 1), Drop("mlp", 3)))
+    near(outputs(dropped, inputs), outputs(zeroed(model, ("attention", 1), ("mlp", 3)), inputs))
+    stock = expand(dropped)
+    assert type(stock) is type(model)
+    near(outputs(stock, inputs), outputs(dropped, inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize(("name", "head"), EVERY_HEAD)
+def test_every_edit_of_every_head(name, head, edit):
+    """Each edit on each head: the right class, smaller, with the same outputs after reloading and with a cache."""
+    model = family_model(name, head)
+    inputs = family_inputs(name, model)
+    if refusal := ruled_out(name, edit):
+        with pytest.raises((PlanError, UnsupportedModelError), match=refusal):
+            apply(model, plan(name, *EDITS[edit]))
+        return
+    small = apply(model, plan(name, *EDITS[edit]))
+    assert isinstance(small, FusedMixin) == (edit not in STOCK)
+    assert small.num_parameters() < model.num_parameters()
+    assert verify(small, inputs=inputs)["reload"] == 0
+    if edit not in (*STOCK, "linear"):  # a stock class has no linear MLPs
+        near(outputs(expand(small), inputs), outputs(small, inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "head"), EVERY_HEAD)
+def test_every_head_keeps_the_contract(name, head):
+    """The table fits each head; an empty plan is bit-equal, and dropping a block is zeroing its outputs."""
+    model = family_model(name, head)
+    inputs = family_inputs(name, model)
+    check_contract(model, [inputs])
+    assert torch.equal(outputs(apply(model, plan(name)), inputs), outputs(model, inputs))
+    dropped = apply(model, plan(name, Drop("attention", 1), Drop("mlp", 3)))
+    near(outputs(dropped, inputs), outputs(zeroed(model, ("attention", 1), ("mlp", 3)), inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "head"), [(name, head) for name, head in HEADS if head in REFUSED])
+def test_heads_that_cannot_be_fused_are_refused_with_the_reason(name, head):
+    """A decoder without the encoder, a backbone, and a head that reads several layers."""
+    model = family_model(name, head)
+    with pytest.raises(UnsupportedModelError, match=REFUSED[head]):
+        fuse(model, keep_layers=3, batches=family_batches(name, model, 2), effort="low")
+
+
+SEARCHES = {
+    "depth": {"keep_layers": 3},
+    "share": {"keep_layers": 3, "mode": "share"},
+    "rank": {"keep_layers": 3, "mode": "share", "rank": 2},
+    "mlp": {"keep_layers": 3, "blocks": "mlp"},
+    "attention": {"ratio": 0.5, "blocks": "attention"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("search", [*SEARCHES, "collapse"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_search_of_a_family(name, search, tmp_path):
+    """A search ends with a model that is smaller and reloads; its refit did not make the calibration loss worse."""
+    model = family_model(name)
+    batches = family_batches(name, model)
+    if search == "collapse" and name in OPAQUE:
+        with pytest.raises(UnsupportedModelError, match="cannot become linear"):
+            collapse(model, count=2, batches=batches)
+        return
+    if search == "collapse":
+        small = collapse(model, count=2, batches=batches)
+    else:
+        small = fuse(model, batches=batches, effort="low", **SEARCHES[search])
+    assert small.num_parameters() < model.num_parameters()
+    small.save_pretrained(tmp_path)
+    inputs = family_inputs(name, model, seed=99)
+    assert torch.equal(outputs(AutoFusedModel.from_pretrained(tmp_path), inputs), outputs(small, inputs))
+    fitted = small.fusion_report.plan.notes.refit
+    assert fitted is None or fitted.after <= fitted.before
+    assert torch.isfinite(torch.tensor(calibration_loss(small, model, batches)))
