@@ -36,7 +36,7 @@ REFUSED = {
     "BeitForSemanticSegmentation": "or the head reads the states of others",
 }
 
-ALTERNATE = ("gemma2", "gpt_neo")  # neighbours attend in different ways, and cannot be averaged
+ALTERNATE = ("smollm3", "gemma2", "gpt_neo")  # neighbours attend in different ways, and cannot be averaged
 
 OPAQUE = ("mixtral", "qwen3_moe")  # mixtures of experts have no MLP that could become linear
 
@@ -74,7 +74,7 @@ def ruled_out(name, edit) -> str | None:
         return "cannot become linear"
     if name.startswith("t5") and Drop("layer", 0) in edits:  # which computes the position bias of all layers
         return "computes what other layers use"
-    if name in ALTERNATE and any(isinstance(each, Fuse) and each.mode == "depth" for each in edits):
+    if name in ALTERNATE and edit == "depth":
         return "differ in config"
     return None
 
