@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
+from hf_layerfuse.models.architectures import LayerArchitecture, architecture_for
 
 DEPTH = 6
 
@@ -25,12 +27,14 @@ class Family(NamedTuple):
         head: Name of the class that the quick tests use.
         config: Fields of the tiny config.
         inputs: Function of a model, a number of rows and a seed, for models that random inputs do not fit.
+        stack: Name of the stack that is fused, in models that have several; empty for the default.
     """
 
     model_type: str
     head: str
     config: Mapping[str, Any]
     inputs: Callable[[PreTrainedModel, int, int], Inputs] | None = None
+    stack: str = ""
 
 
 def _image_and_text(model: PreTrainedModel, rows: int, seed: int) -> Inputs:
@@ -41,6 +45,15 @@ def _image_and_text(model: PreTrainedModel, rows: int, seed: int) -> Inputs:
     ids = torch.cat([image, text], 1)
     pixels = torch.randn(rows, 3, 8, 8, generator=generator).to(model.dtype)
     return {"input_ids": ids, "pixel_values": pixels, "token_type_ids": (ids == image[0, 0]).long()}
+
+
+def _two_towers(model: PreTrainedModel, rows: int, seed: int) -> Inputs:
+    """Images, and texts for heads that take them."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {"pixel_values": torch.randn(rows, 3, 8, 8, generator=generator).to(model.dtype)}
+    if "input_ids" in inspect.signature(model.forward).parameters:
+        inputs["input_ids"] = torch.randint(3, 64, (rows, 16), generator=generator)
+    return inputs
 
 
 def _ended(model: PreTrainedModel, rows: int, seed: int) -> Inputs:
@@ -91,6 +104,7 @@ _WHISPER = {
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
 }
+_DECODER = {"encoder_layers": DEPTH + 1, "decoder_layers": DEPTH}  # a decoder alone sizes its cache by the encoder
 _T5 = {
     "vocab_size": 64,
     "d_model": 32,
@@ -103,6 +117,7 @@ _T5 = {
     "eos_token_id": 1,
     "decoder_start_token_id": 0,
 }
+_T5_DECODER = {**_T5, "num_layers": 2, "num_decoder_layers": DEPTH}
 _SPEECH = {
     "vocab_size": 40,
     "hidden_size": 32,
@@ -138,6 +153,21 @@ _GPT_NEO = {
     "window_size": 6,
 }
 _EXPERTS = {"num_experts_per_tok": 2}
+_HYBRID = {  # one layer with attention, and the others with a mixer of another shape
+    **_LM,
+    "head_dim": 8,
+    "layer_types": ["full_attention", *["linear_attention"] * (DEPTH - 1)],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 3,
+}
+_TOWERS = {
+    "text_config": {**_BERT, **_TOKENS, "projection_dim": 16, "projection_size": 32},
+    "vision_config": {**_VIT, "projection_dim": 16},
+    "projection_dim": 16,
+}
 _DEBERTA = {
     **_BERT,
     "relative_attention": True,
@@ -176,6 +206,23 @@ FAMILIES = {
         "Qwen3MoeForCausalLM",
         {**_LM, **_EXPERTS, "num_experts": 4, "head_dim": 8, "moe_intermediate_size": 24},
     ),
+    "qwen3_next": Family(
+        "qwen3_next",
+        "Qwen3NextForCausalLM",
+        {
+            **_HYBRID,
+            **_EXPERTS,
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
+    "qwen3_5_text": Family("qwen3_5_text", "Qwen3_5ForCausalLM", _HYBRID),
+    "mamba": Family(
+        "mamba",
+        "MambaForCausalLM",
+        {**_TOKENS, "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": DEPTH, "state_size": 4},
+    ),
     "gpt_neo": Family("gpt_neo", "GPTNeoForCausalLM", _GPT_NEO),
     "gpt2, cross-attention": Family(
         "gpt2",
@@ -192,14 +239,26 @@ FAMILIES = {
     "nomic_bert": Family("nomic_bert", "NomicBertForMaskedLM", _BERT),
     "t5": Family("t5", "T5ForConditionalGeneration", _T5),
     "t5, gated": Family("t5", "T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu"}),
+    "t5, decoder": Family("t5", "T5ForConditionalGeneration", _T5_DECODER, stack="decoder"),
+    "t5, gated, decoder": Family(
+        "t5", "T5ForConditionalGeneration", {**_T5_DECODER, "feed_forward_proj": "gated-gelu"}, stack="decoder"
+    ),
     "bart": Family("bart", "BartForConditionalGeneration", _BART, _ended),
+    "bart, decoder": Family("bart", "BartForConditionalGeneration", {**_BART, **_DECODER}, _ended, stack="decoder"),
     "mbart": Family("mbart", "MBartForConditionalGeneration", _BART, _ended),
+    "mbart, decoder": Family("mbart", "MBartForConditionalGeneration", {**_BART, **_DECODER}, _ended, stack="decoder"),
     "marian": Family("marian", "MarianMTModel", _BART),
+    "marian, decoder": Family("marian", "MarianMTModel", {**_BART, **_DECODER}, stack="decoder"),
     "whisper": Family("whisper", "WhisperForConditionalGeneration", _WHISPER),
+    "whisper, decoder": Family("whisper", "WhisperForConditionalGeneration", {**_WHISPER, **_DECODER}, stack="decoder"),
     "wav2vec2": Family("wav2vec2", "Wav2Vec2ForCTC", _SPEECH),
     "wav2vec2, stable": Family("wav2vec2", "Wav2Vec2ForCTC", _STABLE),
     "hubert": Family("hubert", "HubertForCTC", _SPEECH),
     "hubert, stable": Family("hubert", "HubertForCTC", _STABLE),
+    "clip": Family("clip", "CLIPModel", _TOWERS, _two_towers),
+    "clip, text": Family("clip", "CLIPModel", _TOWERS, _two_towers, "text"),
+    "siglip": Family("siglip", "SiglipModel", _TOWERS, _two_towers),
+    "siglip, text": Family("siglip", "SiglipModel", _TOWERS, _two_towers, "text"),
     "clip_vision_model": Family("clip_vision_model", "CLIPVisionModelWithProjection", {**_VIT, "projection_dim": 16}),
     "clip_text_model": Family(
         "clip_text_model", "CLIPTextModelWithProjection", {**_BERT, **_TOKENS, "projection_dim": 16}
@@ -258,6 +317,11 @@ def family_model(name: str, head: str = "", seed: int = 0, **changes: Any) -> Pr
         if parameter.requires_grad:  # tables of sines and cosines are computed anew, not saved
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+def family_table(name: str, model: PreTrainedModel) -> LayerArchitecture:
+    """The table of the stack of a family that is fused."""
+    return architecture_for(model, stack=FAMILIES[name].stack or None)
 
 
 def family_inputs(name: str, model: PreTrainedModel, rows: int = 2, seed: int = 0) -> dict[str, Tensor]:

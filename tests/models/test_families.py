@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import DEPTH, FAMILIES, HEADS, family_batches, family_inputs, family_model
+from families import DEPTH, FAMILIES, HEADS, family_batches, family_inputs, family_model, family_table
 from helpers import EDITS, STOCK
 
 from hf_layerfuse import (
@@ -10,7 +10,6 @@ from hf_layerfuse import (
     Drop,
     Fuse,
     Linearize,
-    Plan,
     PlanError,
     UnsupportedModelError,
     apply,
@@ -21,30 +20,42 @@ from hf_layerfuse import (
 )
 from hf_layerfuse.calibration.contract import check_contract
 from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
-from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.models.modeling import FusedMixin
+
+# heads that lack a stack
+WITHOUT = {
+    "": ("BartForCausalLM", "MBartForCausalLM", "MarianForCausalLM", "WhisperForCausalLM"),
+    "decoder": ("T5EncoderModel", "T5ForTokenClassification", "WhisperForAudioClassification"),
+    "text": ("CLIPForImageClassification", "SiglipForImageClassification"),
+}
 
 # heads that cannot be fused on calibration batches, and why
 REFUSED = {
-    "BartForCausalLM": "has no 'encoder.layers'",
-    "MBartForCausalLM": "has no 'encoder.layers'",
-    "MarianForCausalLM": "has no 'encoder.layers'",
-    "WhisperForCausalLM": "has no 'encoder.layers'",
     "Dinov2Backbone": "none of which is a tensor",
     "DINOv3ViTBackbone": "none of which is a tensor",
     "BeitBackbone": "none of which is a tensor",
     "BeitForSemanticSegmentation": "or the head reads the states of others",
 }
 
+
+def refusal(name, head) -> str | None:
+    """Part of the message with which a head is refused, or None."""
+    return "the layers in the table of" if head in WITHOUT[FAMILIES[name].stack] else REFUSED.get(head)
+
+
 ALTERNATE = ("smollm3", "gemma2", "gpt_neo")  # neighbours attend in different ways, and cannot be averaged
 
-OPAQUE = ("mixtral", "qwen3_moe")  # mixtures of experts have no MLP that could become linear
+OPAQUE = ("mixtral", "qwen3_moe", "qwen3_next", "mamba")  # no MLP could become linear
 
-EVERY_HEAD = [pytest.param(name, head, id=f"{name}-{head}") for name, head in HEADS if head not in REFUSED]
+EVERY_HEAD = [pytest.param(name, head, id=f"{name}-{head}") for name, head in HEADS if not refusal(name, head)]
 
 
-def plan(name, *edits) -> Plan:
-    return Plan(FAMILIES[name].model_type, DEPTH, edits)
+def applied(name, model, *edits):
+    return apply(model, family_table(name, model).plan(DEPTH, edits))
+
+
+def stack_of(name) -> str | None:
+    return FAMILIES[name].stack or None
 
 
 def outputs(model, inputs):
@@ -57,14 +68,25 @@ def near(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
 
 
-def zeroed(model, *blocks):
-    """The model with the outputs of some blocks set to zero, in place."""
-    architecture = architecture_for(model)
-    for kind, index in blocks:
-        for path, parameter in architecture.layer_list(model)[index].named_parameters():
-            if architecture.silences(kind, path):
+def drops(name, model) -> list[Drop]:
+    """One dropped block of each kind."""
+    return [Drop(kind, layer) for kind, layer in zip(family_table(name, model).kinds, (1, 3), strict=False)]
+
+
+def zeroed(name, model):
+    """The model with the outputs of the blocks of `drops` set to zero, in place."""
+    architecture = family_table(name, model)
+    for edit in drops(name, model):
+        for path, parameter in architecture.layer_list(model)[edit.layer].named_parameters():
+            if architecture.silences(edit.kind, path):
                 parameter.data.zero_()
     return model
+
+
+def decodes(model) -> bool:
+    """Whether a model generates text, and decodes it with a cache."""
+    decoder = model.config.is_encoder_decoder or getattr(model.config, "is_decoder", None) is not False
+    return model.can_generate() and decoder and not hasattr(model.config, "vision_config")
 
 
 def ruled_out(name, edit) -> str | None:
@@ -84,28 +106,27 @@ def test_every_edit_of_a_family(name):
     """The table fits; edits do what they say; results survive saving, loading, caching and expansion."""
     model = family_model(name)
     inputs = family_inputs(name, model)
-    check_contract(model, [inputs])
+    check_contract(model, [inputs], family_table(name, model))
     expected = outputs(model, inputs)
-    assert torch.equal(outputs(apply(model, plan(name)), inputs), expected)
+    assert torch.equal(outputs(applied(name, model), inputs), expected)
 
-    depth = apply(model, plan(name, Fuse("layer", (1, 2), operator="freeze"), Drop("layer", 4)))
+    depth = applied(name, model, Fuse("layer", (1, 2), operator="freeze"), Drop("layer", 4))
     assert not isinstance(depth, FusedMixin)
     assert not torch.allclose(outputs(depth, inputs), expected, rtol=1e-2), "the edits had no effect: a blind test"
     assert verify(depth, inputs=inputs)["reload"] == 0
 
-    linear = [] if name in OPAQUE else [Linearize(4)]
-    small = apply(model, plan(name, Fuse("layer", (1, 3), "share", "mean", rank=2), Drop("mlp", 5), *linear))
+    others = [] if name in OPAQUE else [Linearize(4), Drop("mlp", 5)]
+    small = applied(name, model, Fuse("layer", (1, 3), "share", "mean", rank=2), *others)
     assert small.num_parameters() < model.num_parameters()
     report = verify(small, inputs=inputs)
     assert report["reload"] == 0
-    decodes = small.can_generate() and not small.config.is_encoder_decoder
-    assert ("cache" in report) == (decodes and getattr(small.config, "is_decoder", None) is not False)
+    assert ("cache" in report) == decodes(small)
 
-    dropped = apply(model, plan(name, Drop("attention", 1), Drop("mlp", 3)))
-    near(outputs(dropped, inputs), outputs(zeroed(model, ("attention", 1), ("mlp", 3)), inputs))
+    dropped = applied(name, model, *drops(name, model))
     stock = expand(dropped)
     assert type(stock) is type(model)
     near(outputs(stock, inputs), outputs(dropped, inputs))
+    near(outputs(dropped, inputs), outputs(zeroed(name, model), inputs))
 
 
 @pytest.mark.slow
@@ -115,11 +136,11 @@ def test_every_edit_of_every_head(name, head, edit):
     """Each edit on each head: the right class, smaller, with the same outputs after reloading and with a cache."""
     model = family_model(name, head)
     inputs = family_inputs(name, model)
-    if refusal := ruled_out(name, edit):
-        with pytest.raises((PlanError, UnsupportedModelError), match=refusal):
-            apply(model, plan(name, *EDITS[edit]))
+    if words := ruled_out(name, edit):
+        with pytest.raises((PlanError, UnsupportedModelError), match=words):
+            applied(name, model, *EDITS[edit])
         return
-    small = apply(model, plan(name, *EDITS[edit]))
+    small = applied(name, model, *EDITS[edit])
     assert isinstance(small, FusedMixin) == (edit not in STOCK)
     assert small.num_parameters() < model.num_parameters()
     assert verify(small, inputs=inputs)["reload"] == 0
@@ -133,19 +154,19 @@ def test_every_head_keeps_the_contract(name, head):
     """The table fits each head; an empty plan is bit-equal, and dropping a block is zeroing its outputs."""
     model = family_model(name, head)
     inputs = family_inputs(name, model)
-    check_contract(model, [inputs])
-    assert torch.equal(outputs(apply(model, plan(name)), inputs), outputs(model, inputs))
-    dropped = apply(model, plan(name, Drop("attention", 1), Drop("mlp", 3)))
-    near(outputs(dropped, inputs), outputs(zeroed(model, ("attention", 1), ("mlp", 3)), inputs))
+    check_contract(model, [inputs], family_table(name, model))
+    assert torch.equal(outputs(applied(name, model), inputs), outputs(model, inputs))
+    dropped = applied(name, model, *drops(name, model))
+    near(outputs(dropped, inputs), outputs(zeroed(name, model), inputs))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "head"), [(name, head) for name, head in HEADS if head in REFUSED])
+@pytest.mark.parametrize(("name", "head"), [(name, head) for name, head in HEADS if refusal(name, head)])
 def test_heads_that_cannot_be_fused_are_refused_with_the_reason(name, head):
     """A decoder without the encoder, a backbone, and a head that reads several layers."""
     model = family_model(name, head)
-    with pytest.raises(UnsupportedModelError, match=REFUSED[head]):
-        fuse(model, keep_layers=3, batches=family_batches(name, model, 2), effort="low")
+    with pytest.raises(UnsupportedModelError, match=refusal(name, head)):
+        fuse(model, keep_layers=3, stack=stack_of(name), batches=family_batches(name, model, 2), effort="low")
 
 
 SEARCHES = {
@@ -166,12 +187,12 @@ def test_every_search_of_a_family(name, search, tmp_path):
     batches = family_batches(name, model)
     if search == "collapse" and name in OPAQUE:
         with pytest.raises(UnsupportedModelError, match="cannot become linear"):
-            collapse(model, count=2, batches=batches)
+            collapse(model, count=2, stack=stack_of(name), batches=batches)
         return
     if search == "collapse":
-        small = collapse(model, count=2, batches=batches)
+        small = collapse(model, count=2, stack=stack_of(name), batches=batches)
     else:
-        small = fuse(model, batches=batches, effort="low", **SEARCHES[search])
+        small = fuse(model, stack=stack_of(name), batches=batches, effort="low", **SEARCHES[search])
     assert small.num_parameters() < model.num_parameters()
     small.save_pretrained(tmp_path)
     inputs = family_inputs(name, model, seed=99)

@@ -126,14 +126,16 @@ class LayerArchitecture(Architecture, ABC):
         """The list of layers of `model`, with any head.
 
         Raises:
-            UnsupportedModelError: The model has no such list, like a decoder alone where the table names the encoder.
+            UnsupportedModelError: The model has no such list, like a decoder alone where the stack is the encoder.
         """
         try:
             return model.get_submodule(self.layers_path(model))
         except AttributeError as error:
+            others = [table.stack for table in self.other_stacks]
+            stack = f"pass stack= to choose another of its stacks ({', '.join(others)}), or " if others else ""
             raise UnsupportedModelError(
-                f"{type(model).__name__} has no {self.layers!r}, which are the layers in the table of "
-                f"{self.model_type!r}: fuse a model of {self.model_type!r} that has them."
+                f"{type(model).__name__} has no {self.layers!r}, the layers in the table of {self.model_type!r}: "
+                f"{stack}fuse a model of {self.model_type!r} that has them."
             ) from error
 
     def blocks(self, model: PreTrainedModel) -> list[Block]:
