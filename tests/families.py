@@ -141,6 +141,8 @@ _OPT = {
     "ffn_dim": 48,
     "max_position_embeddings": 64,
 }
+_NEOX = {**_TEXT, **_TOKENS, "intermediate_size": 48, "max_position_embeddings": 64, "rotary_pct": 0.5}
+_BLOOM = {**_TOKENS, "vocab_size": 64, "hidden_size": 32, "n_layer": DEPTH, "n_head": 4}
 _GPT_NEO = {
     **_TOKENS,
     "vocab_size": 64,
@@ -223,6 +225,15 @@ FAMILIES = {
         "MambaForCausalLM",
         {**_TOKENS, "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": DEPTH, "state_size": 4},
     ),
+    "gpt_neox": Family("gpt_neox", "GPTNeoXForCausalLM", _NEOX),
+    "gpt_neox, sequential": Family("gpt_neox", "GPTNeoXForCausalLM", {**_NEOX, "use_parallel_residual": False}),
+    "bloom": Family("bloom", "BloomForCausalLM", _BLOOM),
+    "phi": Family("phi", "PhiForCausalLM", _LM),
+    "phi, norms of queries": Family("phi", "PhiForCausalLM", {**_LM, "qk_layernorm": True}),
+    "phi3": Family("phi3", "Phi3ForCausalLM", _LM),
+    "cohere": Family("cohere", "CohereForCausalLM", _LM),
+    "cohere, norms of queries": Family("cohere", "CohereForCausalLM", {**_LM, "use_qk_norm": True}),
+    "glm4": Family("glm4", "Glm4ForCausalLM", {**_LM, "head_dim": 8}),
     "gpt_neo": Family("gpt_neo", "GPTNeoForCausalLM", _GPT_NEO),
     "gpt2, cross-attention": Family(
         "gpt2",
