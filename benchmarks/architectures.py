@@ -22,7 +22,7 @@ import transformers
 from common import RESULTS, ROOT, load, parsed, save
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from hf_layerfuse import Drop, Fuse, LayerFuseError, Plan, apply, collapse, fuse, verify
+from hf_layerfuse import Drop, Fuse, LayerFuseError, apply, collapse, fuse, verify
 from hf_layerfuse.calibration.contract import check_contract
 from hf_layerfuse.models.architectures import ARCHITECTURES, BUILTIN, architecture_for
 
@@ -66,6 +66,11 @@ EXAMPLES = {
     "gpt_neox": "Pythia, GPT-NeoX-20B",
     "bloom": "BLOOM, BLOOMZ",
     "falcon": "Falcon 7B and 40B",
+    "clip": "CLIP",
+    "siglip": "SigLIP",
+    "qwen3_next": "Qwen3-Next 80B-A3B",
+    "qwen3_5_text": "Qwen3.5: the language model",
+    "mamba": "Mamba 130M to 2.8B",
     "phi": "Phi-1.5, Phi-2",
     "phi3": "Phi-3, Phi-4",
     "cohere": "Command R, Aya",
@@ -78,11 +83,11 @@ EXAMPLES = {
     "mpnet": "MPNet, all-mpnet-base",
     "deberta-v2": "DeBERTa v2 and v3",
     "nomic_bert": "nomic-embed-text",
-    "t5": "T5, Flan-T5: the encoder",
-    "bart": "BART: the encoder",
-    "mbart": "mBART: the encoder",
-    "marian": "OPUS-MT: the encoder",
-    "whisper": "Whisper: the encoder",
+    "t5": "T5, Flan-T5",
+    "bart": "BART",
+    "mbart": "mBART",
+    "marian": "OPUS-MT",
+    "whisper": "Whisper",
     "wav2vec2": "wav2vec 2.0, XLS-R",
     "hubert": "HuBERT",
     "clip_vision_model": "CLIP: the image tower",
@@ -100,9 +105,6 @@ _TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 6, "num_atten
 _LM = {**_TEXT, "intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _IMAGE = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 48}
 _IMAGE = {**_IMAGE, "image_size": 8, "patch_size": 2}
-_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
-_LINEAR = {**_LINEAR, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 3, "head_dim": 8}
-
 OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ALBERT": ("albert", "AlbertForMaskedLM", {**_TEXT, "intermediate_size": 48, "embedding_size": 16}),
     "Swin": (
@@ -164,13 +166,6 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
             ),
         },
     ),
-    "Mamba": ("mamba", "MambaForCausalLM", {**_LM, "state_size": 4}),
-    "Qwen3-Next": (
-        "qwen3_next",
-        "Qwen3NextForCausalLM",
-        {**_LM, **_LINEAR, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
-    ),
-    "Qwen3.5": ("qwen3_5_text", "Qwen3_5ForCausalLM", {**_LM, **_LINEAR}),
     "DeepSeek-V3": (
         "deepseek_v3",
         "DeepseekV3ForCausalLM",
@@ -189,12 +184,16 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "v_head_dim": 8,
         },
     ),
-    "CLIP, both towers": (
-        "clip",
-        "CLIPModel",
-        {"text_config": {**_LM}, "vision_config": _IMAGE, "projection_dim": 16},
+    "LLaVA": (
+        "llava",
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": {**_LM, "model_type": "llama"},
+            "vision_config": {**_IMAGE, "model_type": "clip_vision_model", "projection_dim": 16},
+            "image_token_index": 63,
+            "vision_feature_layer": -2,
+        },
     ),
-    "SigLIP, both towers": ("siglip", "SiglipModel", {"text_config": _TEXT, "vision_config": _IMAGE}),
     "BART, the decoder alone": ("bart", "BartForCausalLM", dict(families.FAMILIES["bart"].config)),
     "DINOv2, as a backbone": ("dinov2", "Dinov2Backbone", dict(families.FAMILIES["dinov2"].config)),
     "BEiT, semantic segmentation": (
@@ -222,6 +221,10 @@ def names() -> list[str]:
     return [each.model_type for each in BUILTIN if rows_of(each.model_type)]
 
 
+def stack_of(row: str) -> str | None:
+    return (families.FAMILIES[row].stack if row in families.FAMILIES else None) or None
+
+
 def model_of(row: str, head: str = "") -> PreTrainedModel:
     if row in families.FAMILIES:
         return families.family_model(row, head)
@@ -230,7 +233,7 @@ def model_of(row: str, head: str = "") -> PreTrainedModel:
     return helpers.tiny_model(row, head or (plain if row != "roberta" else "RobertaForMaskedLM"))
 
 
-def batches_of(row: str, model: PreTrainedModel, count: int = 6) -> list[dict[str, torch.Tensor]]:
+def batches_of(row: str, model: PreTrainedModel, count: int = 4) -> list[dict[str, torch.Tensor]]:
     if row in families.FAMILIES:
         return families.family_batches(row, model, count)
     return [helpers.dummy_inputs(model, 4, seed=seed) for seed in range(1, count + 1)]
@@ -242,11 +245,13 @@ def sentence(error: Exception) -> str:
 
 
 def answer(run: Callable[[], Any]) -> tuple[str, Any]:
-    """ "works" or "refused: reason", and the result."""
+    """ "works", "refused: reason" or "fails: error", and the result."""
     try:
         return WORKS, run()
     except LayerFuseError as error:
         return f"refused: {sentence(error)}", None
+    except Exception as error:  # the page shows it
+        return f"fails: {type(error).__name__}: {sentence(error)}", None
 
 
 def head_answer(row: str, head: str) -> str:
@@ -254,10 +259,9 @@ def head_answer(row: str, head: str) -> str:
 
     def run() -> None:
         model = model_of(row, head)
-        inputs = batches_of(row, model, 1)[0]
-        check_contract(model, [inputs])
-        architecture = architecture_for(model)
-        plan = Plan(architecture.model_type, 6, (Fuse("layer", (1, 2), operator="freeze"), Drop("layer", 4)))
+        inputs, table = batches_of(row, model, 1)[0], architecture_for(model, stack=stack_of(row))
+        check_contract(model, [inputs], table)
+        plan = table.plan(6, (Fuse("layer", (1, 2), operator="freeze"), Drop("layer", 4)))
         verify(apply(model, plan), inputs=inputs)
 
     return answer(run)[0]
@@ -268,10 +272,11 @@ def searched(row: str) -> dict[str, Any]:
     model = model_of(row)
     batches, found = batches_of(row, model), {}
     for name, asked in SEARCHES.items():
+        shared = {"batches": batches, "stack": stack_of(row), **asked}
         if name == "collapse":
-            found[name], small = answer(lambda: collapse(model, batches=batches, count=2))
+            found[name], small = answer(lambda: collapse(model, **shared))  # noqa: B023
         else:
-            found[name], small = answer(lambda: fuse(model, batches=batches, effort="low", **asked))  # noqa: B023
+            found[name], small = answer(lambda: fuse(model, effort="low", **shared))  # noqa: B023
         if name == "depth" and small is not None:
             refit = small.fusion_report.plan.notes.refit
             report = verify(small, inputs=batches[0])
@@ -280,9 +285,9 @@ def searched(row: str) -> dict[str, Any]:
 
 
 def lines_of(model_type: str) -> int:
-    """Lines of the table in the source, with those of its variants, without the lines that it inherits."""
-    table = ARCHITECTURES[model_type]
-    kinds = {type(table)} | {type(table.variant(model_of(row).config)) for row in rows_of(model_type)}
+    """Lines of the table in the source, with those of its variants and stacks, without the lines that it inherits."""
+    tables = [architecture_for(model_of(row), stack=stack_of(row)) for row in rows_of(model_type)]
+    kinds = {type(ARCHITECTURES[model_type]), *map(type, tables)}
     return sum(bool(line.strip()) for kind in kinds for line in inspect.getsource(kind).splitlines())
 
 
@@ -294,18 +299,19 @@ def extends(model_type: str) -> str | None:
 
 def measured(model_type: str) -> dict[str, Any]:
     """The row of a family: its heads, its cells by variant, and its table."""
-    heads = {}
+    table, heads = ARCHITECTURES[model_type], dict[str, dict[str, str]]()
     for row in rows_of(model_type):
         known = families.heads_of(model_type) if row in families.FAMILIES else helpers.heads_of(row)
         for head in known:
-            found = head_answer(row, head.__name__)
-            if heads.get(head.__name__, WORKS) == WORKS:
-                heads[head.__name__] = found
+            answers, stack = heads.setdefault(head.__name__, {}), stack_of(row) or ""
+            if answers.get(stack, WORKS) == WORKS:  # the first variant that is refused stays
+                answers[stack] = head_answer(row, head.__name__)
     return {
         "heads": heads,
         "variants": {row: searched(row) for row in rows_of(model_type)},
         "lines": lines_of(model_type),
         "extends": extends(model_type),
+        "stacks": [table.stack for table in (table, *table.other_stacks) if table.stack],
     }
 
 
@@ -316,19 +322,15 @@ def other(name: str) -> str:
     model = getattr(transformers, head)(CONFIG_MAPPING[model_type](**copy.deepcopy(config))).eval()
 
     def run() -> PreTrainedModel:
-        if model_type in ("clip", "siglip", "sam"):  # images and what belongs to them
-            pixels = torch.randn(2, 3, 32 if model_type == "sam" else 8, 32 if model_type == "sam" else 8)
-            extra = {"input_points": torch.tensor([[[[4.0, 5.0]]]] * 2)}
-            inputs = {"pixel_values": pixels, **(extra if model_type == "sam" else {"input_ids": _ids()})}
-            return fuse(model, keep_layers=3, batches=[inputs] * 4, effort="low")
-        batches = [helpers.dummy_inputs(model, 4, seed=seed) for seed in range(4)] if model_type != "detr" else None
-        return fuse(model, keep_layers=3, batches=batches, effort="low")
+        batches = [] if model_type in ("sam", "detr", "llava") else [helpers.dummy_inputs(model, 4)] * 4
+        return fuse(model, keep_layers=3, batches=batches or None, effort="low")
 
     return answer(run)[0]
 
 
-def _ids() -> torch.Tensor:
-    return torch.randint(3, 58, (2, 16))
+def refusal(answers: dict[str, str]) -> str | None:
+    """Why a head is refused: None if one of its stacks works, the answer for the default stack otherwise."""
+    return None if WORKS in answers.values() else next(iter(answers.values()))
 
 
 def cell(row: dict[str, Any], name: str) -> str:
@@ -358,14 +360,14 @@ def cache_cell(row: dict[str, Any]) -> str:
 
 def table(results: dict[str, Any]) -> list[list[str]]:
     """One row per family."""
-    rows = [["`model_type`", "such as", "heads", *SEARCHES, "refit", "cached generation", "lines of the table"]]
+    rows = [["family", "such as", "stacks", "heads", *SEARCHES, "refit", "cached generation", "lines of the table"]]
     for name, row in results["families"].items():
-        works = sum(each == WORKS for each in row["heads"].values())
-        tested = len(row["heads"])
+        works, tested = sum(not refusal(each) for each in row["heads"].values()), len(row["heads"])
         heads = f"{works}" if works == tested else f"{works} of {tested}"
         lines = f"{row['lines']}" + (f", changes {row['extends']}" if row["extends"] else "")
         cells = [cell(row, search) for search in SEARCHES]
-        rows.append([name, EXAMPLES[name], heads, *cells, refit_cell(row), cache_cell(row), lines])
+        stacks = ", ".join(row["stacks"]) or "one"
+        rows.append([name, EXAMPLES[name], stacks, heads, *cells, refit_cell(row), cache_cell(row), lines])
     return rows
 
 
@@ -373,7 +375,7 @@ def refusals(results: dict[str, Any]) -> list[list[str]]:
     """One row per model of `OTHERS`, and per head of a family that is refused."""
     rows = [["model", "answer of `fuse`"], *([name, found] for name, found in results["others"].items())]
     for name, row in results["families"].items():
-        rows += [[f"{name}, {head}", found] for head, found in row["heads"].items() if found != WORKS]
+        rows += [[f"{name}, {head}", found] for head, each in row["heads"].items() if (found := refusal(each))]
     return rows
 
 
@@ -385,7 +387,7 @@ def summary(results: dict[str, Any]) -> str:
     words = ", ".join(f"{name} for {count}" for name, count in counts.items())
     return (
         f"{len(rows)} architectures of transformers with {len(heads)} model classes are tested, of which "
-        f"{sum(each == WORKS for each in heads)} classes can be fused. Of the architectures, these work: {words}."
+        f"{sum(not refusal(each) for each in heads)} can be fused. Of the architectures, these work: {words}."
     )
 
 

@@ -57,7 +57,7 @@ def _two_towers(model: PreTrainedModel, rows: int, seed: int) -> Inputs:
 
 
 def _ended(model: PreTrainedModel, rows: int, seed: int) -> Inputs:
-    """Rows of tokens that end with the only end token, which heads of BART that classify look for."""
+    """Rows of tokens that end with the only end token, which heads of T5 and BART that classify look for."""
     inputs = dummy_inputs(model, rows, seed=seed)
     end = model.config.eos_token_id
     for name in ("input_ids", "decoder_input_ids"):
@@ -248,11 +248,11 @@ FAMILIES = {
     "mpnet": Family("mpnet", "MPNetForMaskedLM", _ROBERTA),
     "deberta-v2": Family("deberta-v2", "DebertaV2ForMaskedLM", _DEBERTA),
     "nomic_bert": Family("nomic_bert", "NomicBertForMaskedLM", _BERT),
-    "t5": Family("t5", "T5ForConditionalGeneration", _T5),
-    "t5, gated": Family("t5", "T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu"}),
-    "t5, decoder": Family("t5", "T5ForConditionalGeneration", _T5_DECODER, stack="decoder"),
+    "t5": Family("t5", "T5ForConditionalGeneration", _T5, _ended),
+    "t5, gated": Family("t5", "T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu"}, _ended),
+    "t5, decoder": Family("t5", "T5ForConditionalGeneration", _T5_DECODER, _ended, stack="decoder"),
     "t5, gated, decoder": Family(
-        "t5", "T5ForConditionalGeneration", {**_T5_DECODER, "feed_forward_proj": "gated-gelu"}, stack="decoder"
+        "t5", "T5ForConditionalGeneration", {**_T5_DECODER, "feed_forward_proj": "gated-gelu"}, _ended, stack="decoder"
     ),
     "bart": Family("bart", "BartForConditionalGeneration", _BART, _ended),
     "bart, decoder": Family("bart", "BartForConditionalGeneration", {**_BART, **_DECODER}, _ended, stack="decoder"),
