@@ -311,9 +311,6 @@ def heads_of(model_type: str) -> list[type[PreTrainedModel]]:
     ]
 
 
-HEADS = [(name, head.__name__) for name, family in FAMILIES.items() for head in heads_of(family.model_type)]
-
-
 def family_model(name: str, head: str = "", seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model in which every parameter that trains has an effect: norms and biases are random too."""
     family = FAMILIES[name]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import DEPTH, FAMILIES, HEADS, family_batches, family_inputs, family_model, family_table
+from families import DEPTH, FAMILIES, family_batches, family_inputs, family_model, family_table, heads_of
 from helpers import EDITS, STOCK
 
 from hf_layerfuse import (
@@ -21,6 +21,8 @@ from hf_layerfuse import (
 from hf_layerfuse.calibration.contract import check_contract
 from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
 from hf_layerfuse.models.modeling import FusedMixin
+
+HEADS = [(name, head.__name__) for name, family in FAMILIES.items() for head in heads_of(family.model_type)]
 
 # heads that lack a stack
 WITHOUT = {
