@@ -143,6 +143,8 @@ _OPT = {
 }
 _NEOX = {**_TEXT, **_TOKENS, "intermediate_size": 48, "max_position_embeddings": 64, "rotary_pct": 0.5}
 _BLOOM = {**_TOKENS, "vocab_size": 64, "hidden_size": 32, "n_layer": DEPTH, "n_head": 4}
+_FALCON = {**_TEXT, **_TOKENS, "ffn_hidden_size": 48, "bias": True}
+_MODERNBERT = {**_BERT, **_TOKENS, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 6}
 _GPT_NEO = {
     **_TOKENS,
     "vocab_size": 64,
@@ -228,6 +230,13 @@ FAMILIES = {
     "gpt_neox": Family("gpt_neox", "GPTNeoXForCausalLM", _NEOX),
     "gpt_neox, sequential": Family("gpt_neox", "GPTNeoXForCausalLM", {**_NEOX, "use_parallel_residual": False}),
     "bloom": Family("bloom", "BloomForCausalLM", _BLOOM),
+    "falcon": Family("falcon", "FalconForCausalLM", _FALCON),
+    "falcon, two norms": Family(
+        "falcon", "FalconForCausalLM", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}
+    ),
+    "falcon, sequential": Family(
+        "falcon", "FalconForCausalLM", {**_FALCON, "multi_query": False, "parallel_attn": False, "alibi": True}
+    ),
     "phi": Family("phi", "PhiForCausalLM", _LM),
     "phi, norms of queries": Family("phi", "PhiForCausalLM", {**_LM, "qk_layernorm": True}),
     "phi3": Family("phi3", "Phi3ForCausalLM", _LM),
@@ -247,6 +256,7 @@ FAMILIES = {
     "electra": Family("electra", "ElectraForMaskedLM", {**_BERT, "embedding_size": 16}),
     "mpnet": Family("mpnet", "MPNetForMaskedLM", _ROBERTA),
     "deberta-v2": Family("deberta-v2", "DebertaV2ForMaskedLM", _DEBERTA),
+    "modernbert": Family("modernbert", "ModernBertForMaskedLM", _MODERNBERT),
     "nomic_bert": Family("nomic_bert", "NomicBertForMaskedLM", _BERT),
     "t5": Family("t5", "T5ForConditionalGeneration", _T5, _ended),
     "t5, gated": Family("t5", "T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu"}, _ended),
