@@ -383,11 +383,12 @@ def summary(results: dict[str, Any]) -> str:
     """The counts of the table in one sentence."""
     rows = results["families"].values()
     heads = [each for row in rows for each in row["heads"].values()]
-    counts = {name: sum(cell(row, name) == WORKS for row in rows) for name in SEARCHES}
-    words = ", ".join(f"{name} for {count}" for name, count in counts.items())
+    depth, share, attention, mlp, linear = (sum(cell(row, name) == WORKS for row in rows) for name in SEARCHES)
     return (
-        f"{len(rows)} architectures of transformers with {len(heads)} model classes are tested, of which "
-        f"{sum(not refusal(each) for each in heads)} can be fused. Of the architectures, these work: {words}."
+        f"{len(rows)} architectures of transformers are tested with all {len(heads)} of their model classes, of which "
+        f"{sum(not refusal(each) for each in heads)} can be fused. Fusing layers in depth works for {depth} architectures, "
+        f"sharing weights for {share}, fusing attention blocks for {attention}, fusing MLPs for {mlp}, and linear MLPs for "
+        f"{linear}."
     )
 
 

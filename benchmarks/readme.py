@@ -172,6 +172,9 @@ def tables() -> dict[str, list[Table]]:
     }
 
 
+_OF_WORDS = ("architectures", "architectures, refused")
+"""Tables whose cells are words, which are aligned to the left."""
+
 _OUTPUT = re.compile(r"(<!-- output: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 _SENTENCE = re.compile(r"(<!-- sentence: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 _PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
@@ -183,15 +186,18 @@ def summary(name: str) -> str:
     return textwrap.fill(module.summary(found), 128)
 
 
+def shown(name: str) -> list[str]:
+    """The tables of a name in Markdown."""
+    return [markdown_table(table, numbers=name not in _OF_WORDS) for table in tables()[name]]
+
+
 def filled(text: str) -> str:
     """A page whose tables, sentences and outputs are filled from the JSON files."""
     text = _SENTENCE.sub(lambda place: f"{place[1]}{summary(place[2])}\n{place[3]}", text)
     text = _OUTPUT.sub(
         lambda place: f"{place[1]}```text\n{results(place[2])['output'].rstrip()}\n```\n{place[3]}", text
     )
-    return _PLACE.sub(
-        lambda place: place[1] + "\n\n".join(map(markdown_table, tables()[place[2]])) + "\n" + place[3], text
-    )
+    return _PLACE.sub(lambda place: place[1] + "\n\n".join(shown(place[2])) + "\n" + place[3], text)
 
 
 if __name__ == "__main__":
