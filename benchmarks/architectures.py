@@ -384,11 +384,11 @@ def summary(results: dict[str, Any]) -> str:
     rows = results["families"].values()
     heads = [each for row in rows for each in row["heads"].values()]
     depth, share, attention, mlp, linear = (sum(cell(row, name) == WORKS for row in rows) for name in SEARCHES)
+    fused = sum(not refusal(each) for each in heads)
     return (
         f"{len(rows)} architectures of transformers are tested with all {len(heads)} of their model classes, of which "
-        f"{sum(not refusal(each) for each in heads)} can be fused. Fusing layers in depth works for {depth} architectures, "
-        f"sharing weights for {share}, fusing attention blocks for {attention}, fusing MLPs for {mlp}, and linear MLPs for "
-        f"{linear}."
+        f"{fused} can be fused. Fusing layers in depth works for {depth} architectures, sharing weights for {share}, "
+        f"fusing attention blocks for {attention}, fusing MLPs for {mlp}, and linear MLPs for {linear}."
     )
 
 
