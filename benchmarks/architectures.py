@@ -211,7 +211,7 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def rows_of(model_type: str) -> list[str]:
-    """Rows of `FAMILIES` of a `model_type`; the row of `TINY` has the same name."""
+    """Rows of a `model_type` in `FAMILIES`, behind the one of the same name in `TINY`."""
     found = [name for name, family in families.FAMILIES.items() if family.model_type == model_type]
     return [model_type, *found] if model_type in helpers.TINY else found
 

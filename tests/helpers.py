@@ -78,12 +78,6 @@ TINY = {
     "mistral": {**_LLAMA, "sliding_window": 6},
     "qwen2": {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3},
     "qwen3": {**_LLAMA, "head_dim": 8},
-    "gpt_neox": {**_TEXT, **_TOKENS, "intermediate_size": 48, "max_position_embeddings": 64},
-    "bloom": {**_TOKENS, "vocab_size": 64, "hidden_size": 32, "n_layer": LAYERS, "n_head": 4},
-    "phi": _LLAMA,
-    "phi3": _LLAMA,
-    "cohere": _LLAMA,
-    "glm4": {**_LLAMA, "head_dim": 8},
 }
 
 
