@@ -110,7 +110,14 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Swin": (
         "swin",
         "SwinForImageClassification",
-        {"image_size": 32, "embed_dim": 16, "depths": [2, 2, 6], "num_heads": [2, 2, 4], "window_size": 4},
+        {
+            "image_size": 32,
+            "patch_size": 2,
+            "embed_dim": 16,
+            "depths": [2, 2, 6],
+            "num_heads": [2, 2, 4],
+            "window_size": 4,
+        },
     ),
     "ConvNeXt": (
         "convnext",
@@ -191,6 +198,7 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "text_config": {**_LM, "model_type": "llama"},
             "vision_config": {**_IMAGE, "model_type": "clip_vision_model", "projection_dim": 16},
             "image_token_index": 63,
+            "vision_feature_select_strategy": "default",
             "vision_feature_layer": -2,
         },
     ),
@@ -322,10 +330,22 @@ def other(name: str) -> str:
     model = getattr(transformers, head)(CONFIG_MAPPING[model_type](**copy.deepcopy(config))).eval()
 
     def run() -> PreTrainedModel:
-        batches = [] if model_type in ("sam", "detr", "llava") else [helpers.dummy_inputs(model, 4)] * 4
-        return fuse(model, keep_layers=3, batches=batches or None, effort="low")
+        return fuse(model, keep_layers=3, batches=[other_inputs(model)] * 4, effort="low")
 
     return answer(run)[0]
+
+
+def other_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Inputs of a model of `OTHERS`: images with points or with text, or the ones of most models."""
+    if isinstance(model, transformers.SamModel):
+        return {"pixel_values": torch.randn(2, 3, 32, 32), "input_points": torch.full((2, 1, 1, 2), 4.0)}
+    if isinstance(model, transformers.DetrForObjectDetection):
+        return {"pixel_values": torch.randn(2, 3, 64, 64)}
+    if isinstance(model, transformers.LlavaForConditionalGeneration):
+        ids = torch.randint(3, 58, (2, 24))
+        ids[:, :16] = model.config.image_token_id
+        return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8)}
+    return helpers.dummy_inputs(model, 4)
 
 
 def refusal(answers: dict[str, str]) -> str | None:
