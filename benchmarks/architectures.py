@@ -317,6 +317,7 @@ def measured(model_type: str) -> dict[str, Any]:
     return {
         "heads": heads,
         "variants": {row: searched(row) for row in rows_of(model_type)},
+        "generates": any(model_of(row).can_generate() for row in rows_of(model_type)),
         "lines": lines_of(model_type),
         "extends": extends(model_type),
         "stacks": [table.stack for table in (table, *table.other_stacks) if table.stack],
@@ -375,7 +376,7 @@ def refit_cell(row: dict[str, Any]) -> str:
 
 def cache_cell(row: dict[str, Any]) -> str:
     cached = [each["cache"] for each in row["variants"].values() if each.get("cache") is not None]
-    return WORKS if cached else "no decoder"
+    return WORKS if cached else "not checked" if row["generates"] else "no decoder"
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:

@@ -91,9 +91,8 @@ def zeroed(name, model):
 
 
 def decodes(model) -> bool:
-    """Whether a model generates text, and decodes it with a cache."""
-    decoder = model.config.is_encoder_decoder or getattr(model.config, "is_decoder", None) is not False
-    return model.can_generate() and decoder and not hasattr(model.config, "vision_config")
+    """Whether decoding with a cache is compared: the model generates, from text alone."""
+    return model.can_generate() and not hasattr(model.config, "vision_config")
 
 
 def ruled_out(name, edit) -> str | None:
