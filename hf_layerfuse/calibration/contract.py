@@ -86,7 +86,7 @@ class _Contract:
             self._require(
                 self._near(prediction(output), whole),
                 f"the layers at {self.architecture.layers!r}, run one by one, differ from the whole model: something "
-                "outside of them changes the stream between layers, or a layer reads the states of others",
+                "outside of them changes the stream between layers, or a layer or the head reads the states of others",
             )
 
     def _check_lists(self) -> None:
@@ -172,7 +172,11 @@ class _Contract:
         """Require that the stand-ins of a kind of block equal a block that adds zero."""
         residual = HookPoint(kind, "residual")
         with _replaced(layer, {path: make() for path, make in self.architecture.skip[kind].items()}):
-            without = _first(layerwise.look(residual, HookPoint(kind, "sum"), None))
+            try:
+                without = _first(layerwise.look(residual, HookPoint(kind, "sum"), None))
+            except (RuntimeError, TypeError, ValueError) as error:
+                words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                self._require(False, f"{where}the stand-ins in `skip` of {kind} cannot run: {words}")
         self._require(
             self._near(without[residual], without[HookPoint(kind, "sum")]),
             f"{where}the stand-ins in `skip` of {kind} still add to the stream",

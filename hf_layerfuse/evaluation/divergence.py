@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import DataError
+from ..errors import DataError, UnsupportedModelError
 from .batches import model_inputs, output_mask
 from .modes import eval_mode
 
@@ -19,8 +19,18 @@ _ROWS = 256
 
 
 def prediction(output: Mapping[str, Any]) -> Tensor:
-    """The main output of any head: the logits, or the hidden states of a model without a head."""
-    return next(value for value in output.values() if isinstance(value, Tensor) and value.ndim > 0)
+    """The main output of any head: the logits, or the hidden states of a model without a head.
+
+    Raises:
+        UnsupportedModelError: No output is a tensor, as in a backbone, which returns states of several layers.
+    """
+    found = next((value for value in output.values() if isinstance(value, Tensor) and value.ndim > 0), None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"the model returns {', '.join(output) or 'nothing'}, none of which is a tensor: results are compared by "
+            "one tensor, such as logits or hidden states. Fuse the model with another head, or without one."
+        )
+    return found
 
 
 def divergence(ours: Mapping[str, Any], theirs: Mapping[str, Any], mask: Tensor | None = None) -> tuple[float, float]:

@@ -93,11 +93,18 @@ def _inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None) -> dict
 
 
 def _decodes(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
-    # BERT with a language-model head can generate, but uses a cache only if it is configured as a decoder
-    config = model.config
-    decodes = config.is_encoder_decoder or getattr(config, "is_decoder", None) is not False
     text = model.main_input_name == "input_ids" and "pixel_values" not in inputs
-    return model.can_generate() and decodes and (text or "decoder_input_ids" in inputs)
+    if not model.can_generate() or not (text or "decoder_input_ids" in inputs):
+        return False
+    decoder = model.config.is_encoder_decoder or getattr(model.config, "is_decoder", None) is not False
+    return decoder or _gives_cache(model, inputs["input_ids"])
+
+
+@torch.inference_mode()
+def _gives_cache(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether a model returns a cache. BERT with a language-model head does only if it is configured as a decoder."""
+    output = model(input_ids=ids.reshape(-1, ids.shape[-1])[:1], use_cache=True)
+    return getattr(output, "past_key_values", None) is not None
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from helpers import tiny_model
+from families import family_model
 from torch import nn
 from transformers import CONFIG_MAPPING
 
@@ -325,7 +325,7 @@ def test_a_norm_of_two_blocks_changes_with_both(model_of):
 
 def test_an_mlp_with_a_joint_map_becomes_linear():
     """An MLP whose gate is open becomes the linear map that it is, after a fit, and the joint map has no weights."""
-    model = tiny_model("phi3", "Phi3ForCausalLM", num_hidden_layers=LAYERS)
+    model = family_model("phi3", num_hidden_layers=LAYERS)
     model.model.layers[2].mlp.activation_fn = One()
     plan = Plan("phi3", LAYERS, (Linearize(2),))
     small = apply(model, plan)
@@ -340,7 +340,7 @@ def test_an_mlp_with_a_joint_map_becomes_linear():
 def test_two_maps_replace_a_joint_map(layout, monkeypatch):
     """With a rank, the first map stands in the place of the joint map, beside ones in the place of the gate."""
     monkeypatch.setattr(Phi3Architecture, "joint", {"qkv": "parts", "gate_in": layout})
-    model = tiny_model("phi3", "Phi3ForCausalLM", num_hidden_layers=LAYERS)
+    model = family_model("phi3", num_hidden_layers=LAYERS)
     small = apply(model, Plan("phi3", LAYERS, (Linearize(2, rank=4),)))
     first = small.model.layers[2].mlp.gate_up_proj
     nn.init.normal_(first.weight)

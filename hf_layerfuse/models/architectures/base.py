@@ -123,7 +123,20 @@ class LayerArchitecture(Architecture, ABC):
         return root_of(model) + self.layers
 
     def layer_list(self, model: PreTrainedModel) -> nn.ModuleList:
-        return model.get_submodule(self.layers_path(model))
+        """The list of layers of `model`, with any head.
+
+        Raises:
+            UnsupportedModelError: The model has no such list, like a decoder alone where the stack is the encoder.
+        """
+        try:
+            return model.get_submodule(self.layers_path(model))
+        except AttributeError as error:
+            others = [table.stack for table in self.other_stacks]
+            stack = f"pass stack= to choose another of its stacks ({', '.join(others)}), or " if others else ""
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no {self.layers!r}, the layers in the table of {self.model_type!r}: "
+                f"{stack}fuse a model of {self.model_type!r} that has them."
+            ) from error
 
     def blocks(self, model: PreTrainedModel) -> list[Block]:
         """Blocks of `model` that have not been removed, in execution order."""
