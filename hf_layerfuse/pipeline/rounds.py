@@ -193,7 +193,7 @@ def search_of(
         inputs: Data of the run.
     """
     method, batches = method_of(recipe), inputs.calibration()
-    stack = None if recipe.fusion is None else recipe.fusion.stack
+    stack = getattr(recipe.method, "stack", None)  # convolutions have one stack
     asked = dataclasses.replace(recipe.method, **target_of(goal, source, original, stack))
     target = next(f"{name}={value}" for name in method.targets if (value := getattr(asked, name)) is not None)
     say(f"{method.doing} with {target}: searching on calibration data")
