@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+import architectures
 import collapse
 import common
 import example
@@ -183,6 +184,26 @@ def _recipe(name: str, results: Any) -> Iterator[Figure]:
         yield from _quality(label, results[stage]["metrics"], found[stage]["metrics"])
 
 
+def _architectures(results: Any) -> Iterator[Figure]:
+    """The family with a factor in front of the residual sum: its heads, its cells and its refit."""
+    name = "granite"
+    found, stored = architectures.measured(name), results["families"][name]
+    counts = [
+        {
+            "heads that work": sum(not architectures.refusal(each) for each in row["heads"].values()),
+            "searches that work": sum(
+                architectures.cell(row, search) == architectures.WORKS for search in architectures.SEARCHES
+            ),
+            "lines": row["lines"],
+        }
+        for row in (stored, found)
+    ]
+    for label in counts[0]:
+        yield Figure(f"{name}: {label}", "count", *(each[label] for each in counts))
+    after = [row["variants"][name]["after"] for row in (stored, found)]
+    yield Figure(f"{name}: calibration loss", "quality", *after)
+
+
 CHECKS: dict[str, Check] = {
     "fusion": _fusion,
     "fusion_cost": _fusion_cost,
@@ -195,6 +216,7 @@ CHECKS: dict[str, Check] = {
     "merge_cuda": partial(_merge, device="cuda"),
     "merge_heal": _merge_heal,
     "startup": _startup,
+    "architectures": _architectures,
     "example": _example,
     "throughput": _throughput,
     **{name: partial(_recipe, name) for name in recipes.JOBS},

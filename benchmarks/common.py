@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DATA = Path(os.environ.get("LAYERFUSE_DATA", ROOT.parent / "shared")).resolve()  # the example changes the directory
 
+LANGUAGE_MODELS = Path(os.environ.get("LAYERFUSE_MODELS", ROOT / "outputs" / "models")).resolve()
+
 
 Batches = list[dict[str, torch.Tensor]]
 
@@ -39,6 +41,7 @@ class Job:
     Attributes:
         score: Function that measures a model on test data. Tables show its first metric.
         removed: Layers that greedy removal has dropped so far, in order.
+        methods: Methods to compare; None for all.
     """
 
     model: PreTrainedModel
@@ -48,6 +51,7 @@ class Job:
     keeps: tuple[int, ...]
     shares: tuple[tuple[int, int], ...] = ()
     removed: tuple[int, ...] = ()
+    methods: tuple[str, ...] | None = None
 
     def choose(self, model: PreTrainedModel) -> float:
         """Validation loss that selects the baselines; lower is better."""
@@ -129,9 +133,31 @@ def gpt2() -> Job:
     )
 
 
-def windows(tokenizer: Any, split: str, count: int, length: int = 256) -> Batches:
-    ids = tokenizer(text(split)[: count * length * 8], verbose=False)["input_ids"][: count * length]
-    return [{"input_ids": part} for part in torch.tensor(ids).view(-1, length).split(16)]
+def gemma3() -> Job:
+    """Gemma 3 270M. Its vocabulary is large, so that batches are small."""
+    path = LANGUAGE_MODELS / "gemma3-270m"
+    if not path.is_dir():
+        raise SystemExit(f"{path} is missing: save google/gemma-3-270m there, or set LAYERFUSE_MODELS to its folder.")
+    model = AutoFusedModel.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    test = windows(tokenizer, "test", 32, size=2)
+    return Job(
+        model,
+        windows(tokenizer, "train", 24, size=2),
+        windows(tokenizer, "valid", 8, size=2),
+        lambda student: perplexity(student, test),
+        keeps=(16, 14, 12),
+        methods=("drop: block influence", "drop: last layers", "ReplaceMe", "ours: refit (low)"),
+    )
+
+
+def windows(tokenizer: Any, split: str, count: int, length: int = 256, size: int = 16) -> Batches:
+    """Windows of a split. If the tokenizer starts texts with a token, each window starts with it."""
+    found = tokenizer(text(split)[: count * length * 8], verbose=False)["input_ids"]
+    start = found[:1] if found[0] == tokenizer.bos_token_id else []
+    found, own = found[len(start) :], length - len(start)
+    rows = [start + found[at : at + own] for at in range(0, count * own, own)]
+    return [{"input_ids": part} for part in torch.tensor(rows).split(size)]
 
 
 @torch.inference_mode()

@@ -5,7 +5,8 @@
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). All choices are made on calibration data (training
 text) or validation data, and results are reported on test data: WikiText-2 test lines and windows, and SST-2 validation
 sentences (the split that is usually reported; choices for SST-2 use rows of train). Rows that are already in
-benchmarks/results/fusion.json are not measured again. Delete the file to start afresh.
+benchmarks/results/fusion.json are not measured again. Delete the file to start afresh. Gemma 3 270M is measured if it
+is asked for; its checkpoint is LAYERFUSE_MODELS/gemma3-270m (default outputs/models).
 """
 
 from collections.abc import Callable, Iterator
@@ -32,6 +33,23 @@ from hf_layerfuse.pipeline.report.tables import text_table
 
 RESULT = common.RESULTS / "fusion.json"
 PLOT = common.RESULTS / "fusion.png"
+
+MODELS = {**JOBS, "gemma3-270m": common.gemma3}
+"""Checkpoints. Without a choice, those of `JOBS` are measured."""
+
+METHODS = (
+    "drop: block influence",
+    "drop: angular (UIDL)",
+    "drop: best on validation",
+    "average",
+    "LaCo",
+    "ReplaceMe",
+    "ours: align",
+    "ours: auto, no refit",
+    "ours: refit (low)",
+    "ours (medium)",
+)
+"""Methods that are compared on the checkpoints of `JOBS`."""
 
 
 def groups(job: Job, keep: int, operator: str, align: str = "none") -> Plan:
@@ -66,6 +84,7 @@ def depth_methods(job: Job, keep: int) -> Iterator[tuple[str, Callable[[], PreTr
         return student
 
     yield "drop: block influence", influence
+    yield "drop: last layers", lambda: made(drops(job, range(keep, depth)))
     yield "drop: angular (UIDL)", lambda: made(drops(job, angular_run(job, depth - keep)))
     yield "drop: best on validation", lambda: made(best_drop(job, keep))
     yield "average", lambda: made(groups(job, keep, "mean"))
@@ -90,11 +109,16 @@ def measure(job: Job, make: Callable[[], PreTrainedModel]) -> dict[str, Any]:
 
 def run(name: str, results: dict[str, Any], targets: list[str] | None) -> None:
     """Measure all missing rows of a job, or those of some targets, and save after each."""
-    job = JOBS[name]()
+    job = MODELS[name]()
     rows = results.setdefault(name, {})
     if "original" not in rows:
         rows["original"] = {**job.score(job.model), **parameter_counts(job.model)}
-    todo = [(f"{keep} layers", method, make) for keep in job.keeps for method, make in depth_methods(job, keep)]
+    todo = [
+        (f"{keep} layers", method, make)
+        for keep in job.keeps
+        for method, make in depth_methods(job, keep)
+        if method in (job.methods or METHODS)
+    ]
     for blocks, rank in job.shares:
         target = f"share, {blocks} blocks"
         sharing = partial(searched, job, keep_layers=blocks, mode="share", effort="low")
@@ -174,7 +198,7 @@ def plot(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = common.command_line(__doc__, JOBS)
+    parser = common.command_line(__doc__, MODELS)
     parser.add_argument(
         "--targets", nargs="*", help="targets to measure, such as '8 layers' or 'share, 6 blocks'; default: all"
     )

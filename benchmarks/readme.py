@@ -6,6 +6,7 @@ python benchmarks/readme.py
 import importlib
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -138,6 +139,7 @@ def tables() -> dict[str, list[Table]]:
     collapse, linear = benchmark("collapse")
     merge, merged = benchmark("merge")
     sweep, swept = benchmark("sweep")
+    architectures, known = benchmark("architectures")
     throughput, speeds = benchmark("throughput")
     trained = {
         "heal": retraining.tables(healed),
@@ -164,22 +166,38 @@ def tables() -> dict[str, list[Table]]:
         "merge, on a GPU": merge.tables(script("common").load(merge.result("cuda"))),
         "merge, retrained": trained["merge"],
         "sweep": [sweep.table(swept)],
+        "architectures": [architectures.table(known)],
+        "architectures, refused": [architectures.refusals(known)],
         "throughput": [throughput.table(speeds)],
     }
 
 
+_OF_WORDS = ("architectures", "architectures, refused")
+"""Tables whose cells are words, which are aligned to the left."""
+
 _OUTPUT = re.compile(r"(<!-- output: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+_SENTENCE = re.compile(r"(<!-- sentence: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 _PLACE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
+def summary(name: str) -> str:
+    """The counts of a benchmark in words, wrapped as the pages are."""
+    module, found = benchmark(name)
+    return textwrap.fill(module.summary(found), 128)
+
+
+def shown(name: str) -> list[str]:
+    """The tables of a name in Markdown."""
+    return [markdown_table(table, numbers=name not in _OF_WORDS) for table in tables()[name]]
+
+
 def filled(text: str) -> str:
-    """A page whose tables and outputs are filled from the JSON files."""
+    """A page whose tables, sentences and outputs are filled from the JSON files."""
+    text = _SENTENCE.sub(lambda place: f"{place[1]}{summary(place[2])}\n{place[3]}", text)
     text = _OUTPUT.sub(
         lambda place: f"{place[1]}```text\n{results(place[2])['output'].rstrip()}\n```\n{place[3]}", text
     )
-    return _PLACE.sub(
-        lambda place: place[1] + "\n\n".join(map(markdown_table, tables()[place[2]])) + "\n" + place[3], text
-    )
+    return _PLACE.sub(lambda place: place[1] + "\n\n".join(shown(place[2])) + "\n" + place[3], text)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ merge
 
 running
 sharing
+architectures
 results
 troubleshooting
 api

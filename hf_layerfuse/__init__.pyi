@@ -3,6 +3,7 @@
 from .api import AutoFusedModel, collapse, fuse, merge
 from .calibration.refit.base import RefitReport
 from .calibration.refit.refit import refit
+from .discovery import Discovery, discover_architecture
 from .errors import (
     CheckpointError,
     DataError,
@@ -29,6 +30,7 @@ from .models.architectures import (
     ConvArchitecture,
     ConvGraphArchitecture,
     Convolutions,
+    Placeholder,
     Skip,
     TransformerArchitecture,
     Unit,
@@ -60,6 +62,7 @@ __all__ = [
     "ConvGraphArchitecture",
     "Convolutions",
     "DataError",
+    "Discovery",
     "Drop",
     "Fuse",
     "FusionRecipe",
@@ -72,6 +75,7 @@ __all__ = [
     "Linearize",
     "MergeConvs",
     "MergeRecipe",
+    "Placeholder",
     "Plan",
     "PlanError",
     "PlanNotes",
@@ -91,6 +95,7 @@ __all__ = [
     "architecture_for",
     "collapse",
     "compare",
+    "discover_architecture",
     "evaluate",
     "expand",
     "fuse",

@@ -10,8 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .calibration.samples import read
-from .errors import RecipeError
-from .evaluation.batches import Batches
+from .discovery import ensure_architecture, is_unknown
+from .errors import RecipeError, UnsupportedModelError
+from .evaluation.batches import Batches, without_labels
+from .evaluation.dummy_inputs import dummy_inputs
 from .evaluation.metrics import bytes_in_memory
 from .evaluation.precision import batch_for, in_float32
 from .methods.base import Method
@@ -145,8 +147,10 @@ def _compress(
 ) -> PreTrainedModel:
     """Run the search of a method, then check its result, as `fuse`, `collapse` and `merge` do."""
     recipe = _asked(method, recipe, overrides)
-    architecture_for(model, method.architecture_type)  # a value that is not a model is refused first
+    if not is_unknown(model):
+        architecture_for(model, method.architecture_type)  # a value that is not a model is refused first
     sequences = None if batches is None else read(batches, model)
+    ensure_architecture(model, method.architecture_type, sequences, getattr(recipe, "stack", None), stacklevel=4)
     with torch.inference_mode(False):  # weights made in inference mode could not be trained
         start = time.perf_counter()
         wide = in_float32(model)
@@ -162,10 +166,22 @@ def _compress(
             seconds=time.perf_counter() - start,
         )
         if check:
-            verify(result)
+            verify(result, inputs=_inputs_to_verify(result, sequences))
         if not method.needs_training(recipe):  # the quality of other results shows only after training
             warn_if_useless(wide, in_float32(result), sequences)
     return result
+
+
+def _inputs_to_verify(model: PreTrainedModel, batches: Batches | None) -> dict[str, Any] | None:
+    """Two rows of the calibration data, for models that random inputs do not fit; None for others."""
+    try:
+        dummy_inputs(model)
+    except UnsupportedModelError:
+        if not batches:
+            raise
+        first = next(iter(batches))
+        return batch_for(model, {name: value[:2] for name, value in without_labels(first).items()})
+    return None
 
 
 def _asked(method: Method[_Recipe], recipe: _Recipe | None, overrides: dict[str, Any]) -> _Recipe:

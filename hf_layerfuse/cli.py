@@ -124,11 +124,16 @@ def _plan(recipe: Recipe, command: str) -> None:
 
 
 def _show(known: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Run `inspect`, `plan` of a model, or `report`, and print the result."""
+    """Run `inspect`, `adapt`, `plan` of a model, or `report`, and print the result."""
     if known.command == "report":
         from .pipeline.report.page import write_page
 
         print(f"Written: {write_page(known.output_dir, known.output)}")
+        return
+    if known.command == "adapt":
+        from .pipeline.adapt import adapt
+
+        print(adapt(known.model, known.batch, known.stack))
         return
     if known.command == "plan":
         check_options(rest, OF_FUSION, "hf-layerfuse plan", ("text",))

@@ -22,6 +22,7 @@ _EXAMPLES = """examples:
   hf-layerfuse inspect openai-community/gpt2
   hf-layerfuse inspect path/to/config.json                          only sizes, from a config
   hf-layerfuse inspect path/to/bert --similarity cka --text lines.txt
+  hf-layerfuse adapt path/to/model > table.py                       the table of an unknown architecture
   hf-layerfuse plan recipes/gpt2-wikitext2.yaml --fusion.keep_layers 6
   hf-layerfuse plan openai-community/gpt2 --keep_layers 8 --text lines.txt
   hf-layerfuse plan path/to/config.json --ratio 0.5 --mode share
@@ -110,6 +111,23 @@ def main_parser() -> argparse.ArgumentParser:
         "--text", type=Path, metavar="FILE", help="text file whose lines are used to compare activations"
     )
     model.complete = text.complete = shtab.FILE
+    adapt = commands.add_parser(
+        "adapt",
+        help="find the architecture table of a model, and print it as Python source",
+        description="Find the architecture table of a model by running it on a batch, verify the table, and print it "
+        "as Python\nsource to review and commit. The checks are comments at its end.",
+        **shown,
+    )
+    model = adapt.add_argument("model", help="checkpoint or Hub name, with weights")
+    batch = adapt.add_argument(
+        "--batch",
+        type=Path,
+        metavar="FILE",
+        help=".safetensors or .npz file with a tensor for each input of the model, such as input_ids (default: random "
+        "inputs)",
+    )
+    adapt.add_argument("--stack", metavar="NAME", help="stack of layers, such as decoder, if the model has several")
+    model.complete = batch.complete = shtab.FILE
     plan = commands.add_parser(
         "plan",
         usage="hf-layerfuse plan RECIPE.yaml [options of hf-layerfuse run]\n"

@@ -25,7 +25,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
-from hf_layerfuse import MergeConvs, Plan, architecture_for
+from hf_layerfuse import Drop, Fuse, Linearize, MergeConvs, Plan, architecture_for
 from hf_layerfuse.evaluation.divergence import prediction
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.architectures import ARCHITECTURES, ConvGraphArchitecture
@@ -117,6 +117,20 @@ def heads_of(model_type: str) -> list[type[PreTrainedModel]]:
     ]
 
 
+# one plan for each kind of edit, for models of six layers
+EDITS = {
+    "depth": (Fuse("layer", (1, 2), operator="mean"), Fuse("layer", (3, 4), operator="telescope")),
+    "share": (Fuse("layer", (1, 3), "share", "mean"), Fuse("layer", (2, 4, 5), "share", "freeze")),
+    "attention": (Fuse("attention", (0, 1)), Drop("attention", 3), Fuse("attention", (4, 5), "share")),
+    "mlp": (Fuse("mlp", (1, 2, 3), operator="mean"), Drop("mlp", 5), Fuse("mlp", (0, 4), "share")),
+    "drop": (Drop("layer", 0), Drop("layer", 4)),
+    "relaxed": (Fuse("layer", (1, 3), "share", "mean", rank=2), Fuse("layer", (0, 2, 4), "basis", rank=6)),
+    "linear": (Linearize(1), Fuse("layer", (2, 3)), Fuse("attention", (4, 5), "share"), Linearize(4)),
+}
+STOCK = {"depth", "drop"}
+"""Edits whose results have the stock class."""
+
+
 HEADS = [(model_type, head) for model_type in TINY for head in heads_of(model_type)]
 
 
@@ -165,7 +179,7 @@ def cifar_resnet():
     return module
 
 
-GATED = sorted(name for name in TINY if "gate" in ARCHITECTURES[name].mlp)
+GATED = sorted(name for name in TINY if not {"gate", "gate_in"}.isdisjoint(ARCHITECTURES[name].mlp))
 """Architectures whose MLPs have a gate."""
 
 

@@ -34,6 +34,7 @@ def python(code: str) -> str:
         ("main", ["--help"]),
         ("main", ["run", "--help"]),
         ("main", ["inspect", "--help"]),
+        ("main", ["adapt", "--help"]),
         ("main", ["plan", "--help"]),
         ("main", ["report", "--help"]),
         ("main", ["--print-completion", "bash"]),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from families import FAMILIES
 from helpers import GUIDE, NETWORKS, TINY, blocks_of
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -117,7 +118,11 @@ def test_registering_needs_a_config_class():
 
 
 def test_every_built_in_architecture_is_tested():
-    """Each built-in architecture has a row in `TINY` or `NETWORKS`, and the guide names this place."""
+    """Each built-in architecture has a row in `TINY`, `FAMILIES` or `NETWORKS`, and the guide names the first two."""
     conv_graphs = {config.model_type for _, config in NETWORKS.values()}
-    assert {architecture.model_type for architecture in BUILTIN} == TINY.keys() | conv_graphs - {"cifar_resnet"}
-    assert "`TINY`" in GUIDE.read_text(encoding="utf-8")
+    families = {family.model_type for family in FAMILIES.values()}
+    rows = TINY.keys() | families | conv_graphs - {"cifar_resnet"}
+    assert {architecture.model_type for architecture in BUILTIN} == rows
+    guide = GUIDE.read_text(encoding="utf-8")
+    assert "`TINY`" in guide
+    assert "`FAMILIES`" in guide

@@ -236,6 +236,11 @@ def looked_at(words: list[str], here: Path) -> None:
     assert "parameters" in shown
 
 
+def adapted(words: list[str], here: Path) -> None:
+    """`hf-layerfuse adapt ...`: runs on a local checkpoint instead of the one on the Hub."""
+    assert "class Gpt2Architecture(TransformerArchitecture):" in run([str(BIN / words[0]), *words[1:]], here).stdout
+
+
 def reported(words: list[str], here: Path) -> None:
     """`hf-layerfuse report OUTPUT_DIR`: runs on the output of a run."""
     written(here / words[2])
@@ -337,6 +342,7 @@ def handler(command: str) -> Callable[[list[str], Path], None]:
         (r"python benchmarks/", benchmark),
         (r"hf-layerfuse plan \S+\.yaml", launched),
         (r"hf-layerfuse (inspect|plan) ", looked_at),
+        (r"hf-layerfuse adapt ", adapted),
         (r"hf-layerfuse report ", reported),
         (r"hf-layerfuse --print-completion ", completed),
         (r"hf-layerfuse run recipes/(latency|merge)-", timed),

@@ -17,7 +17,7 @@ ROOMS = (
     ("cli",),
     ("cli_options",),
     ("api", "pipeline"),
-    ("methods",),
+    ("methods", "discovery"),
     ("calibration", "training"),
     ("models", "data"),
     ("math", "plan", "recipe", "evaluation"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
-from ..evaluation.hooks import StopForward, watch
-from ..models.architectures import LayerArchitecture
+from ..evaluation.hooks import StopForward, When, watch
+from ..models.architectures import LayerArchitecture, part_at
 from ..plan import Kind
 
 
@@ -20,9 +21,9 @@ class HookPoint:
     Attributes:
         kind: Kind of the block that contains the place.
         place: Name of the place: `read`, the input of the block's first maps; `features`, the input of its output
-            projection; `residual`, the stream to which its output is added; `sum`, the result of that addition, before
-            any norm or activation. The blocks of a convolutional network also have `in_norm` and `norm`, the inputs of
-            their batch norms.
+            projection; `output`, the output of that projection; `residual`, the stream to which it is added; `sum`, the
+            result of that addition, before any norm or activation. The blocks of a convolutional network also have
+            `in_norm` and `norm`, the inputs of their batch norms.
     """
 
     kind: Kind
@@ -44,20 +45,28 @@ def layer_hooks(
             so that with None the layer runs to its end.
     """
     places = {point: architecture.place(point.kind, point.place) for point in points if point is not None}
-    residuals = {HookPoint(point.kind, "residual") for point, place in places.items() if place.when == "added"}
-    places |= {point: architecture.place(point.kind, point.place) for point in residuals}
-    wanted = {*points, *residuals}
+    sides = {"before": "before", "after": "after", "added": "after"}
+    modules: dict[HookPoint | Literal["input"], tuple[nn.Module, When]] = {}
+    for point, place in places.items():
+        module = part_at(layer, place.module)
+        # a removed block adds nothing to the input of the layer
+        modules[point] = (layer, "before") if module is None else (module, sides[place.when])
+    added = {point for point, place in places.items() if place.when == "added" and modules[point][0] is not layer}
+    if added:
+        modules["input"] = layer, "before"
     found: dict[HookPoint | None, Tensor] = {}
+    start: list[Tensor] = []
 
-    def record(point: HookPoint, tensor: Tensor) -> None:
-        added = places[point].when == "added"
-        found[point] = found[HookPoint(point.kind, "residual")] + tensor if added else tensor
-        if wanted <= found.keys():
+    def record(point: HookPoint | Literal["input"], tensor: Tensor) -> None:
+        if point == "input":
+            start.append(tensor)
+            return
+        if point in added:
+            found[point] = start[0] + tensor
+        else:  # Falcon adds the output of one block to that of the other in place
+            found[point] = tensor.clone() if modules[point][1] == "after" else tensor
+        if found.keys() >= set(points):
             raise StopForward
 
-    modules = {
-        point: (layer.get_submodule(place.module), "before" if place.when == "before" else "after")
-        for point, place in places.items()
-    }
     with watch(modules, record):
         yield found

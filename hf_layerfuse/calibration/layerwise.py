@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from ..evaluation.batches import model_inputs, take, tokens_of
+from ..evaluation.batches import model_inputs, output_mask, take, tokens_of
 from ..evaluation.divergence import divergence
 from ..evaluation.hooks import StopForward
 from ..math.ridge import Moments
-from ..models.architectures import architecture_for
+from ..models.architectures import LayerArchitecture, architecture_for
 from .layer_hooks import HookPoint, layer_hooks
 from .mmap import MappedActivations
 from .samples import SELECTION_EVERY, Sample
@@ -28,6 +28,7 @@ class LayerwiseForward:
     Args:
         model: Model in eval mode. Its layers may change between calls, but their number may not.
         sample: Calibration sequences to run.
+        architecture: Architecture table of the model; by default, the one that is registered for it.
 
     Attributes:
         depth: Index of the next layer to run.
@@ -38,11 +39,12 @@ class LayerwiseForward:
         UnsupportedModelError: The model does not run each of its layers once, in order.
     """
 
-    def __init__(self, model: PreTrainedModel, sample: Sample) -> None:
-        self.model, self.architecture, self.sample = model, architecture_for(model), sample
+    def __init__(self, model: PreTrainedModel, sample: Sample, architecture: LayerArchitecture | None = None) -> None:
+        self.model, self.architecture, self.sample = model, architecture or architecture_for(model), sample
         self.layers = self.architecture.layer_list(model)
         self.depth = 0
         self.states = MappedActivations()
+        self._more_outputs: tuple[Any, ...] | None = None
         self._fitted: list[Tensor] = []
         self._selection: list[Tensor] = []
         self._calls: list[list[tuple[tuple, dict[str, Any]]]] = []
@@ -54,16 +56,21 @@ class LayerwiseForward:
         """Record the inputs of the first layer, and the masks and positions that each layer receives."""
         calls: list[tuple[tuple, dict[str, Any]]] = []
         first: list[Tensor] = []
+        run_first = self.layers[0].forward
 
-        def record(*args: Any, **kwargs: Any) -> Tensor:
-            states = args[0] if args else kwargs.pop("hidden_states")
+        def record(*args: Any, **kwargs: Any) -> Any:
+            states, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            args, kwargs = tuple(map(_uncached, args)), {name: _uncached(arg) for name, arg in kwargs.items()}
             first.append(states)
-            calls.append((tuple(map(_uncached, args[1:])), {name: _uncached(arg) for name, arg in kwargs.items()}))
+            calls.append((args, kwargs))
             if len(calls) == len(self.layers):
                 raise StopForward
-            return states
+            if len(calls) == 1 and (not self._calls or self._more_outputs is not None):
+                self._more_outputs = _more_outputs(run_first(states, *args, **kwargs))
+            return self._as_output(states)
 
-        # the layers only record here, because their other arguments do not depend on the hidden states
+        # After the first layer, the layers only record here, because their other arguments do not depend on the hidden
+        # states. Some depend on further outputs of the first layer, such as the position bias of T5.
         inputs = model_inputs(batch, self.model)
         with self._layers_replaced(record), contextlib.suppress(StopForward):
             self.model(**inputs)
@@ -74,7 +81,10 @@ class LayerwiseForward:
             )
         self.states.append(first[0].float())
         # images get one mask entry for all pixels, because the number of pixels changes from layer to layer
-        mask, shape = inputs.get("attention_mask"), (len(first[0]), 1) if first[0].ndim == 4 else first[0].shape[:-1]
+        mask, shape = (
+            inputs.get(self.architecture.mask),
+            (len(first[0]), 1) if first[0].ndim == 4 else first[0].shape[:-1],
+        )
         if mask is None or mask.numel() != math.prod(shape):
             mask = torch.ones(shape, device=first[0].device)
         mask = mask.reshape(shape).bool()  # each choice of a multiple-choice input is one row here
@@ -88,8 +98,12 @@ class LayerwiseForward:
         self._selection.append(selection & mask)
         self._calls.append(calls)
 
+    def _as_output(self, states: Tensor) -> Any:
+        """States in the form in which a layer returns them."""
+        return states if self._more_outputs is None else (states, *self._more_outputs)
+
     @contextlib.contextmanager
-    def _layers_replaced(self, forward: Callable[..., Tensor]) -> Iterator[None]:
+    def _layers_replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
         own = [layer.__dict__.get("forward") for layer in self.layers]
         for layer in self.layers:
             layer.forward = forward
@@ -111,9 +125,9 @@ class LayerwiseForward:
             inputs = model_inputs(take(batch, chosen), self.model)
             states = self.states[index][_per_sequence(chosen, self.states[index])]
             states = states.to(self.model.device, self.model.dtype)
-            with self._layers_replaced(lambda *args, states=states, **kwargs: states):
+            with self._layers_replaced(lambda *args, states=states, **kwargs: self._as_output(states)):
                 output = self.model(**inputs)
-            yield output, inputs.get("attention_mask")
+            yield output, output_mask(inputs)
 
     def advance(self) -> None:
         """Run the layer at `depth` on all batches, and move to the next layer."""
@@ -144,8 +158,8 @@ class LayerwiseForward:
             with layer_hooks(layer, self.architecture, points) as found:
                 output = layer(states, *args, **kwargs)
                 found[None] = (output[0] if isinstance(output, tuple) else output).float()
-            del states, output
-            yield index, found
+            yield index, {point: _as_tokens(tensor, states) for point, tensor in found.items()}
+            del states, output, found
 
     def spread(self, tokens: float) -> list[int]:
         """Indices of evenly spread batches that hold about `tokens` fitted tokens."""
@@ -271,12 +285,23 @@ def _answers(model: PreTrainedModel, sample: Sample) -> Iterator[tuple[Any, Tens
     """Yield a model's outputs for the held-out sequences, as `LayerwiseForward.outputs`: (output, mask) per batch."""
     for batch in sample.held_out_batches:
         inputs = model_inputs(batch, model)
-        yield model(**inputs), inputs.get("attention_mask")
+        yield model(**inputs), output_mask(inputs)
 
 
 def _per_sequence(chosen: Tensor, states: Tensor) -> Tensor:
     """Expand a mask of sequences to the rows of `states`, which has one row per choice of a multiple-choice input."""
     return chosen.repeat_interleave(len(states) // len(chosen))
+
+
+def _as_tokens(found: Tensor, states: Tensor) -> Tensor:
+    """A tensor with the batch and token axes of the states. Some layers flatten these to one axis in their MLP."""
+    flat = found.ndim == 2 and states.ndim == 3 and len(found) == states.shape[0] * states.shape[1]
+    return found.view(*states.shape[:2], -1) if flat else found
+
+
+def _more_outputs(output: Any) -> tuple[Any, ...] | None:
+    """What a layer returns behind its hidden states; None if it returns the hidden states alone, without a tuple."""
+    return output[1:] if isinstance(output, tuple) else None
 
 
 def _uncached(argument: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,37 +37,43 @@ def observe(
         DataError: No batches, or no tokens but padding.
     """
     states: dict[Kind, list[Tensor]] = {kind: [] for kind in observers}
+    inputs: dict[int, Tensor] = {}
 
-    def record(key: tuple[Kind, int, bool], tokens: Tensor) -> None:
-        kind, _, added = key
-        if added:
-            states[kind][-1] = states[kind][-1] + tokens
+    def record(key: tuple[Kind | Literal["input"], int], tokens: Tensor) -> None:
+        kind, layer = key
+        if kind == "input":
+            inputs[layer] = tokens
         else:
-            states[kind].append(tokens)
+            states[kind].append(inputs[layer] + tokens if kind in added else tokens)
 
     def show() -> None:
+        inputs.clear()
         for kind, found in states.items():
             observers[kind](torch.stack([tokens.float() for tokens in found]))
             found.clear()
 
+    added = {kind for kind in observers if kind != "layer" and architecture.place(kind, "sum").when == "added"}
     modules = {key: place for kind in observers for key, place in _stream(model, architecture, kind).items()}
-    watch_tokens(model, batches, modules, record, show)
+    watch_tokens(model, batches, modules, record, show, architecture.mask)
 
 
 def _stream(
     model: PreTrainedModel, architecture: LayerArchitecture, kind: Kind
-) -> dict[tuple[Kind, int, bool], tuple[nn.Module, When]]:
-    """Modules that show the stream after every block, with the side to watch, by (kind, layer, is the tensor added)."""
-    if kind == "layer":
-        return {(kind, index, False): (layer, "after") for index, layer in enumerate(architecture.layer_list(model))}
-    found: dict[tuple[Kind, int, bool], tuple[nn.Module, When]] = {}
-    for block in architecture.blocks(model):
-        if block.kind == kind:
-            norm = model.get_submodule(block.modules["norm"])
-            if architecture.post_norm:
-                found[kind, block.layer, False] = norm, "after"
-            else:
-                # the norm reads the stream before the block; adding the block's output gives the stream after it
-                found[kind, block.layer, False] = norm, "before"
-                found[kind, block.layer, True] = model.get_submodule(block.modules["out"]), "after"
+) -> dict[tuple[Kind | Literal["input"], int], tuple[nn.Module, When]]:
+    """Modules that show the stream after every block, with the side to watch, by (kind, layer).
+
+    Where a block's output is added to the input of its layer, the key of that input is ("input", layer).
+    """
+    found: dict[tuple[Kind | Literal["input"], int], tuple[nn.Module, When]] = {}
+    for index, layer in enumerate(architecture.layer_list(model)):
+        if kind == "layer":
+            found[kind, index] = layer, "after"
+            continue
+        if architecture.post_norm:  # the stream after a block is the output of its norm
+            found[kind, index] = layer.get_submodule(architecture.table(kind)["norm"]), "after"
+            continue
+        place = architecture.place(kind, "sum")
+        found[kind, index] = layer.get_submodule(place.module), "before" if place.when == "before" else "after"
+        if place.when == "added":
+            found["input", index] = layer, "before"
     return found

@@ -25,6 +25,11 @@ def model_inputs(batch: Mapping[str, Any], model: PreTrainedModel) -> dict[str, 
     return {name: value.to(model.device) for name, value in inputs.items() if isinstance(value, Tensor)}
 
 
+def output_mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """Mask of the tokens that the outputs of a model belong to: those of the decoder, if the inputs hold any."""
+    return inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
+
+
 def take(batch: Mapping[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
     """The chosen sequences of a batch. Tensors without one row per sequence stay whole.
 

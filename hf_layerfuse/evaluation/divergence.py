@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import DataError
-from .batches import model_inputs
+from ..errors import DataError, UnsupportedModelError
+from .batches import model_inputs, output_mask
 from .modes import eval_mode
 
 _ROWS = 256
@@ -19,8 +19,18 @@ _ROWS = 256
 
 
 def prediction(output: Mapping[str, Any]) -> Tensor:
-    """The main output of any head: the logits, or the hidden states of a model without a head."""
-    return next(value for value in output.values() if isinstance(value, Tensor) and value.ndim > 0)
+    """The main output of any head: the logits, or the hidden states of a model without a head.
+
+    Raises:
+        UnsupportedModelError: No output is a tensor, as in a backbone, which returns states of several layers.
+    """
+    found = next((value for value in output.values() if isinstance(value, Tensor) and value.ndim > 0), None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"the model returns {', '.join(output) or 'nothing'}, none of which is a tensor: results are compared by "
+            "one tensor, such as logits or hidden states. Fuse the model with another head, or without one."
+        )
+    return found
 
 
 def divergence(ours: Mapping[str, Any], theirs: Mapping[str, Any], mask: Tensor | None = None) -> tuple[float, float]:
@@ -66,17 +76,25 @@ def calibration_loss(model: nn.Module, reference: nn.Module, batches: Iterable[M
     with eval_mode(model, reference):
         for batch in batches:
             inputs = model_inputs(batch, reference)
-            found = divergence(model(**inputs), reference(**inputs), inputs.get("attention_mask"))
+            found = divergence(model(**inputs), reference(**inputs), output_mask(inputs))
             total, count = total + found[0], count + found[1]
     if not count:
         raise DataError("the calibration batches hold nothing to compare: give `batches` with at least one batch.")
     return total / count
 
 
-def decode(model: nn.Module, ids: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-    """Logits of tokens (batch, tokens) that follow those in a key-value cache, and the cache with them in it."""
+def decode(model: nn.Module, ids: Tensor, cache: Any = None, **encoded: Tensor) -> tuple[Tensor, Any]:
+    """Logits of tokens (batch, tokens) that follow those in a key-value cache, and the cache with them in it.
+
+    Args:
+        model: Model that generates text.
+        ids: Tokens; of the decoder, if the model has an encoder.
+        cache: Cache from an earlier call; None starts afresh.
+        encoded: Inputs of the encoder, if the model has one.
+    """
     # transformers 5.24 renames it, in what a model is given and in what it gives
     renamed = "cache" in inspect.signature(model.forward).parameters
     name = "cache" if renamed else "past_key_values"
-    output = model(input_ids=ids, use_cache=True, **{name: cache})
+    tokens = "decoder_input_ids" if encoded else "input_ids"
+    output = model(**encoded, **{tokens: ids}, use_cache=True, **{name: cache})
     return output.logits, output[name]

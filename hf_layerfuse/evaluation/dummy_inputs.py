@@ -1,6 +1,7 @@
 """Dummy inputs that any supported model accepts, to time it and to compare it with itself."""
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -43,30 +44,34 @@ def dummy_inputs(
     The same seed gives the same values on every device. No token is the padding token, so no mask is needed.
 
     Args:
-        model: Text model (`input_ids`) or image model (`pixel_values`) with any head. A decoder with a sequence
-            classification head accepts more than one row only if `model.config.pad_token_id` is set.
-        batch_size: Number of rows or images.
-        sequence_length: Tokens per row, at most the positions of the model; ignored for images.
+        model: Text, image or audio model with any head. A decoder with a sequence classification head accepts more
+            than one row only if `model.config.pad_token_id` is set.
+        batch_size: Number of rows, images or recordings.
+        sequence_length: Tokens per row, at most the positions of the model; ignored for images and audio.
         seed: Seed of the values.
 
     Returns:
-        `input_ids` of shape (batch, tokens), or (batch, choices, tokens) for multiple choice heads; or `pixel_values`
-        of shape (batch, channels, height, width), with `bool_masked_pos` (batch, patches) for masked image modelling.
+        `input_ids` of shape (batch, tokens), or (batch, choices, tokens) for multiple choice heads; `pixel_values` of
+        shape (batch, channels, height, width), with `bool_masked_pos` (batch, patches) for masked image modelling;
+        `input_values` of shape (batch, samples); or `input_features` of shape (batch, mel bins, frames).
+        Encoder-decoder models also get `decoder_input_ids` of shape (batch, tokens).
 
     Raises:
-        UnsupportedModelError: The main input of the model is neither tokens nor pixels.
+        UnsupportedModelError: The main input of the model is none of these, or it takes several kinds at once.
     """
     generator = torch.Generator().manual_seed(seed)
     main_input = getattr(model, "main_input_name", None)
-    if main_input == "input_ids":
-        inputs = _token_inputs(model, batch_size, sequence_length, generator)
-    elif main_input == "pixel_values":
-        inputs = _image_inputs(model, batch_size, generator)
-    else:
+    make = _MAKERS.get(main_input)
+    composite = all(hasattr(getattr(model, "config", None), name) for name in ("text_config", "vision_config"))
+    if make is None or composite:
+        also = " and inputs of another kind" if make is not None else ""
         raise UnsupportedModelError(
-            f"{type(model).__name__} takes {main_input!r} as its main input; dummy inputs exist for 'input_ids' and "
-            "'pixel_values'. Pass a transformers text or image model."
+            f"{type(model).__name__} takes {main_input!r}{also} as its input; dummy inputs exist for models that take "
+            f"one of {', '.join(map(repr, _MAKERS))}. Pass calibration batches, which show what the model takes."
         )
+    inputs = make(model, batch_size, sequence_length, generator)
+    if model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(model.forward).parameters:
+        inputs["decoder_input_ids"] = _token_inputs(model, batch_size, sequence_length, generator)["input_ids"]
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 
@@ -105,7 +110,9 @@ def _token_inputs(
     return {"input_ids": input_ids}
 
 
-def _image_inputs(model: PreTrainedModel, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _image_inputs(
+    model: PreTrainedModel, batch_size: int, sequence_length: int, generator: torch.Generator
+) -> dict[str, Tensor]:
     config = model.config
     height, width = _pair(getattr(config, "image_size", 224))  # convolutional networks take any size and state none
     channels = getattr(config, "num_channels", 3)
@@ -115,7 +122,36 @@ def _image_inputs(model: PreTrainedModel, batch_size: int, generator: torch.Gene
         patch_height, patch_width = _pair(config.patch_size)
         patches = (height // patch_height) * (width // patch_width)
         inputs["bool_masked_pos"] = torch.rand(batch_size, patches, generator=generator) < 0.5
+    if "noise" in inspect.signature(model.forward).parameters:  # masked autoencoders draw their mask from it
+        patch_height, patch_width = _pair(config.patch_size)
+        patches = (height // patch_height) * (width // patch_width)
+        inputs["noise"] = torch.rand(batch_size, patches, generator=generator)
     return inputs
+
+
+def _recordings(
+    model: PreTrainedModel, batch_size: int, sequence_length: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Samples of sound, long enough for two dozen frames of the encoder."""
+    samples = 24 * math.prod(getattr(model.config, "conv_stride", (320,)))
+    return {"input_values": torch.randn(batch_size, samples, generator=generator).to(model.dtype)}
+
+
+def _spectrograms(
+    model: PreTrainedModel, batch_size: int, sequence_length: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    frames = 2 * model.config.max_source_positions
+    features = torch.randn(batch_size, model.config.num_mel_bins, frames, generator=generator)
+    return {"input_features": features.to(model.dtype)}
+
+
+_MAKERS = {
+    "input_ids": _token_inputs,
+    "pixel_values": _image_inputs,
+    "input_values": _recordings,
+    "input_features": _spectrograms,
+}
+"""Functions that make inputs, by the main input of a model."""
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

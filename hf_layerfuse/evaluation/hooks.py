@@ -31,20 +31,22 @@ def watch(modules: Mapping[Key, tuple[nn.Module, When]], record: Callable[[Key, 
     without an error.
 
     Args:
-        modules: Modules by any key, each with the side to watch. `before` is the first positional input of the module.
-            `after` is its output, or the first element of a tuple.
+        modules: Modules by any key, each with the side to watch. `before` is the first input of the module, `after` its
+            output, or the first element of a tuple.
         record: Function that receives a key and its tensor, in the order in which the modules run. The tensor is not
             copied.
     """
 
     def add_hook(key: Key, module: nn.Module, when: When) -> Any:
-        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-            record(key, args[0])
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            record(key, args[0] if args else next(iter(kwargs.values())))
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             record(key, output[0] if isinstance(output, tuple) else output)
 
-        return module.register_forward_pre_hook(before) if when == "before" else module.register_forward_hook(after)
+        if when == "before":
+            return module.register_forward_pre_hook(before, with_kwargs=True)
+        return module.register_forward_hook(after)
 
     with ExitStack() as hooks:
         for key, (module, when) in modules.items():
@@ -60,6 +62,7 @@ def watch_tokens(
     modules: Mapping[Key, tuple[nn.Module, When]],
     record: Callable[[Key, Tensor], None],
     after_batch: Callable[[], None] = lambda: None,
+    mask_name: str = "attention_mask",
 ) -> None:
     """Run batches in eval mode, and pass the tokens at modules to `record`, without padding.
 
@@ -71,6 +74,7 @@ def watch_tokens(
         modules: Modules to watch, as in `watch`.
         record: Function that receives a key and its tokens, (tokens, width). The pixels of images count as tokens.
         after_batch: Function called after each batch with at least one token.
+        mask_name: Input of the model that masks the tokens.
 
     Raises:
         DataError: No batches, or no tokens but padding.
@@ -91,7 +95,7 @@ def watch_tokens(
         for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=None, leave=False):
             before = tokens
             inputs = model_inputs(batch, model)
-            mask = inputs.get("attention_mask")
+            mask = inputs.get(mask_name)
             model(**inputs)
             if tokens > before:
                 after_batch()

@@ -61,14 +61,14 @@ def take_modes(model: PreTrainedModel, original: PreTrainedModel) -> None:
 def dropout_of(model: nn.Module, probability: float | None) -> Iterator[None]:
     """Set every dropout of a model to one probability inside the `with` block; None changes nothing.
 
-    Attention modules store theirs as a number, because a kernel applies it.
+    Some modules store theirs as a number, such as `attention_dropout`, because a kernel or a function applies it.
     """
-    attributes = [
-        (module, "p" if isinstance(module, nn.Dropout) else "attention_dropout")
-        for module in model.modules()
-        if probability is not None
+    places = [
+        (module, name)
+        for module in (model.modules() if probability is not None else ())
+        for name, value in vars(module).items()
+        if ("dropout" in name or (name == "p" and isinstance(module, nn.Dropout))) and isinstance(value, float)
     ]
-    places = [place for place in attributes if isinstance(getattr(*place, None), float)]
     before = [getattr(module, name) for module, name in places]
     try:
         for module, name in places:

@@ -10,7 +10,6 @@ alignment has the largest inner product. All functions here maximise this inner 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ..errors import RecipeError
+from .turn import Planes, Turn
 
 Rows = Mapping[str, Tensor]
-# maps of the coordinates of a head: identity; a rotation in each plane (j, j + dim/2); any orthogonal map
-Turn = Literal["none", "pairs", "any"]
+
 # roles that must be rotated together -> allowed maps
 Turns = Mapping[tuple[str, ...], Turn]
 Solver = Callable[[Tensor], Tensor]
@@ -30,6 +29,11 @@ Solver = Callable[[Tensor], Tensor]
 def assignment(score: Tensor) -> Tensor:
     """Match rows with columns for the largest total score: (n, n) -> column of each row, (n,)."""
     return torch.from_numpy(linear_sum_assignment(score.cpu().numpy(), maximize=True)[1])
+
+
+def in_place(score: Tensor) -> Tensor:
+    """Match each row with the column of its own index: (n, n) -> (n,)."""
+    return torch.arange(len(score))
 
 
 def transport(score: Tensor) -> Tensor:
@@ -73,8 +77,9 @@ def gain(cross: Tensor, turn: Turn) -> Tensor:
     """
     if turn == "none":
         return cross.diagonal(dim1=-2, dim2=-1).sum(-1)
-    if turn == "pairs":
-        return torch.hypot(*_plane(cross)).sum(-1)
+    if isinstance(turn, Planes):
+        planes, free = torch.hypot(*_along_across(cross, turn)).sum(-1), _free(cross, turn)
+        return planes + torch.linalg.matrix_norm(free, "nuc") if free.numel() else planes
     return torch.linalg.matrix_norm(cross, "nuc")
 
 
@@ -83,22 +88,32 @@ def rotation(cross: Tensor, turn: Turn) -> Tensor:
 
     Among all orthogonal maps, it is U V^T of S = U s V^T (orthogonal Procrustes, Schoenemann 1966).
     """
-    if turn == "pairs":
-        along, across = _plane(cross)
+    if isinstance(turn, Planes):
+        along, across = _along_across(cross, turn)
         angle = torch.atan2(across, along)
-        cos, sin = torch.diag_embed(angle.cos()), torch.diag_embed(angle.sin())
-        return torch.cat([torch.cat([cos, -sin], -1), torch.cat([sin, cos], -1)], -2)
+        turned, (i, j), free = torch.zeros_like(cross), (list(turn.first), list(turn.second)), _free(cross, turn)
+        turned[..., i, i] = turned[..., j, j] = angle.cos()
+        turned[..., i, j], turned[..., j, i] = -angle.sin(), angle.sin()
+        if free.numel():
+            rest = torch.tensor(turn.free(cross.shape[-1]))
+            turned[..., rest[:, None], rest] = rotation(free, "any")
+        return turned
     if turn == "any":
         u, _, vh = torch.linalg.svd(cross)
         return u @ vh
     return torch.eye(cross.shape[-1], dtype=cross.dtype, device=cross.device).expand_as(cross)
 
 
-def _plane(cross: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x and y, (..., dim/2): a rotation by t in the plane (j, j + dim/2) has <R, S> = cos(t) x + sin(t) y."""
-    half = cross.shape[-1] // 2
-    blocks = cross.unflatten(-1, (2, half)).unflatten(-3, (2, half)).diagonal(dim1=-3, dim2=-1)  # (..., 2, 2, dim/2)
-    return blocks[..., 0, 0, :] + blocks[..., 1, 1, :], blocks[..., 1, 0, :] - blocks[..., 0, 1, :]
+def _along_across(cross: Tensor, turn: Planes) -> tuple[Tensor, Tensor]:
+    """Return x and y, (..., planes): a rotation by t in a plane has <R, S> = cos(t) x + sin(t) y."""
+    i, j = list(turn.first), list(turn.second)
+    return cross[..., i, i] + cross[..., j, j], cross[..., j, i] - cross[..., i, j]
+
+
+def _free(cross: Tensor, turn: Planes) -> Tensor:
+    """The part of S between coordinates that are in no plane."""
+    rest = torch.tensor(turn.free(cross.shape[-1]), dtype=torch.long)
+    return cross[..., rest[:, None], rest]
 
 
 def scores(a: Rows, b: Rows, turns: Turns, *, cosine: bool = False) -> Tensor:

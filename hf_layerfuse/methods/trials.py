@@ -58,14 +58,18 @@ class Trials:
         base: tuple[PreTrainedModel, Plan] | None = None,
     ) -> None:
         self.model, self.method, self.batches = model, method, batches
-        self.architecture = architecture_for(model)
+        self.architecture = teacher_states.architecture
         self.depth = len(self.architecture.layer_list(model))
         self.teacher_states = teacher_states
         teacher_states.states(self.depth)
         self.base, plan = teacher_states, self._plan()
         if base is not None:
             student, plan = base
-            self.base = TeacherStates(LayerwiseForward(student, teacher_states.layerwise.sample))
+            self.base = TeacherStates(
+                LayerwiseForward(
+                    student, teacher_states.layerwise.sample, architecture_for(student, stack=self.architecture.stack)
+                )
+            )
         self.parts = _parts(plan)
         self.losses: dict[tuple[Edit, ...], float] = {}
 
@@ -76,7 +80,7 @@ class Trials:
         return self.losses[edits]
 
     def _plan(self, edits: Sequence[Edit] = ()) -> Plan:
-        return Plan(self.architecture.model_type, self.depth, tuple(edits), kinds=self.architecture.kinds)
+        return self.architecture.plan(self.depth, edits)
 
     def _measure(self, edits: Sequence[Edit]) -> float:
         try:
@@ -89,7 +93,8 @@ class Trials:
         # after a drop no remaining layer differs, and the one after it is refitted
         last = min(max(len(parts) - behind, first + 1), len(parts))
         with eval_mode(student):
-            layerwise = LayerwiseForward(student, self.teacher_states.layerwise.sample)
+            architecture = architecture_for(student, stack=self.architecture.stack)
+            layerwise = LayerwiseForward(student, self.teacher_states.layerwise.sample, architecture)
             layerwise.depth, layerwise.states = first, self.base.states(first)
             if self.base is not self.teacher_states:
                 for index in range(last, len(parts)):

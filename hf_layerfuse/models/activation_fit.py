@@ -103,4 +103,4 @@ def watch_activations(
     }
     sides: tuple[When, ...] = ("before", "after")
     modules = {(layer, when): (module, when) for layer, module in activations.items() for when in sides}
-    watch_tokens(model, batches, modules, record)
+    watch_tokens(model, batches, modules, record, mask_name=architecture.mask)

@@ -19,20 +19,13 @@ from ..errors import RecipeError
 from ..evaluation.batches import Batches
 from ..evaluation.hooks import When, watch_tokens
 from ..evaluation.modes import outside_inference_mode
-from ..math.align import CrossCorrelation, Rows, Turns, fit, gain, inner_product, scores, transport
+from ..math.align import CrossCorrelation, Rows, Turns, fit, gain, in_place, inner_product, scores, transport
 from ..plan import Fuse, Plan
 from .architectures import architecture_for
 from .architectures.base import Block
-from .architectures.block_weights import (
-    HEAD_NORMS,
-    Heads,
-    batch_norm_gain,
-    heads_of,
-    linear_maps,
-    rows_of,
-    write_rows,
-)
+from .architectures.block_weights import HEAD_NORMS, POSITIONS, READERS, batch_norm_gain, rows_of, write_rows
 from .surgery.checks import check_model, check_plan
+from .symmetries import is_bound, turns_of
 
 _OFF = 1e-3  # gains below this share of the largest gain of their norm are not divided by
 
@@ -67,11 +60,15 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
     - `transport`: Units and heads are matched by optimal transport between weights scaled to length one (OT fusion,
       Singh & Jaggi 2020).
     - `rotation`: Units and heads are matched as in `permutation`. In addition, each head is rotated to its match:
-      queries with keys, and values with the output projection (orthogonal Procrustes). With rotary positions, queries
-      and keys can rotate only by one angle per frequency pair. With norms on queries and keys, they cannot rotate.
+      queries with keys, and values with the output projection (orthogonal Procrustes). With rotary positions, the
+      rotated coordinates of queries and keys can turn only by one angle per frequency pair. With norms on queries and
+      keys, they cannot rotate.
+
+    Heads with position biases of their own (T5, ALiBi) keep their places: only `rotation` changes them.
 
     If a fused block runs once (mode `depth`) and has a norm before it, the norms of a group are made equal first:
-    their difference moves into the maps that read them.
+    their difference moves into the maps that read them. A norm that both blocks of a layer read changes only if both
+    are fused. An opaque block stays as it is.
 
     Args:
         model: Stock model of the plan's architecture, with any head.
@@ -89,7 +86,7 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
         PlanError: The plan is for another architecture or number of layers.
         UnsupportedModelError: The model cannot be fused, or its blocks have parts that alignment does not support.
     """
-    architecture = architecture_for(model)
+    architecture = architecture_for(model, stack=plan.stack)
     check_model(model, architecture)
     check_plan(model, architecture, plan)
     return aligned(model, plan, batches)
@@ -98,7 +95,7 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
 @torch.no_grad()
 def aligned(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
     """Run `align` for a model and a plan that `check_model` and `check_plan` have accepted."""
-    architecture = architecture_for(model)
+    architecture = architecture_for(model, stack=plan.stack)
     edits = [edit for edit in plan.edits if edit.align != "none"]
     if not edits:
         return model
@@ -113,22 +110,29 @@ def aligned(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) 
         for kind in (plan.kinds if edit.kind == "layer" else (edit.kind,))
         for target in [edit.layers[0] if edit.operator == "telescope" else edit.source.kept]
         for layer in edit.layers
-        if layer != target
+        if layer != target and "out" in blocks[kind, layer].modules  # the inside of an opaque block is unknown
     ]
-    correlations = _correlations(result, [pair for pair in pairs if pair.edit.align == "activation"], batches)
-    for pair in pairs:
-        reference, rows = (rows_of(result, block, _heads(result, block)) for block in (pair.reference, pair.block))
-        if pair.edit.mode == "depth" and not architecture.post_norm and pair.block.kind != "conv":
-            _share_norm(result, pair, rows)
-        write_rows(result, pair.block, _fit(result, pair, reference, rows, correlations))
+    by_activation = [pair for pair in pairs if pair.edit.align == "activation" and not is_bound(pair.block)]
+    correlations = _correlations(result, by_activation, batches, architecture.mask)
+    for edit in edits:
+        for layer in edit.layers:
+            own = [pair for pair in pairs if pair.edit is edit and pair.block.layer == layer]
+            rows = [rows_of(result, pair.block) for pair in own]
+            if edit.mode == "depth" and not architecture.post_norm:
+                _share_norms(result, [block for at, block in blocks.items() if at[1] == layer], own, rows)
+            for pair, values in zip(own, rows, strict=True):
+                reference = rows_of(result, pair.reference)
+                write_rows(result, pair.block, _fit(pair, reference, values, correlations))
     return result
 
 
-def _fit(model: PreTrainedModel, pair: _Pair, reference: Rows, rows: Rows, correlations: Correlations) -> Rows:
+def _fit(pair: _Pair, reference: Rows, rows: Rows, correlations: Correlations) -> Rows:
     """Rows of the block, reordered and rotated by the method of the edit."""
-    free = _turns(model, pair.block)
+    free = turns_of(pair.block, rows)
     matched = _folded(reference), _folded(rows)
     fixed: Turns = dict.fromkeys(free, "none")
+    if is_bound(pair.block):
+        return fit(reference, rows, scores(*matched, fixed), free if pair.edit.align == "rotation" else fixed, in_place)
     if pair.edit.align == "activation":
         # Single coordinates inside a head have no meaning, so heads match if they compute the same up to a rotation.
         # The nuclear norm of their cross-correlation is the maximum over all rotations. Units keep their sign: a unit
@@ -156,32 +160,45 @@ def _folded(rows: Rows) -> Rows:
     return {"in": rows["in"] * batch_norm_gain(weight, variance), "out": rows["out"]}
 
 
-def _turns(model: PreTrainedModel, block: Block) -> Turns:
-    """Rotations of a block's heads that do not change its function."""
-    if block.kind == "mlp":  # a nonlinearity acts on each unit separately
-        return {tuple(linear_maps(model, block)): "none"}
-    if block.kind == "conv":
-        return {("in", "out"): "none"}
-    # Rotating both q and k preserves q . k. A norm in between has one gain per coordinate, which does not commute with
-    # rotations. Rotary positions rotate each frequency pair, which commutes with rotations of the same pair.
-    normed = any(role in block.modules for role in HEAD_NORMS)
-    return {("q", "k"): "none" if normed else "pairs" if heads_of(model).rotary else "any", ("v", "out"): "any"}
+def _share_norms(model: PreTrainedModel, layer: list[Block], pairs: list[_Pair], rows: list[dict[str, Tensor]]) -> None:
+    """Give the norms of a layer's blocks the gain and bias of the reference norms, in place.
+
+    The difference moves into the maps that read the norm. A norm stays if it is also read by a block that is not
+    aligned, or possibly by a part whose role is unknown.
+
+    Args:
+        model: Model that contains the blocks.
+        layer: All blocks of the layer.
+        pairs: Blocks of the layer that are aligned.
+        rows: Rows of these blocks, changed in place.
+    """
+    for path in dict.fromkeys(pair.block.modules.get("norm") for pair in pairs):
+        reading = [block for block in layer if block.modules.get("norm") == path]
+        own = [(pair, values) for pair, values in zip(pairs, rows, strict=True) if pair.block in reading]
+        if path is None or len(own) < len(reading) or any(block.kind == "conv" for block in reading):
+            continue
+        if any(_has_other_maps(model, block) for block in reading):
+            continue
+        reference, norm = model.get_submodule(own[0][0].reference.modules["norm"]), model.get_submodule(path)
+        readers = [values[role] for _, values in own for role in values if role in READERS]
+        _share_norm(reference, norm, readers)
 
 
-def _heads(model: PreTrainedModel, block: Block) -> Heads | None:
-    return heads_of(model) if block.kind == "attention" else None
+def _has_other_maps(model: PreTrainedModel, block: Block) -> bool:
+    """Whether a part of a block with an unknown role has a matrix, so that it may read the norm."""
+    known = ("norm", "out", *READERS, *HEAD_NORMS, *POSITIONS)
+    others = [path for role, path in block.modules.items() if role not in known]
+    return any(tensor.ndim >= 2 for path in others for tensor in model.get_submodule(path).parameters())
 
 
-def _share_norm(model: PreTrainedModel, pair: _Pair, rows: dict[str, Tensor]) -> None:
-    """Give a block's norm the gain and bias of the reference norm, and move the difference into the maps that read it.
+def _share_norm(reference: nn.Module, norm: nn.Module, readers: list[Tensor]) -> None:
+    """Give a norm the gain and bias of the reference norm, and move the difference into the maps that read it.
 
     A map reads g x + c, so its effective weight is W diag(g). The mean of two effective weights equals the mean of W
     times the mean of g only if both blocks share g. Three cases stay unchanged: coordinates that the reference nearly
     switches off, norms with a bias if a map that reads them has no bias, and norms that do not multiply by their
     weight.
     """
-    reference, norm = (model.get_submodule(block.modules["norm"]) for block in (pair.reference, pair.block))
-    readers = [values for role, values in rows.items() if role != "out"]
     bias = getattr(norm, "bias", None)
     if bias is not None and any(values.shape[-1] == len(bias) for values in readers):
         return
@@ -202,7 +219,7 @@ def _share_norm(model: PreTrainedModel, pair: _Pair, rows: dict[str, Tensor]) ->
 
 def _same_but_for_gain(a: nn.Module, b: nn.Module) -> bool:
     """Whether two norms compute weight * u + bias with the same u. Gemma norms multiply by 1 + weight and do not."""
-    if getattr(a, "weight", None) is None:
+    if any(getattr(norm, "weight", None) is None for norm in (a, b)):
         return False
     a, b = copy.deepcopy(a).double(), copy.deepcopy(b).double()
     probe = torch.linspace(-1, 1, len(a.weight), dtype=torch.float64, device=a.weight.device)
@@ -210,7 +227,7 @@ def _same_but_for_gain(a: nn.Module, b: nn.Module) -> bool:
     return torch.allclose(u_a * b.weight, u_b * a.weight, rtol=1e-4)
 
 
-def _correlations(model: PreTrainedModel, pairs: list[_Pair], batches: Batches | None) -> Correlations:
+def _correlations(model: PreTrainedModel, pairs: list[_Pair], batches: Batches | None, mask_name: str) -> Correlations:
     """Cross-correlations of each block with its reference over all tokens of one pass.
 
     Attention compares the outputs of the heads. MLPs compare the pre-activations of their units, as in the paper:
@@ -229,7 +246,7 @@ def _correlations(model: PreTrainedModel, pairs: list[_Pair], batches: Batches |
     modules: dict[str, tuple[nn.Module, When]] = {}
 
     def listen(block: Block) -> str:
-        before_out = block.kind == "attention" or "gate" in block.modules
+        before_out = block.kind == "attention" or not {"gate", "gate_in"}.isdisjoint(block.modules)
         path = block.modules["out" if before_out else "in_norm" if block.kind == "conv" else "in"]
         modules[path] = model.get_submodule(path), "before" if before_out else "after"
         return path
@@ -240,5 +257,5 @@ def _correlations(model: PreTrainedModel, pairs: list[_Pair], batches: Batches |
         for one, other, correlation in watched:
             correlation.update(states[one], states[other])
 
-    watch_tokens(model, batches, modules, states.__setitem__, correlate)
+    watch_tokens(model, batches, modules, states.__setitem__, correlate, mask_name)
     return found

@@ -40,7 +40,10 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
         UnsupportedModelError: The architecture is unknown, or the model is fused, quantised, or has NaN weights.
     """
     conv_graph = family_of(plan) is CONV_GRAPH
-    check_model(model, architecture_for(model, ConvGraphArchitecture) if conv_graph else architecture_for(model))
+    check_model(
+        model,
+        architecture_for(model, ConvGraphArchitecture) if conv_graph else architecture_for(model, stack=plan.stack),
+    )
     return applied(model, plan, batches)
 
 
@@ -50,7 +53,7 @@ def applied(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) 
 
 
 def _with_fused_layers(model: PreTrainedModel, plan: Plan, batches: Batches | None) -> PreTrainedModel:
-    architecture = architecture_for(model)
+    architecture = architecture_for(model, stack=plan.stack)
     check_plan(model, architecture, plan)
     layout = plan.layout()
     blended = [edit.layer for edit in plan.edits if isinstance(edit, Blend) and not edit.faithful]

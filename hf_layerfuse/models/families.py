@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import PlanError, UnsupportedModelError
 from ..plan import CONV_GRAPH_KINDS, Layout, Plan
@@ -59,12 +59,12 @@ class _Layers(PlanFamily):
     saves_parameters = True
 
     def reshape(self, model: PreTrainedModel, plan: Plan) -> dict[str, str]:
-        architecture, layout = architecture_for(model, LayerArchitecture), _layout_of(plan, model.config)
+        architecture, layout = architecture_for(model, LayerArchitecture, plan.stack), _layout_of(plan, model)
         reshape(model, architecture, layout)
         return tied_weights(model, architecture, layout)
 
     def expanded(self, model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
-        layout = _layout_of(plan, model.config)
+        layout = _layout_of(plan, model)
         others = [i for i, slot in enumerate(layout.slots) for source in slot.blocks.values() if source and source.form]
         if others:
             raise UnsupportedModelError(
@@ -72,7 +72,7 @@ class _Layers(PlanFamily):
                 f"{type(model).__name__} cannot represent without this library: save the model as it is, without "
                 "expanded=True."
             )
-        return expanded_weights(model, architecture_for(model, LayerArchitecture), layout)
+        return expanded_weights(model, architecture_for(model, LayerArchitecture, plan.stack), layout)
 
 
 class _ConvGraph(PlanFamily):
@@ -100,12 +100,13 @@ def family_of(plan: Plan) -> PlanFamily:
     return CONV_GRAPH if plan.kinds == CONV_GRAPH_KINDS else LAYERS
 
 
-def _layout_of(plan: Plan, config: PreTrainedConfig) -> Layout:
-    """Layout of a plan in a fused config, after checking that the config has the same number of layers."""
-    layout = plan.layout()
-    if len(layout.slots) != config.num_hidden_layers:
+def _layout_of(plan: Plan, model: PreTrainedModel) -> Layout:
+    """Layout of the plan of a fused model, after checking that its config has the same number of layers."""
+    layout, architecture = plan.layout(), architecture_for(model, LayerArchitecture, plan.stack)
+    depth = getattr(architecture.config_of(model.config), architecture.depth)
+    if len(layout.slots) != depth:
         raise PlanError(
-            f"the plan in config.json leads to {len(layout.slots)} layers, but num_hidden_layers is "
-            f"{config.num_hidden_layers}: the file was changed by hand; restore the original."
+            f"the plan in config.json leads to {len(layout.slots)} layers, but {architecture.depth} is {depth}: the "
+            "file was changed by hand; restore the original."
         )
     return layout

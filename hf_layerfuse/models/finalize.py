@@ -43,9 +43,9 @@ def linearize_mlps(
         UnsupportedModelError: The residual sum cannot be folded.
         LayerFuseError: An activation is not close enough to a line yet.
     """
-    architecture = architecture_for(model)
     tree = getattr(model.config, "layerfuse_plan", None)
     plan = Plan.from_dict(tree) if tree else None
+    architecture = architecture_for(model, stack=plan.stack if plan else None)
     blends = {edit.layer: edit for edit in (plan.edits if plan else ()) if isinstance(edit, Blend)}
     if not blends:
         raise PlanError(f"no activation of this {type(model).__name__} is becoming a line: apply Blend edits first.")

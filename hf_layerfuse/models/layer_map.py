@@ -74,9 +74,9 @@ def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) ->
 
 
 def _matches_of_layers(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) -> tuple[Match, ...]:
-    architecture = architecture_for(teacher)
+    architecture = architecture_for(teacher, stack=plan.stack)
     slots = plan.layout().slots
-    ours, theirs = ((architecture_for(model).layers_path(model), model) for model in (student, teacher))
+    ours, theirs = ((architecture.layers_path(model), model) for model in (student, teacher))
     for (path, model), count in ((ours, len(slots)), (theirs, plan.num_layers)):
         found = len(model.get_submodule(path))
         if found != count:
@@ -125,7 +125,7 @@ def _fused_modules_of_layers(student: PreTrainedModel, plan: Plan) -> list[str]:
     layout = plan.layout()
     tied = {(slot, tie.kind) for tie in layout.ties for slot in tie.slots}
     paths = []
-    for block in architecture_for(student).blocks(student):
+    for block in architecture_for(student, stack=plan.stack).blocks(student):
         source = layout.slots[block.layer].source(block.kind)
         if len(source.layers) > 1 or (block.layer, block.kind) in tied:
             paths += block.modules.values()
@@ -158,7 +158,7 @@ def mixed_weights(
     Raises:
         UnsupportedModelError: The architecture is unknown.
     """
-    architecture, slots = architecture_for(teacher), plan.layout().slots
+    architecture, slots = architecture_for(teacher, stack=plan.stack), plan.layout().slots
     ties = {(slot, tie.kind): tie.source for tie in plan.layout().ties for slot in tie.slots}
     prefix, originals = architecture.layers_path(student), architecture.layer_list(align(teacher, plan, batches))
     known = dict(student.named_parameters(remove_duplicate=False))

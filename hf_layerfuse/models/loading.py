@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ..errors import CheckpointError, LayerFuseError
 from ..evaluation.modes import outside_inference_mode
+from .architectures import ARCHITECTURES, FUSED_PREFIX
 from .files import stored_names, why_unreadable
 from .heads import head_class
 
@@ -57,9 +58,11 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
         architectures = config.architectures
         cls = auto_class or _class_of(path, config, kwargs, hub)
         model, report = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
-    except LayerFuseError:
-        raise
     except Exception as error:  # configs of users lead to anything, such as KeyError for an unknown activation
+        if (why := _why_unknown(path, hub)) is not None:
+            raise CheckpointError(why) from error
+        if isinstance(error, LayerFuseError):
+            raise
         if (why := why_unreadable(path)) is not None:
             raise CheckpointError(why) from error
         if not os.path.exists(path) and (os.path.isabs(path) or path.startswith(".") or path.count("/") != 1):
@@ -85,6 +88,23 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
             f"{sorted(report['unexpected_keys'])[0]}: add the class of the model to config.json."
         )
     return (model, report) if wants_report else model
+
+
+def _why_unknown(path: str, hub: Mapping[str, Any]) -> str | None:
+    """Message for a fused checkpoint whose architecture has no table in this process, or None."""
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(path, **hub)
+        model_type = str(fields.get("model_type"))
+    except (AttributeError, OSError, TypeError, ValueError):  # a damaged config has a message of its own
+        return None
+    base = model_type.removeprefix(FUSED_PREFIX)
+    if base == model_type or base in ARCHITECTURES:
+        return None
+    return (
+        f"the checkpoint at {path!r} is a fused {base!r}, whose architecture table is not registered: import the "
+        "module with the table before loading. `hf-layerfuse adapt ORIGINAL`, with the model it was made from, prints "
+        "the table."
+    )
 
 
 def _class_of(path: str, config: PreTrainedConfig, kwargs: Mapping[str, Any], hub: Mapping[str, Any]) -> type:

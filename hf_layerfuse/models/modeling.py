@@ -57,6 +57,12 @@ class FusedMixin:
         # The stock method returns no ties if the config does not tie word embeddings.
         return {**super().get_expanded_tied_weights_keys(all_submodels=all_submodels), **self._fused_ties}
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().tie_weights(*args, **kwargs)
+        stock = next(base for base in type(self).__mro__ if base is not FusedMixin and "tie_weights" in vars(base))
+        if stock is not PreTrainedModel:  # such as CTC heads, which override it for their adapters and tie nothing
+            PreTrainedModel.tie_weights(self, *args, **kwargs)
+
     def _adjust_bias(self, output_embeddings: Any, input_embeddings: Any) -> None:
         # The stock method uses weight.shape[0] as the size of the bias, which truncates the bias of a Conv1D.
         if not isinstance(output_embeddings, Conv1D | Relaxed):
@@ -247,7 +253,9 @@ def expand(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, FusedMixin):
         return copy.deepcopy(model)
     plan = plan_of(model.config)
-    weights = family_of(plan).expanded(model, plan)
+    names = skeleton(model).state_dict()
+    # in hybrid models, a removed block gets the weights of its own kind of mixer alone
+    weights = {name: tensor for name, tensor in family_of(plan).expanded(model, plan).items() if name in names}
     stock = next(cls for cls in type(model).__mro__ if not issubclass(cls, FusedMixin))
     return build(stock, stock.config_class(**_fields(model.config)), weights, model)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import CheckpointError, LayerFuseError, LayerFuseWarning, VerificationError
-from ..evaluation.batches import Batches, model_inputs
+from ..evaluation.batches import Batches, model_inputs, output_mask
 from ..evaluation.divergence import decode, prediction
 from ..evaluation.dummy_inputs import dummy_inputs, predicts_next_token, running
 from ..evaluation.modes import eval_mode, plain_outputs
@@ -56,7 +56,7 @@ def verify(
             with tempfile.TemporaryDirectory(prefix="layerfuse-") as directory:
                 _save(model, directory)
                 report = {"reload": _compare_reloaded(model, Path(directory), inputs, expected)}
-        if _decodes(model):
+        if _decodes(model, inputs):
             report["cache"] = _compare_cached(model, inputs)
     return report
 
@@ -92,9 +92,19 @@ def _inputs(model: PreTrainedModel, inputs: Mapping[str, Tensor] | None) -> dict
     return model_inputs(inputs, model)
 
 
-def _decodes(model: PreTrainedModel) -> bool:
-    # BERT with a language-model head can generate, but uses a cache only if it is configured as a decoder
-    return model.can_generate() and getattr(model.config, "is_decoder", None) is not False
+def _decodes(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> bool:
+    text = model.main_input_name == "input_ids" and "pixel_values" not in inputs
+    if not model.can_generate() or not (text or "decoder_input_ids" in inputs):
+        return False
+    decoder = model.config.is_encoder_decoder or getattr(model.config, "is_decoder", None) is not False
+    return decoder or _gives_cache(model, inputs["input_ids"])
+
+
+@torch.inference_mode()
+def _gives_cache(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether a model returns a cache. BERT with a language-model head does only if it is configured as a decoder."""
+    output = model(input_ids=ids.reshape(-1, ids.shape[-1])[:1], use_cache=True)
+    return getattr(output, "past_key_values", None) is not None
 
 
 @torch.inference_mode()
@@ -119,14 +129,16 @@ def _compare_reloaded(model: PreTrainedModel, path: Path, inputs: dict[str, Tens
 
 @torch.inference_mode()
 def _compare_cached(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
-    ids = inputs["input_ids"]
+    name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    ids = inputs[name]
     ids = ids.reshape(-1, ids.shape[-1])[:1, :16]  # double-head models have an extra dimension for choices
+    encoded = {model.main_input_name: inputs[model.main_input_name][:1]} if model.config.is_encoder_decoder else {}
     prefix = max(1, ids.shape[1] // 2)
-    whole = model(input_ids=ids, use_cache=False).logits
-    logits, cache = decode(model, ids[:, :prefix])
+    whole = model(**encoded, **{name: ids}, use_cache=False).logits
+    logits, cache = decode(model, ids[:, :prefix], **encoded)
     parts = [logits]
     for position in range(prefix, ids.shape[1]):
-        logits, cache = decode(model, ids[:, position : position + 1], cache)
+        logits, cache = decode(model, ids[:, position : position + 1], cache, **encoded)
         parts.append(logits)
     difference = (torch.cat(parts, dim=1) - whole).abs().max() / whole.abs().max()
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
@@ -192,7 +204,7 @@ def _cross_entropy(model: PreTrainedModel, logits: Tensor, labels: Tensor | None
 
 def _vectors(output: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
     """Output averaged over all tokens except padding, (batch, features)."""
-    mask = inputs.get("attention_mask")
+    mask = output_mask(inputs)
     if mask is not None and output.shape[: mask.ndim] == mask.shape and output.ndim == mask.ndim + 1:
         weights = mask[..., None].to(output.dtype)
         output = (output * weights).sum(-2) / weights.sum(-2).clamp_min(1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from ..discovery import ensure_architecture, is_unknown
 from ..errors import CheckpointError, DataError, LayerFuseError, UnsupportedModelError
 from ..evaluation.batches import Batches
 from ..evaluation.metrics import bytes_in_memory, parameter_counts
@@ -50,7 +51,10 @@ def inspect_tables(name: str, similarity: str | None = None, text: Path | None =
             f"{name!r} is a config, and a config has no weights to compare: leave --similarity out, or name a "
             "checkpoint."
         )
-    return overview(model, similarity, text_batches(name, text, similarity))
+    batches = text_batches(name, text, similarity)
+    if is_unknown(model) and model.device.type != "meta":
+        ensure_architecture(model, LayerArchitecture, batches)
+    return overview(model, similarity, batches)
 
 
 def overview(model: PreTrainedModel, similarity: str | None = None, batches: Batches | None = None) -> list[Rows]:
@@ -128,11 +132,14 @@ def _can(check: Callable[[], None]) -> str:
 
 
 def _layers(model: PreTrainedModel, architecture: LayerArchitecture, distances: Mapping[Kind, Tensor]) -> Rows:
-    """Parameters of each layer and its blocks, and the distance of each block to that of the next layer."""
-    sizes: dict[tuple[int, str], int] = {}
+    """Parameters of each layer and its blocks, and the distance of each block to that of the next layer.
+
+    A norm that both blocks read counts for the layer alone.
+    """
+    layers, sizes = architecture.layer_list(model), {}
     for block in architecture.blocks(model):
-        modules = {id(module): module for module in map(model.get_submodule, block.modules.values())}
-        sizes[block.layer, block.kind] = sum(p.numel() for module in modules.values() for p in module.parameters())
+        own = {id(p): p for name, p in layers[block.layer].named_parameters() if architecture.owner(name) == block.kind}
+        sizes[block.layer, block.kind] = sum(p.numel() for p in own.values())
     rows = [["layer", "parameters", *architecture.kinds, *(f"{kind} to the next" for kind in distances)]]
     for place, layer in enumerate(architecture.layer_list(model)):
         own = [f"{sizes.get((place, kind), 0):,}" for kind in architecture.kinds]

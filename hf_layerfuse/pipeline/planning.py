@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..discovery import ensure_architecture
 from ..errors import CheckpointError, RecipeError
 from ..evaluation.latency import latency_side_by_side
 from ..evaluation.timing import device_name
@@ -17,6 +18,7 @@ from ..methods import method_of
 from ..methods.fusion.method import FUSION
 from ..methods.fusion.planner import plan_evenly, plan_fusion
 from ..models.apply import applied
+from ..models.architectures import LayerArchitecture
 from ..models.surgery.size import planned_size
 from ..plan import Plan
 from ..plan.words import change_table
@@ -121,6 +123,8 @@ def plan_model(name: str, recipe: FusionRecipe, text: Path | None = None) -> Pre
             "a latency target needs measurements on calibration data: give --text FILE with lines of text, or the "
             "recipe of a run."
         )
+    if has_weights:
+        ensure_architecture(model, LayerArchitecture, batches, recipe.stack)
     result = None
     if batches is not None:
         say(f"{FUSION.doing}: searching on the lines of {text}")

@@ -153,7 +153,9 @@ def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> lis
     if healing.schedule == "one-shot":
         return [(Goal(), healing.steps)]
     fusion = recipe.fusion  # no other method has rounds
-    by_size = fusion.rank == "auto" or are_unlike(original)  # the number of blocks does not determine the size
+    by_size = fusion.rank == "auto" or are_unlike(
+        original, fusion.stack
+    )  # the number of blocks does not determine the size
     if fusion.ratio is not None and by_size:
         goals = [Goal(ratio=fusion.ratio * share) for share in shares_of(healing)]
     else:
@@ -163,11 +165,13 @@ def rounds_of(recipe: Recipe, original: PreTrainedModel, inputs: RunData) -> lis
     return list(zip(goals, steps_of(healing, len(goals)), strict=True))
 
 
-def target_of(goal: Goal, source: PreTrainedModel, original: PreTrainedModel) -> dict[str, Any]:
+def target_of(
+    goal: Goal, source: PreTrainedModel, original: PreTrainedModel, stack: str | None = None
+) -> dict[str, Any]:
     """Target fields of a fusion recipe that lead from the model of the earlier rounds to a goal."""
     if goal.ratio is not None:
         here, whole = (
-            sum(p.numel() for p in architecture_for(model).layer_list(model).parameters())
+            sum(p.numel() for p in architecture_for(model, stack=stack).layer_list(model).parameters())
             for model in (source, original)
         )
         # where an earlier round removed too much, this one takes the smallest step
@@ -189,7 +193,8 @@ def search_of(
         inputs: Data of the run.
     """
     method, batches = method_of(recipe), inputs.calibration()
-    asked = dataclasses.replace(recipe.method, **target_of(goal, source, original))
+    stack = getattr(recipe.method, "stack", None)  # convolutions have one stack
+    asked = dataclasses.replace(recipe.method, **target_of(goal, source, original, stack))
     target = next(f"{name}={value}" for name in method.targets if (value := getattr(asked, name)) is not None)
     say(f"{method.doing} with {target}: searching on calibration data")
     found = method.search(source, asked, batches)

@@ -16,10 +16,10 @@ import torch
 import transformers
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, set_seed
 
+from ..discovery import ensure_architecture
 from ..errors import CheckpointError, PublishError
 from ..evaluation.timing import device_name
 from ..methods import method_of
-from ..models.architectures import architecture_for
 from ..models.files import why_unreadable
 from ..models.loading import load_checkpoint
 from ..models.modeling import check_with_code
@@ -114,8 +114,8 @@ def prepare_run(recipe: Recipe) -> tuple[PreTrainedModel, Any, RunData]:
     set_seed(recipe.seed)
     original, processor = _load(recipe)
     original.to(process_state().device)
-    # an unknown architecture is refused before the data are read
-    architecture_for(original, method_of(recipe).architecture_type)
+    # a model that cannot be fused is refused before the data are read
+    ensure_architecture(original, method_of(recipe).architecture_type, stack=getattr(recipe.method, "stack", None))
     if recipe.with_code:
         check_with_code(original.config)
     return original, processor, RunData(recipe, processor, original)

@@ -36,6 +36,7 @@ class Plan:
         notes: Recipe and measurements behind the edits. A mapping of JSON types is converted.
         kinds: Kinds of blocks in a layer, in the order in which they run: `("attention", "mlp")`, `("conv",)`, or for
             a conv graph `("convolution",)`.
+        stack: Name of the stack of layers in models that have several, such as `decoder`; empty in others.
 
     Raises:
         PlanError: An edit names a layer or a kind of block that does not exist, two edits claim the same block, the
@@ -47,6 +48,7 @@ class Plan:
     edits: tuple[Edit, ...] = ()
     notes: PlanNotes = field(default_factory=PlanNotes, compare=False)
     kinds: tuple[str, ...] = TRANSFORMER
+    stack: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "edits", tuple(self.edits))
@@ -117,6 +119,7 @@ class Plan:
             "model_type": self.model_type,
             "num_layers": self.num_layers,
             **({} if self.kinds == TRANSFORMER else {"kinds": list(self.kinds)}),
+            **({"stack": self.stack} if self.stack else {}),
             "edits": [write_edit(edit) for edit in self.edits],
         }
         return {**tree, "notes": self.notes.to_dict()} if notes else tree
@@ -138,7 +141,8 @@ class Plan:
         try:
             edits = tuple(read_edit(edit) for edit in tree["edits"])
             kinds = tree.get("kinds", TRANSFORMER)
-            return cls(str(tree["model_type"]), int(tree["num_layers"]), edits, tree.get("notes", {}), kinds)
+            notes, stack = tree.get("notes", {}), str(tree.get("stack", ""))
+            return cls(str(tree["model_type"]), int(tree["num_layers"]), edits, notes, kinds, stack)
         except PlanError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:

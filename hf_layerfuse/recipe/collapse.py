@@ -40,6 +40,7 @@ class CollapseRecipe:
         refit: Closed-form repair on calibration batches, with `fitted`. `full` fits the linear maps and repairs all
             blocks after the first of them; `maps` fits only the linear maps; `none`, or no batches, leaves
             W2 (W1 x + b1) + b2.
+        stack: Stack of layers whose MLPs become linear, as in `FusionRecipe`.
 
     Raises:
         RecipeError: A field is unknown or has the wrong type, or a combination is not possible.
@@ -58,6 +59,7 @@ class CollapseRecipe:
     threshold: float = 0.05
     merge: bool = True
     refit: Literal["full", "maps", "none"] = "full"
+    stack: str | None = None
 
     def __post_init__(self) -> None:
         require_one(

@@ -63,6 +63,8 @@ class FusionRecipe:
             also compares the plans next to the best one. With a latency target, `low` solves one program over the
             losses of single edits; `medium` scores edits again on top of the chosen ones, twice, and `high` up to six
             times.
+        stack: Stack of layers to fuse, in models that have several: `encoder` or `decoder`, `text` or `vision`. None is
+            the first one that the architecture names.
         seed: Seed of all random choices.
 
     Raises:
@@ -98,6 +100,7 @@ class FusionRecipe:
     latency_repeats: int = 10
     tables: str | None = None
     effort: Literal["low", "medium", "high"] = "medium"
+    stack: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from hf_layerfuse import Drop, Fuse, Plan, UnsupportedModelError, apply
 from hf_layerfuse.calibration.layer_hooks import HookPoint
 from hf_layerfuse.calibration.layerwise import LayerwiseForward
 from hf_layerfuse.calibration.mmap import MappedActivations
+from hf_layerfuse.calibration.refit.between import through
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.divergence import prediction
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
@@ -138,8 +139,10 @@ def test_points_fit_together(model_type, changes):
                 table = getattr(architecture, kind)
                 read, features, residual, total = (seen[HookPoint(kind, place)] for place in PLACES)
                 out, norm = layer.get_submodule(table["out"]), layer.get_submodule(table["norm"])
-                torch.testing.assert_close(residual + out(features), total)
-                assert torch.equal(read, residual if architecture.post_norm else norm(residual))
+                added = through(layer, architecture, kind, out(features))
+                torch.testing.assert_close(residual + added, total)
+                start = seen[HookPoint("attention", "residual")] if architecture.parallel else residual
+                assert torch.equal(read, start if architecture.post_norm else norm(start))
             attention = seen[HookPoint("attention", "sum")]
             if architecture.post_norm:
                 attention = layer.get_submodule(architecture.attention["norm"])(attention)

@@ -489,14 +489,15 @@ def test_storing_goes_around(data):
 
 
 class Scaled(nn.Module):
-    """A norm that multiplies by 1 + weight, as Gemma's do."""
+    """A norm that multiplies by a function of its weight."""
 
-    def __init__(self):
+    def __init__(self, gain):
         super().__init__()
         self.weight = nn.Parameter(random(IN).float())
+        self.gain = gain
 
     def forward(self, x):
-        return nn.functional.layer_norm(x, (IN,)) * (1 + self.weight)
+        return nn.functional.layer_norm(x, (IN,)) * self.gain(self.weight)
 
 
 def gain_case(bias, noise=0.0):
@@ -545,11 +546,22 @@ def test_a_gain_is_the_least_squares_one(bias):
         assert best <= error(found + 0.02 * random(IN, seed=seed)) * (1 + 1e-9)
 
 
+def test_a_gain_of_one_plus_the_weight_is_scaled():
+    """A norm that multiplies by 1 + weight, as Gemma's do, is scaled as others are."""
+    norm, readers, x, y, _ = gain_case(bias=True)
+    norm = Scaled(lambda weight: 1 + weight)
+    probe = random(4, IN).float()
+    before = norm(probe)
+    found = fit_gain(norm, readers, moments_of(x[:48], y[:48]), moments_of(x[48:], y[48:]))
+    assert found.after < found.before
+    torch.testing.assert_close(norm(probe), found.theta[:-1, 0].float() * before)
+
+
 def test_a_weight_that_is_no_gain_is_left_alone():
     """A norm whose output is not proportional to its weight keeps the weight, and the report says that nothing was
     fitted."""
     norm, readers, x, y, _ = gain_case(bias=True)
-    norm = Scaled()
+    norm = Scaled(torch.square)
     before = norm.weight.clone()
     found = fit_gain(norm, readers, moments_of(x[:48], y[:48]), moments_of(x[48:], y[48:]))
     assert torch.equal(norm.weight, before)

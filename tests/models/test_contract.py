@@ -5,25 +5,14 @@ import itertools
 
 import pytest
 import torch
-from helpers import HEADS, LAYERS, TINY, in_turn, tiny_model
+from helpers import EDITS, HEADS, LAYERS, STOCK, TINY, in_turn, tiny_model
 
-from hf_layerfuse import Drop, Fuse, Linearize, Plan, apply, expand, verify
+from hf_layerfuse import Drop, Fuse, Plan, apply, expand, verify
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.models.modeling import FusedMixin
 from hf_layerfuse.models.surgery.linear_mlp import Collapsed
 from hf_layerfuse.models.verify import prediction
-
-EDITS = {
-    "depth": (Fuse("layer", (1, 2), operator="mean"), Fuse("layer", (3, 4), operator="telescope")),
-    "share": (Fuse("layer", (1, 3), "share", "mean"), Fuse("layer", (2, 4, 5), "share", "freeze")),
-    "attention": (Fuse("attention", (0, 1)), Drop("attention", 3), Fuse("attention", (4, 5), "share")),
-    "mlp": (Fuse("mlp", (1, 2, 3), operator="mean"), Drop("mlp", 5), Fuse("mlp", (0, 4), "share")),
-    "drop": (Drop("layer", 0), Drop("layer", 4)),
-    "relaxed": (Fuse("layer", (1, 3), "share", "mean", rank=2), Fuse("layer", (0, 2, 4), "basis", rank=6)),
-    "linear": (Linearize(1), Fuse("layer", (2, 3)), Fuse("attention", (4, 5), "share"), Linearize(4)),
-}
-STOCK = {"depth", "drop"}
 
 every_head = pytest.mark.parametrize(("model_type", "head"), HEADS, ids=[head.__name__ for _, head in HEADS])
 

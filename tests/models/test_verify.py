@@ -163,7 +163,7 @@ def test_verification_leaves_every_mode(monkeypatch):
 def test_fuse_verifies_unless_told_not_to(monkeypatch):
     """`fuse` returns nothing that fails verification; `check=False` skips the check."""
 
-    def failing(model):
+    def failing(model, inputs=None):
         raise VerificationError("seen")
 
     monkeypatch.setattr("hf_layerfuse.api.verify", failing)

@@ -132,13 +132,7 @@ def fit_gain(norm: nn.Module, readers: Sequence[tuple[nn.Module, Tensor]], train
     found = fit(*parts, start)
     if found.strength is None:
         return found
-    scale, old = found.theta[:-1, 0], copy.deepcopy(norm.state_dict())
-    probe = torch.linspace(-1, 1, len(scale), dtype=norm.weight.dtype, device=norm.weight.device)
-    aim = scale.to(probe) * norm(probe)
-    for tensor in norm.parameters():
-        tensor.copy_(scale * tensor)
-    if not torch.allclose(norm(probe), aim, rtol=1e-2, atol=1e-2 * aim.abs().max().item()):
-        norm.load_state_dict(old)  # the weight is not the gain: Gemma's norms multiply by 1 + weight
+    if not _scale(norm, found.theta[:-1, 0]):
         return Fit(start, found.before, found.before, None)
     return found
 
@@ -150,7 +144,7 @@ def fit_norm(norm: nn.Module, train: Moments, selection: Moments) -> Fit:
     The scale and the shift are folded into the norm's weight and bias if they are better on the selection split.
 
     Args:
-        norm: Norm whose output is x, with a multiplying weight and a bias.
+        norm: Norm whose output is x. Without a bias, it is not shifted.
         train: Moments of x (in) in the student and y (in) in the original.
         selection: Moments of the selection split, which choose the strength of a penalty on s - 1.
 
@@ -161,20 +155,47 @@ def fit_norm(norm: nn.Module, train: Moments, selection: Moments) -> Fit:
     def at(part: Moments, strength: float) -> Tensor:
         xx, xy, _ = part.centred()
         held = strength * xx.diagonal().mean()
+        if bias is None:
+            xx, xy = part.xx[:-1, :-1], part.xy[:-1]
+            held = strength * xx.diagonal().mean()
         scale = (xy.diagonal() + held) / (xx.diagonal() + held)
         shift = (part.xy[-1] - scale * part.xx[-1, :-1]) / part.rows
+        shift = shift if bias is not None else torch.zeros_like(shift)
         return torch.cat([scale.diag(), shift.unsqueeze(0)])
 
-    start = identity(train)
+    start, bias = identity(train), getattr(norm, "bias", None)
     before = selection.error(start)
     after, strength = min((selection.error(at(train, strength)), strength) for strength in STRENGTHS)
     if not after < before * (1 - 1e-6):
         return Fit(start, before, before, None)
     theta = at(train + selection, strength)
-    scale, shift = theta[:-1].diagonal(), theta[-1]
-    norm.weight.copy_(scale * norm.weight)
-    norm.bias.copy_(scale * norm.bias + shift)
+    if not _scale(norm, theta[:-1].diagonal()):
+        return Fit(start, before, before, None)
+    if bias is not None:
+        bias += theta[-1]
     return Fit(theta, before, after, strength)
+
+
+def _scale(norm: nn.Module, scale: Tensor) -> bool:
+    """Multiply the output of a norm by a scale per channel, in place. Returns False for a norm that cannot be.
+
+    The weight of most norms is their gain, that of Gemma's is their gain less one.
+    """
+    if isinstance(norm, nn.LayerNorm | nn.BatchNorm2d):
+        for tensor in norm.parameters():
+            tensor.copy_(scale * tensor)
+        return True
+    old = copy.deepcopy(norm.state_dict())
+    probe = torch.linspace(-1, 1, len(scale), dtype=norm.weight.dtype, device=norm.weight.device)
+    aim = scale.to(probe) * norm(probe)
+    for less in (0, 1):
+        for name, tensor in norm.named_parameters():
+            shift = less if name == "weight" else 0
+            tensor.copy_(scale * (tensor + shift) - shift)
+        if torch.allclose(norm(probe), aim, rtol=1e-2, atol=1e-2 * aim.abs().max().item()):
+            return True
+        norm.load_state_dict(old)
+    return False
 
 
 def _gain_moments(readers: Sequence[tuple[nn.Module, Tensor]], part: Moments) -> Moments:

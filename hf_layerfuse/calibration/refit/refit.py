@@ -78,11 +78,11 @@ def _refit_layers(
     before = calibration_loss(student, teacher, sample.held_out_batches)
     if method == "none":
         return RefitReport(before, before, kept=False)
-    architecture = architecture_for(teacher)
+    architecture = architecture_for(teacher, stack=plan.stack)
     check_model(teacher, architecture)
     check_plan(teacher, architecture, plan)
     with eval_mode(student, teacher):
-        return refit_by(student, TeacherStates(LayerwiseForward(teacher, sample)), plan, before, method)
+        return refit_by(student, TeacherStates(LayerwiseForward(teacher, sample, architecture)), plan, before, method)
 
 
 def _refit_convolutions(
@@ -108,7 +108,8 @@ def refit_by(
     """
 
     def carry_out() -> tuple[list[dict[str, Any]], float]:
-        layerwise = LayerwiseForward(student, teacher_states.layerwise.sample)
+        architecture = architecture_for(student, stack=plan.stack)
+        layerwise = LayerwiseForward(student, teacher_states.layerwise.sample, architecture)
         repair = repair_of(layerwise, teacher_states, plan, method)
         for _ in tqdm(repair.slots, "Refitting", unit="layer", disable=None, leave=False):
             repair.step()

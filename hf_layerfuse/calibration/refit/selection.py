@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...math.ridge import Moments, compose, eliminate, fit, identity
-from ...models.architectures import READERS, Block, architecture_for, heads_of
-from ...models.architectures.block_weights import HEAD_NORMS, rows_of, write_rows
+from ...models.architectures import MAPS, READERS, Block, TransformerArchitecture
+from ...models.architectures.block_weights import HEAD_NORMS, POSITIONS, rows_of, write_rows
 from ...models.modules.shared_linear import theta_of
 from ...plan import Source
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward
 from ..mmap import MappedActivations, PerBatch
+from .between import Between
 from .linear import store
 
 TOKENS_PER_INPUT = 4
@@ -52,6 +54,7 @@ class Selection:
         self.layerwise, self.block = layerwise, block
         self.table = layerwise.architecture.table(block.kind)
         self.layer = layerwise.layers[block.layer]
+        self.between = Between(layerwise, block)
         self.variants: list[nn.Module] = []
         own = {id(p) for path in self.table.values() for p in self.layer.get_submodule(path).parameters()}
         # deepcopy treats these parameters as already copied
@@ -59,9 +62,10 @@ class Selection:
         for depth, reading in self._readings(originals).items():
             variant = copy.deepcopy(self.layer, shared.copy())
             for role, path in self.table.items():
-                if role == "out" or role in READERS:
+                if role in MAPS:
                     theta = theta_of(stocks[depth].get_submodule(path))
-                    store(variant.get_submodule(path), compose(reading, theta) if role in READERS else theta)
+                    folds = role in READERS and role not in layerwise.architecture.also_positions
+                    store(variant.get_submodule(path), compose(reading, theta) if folds else theta)
             self.variants.append(variant)
         parts = [theta_of(variant.get_submodule(self.table["out"])) for variant in self.variants]
         self.start = torch.cat([*(theta[:-1] for theta in parts), sum(theta[-1:] for theta in parts)])
@@ -114,7 +118,7 @@ class Selection:
             own = kept[kept // keep == place] - place * keep
             for role, rows in self._units(variant).items():
                 chosen.setdefault(role, []).append(rows[own])
-        shapes = {role: rows.shape for role, rows in self._heads(self.layer).items()}
+        shapes = {role: rows.shape for role, rows in rows_of(self.layer, self._part).items()}
         made = {role: torch.cat(rows).reshape(shapes[role]) for role, rows in chosen.items()}
         write_rows(self.layer, self._part, made)
         out = self.layer.get_submodule(self.table["out"])
@@ -124,15 +128,12 @@ class Selection:
     @property
     def _part(self) -> Block:
         """The block, with paths relative to its layer."""
-        return Block(self.block.layer, self.block.kind, self.table)
-
-    def _heads(self, layer: nn.Module) -> dict[str, Tensor]:
-        return rows_of(layer, self._part, heads_of(self.layerwise.model) if self.block.kind == "attention" else None)
+        return dataclasses.replace(self.block, modules=self.table)
 
     def _units(self, layer: nn.Module) -> dict[str, Tensor]:
         """Weights of the units, (units, rows of a unit, features), by role. A unit is kept or removed as a whole."""
         axis = 1 if self.block.kind == "attention" else 2  # heads that share keys and values; a hidden unit
-        return {role: rows.flatten(0, axis - 1).flatten(1, -2) for role, rows in self._heads(layer).items()}
+        return {role: rows.flatten(0, axis - 1).flatten(1, -2) for role, rows in rows_of(layer, self._part).items()}
 
     def _able(self, target: PerBatch, keep: int, size: int) -> Tensor:
         """The candidate units: all of them, or in large groups those that add most to the stream.
@@ -161,21 +162,25 @@ class Selection:
         while (steps := [next(one, None) for one in passes])[0] is not None:
             index, first = steps[0]
             x = torch.cat([self.layerwise.rows(index, step[features]) for _, step in steps], dim=-1)
-            y = self.layerwise.rows(index, target[index].to(x.device) - first[residual].float())
+            y = self.between.aims(self.layerwise.rows(index, target[index].to(x.device) - first[residual].float()))
             del steps, first
             yield x, y
             del x, y
 
 
-def alike(model: PreTrainedModel, source: Source) -> list[int]:
+def alike(model: PreTrainedModel, architecture: TransformerArchitecture, source: Source) -> list[int]:
     """The layers of a group whose heads can be combined with those of the kept layer.
 
-    They have the same kind of attention, sliding-window or full, and no norms inside the heads, because all heads of a
-    layer share such norms. The kept layer is always included.
+    They have the same kind of attention, such as sliding-window or full. Their heads have no norms and no maps of
+    position embeddings, because all heads of a layer share such parts, and no position biases of their own, which would
+    bind them to their places. The kept layer is always included.
     """
-    types = getattr(model.config, "layer_types", None) or [None] * (max(source.layers) + 1)
-    normed = any(role in architecture_for(model).attention for role in HEAD_NORMS)
-    return [n for n in source.layers if n == source.kept or (types[n] == types[source.kept] and not normed)]
+    config, kept = architecture.config_of(model.config), source.kept
+    heads = architecture.heads(config, kept)
+    if any(role in architecture.attention for role in (*HEAD_NORMS, *POSITIONS)) or (heads and heads.bound):
+        return [kept]
+    lists = [values for name in architecture.per_layer_config if (values := getattr(config, name, None))]
+    return [n for n in source.layers if n == kept or all(values[n] == values[kept] for values in lists)]
 
 
 def _columns(units: Tensor, size: int) -> Tensor:

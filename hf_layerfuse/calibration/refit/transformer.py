@@ -15,6 +15,7 @@ from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward, TeacherStates
 from ..mmap import MappedActivations, PerBatch, WeightSnapshot
 from .base import RefitMethod, Repair
+from .between import Between
 from .linear import fit_gain, fit_linear, fit_map, fit_norm, fold, store
 from .selection import Selection, Total, alike
 
@@ -50,7 +51,7 @@ class TransformerRepair(Repair):
     def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], MappedActivations]) -> None:
         architecture, model = self.student.architecture, self.student.model
         layer = self.student.layers[index]
-        blocks = [block for block in architecture.blocks(model) if block.layer == index]
+        blocks = [block for block in architecture.blocks(model) if block.layer == index and "out" in block.modules]
         for block in blocks:
             depth, point = _target(slot, block.kind)
             if architecture.post_norm and len(slot.layers) > 1:
@@ -59,10 +60,10 @@ class TransformerRepair(Repair):
                 own = architecture.table(block.kind)["norm"]
                 layer.get_submodule(own).load_state_dict(self.teacher.layers[depth].get_submodule(path).state_dict())
         if self.method == "linear":
-            if len(slot.layers) > 1:
+            if len(slot.layers) > 1 and blocks:
                 self._fit_outputs(blocks[-1], seen[_target(slot, blocks[-1].kind)])
             return
-        attention = blocks[0] if slot.whole else None
+        attention = blocks[0] if slot.whole and len(blocks) == len(architecture.kinds) else None
         for block in blocks:
             if (form := slot.source(block.kind).linear) is not None:
                 self._fit_linear(block, form, seen[_target(slot, block.kind)])
@@ -79,7 +80,8 @@ class TransformerRepair(Repair):
 
     def _readers(self, block: Block) -> dict[str, str]:
         """Paths of the maps that read the inputs of a block, by role."""
-        return {role: path for role, path in block.modules.items() if role in READERS}
+        also_positions = self.student.architecture.also_positions
+        return {role: path for role, path in block.modules.items() if role in READERS and role not in also_positions}
 
     def _reading(self, block: Block, original: MappedActivations) -> list[Moments]:
         """Moments of the inputs of a block in the student, with the inputs of the original block as targets."""
@@ -96,7 +98,7 @@ class TransformerRepair(Repair):
             table, stock = self.student.architecture.table(block.kind), self._aligned[source]
             aims = {role: theta_of(stock.get_submodule(table[role])) for role in self._readers(block)}
             # in measurements, a gain for queries and keys made models worse, because their errors multiply
-            if block.kind == "mlp" and not self.student.architecture.post_norm:
+            if block.kind == "mlp" and self.student.architecture.own_norm("mlp"):
                 moments = self._fit_gain(block, aims, moments)
             for role, path in self._readers(block).items():
                 self._fit(block, role, path, [part.towards(aims[role]) for part in moments])
@@ -139,26 +141,40 @@ class TransformerRepair(Repair):
 
     def _fit_projection(self, block: Block, target: PerBatch) -> None:
         """Refit the output projection, so that the stream after the block fits the target."""
+        between = Between(self.student, block)
 
         def rows(index: int, features: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-            return features, target[index].to(residual.device) - residual
+            return features, between.aims(target[index].to(residual.device) - residual)
 
-        moments = self.student.moments(rows, HookPoint(block.kind, "features"), HookPoint(block.kind, "residual"))
+        residual = HookPoint(block.kind, "residual")
+        moments = self.student.moments(rows, HookPoint(block.kind, "features"), residual)
         self._fit(block, "out", block.modules["out"], moments)
+        if between.norm is not None:
+
+            def normed(index: int, output: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                aim = target[index].to(residual.device)
+                return between.normed(output), aim - residual, _per_deviation(aim)
+
+            found = fit_norm(between.norm, *self.student.moments(normed, HookPoint(block.kind, "output"), residual))
+            self._note(block.layer, block.kind, "norm", found.before, found.after)
 
     def _fit_linear(self, block: Block, form: LinearForm, target: PerBatch) -> None:
         """Fit the maps of a linearised MLP, so that the stream after the block fits the target.
 
         Errors are divided by the standard deviation of the stream at each token, as in the norms that read the stream.
         """
+        between = Between(self.student, block)
 
         def rows(index: int, read: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             aim = target[index].to(residual.device)
-            deviation = aim.std(-1, keepdim=True)
-            return read, aim if form.fold else aim - residual, 1 / (deviation + 1e-3 * deviation.mean() + 1e-12)
+            return read, aim if form.fold else between.aims(aim - residual), _per_deviation(aim)
 
         moments = self.student.moments(rows, HookPoint(block.kind, "read"), HookPoint(block.kind, "residual"))
-        maps = [self.student.model.get_submodule(path) for role, path in block.modules.items() if role in ("in", "out")]
+        maps = [
+            self.student.model.get_submodule(path)
+            for role, path in block.modules.items()
+            if role in ("in", "gate_in", "out")
+        ]
         found = fit_linear(maps, *moments)
         variance = moments[1].centred()[2].trace().item() / max(moments[1].rows, 1)
         self._note(block.layer, block.kind, "linear map", found.before, found.after, r2=1 - found.after / variance)
@@ -180,9 +196,11 @@ class TransformerRepair(Repair):
         if attention is not None:
             before = units.missed(target)
             total = Total(seen, slot.source("attention").layers)
-            self._selection(attention, alike(self.teacher.layerwise.model, slot.source("attention")), seen).choose(
-                total
-            )
+            self._selection(
+                attention,
+                alike(self.teacher.layerwise.model, self.teacher.architecture, slot.source("attention")),
+                seen,
+            ).choose(total)
             self._fit_projection(attention, total)
             found = self._selection(mlp, slot.source("mlp").layers, seen)
             after = found.missed(target)
@@ -203,11 +221,12 @@ class TransformerRepair(Repair):
 
     def _fit_outputs(self, block: Block, target: MappedActivations) -> None:
         """Refit the output of a block by one linear map, folded into the output projection."""
+        between = Between(self.student, block)
 
-        def rows(index: int, total: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-            return total - residual, target[index].to(residual.device) - residual
+        def rows(index: int, output: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            return output, between.aims(target[index].to(residual.device) - residual)
 
-        moments = self.student.moments(rows, HookPoint(block.kind, "sum"), HookPoint(block.kind, "residual"))
+        moments = self.student.moments(rows, HookPoint(block.kind, "output"), HookPoint(block.kind, "residual"))
         module = self.student.model.get_submodule(block.modules["out"])
         if module.bias is None:
             moments = [part.linear() for part in moments]
@@ -220,6 +239,15 @@ class TransformerRepair(Repair):
         module = self.student.model.get_submodule(path)
         found = fit_map(module, *moments, tied=(block.layer, block.kind) in self.tied)
         self._note(block.layer, block.kind, role, found.before, found.after)
+
+
+def _per_deviation(states: Tensor) -> Tensor:
+    """Weight of each token by the inverse of its standard deviation, (..., 1).
+
+    Norms that read the stream divide by it. Without the weights, the few tokens with massive states count alone.
+    """
+    deviation = states.std(-1, keepdim=True)
+    return 1 / (deviation + 1e-3 * deviation.mean() + 1e-12)
 
 
 def _selects(slot: Slot) -> bool:

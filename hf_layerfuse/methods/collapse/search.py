@@ -10,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ...calibration.contract import check_contract
 from ...calibration.layerwise import LayerwiseForward, TeacherStates
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.refit import refit_by
@@ -50,10 +51,11 @@ def search_collapse(model: PreTrainedModel, recipe: CollapseRecipe, batches: Bat
         UnsupportedModelError: Unknown architecture, or one without an activation; model that cannot be fused; or gated
             MLPs without batches or a refit, which become linear only by a fit.
     """
-    architecture = architecture_for(model)
+    architecture = architecture_for(model, stack=recipe.stack)
     check_model(model, architecture)
     batches = None if batches is None else list(batches)
-    nothing = Plan(architecture.model_type, len(architecture.layer_list(model)), kinds=architecture.kinds)
+    check_contract(model, batches, architecture)
+    nothing = architecture.plan(len(architecture.layer_list(model)))
     edits = [Linearize(layer, recipe.rank, recipe.fold) for layer in range(nothing.num_layers)]
     homotopy = recipe.method == "homotopy"
     for plan in (replace(nothing, edits=edits), *([_bent(replace(nothing, edits=edits), recipe)] if homotopy else [])):
@@ -88,7 +90,7 @@ def _searched(
     model: PreTrainedModel, recipe: CollapseRecipe, batches: list[Any], nothing: Plan, edits: list[Linearize]
 ) -> SearchResult:
     sample = Sample.of(batches)
-    teacher_states = TeacherStates(LayerwiseForward(model, sample))
+    teacher_states = TeacherStates(LayerwiseForward(model, sample, architecture_for(model, stack=recipe.stack)))
     losses = {}
     order = edits[::-1]
     if recipe.order == "measured":
@@ -147,7 +149,7 @@ def _plans(model: PreTrainedModel, recipe: CollapseRecipe, nothing: Plan, order:
     sizes = [planned_size(model, plan)[unit] for plan in plans]
     limit = recipe.max_bytes or recipe.max_parameters
     if recipe.ratio is not None:
-        architecture = architecture_for(model)
+        architecture = architecture_for(model, stack=recipe.stack)
         limit = sizes[0] - recipe.ratio * sum(
             parameter.numel()
             for layer in architecture.layer_list(model)

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...models.architectures import architecture_for
+from ...models.architectures import LayerArchitecture, architecture_for
 from ...models.surgery.checks import can_be, shapes_of
 from ...plan import Drop, Linearize, Plan
 from ..candidates import Candidate
@@ -26,18 +26,24 @@ class BlockLatencies(LatencyTable):
 
     Args:
         model, inputs, path, rounds: Arguments of `LatencyTable`.
+        architecture: Architecture table of the model.
 
     Attributes:
         rest: Latency outside the layers, such as embeddings and the head, in milliseconds.
     """
 
     def __init__(
-        self, model: PreTrainedModel, inputs: Mapping[str, Tensor], path: Path | None = None, **rounds: int
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Tensor],
+        path: Path | None = None,
+        architecture: LayerArchitecture | None = None,
+        **rounds: int,
     ) -> None:
         super().__init__(model, inputs, path, **rounds)
-        self.architecture = architecture_for(model)
+        self.architecture = architecture or architecture_for(model)
         layers = self.architecture.layer_list(model)
-        types = getattr(model.config, "layer_types", None) or [None] * len(layers)
+        types = getattr(self.architecture.config_of(model.config), "layer_types", None) or [None] * len(layers)
         alike: dict[tuple, list[int]] = {}
         for index, layer in enumerate(layers):
             alike.setdefault((types[index], shapes_of(layer)), []).append(index)
@@ -85,7 +91,7 @@ class BlockLatencies(LatencyTable):
         if edit.source is None and len(group) == len(self._alike):
             group = group[1:]
         edits = tuple(replace(edit, layer=index) for index in group)
-        return Plan(self.architecture.model_type, len(self._alike), edits, kinds=self.architecture.kinds)
+        return self.architecture.plan(len(self._alike), edits)
 
     def _key(self, plan: Plan) -> str:
         """Return the key of a plan: shape, type and form of its layers."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ...evaluation.cache import MeasurementCache
 from ...models.architectures import LayerArchitecture
 from ...models.surgery.checks import can_be
-from ...plan import Drop, Edit, Fuse, Linearize, Plan
+from ...plan import Drop, Edit, Fuse, Linearize
 from ...plan.edit_json import write_edit
 from ...recipe import FusionRecipe
 from ..candidates import Candidate, edits_of
@@ -50,7 +50,7 @@ def block_candidates(
     for start in range(depth):
         for end in range(start + 2, depth + 1):
             changes.append((start * len(kinds), end * len(kinds), edits_of_runs(tuple(range(start, end)))))
-    nothing = Plan(architecture.model_type, depth, kinds=kinds)
+    nothing = architecture.plan(depth)
     able = [change for change in changes if can_be(model, architecture, replace(nothing, edits=(change[2],)))]
     return [*found, *(Candidate(*change) for change in able)]
 

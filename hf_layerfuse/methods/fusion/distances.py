@@ -21,7 +21,11 @@ from ...plan import Kind
 
 
 def block_distances(
-    model: PreTrainedModel, kinds: Sequence[Kind], similarity: str, batches: Batches | None
+    model: PreTrainedModel,
+    kinds: Sequence[Kind],
+    similarity: str,
+    batches: Batches | None,
+    stack: str | None = None,
 ) -> dict[Kind, Tensor]:
     """Return the distances between all blocks of each kind, by a similarity: (depth, depth) float64.
 
@@ -29,12 +33,12 @@ def block_distances(
         RecipeError: Similarity of activations without batches, or for layers of different shapes.
         DataError: Batches without tokens, or with too few for the similarity.
     """
-    architecture = architecture_for(model)
+    architecture = architecture_for(model, stack=stack)
     if similarity in ON_WEIGHTS:
         measure = ON_WEIGHTS[similarity]
         if architecture.resizes:
             return {kind: _between_shapes(model, architecture, measure) for kind in kinds}
-        return {kind: measure(_aligned_maps(model, architecture, kind)).cpu() for kind in kinds}
+        return {kind: _between_alike(model, architecture, kind, measure) for kind in kinds}
     if architecture.resizes:
         raise RecipeError(
             f"similarity={similarity!r} compares states after different layers, but their shapes differ in "
@@ -47,19 +51,45 @@ def block_distances(
         )
     measures = {kind: ON_ACTIVATIONS[similarity]() for kind in kinds}
     observe(model, architecture, batches, {kind: measure.update for kind, measure in measures.items()})
-    return {kind: measure.distance().cpu() for kind, measure in measures.items()}
+    shapes = [shapes_of(layer) for layer in architecture.layer_list(model)]
+    apart = torch.tensor([[shape != other for other in shapes] for shape in shapes])
+    return {kind: measure.distance().cpu().masked_fill(apart, math.inf) for kind, measure in measures.items()}
 
 
-def _aligned_maps(model: PreTrainedModel, architecture: LayerArchitecture, kind: Kind) -> Iterator[Tensor]:
-    """Yield the matrices in all layers of each linear map of a kind of block: (layers, units, stream) float64.
+def _between_alike(model: PreTrainedModel, architecture: LayerArchitecture, kind: Kind, measure: Callable) -> Tensor:
+    """Return the distances between the blocks of a kind; infinite between layers of different shapes."""
+    shapes = [shapes_of(layer) for layer in architecture.layer_list(model)]
+    found = torch.full((len(shapes), len(shapes)), math.inf, dtype=torch.float64).fill_diagonal_(0)
+    for shape in dict.fromkeys(shapes):
+        alike = [index for index, other in enumerate(shapes) if other == shape]
+        if len(alike) > 1:
+            own = measure(_aligned_maps(model, architecture, kind, alike)).cpu()
+            found[torch.tensor(alike).unsqueeze(1), torch.tensor(alike)] = own
+    return found
+
+
+def _aligned_maps(
+    model: PreTrainedModel, architecture: LayerArchitecture, kind: Kind, layers: Sequence[int]
+) -> Iterator[Tensor]:
+    """Yield the matrices in some layers of each linear map of a kind of block: (layers, units, stream) float64.
 
     The columns are coordinates of the residual stream, also for maps that write to it. The gain of a norm before
-    the block is multiplied into the maps that read its output.
+    the block is multiplied into the maps that read its output. The matrices of an opaque block are yielded as they are.
     """
     for part in ("attention", "mlp") if kind == "layer" else (kind,):
-        blocks = [block for block in architecture.blocks(model) if block.kind == part]
+        blocks = [block for block in architecture.blocks(model) if block.kind == part and block.layer in layers]
+        if "out" not in blocks[0].modules:
+            owned = [
+                [p for path in block.modules.values() for p in model.get_submodule(path).parameters() if is_shared(p)]
+                for block in blocks
+            ]
+            yield from (
+                torch.stack([p.detach().double().flatten(1) for p in same]) for same in zip(*owned, strict=True)
+            )
+            continue
         maps = [linear_maps(model, block) for block in blocks]
-        gains = [None if architecture.post_norm else _gain(model, block) for block in blocks]
+        plain = architecture.post_norm or "norm" not in blocks[0].modules
+        gains = [None if plain else _gain(model, block) for block in blocks]
         for role, first in maps[0].items():
             if not is_shared(first.weight):
                 continue

@@ -7,9 +7,11 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from torch import nn
 
 from ...calibration.layerwise import TeacherStates
 from ...math.ridge import Moments, identity
+from ...models.surgery.checks import shapes_of
 from ...plan import Kind, Plan
 
 TOKENS_PER_STATE = 16
@@ -67,3 +69,13 @@ def unexplained(teacher_states: TeacherStates, size: int) -> np.ndarray:
             left = moments.error(moments.ridge(identity(moments), 1e-2)) * moments.rows
             cost[start, end] = (end - start - 1) * left / max(moments.centred()[2].trace().item(), 1e-30)
     return cost
+
+
+def of_one_shape(layers: Sequence[nn.Module], cost: np.ndarray) -> np.ndarray:
+    """Costs of runs, (layers + 1, layers + 1), infinite for runs whose layers differ in shape."""
+    shapes = [shapes_of(layer) for layer in layers]
+    found = cost.copy()
+    for start, end in itertools.combinations(range(len(shapes) + 1), 2):
+        if any(shape != shapes[start] for shape in shapes[start:end]):
+            found[start, end] = np.inf
+    return found

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ...calibration.contract import check_contract
 from ...calibration.layerwise import LayerwiseForward, TeacherStates
 from ...calibration.mmap import WeightSnapshot
 from ...calibration.refit.base import RefitReport
@@ -70,7 +71,7 @@ def search_budget(model: PreTrainedModel, recipe: FusionRecipe, batches: Sequenc
         UnsupportedModelError: Unknown architecture, convolutional model, or a model that cannot be fused.
         LayerFuseError: Measurement cache of another device, other weights or other data.
     """
-    architecture = architecture_for(model)
+    architecture = architecture_for(model, stack=recipe.stack)
     check_model(model, architecture)
     if "attention" not in architecture.kinds:
         raise UnsupportedModelError(
@@ -79,6 +80,7 @@ def search_budget(model: PreTrainedModel, recipe: FusionRecipe, batches: Sequenc
         )
     if batches is None:
         raise RecipeError("a latency budget needs calibration batches to measure the candidates: pass batches=.")
+    check_contract(model, batches, architecture)
     with eval_mode(model):
         found = _Budget(model, architecture, recipe, list(batches)).run()
     take_modes(found.model, model)
@@ -93,15 +95,16 @@ class _Budget:
     ) -> None:
         self.model, self.architecture, self.recipe, self.batches = model, architecture, recipe, batches
         self.sample = Sample.of(batches)
-        self.teacher_states = TeacherStates(LayerwiseForward(model, self.sample))
+        self.teacher_states = TeacherStates(LayerwiseForward(model, self.sample, architecture))
         self.depth = len(architecture.layer_list(model))
         few = Sample.of(batches, share_of(self.sample, self.depth, 5 * self.depth, COST))
-        self.few = TeacherStates(LayerwiseForward(model, few))
+        self.few = TeacherStates(LayerwiseForward(model, few, architecture))
         folder = None if recipe.tables is None else Path(recipe.tables)
         self.latencies = BlockLatencies(
             model,
             batch_of(self.sample, recipe.latency_batch_size),
             folder and folder / "latency.json",
+            architecture,
             repeats=recipe.latency_repeats,
         )
         batches_digest = digest(self.sample.batches)
@@ -157,7 +160,7 @@ class _Budget:
         return SearchResult(student, replace(plan, notes=notes), report)
 
     def plan(self, chosen: Iterable[Candidate]) -> Plan:
-        return Plan(self.architecture.model_type, self.depth, edits_of(chosen), kinds=self.architecture.kinds)
+        return self.architecture.plan(self.depth, edits_of(chosen))
 
     def _importance(
         self,

@@ -21,7 +21,7 @@ from ...evaluation.modes import eval_mode
 from ...math import cluster
 from ...models.architectures import architecture_for
 from ...models.surgery.checks import check_model
-from ...models.surgery.size import are_unlike, sizes_of_runs
+from ...models.surgery.size import are_unlike, size_of_blocks, sizes_of_runs
 from ...plan import Align, Fuse, Kind, Plan, PlanNotes
 from ...recipe import FusionRecipe
 from .distances import block_distances
@@ -59,18 +59,18 @@ def plan_fusion(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches |
         DataError: Batches without tokens, or with too few for the similarity.
         UnsupportedModelError: Unknown architecture, or a model that cannot be fused.
     """
-    check_model(model, architecture_for(model))
+    check_model(model, architecture_for(model, stack=recipe.stack))
     return planned(model, settled(model, recipe), batches)
 
 
 def planned(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None = None) -> Plan:
     """Plan as `plan_fusion` does, for a model that passed `check_model` and a recipe from `settled`."""
-    architecture = architecture_for(model)
+    architecture = architecture_for(model, stack=recipe.stack)
     depth = len(architecture.layer_list(model))
     keeps = counts_of(model, recipe)
-    distances = block_distances(model, kinds_of(model, recipe), recipe.similarity, batches)
+    distances = block_distances(model, kinds_of(model, recipe), recipe.similarity, batches, recipe.stack)
     divide = divider(model, recipe)
-    importance = layer_importance_of(model, batches)
+    importance = layer_importance_of(model, batches, recipe.stack)
     notes = PlanNotes(
         recipe=asdict(recipe),
         distances={
@@ -85,7 +85,7 @@ def planned(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | Non
                 groups[kind] = divide(cluster.inside_runs(matrix), keep)
             else:
                 groups[kind] = _CLUSTERS[recipe.cluster](_finite(matrix), keep)
-        return Plan(architecture.model_type, depth, _edits(recipe, groups, importance), notes, architecture.kinds)
+        return architecture.plan(depth, _edits(recipe, groups, importance), notes)
 
     found = next((found for keep in keeps if fits(model, recipe, found := plan(keep))), None)
     if found is None:
@@ -102,11 +102,11 @@ def plan_evenly(model: PreTrainedModel, recipe: FusionRecipe) -> Plan:
     Raises:
         RecipeError: Target that cannot be met, or that needs a measurement.
     """
-    architecture, recipe = architecture_for(model), settled(model, recipe)
+    architecture, recipe = architecture_for(model, stack=recipe.stack), settled(model, recipe)
     depth = len(architecture.layer_list(model))
     for keep in counts_of(model, recipe):
         groups = {kind: even(depth, keep) for kind in kinds_of(model, recipe)}
-        found = Plan(architecture.model_type, depth, _edits(recipe, groups, None), kinds=architecture.kinds)
+        found = architecture.plan(depth, _edits(recipe, groups, None))
         if fits(model, recipe, found):
             return found
     raise RecipeError(
@@ -122,10 +122,10 @@ def divider(model: PreTrainedModel, recipe: FusionRecipe) -> Callable[[np.ndarra
     Raises:
         RecipeError: Target that no division into runs of one shape meets.
     """
-    layers = architecture_for(model).layer_list(model)
-    unlike = are_unlike(model)
+    layers = architecture_for(model, stack=recipe.stack).layer_list(model)
+    unlike = are_unlike(model, recipe.stack)
     if unlike and recipe.ratio is not None:
-        whole = sum(parameter.numel() for parameter in layers.parameters())
+        whole = size_of_blocks(model, recipe)
         sizes, kept = sizes_of_runs(model, recipe)
 
     def divide(cost: np.ndarray, count: int) -> cluster.Groups:
@@ -214,18 +214,18 @@ def matching(kind: Kind) -> Align:
     return "permutation" if kind == "conv" else "rotation"
 
 
-def layer_importance_of(model: PreTrainedModel, batches: Batches | None) -> LayerImportance:
+def layer_importance_of(model: PreTrainedModel, batches: Batches | None, stack: str | None = None) -> LayerImportance:
     """Return a function that measures `layer_importances` once, on first use; None without batches."""
     if batches is None:
         return None
-    return functools.cache(lambda: layer_importances(model, Sample.of(batches, _PART)))
+    return functools.cache(lambda: layer_importances(model, Sample.of(batches, _PART), stack))
 
 
-def layer_importances(model: PreTrainedModel, sample: Sample) -> list[float]:
+def layer_importances(model: PreTrainedModel, sample: Sample, stack: str | None = None) -> list[float]:
     """Return 1 - E cos of the states around each layer (block influence, ShortGPT, Men et al. 2024, eq. 1)."""
     found = []
     with eval_mode(model):
-        layerwise = LayerwiseForward(model, sample)
+        layerwise = LayerwiseForward(model, sample, architecture_for(model, stack=stack))
         while layerwise.depth < len(layerwise.layers):
             before = layerwise.states
             layerwise.advance()

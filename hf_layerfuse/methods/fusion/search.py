@@ -13,6 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ...calibration.contract import check_contract
 from ...calibration.layerwise import LayerwiseForward, TeacherStates
 from ...calibration.mmap import WeightSnapshot
 from ...calibration.refit.base import RefitReport
@@ -22,15 +23,15 @@ from ...calibration.samples import Sample
 from ...evaluation.batches import Batches
 from ...evaluation.divergence import calibration_loss
 from ...evaluation.modes import eval_mode, outside_inference_mode, take_modes
-from ...math import cluster
 from ...models.apply import applied
 from ...models.architectures import architecture_for
 from ...models.surgery.checks import check_model
+from ...models.surgery.size import are_unlike
 from ...plan import CandidatePlan, Kind, OperatorLoss, Plan
 from ...recipe import FusionRecipe
 from ..base import SearchResult
 from ..trials import Trials, share_of
-from .grouping import Groups, even, groups_of, longest, unexplained
+from .grouping import Groups, even, groups_of, longest, of_one_shape, unexplained
 from .latency_search import search_budget
 from .planner import LayerImportance, divider, group_edit, layer_importance_of, operator_candidates, planned
 from .targets import fits, kinds_of, settled
@@ -74,7 +75,9 @@ def search(model: PreTrainedModel, recipe: FusionRecipe, batches: Batches | None
     batches = None if batches is None else list(batches)
     if recipe.is_timed:
         return search_budget(model, recipe, batches)
-    check_model(model, architecture_for(model))
+    architecture = architecture_for(model, stack=recipe.stack)
+    check_model(model, architecture)
+    check_contract(model, batches, architecture)
     recipe = settled(model, recipe)
     first = planned(model, recipe, batches)
     if batches is None:
@@ -96,8 +99,9 @@ class _Search:
     def __init__(self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], first: Plan) -> None:
         self.model, self.recipe, self.batches, self.first = model, recipe, batches, first
         self.sample = Sample.of(batches)
-        self.teacher_states = TeacherStates(LayerwiseForward(model, self.sample))
-        self.importance = layer_importance_of(model, batches)
+        self.architecture = architecture_for(model, stack=recipe.stack)
+        self.teacher_states = TeacherStates(LayerwiseForward(model, self.sample, self.architecture))
+        self.importance = layer_importance_of(model, batches, recipe.stack)
         self.tried: dict[tuple, tuple[Plan, RefitReport]] = {}
         self.best: tuple[Plan, RefitReport, WeightSnapshot] | None = None
 
@@ -139,14 +143,16 @@ class _Search:
         return len(groups_of(self.first, kind))
 
     def _start(self, kind: Kind) -> Groups:
-        if self.recipe.cluster != "auto" or self.recipe.mode != "depth" or architecture_for(self.model).resizes:
+        if self.recipe.cluster != "auto" or self.recipe.mode != "depth" or self.architecture.resizes:
             return groups_of(self.first, kind)
         if self.recipe.refit == "none":
             return even(self.first.num_layers, self._count(kind))
         if self.recipe.refit == "full" and self.recipe.operator in ("auto", "select") and kind != "attention":
             self.teacher_states.ahead(SELECTING)  # for any groups that will be chosen
-        count = self._count(kind)
-        return cluster.partition(unexplained(self.teacher_states, longest(self.first.num_layers, count)), count)
+        count, depth = self._count(kind), self.first.num_layers
+        unlike = are_unlike(self.model, self.recipe.stack)
+        cost = unexplained(self.teacher_states, depth if unlike else longest(depth, count))
+        return divider(self.model, self.recipe)(of_one_shape(self.teacher_states.layers, cost), count)
 
     def _with_groups(self, groups: dict[Kind, Groups]) -> Plan:
         edits = [
@@ -216,12 +222,12 @@ class _Table:
         self, model: PreTrainedModel, recipe: FusionRecipe, batches: list[Any], importance: LayerImportance
     ) -> None:
         self.recipe, self.importance = recipe, importance
-        architecture = architecture_for(model)
-        self.resizes, self.depth = architecture.resizes, len(architecture.layer_list(model))
+        architecture = architecture_for(model, stack=recipe.stack)
+        self.unlike, self.depth = are_unlike(model, recipe.stack), len(architecture.layer_list(model))
         self.divide = divider(model, recipe)
         share = share_of(Sample.of(batches), self.depth, 3 * self.depth, TABLE_COST)
         sample = Sample.of(batches, share)
-        self.trials = Trials(model, recipe.refit, batches, TeacherStates(LayerwiseForward(model, sample)))
+        self.trials = Trials(model, recipe.refit, batches, TeacherStates(LayerwiseForward(model, sample, architecture)))
 
     def groups(self, kind: Kind, count: int) -> Groups:
         """Return the partition into `count` runs with the least sum of losses, by dynamic programming.
@@ -232,7 +238,7 @@ class _Table:
         """
         cost = np.full((self.depth + 1, self.depth + 1), np.inf)
         cost[range(self.depth), range(1, self.depth + 1)] = 0
-        most = self.depth if self.resizes else longest(self.depth, count)
+        most = self.depth if self.unlike else longest(self.depth, count)
         lengths = range(2, most + 1)
         left = {(start, start + size) for size in lengths for start in range(self.depth - size + 1)}
         todo = [run for run in sorted(left) if run[1] - run[0] == 2]

@@ -26,7 +26,7 @@ def kinds_of(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[Kind, ...]:
     Raises:
         RecipeError: Recipe for parts of layers, where layers have a single kind of block.
     """
-    kinds = architecture_for(model).kinds
+    kinds = architecture_for(model, stack=recipe.stack).kinds
     if len(kinds) == 1:
         if recipe.blocks != "layer":
             raise RecipeError(
@@ -49,7 +49,7 @@ def settled(model: PreTrainedModel, recipe: FusionRecipe) -> FusionRecipe:
     if recipe.rank != "auto":
         return recipe
     asked = next(f"{name}={value:.12g}" for name in TARGETS if (value := getattr(recipe, name)) is not None)
-    architecture, runs = architecture_for(model), _runs_of_one_shape(model)
+    architecture, runs = architecture_for(model, stack=recipe.stack), _runs_of_one_shape(model, recipe)
     layers = architecture.layer_list(model)
 
     def shared(rank: int) -> Plan:
@@ -76,7 +76,7 @@ def counts_of(model: PreTrainedModel, recipe: FusionRecipe) -> Sequence[int]:
     Raises:
         RecipeError: Target that no number meets. It is raised before minutes of calibration are spent.
     """
-    depth = len(architecture_for(model).layer_list(model))
+    depth, kinds = len(architecture_for(model, stack=recipe.stack).layer_list(model)), kinds_of(model, recipe)
     if depth < 2:
         raise RecipeError(f"the model has {depth} layer: there is nothing to fuse. Use a model with 2 layers or more.")
     if recipe.keep_layers is not None:
@@ -85,7 +85,7 @@ def counts_of(model: PreTrainedModel, recipe: FusionRecipe) -> Sequence[int]:
                 f"keep_layers={recipe.keep_layers} of the model's {depth} fuses nothing: use 1 to {depth - 1}."
             )
         return [recipe.keep_layers]
-    if recipe.ratio is not None and are_unlike(model):
+    if recipe.ratio is not None and are_unlike(model, recipe.stack):
         return range(depth - 1, 0, -1)
     if recipe.ratio is not None:
         removed = {keep: removed_by_even_runs(model, recipe, even(depth, keep)) for keep in range(1, depth)}
@@ -99,9 +99,8 @@ def counts_of(model: PreTrainedModel, recipe: FusionRecipe) -> Sequence[int]:
         return [keep]
 
     # one group per shape is the smallest result, whatever the distances are
-    least = _plan_of_runs(model, recipe, _runs_of_one_shape(model))
+    least = _plan_of_runs(model, recipe, _runs_of_one_shape(model, recipe))
     smallest, whole = (planned_size(model, plan) for plan in (least, replace(least, edits=())))
-    kinds = " and ".join(kinds_of(model, recipe))
     for name, unit, most in _limits(recipe):
         if whole[unit] <= most:
             raise RecipeError(
@@ -110,23 +109,23 @@ def counts_of(model: PreTrainedModel, recipe: FusionRecipe) -> Sequence[int]:
             )
         if smallest[unit] > most:
             raise RecipeError(
-                f"{name}={most:.12g} is out of reach: with all {depth} {kinds} blocks fused "
+                f"{name}={most:.12g} is out of reach: with all {depth} {' and '.join(kinds)} blocks fused "
                 f"in mode {recipe.mode!r}, {smallest[unit]} {unit} remain. Use that or more, or other blocks or mode."
             )
     return range(depth - 1, 0, -1)
 
 
-def _runs_of_one_shape(model: PreTrainedModel) -> list[tuple[int, ...]]:
-    shapes = [shapes_of(layer) for layer in architecture_for(model).layer_list(model)]
+def _runs_of_one_shape(model: PreTrainedModel, recipe: FusionRecipe) -> list[tuple[int, ...]]:
+    shapes = [shapes_of(layer) for layer in architecture_for(model, stack=recipe.stack).layer_list(model)]
     return [tuple(run) for _, run in itertools.groupby(range(len(shapes)), key=shapes.__getitem__)]
 
 
 def _plan_of_runs(model: PreTrainedModel, recipe: FusionRecipe, runs: list[tuple[int, ...]]) -> Plan:
     """Return a plan that fuses each run of layers. The operator does not affect the size."""
-    architecture = architecture_for(model)
+    architecture = architecture_for(model, stack=recipe.stack)
     groups = [run for run in runs if len(run) > 1]
     edits = [Fuse(kind, run, recipe.mode, rank=recipe.rank) for kind in kinds_of(model, recipe) for run in groups]
-    return Plan(architecture.model_type, sum(map(len, runs)), edits, kinds=architecture.kinds)
+    return architecture.plan(sum(map(len, runs)), edits)
 
 
 def _limits(recipe: FusionRecipe) -> list[tuple[str, str, float]]:
@@ -137,7 +136,7 @@ def _limits(recipe: FusionRecipe) -> list[tuple[str, str, float]]:
 
 def fits(model: PreTrainedModel, recipe: FusionRecipe, plan: Plan) -> bool:
     """Return whether the result of a plan meets the target, and each group has layers of a single shape."""
-    shapes = [shapes_of(layer) for layer in architecture_for(model).layer_list(model)]
+    shapes = [shapes_of(layer) for layer in architecture_for(model, stack=recipe.stack).layer_list(model)]
     if any(shapes[layer] != shapes[edit.layers[0]] for edit in plan.edits for layer in edit.layers):
         return False
     as_close_as_possible = recipe.ratio is not None and len(set(shapes)) == 1

@@ -1,27 +1,75 @@
 """One table per architecture; `BUILTIN` lists the architectures that ship with the package."""
 
 from .base import (
-    ARCHITECTURES,
-    FUSED_PREFIX,
     Architecture,
     Block,
     ConvArchitecture,
     LayerArchitecture,
     One,
+    OneBeside,
     Place,
     TransformerArchitecture,
     ZeroAttention,
     ZeroBlock,
-    architecture_for,
+    part_at,
 )
-from .bert import BertArchitecture, DistilBertArchitecture, RobertaArchitecture
-from .block_weights import READERS, Heads, LinearMap, heads_of, linear_maps
+from .bert import (
+    BertArchitecture,
+    CamembertArchitecture,
+    DebertaV2Architecture,
+    DistilBertArchitecture,
+    ElectraArchitecture,
+    MPNetArchitecture,
+    NomicBertArchitecture,
+    RobertaArchitecture,
+    XLMRobertaArchitecture,
+)
+from .block_weights import MAPS, READERS, LinearMap, linear_maps
+from .bloom import BloomArchitecture
+from .cohere import CohereArchitecture
 from .conv_graph import ConvGraphArchitecture, Convolutions, Skip, Unit
-from .gpt2 import GPT2Architecture
-from .llama import LlamaArchitecture, MistralArchitecture, Qwen2Architecture, Qwen3Architecture
+from .falcon import FalconArchitecture
+from .gemma import Gemma2Architecture, Gemma3Architecture, Gemma3TextArchitecture
+from .glm4 import Glm4Architecture
+from .gpt2 import GPT2Architecture, GPTNeoArchitecture
+from .gpt_neox import GPTNeoXArchitecture
+from .hybrid import MambaArchitecture, Qwen3NextArchitecture, Qwen35TextArchitecture
+from .layouts import Heads
+from .llama import (
+    GraniteArchitecture,
+    LlamaArchitecture,
+    MistralArchitecture,
+    MixtralArchitecture,
+    Olmo2Architecture,
+    Qwen2Architecture,
+    Qwen3Architecture,
+    Qwen3MoeArchitecture,
+    SmolLM3Architecture,
+    Starcoder2Architecture,
+)
 from .mobilenet_v2 import MobileNetV2Architecture
+from .modernbert import ModernBertArchitecture
+from .opt import BartArchitecture, MarianArchitecture, MBartArchitecture, OPTArchitecture, WhisperArchitecture
+from .phi import Phi3Architecture, PhiArchitecture
+from .placeholder import Placeholder
+from .registry import ARCHITECTURES, FUSED_PREFIX, architecture_for
 from .resnet import ResNetArchitecture
-from .vit import DeiTArchitecture, ViTArchitecture
+from .speech import HubertArchitecture, Wav2Vec2Architecture
+from .t5 import T5Architecture
+from .vit import (
+    BEiTArchitecture,
+    CLIPArchitecture,
+    CLIPTextArchitecture,
+    CLIPVisionArchitecture,
+    DeiTArchitecture,
+    DINOv2Architecture,
+    DINOv3Architecture,
+    SigLIPArchitecture,
+    SigLIPTextArchitecture,
+    SigLIPVisionArchitecture,
+    ViTArchitecture,
+    ViTMAEArchitecture,
+)
 
 BUILTIN: tuple[type[Architecture], ...] = (
     GPT2Architecture,
@@ -34,6 +82,51 @@ BUILTIN: tuple[type[Architecture], ...] = (
     MistralArchitecture,
     Qwen2Architecture,
     Qwen3Architecture,
+    SmolLM3Architecture,
+    GraniteArchitecture,
+    Starcoder2Architecture,
+    Olmo2Architecture,
+    Gemma2Architecture,
+    Gemma3TextArchitecture,
+    Gemma3Architecture,
+    FalconArchitecture,
+    MixtralArchitecture,
+    Qwen3MoeArchitecture,
+    Qwen3NextArchitecture,
+    Qwen35TextArchitecture,
+    MambaArchitecture,
+    GPTNeoArchitecture,
+    OPTArchitecture,
+    XLMRobertaArchitecture,
+    CamembertArchitecture,
+    ElectraArchitecture,
+    MPNetArchitecture,
+    DebertaV2Architecture,
+    NomicBertArchitecture,
+    ModernBertArchitecture,
+    T5Architecture,
+    BartArchitecture,
+    MBartArchitecture,
+    MarianArchitecture,
+    WhisperArchitecture,
+    Wav2Vec2Architecture,
+    HubertArchitecture,
+    CLIPArchitecture,
+    CLIPVisionArchitecture,
+    CLIPTextArchitecture,
+    SigLIPArchitecture,
+    SigLIPVisionArchitecture,
+    SigLIPTextArchitecture,
+    ViTMAEArchitecture,
+    DINOv2Architecture,
+    DINOv3Architecture,
+    BEiTArchitecture,
+    GPTNeoXArchitecture,
+    BloomArchitecture,
+    PhiArchitecture,
+    Phi3Architecture,
+    CohereArchitecture,
+    Glm4Architecture,
     ResNetArchitecture,
     MobileNetV2Architecture,
 )
@@ -42,6 +135,7 @@ __all__ = [
     "ARCHITECTURES",
     "BUILTIN",
     "FUSED_PREFIX",
+    "MAPS",
     "READERS",
     "Architecture",
     "Block",
@@ -52,13 +146,15 @@ __all__ = [
     "LayerArchitecture",
     "LinearMap",
     "One",
+    "OneBeside",
     "Place",
+    "Placeholder",
     "Skip",
     "TransformerArchitecture",
     "Unit",
     "ZeroAttention",
     "ZeroBlock",
     "architecture_for",
-    "heads_of",
     "linear_maps",
+    "part_at",
 ]

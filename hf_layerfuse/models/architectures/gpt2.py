@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
-from .base import TransformerArchitecture, ZeroAttention, ZeroBlock
+from .base import Architecture, TransformerArchitecture, ZeroAttention, ZeroBlock
 
 
 class GPT2Architecture(TransformerArchitecture):
@@ -20,9 +20,37 @@ class GPT2Architecture(TransformerArchitecture):
         "mlp": {"ln_2": nn.Identity, "mlp": ZeroBlock},
     }
 
+    def variant(self, config: PreTrainedConfig) -> Architecture:
+        return _CrossedGPT2() if config.add_cross_attention else self
+
     def check(self, model: PreTrainedModel) -> None:
         if model.config.scale_attn_by_inverse_layer_idx:
             raise UnsupportedModelError(
                 "scale_attn_by_inverse_layer_idx=True makes attention depend on the depth, so a layer cannot move to "
                 "another depth: multiply the query weights of layer i by 1/(i + 1), set it to False, and fuse."
             )
+
+
+class _CrossedGPT2(GPT2Architecture):
+    crossed = True
+
+
+class GPTNeoArchitecture(GPT2Architecture):
+    model_type = "gpt_neo"
+    attention = {
+        "norm": "ln_1",
+        "q": "attn.attention.q_proj",
+        "k": "attn.attention.k_proj",
+        "v": "attn.attention.v_proj",
+        "out": "attn.attention.out_proj",
+    }
+    per_layer_config = ("attention_layers",)
+
+    def variant(self, config: PreTrainedConfig) -> Architecture:
+        return self
+
+    def check(self, model: PreTrainedModel) -> None:
+        pass
+
+    def complete(self, config: PreTrainedConfig) -> None:
+        config.attention_types = [[[kind], 1] for kind in config.attention_layers]

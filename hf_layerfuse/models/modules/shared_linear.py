@@ -8,6 +8,7 @@ convolution is a map of patches; its inputs are channels x height x width of its
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cache
 from typing import Literal
 
 import torch
@@ -174,10 +175,32 @@ _RESIDUAL: dict[type[nn.Module], type[_Residual]] = {
 
 
 def can_relax(module: nn.Module, mode: Literal["share", "basis"]) -> bool:
-    """Whether `relax` supports `module`. Subclasses are not supported, because they may compute something else."""
+    """Whether `relax` supports `module`. Subclasses may compute something else, so few are supported."""
     if isinstance(module, nn.Conv2d) and (mode == "basis" or module.groups > 1):
         return False
-    return type(module) in _RESIDUAL
+    return _stock(type(module)) is not None
+
+
+@cache
+def _stock(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The stock class of a map: its own, or `nn.Linear` for a subclass that computes the same (Falcon's)."""
+    if kind in _RESIDUAL:
+        return kind
+    # others may leave the weight to their parent, as the output projection of nn.MultiheadAttention does
+    if not issubclass(kind, nn.Linear) or "forward" not in vars(kind):
+        return None
+    with torch.device("cpu"), torch.no_grad():  # sizes are predicted on the meta device
+        try:
+            probe = kind(3, 2, dtype=torch.float64)
+        except TypeError:
+            return None
+        values = torch.linspace(-1, 1, 8, dtype=torch.float64)
+        weight, bias = values[:6].view(2, 3), values[6:]
+        probe.weight.copy_(weight)
+        probe.bias.copy_(bias)
+        x = torch.tensor([[0.3, -0.7, 0.2], [1.5, 0.1, -0.4]], dtype=torch.float64)
+        same = torch.allclose(probe(x), F.linear(x, weight, bias))
+    return nn.Linear if same and set(probe.state_dict()) == {"weight", "bias"} else None
 
 
 def relax(module: Linear, mode: Literal["share", "basis"], rank: int) -> Relaxed:
@@ -186,7 +209,7 @@ def relax(module: Linear, mode: Literal["share", "basis"], rank: int) -> Relaxed
     In mode `share`, the replacement uses the parameters of `module` and computes the same at first. In mode `basis`, it
     uses only the bias.
     """
-    return BasisLinear(module, rank) if mode == "basis" else _RESIDUAL[type(module)](module, rank)
+    return BasisLinear(module, rank) if mode == "basis" else _RESIDUAL[_stock(type(module))](module, rank)
 
 
 def theta_of(module: nn.Module) -> Tensor:

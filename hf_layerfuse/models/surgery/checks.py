@@ -16,7 +16,7 @@ from ...errors import PlanError, UnsupportedModelError
 from ...plan import Plan
 from ..architectures import FUSED_PREFIX, LayerArchitecture
 from .altered import check_unaltered
-from .layers import relaxed_maps
+from .layers import relaxed_maps, target_config
 from .linear_mlp import check_form
 
 
@@ -71,12 +71,23 @@ def check_plan(model: PreTrainedModel, architecture: LayerArchitecture, plan: Pl
     depth = len(architecture.layer_list(model))
     if plan.num_layers != depth:
         raise PlanError(f"the plan is for {plan.num_layers} layers, the model has {depth}: make a new plan.")
+    if plan.stack and plan.stack != architecture.stack:
+        raise PlanError(f"the plan is for stack {plan.stack!r}, not {architecture.stack!r}: make a new plan.")
     if plan.kinds != architecture.kinds:
         raise PlanError(
             f"the plan is for layers of {' and '.join(plan.kinds)} blocks, but {architecture.model_type!r} has layers "
             f"of {' and '.join(architecture.kinds)} blocks: make a new plan."
         )
     shapes = [shapes_of(layer) for layer in architecture.layer_list(model)]
+    if len(set(shapes)) > 1:
+        _check_places(model, architecture, plan, shapes)
+    for kind, fixed in architecture.fixed.items():
+        kept = {layer for slot in plan.layout().slots if (source := slot.source(kind)) for layer in source.layers}
+        lost = sorted({*fixed} - kept)
+        if lost:
+            raise PlanError(
+                f"the plan removes the {kind} of layer {lost[0]}, which computes what other layers use: keep it."
+            )
     for edit in plan.edits:
         unlike = [layer for layer in edit.layers if shapes[layer] != shapes[edit.layers[0]]]
         if unlike:
@@ -93,6 +104,25 @@ def check_plan(model: PreTrainedModel, architecture: LayerArchitecture, plan: Pl
             raise PlanError(
                 f"Fuse.rank is {edit.rank}, but the matrices of these {edit.kind} blocks allow at most {max(ranks)} "
                 f"with mode={edit.mode!r}: lower the rank. Only a much lower rank saves parameters."
+            )
+
+
+def _check_places(
+    model: PreTrainedModel,
+    architecture: LayerArchitecture,
+    plan: Plan,
+    shapes: list[tuple[tuple[str, torch.Size], ...]],
+) -> None:
+    """Raise `PlanError` if the stock class builds a layer of another shape in the place where a layer moves."""
+    slots = plan.layout().slots
+    with torch.device("meta"):
+        stock = type(model)(target_config(model.config, architecture, plan.layout()))
+    for index, (layer, slot) in enumerate(zip(architecture.layer_list(stock), slots, strict=True)):
+        moved = slot.layers[0]
+        if index != moved and shapes_of(layer) != shapes[moved]:
+            raise PlanError(
+                f"layer {moved} cannot become layer {index}: {type(model).__name__} builds a layer of another shape "
+                "there. Keep the layers that differ from the others in their places."
             )
 
 

@@ -12,7 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ...errors import PlanError, UnsupportedModelError
 from ...plan import Layout, Slot, Source, Tie
-from ..architectures import LayerArchitecture
+from ..architectures import MAPS, LayerArchitecture, part_at
 from ..modules.shared_linear import PER_DEPTH, Linear, Relaxed, can_relax, out_in, relax
 from .linear_mlp import reshape_mlp
 
@@ -22,12 +22,13 @@ _NUMBERS_OF_FIRST_LAYERS = ("max_window_layers",)
 
 def target_config(config: PreTrainedConfig, architecture: LayerArchitecture, layout: Layout) -> PreTrainedConfig:
     """Config of the result: fewer layers, every per-layer list in step. `config` is not changed."""
-    target = copy.deepcopy(config)
+    whole = copy.deepcopy(config)
+    config, target = architecture.config_of(config), architecture.config_of(whole)
     for name in architecture.per_layer_config:
         if getattr(config, name, None) is not None:
             setattr(target, name, [_per_layer(getattr(config, name), slot, name) for slot in layout.slots])
     types = getattr(target, "layer_types", None)
-    if types is not None:
+    if types is not None and "layer_types" in architecture.per_layer_config:
         # A layer without attention needs no cache of its own type. If all attention of a type is removed, a cache of
         # that type would stay empty and report length 0. Such layers take the type of a layer with attention.
         used = {kind: None for kind, slot in zip(types, layout.slots, strict=True) if slot.source("attention")}
@@ -36,8 +37,9 @@ def target_config(config: PreTrainedConfig, architecture: LayerArchitecture, lay
     for name in _NUMBERS_OF_FIRST_LAYERS:
         if getattr(config, name, None) is not None:
             setattr(target, name, sum(slot.layers[0] < getattr(config, name) for slot in layout.slots))
-    target.num_hidden_layers = len(layout.slots)
-    return target
+    setattr(target, architecture.depth, len(layout.slots))
+    architecture.complete(target)
+    return whole
 
 
 def _per_layer(values: Sequence[Any], slot: Slot, name: str) -> Any:
@@ -64,20 +66,22 @@ def reshape(model: PreTrainedModel, architecture: LayerArchitecture, layout: Lay
     first entry of each layer type. Therefore, the remaining attention blocks take the first entries of their type.
     """
     layers = architecture.layer_list(model)
-    types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers)
+    types = getattr(architecture.config_of(model.config), "layer_types", None) or ["full_attention"] * len(layers)
     free = {kind: iter([i for i, other in enumerate(types) if other == kind]) for kind in types}
     for layer, slot, layer_type in zip(layers, layout.slots, types, strict=True):
         for kind in architecture.kinds:
             if slot.source(kind) is None:
                 for path, stand_in in architecture.skip[kind].items():
-                    layer.set_submodule(path, stand_in())
+                    if part_at(layer, path) is not None:
+                        layer.set_submodule(path, stand_in())
             elif (form := slot.source(kind).form) is not None:
                 reshape_mlp(layer, architecture, form)
         if slot.source("attention") is None:
             continue
         index = next(free[layer_type])
         for path in architecture.skip["attention"]:
-            for module in layer.get_submodule(path).modules():
+            part = part_at(layer, path)
+            for module in () if part is None else part.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = index
     for tie in layout.ties:
@@ -96,11 +100,15 @@ def relaxed_maps(layer: nn.Module, architecture: LayerArchitecture, tie: Tie) ->
         UnsupportedModelError: A matrix belongs to a module that cannot be relaxed.
     """
     found = {}
-    for at in architecture.table(tie.kind).values() if tie.rank else ():
-        module = layer.get_submodule(at)
+    for role, at in architecture.table(tie.kind).items() if tie.rank else ():
+        module = part_at(layer, at)
+        if module is None:
+            continue
         # a head that builds its body with AutoModel, as those of Llama do, gets a body that is already reshaped
         if not isinstance(module, Relaxed) and any(is_shared(tensor) for tensor in module.parameters()):
             if not can_relax(module, tie.mode):
+                if role not in MAPS:  # experts, or a table of positions
+                    continue
                 raise UnsupportedModelError(
                     f"{at} is a {type(module).__name__}. A residual needs an nn.Linear, a Conv1D, or an nn.Conv2d of "
                     "one group; a basis needs an nn.Linear or a Conv1D. Share this block with rank 0."

@@ -5,6 +5,8 @@ An MLP becomes one linear map, a product of two linear maps, or an MLP whose act
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,8 @@ from ...errors import PlanError, UnsupportedModelError
 from ...math.lowrank import low_rank
 from ...math.ridge import compose
 from ...plan import BlendedForm, LinearForm
-from ..architectures import One, TransformerArchitecture
+from ..architectures import One, OneBeside, TransformerArchitecture
+from ..architectures.layouts import JointLayout
 from ..modules.conv import Parts
 from ..modules.homotopy import Homotopy
 from ..modules.shared_linear import out_in, theta_of
@@ -20,7 +23,7 @@ from ..modules.shared_linear import out_in, theta_of
 START = 0.01
 """Slope of the PReLU in the paper before training, which is its initial a."""
 
-_MAPS = ("in", "gate", "out")
+_MAPS = ("in", "gate", "gate_in", "out")
 
 
 Form = LinearForm | BlendedForm
@@ -32,9 +35,20 @@ class Collapsed(nn.Linear):
     """Linear map that replaces an MLP, or the second of two such maps."""
 
 
+class CollapsedBeside(nn.Linear):
+    """First of two linear maps that replace an MLP with a joint map: its outputs, with ones in place of the gate."""
+
+    def __init__(self, ins: int, rank: int, layout: JointLayout, **like: Any) -> None:
+        super().__init__(ins, rank, bias=False, **like)
+        self.beside = OneBeside(layout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.beside(super().forward(x))
+
+
 def needs_fit(architecture: TransformerArchitecture) -> bool:
     """Whether an MLP stays nonlinear without its activation (gated MLPs do), so that only a fit makes it linear."""
-    return "gate" in architecture.mlp
+    return not {"gate", "gate_in"}.isdisjoint(architecture.mlp)
 
 
 def check_form(layer: nn.Module, architecture: TransformerArchitecture, form: Form) -> None:
@@ -46,11 +60,14 @@ def check_form(layer: nn.Module, architecture: TransformerArchitecture, form: Fo
             sum cannot be folded, or a gated MLP would get a `Blend`.
     """
     names = architecture.mlp.keys()
-    if architecture.activation is None or not {"in", "out"} <= names or names - {"norm", *_MAPS}:
+    maps, others = names & {*_MAPS}, [architecture.mlp[name] for name in names - {"norm", *_MAPS}]
+    known = maps in ({"in", "out"}, {"in", "gate", "out"}, {"gate_in", "out"})
+    unknown = any(tensor.ndim >= 2 for path in others for tensor in layer.get_submodule(path).parameters())
+    if architecture.activation is None or not known or unknown:
         raise UnsupportedModelError(
             f"the architecture of {architecture.model_type!r} has an MLP of {', '.join(names)} with the activation at "
             f"{architecture.activation!r}, which cannot become linear: in the architecture's table, name the maps "
-            "'in', 'out' and 'gate', and set the path of the activation."
+            "'in', 'out' and 'gate' (or 'gate_in' for 'in' and 'gate' in one), and set the path of the activation."
         )
     if isinstance(form, BlendedForm):
         if needs_fit(architecture):
@@ -123,10 +140,14 @@ def _linearize(layer: nn.Module, architecture: TransformerArchitecture, linear: 
     ins, outs = _widths(layer, architecture)
     rank, like = _rank(layer, architecture, linear), {"device": last.weight.device, "dtype": last.weight.dtype}
     layer.set_submodule(architecture.activation, nn.Identity())
+    if "gate_in" in table:
+        layout = architecture.joint["gate_in"]
+        first = OneBeside(layout) if rank is None else CollapsedBeside(ins, rank, layout, **like)
+    else:
+        first = nn.Identity() if rank is None else nn.Linear(ins, rank, bias=False, **like)
     if "gate" in table:
         layer.set_submodule(table["gate"], One())
-    first = nn.Identity() if rank is None else nn.Linear(ins, rank, bias=False, **like)
-    layer.set_submodule(table["in"], first)
+    layer.set_submodule(_reader(architecture), first)
     layer.set_submodule(table["out"], Collapsed(rank or ins, outs, **like))
     if linear.fold:
         names = (table[role].removeprefix(f"{architecture.adds}.") for role in ("out", "norm"))
@@ -140,30 +161,36 @@ def linear_weights(layer: nn.Module, architecture: TransformerArchitecture, line
     line, they compute W2 (slope (W1 x + b1) + offset) + b2. A gated MLP without its activation is not linear, so before
     the fit the maps compute only its constant, b2.
     """
-    table = architecture.mlp
-    first, last = (theta_of(layer.get_submodule(table[role])) for role in ("in", "out"))
-    act = layer.get_submodule(architecture.activation)
-    if isinstance(act, Homotopy):
-        first = first * act.slope.double()
-        first[-1] += act.offset.double()
-    theta = compose(first, last)
-    if "gate" in table:
-        theta = torch.cat([torch.zeros_like(theta[:-1]), last[-1:]])
+    reads, writes = _reader(architecture), architecture.mlp["out"]
+    first, last = (theta_of(layer.get_submodule(path)) for path in (reads, writes))
+    if needs_fit(architecture):
+        theta = torch.cat([last.new_zeros(len(first) - 1, last.shape[1]), last[-1:]])
+    else:
+        act = layer.get_submodule(architecture.activation)
+        if isinstance(act, Homotopy):
+            first = first * act.slope.double()
+            first[-1] += act.offset.double()
+        theta = compose(first, last)
     if linear.fold:
         theta[:-1] += torch.eye(len(theta) - 1).to(theta)
-    weights = {f"{table['out']}.bias": theta[-1]}
+    weights = {f"{writes}.bias": theta[-1]}
     rank = _rank(layer, architecture, linear)
     if rank is None:
-        weights[f"{table['out']}.weight"] = theta[:-1].T
+        weights[f"{writes}.weight"] = theta[:-1].T
     else:
-        weights[f"{table['out']}.weight"], weights[f"{table['in']}.weight"] = low_rank(theta[:-1].T, rank)
-    dtype = layer.get_submodule(table["out"]).weight.dtype
+        weights[f"{writes}.weight"], weights[f"{reads}.weight"] = low_rank(theta[:-1].T, rank)
+    dtype = layer.get_submodule(writes).weight.dtype
     return {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+
+
+def _reader(architecture: TransformerArchitecture) -> str:
+    """Path of the map of an MLP that the first of two linear maps replaces."""
+    return architecture.mlp.get("in") or architecture.mlp["gate_in"]
 
 
 def _widths(layer: nn.Module, architecture: TransformerArchitecture) -> tuple[int, int]:
     """Input and output width of the MLP of a stock layer."""
-    first, last = (layer.get_submodule(architecture.mlp[role]) for role in ("in", "out"))
+    first, last = (layer.get_submodule(path) for path in (_reader(architecture), architecture.mlp["out"]))
     return out_in(first, first.weight).shape[1], out_in(last, last.weight).shape[0]
 
 

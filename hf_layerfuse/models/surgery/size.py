@@ -20,14 +20,14 @@ from .layers import is_shared, relaxed_maps, reshape, target_config, tied_weight
 from .weights import untied_state
 
 
-def are_unlike(model: PreTrainedModel) -> bool:
+def are_unlike(model: PreTrainedModel, stack: str | None = None) -> bool:
     """Whether layers differ in shape. If so, the number of layers does not determine their size."""
-    return len({shapes_of(layer) for layer in architecture_for(model).layer_list(model)}) > 1
+    return len({shapes_of(layer) for layer in architecture_for(model, stack=stack).layer_list(model)}) > 1
 
 
 def size_of_blocks(model: PreTrainedModel, recipe: FusionRecipe) -> int:
     """Number of parameters of the blocks that a recipe covers; `ratio` is a share of this number."""
-    architecture = architecture_for(model)
+    architecture = architecture_for(model, stack=recipe.stack)
     layers = architecture.layer_list(model)
     return sum(tensor.numel() for layer in layers for tensor in _parameters(layer, architecture, recipe))
 
@@ -40,7 +40,7 @@ def planned_size(model: PreTrainedModel, plan: Plan) -> dict[str, int]:
         buffers on disk, without the file header.
     """
     dtype = dtype_in_file(model)
-    architecture = architecture_for(model)
+    architecture = architecture_for(model, stack=plan.stack)
     # the operator does not change shapes, and 'freeze' is allowed for all layers, even if their types differ
     frozen = [replace(edit, operator="freeze", weights=None) if isinstance(edit, Fuse) else edit for edit in plan.edits]
     layout = replace(plan, edits=frozen).layout()
@@ -63,7 +63,7 @@ def removed_by_even_runs(model: PreTrainedModel, recipe: FusionRecipe, runs: Seq
     With shared weights, each depth keeps its norms and biases; these are too few to count. Residuals and coefficients
     of each depth do count.
     """
-    architecture = architecture_for(model)
+    architecture = architecture_for(model, stack=recipe.stack)
     layer = architecture.layer_list(model)[0]
     left = sum(_size_of_run(layer, architecture, recipe, len(run)) for run in runs)
     return 1 - left / (sum(map(len, runs)) * _size_of_run(layer, architecture, recipe, 1))
@@ -74,17 +74,17 @@ def sizes_of_runs(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[np.ndar
 
     Returns:
         Two values. The first is an array of shape (layers + 1, layers + 1): entry [i, j] is the number of parameters of
-        the fused run i .. j-1, if its layers have one shape. The second is the number of parameters outside all runs,
-        such as norms and biases where weights are shared.
+        the fused run i .. j-1, if its layers have one shape. The second is the number of parameters of these blocks
+        outside all runs, such as norms and biases where weights are shared.
     """
-    architecture = architecture_for(model)
+    architecture = architecture_for(model, stack=recipe.stack)
     layers = architecture.layer_list(model)
     sizes = np.zeros((len(layers) + 1, len(layers) + 1), dtype=np.int64)
     for start, layer in enumerate(layers):
         for end in range(start + 1, len(layers) + 1):
             sizes[start, end] = _size_of_run(layer, architecture, recipe, end - start)
     single = sum(sizes[i, i + 1] for i in range(len(layers)))
-    return sizes, sum(parameter.numel() for parameter in layers.parameters()) - int(single)
+    return sizes, size_of_blocks(model, recipe) - int(single)
 
 
 def _size_of_run(layer: nn.Module, architecture: LayerArchitecture, recipe: FusionRecipe, count: int) -> int:

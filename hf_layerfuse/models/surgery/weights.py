@@ -133,15 +133,20 @@ def expanded_weights(model: PreTrainedModel, architecture: LayerArchitecture, la
             weights[f"{at}.weight"] = module.merged_weight().to(dtype).contiguous()
     path = architecture.layers_path(model)
     for kind in architecture.kinds:
-        donor = f"{path}.{next(i for i, slot in enumerate(layout.slots) if slot.source(kind))}."
-        state = {name.removeprefix(donor): tensor for name, tensor in weights.items() if name.startswith(donor)}
-        out = architecture.table(kind)["out"]
+        if all(slot.source(kind) for slot in layout.slots):
+            continue
+        state: dict[str, Tensor] = {}  # of the first layer that has a parameter: layers need not be alike
+        for index, slot in enumerate(layout.slots):
+            inside = f"{path}.{index}."
+            for name, tensor in weights.items():
+                if slot.source(kind) and name.startswith(inside):
+                    state.setdefault(name.removeprefix(inside), tensor)
         for index, slot in enumerate(layout.slots):
             for name, tensor in state.items():
                 if slot.source(kind) is None and architecture.owner(name) == kind and not architecture.stays(name):
                     # Only the output is zero: a block of zeros has no gradient and cannot be trained again.
-                    is_out = name.startswith(f"{out}.")
-                    weights[f"{path}.{index}.{name}"] = torch.zeros_like(tensor) if is_out else tensor.clone()
+                    silent = architecture.silences(kind, name)
+                    weights[f"{path}.{index}.{name}"] = torch.zeros_like(tensor) if silent else tensor.clone()
     return weights
 
 

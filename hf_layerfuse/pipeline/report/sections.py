@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def losses(plan: Plan) -> list[str]:
     if len(candidates) > 1:
         rows = [["candidate", "calibration loss"]]
         for candidate in candidates[:_CANDIDATES]:
-            edits = describe(Plan(plan.model_type, plan.num_layers, candidate.edits, kinds=plan.kinds))
+            edits = describe(replace(plan, edits=candidate.edits))
             rows.append(["; ".join(edits), f"{candidate.loss:.4g}"])
         lines += [markdown_table(rows), ""]
         more = len(candidates) - _CANDIDATES

@@ -15,7 +15,7 @@ from hf_layerfuse.calibration.refit.selection import Selection, alike
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.architectures import architecture_for, linear_maps
-from hf_layerfuse.models.architectures.block_weights import heads_of, rows_of, write_rows
+from hf_layerfuse.models.architectures.block_weights import rows_of, write_rows
 from hf_layerfuse.plan import Source
 
 LAYERS = 4
@@ -63,7 +63,7 @@ def test_rows_are_the_maps(model_type, kind):
     """Reading a block by heads and writing it back changes nothing, for any orientation, parts and biases."""
     model = body(model_type)
     block, before = block_of(model, 1, kind), state_of(model)
-    rows = rows_of(model, block, heads_of(model) if kind == "attention" else None)
+    rows = rows_of(model, block)
     assert rows.keys() == linear_maps(model, block).keys()
     for values in rows.values():
         values += 1
@@ -97,11 +97,11 @@ def test_units_are_taken_from_the_layer_that_has_them(model_type, kind):
         parameter.data.zero_()
     selection, target = at(model, 1, kind, 2, 1)  # the dead ones in front
     found = block_of(model, 1, kind)
-    rows = rows_of(model, found, heads_of(model) if kind == "attention" else None)
+    rows = rows_of(model, found)
     for parameter in model.get_submodule(found.modules["out"]).parameters():
         parameter.data.zero_()
     selection.choose(target)
-    chosen = rows_of(model, found, heads_of(model) if kind == "attention" else None)
+    chosen = rows_of(model, found)
     for role, values in rows.items():
         torch.testing.assert_close(chosen[role], values, rtol=0, atol=1e-5)
 
@@ -172,10 +172,10 @@ def test_heads_that_can_stand_side_by_side():
     """Heads can be mixed if their layers see the same tokens, and never if a norm spans all heads of a layer."""
     types = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
     model = body("qwen2", layer_types=types, use_sliding_window=True, sliding_window=6)
-    assert alike(model, Source((0, 1, 2), "select", 0)) == [0, 2]
-    assert alike(model, Source((0, 1, 2), "select", 1)) == [1]
-    assert alike(body("gpt2"), Source((0, 1, 2), "select", 1)) == [0, 1, 2]
-    assert alike(body("qwen3"), Source((0, 1, 2), "select", 1)) == [1]
+    assert alike(model, architecture_for(model), Source((0, 1, 2), "select", 0)) == [0, 2]
+    assert alike(model, architecture_for(model), Source((0, 1, 2), "select", 1)) == [1]
+    assert alike(body("gpt2"), architecture_for(body("gpt2")), Source((0, 1, 2), "select", 1)) == [0, 1, 2]
+    assert alike(body("qwen3"), architecture_for(body("qwen3")), Source((0, 1, 2), "select", 1)) == [1]
 
 
 @pytest.mark.parametrize("tokens", [1, 90, math.inf])

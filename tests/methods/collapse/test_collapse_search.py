@@ -49,7 +49,7 @@ def without_activation(model_type, layers=range(LAYERS), **changes):
     architecture = architecture_for(model)
     for index in layers:
         layer = architecture.layer_list(model)[index]
-        layer.set_submodule(architecture.activation, One() if "gate" in architecture.mlp else nn.Identity())
+        layer.set_submodule(architecture.activation, One() if model_type in GATED else nn.Identity())
     return model
 
 
@@ -239,7 +239,7 @@ def test_what_cannot_become_linear_is_refused(monkeypatch):
     with pytest.raises(UnsupportedModelError, match="MLPs of layers 1, 4 are linear, or becoming linear"):
         expand(small)
     monkeypatch.setattr(type(ARCHITECTURES["bert"]), "activation", None)
-    with pytest.raises(UnsupportedModelError, match="name the maps 'in', 'out' and 'gate', and set the path"):
+    with pytest.raises(UnsupportedModelError, match="name the maps"):
         apply(model, Plan("bert", LAYERS, (Linearize(1),)))
 
 

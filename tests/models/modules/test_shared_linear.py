@@ -524,13 +524,21 @@ def test_llama_keys_have_fewer_dimensions_than_queries():
 
 
 def test_maps_that_are_not_plain_are_refused():
-    """A subclass of nn.Linear may compute something else, so it gets no residual; it can still be shared."""
+    """A subclass of nn.Linear that computes something else gets no residual; it can still be shared. A subclass that
+    computes the same (Falcon's) gets one."""
 
     class Scaled(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
 
+    class Same(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
     model = tiny_model("llama")
+    for layer in layer_list(model):
+        layer.mlp.up_proj.__class__ = Same
+    apply(model, Plan("llama", LAYERS, (Fuse("mlp", (1, 2), "share", rank=2),)))
     for layer in layer_list(model):
         layer.mlp.up_proj.__class__ = Scaled
     with pytest.raises(UnsupportedModelError, match=r"mlp\.up_proj is a Scaled\. A residual needs an nn\.Linear"):

@@ -1,0 +1,137 @@
+"""Checks of a discovered table on the batch. Hooks and replaced modules are always restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from ..evaluation.divergence import prediction
+from ..models.architectures import part_at
+from .blocks import DiscoveredBlock
+from .stacks import RAISED, LayerCall, Stack, first_tensor, near
+
+
+@torch.no_grad()
+def check_removal(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], stack: Stack, block: DiscoveredBlock, index: int
+) -> str | None:
+    """Compare the output of a model without a block with its output if the block adds zero.
+
+    A layer alone does not show what later layers take from a block, such as a position bias.
+
+    Args:
+        model: Model in eval mode.
+        batch: Model inputs, on its device.
+        stack: Stack of the block.
+        block: Block to remove.
+        index: Index of its layer.
+
+    Returns:
+        The difference, or None if there is none.
+    """
+    layer = stack.layers[index]
+    with silenced(layer, _last_module(layer, block)):
+        silent = prediction(model(**batch))
+    try:
+        with replaced(layer, block.skip):
+            removed = prediction(model(**batch))
+    except RAISED as error:
+        return f"{type(error).__name__}: {error}"
+    if near(removed, silent):
+        return None
+    return f"the outputs differ by {(removed - silent).abs().max() / silent.abs().max():.2g} of the largest value"
+
+
+@torch.no_grad()
+def silent_parameters(layer: nn.Module, call: LayerCall, block: DiscoveredBlock) -> tuple[str, ...]:
+    """The last parameters of an opaque block that make it add nothing if they are zero; empty if none do.
+
+    Args:
+        layer: Layer of the block.
+        call: Call of the layer.
+        block: Opaque block.
+    """
+    with replaced(layer, block.skip):
+        without = first_tensor(call.run(layer))
+    own = [path for path in block.skip if path != block.roles.get("norm")]
+    weights = {n: p for n, p in layer.named_parameters() if any(n.startswith(f"{path}.") for path in own)}
+    order = _order_of_calls(layer, call)
+
+    def is_silent(names: list[str]) -> bool:
+        zeros = {name: torch.zeros_like(weights[name]) for name in names}
+        output = call.run(lambda *args, **kwargs: functional_call(layer, zeros, args, kwargs))
+        return near(first_tensor(output), without)
+
+    chosen = list(weights)
+    if not chosen or not is_silent(chosen):
+        return ()
+    for name in sorted(weights, key=lambda name: order.get(name.rpartition(".")[0], -1)):  # the last ones remain
+        rest = [other for other in chosen if other != name]
+        if rest and is_silent(rest):
+            chosen = rest
+    return tuple(chosen)
+
+
+def _order_of_calls(layer: nn.Module, call: LayerCall) -> dict[str, int]:
+    """Path of each module of a layer that runs -> its place in the order of calls."""
+    order: dict[str, int] = {}
+    with ExitStack() as hooks:
+        for path, module in layer.named_modules():
+
+            def before(_: nn.Module, args: Any, path: str = path) -> None:
+                order.setdefault(path, len(order))
+
+            hooks.callback(module.register_forward_pre_hook(before).remove)
+        call.run(layer)
+    return order
+
+
+@contextmanager
+def replaced(layer: nn.Module, skip: Mapping[str, type[nn.Module]]) -> Iterator[None]:
+    """Replace the modules that a layer has inside the `with` block."""
+    before = {path: part for path in skip if (part := part_at(layer, path)) is not None}
+    try:
+        for path in before:
+            layer.set_submodule(path, skip[path]())
+        yield
+    finally:
+        for path, module in before.items():
+            layer.set_submodule(path, module)
+
+
+@contextmanager
+def silenced(layer: nn.Module, path: str) -> Iterator[None]:
+    """Replace the first output of a module of a layer by zeros inside the `with` block."""
+
+    def zero(_: nn.Module, args: Any, output: Any) -> Any:
+        first = torch.zeros_like(first_tensor(output))
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    hook = layer.get_submodule(path).register_forward_hook(zero)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _last_module(layer: nn.Module, block: DiscoveredBlock) -> str:
+    """Path of the last module of a block in front of the residual sum."""
+    paths = [*block.skip] if block.opaque else [block.roles["out"], *block.between]
+    return [path for path in paths if part_at(layer, path) is not None][-1]
+
+
+def with_needed_norm(layer: nn.Module, call: LayerCall, block: DiscoveredBlock) -> DiscoveredBlock:
+    """A block whose norm stays when the block is removed, if its layer reads an attribute of the norm."""
+    try:
+        with replaced(layer, block.skip):
+            call.run(layer)
+    except AttributeError:
+        return replace(block, skip={path: each for path, each in block.skip.items() if path != block.roles.get("norm")})
+    return block

@@ -1,0 +1,97 @@
+"""Models of an unknown architecture: their table is discovered, verified and registered."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import LayerFuseWarning, UnsupportedModelError
+from ..evaluation.precision import batch_for, in_float32
+from ..models.architectures import (
+    ARCHITECTURES,
+    FUSED_PREFIX,
+    Architecture,
+    LayerArchitecture,
+    TransformerArchitecture,
+    architecture_for,
+)
+from ..models.modeling import register_architecture
+from .discovery import check_discoverable, discover_architecture
+
+
+def is_unknown(model: Any) -> bool:
+    """Whether a value is a model whose `model_type` has no table."""
+    return isinstance(model, PreTrainedModel) and (
+        model.config.model_type.removeprefix(FUSED_PREFIX) not in ARCHITECTURES
+    )
+
+
+def ensure_architecture(
+    model: Any,
+    kind: type[Architecture],
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    stack: str | None = None,
+    stacklevel: int = 3,
+) -> None:
+    """Make sure that a model has a table. If its `model_type` is unknown, discover, verify and register one.
+
+    Args:
+        model: Model to fuse.
+        kind: Kind of table, as in `architecture_for`. Only tables of layers are discovered.
+        batches: Batches of model inputs, of which the first is used; by default, random inputs.
+        stack: Name of the stack to fuse, in models that have several. The tables of the others are added, if verified.
+        stacklevel: Level of the warning, as in `warnings.warn`.
+
+    Raises:
+        UnsupportedModelError: No table is registered, and none is found that holds on the batch.
+
+    Warns:
+        LayerFuseWarning: A discovered table is used.
+    """
+    if not is_unknown(model) or not issubclass(LayerArchitecture, kind):
+        architecture_for(model, kind)
+        return
+    model_type = model.config.model_type
+    name = model.config.name_or_path or "MODEL"
+    try:
+        check_discoverable(model)
+        wide = in_float32(model)
+        batch = None if batches is None else batch_for(wide, next(iter(batches)))
+        found = discover_architecture(wide, batch, stack=stack)
+        architecture = found.architecture()
+    except UnsupportedModelError as error:
+        known = ", ".join(sorted(name for name, each in ARCHITECTURES.items() if isinstance(each, kind)))
+        raise UnsupportedModelError(
+            f"unknown architecture {model_type!r}, and no table was found for it: {error} Known: {known}. To write "
+            "one, see 'Add an architecture' in CONTRIBUTING.md."
+        ) from error
+    if found.unverified:
+        raise UnsupportedModelError(
+            f"unknown architecture {model_type!r}, and the table that was found is not verified: "
+            f"{found.unverified[0]}. `hf-layerfuse adapt {name}` prints it: correct it, and register it with "
+            "register_architecture."
+        )
+    architecture.other_stacks = tuple(_verified_tables(wide, batch, found.other_stacks))
+    register_architecture(architecture)
+    message = (
+        f"unknown architecture {model_type!r}: {architecture.__name__} was discovered from one forward pass, verified "
+        f"on it, and registered. `hf-layerfuse adapt {name}` prints this table, to review and commit."
+    )
+    logging.getLogger(__name__).warning(message)
+    warnings.warn(message, LayerFuseWarning, stacklevel=stacklevel)
+
+
+def _verified_tables(
+    model: PreTrainedModel, batch: Mapping[str, Any] | None, stacks: Iterable[str]
+) -> Iterator[type[TransformerArchitecture]]:
+    """Tables of those stacks of a model that can be described and verified."""
+    for stack in stacks:
+        with suppress(UnsupportedModelError):
+            found = discover_architecture(model, batch, stack=stack)
+            if not found.unverified:
+                yield found.architecture()
