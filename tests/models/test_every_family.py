@@ -103,7 +103,7 @@ def ruled_out(name, edit) -> str | None:
     if name in HYBRID and edit in ("attention", "mlp", "relaxed"):
         return "different shapes"
     if name in HYBRID and edit == "drop":  # of the only layer with attention, which counts the tokens in the cache
-        return "cannot run"
+        return "keep at least one"
     if name in OPAQUE and any(isinstance(each, Linearize) for each in edits):
         return "cannot become linear"
     if name.startswith("t5") and Drop("layer", 0) in edits:  # which computes the position bias of all layers

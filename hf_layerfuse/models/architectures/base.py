@@ -74,6 +74,8 @@ class LayerArchitecture(Architecture, ABC):
         other_stacks: Tables of the other stacks of the same models. The first table is the default.
         mask: Input of the model that masks the tokens of the stack; empty for tokens without padding.
         fixed: Kind -> layers whose block cannot be removed, because other layers use what it computes.
+        essential_types: Entries of `layer_types` of which at least one layer must keep its attention, because the model
+            reads the positions of the tokens from its cache.
         config: Name of the nested config that describes the stack (`text_config`); empty for the config itself.
         depth: Config field with the number of layers.
         resizes: Whether layers may change the shape of the stream. If so, only layers of one shape can be compared.
@@ -90,6 +92,7 @@ class LayerArchitecture(Architecture, ABC):
     other_stacks: ClassVar[tuple[type[LayerArchitecture], ...]] = ()
     mask: ClassVar[str] = "attention_mask"
     fixed: ClassVar[Mapping[str, tuple[int, ...]]] = {}
+    essential_types: ClassVar[tuple[str, ...]] = ()
     config: ClassVar[str] = ""
     depth: ClassVar[str] = "num_hidden_layers"
     resizes: ClassVar[bool] = False

@@ -17,6 +17,7 @@ class Qwen35TextArchitecture(LlamaArchitecture):
     model_type = "qwen3_5_text"
     attention = _MIXERS
     silent = {"attention": ("self_attn.o_proj", "linear_attn.out_proj")}
+    essential_types = ("full_attention",)
     skip = {
         "attention": {"input_layernorm": nn.Identity, "self_attn": ZeroAttention, "linear_attn": ZeroBlock},
         "mlp": LlamaArchitecture.skip["mlp"],

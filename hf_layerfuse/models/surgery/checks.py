@@ -88,6 +88,15 @@ def check_plan(model: PreTrainedModel, architecture: LayerArchitecture, plan: Pl
             raise PlanError(
                 f"the plan removes the {kind} of layer {lost[0]}, which computes what other layers use: keep it."
             )
+    types = getattr(architecture.config_of(model.config), "layer_types", None) or ()
+    sources = [source for slot in plan.layout().slots if (source := slot.source("attention"))]
+    left = {types[layer] for source in sources for layer in source.layers if types}
+    for name in architecture.essential_types:
+        if name in types and name not in left:
+            raise PlanError(
+                f"the plan removes the attention of every {name} layer (layers "
+                f"{', '.join(str(i) for i, each in enumerate(types) if each == name)}): keep at least one."
+            )
     for edit in plan.edits:
         unlike = [layer for layer in edit.layers if shapes[layer] != shapes[edit.layers[0]]]
         if unlike:

@@ -16,7 +16,7 @@ from ..architectures import MAPS, LayerArchitecture, part_at
 from ..modules.shared_linear import PER_DEPTH, Linear, Relaxed, can_relax, out_in, relax
 from .linear_mlp import reshape_mlp
 
-_NUMBERS_OF_FIRST_LAYERS = ("max_window_layers",)
+_NUMBERS_OF_FIRST_LAYERS = ("max_window_layers", "first_k_dense_replace")
 """Config fields with the number of layers before the first one of another kind."""
 
 
