@@ -104,6 +104,10 @@ def ruled_out(name, edit) -> str | None:
         return "different shapes"
     if name in HYBRID and edit == "drop":  # of the only layer with attention, which counts the tokens in the cache
         return "keep at least one"
+    if name == "modernbert":  # its first layer has no norm in front of attention, and its layers are of two types
+        words = {"depth": "differ in config", "drop": "cannot become layer 0"}
+        words |= dict.fromkeys(("attention", "mlp", "relaxed"), "different shapes")
+        return words.get(edit)
     if name in OPAQUE and any(isinstance(each, Linearize) for each in edits):
         return "cannot become linear"
     if name.startswith("t5") and Drop("layer", 0) in edits:  # which computes the position bias of all layers
