@@ -27,7 +27,7 @@ from hf_layerfuse.calibration.contract import check_contract
 from hf_layerfuse.models.architectures import ARCHITECTURES, BUILTIN, architecture_for
 
 sys.path.insert(0, str(ROOT / "tests"))
-families, helpers = importlib.import_module("families"), importlib.import_module("helpers")
+families, helpers, tiny_configs = map(importlib.import_module, ("families", "helpers", "tiny_configs"))
 
 PATH = RESULTS / "architectures.json"
 
@@ -101,107 +101,14 @@ EXAMPLES = {
 }
 """Checkpoints that people know, by the `model_type` of their configs."""
 
-_TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4}
-_LM = {**_TEXT, "intermediate_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_IMAGE = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 48}
-_IMAGE = {**_IMAGE, "image_size": 8, "patch_size": 2}
 OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "ALBERT": ("albert", "AlbertForMaskedLM", {**_TEXT, "intermediate_size": 48, "embedding_size": 16}),
-    "Swin": (
-        "swin",
-        "SwinForImageClassification",
-        {
-            "image_size": 32,
-            "patch_size": 2,
-            "embed_dim": 16,
-            "depths": [2, 2, 6],
-            "num_heads": [2, 2, 4],
-            "window_size": 4,
-        },
-    ),
-    "ConvNeXt": (
-        "convnext",
-        "ConvNextForImageClassification",
-        {"image_size": 32, "hidden_sizes": [8, 16, 32], "depths": [2, 6, 2], "num_stages": 3, "patch_size": 2},
-    ),
-    "SAM": (
-        "sam",
-        "SamModel",
-        {
-            "vision_config": {
-                "hidden_size": 32,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 4,
-                "mlp_dim": 48,
-                "image_size": 32,
-                "patch_size": 4,
-                "output_channels": 16,
-                "num_pos_feats": 8,
-                "window_size": 4,
-                "global_attn_indexes": [2, 5],
-            },
-            "prompt_encoder_config": {
-                "hidden_size": 16,
-                "image_size": 32,
-                "patch_size": 4,
-                "mask_input_channels": 4,
-                "image_embedding_size": 8,
-            },
-            "mask_decoder_config": {
-                "hidden_size": 16,
-                "mlp_dim": 32,
-                "num_attention_heads": 2,
-                "iou_head_hidden_dim": 16,
-            },
-        },
-    ),
-    "DETR": (
-        "detr",
-        "DetrForObjectDetection",
-        {
-            "d_model": 32,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 48,
-            "decoder_ffn_dim": 48,
-            "num_queries": 5,
-            "use_timm_backbone": False,
-            "use_pretrained_backbone": False,
-            "backbone": None,
-            "backbone_config": transformers.ResNetConfig(
-                embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], out_features=["stage4"]
-            ),
-        },
-    ),
-    "DeepSeek-V3": (
-        "deepseek_v3",
-        "DeepseekV3ForCausalLM",
-        {
-            **_LM,
-            "moe_intermediate_size": 24,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_group": 2,
-            "topk_group": 1,
-            "first_k_dense_replace": 2,
-            "q_lora_rank": 16,
-            "kv_lora_rank": 8,
-            "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 4,
-            "v_head_dim": 8,
-        },
-    ),
-    "LLaVA": (
-        "llava",
-        "LlavaForConditionalGeneration",
-        {
-            "text_config": {**_LM, "model_type": "llama"},
-            "vision_config": {**_IMAGE, "model_type": "clip_vision_model", "projection_dim": 16},
-            "image_token_index": 63,
-            "vision_feature_select_strategy": "default",
-            "vision_feature_layer": -2,
-        },
-    ),
+    "ALBERT": tiny_configs.CONFIGS["albert"],
+    "Swin": tiny_configs.CONFIGS["swin"],
+    "ConvNeXt": tiny_configs.CONFIGS["convnext"],
+    "SAM": tiny_configs.CONFIGS["sam"],
+    "DETR": tiny_configs.CONFIGS["detr"],
+    "DeepSeek-V3": tiny_configs.CONFIGS["deepseek_v3"],
+    "LLaVA": tiny_configs.CONFIGS["llava"],
     "BART, the decoder alone": ("bart", "BartForCausalLM", dict(families.FAMILIES["bart"].config)),
     "DINOv2, as a backbone": ("dinov2", "Dinov2Backbone", dict(families.FAMILIES["dinov2"].config)),
     "BEiT, semantic segmentation": (
