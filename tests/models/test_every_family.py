@@ -104,14 +104,14 @@ def ruled_out(name, edit) -> str | None:
         return "different shapes"
     if name in HYBRID and edit == "drop":  # of the only layer with attention, which counts the tokens in the cache
         return "keep at least one"
-    if name == "modernbert":  # its first layer has no norm in front of attention, and its layers are of two types
-        words = {"depth": "differ in config", "drop": "cannot become layer 0"}
+    if name.startswith(("modernbert", "t5")):  # their first layer differs from the others
+        words = {"drop": "cannot become layer 0"}
         words |= dict.fromkeys(("attention", "mlp", "relaxed"), "different shapes")
+        if name == "modernbert":  # layers of two types
+            words["depth"] = "differ in config"
         return words.get(edit)
     if name in OPAQUE and any(isinstance(each, Linearize) for each in edits):
         return "cannot become linear"
-    if name.startswith("t5") and Drop("layer", 0) in edits:  # which computes the position bias of all layers
-        return "computes what other layers use"
     if name in ALTERNATE and edit == "depth":
         return "differ in config"
     return None
@@ -151,10 +151,20 @@ def test_every_edit_of_a_family(name):
     near(outputs(dropped, inputs), outputs(zeroed(name, model), inputs))
 
 
+def three_in_turn() -> list:
+    """Three edits for each head, the next three each time, so that each edit meets each family and most heads."""
+    heads = [(name, head) for name, head in HEADS if not refusal(name, head)]
+    names = list(EDITS)
+    return [
+        pytest.param(name, head, names[(3 * i + j) % len(names)], id=f"{name}-{head}-{names[(3 * i + j) % len(names)]}")
+        for i, (name, head) in enumerate(heads)
+        for j in range(3)
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize(("name", "head"), EVERY_HEAD)
-def test_every_edit_of_every_head(name, head, edit):
+@pytest.mark.parametrize(("name", "head", "edit"), three_in_turn())
+def test_edits_of_every_head(name, head, edit):
     """Each edit on each head: the right class, smaller, with the same outputs after reloading and with a cache."""
     model = family_model(name, head)
     inputs = family_inputs(name, model)
@@ -207,6 +217,8 @@ REFUSED_SEARCHES = {
 }
 
 
+# the outputs of a random model are nearly the same for all inputs
+@pytest.mark.filterwarnings("ignore:the fused model is worse than chance")
 @pytest.mark.slow
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("name", FAMILIES)
