@@ -53,13 +53,14 @@ def check_contract(
         architecture: Table to check; by default, the one that is registered for the model.
 
     Raises:
+        DataError: The first batch holds no tensors.
         UnsupportedModelError: A check failed. The message names the table, the layer and the role.
     """
     architecture = architecture or architecture_for(model)
     batch = next(iter(batches or ()), None)
     if batch is None or not isinstance(architecture, TransformerArchitecture):
         return
-    inputs = model_inputs(batch, model)
+    inputs = model_inputs(Sample.of([batch]).batches[0], model)  # which says what is wrong with a batch
     rows = torch.arange(len(next(iter(inputs.values())))) < _ROWS
     with eval_mode(model), torch.no_grad():
         _Contract(model, take(inputs, rows), architecture).check()

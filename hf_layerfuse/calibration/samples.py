@@ -38,10 +38,13 @@ def read(batches: Batches | Dataset, model: PreTrainedModel) -> list[dict[str, A
         model: Model that reads the batches.
 
     Raises:
-        DataError: The data set has no column for the main input of the model, or the model does not accept a batch: a
-            token id or a length beyond its tables, an empty row, or an image of another shape.
+        DataError: The data set has no column for the main input of the model, a batch holds no tensors, or the model
+            does not accept a batch: a token id or a length beyond its tables, an empty row, or an image of another
+            shape.
     """
     batches = _rows(batches, model) if isinstance(batches, Dataset) else list(batches)
+    for batch in batches:
+        _tensors(batch)
     Limits.of(model).check_all("the calibration data", batches)
     return batches
 

@@ -61,7 +61,8 @@ def ensure_architecture(
     try:
         check_discoverable(model)
         wide = in_float32(model)
-        batch = None if batches is None else batch_for(wide, next(iter(batches)))
+        first = next(iter(batches or ()), None)
+        batch = None if first is None else batch_for(wide, first)
         found = discover_architecture(wide, batch, stack=stack)
         architecture = found.architecture()
     except UnsupportedModelError as error:

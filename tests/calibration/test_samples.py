@@ -8,6 +8,7 @@ from datasets import Dataset
 from helpers import HEADS, LAYOUTS, tiny_model
 from transformers import BatchEncoding
 
+from hf_layerfuse import fuse
 from hf_layerfuse.calibration.samples import ROWS, Sample, read
 from hf_layerfuse.errors import DataError
 from hf_layerfuse.evaluation.batches import take
@@ -88,6 +89,15 @@ def test_batches_that_are_none(batch):
     """Anything other than a dict of tensors is an error that says what to pass."""
     with pytest.raises(DataError, match=f"is a {type(batch).__name__} without tensors: give dicts"):
         Sample.of([batch])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [False, {}, {"input_ids": [[1, 2]]}])
+def test_the_front_door_refuses_batches_that_are_none(batch, dtype):
+    """`fuse` says so before it converts a batch or checks the model on it."""
+    model = tiny_model("gpt2").to(dtype)
+    with pytest.raises(DataError, match="without tensors: give dicts"):
+        fuse(model, keep_layers=3, batches=[batch], effort="low")
 
 
 def test_take():

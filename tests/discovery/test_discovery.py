@@ -11,6 +11,7 @@ from torch import nn
 from hf_layerfuse import (
     AutoFusedModel,
     CheckpointError,
+    DataError,
     Drop,
     LayerFuseWarning,
     Plan,
@@ -33,6 +34,15 @@ def forget():
     """Remove the table of the model after a test that registers it."""
     yield
     ARCHITECTURES.pop("repeated", None)
+
+
+@pytest.mark.parametrize(("batches", "message"), [([], "no sequences"), ([False], "without tensors")])
+def test_unknown_models_need_batches_of_tensors(forget, batches, message):
+    """Calibration data without a batch are refused for an unknown architecture too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LayerFuseWarning)
+        with pytest.raises(DataError, match=message):
+            fuse(repeated(), keep_layers=2, batches=batches, effort="low")
 
 
 @pytest.mark.parametrize("name", FAST)
