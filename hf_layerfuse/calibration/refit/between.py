@@ -9,21 +9,17 @@ from torch import Tensor, nn
 
 from ...models.architectures import Block, TransformerArchitecture
 from ...plan import Kind
-from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward
 
 _SMALLEST = 1e-3
 """Smallest factor that aims are divided by, relative to the largest one."""
 
-_TOKENS = 4096
-"""Number of tokens that are enough to measure the size of outputs."""
-
 
 class Between:
     """The aims of an output projection, given what has to reach the residual sum.
 
-    A factor divides the aims. Behind a norm, only the direction of an output matters, so the aims get the size that
-    the outputs have now.
+    A factor divides the aims. A norm divides each token by a size of its own. The fit takes this size as it is now, and
+    counts each token by its inverse, so that the error is that of the sum.
 
     Args:
         layerwise: Layer-wise forward of the student, at the layer of the block.
@@ -37,11 +33,8 @@ class Between:
         found = _between(layerwise.layers[block.layer], layerwise.architecture, block.kind)
         self.norm = found if isinstance(found, nn.Module) else None
         self._factor: Tensor | None = None
-        self._size: float | None = None
         if self.norm is not None:
             self._factor = gain_of(self.norm)
-            # an MLP that is about to become linear has no outputs yet; any size does
-            self._size = _size(layerwise, HookPoint(block.kind, "output")) or 1.0
         elif found is not None:
             self._factor = torch.as_tensor(found).detach()
         if self._factor is not None:
@@ -49,14 +42,16 @@ class Between:
             small = self._factor.abs() < least
             self._factor = torch.where(small, least.copysign(self._factor), self._factor)
 
-    def aims(self, added: Tensor) -> Tensor:
-        """Outputs of the projection for which `added`, (..., width), reaches the sum."""
+    def aims(self, added: Tensor, output: Tensor) -> Tensor:
+        """Outputs of the projection for which `added`, (..., width), reaches the sum; `output` is the one of now."""
         if self._factor is None:
             return added
         aims = added / self._factor.to(added)
-        if self._size is None:
-            return aims
-        return aims * (self._size / aims.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12))
+        return aims if self.norm is None else aims * _size(output)
+
+    def weights(self, output: Tensor) -> tuple[Tensor, ...]:
+        """Weights of the tokens, (..., 1), behind a norm: the inverse of the size that it divides by."""
+        return () if self.norm is None else (1 / _size(output),)
 
     @torch.no_grad()
     def normed(self, output: Tensor) -> Tensor:
@@ -93,10 +88,7 @@ def gain_of(norm: nn.Module) -> Tensor:
     return ((norm(probe) - (0 if bias is None else bias)) * probe).float()
 
 
-def _size(layerwise: LayerwiseForward, point: HookPoint) -> float:
-    """Root of the mean square of the states at a hook point."""
-    total = count = 0.0
-    for index, seen in layerwise.look(point, tokens=_TOKENS):
-        rows = layerwise.rows(index, seen[point])
-        total, count = total + rows.square().sum().item(), count + rows.numel()
-    return (total / max(count, 1.0)) ** 0.5
+def _size(output: Tensor) -> Tensor:
+    """Root of the mean square of each token, (..., 1); one for an MLP that is about to become linear, which is zero."""
+    size = output.square().mean(-1, keepdim=True).sqrt()
+    return torch.where(size > 0, size, torch.ones_like(size))

@@ -143,11 +143,12 @@ class TransformerRepair(Repair):
         """Refit the output projection, so that the stream after the block fits the target."""
         between = Between(self.student, block)
 
-        def rows(index: int, features: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-            return features, between.aims(target[index].to(residual.device) - residual)
+        def rows(index: int, features: Tensor, output: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+            aim = between.aims(target[index].to(residual.device) - residual, output)
+            return features, aim, *between.weights(output)
 
-        residual = HookPoint(block.kind, "residual")
-        moments = self.student.moments(rows, HookPoint(block.kind, "features"), residual)
+        residual, output = (HookPoint(block.kind, place) for place in ("residual", "output"))
+        moments = self.student.moments(rows, HookPoint(block.kind, "features"), output, residual)
         self._fit(block, "out", block.modules["out"], moments)
         if between.norm is not None:
 
@@ -165,11 +166,12 @@ class TransformerRepair(Repair):
         """
         between = Between(self.student, block)
 
-        def rows(index: int, read: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def rows(index: int, read: Tensor, output: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             aim = target[index].to(residual.device)
-            return read, aim if form.fold else between.aims(aim - residual), _per_deviation(aim)
+            return read, aim if form.fold else between.aims(aim - residual, output), _per_deviation(aim)
 
-        moments = self.student.moments(rows, HookPoint(block.kind, "read"), HookPoint(block.kind, "residual"))
+        places = (HookPoint(block.kind, place) for place in ("read", "output", "residual"))
+        moments = self.student.moments(rows, *places)
         maps = [
             self.student.model.get_submodule(path)
             for role, path in block.modules.items()
@@ -223,8 +225,9 @@ class TransformerRepair(Repair):
         """Refit the output of a block by one linear map, folded into the output projection."""
         between = Between(self.student, block)
 
-        def rows(index: int, output: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-            return output, between.aims(target[index].to(residual.device) - residual)
+        def rows(index: int, output: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+            aim = between.aims(target[index].to(residual.device) - residual, output)
+            return output, aim, *between.weights(output)
 
         moments = self.student.moments(rows, HookPoint(block.kind, "output"), HookPoint(block.kind, "residual"))
         module = self.student.model.get_submodule(block.modules["out"])
