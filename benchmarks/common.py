@@ -134,7 +134,10 @@ def gpt2() -> Job:
 
 
 def gemma3() -> Job:
-    """Gemma 3 270M. Its vocabulary is large, so that batches are small."""
+    """Gemma 3 270M. Its vocabulary is large, so that batches are small.
+
+    Calibration windows are spread over the training text: the fits of few windows of one article overfit it.
+    """
     path = LANGUAGE_MODELS / "gemma3-270m"
     if not path.is_dir():
         raise SystemExit(f"{path} is missing: save google/gemma-3-270m there, or set LAYERFUSE_MODELS to its folder.")
@@ -143,7 +146,7 @@ def gemma3() -> Job:
     test = windows(tokenizer, "test", 32, size=2)
     return Job(
         model,
-        windows(tokenizer, "train", 24, size=2),
+        spread_windows(tokenizer, "train", 24, size=2),
         windows(tokenizer, "valid", 8, size=2),
         lambda student: perplexity(student, test),
         keeps=(16, 14, 12),
@@ -152,11 +155,25 @@ def gemma3() -> Job:
 
 
 def windows(tokenizer: Any, split: str, count: int, length: int = 256, size: int = 16) -> Batches:
-    """Windows of a split. If the tokenizer starts texts with a token, each window starts with it."""
-    found = tokenizer(text(split)[: count * length * 8], verbose=False)["input_ids"]
-    start = found[:1] if found[0] == tokenizer.bos_token_id else []
-    found, own = found[len(start) :], length - len(start)
-    rows = [start + found[at : at + own] for at in range(0, count * own, own)]
+    """Windows of a split, one behind the other from its start. Each starts with the token that starts texts, if any."""
+    return _batches(_rows(tokenizer, text(split), count, length), size)
+
+
+def spread_windows(tokenizer: Any, split: str, count: int, length: int = 256, size: int = 16) -> Batches:
+    """Windows as those of `windows`, evenly spread over a split."""
+    whole = text(split)
+    parts = [whole[i * len(whole) // count :] for i in range(count)]
+    return _batches([row for part in parts for row in _rows(tokenizer, part, 1, length)], size)
+
+
+def _rows(tokenizer: Any, found: str, count: int, length: int) -> list[list[int]]:
+    ids = tokenizer(found[: count * length * 8], verbose=False)["input_ids"]
+    start = ids[:1] if ids[0] == tokenizer.bos_token_id else []
+    ids, own = ids[len(start) :], length - len(start)
+    return [start + ids[at : at + own] for at in range(0, count * own, own)]
+
+
+def _batches(rows: list[list[int]], size: int) -> Batches:
     return [{"input_ids": part} for part in torch.tensor(rows).split(size)]
 
 

@@ -72,7 +72,8 @@ class Moments:
         """
         total = self.yy.trace()
         left = (theta * (self.xx @ theta - 2 * self.xy)).sum() + total
-        return torch.where(left < 1e-12 * total, 0, left).item() / max(self.rows, 1.0)  # less is a rounding error
+        # less is a rounding error; scales below one give fewer than one row
+        return torch.where(left < 1e-12 * total, 0, left).item() / (self.rows or 1.0)
 
     def ridge(self, start: Tensor, strength: float) -> Tensor:
         """Return the theta that minimises sum ||[x, 1] theta - y||^2 + strength tr(x^T x)/in ||theta - start||^2.

@@ -59,6 +59,16 @@ def test_scaled_rows_count_by_the_square_of_their_scale(data):
     assert found.rows == pytest.approx(2 * ROWS)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_one_scale_for_all_rows_leaves_fits_and_errors(data, scale):
+    """The mean error is that of the rows, also where scales are so small that they sum to less than one row."""
+    x, y = data
+    theta, found = random(IN + 1, OUT, seed=4), Moments.empty(IN, OUT)
+    found.add(x, y, torch.full((ROWS, 1), scale, dtype=torch.float64))
+    assert found.error(theta) == pytest.approx(moments_of(x, y).error(theta))
+    torch.testing.assert_close(found.ridge(theta, 0.1), moments_of(x, y).ridge(theta, 0.1))
+
+
 def test_without_a_penalty_it_is_least_squares(data):
     """With a vanishing penalty, the fit equals torch.linalg.lstsq, with a constant."""
     x, y = data

@@ -178,7 +178,7 @@ class TransformerRepair(Repair):
             if role in ("in", "gate_in", "out")
         ]
         found = fit_linear(maps, *moments)
-        variance = moments[1].centred()[2].trace().item() / max(moments[1].rows, 1)
+        variance = moments[1].centred()[2].trace().item() / (moments[1].rows or 1.0)
         self._note(block.layer, block.kind, "linear map", found.before, found.after, r2=1 - found.after / variance)
 
     def _select(
