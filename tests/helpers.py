@@ -54,6 +54,18 @@ def in_turn(choices, firsts=LAYOUTS[:1], rest=LAYOUTS[1:]) -> list[tuple]:
     ]
 
 
+def slow_unless(quick, cases) -> list:
+    """Cases as parameters of a test, of which those that `quick(*case)` is false for run with the slow tests."""
+    return [pytest.param(*case, marks=() if quick(*case) else pytest.mark.slow) for case in cases]
+
+
+def few_pairs(firsts, seconds) -> set[tuple]:
+    """A few pairs of two lists, with each of both in at least one, for tests whose other pairs are slow."""
+    firsts, seconds = list(firsts), list(seconds)
+    length = max(len(firsts), len(seconds))
+    return {(firsts[i % len(firsts)], seconds[i % len(seconds)]) for i in range(length)}
+
+
 def slow_except(quick, names=LAYOUTS) -> list:
     """Names as parameters of a test, of which all but the quick ones run with the slow tests."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
