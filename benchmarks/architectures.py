@@ -2,13 +2,12 @@
 
     python benchmarks/architectures.py [FAMILY ...] [--threads 2]
 
-Each family is a row of `TINY` in tests/helpers.py or of `FAMILIES` in tests/families.py; rows of one `model_type` are
-its variants. Models of `OTHERS` have no table of their own, and `fuse` says what it does with them. Writes
+Each family is a row of `TINY` or `FAMILIES` in tests/families.py; rows of one `model_type` are its variants. Models of
+`OTHERS` have no table of their own, and `fuse` says what it does with them. Writes
 benchmarks/results/architectures.json, after each family; with names, only their rows are measured anew.
 """
 
 import argparse
-import copy
 import importlib
 import inspect
 import logging
@@ -17,17 +16,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import transformers
 from common import RESULTS, ROOT, load, parsed, save
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_layerfuse import Drop, Fuse, LayerFuseError, apply, collapse, fuse, verify
 from hf_layerfuse.calibration.contract import check_contract
-from hf_layerfuse.models.architectures import ARCHITECTURES, BUILTIN, architecture_for
+from hf_layerfuse.models.architectures import ARCHITECTURES, BUILTIN
 
 sys.path.insert(0, str(ROOT / "tests"))
-families, helpers, tiny_configs = map(importlib.import_module, ("families", "helpers", "tiny_configs"))
+families = importlib.import_module("families")
 
 PATH = RESULTS / "architectures.json"
 
@@ -102,33 +100,28 @@ EXAMPLES = {
 """Checkpoints that people know, by the `model_type` of their configs."""
 
 OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "ALBERT": tiny_configs.CONFIGS["albert"],
-    "Swin": tiny_configs.CONFIGS["swin"],
-    "ConvNeXt": tiny_configs.CONFIGS["convnext"],
-    "SAM": tiny_configs.CONFIGS["sam"],
-    "DETR": tiny_configs.CONFIGS["detr"],
-    "DeepSeek-V3": tiny_configs.CONFIGS["deepseek_v3"],
-    "LLaVA": tiny_configs.CONFIGS["llava"],
-    "BART, the decoder alone": ("bart", "BartForCausalLM", dict(families.FAMILIES["bart"].config)),
-    "DINOv2, as a backbone": ("dinov2", "Dinov2Backbone", dict(families.FAMILIES["dinov2"].config)),
-    "BEiT, semantic segmentation": (
-        "beit",
-        "BeitForSemanticSegmentation",
-        dict(families.FAMILIES["beit"].config),
-    ),
+    "ALBERT": ("albert", "", {}),
+    "Swin": ("swin", "", {}),
+    "ConvNeXt": ("convnext", "", {}),
+    "SAM": ("sam", "", {}),
+    "DETR": ("detr", "", {}),
+    "DeepSeek-V3": ("deepseek_v3", "", {}),
+    "LLaVA": ("llava", "", {}),
+    "BART, the decoder alone": ("bart", "BartForCausalLM", {}),
+    "DINOv2, as a backbone": ("dinov2", "Dinov2Backbone", {}),
+    "BEiT, semantic segmentation": ("beit", "BeitForSemanticSegmentation", {}),
     "DeBERTa-v2 with a convolution behind its first layer": (
         "deberta-v2",
-        "DebertaV2ForMaskedLM",
-        {**families.FAMILIES["deberta-v2"].config, "conv_kernel_size": 3, "conv_act": "gelu"},
+        "",
+        {"conv_kernel_size": 3, "conv_act": "gelu"},
     ),
 }
-"""Models that are not fused, or have no table of their own: `model_type`, class and config."""
+"""Models that are not fused, or have no table of their own: row of the tests, class and changed fields."""
 
 
 def rows_of(model_type: str) -> list[str]:
-    """Rows of a `model_type` in `FAMILIES`, behind the one of the same name in `TINY`."""
-    found = [name for name, family in families.FAMILIES.items() if family.model_type == model_type]
-    return [model_type, *found] if model_type in helpers.TINY else found
+    """Rows of a `model_type`."""
+    return [name for name in (*families.TINY, *families.FAMILIES) if families.model_type_of(name) == model_type]
 
 
 def names() -> list[str]:
@@ -137,21 +130,7 @@ def names() -> list[str]:
 
 
 def stack_of(row: str) -> str | None:
-    return (families.FAMILIES[row].stack if row in families.FAMILIES else None) or None
-
-
-def model_of(row: str, head: str = "") -> PreTrainedModel:
-    if row in families.FAMILIES:
-        return families.family_model(row, head)
-    heads = [each.__name__ for each in helpers.heads_of(row)]
-    plain = next((each for each in heads if each.endswith(("CausalLM", "LMHeadModel", "MaskedLM"))), heads[0])
-    return helpers.tiny_model(row, head or (plain if row != "roberta" else "RobertaForMaskedLM"))
-
-
-def batches_of(row: str, model: PreTrainedModel, count: int = 4) -> list[dict[str, torch.Tensor]]:
-    if row in families.FAMILIES:
-        return families.family_batches(row, model, count)
-    return [helpers.dummy_inputs(model, 4, seed=seed) for seed in range(1, count + 1)]
+    return families.FAMILIES[row].stack or None if row in families.FAMILIES else None
 
 
 def sentence(error: Exception) -> str:
@@ -173,8 +152,8 @@ def head_answer(row: str, head: str) -> str:
     """Whether one head keeps the contract and can lose layers, saved and reloaded with the same outputs."""
 
     def run() -> None:
-        model = model_of(row, head)
-        inputs, table = batches_of(row, model, 1)[0], architecture_for(model, stack=stack_of(row))
+        model = families.family_model(row, head)
+        inputs, table = families.family_inputs(row, model, 4, seed=1), families.family_table(row, model)
         check_contract(model, [inputs], table)
         plan = table.plan(6, (Fuse("layer", (1, 2), operator="freeze"), Drop("layer", 4)))
         verify(apply(model, plan), inputs=inputs)
@@ -184,8 +163,8 @@ def head_answer(row: str, head: str) -> str:
 
 def searched(row: str) -> dict[str, Any]:
     """Answers of every search on one row, and the calibration losses around the refit of "depth"."""
-    model = model_of(row)
-    batches, found = batches_of(row, model), {}
+    model = families.family_model(row)
+    batches, found = families.family_batches(row, model, 4), {}
     for name, asked in SEARCHES.items():
         shared = {"batches": batches, "stack": stack_of(row), **asked}
         if name == "collapse":
@@ -201,7 +180,7 @@ def searched(row: str) -> dict[str, Any]:
 
 def lines_of(model_type: str) -> int:
     """Lines of the table in the source, with those of its variants and stacks, without the lines that it inherits."""
-    tables = [architecture_for(model_of(row), stack=stack_of(row)) for row in rows_of(model_type)]
+    tables = [families.family_table(row, families.family_model(row)) for row in rows_of(model_type)]
     kinds = {type(ARCHITECTURES[model_type]), *map(type, tables)}
     return sum(bool(line.strip()) for kind in kinds for line in inspect.getsource(kind).splitlines())
 
@@ -216,15 +195,14 @@ def measured(model_type: str) -> dict[str, Any]:
     """The row of a family: its heads, its cells by variant, and its table."""
     table, heads = ARCHITECTURES[model_type], dict[str, dict[str, str]]()
     for row in rows_of(model_type):
-        known = families.heads_of(model_type) if row in families.FAMILIES else helpers.heads_of(row)
-        for head in known:
+        for head in families.heads_of(model_type):
             answers, stack = heads.setdefault(head.__name__, {}), stack_of(row) or ""
             if answers.get(stack, WORKS) == WORKS:  # the first variant that is refused stays
                 answers[stack] = head_answer(row, head.__name__)
     return {
         "heads": heads,
         "variants": {row: searched(row) for row in rows_of(model_type)},
-        "generates": any(model_of(row).can_generate() for row in rows_of(model_type)),
+        "generates": any(families.family_model(row).can_generate() for row in rows_of(model_type)),
         "lines": lines_of(model_type),
         "extends": extends(model_type),
         "stacks": [table.stack for table in (table, *table.other_stacks) if table.stack],
@@ -233,27 +211,13 @@ def measured(model_type: str) -> dict[str, Any]:
 
 def other(name: str) -> str:
     """What `fuse` answers on a model of `OTHERS`."""
-    model_type, head, config = OTHERS[name]
-    torch.manual_seed(0)
-    model = getattr(transformers, head)(CONFIG_MAPPING[model_type](**copy.deepcopy(config))).eval()
+    row, head, changes = OTHERS[name]
+    model = families.family_model(row, head, **changes)
 
     def run() -> PreTrainedModel:
-        return fuse(model, keep_layers=3, batches=[other_inputs(model)] * 4, effort="low")
+        return fuse(model, keep_layers=3, batches=[families.family_inputs(row, model)] * 4, effort="low")
 
     return answer(run)[0]
-
-
-def other_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Inputs of a model of `OTHERS`: images with points or with text, or the ones of most models."""
-    if isinstance(model, transformers.SamModel):
-        return {"pixel_values": torch.randn(2, 3, 32, 32), "input_points": torch.full((2, 1, 1, 2), 4.0)}
-    if isinstance(model, transformers.DetrForObjectDetection):
-        return {"pixel_values": torch.randn(2, 3, 64, 64)}
-    if isinstance(model, transformers.LlavaForConditionalGeneration):
-        ids = torch.randint(3, 58, (2, 24))
-        ids[:, :16] = model.config.image_token_id
-        return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8)}
-    return helpers.dummy_inputs(model, 4)
 
 
 def refusal(answers: dict[str, str]) -> str | None:

@@ -1,7 +1,6 @@
-"""Tiny random models of every architecture, their inputs, and helpers for several tests."""
+"""Architectures and networks that tests run on, plans, inputs, and helpers for several tests."""
 
 import copy
-import importlib
 import importlib.util
 import os
 import random
@@ -14,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from families import LAYERS as LAYERS
+from families import TINY, family_model, heads_of
 from torch import nn
 from transformers import (
-    CONFIG_MAPPING,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
     PreTrainedModel,
@@ -34,51 +33,6 @@ from hf_layerfuse.plan import CONV_GRAPH_KINDS
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "CONTRIBUTING.md"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-LAYERS = 6
-
-
-_TEXT = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-
-
-_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-_BERT = {**_TEXT, "intermediate_size": 48, "max_position_embeddings": 40}
-
-
-_VIT = {
-    **{k: v for k, v in _TEXT.items() if k != "vocab_size"},
-    "intermediate_size": 48,
-    "image_size": 8,
-    "patch_size": 2,
-    "encoder_stride": 2,
-}
-
-
-_LLAMA = {**_TEXT, **_TOKENS, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
-
-
-# one row per architecture: its tiny config
-TINY = {
-    "gpt2": {**_TOKENS, "vocab_size": 64, "n_embd": 32, "n_layer": LAYERS, "n_head": 4, "n_positions": 64},
-    "bert": _BERT,
-    "roberta": {**_BERT, "pad_token_id": 1},
-    "distilbert": {
-        "vocab_size": 64,
-        "dim": 32,
-        "n_layers": LAYERS,
-        "n_heads": 4,
-        "hidden_dim": 48,
-        "max_position_embeddings": 40,
-    },
-    "vit": _VIT,
-    "deit": _VIT,
-    "llama": _LLAMA,
-    "mistral": {**_LLAMA, "sliding_window": 6},
-    "qwen2": {**_LLAMA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3},
-    "qwen3": {**_LLAMA, "head_dim": 8},
-}
 
 
 # one architecture for each layout of blocks: the contract tests run on all of `TINY`, most others on these
@@ -100,21 +54,21 @@ def in_turn(choices, firsts=LAYOUTS[:1], rest=LAYOUTS[1:]) -> list[tuple]:
     ]
 
 
+def slow_unless(quick, cases) -> list:
+    """Cases as parameters of a test, of which those that `quick(*case)` is false for run with the slow tests."""
+    return [pytest.param(*case, marks=() if quick(*case) else pytest.mark.slow) for case in cases]
+
+
+def few_pairs(firsts, seconds) -> set[tuple]:
+    """A few pairs of two lists, with each of both in at least one, for tests whose other pairs are slow."""
+    firsts, seconds = list(firsts), list(seconds)
+    length = max(len(firsts), len(seconds))
+    return {(firsts[i % len(firsts)], seconds[i % len(seconds)]) for i in range(length)}
+
+
 def slow_except(quick, names=LAYOUTS) -> list:
     """Names as parameters of a test, of which all but the quick ones run with the slow tests."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-def heads_of(model_type: str) -> list[type[PreTrainedModel]]:
-    """Every public model class that transformers has for an architecture."""
-    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-    return [
-        value
-        for name in module.__all__
-        if isinstance(value := getattr(module, name), type)
-        and issubclass(value, PreTrainedModel)
-        and not name.endswith("PreTrainedModel")
-    ]
 
 
 # one plan for each kind of edit, for models of six layers
@@ -134,26 +88,10 @@ STOCK = {"depth", "drop"}
 HEADS = [(model_type, head) for model_type in TINY for head in heads_of(model_type)]
 
 
-def tiny_config(model_type: str, head: type[PreTrainedModel] | None = None, **changes):
-    values = {**TINY[model_type], **changes}
-    name = head.__name__ if head else ""
-    if ("CausalLM" in name and model_type == "roberta") or name == "BertLMHeadModel":
-        values.setdefault("is_decoder", True)
-    return CONFIG_MAPPING[model_type](**values)
-
-
 def tiny_model(model_type: str, head: type[PreTrainedModel] | str | None = None, seed: int = 0, **changes):
-    """A random model in which every parameter has an effect: norms and biases are random too."""
-    if head is None:
-        head = heads_of(model_type)[0]
-    if isinstance(head, str):
-        head = getattr(transformers, head)
-    torch.manual_seed(seed)
-    model = head(tiny_config(model_type, head, **changes)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model
+    """A random model of an architecture of `TINY`, of its first class by default."""
+    head = head or heads_of(model_type)[0]
+    return family_model(model_type, head if isinstance(head, str) else head.__name__, seed, **changes)
 
 
 def some_batches(model: PreTrainedModel, count: int = 6) -> list[dict[str, torch.Tensor]]:

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
+from families import family_inputs, family_model
 from repeated import RepeatedConfig, RepeatedForSequenceClassification, repeated, tokens
-from tiny_configs import configured_inputs, configured_model
 from torch import nn
 
 from hf_layerfuse import (
@@ -48,7 +48,8 @@ def test_unknown_models_need_batches_of_tensors(forget, batches, message):
 @pytest.mark.parametrize("name", FAST)
 def test_the_source_gives_the_same_table(name):
     """`source()`, executed, gives the class of `architecture()`."""
-    found = discover_architecture(configured_model(name), configured_inputs(name))
+    model = family_model(name)
+    found = discover_architecture(model, family_inputs(name, model))
     assert not found.unverified
     before, scope = ARCHITECTURES[found.model_type], {}
     try:
@@ -66,12 +67,12 @@ def test_the_source_gives_the_same_table(name):
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_nothing_is_changed_or_copied(name, monkeypatch):
     """Modules, weights, hooks and modes of the model are the same objects afterwards; only single layers are copied."""
-    model = configured_model(name).train()
+    model = family_model(name).train()
     for cls in (nn.ModuleList, type(model), type(model.base_model)):
         monkeypatch.setattr(cls, "__deepcopy__", None, raising=False)
     modules, versions = dict(model.named_modules()), [p._version for p in model.parameters()]
     weights = {name: id(parameter) for name, parameter in model.named_parameters()}
-    discover_architecture(model, configured_inputs(name))
+    discover_architecture(model, family_inputs(name, model))
     assert {name: id(module) for name, module in model.named_modules()} == {n: id(m) for n, m in modules.items()}
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == weights
     assert [parameter._version for parameter in model.parameters()] == versions
@@ -89,13 +90,14 @@ def test_nothing_is_changed_or_copied(name, monkeypatch):
 )
 def test_layouts(name, joint, pairing, bound_heads):
     """The layouts of joint maps and of rotary positions, and heads with their own position biases, are found."""
-    found = discover_architecture(configured_model(name), configured_inputs(name))
+    model = family_model(name)
+    found = discover_architecture(model, family_inputs(name, model))
     assert (found.joint, found.pairing, found.bound_heads) == (joint, pairing, bound_heads)
 
 
 def test_random_inputs_are_the_default():
     """A text model needs no batch, and half precision is enough."""
-    found = discover_architecture(configured_model("llama").to(torch.bfloat16))
+    found = discover_architecture(family_model("llama").to(torch.bfloat16))
     assert (found.stack, found.depth_field, found.unverified) == ("model.layers", "num_hidden_layers", ())
 
 
@@ -167,7 +169,8 @@ def test_unknown_architectures_are_discovered(method, target, forget):
 def test_unknown_architectures_with_several_stacks(monkeypatch):
     """`fuse` asks which stack of an unknown architecture to fuse, and discovers the tables of all."""
     monkeypatch.delitem(ARCHITECTURES, "bart")
-    model, inputs = configured_model("bart"), configured_inputs("bart")
+    model = family_model("bart", decoder_layers=6)
+    inputs = family_inputs("bart", model, rows=4)
     with pytest.raises(UnsupportedModelError, match=r"pass stack= with one of 'encoder' .* 'decoder'"):
         fuse(model, keep_layers=4, batches=[inputs])
     with pytest.warns(LayerFuseWarning, match="BartArchitecture was discovered"):

@@ -1,9 +1,11 @@
 """Families of Transformers of which discovery finds a table, and those that it refuses, with the reason."""
 
 import pytest
-from tiny_configs import CONFIGS, configured_inputs, configured_model
+from families import FAMILIES, OTHERS, TINY, family_inputs, family_model
 
 from hf_layerfuse import UnsupportedModelError, discover_architecture
+
+NAMES = [*TINY, *(name for name in FAMILIES if "," not in name), "wav2vec2, stable", *OTHERS]
 
 SEVERAL = {
     "t5": ("encoder.block", "decoder.block"),
@@ -27,19 +29,20 @@ UNVERIFIED = {
 }
 """Stacks whose table is found and does not hold, and a part of the reason."""
 
-CASES = [(name, stack) for name in CONFIGS if name not in REFUSED for stack in SEVERAL.get(name, (None,))]
+CASES = [(name, stack) for name in NAMES if name not in REFUSED for stack in SEVERAL.get(name, (None,))]
 
 
 def test_counts():
     """Of 65 families, 4 are refused; the tables of 71 stacks are found in the others."""
-    assert (len(CONFIGS), len(REFUSED), len(CASES)) == (65, 4, 71)
+    assert (len(NAMES), len(REFUSED), len(CASES)) == (65, 4, 71)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "stack"), CASES)
 def test_discovery_finds_a_table(name, stack):
     """The table is verified, except for the stacks in UNVERIFIED."""
-    found = discover_architecture(configured_model(name), configured_inputs(name), stack=stack)
+    model = family_model(name)
+    found = discover_architecture(model, family_inputs(name, model), stack=stack)
     expected = UNVERIFIED.get(name if stack is None else f"{name} {stack}")
     if expected is None:
         assert not found.unverified
@@ -52,14 +55,18 @@ def test_discovery_finds_a_table(name, stack):
 @pytest.mark.parametrize("name", SEVERAL)
 def test_several_stacks_are_asked_for(name):
     """Without `stack=`, the error lists the stacks to choose from."""
+    model = family_model(name)
     with pytest.raises(UnsupportedModelError, match="has several stacks of layers: pass stack=") as refused:
-        discover_architecture(configured_model(name), configured_inputs(name))
-    assert all(f"({stack}, 6 layers, config." in str(refused.value) for stack in SEVERAL[name])
+        discover_architecture(model, family_inputs(name, model))
+    assert all(
+        f"({stack}, {len(model.get_submodule(stack))} layers, config." in str(refused.value) for stack in SEVERAL[name]
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_say_what_was_found(name):
     """A model whose layers no table describes is refused, and the message says why."""
+    model = family_model(name)
     with pytest.raises(UnsupportedModelError, match=REFUSED[name]):
-        discover_architecture(configured_model(name), configured_inputs(name))
+        discover_architecture(model, family_inputs(name, model))

@@ -4,7 +4,16 @@ from functools import partial
 
 import pytest
 import torch
-from families import DEPTH, FAMILIES, family_batches, family_inputs, family_model, family_table, heads_of
+from families import (
+    FAMILIES,
+    LAYERS,
+    family_batches,
+    family_inputs,
+    family_model,
+    family_table,
+    heads_of,
+    model_type_of,
+)
 from helpers import EDITS, STOCK, slow_except
 
 from hf_layerfuse import (
@@ -25,7 +34,7 @@ from hf_layerfuse.calibration.contract import check_contract
 from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
 from hf_layerfuse.models.modeling import FusedMixin
 
-HEADS = [(name, head.__name__) for name, family in FAMILIES.items() for head in heads_of(family.model_type)]
+HEADS = [(name, head.__name__) for name in FAMILIES for head in heads_of(model_type_of(name))]
 
 # heads that lack a stack
 WITHOUT = {
@@ -58,7 +67,7 @@ EVERY_HEAD = [pytest.param(name, head, id=f"{name}-{head}") for name, head in HE
 
 
 def applied(name, model, *edits):
-    return apply(model, family_table(name, model).plan(DEPTH, edits))
+    return apply(model, family_table(name, model).plan(LAYERS, edits))
 
 
 def stack_of(name) -> str | None:

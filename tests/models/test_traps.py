@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from helpers import LAYERS, heads_of, on_two_processes, tiny_config, tiny_model
+from families import family_config
+from helpers import LAYERS, heads_of, on_two_processes, tiny_model
 from safetensors import safe_open
 
 from hf_layerfuse import (
@@ -528,7 +529,7 @@ def test_12_accelerate_shards_what_shares_as_one_unit(tmp_path, loading):
 def test_13_layers_that_differ_by_config_are_refused():
     """`per_layer_config` makes layers of different shapes, which cannot be fused; they are refused before anything is
     read."""
-    config = tiny_config("llama", per_layer_config={2: {"intermediate_size": 24}})
+    config = family_config("llama", per_layer_config={2: {"intermediate_size": 24}})
     assert config.is_heterogeneous
     model = causal_lm("llama")
     model.config.per_layer_config = {2: {"intermediate_size": 24}}

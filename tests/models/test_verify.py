@@ -5,7 +5,8 @@ import logging
 
 import pytest
 import torch
-from helpers import LAYERS, heads_of, in_turn, tiny_config, tiny_model
+from families import family_config
+from helpers import LAYERS, heads_of, in_turn, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2ForSequenceClassification
@@ -302,7 +303,7 @@ def test_a_fused_model_can_be_fused_again_when_expanded():
 def test_a_config_is_refused():
     """A config has no weights to fuse."""
     with pytest.raises(UnsupportedModelError, match="GPT2Config is not a model: pass a model with its weights"):
-        fuse(tiny_config("gpt2"), keep_layers=3)
+        fuse(family_config("gpt2"), keep_layers=3)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_plans_for_another_model_are_refused(plan, message):
 
 def test_decoder_that_takes_one_row():
     """GPT-2 with a classifier and no padding token reads one sequence at a time, as is the default in transformers."""
-    config = tiny_config("gpt2", pad_token_id=None)
+    config = family_config("gpt2", pad_token_id=None)
     model = GPT2ForSequenceClassification(config).eval()
     assert fuse(model, keep_layers=3).config.num_hidden_layers == 3
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from families import family_inputs, family_model
 from helpers import tiny_model
 from repeated import repeated
 from runs import causal_lm
 from safetensors.torch import save_file
-from tiny_configs import configured_inputs, configured_model
 
 from hf_layerfuse import DataError
 from hf_layerfuse.cli import main
@@ -36,7 +36,7 @@ def test_adapt_prints_source_and_checks(checkpoint, tmp_path, capsys):
 
 def test_adapt_asks_in_options(tmp_path, capsys):
     """A model with several stacks asks for `--stack`."""
-    model = configured_model("bart")
+    model = family_model("bart")
     model.save_pretrained(tmp_path)
     assert main(["adapt", str(tmp_path)]) == 1
     assert "give --stack with one of 'encoder' (model.encoder.layers, 6 layers" in capsys.readouterr().err
@@ -52,7 +52,7 @@ def test_a_config_is_refused(checkpoint, capsys):
 
 def test_batches_are_read_without_pickle(tmp_path):
     """Files of safetensors and numpy are read; pickles, in whatever file, are not."""
-    expected = configured_inputs("llama")["input_ids"]
+    expected = family_inputs("llama", family_model("llama"))["input_ids"]
     np.savez(tmp_path / "batch.npz", input_ids=expected.numpy())
     assert torch.equal(read_batch(tmp_path / "batch.npz")["input_ids"], expected)
     np.savez(tmp_path / "objects.npz", input_ids=np.array([{"a": 1}], dtype=object))

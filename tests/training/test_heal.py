@@ -12,7 +12,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from helpers import TINY, tiny_config, tiny_model
+from families import family_config
+from helpers import TINY, tiny_model
 from torch.utils.data import DataLoader
 
 from hf_layerfuse import Fuse, HealScope, Plan, apply, fused_parameters, heal_scope, layer_map
@@ -500,7 +501,8 @@ def test_two_processes_heal_as_one_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", sorted(TINY))
 def test_dropout_is_what_the_recipe_says(model_type: str) -> None:
     """With dropout=0, the model is deterministic in training; afterwards, each dropout has its earlier value."""
-    names = [name for name, value in tiny_config(model_type).to_dict().items() if "drop" in name and value is not None]
+    fields = family_config(model_type).to_dict()
+    names = [name for name, value in fields.items() if "drop" in name and value is not None]
     model = tiny_model(model_type, **dict.fromkeys(names, 0.5)).train()
     inputs = dummy_inputs(model)
     with dropout_of(model, 0.0):

@@ -1,18 +1,6 @@
 """One table per architecture; `BUILTIN` lists the architectures that ship with the package."""
 
-from .base import (
-    Architecture,
-    Block,
-    ConvArchitecture,
-    LayerArchitecture,
-    One,
-    OneBeside,
-    Place,
-    TransformerArchitecture,
-    ZeroAttention,
-    ZeroBlock,
-    part_at,
-)
+from .base import Architecture, Block, ConvArchitecture, LayerArchitecture, Place, TransformerArchitecture, part_at
 from .bert import (
     BertArchitecture,
     CamembertArchitecture,
@@ -51,7 +39,7 @@ from .mobilenet_v2 import MobileNetV2Architecture
 from .modernbert import ModernBertArchitecture
 from .opt import BartArchitecture, MarianArchitecture, MBartArchitecture, OPTArchitecture, WhisperArchitecture
 from .phi import Phi3Architecture, PhiArchitecture
-from .placeholder import Placeholder
+from .placeholders import One, OneBeside, Placeholder, ZeroAttention, ZeroBlock
 from .registry import ARCHITECTURES, FUSED_PREFIX, architecture_for
 from .resnet import ResNetArchitecture
 from .speech import HubertArchitecture, Wav2Vec2Architecture

@@ -5,15 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from ...plan import TRANSFORMER, Edit, Plan, PlanNotes
 from .layouts import Heads, JointLayout, Pairing, heads_in
+from .placeholders import One, OneBeside
 
 
 @dataclass(frozen=True)
@@ -317,43 +317,6 @@ def part_at(layer: nn.Module, path: str) -> nn.Module | None:
         return layer.get_submodule(path)
     except AttributeError:
         return None
-
-
-class ZeroAttention(nn.Module):
-    """Placeholder for a removed attention module: contributes nothing, attends to nothing, caches nothing."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        return torch.zeros_like(hidden_states), None
-
-
-class ZeroBlock(nn.Module):
-    """Placeholder for a removed MLP, or for a mixer that returns no attention weights: contributes nothing."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros_like(hidden_states)
-
-
-class One(nn.Module):
-    """Placeholder for the removed gate of an MLP: multiplies by one."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states.new_ones(())
-
-
-class OneBeside(nn.Module):
-    """Placeholder for the removed joint map of an MLP: returns its input, with ones in place of the gate.
-
-    Args:
-        layout: Layout of the joint map, "gate_first" or "gate_last".
-    """
-
-    def __init__(self, layout: JointLayout) -> None:
-        super().__init__()
-        self.layout = layout
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        ones = torch.ones_like(hidden_states)
-        return torch.cat([ones, hidden_states] if self.layout == "gate_first" else [hidden_states, ones], dim=-1)
 
 
 def root_of(model: PreTrainedModel) -> str:

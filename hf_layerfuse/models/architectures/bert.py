@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .base import Architecture, TransformerArchitecture, ZeroAttention, ZeroBlock
+from .base import Architecture, TransformerArchitecture
+from .placeholders import ZeroAttention, ZeroBlock
 
 
 class BertArchitecture(TransformerArchitecture):

@@ -7,8 +7,9 @@ import dataclasses
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .base import TransformerArchitecture, ZeroAttention, ZeroBlock
+from .base import TransformerArchitecture
 from .layouts import Heads
+from .placeholders import ZeroAttention, ZeroBlock
 
 
 class FalconArchitecture(TransformerArchitecture):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import ZeroAttention, ZeroBlock
 from .llama import LlamaArchitecture, Qwen3Architecture
+from .placeholders import ZeroAttention, ZeroBlock
 
 
 class Gemma2Architecture(LlamaArchitecture):

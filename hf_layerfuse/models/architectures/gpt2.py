@@ -6,7 +6,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
-from .base import Architecture, TransformerArchitecture, ZeroAttention, ZeroBlock
+from .base import Architecture, TransformerArchitecture
+from .placeholders import ZeroAttention, ZeroBlock
 
 
 class GPT2Architecture(TransformerArchitecture):

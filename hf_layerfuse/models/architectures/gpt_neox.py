@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .base import TransformerArchitecture, ZeroAttention, ZeroBlock
+from .base import TransformerArchitecture
+from .placeholders import ZeroAttention, ZeroBlock
 
 
 class GPTNeoXArchitecture(TransformerArchitecture):

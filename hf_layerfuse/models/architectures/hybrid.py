@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import TransformerArchitecture, ZeroAttention, ZeroBlock
+from .base import TransformerArchitecture
 from .llama import LlamaArchitecture, MixtralArchitecture
+from .placeholders import ZeroAttention, ZeroBlock
 
 _MIXERS = {"norm": "input_layernorm", "full": "self_attn", "linear": "linear_attn"}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from .base import TransformerArchitecture, ZeroAttention, ZeroBlock
+from .base import TransformerArchitecture
+from .placeholders import ZeroAttention, ZeroBlock
 
 
 class ModernBertArchitecture(TransformerArchitecture):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .base import Architecture, TransformerArchitecture, ZeroAttention, ZeroBlock
+from .base import Architecture, TransformerArchitecture
+from .placeholders import ZeroAttention, ZeroBlock
 
 # a zero in front of `out` would leave its bias, so `out` is replaced
 _MLP = {"fc1": nn.Identity, "activation_fn": nn.Identity, "fc2": ZeroBlock}

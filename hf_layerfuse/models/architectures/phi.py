@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from .base import TransformerArchitecture, ZeroAttention, ZeroBlock
+from .base import TransformerArchitecture
 from .llama import LlamaArchitecture
+from .placeholders import ZeroAttention, ZeroBlock
 
 
 class PhiArchitecture(TransformerArchitecture):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .base import Architecture, TransformerArchitecture, ZeroAttention, ZeroBlock
+from .base import Architecture, TransformerArchitecture
+from .placeholders import ZeroAttention, ZeroBlock
 
 
 class Wav2Vec2Architecture(TransformerArchitecture):

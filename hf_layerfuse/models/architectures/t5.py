@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .base import Architecture, TransformerArchitecture, ZeroBlock
+from .base import Architecture, TransformerArchitecture
+from .placeholders import ZeroBlock
 
 _MLP = "layer.1.DenseReluDense"
 

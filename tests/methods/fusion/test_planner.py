@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import LAYERS, TINY, heads_of, in_turn, tiny_model
+from helpers import LAYERS, TINY, few_pairs, heads_of, in_turn, slow_unless, tiny_model
 
 from hf_layerfuse import (
     DataError,
@@ -91,7 +91,15 @@ CLUSTERS = [("depth", "adjacent"), ("share", "adjacent"), ("share", "global"), (
 KINDS = ["layer", "attention", "mlp"]
 
 
-@pytest.mark.parametrize(("model_type", "asked"), in_turn(itertools.product(KINDS, CLUSTERS)))
+_FEW_CLUSTERS = few_pairs(KINDS, CLUSTERS)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "asked"),
+    slow_unless(
+        lambda kind, asked: kind != "gpt2" or asked in _FEW_CLUSTERS, in_turn(itertools.product(KINDS, CLUSTERS))
+    ),
+)
 def test_target_is_met_exactly(model_type, asked):
     """`keep_layers` distinct blocks of the kind remain, and the other kind is unchanged."""
     blocks, (mode, cluster) = asked
@@ -106,8 +114,15 @@ def test_target_is_met_exactly(model_type, asked):
     assert fused.config.num_hidden_layers == (4 if (blocks, mode) == ("layer", "depth") else LAYERS)
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.17, 0.3, 0.5, 0.66, 0.75, 0.8, 0.9])
-@pytest.mark.parametrize("mode", ["depth", "share"])
+RATIOS = [0.1, 0.17, 0.3, 0.5, 0.66, 0.75, 0.8, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "mode"),
+    slow_unless(
+        lambda *case: case in few_pairs(RATIOS, ["depth", "share"]), itertools.product(RATIOS, ["depth", "share"])
+    ),
+)
 def test_ratio_gives_the_nearest_count(ratio, mode):
     """A ratio is met as closely as whole layers allow, in number of layers and in their parameters."""
     model = base_model("gpt2")
@@ -326,7 +341,15 @@ def test_the_size_of_batches_does_not_change_distances(measure):
     torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("model_type", "by"), in_turn(itertools.product(MEASURES, ["layer", "mlp"])))
+_FEW_MEASURES = few_pairs(MEASURES, ["layer", "mlp"])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "by"),
+    slow_unless(
+        lambda kind, by: kind != "gpt2" or by in _FEW_MEASURES, in_turn(itertools.product(MEASURES, ["layer", "mlp"]))
+    ),
+)
 def test_the_measure_drives_the_groups(model_type, by):
     """The fused neighbours are those with the smallest distance, anywhere in the model."""
     measure, blocks = by
