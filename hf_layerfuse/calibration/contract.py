@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from ..evaluation.batches import Batches, model_inputs, take
+from ..evaluation.batches import Batches, first_rows, model_inputs
 from ..evaluation.divergence import prediction
 from ..evaluation.hooks import watch
 from ..evaluation.modes import eval_mode, outside_inference_mode
@@ -61,9 +61,8 @@ def check_contract(
     if batch is None or not isinstance(architecture, TransformerArchitecture):
         return
     inputs = model_inputs(Sample.of([batch]).batches[0], model)  # which says what is wrong with a batch
-    rows = torch.arange(len(next(iter(inputs.values())))) < _ROWS
     with eval_mode(model), torch.no_grad():
-        _Contract(model, take(inputs, rows), architecture).check()
+        _Contract(model, first_rows(inputs, _ROWS), architecture).check()
 
 
 class _Contract:

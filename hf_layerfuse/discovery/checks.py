@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -37,9 +37,9 @@ def check_removal(
         The difference, or None if there is none.
     """
     layer = stack.layers[index]
-    with silenced(layer, _last_module(layer, block)):
-        silent = prediction(model(**batch))
     try:
+        with silenced(layer, _last_module(layer, block)):
+            silent = prediction(model(**batch))
         with replaced(layer, block.skip):
             removed = prediction(model(**batch))
     except RAISED as error:
@@ -50,16 +50,37 @@ def check_removal(
 
 
 @torch.no_grad()
+def adds_nothing(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], whole: Tensor, layer: nn.Module, block: DiscoveredBlock
+) -> bool:
+    """Whether a block adds exactly zero on a batch, as blocks with zero weights do before training.
+
+    Args:
+        model: Model in eval mode.
+        batch: Model inputs, on its device.
+        whole: Prediction of the model, of any shape.
+        layer: Layer of the block.
+        block: Block of the layer.
+    """
+    with suppress(*RAISED), silenced(layer, _last_module(layer, block)):
+        return torch.equal(prediction(model(**batch)), whole)
+    return False
+
+
+@torch.no_grad()
 def silent_parameters(layer: nn.Module, call: LayerCall, block: DiscoveredBlock) -> tuple[str, ...]:
-    """The last parameters of an opaque block that make it add nothing if they are zero; empty if none do.
+    """The last parameters of an opaque block that make it add nothing if they are zero; empty if they are not found.
 
     Args:
         layer: Layer of the block.
         call: Call of the layer.
         block: Opaque block.
     """
-    with replaced(layer, block.skip):
-        without = first_tensor(call.run(layer))
+    try:
+        with replaced(layer, block.skip):
+            without = first_tensor(call.run(layer))
+    except RAISED:
+        return ()  # `check_removal` says why
     own = [path for path in block.skip if path != block.roles.get("norm")]
     weights = {n: p for n, p in layer.named_parameters() if any(n.startswith(f"{path}.") for path in own)}
     order = _order_of_calls(layer, call)
@@ -134,4 +155,6 @@ def with_needed_norm(layer: nn.Module, call: LayerCall, block: DiscoveredBlock) 
             call.run(layer)
     except AttributeError:
         return replace(block, skip={path: each for path, each in block.skip.items() if path != block.roles.get("norm")})
+    except RAISED:
+        pass  # `check_removal` says why
     return block

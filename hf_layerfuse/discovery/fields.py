@@ -68,11 +68,11 @@ def _is_own(name: str, value: Any) -> bool:
 
 def _check_describable(found: Discovery) -> None:
     kinds = tuple(_TABLE.get(block.kind, block.kind) for block in found.blocks)
-    where = f"the layers of {found.stack} ({found.model_type!r}) are known, but cannot be fused"
+    where = f"the layers at {found.stack!r} of {found.model_type!r} are known, but cannot be fused"
     if kinds not in _SUPPORTED:
         raise UnsupportedModelError(
-            f"{where}: each has the blocks {', '.join(kinds)}; supported are one attention block, then "
-            "perhaps cross-attention, and one MLP; or one block that mixes tokens."
+            f"{where}: each has the blocks {', '.join(kinds)}; supported are one attention block and one MLP, with or "
+            "without cross-attention between them, or a single attention block or mixer."
         )
     if len({block.norm_after for block in found.blocks}) > 1:
         raise UnsupportedModelError(

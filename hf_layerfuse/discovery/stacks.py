@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import Cache, PreTrainedModel
@@ -15,8 +16,11 @@ from transformers import Cache, PreTrainedModel
 _MAIN_ARGUMENT = "hidden_states"
 """Name of the stream among the keyword arguments of a layer."""
 
-RAISED = (AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
-"""Errors of the code of a model that is run in a way it was not written for."""
+RAISED = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError),
+    StrictDataclassError,  # configs refuse values
+)
+"""Errors of the code of a model that is run in a way it was not written for, or that lacks a package."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,9 @@ def _why_not(log: _Log, path: str, length: int) -> str | None:
         return "its members read no states of shape (batch, tokens, width)"
     if any(call.states.shape != call.output.shape for call in each):
         return "a member changes the shape of the states"
+    for index, call in enumerate(each):
+        if not call.output.isfinite().all():
+            return f"member {index} returns states that are not finite"
     for index in range(1, length):
         if not torch.equal(each[index - 1].output, each[index].states):
             return f"member {index} does not read the output of member {index - 1}"

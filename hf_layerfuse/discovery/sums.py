@@ -70,7 +70,8 @@ def residual_sums(graph: LayerGraph) -> list[ResidualSum]:
         ]
         if len(residuals) != 1:
             raise UnsupportedModelError(
-                f"it adds {len(terms)} tensors, and {len(residuals)} of them can be the residual of this sum."
+                f"one of its sums adds {len(terms)} tensors, of which {len(residuals)} can be the residual stream; "
+                "supported is one from which the others are computed."
             )
         branches = tuple(term for term in terms if term != residuals[0])
         found.append(ResidualSum(node, residuals[0], branches, norm))

@@ -35,7 +35,8 @@ def stack_table(stack: Stack) -> tuple[LayerTable, tuple[str, ...]]:
         kinds = {shape: [i for i, other in enumerate(shapes) if other == shape] for shape in dict.fromkeys(shapes)}
         each = "; ".join(f"layers {_numbers(at)}: {_words(tables[at[0]])}" for at in kinds.values())
         raise UnsupportedModelError(
-            f"the layers of {stack.path} have different blocks, which no single table describes. {each}."
+            f"the layers at {stack.path!r} have different blocks, and one table describes all layers of a stack. "
+            f"{each[0].upper()}{each[1:]}."
         )
     notes: list[str] = []
     blocks = tuple(

@@ -48,6 +48,7 @@ def ensure_architecture(
         stacklevel: Level of the warning, as in `warnings.warn`.
 
     Raises:
+        DataError: The batch is not a dict of tensors, or has one token per row.
         UnsupportedModelError: No table is registered, and none is found that holds on the batch.
 
     Warns:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -75,10 +77,20 @@ def read_batch(path: Path) -> Mapping[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, NpzFile):
+                raise DataError(
+                    f"--batch {path} holds one array without a name: write np.savez(path, input_ids=array)."
+                )
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise DataError(f"--batch {path} cannot be read: {error}") from error
+    except DataError:
+        raise
+    except (EOFError, OSError, ValueError, TypeError, BadZipFile, SafetensorError) as error:
+        raise DataError(
+            f"--batch {path} cannot be read: {str(error).rstrip('.')}. Give a .safetensors or .npz file with a tensor "
+            "for each input of the model."
+        ) from error
 
 
 def checks_table(found: Discovery) -> Rows:

@@ -58,7 +58,12 @@ def test_batches_are_read_without_pickle(tmp_path):
     np.savez(tmp_path / "objects.npz", input_ids=np.array([{"a": 1}], dtype=object))
     torch.save({"input_ids": expected}, tmp_path / "batch.pt")
     (tmp_path / "broken.safetensors").write_text("nothing")
-    for name in ("objects.npz", "batch.pt", "broken.safetensors", "missing.npz"):
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "half.npz").write_bytes((tmp_path / "batch.npz").read_bytes()[:100])
+    with (tmp_path / "unnamed.npz").open("wb") as file:
+        np.save(file, expected.numpy())
+    wrong = ("objects.npz", "batch.pt", "broken.safetensors", "missing.npz", "empty.npz", "half.npz", "unnamed.npz")
+    for name in wrong:
         with pytest.raises(DataError, match=f"--batch .*{name}"):
             read_batch(tmp_path / name)
 
