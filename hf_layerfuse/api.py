@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .calibration.samples import read
 from .discovery import ensure_architecture, is_unknown
 from .errors import RecipeError, UnsupportedModelError
-from .evaluation.batches import Batches, without_labels
+from .evaluation.batches import Batches, first_rows, model_inputs
 from .evaluation.dummy_inputs import dummy_inputs
 from .evaluation.metrics import bytes_in_memory
 from .evaluation.precision import batch_for, in_float32
@@ -180,7 +180,7 @@ def _inputs_to_verify(model: PreTrainedModel, batches: Batches | None) -> dict[s
         if not batches:
             raise
         first = next(iter(batches))
-        return batch_for(model, {name: value[:2] for name, value in without_labels(first).items()})
+        return batch_for(model, first_rows(model_inputs(first, model), 2))
     return None
 
 

@@ -20,9 +20,8 @@ from ..models.surgery.checks import shapes_of
 from .blocks import DiscoveredBlock
 from .checks import adds_nothing, check_removal, silent_parameters, with_needed_norm
 from .config_fields import lists_of_depth, owner_of, per_layer_fields
-from .fields import class_name, fields_of
 from .layouts import BlockLayout, block_layout
-from .source import source_of
+from .source import class_name, fields_of, source_of
 from .stack_choice import check_tokens, chosen_stack, inputs_for, stack_mask, stack_name, stacks_of
 from .stacks import RAISED, Stack
 from .tables import stack_table

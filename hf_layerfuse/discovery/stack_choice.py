@@ -45,7 +45,7 @@ def inputs_for(model: PreTrainedModel, batch: Mapping[str, Any] | None) -> dict[
             f"random inputs cannot be made for {type(model).__name__}, whose main input is {model.main_input_name!r}. "
             f"{_ASK_FOR_BATCH}"
         ) from error
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except RAISED as error:
         raise UnsupportedModelError(
             f"random inputs cannot be made for {type(model).__name__}: {_one_line(error)} {_ASK_FOR_BATCH}"
         ) from error

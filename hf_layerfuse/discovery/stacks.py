@@ -11,7 +11,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
+
+from ..evaluation.hooks import uncached
 
 _MAIN_ARGUMENT = "hidden_states"
 """Name of the stream among the keyword arguments of a layer."""
@@ -71,15 +73,6 @@ def first_tensor(output: Any) -> Tensor | None:
     return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
 
 
-def near(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two results of the same computation are equal up to rounding."""
-    if ours.shape != theirs.shape:
-        return False
-    allowed = 2e-4 if theirs.dtype in (torch.float32, torch.float64) else 5e-2
-    ours, theirs = ours.float(), theirs.float()
-    return (ours - theirs).abs().max().item() <= allowed * (1e-6 + theirs.abs().max().item())
-
-
 @torch.no_grad()
 def find_stacks(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[dict[str, Stack], dict[str, str]]:
     """Find the stacks of a model by one forward pass.
@@ -135,8 +128,8 @@ class _Log:
             states, given = self._entered.pop(), first_tensor(output)
             call = None
             if states is not None and given is not None:
-                rest = tuple(_uncached(value) for value in args[1:])
-                named = {k: _uncached(v) for k, v in kwargs.items() if args or k != _MAIN_ARGUMENT}
+                rest = tuple(uncached(value) for value in args[1:])
+                named = {k: uncached(v) for k, v in kwargs.items() if args or k != _MAIN_ARGUMENT}
                 call = LayerCall(states, rest, named, None if args else _MAIN_ARGUMENT, given.clone())
             self.calls.setdefault(key, []).append(call)
             self.order.append(key)
@@ -172,8 +165,3 @@ def _why_not(log: _Log, path: str, length: int) -> str | None:
         if not torch.equal(each[index - 1].output, each[index].states):
             return f"member {index} does not read the output of member {index - 1}"
     return None
-
-
-def _uncached(argument: Any) -> Any:
-    """An argument of a layer; None replaces a cache, which would hold the tokens of an earlier call."""
-    return None if isinstance(argument, Cache) else argument

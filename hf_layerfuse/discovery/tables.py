@@ -11,9 +11,10 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..models.architectures import part_at
 from .behaviour import Behaviour
-from .blocks import MEANINGS, DiscoveredBlock, LayerTable, layer_table, opaque
+from .blocks import DiscoveredBlock, LayerTable, layer_table, opaque
 from .dataflow import record_layer
-from .stacks import Stack
+from .roles import MEANINGS
+from .stacks import RAISED, Stack
 
 
 def stack_table(stack: Stack) -> tuple[LayerTable, tuple[str, ...]]:
@@ -52,18 +53,18 @@ def stack_table(stack: Stack) -> tuple[LayerTable, tuple[str, ...]]:
 
 def _table_of(stack: Stack, index: int, known: dict[Hashable, Behaviour]) -> LayerTable:
     layer = stack.layers[index]
+    where = f"layer {index} of {stack.path} ({type(layer).__name__})"
     try:
         return layer_table(record_layer(layer, stack.calls[index], known))
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"layer {index} of {stack.path} ({type(layer).__name__}): {error}") from error
+        raise UnsupportedModelError(f"{where}: {error}") from error
+    except RAISED as error:
+        raise UnsupportedModelError(f"{where} does not run alone: {type(error).__name__}: {error}") from error
 
 
 def _outline(table: LayerTable) -> tuple:
     """The part of a table in which all layers must be alike. Attention and other mixers may take turns."""
-    mixing = {"mixer": "attention"}
-    return table.parallel, tuple(
-        (mixing.get(block.kind, block.kind), block.norm_after, block.between) for block in table.blocks
-    )
+    return table.parallel, tuple((block.table, block.norm_after, block.between) for block in table.blocks)
 
 
 def _merged(stack: Stack, blocks: list[DiscoveredBlock], notes: list[str]) -> DiscoveredBlock:

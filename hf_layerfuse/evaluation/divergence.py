@@ -39,6 +39,22 @@ def prediction(output: Mapping[str, Any]) -> Tensor:
     return found
 
 
+def near(ours: Tensor, theirs: Tensor, tolerance: float | None = None) -> bool:
+    """Whether two results of the same computation are equal up to rounding.
+
+    Args:
+        ours: One result, of any shape.
+        theirs: The other result.
+        tolerance: Largest difference as a share of the largest value; by default 2e-4, or 5e-2 in half precision.
+    """
+    if ours.shape != theirs.shape:
+        return False
+    if tolerance is None:
+        tolerance = 2e-4 if theirs.dtype in (torch.float32, torch.float64) else 5e-2
+    ours, theirs = ours.float(), theirs.float()
+    return (ours - theirs).abs().max().item() <= tolerance * (1e-6 + theirs.abs().max().item())
+
+
 def divergence(ours: Mapping[str, Any], theirs: Mapping[str, Any], mask: Tensor | None = None) -> tuple[float, float]:
     """Divergence of one model output from another, as a sum and its divisor.
 

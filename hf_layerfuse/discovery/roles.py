@@ -1,11 +1,16 @@
-"""The queries, keys and values of an attention block, and the maps and norms that give them."""
+"""The roles of the maps and norms of a block, found from what they read and what depends on them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from .dataflow import LayerGraph, ModuleCall
 from .sums import Branch
+
+MEANINGS = frozenset({"norm", "q", "k", "v", "qkv", "q_norm", "k_norm", "in", "gate", "gate_in", "out"})
+"""Roles of maps and norms that alignment and refit know."""
 
 _FUSED = ("scaled_dot_product", "flash_attn", "flex_attention")
 _SOFTMAX = frozenset({"_softmax", "softmax", "_safe_softmax"})
@@ -26,9 +31,14 @@ class Operands:
 
 
 def attention_operands(graph: LayerGraph, branch: Branch) -> Operands | None:
-    """Operands of the attention kernel in a branch, or None if the branch has none.
+    """Operands of the attention kernel in a branch.
 
-    The kernel is either one fused operation, or a product, a softmax and a second product.
+    Args:
+        graph: Dataflow of the layer.
+        branch: Branch of the block.
+
+    Returns:
+        The operands, or None if the branch has neither a fused kernel nor a softmax between two products.
     """
     inside = [at for at in range(len(graph.nodes)) if branch.nodes >> at & 1]
     for node in inside:
@@ -112,7 +122,12 @@ def _is_output(graph: LayerGraph, branch: Branch, call: ModuleCall) -> bool:
 
 
 def memory_roles(graph: LayerGraph, operands: Operands) -> dict[str, str]:
-    """Role -> path, for the maps of a cross-attention block that read the states of an encoder."""
+    """Role -> path, for the maps of a cross-attention block that read the states of an encoder.
+
+    Args:
+        graph: Dataflow of the layer.
+        operands: Operands of the kernel of the block.
+    """
     found = {}
     for call in graph.calls:
         if call.behaviour == "linear" and call.inputs and not graph.on_stream(call.inputs[0]):
@@ -120,3 +135,85 @@ def memory_roles(graph: LayerGraph, operands: Operands) -> dict[str, str]:
             if of in ("k", "v"):
                 found[of] = call.path
     return found
+
+
+def mlp_roles(
+    graph: LayerGraph, branch: Branch, out: ModuleCall, readers: list[ModuleCall]
+) -> tuple[dict[str, str], str | None]:
+    """Role -> path, for the maps of an MLP that read the stream, and the path of its activation.
+
+    Args:
+        graph: Dataflow of the layer.
+        branch: Branch of the block.
+        out: Output projection.
+        readers: Maps that read the stream.
+
+    Returns:
+        `in`, `gate` and `in`, or one `gate_in`; empty if the maps are others. The activation is None without a role.
+    """
+    activations = [call for call in branch.calls if call.behaviour == "activation"]
+    activation = activations[0] if len(activations) == 1 else None
+    width = graph.nodes[out.inputs[0]].shape[-1]
+    wide = {reader: graph.nodes[reader.outputs[0]].shape[-1] for reader in readers}
+    roles: dict[str, str] = {}
+    if len(readers) == 1 and wide[readers[0]] == width:
+        roles = {"in": readers[0].path}
+    elif len(readers) == 1 and wide[readers[0]] == 2 * width:
+        roles = {"gate_in": readers[0].path}
+    elif len(readers) == 2 and set(wide.values()) == {width} and activation is not None:
+        gates = [reader for reader in readers if graph.depends(activation.inputs[0], reader.outputs[0])]
+        if len(gates) == 1:
+            roles = {"gate" if reader in gates else "in": reader.path for reader in readers}
+    return roles, activation.path if activation is not None and roles else None
+
+
+def output_of(graph: LayerGraph, branch: Branch) -> tuple[ModuleCall | None, list[str]]:
+    """Find the output projection of a branch.
+
+    Args:
+        graph: Dataflow of the layer.
+        branch: Branch of the block.
+
+    Returns:
+        The projection, or None; and the paths of the norms, parameters and numbers between it and the residual sum,
+        in this order.
+    """
+    between: list[str] = []
+    node = branch.end
+    while True:
+        call = graph.giver(node, "linear", "norm")
+        if call is not None and call.behaviour == "linear":
+            return call, between[::-1]
+        factor = _factor(graph, node)
+        if call is not None:
+            between.append(call.path)
+            node = call.inputs[0]
+        elif factor is not None:
+            between.append(factor[0])
+            node = factor[1]
+        elif (before := graph.one_back(node)) is not None:
+            node = before
+        else:
+            return None, between[::-1]
+
+
+def _factor(graph: LayerGraph, node: int) -> tuple[str, int] | None:
+    """Path of the number or parameter that a product multiplies the stream with, and the node of the stream."""
+    made = graph.nodes[node]
+    if made.operation != "mul":
+        return None
+    if len(made.inputs) == 1 and len(made.numbers) == 1:
+        path = _attribute(graph.layer, made.numbers[0])
+        return None if path is None else (path, made.inputs[0])
+    states = [at for at in made.inputs if graph.on_stream(at)]
+    weights = [name for at in made.inputs if not graph.on_stream(at) and (name := graph.weight_behind(at))]
+    return (weights[0], states[0]) if len(states) == len(weights) == 1 else None
+
+
+def _attribute(layer: nn.Module, number: float) -> str | None:
+    """Path of the attribute of a layer that holds a number, or None."""
+    for path, module in layer.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and value == number:
+                return f"{path}.{name}" if path else name
+    return None
