@@ -21,6 +21,7 @@ from .report.tables import text_table
 
 _WORDS = {
     "pass stack= with one of": "give --stack with one of",
+    "leave stack= out": "leave --stack out",
     "Pass a representative batch of its inputs": "Give a representative batch of its inputs with --batch FILE",
 }
 """Advice in errors of `discover_architecture` -> the same on the command line."""
@@ -40,7 +41,7 @@ def adapt(name: str, batch: Path | None = None, stack: str | None = None) -> str
 
     Raises:
         CheckpointError: The model cannot be loaded, or there is only a config.
-        DataError: The file of the batch is missing or cannot be read.
+        DataError: The file of the batch is missing or cannot be read, or it has one token per row.
         UnsupportedModelError: The architecture cannot be found or described.
     """
     inputs = None if batch is None else read_batch(batch)
@@ -67,8 +68,15 @@ def read_batch(path: Path) -> Mapping[str, Tensor]:
     """Tensors of a `.safetensors` or `.npz` file by name. Nothing in it is unpickled.
 
     Raises:
-        DataError: The file is missing, has another ending, or cannot be read.
+        DataError: The file is missing or empty, has another ending, or cannot be read.
     """
+    found = _arrays(path)
+    if not found:
+        raise DataError(f"--batch {path} is empty: give a file with a tensor for each input of the model.")
+    return found
+
+
+def _arrays(path: Path) -> dict[str, Tensor]:
     if path.suffix not in (".safetensors", ".npz"):
         raise DataError(
             f"--batch {path} is not a .safetensors or .npz file: give one with a tensor for each input of the model, "

@@ -1,5 +1,8 @@
 """`hf-layerfuse adapt` prints the architecture table of a checkpoint."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +53,17 @@ def test_a_config_is_refused(checkpoint, capsys):
     assert "an architecture is found by running a model: name a checkpoint with weights" in capsys.readouterr().err
 
 
+def test_code_of_a_checkpoint_is_not_run(checkpoint, tmp_path, capsys):
+    """A checkpoint with code of its own is refused with how to load it."""
+    shutil.copytree(checkpoint, tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own" / "own.py").write_text("raise AssertionError")
+    assert main(["adapt", str(tmp_path / "own")]) == 1
+    assert "has code of its own, which is not run unasked: read it, then load the model" in capsys.readouterr().err
+
+
 def test_batches_are_read_without_pickle(tmp_path):
     """Files of safetensors and numpy are read; pickles, in whatever file, are not."""
     expected = configured_inputs("llama")["input_ids"]
@@ -62,7 +76,17 @@ def test_batches_are_read_without_pickle(tmp_path):
     (tmp_path / "half.npz").write_bytes((tmp_path / "batch.npz").read_bytes()[:100])
     with (tmp_path / "unnamed.npz").open("wb") as file:
         np.save(file, expected.numpy())
-    wrong = ("objects.npz", "batch.pt", "broken.safetensors", "missing.npz", "empty.npz", "half.npz", "unnamed.npz")
+    np.savez(tmp_path / "nothing.npz")
+    wrong = (
+        "nothing.npz",
+        "objects.npz",
+        "batch.pt",
+        "broken.safetensors",
+        "missing.npz",
+        "empty.npz",
+        "half.npz",
+        "unnamed.npz",
+    )
     for name in wrong:
         with pytest.raises(DataError, match=f"--batch .*{name}"):
             read_batch(tmp_path / name)
