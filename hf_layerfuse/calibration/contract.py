@@ -62,19 +62,20 @@ def check_contract(
     batch = next(iter(batches or ()), None)
     if batch is None or not isinstance(architecture, TransformerArchitecture):
         return
-    inputs = model_inputs(Sample.of([batch]).batches[0], model)  # which says what is wrong with a batch
+    inputs = model_inputs(Sample.of([batch]).batches[0], model)  # refuses a batch without tensors
     with eval_mode(model), torch.no_grad():
         _Contract(model, first_rows(inputs, _ROWS), architecture).check()
 
 
 class _Contract:
-    """The checks of one table on one batch."""
+    """The checks of one table on one batch, on the device of the model."""
 
     def __init__(self, model: PreTrainedModel, batch: Mapping[str, Tensor], architecture: TransformerArchitecture):
         self.model, self.batch, self.architecture = model, batch, architecture
         self.tolerance = 2e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
 
     def check(self) -> None:
+        """Run all checks; the first one that fails raises `UnsupportedModelError`."""
         self._check_lists()
         layerwise = LayerwiseForward(self.model, Sample.of([self.batch]), self.architecture)
         chosen = self._representatives(layerwise.layers)
@@ -111,9 +112,26 @@ class _Contract:
         return set(found.values())
 
     def _check_layer(self, layerwise: LayerwiseForward, index: int) -> None:
-        layer, architecture = layerwise.layers[index], self.architecture
+        layer, architecture, where = layerwise.layers[index], self.architecture, f"in layer {index}, "
         blocks = [block for block in architecture.blocks(self.model) if block.layer == index]
-        places = {kind: ["read", "residual", "sum"] for kind in architecture.kinds}
+        seen = self._check_inputs(layerwise, blocks, where)
+        for block in blocks:
+            if "out" in block.modules:
+                self._check_sum(layer, block.kind, seen, where)
+                self._check_layout(layerwise, block, seen[None], where)
+            if index not in architecture.fixed.get(block.kind, ()):
+                self._check_placeholders(layerwise, layer, block.kind, "out" in block.modules, where)
+        if architecture.post_norm:
+            end = layer.get_submodule(architecture.mlp["norm"])(seen[HookPoint("mlp", "sum")].to(self.model.dtype))
+            self._require(
+                self._near(end, seen[None]), f"{where}`norm` of mlp does not give the output of the layer: `post_norm`"
+            )
+
+    def _check_inputs(
+        self, layerwise: LayerwiseForward, blocks: list[Block], where: str
+    ) -> dict[HookPoint | None, Tensor]:
+        """Require that maps receive what the table names, and return the tensors at all places of a layer."""
+        places = {kind: ["read", "residual", "sum"] for kind in self.architecture.kinds}
         for block in blocks:
             if "out" in block.modules:
                 places[block.kind].append("output")
@@ -127,7 +145,6 @@ class _Contract:
         inputs: dict[tuple[str, str], list[Tensor]] = {}
         with watch(readers, lambda key, tensor: inputs.setdefault(key, []).append(tensor)):
             seen = _first(layerwise.look(*points, None))
-        where = f"in layer {index}, "
         for (kind, role), tensors in inputs.items():
             read = seen[HookPoint(kind, "read")]
             self._require(
@@ -135,25 +152,17 @@ class _Contract:
                 f"{where}{role!r} of {kind} does not read what the table says: check `norm` of {kind}, `post_norm` and "
                 "the order of `skip`",
             )
-        for block in blocks:
-            kind = block.kind
-            if "out" in block.modules:
-                added = through(layer, architecture, kind, seen[HookPoint(kind, "output")])
-                stream = seen[HookPoint(kind, "residual")]
-                self._require(
-                    self._near(stream + added.view(stream.shape), seen[HookPoint(kind, "sum")]),
-                    f"{where}the stream plus 'out' of {kind} is not the stream after {kind}: check `out`, `between`, "
-                    "`parallel` and `post_norm`",
-                )
-                self._check_layout(layerwise, block, seen[None], where)
-            if index in architecture.fixed.get(kind, ()):
-                continue
-            self._check_placeholders(layerwise, layer, kind, "out" in block.modules, where)
-        if architecture.post_norm:
-            end = layer.get_submodule(architecture.mlp["norm"])(seen[HookPoint("mlp", "sum")].to(self.model.dtype))
-            self._require(
-                self._near(end, seen[None]), f"{where}`norm` of mlp does not give the output of the layer: `post_norm`"
-            )
+        return seen
+
+    def _check_sum(self, layer: nn.Module, kind: str, seen: Mapping[HookPoint | None, Tensor], where: str) -> None:
+        """Require that the stream plus the output of a block is the stream after the block."""
+        added = through(layer, self.architecture, kind, seen[HookPoint(kind, "output")])
+        stream = seen[HookPoint(kind, "residual")]
+        self._require(
+            self._near(stream + added.view(stream.shape), seen[HookPoint(kind, "sum")]),
+            f"{where}the stream plus 'out' of {kind} is not the stream after {kind}: check `out`, `between`, "
+            "`parallel` and `post_norm`",
+        )
 
     def _check_layout(self, layerwise: LayerwiseForward, block: Block, output: Tensor, where: str) -> None:
         """Require that changes that leave the function of a block, by its table, leave the output of its layer."""

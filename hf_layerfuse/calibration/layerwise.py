@@ -300,5 +300,5 @@ def _as_tokens(found: Tensor, states: Tensor) -> Tensor:
 
 
 def _more_outputs(output: Any) -> tuple[Any, ...] | None:
-    """What a layer returns behind its hidden states; None if it returns the hidden states alone, without a tuple."""
+    """Outputs of a layer after its hidden states; None if it returns the hidden states alone, without a tuple."""
     return output[1:] if isinstance(output, tuple) else None

@@ -67,7 +67,7 @@ class DiscoveredBlock:
 
 @dataclass(frozen=True)
 class LayerTable:
-    """The blocks of a layer, and what joins them.
+    """The blocks of a layer, and their sums.
 
     Attributes:
         blocks: Blocks in execution order.
@@ -84,6 +84,12 @@ class LayerTable:
 
 def layer_table(graph: LayerGraph) -> LayerTable:
     """Find the blocks of a layer.
+
+    Args:
+        graph: Dataflow of the layer.
+
+    Returns:
+        The blocks, and the parameters that belong to none of them.
 
     Raises:
         UnsupportedModelError: The layer is not a chain of residual sums, or attends inside windows.
@@ -145,7 +151,14 @@ def _block(graph: LayerGraph, branch: Branch) -> DiscoveredBlock:
 
 
 def opaque(block: DiscoveredBlock) -> DiscoveredBlock:
-    """A block without its maps, which can be kept, shared or dropped."""
+    """Make a block opaque, so that it can only be kept, shared or dropped.
+
+    Args:
+        block: Block with or without roles of maps.
+
+    Returns:
+        The block, whose roles are its norm and one for each other module of `skip` that has parameters.
+    """
     norm = block.roles.get("norm")
     roles = {} if norm is None else {"norm": norm}
     _name_parts(roles, [path for path, each in block.skip.items() if path != norm and each is not nn.Identity])

@@ -124,7 +124,16 @@ def _last_module(layer: nn.Module, block: DiscoveredBlock) -> nn.Module:
 
 
 def with_needed_norm(layer: nn.Module, call: LayerCall, block: DiscoveredBlock) -> DiscoveredBlock:
-    """A block whose norm stays when the block is removed, if its layer reads an attribute of the norm."""
+    """Keep the norm of a removed block, if its layer reads an attribute of the norm.
+
+    Args:
+        layer: Layer of the block.
+        call: Call of the layer.
+        block: Block with its placeholders.
+
+    Returns:
+        The block, without a placeholder for its norm if the layer cannot run with it.
+    """
     try:
         with replaced(layer, block.skip):
             call.run(layer)

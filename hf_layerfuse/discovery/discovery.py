@@ -78,7 +78,7 @@ class Discovery:
 
     @property
     def between(self) -> Mapping[str, tuple[str, ...]]:
-        """Kind -> paths of what lies between `out` and the residual sum."""
+        """Kind -> paths of the parts between `out` and the residual sum."""
         return {block.kind: block.between for block in self.blocks if block.between}
 
     @property

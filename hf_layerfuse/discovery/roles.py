@@ -1,4 +1,4 @@
-"""The roles of the maps and norms of a block, found from what they read and what depends on them."""
+"""The roles of the maps and norms of a block, from the dataflow of its layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Operands:
     k: int
     v: int
 
-    def behind(self, graph: LayerGraph, node: int) -> str:
+    def fed_by(self, graph: LayerGraph, node: int) -> str:
         """Letters of the operands that depend on a node."""
         return "".join(role for role in "qkv" if graph.depends(getattr(self, role), node))
 
@@ -81,21 +81,21 @@ def attention_roles(
         `q`, `k` and `v`, or one `qkv`; empty if other maps lie between the readers and the kernel. `q_norm` and
         `k_norm` where they exist.
     """
-    behind = {reader: operands.behind(graph, reader.outputs[0]) for reader in readers}
+    feeds = {reader: operands.fed_by(graph, reader.outputs[0]) for reader in readers}
     if any(_mapped_again(graph, branch, reader) for reader in readers):
         return {}
-    if len(readers) == 1 and behind[readers[0]] == "qkv":
+    if len(readers) == 1 and feeds[readers[0]] == "qkv":
         roles = {"qkv": readers[0].path}
-    elif all(len(of) == 1 for of in behind.values()) and len(set(behind.values())) == len(readers):
-        roles = {of: reader.path for reader, of in behind.items()}
-        if operands.behind(graph, graph.source) != "".join(sorted(roles, key="qkv".index)):
+    elif all(len(role) == 1 for role in feeds.values()) and len(set(feeds.values())) == len(readers):
+        roles = {role: reader.path for reader, role in feeds.items()}
+        if operands.fed_by(graph, graph.source) != "".join(sorted(roles, key="qkv".index)):
             return {}
     else:
         return {}
     for norm in norms:
-        of = operands.behind(graph, norm.outputs[0])
-        if of in ("q", "k"):
-            roles[f"{of}_norm"] = norm.path
+        role = operands.fed_by(graph, norm.outputs[0])
+        if role in ("q", "k"):
+            roles[f"{role}_norm"] = norm.path
     return roles
 
 
@@ -131,9 +131,9 @@ def memory_roles(graph: LayerGraph, operands: Operands) -> dict[str, str]:
     found = {}
     for call in graph.calls:
         if call.behaviour == "linear" and call.inputs and not graph.on_stream(call.inputs[0]):
-            of = operands.behind(graph, call.outputs[0])
-            if of in ("k", "v"):
-                found[of] = call.path
+            role = operands.fed_by(graph, call.outputs[0])
+            if role in ("k", "v"):
+                found[role] = call.path
     return found
 
 
@@ -206,7 +206,7 @@ def _factor(graph: LayerGraph, node: int) -> tuple[str, int] | None:
         path = _attribute(graph.layer, made.numbers[0])
         return None if path is None else (path, made.inputs[0])
     states = [at for at in made.inputs if graph.on_stream(at)]
-    weights = [name for at in made.inputs if not graph.on_stream(at) and (name := graph.weight_behind(at))]
+    weights = [name for at in made.inputs if not graph.on_stream(at) and (name := graph.weight_of(at))]
     return (weights[0], states[0]) if len(states) == len(weights) == 1 else None
 
 

@@ -26,6 +26,10 @@ _ASK_FOR_BATCH = "Pass a representative batch of its inputs."
 def inputs_for(model: PreTrainedModel, batch: Mapping[str, Any] | None) -> dict[str, Tensor]:
     """Two rows of a batch on the device of a model, or random inputs if there is none.
 
+    Args:
+        model: Model that reads the inputs.
+        batch: Batch of the user, or None.
+
     Raises:
         DataError: The batch is not a dict of tensors.
         UnsupportedModelError: There is no batch, and random inputs cannot be made for this model.

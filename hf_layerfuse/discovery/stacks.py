@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +30,11 @@ class LayerCall:
     """The only call of a layer in a forward pass.
 
     Attributes:
-        states: Stream that the layer read, a copy.
+        states: Residual stream that the layer read, a copy: (batch, tokens, width), or with more axes between.
         args: Its other positional arguments. None replaces a cache.
         kwargs: Its other keyword arguments. None replaces a cache.
         name: Name of the argument that held the stream; None for the first positional argument.
-        output: Stream that the layer returned, a copy.
+        output: Stream that the layer returned, a copy, of the same shape.
     """
 
     states: Tensor
@@ -43,8 +43,16 @@ class LayerCall:
     name: str | None
     output: Tensor
 
-    def run(self, layer: nn.Module, states: Tensor | None = None) -> Any:
-        """Run a layer with these arguments, on its own stream or another one, and return its whole output."""
+    def run(self, layer: Callable[..., Any], states: Tensor | None = None) -> Any:
+        """Run a layer with these arguments.
+
+        Args:
+            layer: The layer, a copy of it, or a function with its arguments.
+            states: Stream to read in place of `self.states`, of the same shape.
+
+        Returns:
+            The whole output of the layer.
+        """
         states = self.states if states is None else states
         if self.name is None:
             return layer(states, *self.args, **self.kwargs)

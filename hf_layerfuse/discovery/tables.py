@@ -20,8 +20,11 @@ from .stacks import RAISED, Stack
 def stack_table(stack: Stack) -> tuple[LayerTable, tuple[str, ...]]:
     """The table of the layers of a stack.
 
-    Where layers differ in a part that nothing fits, the table leaves it out. Where they differ in the maps of a block,
-    the block becomes opaque.
+    A part without a meaning that some layers lack is left out of the table. A block becomes opaque if its maps differ
+    between layers.
+
+    Args:
+        stack: Stack of the model.
 
     Returns:
         The table, and a sentence for each difference between the layers.

@@ -19,13 +19,6 @@ from .inspect import Rows, load_model
 from .progress import say, steps
 from .report.tables import text_table
 
-_WORDS = {
-    "pass stack= with one of": "give --stack with one of",
-    "leave stack= out": "leave --stack out",
-    "Pass a representative batch of its inputs": "Give a representative batch of its inputs with --batch FILE",
-}
-"""Advice in errors of `discover_architecture` -> the same on the command line."""
-
 
 @steps()
 def adapt(name: str, batch: Path | None = None, stack: str | None = None) -> str:
@@ -56,9 +49,9 @@ def adapt(name: str, batch: Path | None = None, stack: str | None = None) -> str
         found = discover_architecture(model, inputs, stack=stack)
         source = found.source()
     except UnsupportedModelError as error:
-        message = str(error)
-        for ours, theirs in _WORDS.items():
-            message = message.replace(ours, theirs)
+        message = str(error).replace(
+            "Pass a representative batch of its inputs", "Give a representative batch of its inputs with --batch FILE"
+        )
         raise UnsupportedModelError(message) from error
     table = "\n".join(f"# {line}".rstrip() for line in text_table(checks_table(found)).splitlines())
     return f"{source}\n\n{table}"

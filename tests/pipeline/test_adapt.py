@@ -11,6 +11,7 @@ from repeated import repeated
 from runs import causal_lm
 from safetensors.torch import save_file
 from tiny_configs import configured_inputs, configured_model
+from transformers import BartForCausalLM
 
 from hf_layerfuse import DataError
 from hf_layerfuse.cli import main
@@ -45,6 +46,8 @@ def test_adapt_asks_in_options(tmp_path, capsys):
     assert "give --stack with one of 'encoder' (model.encoder.layers, 6 layers" in capsys.readouterr().err
     assert main(["adapt", str(tmp_path), "--stack", "encoder"]) == 0
     assert 'layers = "encoder.layers"' in capsys.readouterr().out
+    assert main(["adapt", str(tmp_path), "--stack", "middle"]) == 1
+    assert "has no stack 'middle'. It has 'encoder'" in capsys.readouterr().err
 
 
 def test_a_config_is_refused(checkpoint, capsys):
@@ -103,6 +106,18 @@ def test_inspect_knows_discovered_tables(tmp_path, capsys):
     assert shown.out.count("yes") == 2
     assert "warning: unknown architecture 'repeated': RepeatedArchitecture was discovered" in shown.err
     assert f"`hf-layerfuse adapt {tmp_path}` prints this table" in shown.err
+
+
+def test_inspect_shows_the_chosen_stack(tmp_path, capsys):
+    """`--stack` chooses the stack that `inspect` shows. Without it, a decoder alone is refused with the option."""
+    model = configured_model("bart")
+    BartForCausalLM(model.config).save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "give --stack to choose another of its stacks (decoder)" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path), "--stack", "decoder"]) == 0
+    assert "attention to the next" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path), "--stack", "middle"]) == 1
+    assert "'bart' has no stack 'middle'. It has: encoder, decoder" in capsys.readouterr().err
 
 
 @pytest.mark.slow
