@@ -165,6 +165,14 @@ def test_unknown_architectures_are_discovered(method, target, forget):
         method(model, batches=batches, check=False, **target)
 
 
+def test_inputs_that_random_ones_cannot_replace(forget):
+    """The result of a model that needs another input is verified on the calibration batches, which have it."""
+    batches = [{**tokens(), "side": torch.ones(8)}]
+    with pytest.warns(LayerFuseWarning, match="was discovered"):
+        small = fuse(repeated(side=1), keep_layers=4, batches=batches, effort="low")
+    assert len(small.layers) == 4
+
+
 @pytest.mark.slow
 def test_unknown_architectures_with_several_stacks(monkeypatch):
     """`fuse` asks which stack of an unknown architecture to fuse, and discovers the tables of all."""
