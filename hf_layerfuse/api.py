@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 
 from .calibration.samples import read
 from .discovery import ensure_architecture, is_unknown
-from .errors import RecipeError, UnsupportedModelError
-from .evaluation.batches import Batches, without_labels
+from .discovery.stacks import RAISED
+from .errors import RecipeError
+from .evaluation.batches import Batches, first_rows, model_inputs
 from .evaluation.dummy_inputs import dummy_inputs
 from .evaluation.metrics import bytes_in_memory
+from .evaluation.modes import eval_mode
 from .evaluation.precision import batch_for, in_float32
 from .methods.base import Method
 from .methods.collapse.method import COLLAPSE
@@ -174,13 +176,14 @@ def _compress(
 
 def _inputs_to_verify(model: PreTrainedModel, batches: Batches | None) -> dict[str, Any] | None:
     """Two rows of the calibration data, for models that random inputs do not fit; None for others."""
+    if not batches:
+        return None
     try:
-        dummy_inputs(model)
-    except UnsupportedModelError:
-        if not batches:
-            raise
+        with eval_mode(model), torch.inference_mode():
+            model(**dummy_inputs(model, 1))
+    except RAISED:
         first = next(iter(batches))
-        return batch_for(model, {name: value[:2] for name, value in without_labels(first).items()})
+        return batch_for(model, first_rows(model_inputs(first, model), 2))
     return None
 
 

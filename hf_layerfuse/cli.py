@@ -147,7 +147,8 @@ def _show(known: argparse.Namespace, rest: Sequence[str]) -> None:
     from .pipeline.inspect import inspect_tables
     from .pipeline.report.tables import text_table
 
-    print("\n\n".join(map(text_table, inspect_tables(known.model, known.similarity, known.text))))
+    tables = inspect_tables(known.model, known.similarity, known.text, known.stack)
+    print("\n\n".join(map(text_table, tables)))
 
 
 def _complain(prog: str, what: str) -> None:

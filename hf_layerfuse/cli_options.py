@@ -47,6 +47,8 @@ _RUN_OPTIONS: dict[str, Any] = {
     "Brackets show the default.",
 }
 
+_STACK: dict[str, Any] = {"metavar": "NAME", "help": "stack of layers, such as decoder, if the model has several"}
+
 OF_RECIPE: Mapping[type, str] = {Recipe: "", **{kind: f"{section}." for section, kind in SECTIONS.items()}}
 """Start of the option of a field, by the class that has it, in commands that take the recipe of a run."""
 
@@ -110,6 +112,7 @@ def main_parser() -> argparse.ArgumentParser:
     text = inspect.add_argument(
         "--text", type=Path, metavar="FILE", help="text file whose lines are used to compare activations"
     )
+    inspect.add_argument("--stack", **_STACK)
     model.complete = text.complete = shtab.FILE
     adapt = commands.add_parser(
         "adapt",
@@ -126,7 +129,7 @@ def main_parser() -> argparse.ArgumentParser:
         help=".safetensors or .npz file with a tensor for each input of the model, such as input_ids (default: random "
         "inputs)",
     )
-    adapt.add_argument("--stack", metavar="NAME", help="stack of layers, such as decoder, if the model has several")
+    adapt.add_argument("--stack", **_STACK)
     model.complete = batch.complete = shtab.FILE
     plan = commands.add_parser(
         "plan",
@@ -221,7 +224,7 @@ def in_options(error: LayerFuseError, options: Mapping[type, str], default: type
     """The message of an error with the options of the command line in place of the fields of recipes.
 
     Args:
-        error: Error whose message names fields, such as `keep_layers=0` or `heal.steps`.
+        error: Error whose message names fields, such as `keep_layers=0` or `heal.steps`, or asks for `stack=`.
         options: Start of the option of a field, by class.
         default: Class of the fields in messages that do not belong to one class.
     """
@@ -231,6 +234,8 @@ def in_options(error: LayerFuseError, options: Mapping[type, str], default: type
             names = "|".join(field.name for field in fields(kind))
             option = rf"--{options[kind]}\1"
             message = re.sub(rf"(?<![\w./-]){section}\.({names})\b(?!\.\w|/)", option, message)
+    stack = f"--{options.get(default, '')}stack"
+    message = message.replace("pass stack= ", f"give {stack} ").replace("leave stack= out", f"leave {stack} out")
     kind = getattr(error, "recipe", None) or default
     if not isinstance(error, RecipeError) or kind not in options:
         return message

@@ -7,7 +7,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads take longer to start than a tiny model to load
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import re
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -35,13 +34,6 @@ def _drawn_where_it_matters(draw):
 
 for _layer in (torch.nn.Linear, torch.nn.Embedding):
     _layer.reset_parameters = _drawn_where_it_matters(_layer.reset_parameters)
-
-_normal = torch.nn.init._no_grad_normal_
-torch.nn.init._no_grad_normal_ = lambda tensor, *args, **options: (
-    tensor if tensor.is_meta else _normal(tensor, *args, **options)
-)
-
-re._MAXCACHE = 1 << 16  # transformers compiles the same thousand patterns for every model that it loads
 
 
 @pytest.fixture(params=LAYOUTS)

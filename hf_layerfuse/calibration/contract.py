@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from ..evaluation.batches import Batches, model_inputs, take
-from ..evaluation.divergence import prediction
+from ..evaluation.batches import Batches, first_rows, model_inputs
+from ..evaluation.divergence import near, prediction
 from ..evaluation.hooks import watch
 from ..evaluation.modes import eval_mode, outside_inference_mode
 from ..models.architectures import READERS, Block, LayerArchitecture, TransformerArchitecture, architecture_for, part_at
+from ..models.removal import replaced, silenced
 from ..models.surgery.checks import shapes_of
 from ..models.symmetries import disguise
 from .layer_hooks import HookPoint
@@ -38,11 +39,12 @@ def check_contract(
 ) -> None:
     """Check the table of an architecture on a model: a few forward passes of two rows, without a copy of the model.
 
-    - The layers, run one by one, are the whole model.
-    - The maps that read the input of a block read what the table says.
-    - The stream plus the output of a block, behind what the table has between them, is the stream after the block.
-    - Another order of units and heads, and rotations of heads, as alignment makes them, leave the outputs of a layer.
-    - A layer whose block is replaced by its stand-ins is the layer whose block adds zero.
+    - The layers, run one by one, compute the same as the whole model.
+    - The maps that read the input of a block receive the tensor that the table names.
+    - The residual stream plus the output of a block, after the parts in `between`, is the stream after the block.
+    - Another order of units and heads, and rotations of heads, as alignment makes them, do not change the output of a
+      layer.
+    - A layer whose block is replaced by its placeholders computes the same as if the block added zero.
     - The table names each config field that has one entry per layer.
 
     Layers of each shape and each type of the config are checked.
@@ -60,20 +62,20 @@ def check_contract(
     batch = next(iter(batches or ()), None)
     if batch is None or not isinstance(architecture, TransformerArchitecture):
         return
-    inputs = model_inputs(Sample.of([batch]).batches[0], model)  # which says what is wrong with a batch
-    rows = torch.arange(len(next(iter(inputs.values())))) < _ROWS
+    inputs = model_inputs(Sample.of([batch]).batches[0], model)  # refuses a batch without tensors
     with eval_mode(model), torch.no_grad():
-        _Contract(model, take(inputs, rows), architecture).check()
+        _Contract(model, first_rows(inputs, _ROWS), architecture).check()
 
 
 class _Contract:
-    """The checks of one table on one batch."""
+    """The checks of one table on one batch, on the device of the model."""
 
     def __init__(self, model: PreTrainedModel, batch: Mapping[str, Tensor], architecture: TransformerArchitecture):
         self.model, self.batch, self.architecture = model, batch, architecture
         self.tolerance = 2e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
 
     def check(self) -> None:
+        """Run all checks; the first one that fails raises `UnsupportedModelError`."""
         self._check_lists()
         layerwise = LayerwiseForward(self.model, Sample.of([self.batch]), self.architecture)
         chosen = self._representatives(layerwise.layers)
@@ -104,15 +106,32 @@ class _Contract:
             )
 
     def _representatives(self, layers: nn.ModuleList) -> set[int]:
-        """Indices of one layer of each shape and type, not the first of all where there is another."""
+        """Indices of one layer of each shape and type: the last one, because first layers are often special."""
         types = getattr(self.architecture.config_of(self.model.config), "layer_types", None) or [None] * len(layers)
         found = {(shapes_of(layer), kind): i for i, (layer, kind) in enumerate(zip(layers, types, strict=True))}
         return set(found.values())
 
     def _check_layer(self, layerwise: LayerwiseForward, index: int) -> None:
-        layer, architecture = layerwise.layers[index], self.architecture
+        layer, architecture, where = layerwise.layers[index], self.architecture, f"in layer {index}, "
         blocks = [block for block in architecture.blocks(self.model) if block.layer == index]
-        places = {kind: ["read", "residual", "sum"] for kind in architecture.kinds}
+        seen = self._check_inputs(layerwise, blocks, where)
+        for block in blocks:
+            if "out" in block.modules:
+                self._check_sum(layer, block.kind, seen, where)
+                self._check_layout(layerwise, block, seen[None], where)
+            if index not in architecture.fixed.get(block.kind, ()):
+                self._check_placeholders(layerwise, layer, block.kind, "out" in block.modules, where)
+        if architecture.post_norm:
+            end = layer.get_submodule(architecture.mlp["norm"])(seen[HookPoint("mlp", "sum")].to(self.model.dtype))
+            self._require(
+                self._near(end, seen[None]), f"{where}`norm` of mlp does not give the output of the layer: `post_norm`"
+            )
+
+    def _check_inputs(
+        self, layerwise: LayerwiseForward, blocks: list[Block], where: str
+    ) -> dict[HookPoint | None, Tensor]:
+        """Require that maps receive what the table names, and return the tensors at all places of a layer."""
+        places = {kind: ["read", "residual", "sum"] for kind in self.architecture.kinds}
         for block in blocks:
             if "out" in block.modules:
                 places[block.kind].append("output")
@@ -126,7 +145,6 @@ class _Contract:
         inputs: dict[tuple[str, str], list[Tensor]] = {}
         with watch(readers, lambda key, tensor: inputs.setdefault(key, []).append(tensor)):
             seen = _first(layerwise.look(*points, None))
-        where = f"in layer {index}, "
         for (kind, role), tensors in inputs.items():
             read = seen[HookPoint(kind, "read")]
             self._require(
@@ -134,25 +152,17 @@ class _Contract:
                 f"{where}{role!r} of {kind} does not read what the table says: check `norm` of {kind}, `post_norm` and "
                 "the order of `skip`",
             )
-        for block in blocks:
-            kind = block.kind
-            if "out" in block.modules:
-                added = through(layer, architecture, kind, seen[HookPoint(kind, "output")])
-                stream = seen[HookPoint(kind, "residual")]
-                self._require(
-                    self._near(stream + added.view(stream.shape), seen[HookPoint(kind, "sum")]),
-                    f"{where}the stream plus 'out' of {kind} is not the stream after {kind}: check `out`, `between`, "
-                    "`parallel` and `post_norm`",
-                )
-                self._check_layout(layerwise, block, seen[None], where)
-            if index in architecture.fixed.get(kind, ()):
-                continue
-            self._check_stand_ins(layerwise, layer, kind, "out" in block.modules, where)
-        if architecture.post_norm:
-            end = layer.get_submodule(architecture.mlp["norm"])(seen[HookPoint("mlp", "sum")].to(self.model.dtype))
-            self._require(
-                self._near(end, seen[None]), f"{where}`norm` of mlp does not give the output of the layer: `post_norm`"
-            )
+        return seen
+
+    def _check_sum(self, layer: nn.Module, kind: str, seen: Mapping[HookPoint | None, Tensor], where: str) -> None:
+        """Require that the stream plus the output of a block is the stream after the block."""
+        added = through(layer, self.architecture, kind, seen[HookPoint(kind, "output")])
+        stream = seen[HookPoint(kind, "residual")]
+        self._require(
+            self._near(stream + added.view(stream.shape), seen[HookPoint(kind, "sum")]),
+            f"{where}the stream plus 'out' of {kind} is not the stream after {kind}: check `out`, `between`, "
+            "`parallel` and `post_norm`",
+        )
 
     def _check_layout(self, layerwise: LayerwiseForward, block: Block, output: Tensor, where: str) -> None:
         """Require that changes that leave the function of a block, by its table, leave the output of its layer."""
@@ -167,36 +177,34 @@ class _Contract:
             "output: check the roles of the maps, `joint`, `pairing`, `bound_heads` and `heads(config, layer)`",
         )
 
-    def _check_stand_ins(
+    def _check_placeholders(
         self, layerwise: LayerwiseForward, layer: nn.Module, kind: str, has_out: bool, where: str
     ) -> None:
-        """Require that the stand-ins of a kind of block equal a block that adds zero."""
+        """Require that the placeholders of a kind of block equal a block that adds zero."""
         residual = HookPoint(kind, "residual")
-        with _replaced(layer, {path: make() for path, make in self.architecture.skip[kind].items()}):
+        with replaced(layer, self.architecture.skip[kind]):
             try:
                 without = _first(layerwise.look(residual, HookPoint(kind, "sum"), None))
             except (RuntimeError, TypeError, ValueError) as error:
                 words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                self._require(False, f"{where}the stand-ins in `skip` of {kind} cannot run: {words}")
+                self._require(False, f"{where}the placeholders in `skip` of {kind} cannot run: {words}")
         self._require(
             self._near(without[residual], without[HookPoint(kind, "sum")]),
-            f"{where}the stand-ins in `skip` of {kind} still add to the stream",
+            f"{where}the placeholders in `skip` of {kind} still add to the stream",
         )
         if has_out:
             between = self.architecture.between.get(kind)
             last = (between and part_at(layer, between)) or layer.get_submodule(self.architecture.table(kind)["out"])
-            with _silenced(last):
+            with silenced(last):
                 silent = _first(layerwise.look(None))
             self._require(
                 self._near(without[None], silent[None]),
-                f"{where}the stand-ins in `skip` of {kind} differ from a block that adds zero",
+                f"{where}the placeholders in `skip` of {kind} differ from a block that adds zero",
             )
 
     def _near(self, ours: Tensor, theirs: Tensor) -> bool:
-        if ours.numel() != theirs.numel():
-            return False
-        scale = theirs.float().abs().max().item()
-        return (ours.float().flatten() - theirs.float().flatten()).abs().max().item() <= self.tolerance * scale + 1e-9
+        """Whether two tensors hold the same values, also if one of them has its axes of rows and tokens in one."""
+        return near(ours.flatten(), theirs.flatten(), self.tolerance)
 
     def _require(self, met: bool, what: str) -> None:
         if not met:
@@ -209,25 +217,3 @@ class _Contract:
 
 def _first(found: Iterator[tuple[int, dict[Any, Tensor]]]) -> dict[Any, Tensor]:
     return next(iter(found))[1]
-
-
-@contextmanager
-def _replaced(layer: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    before = {path: part for path in modules if (part := part_at(layer, path)) is not None}
-    try:
-        for path in before:
-            layer.set_submodule(path, modules[path])
-        yield
-    finally:
-        for path, module in before.items():
-            layer.set_submodule(path, module)
-
-
-@contextmanager
-def _silenced(module: nn.Module) -> Iterator[None]:
-    zero: Callable[..., Tensor] = lambda _, args, output: torch.zeros_like(output)  # noqa: E731
-    handle = module.register_forward_hook(zero)
-    try:
-        yield
-    finally:
-        handle.remove()

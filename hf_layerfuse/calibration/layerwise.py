@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..evaluation.batches import model_inputs, output_mask, take, tokens_of
 from ..evaluation.divergence import divergence
-from ..evaluation.hooks import StopForward
+from ..evaluation.hooks import StopForward, uncached
 from ..math.ridge import Moments
 from ..models.architectures import LayerArchitecture, architecture_for
 from .layer_hooks import HookPoint, layer_hooks
@@ -60,7 +60,7 @@ class LayerwiseForward:
 
         def record(*args: Any, **kwargs: Any) -> Any:
             states, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            args, kwargs = tuple(map(_uncached, args)), {name: _uncached(arg) for name, arg in kwargs.items()}
+            args, kwargs = tuple(map(uncached, args)), {name: uncached(arg) for name, arg in kwargs.items()}
             first.append(states)
             calls.append((args, kwargs))
             if len(calls) == len(self.layers):
@@ -300,10 +300,5 @@ def _as_tokens(found: Tensor, states: Tensor) -> Tensor:
 
 
 def _more_outputs(output: Any) -> tuple[Any, ...] | None:
-    """What a layer returns behind its hidden states; None if it returns the hidden states alone, without a tuple."""
+    """Outputs of a layer after its hidden states; None if it returns the hidden states alone, without a tuple."""
     return output[1:] if isinstance(output, tuple) else None
-
-
-def _uncached(argument: Any) -> Any:
-    """An argument of a layer; None replaces a cache, which would hold the tokens of an earlier call."""
-    return None if isinstance(argument, Cache) else argument

@@ -77,7 +77,14 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
 
 @torch.no_grad()
 def mixes_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a token of the output depends on other tokens of the input, (batch, tokens, ..., width)."""
+    """Whether a token of the output of a module depends on other tokens of its input.
+
+    Args:
+        module: Module in eval mode.
+        args: Its positional arguments in the model. The first tensor of numbers is its input, (batch, tokens, ...,
+            width).
+        kwargs: Its keyword arguments in the model.
+    """
     states = next(
         (t for t in tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor) and t.is_floating_point()), None
     )

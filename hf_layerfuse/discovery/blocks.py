@@ -9,17 +9,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from .attention import Operands, attention_operands, attention_roles, memory_roles
 from .behaviour import mixes_tokens
-from .between import output_of
 from .dataflow import LayerGraph, ModuleCall
 from .placeholders import placeholders
+from .roles import MEANINGS, Operands, attention_operands, attention_roles, memory_roles, mlp_roles, output_of
 from .sums import Branch, branches_of, residual_sums
 
 BlockKind = Literal["attention", "cross", "mixer", "mlp"]
-
-MEANINGS = frozenset({"norm", "q", "k", "v", "qkv", "q_norm", "k_norm", "in", "gate", "gate_in", "out"})
-"""Roles of maps and norms that alignment and refit know."""
 
 _EXPERTS = frozenset({"topk", "_grouped_mm", "one_hot", "index_add", "scatter_reduce"})
 """Operations that send tokens to different weights."""
@@ -53,6 +49,11 @@ class DiscoveredBlock:
     silent: tuple[str, ...] = ()
 
     @property
+    def table(self) -> str:
+        """Kind of block whose table describes it. A mixer takes the place of attention."""
+        return "attention" if self.kind == "mixer" else self.kind
+
+    @property
     def opaque(self) -> bool:
         """Whether the block has no output projection, so that it can only be kept, shared or dropped."""
         return "out" not in self.roles
@@ -66,7 +67,7 @@ class DiscoveredBlock:
 
 @dataclass(frozen=True)
 class LayerTable:
-    """The blocks of a layer, and what joins them.
+    """The blocks of a layer, and their sums.
 
     Attributes:
         blocks: Blocks in execution order.
@@ -83,6 +84,12 @@ class LayerTable:
 
 def layer_table(graph: LayerGraph) -> LayerTable:
     """Find the blocks of a layer.
+
+    Args:
+        graph: Dataflow of the layer.
+
+    Returns:
+        The blocks, and the parameters that belong to none of them.
 
     Raises:
         UnsupportedModelError: The layer is not a chain of residual sums, or attends inside windows.
@@ -129,7 +136,7 @@ def _block(graph: LayerGraph, branch: Branch) -> DiscoveredBlock:
         roles |= attention_roles(graph, branch, operands, readers, small)
         roles |= memory_roles(graph, operands) if kind == "cross" else {}
     elif kind == "mlp" and out is not None:
-        found, activation = _mlp_roles(graph, branch, out, readers)
+        found, activation = mlp_roles(graph, branch, out, readers)
         roles |= found
     if out is not None:
         roles["out"] = out.path
@@ -144,7 +151,14 @@ def _block(graph: LayerGraph, branch: Branch) -> DiscoveredBlock:
 
 
 def opaque(block: DiscoveredBlock) -> DiscoveredBlock:
-    """A block without its maps, which can be kept, shared or dropped."""
+    """Make a block opaque, so that it can only be kept, shared or dropped.
+
+    Args:
+        block: Block with or without roles of maps.
+
+    Returns:
+        The block, whose roles are its norm and one for each other module of `skip` that has parameters.
+    """
     norm = block.roles.get("norm")
     roles = {} if norm is None else {"norm": norm}
     _name_parts(roles, [path for path, each in block.skip.items() if path != norm and each is not nn.Identity])
@@ -183,26 +197,6 @@ def _norm_before(graph: LayerGraph, branch: Branch) -> ModuleCall | None:
         if any(graph.depends(branch.end, node) for node in call.outputs) and call is not branch.sum.norm:
             return call
     return None
-
-
-def _mlp_roles(
-    graph: LayerGraph, branch: Branch, out: ModuleCall, readers: list[ModuleCall]
-) -> tuple[dict[str, str], str | None]:
-    """Roles of the maps of an MLP that read the stream, and the path of its activation."""
-    activations = [call for call in branch.calls if call.behaviour == "activation"]
-    activation = activations[0] if len(activations) == 1 else None
-    width = graph.nodes[out.inputs[0]].shape[-1]
-    wide = {reader: graph.nodes[reader.outputs[0]].shape[-1] for reader in readers}
-    roles: dict[str, str] = {}
-    if len(readers) == 1 and wide[readers[0]] == width:
-        roles = {"in": readers[0].path}
-    elif len(readers) == 1 and wide[readers[0]] == 2 * width:
-        roles = {"gate_in": readers[0].path}
-    elif len(readers) == 2 and set(wide.values()) == {width} and activation is not None:
-        gates = [reader for reader in readers if graph.depends(activation.inputs[0], reader.outputs[0])]
-        if len(gates) == 1:
-            roles = {"gate" if reader in gates else "in": reader.path for reader in readers}
-    return roles, activation.path if activation is not None and roles else None
 
 
 def _holds_kernel(graph: LayerGraph, branch: Branch, operands: Operands | None) -> bool:

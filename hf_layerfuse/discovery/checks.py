@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from ..evaluation.divergence import prediction
+from ..evaluation.divergence import near, prediction
 from ..models.architectures import part_at
+from ..models.removal import replaced, silenced
 from .blocks import DiscoveredBlock
-from .stacks import RAISED, LayerCall, Stack, first_tensor, near
+from .stacks import RAISED, LayerCall, Stack, first_tensor
 
 
 @torch.no_grad()
@@ -37,29 +38,52 @@ def check_removal(
         The difference, or None if there is none.
     """
     layer = stack.layers[index]
-    with silenced(layer, _last_module(layer, block)):
-        silent = prediction(model(**batch))
     try:
+        with silenced(_last_module(layer, block)):
+            silent = prediction(model(**batch))
         with replaced(layer, block.skip):
             removed = prediction(model(**batch))
     except RAISED as error:
         return f"{type(error).__name__}: {error}"
     if near(removed, silent):
         return None
+    if removed.shape != silent.shape:
+        return f"the outputs have the shapes {tuple(removed.shape)} and {tuple(silent.shape)}"
     return f"the outputs differ by {(removed - silent).abs().max() / silent.abs().max():.2g} of the largest value"
 
 
 @torch.no_grad()
+def adds_nothing(
+    model: PreTrainedModel, batch: Mapping[str, Tensor], whole: Tensor, layer: nn.Module, block: DiscoveredBlock
+) -> bool:
+    """Whether a block adds exactly zero on a batch, as blocks with zero weights do before training.
+
+    Args:
+        model: Model in eval mode.
+        batch: Model inputs, on its device.
+        whole: Prediction of the model, of any shape.
+        layer: Layer of the block.
+        block: Block of the layer.
+    """
+    with suppress(*RAISED), silenced(_last_module(layer, block)):
+        return torch.equal(prediction(model(**batch)), whole)
+    return False
+
+
+@torch.no_grad()
 def silent_parameters(layer: nn.Module, call: LayerCall, block: DiscoveredBlock) -> tuple[str, ...]:
-    """The last parameters of an opaque block that make it add nothing if they are zero; empty if none do.
+    """The last parameters of an opaque block that make it add nothing if they are zero; empty if they are not found.
 
     Args:
         layer: Layer of the block.
         call: Call of the layer.
         block: Opaque block.
     """
-    with replaced(layer, block.skip):
-        without = first_tensor(call.run(layer))
+    try:
+        with replaced(layer, block.skip):
+            without = first_tensor(call.run(layer))
+    except RAISED:
+        return ()  # `check_removal` says why
     own = [path for path in block.skip if path != block.roles.get("norm")]
     weights = {n: p for n, p in layer.named_parameters() if any(n.startswith(f"{path}.") for path in own)}
     order = _order_of_calls(layer, call)
@@ -93,45 +117,28 @@ def _order_of_calls(layer: nn.Module, call: LayerCall) -> dict[str, int]:
     return order
 
 
-@contextmanager
-def replaced(layer: nn.Module, skip: Mapping[str, type[nn.Module]]) -> Iterator[None]:
-    """Replace the modules that a layer has inside the `with` block."""
-    before = {path: part for path in skip if (part := part_at(layer, path)) is not None}
-    try:
-        for path in before:
-            layer.set_submodule(path, skip[path]())
-        yield
-    finally:
-        for path, module in before.items():
-            layer.set_submodule(path, module)
-
-
-@contextmanager
-def silenced(layer: nn.Module, path: str) -> Iterator[None]:
-    """Replace the first output of a module of a layer by zeros inside the `with` block."""
-
-    def zero(_: nn.Module, args: Any, output: Any) -> Any:
-        first = torch.zeros_like(first_tensor(output))
-        return (first, *output[1:]) if isinstance(output, tuple) else first
-
-    hook = layer.get_submodule(path).register_forward_hook(zero)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _last_module(layer: nn.Module, block: DiscoveredBlock) -> str:
-    """Path of the last module of a block in front of the residual sum."""
+def _last_module(layer: nn.Module, block: DiscoveredBlock) -> nn.Module:
+    """The last module of a block in front of the residual sum."""
     paths = [*block.skip] if block.opaque else [block.roles["out"], *block.between]
-    return [path for path in paths if part_at(layer, path) is not None][-1]
+    return [part for path in paths if (part := part_at(layer, path)) is not None][-1]
 
 
 def with_needed_norm(layer: nn.Module, call: LayerCall, block: DiscoveredBlock) -> DiscoveredBlock:
-    """A block whose norm stays when the block is removed, if its layer reads an attribute of the norm."""
+    """Keep the norm of a removed block, if its layer reads an attribute of the norm.
+
+    Args:
+        layer: Layer of the block.
+        call: Call of the layer.
+        block: Block with its placeholders.
+
+    Returns:
+        The block, without a placeholder for its norm if the layer cannot run with it.
+    """
     try:
         with replaced(layer, block.skip):
             call.run(layer)
     except AttributeError:
         return replace(block, skip={path: each for path, each in block.skip.items() if path != block.roles.get("norm")})
+    except RAISED:
+        pass  # `check_removal` says why
     return block

@@ -33,7 +33,12 @@ def depth_field(model: PreTrainedModel, path: str) -> str | None:
 
 
 def lists_of_depth(config: PreTrainedConfig, field: str) -> tuple[str, ...]:
-    """Fields beside the depth field that hold a list with as many entries as there are layers."""
+    """Config fields whose lists have as many entries as there are layers.
+
+    Args:
+        config: Config of the model.
+        field: Path of its depth field.
+    """
     owner = owner_of(config, field)
     length = getattr(owner, field.rpartition(".")[2])
     return tuple(
@@ -46,8 +51,13 @@ def lists_of_depth(config: PreTrainedConfig, field: str) -> tuple[str, ...]:
 def per_layer_fields(model: PreTrainedModel, path: str, field: str) -> tuple[str, ...]:
     """Fields of `lists_of_depth` that describe one layer with each entry, and `layer_types` if the config has none yet.
 
-    A list is one if its name speaks of layers and its entries are not the numbers of some layers, or if exchanging two
+    A list describes layers if its name contains "layer" and its entries are not indices of layers, or if exchanging two
     entries exchanges the attributes of two layers.
+
+    Args:
+        model: Model of the stack.
+        path: Path of the stack.
+        field: Path of its depth field in the config.
     """
     owner = owner_of(model.config, field)
     found = [
@@ -113,7 +123,12 @@ def _parts(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, Pr
 
 
 def owner_of(config: PreTrainedConfig, field: str) -> PreTrainedConfig:
-    """The config that has a field: the config itself, or one that is nested in it."""
+    """The config that has a field: the config itself, or one that is nested in it.
+
+    Args:
+        config: Config of a model.
+        field: Path of the field, such as `text_config.num_hidden_layers`.
+    """
     for name in field.split(".")[:-1]:
         config = getattr(config, name)
     return config

@@ -82,6 +82,7 @@ class ModuleCall:
 
     @cached_property
     def behaviour(self) -> Behaviour:
+        """Behaviour of the module, found when it is first read."""
         shapes = tuple((name, tuple(tensor.shape)) for name, tensor in self.module.named_parameters())
         key = self.path, type(self.module), shapes
         if key not in self.known:
@@ -146,7 +147,7 @@ class LayerGraph:
             return self.nodes[node].inputs[0]
         return None
 
-    def weight_behind(self, node: int) -> str | None:
+    def weight_of(self, node: int) -> str | None:
         """Name of the weight that a node is made of, or None if it also depends on an input of the layer."""
         names = [each.name for each in self._ancestors(node) if each.operation == _WEIGHT]
         given = any(each.operation in (_STREAM, _ARGUMENT) for each in self._ancestors(node))

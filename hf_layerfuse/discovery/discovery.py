@@ -8,22 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..calibration.contract import check_contract
 from ..errors import UnsupportedModelError
+from ..evaluation.divergence import prediction
 from ..evaluation.modes import eval_mode, outside_inference_mode
 from ..models.architectures import FUSED_PREFIX, TransformerArchitecture, architecture_for
 from ..models.architectures.base import root_of
 from ..models.surgery.checks import shapes_of
 from .blocks import DiscoveredBlock
-from .checks import check_removal, silent_parameters, with_needed_norm
-from .choice import chosen_stack, inputs_for, stacks_of
+from .checks import adds_nothing, check_removal, silent_parameters, with_needed_norm
 from .config_fields import lists_of_depth, owner_of, per_layer_fields
-from .fields import class_name, fields_of
 from .layouts import BlockLayout, block_layout
-from .several import stack_mask, stack_name
-from .source import source_of
+from .source import class_name, fields_of, source_of
+from .stack_choice import check_tokens, chosen_stack, inputs_for, stack_mask, stack_name, stacks_of
 from .stacks import RAISED, Stack
 from .tables import stack_table
 
@@ -79,7 +78,7 @@ class Discovery:
 
     @property
     def between(self) -> Mapping[str, tuple[str, ...]]:
-        """Kind -> paths of what lies between `out` and the residual sum."""
+        """Kind -> paths of the parts between `out` and the residual sum."""
         return {block.kind: block.between for block in self.blocks if block.between}
 
     @property
@@ -132,9 +131,10 @@ def discover_architecture(
         The architecture that was found, with the parts that could not be verified. `source()` prints it as a class.
 
     Raises:
-        UnsupportedModelError: The model does not run a stack of layers once, in order; layers attend inside windows,
-            share weights or have different blocks; no config field sets their number; there are several stacks and
-            `stack` names none of them; or the model does not accept the batch.
+        DataError: The batch is not a dict of tensors, or has one token per row.
+        UnsupportedModelError: The value is not a model with weights; the model does not run a stack of layers once, in
+            order; layers attend inside windows, share weights or have different blocks; no config field sets their
+            number; there are several stacks and `stack` names none of them; or the model does not accept the batch.
 
     Examples:
         >>> print(discover_architecture(model).source())  # doctest: +SKIP
@@ -144,6 +144,7 @@ def discover_architecture(
         inputs = inputs_for(model, batch)
         stacks, refused = stacks_of(model, inputs, given=batch is not None)
         chosen, depths = chosen_stack(model, stacks, refused, stack)
+        check_tokens(chosen)
         found = _described(model, chosen, depths[chosen.path])
         if len(depths) > 1:
             name, mask = stack_name(chosen.path, depths), stack_mask(model, inputs, chosen)
@@ -202,8 +203,9 @@ def _silent(stack: Stack, block: DiscoveredBlock) -> tuple[str, ...]:
 def _verified(model: PreTrainedModel, inputs: Mapping[str, Tensor], stack: Stack, found: Discovery) -> Discovery:
     """An architecture with the claims that hold and those that do not."""
     verified, unverified, fixed = [], list(found.unverified), {}
+    whole = prediction(model(**inputs))
     for block in found.blocks:
-        why, used = _check_removals(model, inputs, stack, block)
+        why, used = _check_removals(model, inputs, whole, stack, block)
         claim = f"without its {block.kind} block, a layer computes as if the block added zero"
         if why is not None:
             unverified.append(f"{claim}: {why}")
@@ -223,14 +225,23 @@ def _verified(model: PreTrainedModel, inputs: Mapping[str, Tensor], stack: Stack
 
 
 def _check_removals(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], stack: Stack, block: DiscoveredBlock
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], whole: Tensor, stack: Stack, block: DiscoveredBlock
 ) -> tuple[str | None, tuple[int, ...]]:
     """Check the placeholders of a block in the first, the middle and the last layer, or in all if one of them fails.
+
+    Args:
+        model: Model in eval mode.
+        inputs: Its inputs, on its device.
+        whole: Its prediction, of any shape.
+        stack: Stack of the block.
+        block: Block to check.
 
     Returns:
         The reason why they fail in the middle layer, or None; and the layers in which they fail.
     """
     last, middle = len(stack.layers) - 1, len(stack.layers) // 2
+    if adds_nothing(model, inputs, whole, stack.layers[middle], block):
+        return f"the block of layer {middle} adds zero on this batch, so the comparison shows nothing", ()
     checked = {index: check_removal(model, inputs, stack, block, index) for index in (0, middle, last)}
     if checked[middle] is None and any(checked.values()):
         checked |= {
@@ -239,10 +250,19 @@ def _check_removals(
     return checked[middle], tuple(sorted(index for index, why in checked.items() if why is not None))
 
 
-def check_discoverable(model: PreTrainedModel) -> None:
+def check_discoverable(model: Any) -> None:
     """Raise `UnsupportedModelError` for a value that is not a stock model with weights."""
+    if isinstance(model, PreTrainedConfig):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a config, and an architecture is found by running a model: pass the model."
+        )
     if not isinstance(model, PreTrainedModel):
         architecture_for(model)  # which says what to pass instead
+    if not model.config.model_type:
+        raise UnsupportedModelError(
+            f"{type(model.config).__name__} has no model_type, by which tables are registered: set it on the class, "
+            "and register the class with AutoConfig and the Auto class of the model."
+        )
     if model.config.model_type.startswith(FUSED_PREFIX):
         raise UnsupportedModelError(f"{type(model).__name__} is already fused: discover the original instead.")
     if next(model.parameters(), None) is None or any(parameter.is_meta for parameter in model.parameters()):

@@ -12,11 +12,12 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..errors import UnsupportedModelError
+from ..evaluation.divergence import near
 from ..models.architectures import Block
 from ..models.architectures.layouts import JointLayout, Pairing, heads_in
 from ..models.symmetries import disguise
 from .blocks import DiscoveredBlock
-from .stacks import LayerCall, first_tensor, near
+from .stacks import LayerCall, first_tensor
 
 _JOINT: Mapping[str, tuple[JointLayout, ...]] = {"qkv": ("parts", "groups"), "gate_in": ("gate_first", "gate_last")}
 _PAIRINGS: tuple[Pairing, ...] = ("halves", "neighbours")

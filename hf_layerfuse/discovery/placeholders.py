@@ -13,7 +13,7 @@ from .sums import Branch
 
 
 def placeholders(graph: LayerGraph, branch: Branch, complete: bool) -> dict[str, type[nn.Module]]:
-    """Path -> class, for the modules to replace so that a layer runs without a block.
+    """Find the modules to replace so that a layer runs without a block.
 
     Parts that read the stream become zeros. Norms in front of them, and parts that read zeros, return their input.
 
@@ -21,6 +21,9 @@ def placeholders(graph: LayerGraph, branch: Branch, complete: bool) -> dict[str,
         graph: Dataflow of the layer.
         branch: Branch of the block.
         complete: Whether the parts that do not add the residual hold the whole block.
+
+    Returns:
+        Path -> class of the placeholder.
     """
     found: dict[str, type[nn.Module]] = {}
     if branch.adder is not None:
@@ -52,7 +55,7 @@ def _subclass(outputs: int | None, passed: tuple[tuple[int, int | str], ...]) ->
 
 
 def _class_for(part: ModuleCall, passed: Mapping[int, int | str]) -> type[nn.Module]:
-    """Class that returns zeros in place of a part; other outputs that were among its arguments stay what they were."""
+    """Class that returns zeros in place of a part. Outputs that are among the arguments of the part are passed on."""
     outputs = len(part.output) if isinstance(part.output, tuple) else None
     given: dict[int | str, object] = {**dict(enumerate(part.args)), **part.kwargs}
     passed = dict(passed)

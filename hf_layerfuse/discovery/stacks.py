@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
+
+from ..evaluation.hooks import uncached
 
 _MAIN_ARGUMENT = "hidden_states"
 """Name of the stream among the keyword arguments of a layer."""
 
-RAISED = (AttributeError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
-"""Errors of the code of a model that is run in a way it was not written for."""
+RAISED = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError),
+    StrictDataclassError,  # configs refuse values
+)
+"""Errors of the code of a model that is run in a way it was not written for, or that lacks a package."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,11 @@ class LayerCall:
     """The only call of a layer in a forward pass.
 
     Attributes:
-        states: Stream that the layer read, a copy.
+        states: Residual stream that the layer read, a copy: (batch, tokens, width), or with more axes between.
         args: Its other positional arguments. None replaces a cache.
         kwargs: Its other keyword arguments. None replaces a cache.
         name: Name of the argument that held the stream; None for the first positional argument.
-        output: Stream that the layer returned, a copy.
+        output: Stream that the layer returned, a copy, of the same shape.
     """
 
     states: Tensor
@@ -37,8 +43,16 @@ class LayerCall:
     name: str | None
     output: Tensor
 
-    def run(self, layer: nn.Module, states: Tensor | None = None) -> Any:
-        """Run a layer with these arguments, on its own stream or another one, and return its whole output."""
+    def run(self, layer: Callable[..., Any], states: Tensor | None = None) -> Any:
+        """Run a layer with these arguments.
+
+        Args:
+            layer: The layer, a copy of it, or a function with its arguments.
+            states: Stream to read in place of `self.states`, of the same shape.
+
+        Returns:
+            The whole output of the layer.
+        """
         states = self.states if states is None else states
         if self.name is None:
             return layer(states, *self.args, **self.kwargs)
@@ -65,15 +79,6 @@ def first_tensor(output: Any) -> Tensor | None:
     if isinstance(output, Mapping):
         output = tuple(output.values())
     return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
-
-
-def near(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two results of the same computation are equal up to rounding."""
-    if ours.shape != theirs.shape:
-        return False
-    allowed = 2e-4 if theirs.dtype in (torch.float32, torch.float64) else 5e-2
-    ours, theirs = ours.float(), theirs.float()
-    return (ours - theirs).abs().max().item() <= allowed * (1e-6 + theirs.abs().max().item())
 
 
 @torch.no_grad()
@@ -131,8 +136,8 @@ class _Log:
             states, given = self._entered.pop(), first_tensor(output)
             call = None
             if states is not None and given is not None:
-                rest = tuple(_uncached(value) for value in args[1:])
-                named = {k: _uncached(v) for k, v in kwargs.items() if args or k != _MAIN_ARGUMENT}
+                rest = tuple(uncached(value) for value in args[1:])
+                named = {k: uncached(v) for k, v in kwargs.items() if args or k != _MAIN_ARGUMENT}
                 call = LayerCall(states, rest, named, None if args else _MAIN_ARGUMENT, given.clone())
             self.calls.setdefault(key, []).append(call)
             self.order.append(key)
@@ -161,12 +166,10 @@ def _why_not(log: _Log, path: str, length: int) -> str | None:
         return "its members read no states of shape (batch, tokens, width)"
     if any(call.states.shape != call.output.shape for call in each):
         return "a member changes the shape of the states"
+    for index, call in enumerate(each):
+        if not call.output.isfinite().all():
+            return f"member {index} returns states that are not finite"
     for index in range(1, length):
         if not torch.equal(each[index - 1].output, each[index].states):
             return f"member {index} does not read the output of member {index - 1}"
     return None
-
-
-def _uncached(argument: Any) -> Any:
-    """An argument of a layer; None replaces a cache, which would hold the tokens of an earlier call."""
-    return None if isinstance(argument, Cache) else argument

@@ -51,6 +51,9 @@ class Branch:
 def residual_sums(graph: LayerGraph) -> list[ResidualSum]:
     """Residual sums of a layer, in execution order.
 
+    Args:
+        graph: Dataflow of the layer.
+
     Raises:
         UnsupportedModelError: The output of the layer is not a chain of residual sums that starts at its input.
     """
@@ -70,7 +73,8 @@ def residual_sums(graph: LayerGraph) -> list[ResidualSum]:
         ]
         if len(residuals) != 1:
             raise UnsupportedModelError(
-                f"it adds {len(terms)} tensors, and {len(residuals)} of them can be the residual of this sum."
+                f"one of its sums adds {len(terms)} tensors, of which {len(residuals)} can be the residual stream; "
+                "supported is one from which the others are computed."
             )
         branches = tuple(term for term in terms if term != residuals[0])
         found.append(ResidualSum(node, residuals[0], branches, norm))
@@ -81,7 +85,12 @@ def residual_sums(graph: LayerGraph) -> list[ResidualSum]:
 
 
 def branches_of(graph: LayerGraph, total: ResidualSum) -> list[Branch]:
-    """The branches of a residual sum, in execution order."""
+    """The branches of a residual sum, in execution order.
+
+    Args:
+        graph: Dataflow of the layer.
+        total: One of its residual sums.
+    """
     before = graph.nodes[total.residual].ancestors
     reached = [graph.nodes[end].ancestors & ~before | 1 << end for end in total.branches]
     found = []

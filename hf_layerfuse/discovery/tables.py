@@ -11,16 +11,20 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..models.architectures import part_at
 from .behaviour import Behaviour
-from .blocks import MEANINGS, DiscoveredBlock, LayerTable, layer_table, opaque
+from .blocks import DiscoveredBlock, LayerTable, layer_table, opaque
 from .dataflow import record_layer
-from .stacks import Stack
+from .roles import MEANINGS
+from .stacks import RAISED, Stack
 
 
 def stack_table(stack: Stack) -> tuple[LayerTable, tuple[str, ...]]:
     """The table of the layers of a stack.
 
-    Where layers differ in a part that nothing fits, the table leaves it out. Where they differ in the maps of a block,
-    the block becomes opaque.
+    A part without a meaning that some layers lack is left out of the table. A block becomes opaque if its maps differ
+    between layers.
+
+    Args:
+        stack: Stack of the model.
 
     Returns:
         The table, and a sentence for each difference between the layers.
@@ -35,7 +39,8 @@ def stack_table(stack: Stack) -> tuple[LayerTable, tuple[str, ...]]:
         kinds = {shape: [i for i, other in enumerate(shapes) if other == shape] for shape in dict.fromkeys(shapes)}
         each = "; ".join(f"layers {_numbers(at)}: {_words(tables[at[0]])}" for at in kinds.values())
         raise UnsupportedModelError(
-            f"the layers of {stack.path} have different blocks, which no single table describes. {each}."
+            f"the layers at {stack.path!r} have different blocks, and one table describes all layers of a stack. "
+            f"{each[0].upper()}{each[1:]}."
         )
     notes: list[str] = []
     blocks = tuple(
@@ -51,18 +56,18 @@ def stack_table(stack: Stack) -> tuple[LayerTable, tuple[str, ...]]:
 
 def _table_of(stack: Stack, index: int, known: dict[Hashable, Behaviour]) -> LayerTable:
     layer = stack.layers[index]
+    where = f"layer {index} of {stack.path} ({type(layer).__name__})"
     try:
         return layer_table(record_layer(layer, stack.calls[index], known))
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"layer {index} of {stack.path} ({type(layer).__name__}): {error}") from error
+        raise UnsupportedModelError(f"{where}: {error}") from error
+    except RAISED as error:
+        raise UnsupportedModelError(f"{where} does not run alone: {type(error).__name__}: {error}") from error
 
 
 def _outline(table: LayerTable) -> tuple:
     """The part of a table in which all layers must be alike. Attention and other mixers may take turns."""
-    mixing = {"mixer": "attention"}
-    return table.parallel, tuple(
-        (mixing.get(block.kind, block.kind), block.norm_after, block.between) for block in table.blocks
-    )
+    return table.parallel, tuple((block.table, block.norm_after, block.between) for block in table.blocks)
 
 
 def _merged(stack: Stack, blocks: list[DiscoveredBlock], notes: list[str]) -> DiscoveredBlock:

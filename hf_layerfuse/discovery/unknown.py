@@ -48,6 +48,7 @@ def ensure_architecture(
         stacklevel: Level of the warning, as in `warnings.warn`.
 
     Raises:
+        DataError: The batch is not a dict of tensors, or has one token per row.
         UnsupportedModelError: No table is registered, and none is found that holds on the batch.
 
     Warns:
@@ -56,8 +57,22 @@ def ensure_architecture(
     if not is_unknown(model) or not issubclass(LayerArchitecture, kind):
         architecture_for(model, kind)
         return
+    architecture = _discovered(model, kind, batches, stack)
+    register_architecture(architecture)
+    message = (
+        f"unknown architecture {model.config.model_type!r}: {architecture.__name__} was discovered from one forward "
+        f"pass, verified on it, and registered. `hf-layerfuse adapt {_name_of(model)}` prints this table, to review "
+        "and commit."
+    )
+    logging.getLogger(__name__).warning(message)
+    warnings.warn(message, LayerFuseWarning, stacklevel=stacklevel)
+
+
+def _discovered(
+    model: PreTrainedModel, kind: type[Architecture], batches: Iterable[Mapping[str, Any]] | None, stack: str | None
+) -> type[TransformerArchitecture]:
+    """The verified table of a model, with those of its other stacks."""
     model_type = model.config.model_type
-    name = model.config.name_or_path or "MODEL"
     try:
         check_discoverable(model)
         wide = in_float32(model)
@@ -74,17 +89,16 @@ def ensure_architecture(
     if found.unverified:
         raise UnsupportedModelError(
             f"unknown architecture {model_type!r}, and the table that was found is not verified: "
-            f"{found.unverified[0]}. `hf-layerfuse adapt {name}` prints it: correct it, and register it with "
-            "register_architecture."
+            f"{found.unverified[0].rstrip('.')}. `hf-layerfuse adapt {_name_of(model)}` prints it: correct it, and "
+            "register it with register_architecture."
         )
     architecture.other_stacks = tuple(_verified_tables(wide, batch, found.other_stacks))
-    register_architecture(architecture)
-    message = (
-        f"unknown architecture {model_type!r}: {architecture.__name__} was discovered from one forward pass, verified "
-        f"on it, and registered. `hf-layerfuse adapt {name}` prints this table, to review and commit."
-    )
-    logging.getLogger(__name__).warning(message)
-    warnings.warn(message, LayerFuseWarning, stacklevel=stacklevel)
+    return architecture
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    """Name of the checkpoint of a model, for a command."""
+    return model.config.name_or_path or "MODEL"
 
 
 def _verified_tables(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,7 +38,13 @@ def take(batch: Mapping[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
         batch: Model inputs.
         chosen: Mask of the sequences, (batch,).
     """
-    return {k: v[chosen.to(v.device)] if len(v) == len(chosen) else v for k, v in batch.items()}
+    return {k: v[chosen.to(v.device)] if v.ndim and len(v) == len(chosen) else v for k, v in batch.items()}
+
+
+def first_rows(batch: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The first sequences of a batch, of which at least one tensor has an axis."""
+    rows = next(len(value) for value in batch.values() if value.ndim)
+    return take(batch, torch.arange(rows) < count)
 
 
 def tokens_of(states: Tensor) -> Tensor:

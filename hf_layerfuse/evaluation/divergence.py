@@ -22,8 +22,14 @@ def prediction(output: Mapping[str, Any]) -> Tensor:
     """The main output of any head: the logits, or the hidden states of a model without a head.
 
     Raises:
-        UnsupportedModelError: No output is a tensor, as in a backbone, which returns states of several layers.
+        UnsupportedModelError: No output is a tensor, as in a backbone, which returns states of several layers; or the
+            outputs have no names.
     """
+    if not isinstance(output, Mapping):
+        raise UnsupportedModelError(
+            f"the model returns a {type(output).__name__}: results are compared by name, so return a ModelOutput, such "
+            "as BaseModelOutput(last_hidden_state=...), from its forward()."
+        )
     found = next((value for value in output.values() if isinstance(value, Tensor) and value.ndim > 0), None)
     if found is None:
         raise UnsupportedModelError(
@@ -31,6 +37,22 @@ def prediction(output: Mapping[str, Any]) -> Tensor:
             "one tensor, such as logits or hidden states. Fuse the model with another head, or without one."
         )
     return found
+
+
+def near(ours: Tensor, theirs: Tensor, tolerance: float | None = None) -> bool:
+    """Whether two results of the same computation are equal up to rounding.
+
+    Args:
+        ours: One result, of any shape.
+        theirs: The other result.
+        tolerance: Largest difference as a share of the largest value; by default 2e-4, or 5e-2 in half precision.
+    """
+    if ours.shape != theirs.shape:
+        return False
+    if tolerance is None:
+        tolerance = 2e-4 if theirs.dtype in (torch.float32, torch.float64) else 5e-2
+    ours, theirs = ours.float(), theirs.float()
+    return (ours - theirs).abs().max().item() <= tolerance * (1e-6 + theirs.abs().max().item())
 
 
 def divergence(ours: Mapping[str, Any], theirs: Mapping[str, Any], mask: Tensor | None = None) -> tuple[float, float]:
@@ -45,8 +67,8 @@ def divergence(ours: Mapping[str, Any], theirs: Mapping[str, Any], mask: Tensor 
         mask: Mask of shape (batch, tokens), False on padding; ignored if the output has no such dimensions. Padding is
             excluded where tokens are the classes, such as starts and ends of answers.
     """
-    name = next(key for key, value in theirs.items() if isinstance(value, Tensor) and value.ndim > 0)
     p, q = prediction(theirs), prediction(ours)
+    name = next(key for key, value in theirs.items() if value is p)
     mask = None if mask is None else mask.to(p.device).bool()
     if mask is not None and p.ndim > mask.ndim and p.shape[: mask.ndim] == mask.shape:
         p, q = p[mask], q[mask]

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..errors import DataError
 from .batches import Batches, model_inputs, tokens_of
@@ -21,6 +21,11 @@ Key = TypeVar("Key", bound=Hashable)
 
 class StopForward(Exception):
     """Stops a forward pass once all requested tensors are recorded, so that the rest of the model does not run."""
+
+
+def uncached(argument: Any) -> Any:
+    """An argument of a layer; None replaces a cache, which would hold the tokens of an earlier call."""
+    return None if isinstance(argument, Cache) else argument
 
 
 @contextmanager

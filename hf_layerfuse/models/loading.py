@@ -68,6 +68,11 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
         if not os.path.exists(path) and (os.path.isabs(path) or path.startswith(".") or path.count("/") != 1):
             raise CheckpointError(f"there is no directory {path!r}: correct the path, or give a Hub name.") from error
         reason = " ".join(str(error).split())
+        if "trust_remote_code=True" in reason:
+            raise CheckpointError(
+                f"the checkpoint at {path!r} has code of its own, which is not run unasked: read it, then load the "
+                "model in Python with trust_remote_code=True, or set trust_remote_code in the recipe of a run."
+            ) from error
         if not isinstance(error, OSError | ValueError) or not reason:
             reason = f"{type(error).__name__}: {reason}"
         raise CheckpointError(f"cannot load a model from {path!r}: {reason[:400]}") from error

@@ -14,8 +14,11 @@ def turns_of(block: Block, rows: Rows) -> Turns:
     """Rotations of a block's heads that do not change its function.
 
     Args:
-        block: Block.
-        rows: Its rows, see `rows_of`.
+        block: Attention, MLP or convolutional block.
+        rows: Role -> rows, (groups, heads in a group, width of a head, features), see `rows_of`.
+
+    Returns:
+        Roles that rotate together -> allowed rotations.
     """
     if block.kind == "mlp":  # a nonlinearity acts on each unit separately
         return {tuple(rows): "none"}
@@ -65,4 +68,5 @@ def disguise(root: nn.Module, block: Block, generator: torch.Generator) -> None:
 
 
 def _turned(turned: Tensor, rows: Tensor) -> Tensor:
+    """Rotate the coordinates of heads: rotations (groups, dim, dim), rows (groups, heads, dim, features)."""
     return torch.einsum("gde,gief->gidf", turned, rows)

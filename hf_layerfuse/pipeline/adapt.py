@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from numpy.lib.npyio import NpzFile
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,12 +18,6 @@ from ..errors import CheckpointError, DataError, UnsupportedModelError
 from .inspect import Rows, load_model
 from .progress import say, steps
 from .report.tables import text_table
-
-_WORDS = {
-    "pass stack= with one of": "give --stack with one of",
-    "Pass a representative batch of its inputs": "Give a representative batch of its inputs with --batch FILE",
-}
-"""Advice in errors of `discover_architecture` -> the same on the command line."""
 
 
 @steps()
@@ -38,7 +34,7 @@ def adapt(name: str, batch: Path | None = None, stack: str | None = None) -> str
 
     Raises:
         CheckpointError: The model cannot be loaded, or there is only a config.
-        DataError: The file of the batch is missing or cannot be read.
+        DataError: The file of the batch is missing or cannot be read, or it has one token per row.
         UnsupportedModelError: The architecture cannot be found or described.
     """
     inputs = None if batch is None else read_batch(batch)
@@ -53,9 +49,9 @@ def adapt(name: str, batch: Path | None = None, stack: str | None = None) -> str
         found = discover_architecture(model, inputs, stack=stack)
         source = found.source()
     except UnsupportedModelError as error:
-        message = str(error)
-        for ours, theirs in _WORDS.items():
-            message = message.replace(ours, theirs)
+        message = str(error).replace(
+            "Pass a representative batch of its inputs", "Give a representative batch of its inputs with --batch FILE"
+        )
         raise UnsupportedModelError(message) from error
     table = "\n".join(f"# {line}".rstrip() for line in text_table(checks_table(found)).splitlines())
     return f"{source}\n\n{table}"
@@ -65,8 +61,15 @@ def read_batch(path: Path) -> Mapping[str, Tensor]:
     """Tensors of a `.safetensors` or `.npz` file by name. Nothing in it is unpickled.
 
     Raises:
-        DataError: The file is missing, has another ending, or cannot be read.
+        DataError: The file is missing or empty, has another ending, or cannot be read.
     """
+    found = _arrays(path)
+    if not found:
+        raise DataError(f"--batch {path} is empty: give a file with a tensor for each input of the model.")
+    return found
+
+
+def _arrays(path: Path) -> dict[str, Tensor]:
     if path.suffix not in (".safetensors", ".npz"):
         raise DataError(
             f"--batch {path} is not a .safetensors or .npz file: give one with a tensor for each input of the model, "
@@ -75,10 +78,20 @@ def read_batch(path: Path) -> Mapping[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, NpzFile):
+                raise DataError(
+                    f"--batch {path} holds one array without a name: write np.savez(path, input_ids=array)."
+                )
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise DataError(f"--batch {path} cannot be read: {error}") from error
+    except DataError:
+        raise
+    except (EOFError, OSError, ValueError, TypeError, BadZipFile, SafetensorError) as error:
+        raise DataError(
+            f"--batch {path} cannot be read: {str(error).rstrip('.')}. Give a .safetensors or .npz file with a tensor "
+            "for each input of the model."
+        ) from error
 
 
 def checks_table(found: Discovery) -> Rows:

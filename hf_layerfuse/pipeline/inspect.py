@@ -30,18 +30,21 @@ Rows = list[list[str]]
 
 
 @steps()
-def inspect_tables(name: str, similarity: str | None = None, text: Path | None = None) -> list[Rows]:
+def inspect_tables(
+    name: str, similarity: str | None = None, text: Path | None = None, stack: str | None = None
+) -> list[Rows]:
     """Tables that describe a model, see `overview`.
 
     Args:
         name: Checkpoint or Hub name; or a config, or the directory of one.
         similarity: Distance between neighbouring layers. The default is `cosine`, or none for a config.
         text: File with lines of text, for a similarity of activations.
+        stack: Stack of layers to show, in models that have several.
 
     Raises:
         CheckpointError: The model cannot be loaded, or a config has no weights to compare.
         DataError: The text is missing or cannot be read.
-        UnsupportedModelError: The architecture is unknown.
+        UnsupportedModelError: The architecture is unknown, or has no such stack.
     """
     model = load_model(name)
     if model.device.type != "meta":
@@ -53,28 +56,33 @@ def inspect_tables(name: str, similarity: str | None = None, text: Path | None =
         )
     batches = text_batches(name, text, similarity)
     if is_unknown(model) and model.device.type != "meta":
-        ensure_architecture(model, LayerArchitecture, batches)
-    return overview(model, similarity, batches)
+        ensure_architecture(model, LayerArchitecture, batches, stack)
+    return overview(model, similarity, batches, stack)
 
 
-def overview(model: PreTrainedModel, similarity: str | None = None, batches: Batches | None = None) -> list[Rows]:
+def overview(
+    model: PreTrainedModel, similarity: str | None = None, batches: Batches | None = None, stack: str | None = None
+) -> list[Rows]:
     """Tables of a model: its size and, if it has weights, the methods that support it; its layers; its convolutions.
 
     Args:
         model: Stock model, whose weights may be on the meta device.
         similarity: Similarity of `FusionRecipe` that compares each layer with the next one; None compares none.
         batches: Calibration batches, for a similarity of activations.
+        stack: Stack of layers, in models that have several.
 
     Raises:
-        UnsupportedModelError: The architecture is unknown.
+        UnsupportedModelError: The architecture is unknown, or has no such stack.
         RecipeError: The similarity compares activations and there are no batches.
     """
-    layers, conv_graph = _architecture(model, LayerArchitecture), _architecture(model, ConvGraphArchitecture)
-    if layers is None and conv_graph is None:
-        architecture_for(model)  # which says why
+    conv_graph = _architecture(model, ConvGraphArchitecture)
+    if conv_graph is None or stack is not None:
+        layers = architecture_for(model, stack=stack)
+    else:
+        layers = _architecture(model, LayerArchitecture)
     found = [_summary(model, layers, conv_graph)]
     if layers is not None:
-        distances = {} if similarity is None else block_distances(model, layers.kinds, similarity, batches)
+        distances = {} if similarity is None else block_distances(model, layers.kinds, similarity, batches, stack)
         found.append(_layers(model, layers, distances))
     if conv_graph is not None:
         found.append(_convolutions(model, conv_graph))
@@ -105,7 +113,7 @@ def _summary(
 
     def collapses() -> None:
         check_model(model, layers)
-        check_plan(model, layers, Plan(layers.model_type, depth, (Linearize(0),), kinds=layers.kinds))
+        check_plan(model, layers, layers.plan(depth, (Linearize(0),)))
 
     def merges() -> None:
         check_model(model, conv_graph)

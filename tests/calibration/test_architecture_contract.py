@@ -72,11 +72,11 @@ class BiasThatStays(OPTArchitecture):
     skip = {**OPTArchitecture.skip, "mlp": {"final_layer_norm": nn.Identity, "fc1": Zeros}}
 
 
-class StandInOfAnotherWidth(OPTArchitecture):
+class PlaceholderOfAnotherWidth(OPTArchitecture):
     skip = {**OPTArchitecture.skip, "mlp": {"final_layer_norm": nn.Identity, "fc1": ZeroBlock}}
 
 
-class IdentityAsStandIn(LlamaArchitecture):
+class IdentityAsPlaceholder(LlamaArchitecture):
     """An MLP that adds its input."""
 
     skip = {**LlamaArchitecture.skip, "mlp": {"post_attention_layernorm": nn.Identity, "mlp": nn.Identity}}
@@ -103,9 +103,15 @@ FAULTS = {
         lambda: family_model("gpt_neox"),
         "in layer 5, .*'out' of attention is not the stream after attention: check .*`parallel`",
     ),
-    BiasThatStays: (lambda: family_model("opt"), "in layer 5, the stand-ins in `skip` of mlp still add to the stream"),
-    StandInOfAnotherWidth: (lambda: family_model("opt"), "in layer 5, the stand-ins in `skip` of mlp cannot run"),
-    IdentityAsStandIn: (lambda: tiny_model("llama"), "in layer 5, the stand-ins in `skip` of mlp still add"),
+    BiasThatStays: (
+        lambda: family_model("opt"),
+        "in layer 5, the placeholders in `skip` of mlp still add to the stream",
+    ),
+    PlaceholderOfAnotherWidth: (
+        lambda: family_model("opt"),
+        "in layer 5, the placeholders in `skip` of mlp cannot run",
+    ),
+    IdentityAsPlaceholder: (lambda: tiny_model("llama"), "in layer 5, the placeholders in `skip` of mlp still add"),
     OutAsQueries: (lambda: tiny_model("llama"), "in layer 5, 'q' of attention does not read"),
     InputOfOut: (lambda: tiny_model("llama"), "in layer 5, 'in' of mlp does not read"),
 }

@@ -116,7 +116,7 @@ def test_own_class():
     [
         ("twice", "layers: its members run 2, 2, 2, 2, 2, 2 times, so weights serve several depths"),
         ("backwards", "layers: its members run in the order 5, 4, 3, 2, 1, 0"),
-        ("mixed", r"have different blocks, .* layers 0, 1, 2, 3: attention .*; layers 4, 5: parallel attention"),
+        ("mixed", r"have different blocks, .* Layers 0, 1, 2, 3: attention .*; layers 4, 5: parallel attention"),
     ],
 )
 def test_stacks_that_no_table_describes(order, message):
@@ -127,7 +127,9 @@ def test_stacks_that_no_table_describes(order, message):
 
 def test_a_wrong_stack_is_refused():
     """An unknown `stack=` is refused with the stacks that exist."""
-    with pytest.raises(UnsupportedModelError, match=r"no stack 'blocks'\. It has 'layers' \(layers, 6 layers"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'blocks'\. It has one, 'layers' \(layers, 6 .*: leave stack= out"
+    ):
         discover_architecture(repeated(), tokens(), stack="blocks")
 
 
@@ -165,6 +167,14 @@ def test_unknown_architectures_are_discovered(method, target, forget):
         method(model, batches=batches, check=False, **target)
 
 
+def test_inputs_that_random_ones_cannot_replace(forget):
+    """The result of a model that needs another input is verified on the calibration batches, which have it."""
+    batches = [{**tokens(), "side": torch.ones(8)}]
+    with pytest.warns(LayerFuseWarning, match="was discovered"):
+        small = fuse(repeated(side=1), keep_layers=4, batches=batches, effort="low")
+    assert len(small.layers) == 4
+
+
 @pytest.mark.slow
 def test_unknown_architectures_with_several_stacks(monkeypatch):
     """`fuse` asks which stack of an unknown architecture to fuse, and discovers the tables of all."""
@@ -198,3 +208,83 @@ def test_fused_checkpoints_need_their_table(tmp_path, forget):
     assert len(AutoFusedModel.from_pretrained(tmp_path / "stock").layers) == 5
     with pytest.raises(CheckpointError, match="is a fused 'repeated', whose architecture table is not registered"):
         AutoFusedModel.from_pretrained(tmp_path / "fused")
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({}, "the batch is a dict without tensors"),
+        ([tokens(2)], "the batch is a list without tensors"),
+        (torch.zeros(2, 4), "the batch is a Tensor without tensors"),
+        ({"input_ids": [[1, 2]]}, "the batch is a dict without tensors"),
+        ({"input_ids": torch.zeros(2, 1, dtype=torch.long)}, r"the shape \(2, 1, 16\), one token per row"),
+    ],
+)
+def test_wrong_batches_are_refused(batch, message):
+    """A batch that is not a dict of tensors, or has one token per row, is refused."""
+    with pytest.raises(DataError, match=message):
+        discover_architecture(repeated(), batch)
+
+
+def test_numbers_among_the_inputs():
+    """A number among the inputs has no rows."""
+    assert not discover_architecture(repeated(), {"side": torch.tensor(1), **tokens()}).unverified
+
+
+def test_blocks_that_add_zero_are_not_verified():
+    """Blocks whose output projections are zero, as before training, show nothing, so their table is not verified."""
+    model = repeated()
+    for layer in model.layers:
+        nn.init.zeros_(layer.mlp[2].weight)
+        nn.init.zeros_(layer.mlp[2].bias)
+    found = discover_architecture(model, tokens())
+    assert any("the block of layer 3 adds zero on this batch" in claim for claim in found.unverified)
+
+
+def test_values_that_are_not_models_are_refused():
+    """A config, and a model without a `model_type`, are refused with what to do."""
+    with pytest.raises(UnsupportedModelError, match=r"RepeatedConfig is a config, .*: pass the model"):
+        discover_architecture(RepeatedConfig())
+    model = repeated()
+    model.config.model_type = ""
+    with pytest.raises(UnsupportedModelError, match=r"RepeatedConfig has no model_type, .*: set it on the class"):
+        discover_architecture(model, tokens())
+
+
+def _returns_nothing(input_ids, side=None):
+    return None
+
+
+def _lacks_a_package(input_ids, side=None):
+    raise ImportError("no module named 'kernels'")
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (_lacks_a_package, "does not accept the batch of input_ids: ImportError: no module named 'kernels'"),
+        (_returns_nothing, "the members 0, 1, 2, 3, 4, 5 do not run|its members do not run as modules"),
+    ],
+)
+def test_models_that_do_not_run(forward, message):
+    """A model that raises, or does not run its layers, is refused with the reason."""
+    model = repeated()
+    model.forward = forward
+    with pytest.raises(UnsupportedModelError, match=message):
+        discover_architecture(model, tokens())
+
+
+def test_outputs_without_names_are_refused():
+    """A model whose forward() returns a bare tensor cannot be compared, and is refused with what to return."""
+    model, stock = repeated(), RepeatedForSequenceClassification.forward
+    model.forward = lambda input_ids: stock(model, input_ids).logits
+    with pytest.raises(UnsupportedModelError, match=r"the model returns a Tensor: .*return a ModelOutput"):
+        discover_architecture(model, tokens())
+
+
+def test_states_that_are_not_finite_are_refused():
+    """A weight that is NaN is named by its layer."""
+    model = repeated()
+    model.layers[2].mlp[2].weight.data.fill_(torch.nan)
+    with pytest.raises(UnsupportedModelError, match="member 2 returns states that are not finite"):
+        discover_architecture(model, tokens())

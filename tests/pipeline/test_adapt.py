@@ -1,5 +1,8 @@
 """`hf-layerfuse adapt` prints the architecture table of a checkpoint."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from helpers import tiny_model
 from repeated import repeated
 from runs import causal_lm
 from safetensors.torch import save_file
+from transformers import BartForCausalLM
 
 from hf_layerfuse import DataError
 from hf_layerfuse.cli import main
@@ -42,12 +46,25 @@ def test_adapt_asks_in_options(tmp_path, capsys):
     assert "give --stack with one of 'encoder' (model.encoder.layers, 6 layers" in capsys.readouterr().err
     assert main(["adapt", str(tmp_path), "--stack", "encoder"]) == 0
     assert 'layers = "encoder.layers"' in capsys.readouterr().out
+    assert main(["adapt", str(tmp_path), "--stack", "middle"]) == 1
+    assert "has no stack 'middle'. It has 'encoder'" in capsys.readouterr().err
 
 
 def test_a_config_is_refused(checkpoint, capsys):
     """A config has no weights to run."""
     assert main(["adapt", str(checkpoint / "config.json")]) == 1
     assert "an architecture is found by running a model: name a checkpoint with weights" in capsys.readouterr().err
+
+
+def test_code_of_a_checkpoint_is_not_run(checkpoint, tmp_path, capsys):
+    """A checkpoint with code of its own is refused with how to load it."""
+    shutil.copytree(checkpoint, tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own" / "own.py").write_text("raise AssertionError")
+    assert main(["adapt", str(tmp_path / "own")]) == 1
+    assert "has code of its own, which is not run unasked: read it, then load the model" in capsys.readouterr().err
 
 
 def test_batches_are_read_without_pickle(tmp_path):
@@ -58,7 +75,22 @@ def test_batches_are_read_without_pickle(tmp_path):
     np.savez(tmp_path / "objects.npz", input_ids=np.array([{"a": 1}], dtype=object))
     torch.save({"input_ids": expected}, tmp_path / "batch.pt")
     (tmp_path / "broken.safetensors").write_text("nothing")
-    for name in ("objects.npz", "batch.pt", "broken.safetensors", "missing.npz"):
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "half.npz").write_bytes((tmp_path / "batch.npz").read_bytes()[:100])
+    with (tmp_path / "unnamed.npz").open("wb") as file:
+        np.save(file, expected.numpy())
+    np.savez(tmp_path / "nothing.npz")
+    wrong = (
+        "nothing.npz",
+        "objects.npz",
+        "batch.pt",
+        "broken.safetensors",
+        "missing.npz",
+        "empty.npz",
+        "half.npz",
+        "unnamed.npz",
+    )
+    for name in wrong:
         with pytest.raises(DataError, match=f"--batch .*{name}"):
             read_batch(tmp_path / name)
 
@@ -74,6 +106,18 @@ def test_inspect_knows_discovered_tables(tmp_path, capsys):
     assert shown.out.count("yes") == 2
     assert "warning: unknown architecture 'repeated': RepeatedArchitecture was discovered" in shown.err
     assert f"`hf-layerfuse adapt {tmp_path}` prints this table" in shown.err
+
+
+def test_inspect_shows_the_chosen_stack(tmp_path, capsys):
+    """`--stack` chooses the stack that `inspect` shows. Without it, a decoder alone is refused with the option."""
+    model = family_model("bart")
+    BartForCausalLM(model.config).save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "give --stack to choose another of its stacks (decoder)" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path), "--stack", "decoder"]) == 0
+    assert "attention to the next" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path), "--stack", "middle"]) == 1
+    assert "'bart' has no stack 'middle'. It has: encoder, decoder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ class LayerArchitecture(Architecture, ABC):
     def stays(self, parameter: str) -> bool:
         """Whether a parameter of a block stays when its block is removed; its name is relative to its layer.
 
-        Those stay that no stand-in replaces, such as norms behind a residual sum: the next block was trained on
+        Those stay that no placeholder replaces, such as norms behind a residual sum: the next block was trained on
         normalised states.
         """
         gone = self.skip.get(self.owner(parameter), {})

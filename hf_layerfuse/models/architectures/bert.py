@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and DistilBERT: post-norm, a norm follows the residual sum of each block."""
+"""BERT and its relatives, DistilBERT and Nomic BERT: post-norm, a norm follows the residual sum of each block."""
 
 from __future__ import annotations
 

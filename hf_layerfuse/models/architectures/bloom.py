@@ -1,28 +1,26 @@
-"""Bloom: queries, keys and values by head in one map, ALiBi positions, modules that add the residual themselves."""
+"""Bloom: queries, keys and values by head in one map, ALiBi positions, modules that also add the residual."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import UnsupportedModelError
 from .base import TransformerArchitecture
+from .placeholders import Placeholder
 
 
-class ResidualAttention(nn.Module):
-    """Placeholder for a removed attention module that adds the residual: returns the residual."""
+class ResidualAttention(Placeholder):
+    """Placeholder for a removed attention module that adds the residual, its second argument: returns the residual."""
 
-    def forward(self, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return residual, None
+    outputs = 2
+    passed = {0: 1}
 
 
-class ResidualBlock(nn.Module):
-    """Placeholder for a removed MLP that adds the residual: returns the residual."""
+class ResidualBlock(Placeholder):
+    """Placeholder for a removed MLP that adds the residual, its second argument: returns the residual."""
 
-    def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
-        return residual
+    passed = {0: 1}
 
 
 class BloomArchitecture(TransformerArchitecture):

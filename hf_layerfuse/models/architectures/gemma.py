@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: a norm in front of each block and another one behind it, before the residual sum."""
+"""Gemma 2 and 3: a norm before each block and another one after it, before the residual sum."""
 
 from __future__ import annotations
 

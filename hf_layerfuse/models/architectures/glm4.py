@@ -1,4 +1,4 @@
-"""GLM-4: Llama with norms behind the blocks, a joint gate, and partial rotary positions of neighbouring coordinates."""
+"""GLM-4: Llama with norms after the blocks, a joint gate, and partial rotary positions of neighbouring coordinates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPT-2: pre-norm, Conv1D weights of shape (in, out), queries, keys and values in one map."""
+"""GPT-2 and GPT-Neo: pre-norm. GPT-2 has Conv1D weights of shape (in, out), and queries, keys and values in one map."""
 
 from __future__ import annotations
 

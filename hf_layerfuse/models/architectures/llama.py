@@ -56,7 +56,7 @@ class Starcoder2Architecture(LlamaArchitecture):
 
 
 class Olmo2Architecture(LlamaArchitecture):
-    """A norm behind each block, none in front."""
+    """A norm after each block, none before it."""
 
     model_type = "olmo2"
     attention = {

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from .base import Architecture, TransformerArchitecture
-from .placeholders import ZeroBlock
+from .placeholders import Placeholder, ZeroBlock
 
 _MLP = "layer.1.DenseReluDense"
 
 
-class ZeroT5Attention(nn.Module):
-    """Placeholder for a removed attention module: contributes nothing, and hands on the position bias."""
+class ZeroT5Attention(Placeholder):
+    """Placeholder for a removed attention module: contributes nothing, and passes the position bias on."""
 
-    def forward(
-        self, hidden_states: torch.Tensor, *args: Any, position_bias: torch.Tensor | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        return torch.zeros_like(hidden_states), position_bias, None
+    outputs = 3
+    passed = {1: "position_bias"}
 
 
 class T5Architecture(TransformerArchitecture):

@@ -1,4 +1,4 @@
-"""ViT and DeiT: pre-norm encoders of image patches."""
+"""ViT and its relatives, and both towers of CLIP and SigLIP: pre-norm encoders."""
 
 from __future__ import annotations
 

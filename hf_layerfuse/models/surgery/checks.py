@@ -81,22 +81,7 @@ def check_plan(model: PreTrainedModel, architecture: LayerArchitecture, plan: Pl
     shapes = [shapes_of(layer) for layer in architecture.layer_list(model)]
     if len(set(shapes)) > 1:
         _check_places(model, architecture, plan, shapes)
-    for kind, fixed in architecture.fixed.items():
-        kept = {layer for slot in plan.layout().slots if (source := slot.source(kind)) for layer in source.layers}
-        lost = sorted({*fixed} - kept)
-        if lost:
-            raise PlanError(
-                f"the plan removes the {kind} of layer {lost[0]}, which computes what other layers use: keep it."
-            )
-    types = getattr(architecture.config_of(model.config), "layer_types", None) or ()
-    sources = [source for slot in plan.layout().slots if (source := slot.source("attention"))]
-    left = {types[layer] for source in sources for layer in source.layers if types}
-    for name in architecture.essential_types:
-        if name in types and name not in left:
-            raise PlanError(
-                f"the plan removes the attention of every {name} layer (layers "
-                f"{', '.join(str(i) for i, each in enumerate(types) if each == name)}): keep at least one."
-            )
+    _check_needed(model, architecture, plan)
     for edit in plan.edits:
         unlike = [layer for layer in edit.layers if shapes[layer] != shapes[edit.layers[0]]]
         if unlike:
@@ -113,6 +98,26 @@ def check_plan(model: PreTrainedModel, architecture: LayerArchitecture, plan: Pl
             raise PlanError(
                 f"Fuse.rank is {edit.rank}, but the matrices of these {edit.kind} blocks allow at most {max(ranks)} "
                 f"with mode={edit.mode!r}: lower the rank. Only a much lower rank saves parameters."
+            )
+
+
+def _check_needed(model: PreTrainedModel, architecture: LayerArchitecture, plan: Plan) -> None:
+    """Raise `PlanError` if a plan removes a block whose results other layers or the model use."""
+    for kind, fixed in architecture.fixed.items():
+        kept = {layer for slot in plan.layout().slots if (source := slot.source(kind)) for layer in source.layers}
+        lost = sorted({*fixed} - kept)
+        if lost:
+            raise PlanError(
+                f"the plan removes the {kind} of layer {lost[0]}, which computes what other layers use: keep it."
+            )
+    types = getattr(architecture.config_of(model.config), "layer_types", None) or ()
+    sources = [source for slot in plan.layout().slots if (source := slot.source("attention"))]
+    left = {types[layer] for source in sources for layer in source.layers if types}
+    for name in architecture.essential_types:
+        if name in types and name not in left:
+            raise PlanError(
+                f"the plan removes the attention of every {name} layer (layers "
+                f"{', '.join(str(i) for i, each in enumerate(types) if each == name)}): keep at least one."
             )
 
 

@@ -71,9 +71,9 @@ def reshape(model: PreTrainedModel, architecture: LayerArchitecture, layout: Lay
     for layer, slot, layer_type in zip(layers, layout.slots, types, strict=True):
         for kind in architecture.kinds:
             if slot.source(kind) is None:
-                for path, stand_in in architecture.skip[kind].items():
+                for path, placeholder in architecture.skip[kind].items():
                     if part_at(layer, path) is not None:
-                        layer.set_submodule(path, stand_in())
+                        layer.set_submodule(path, placeholder())
             elif (form := slot.source(kind).form) is not None:
                 reshape_mlp(layer, architecture, form)
         if slot.source("attention") is None:
