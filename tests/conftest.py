@@ -7,6 +7,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # threads take longer to start than a tiny model to load
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import re
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,8 @@ def _drawn_where_it_matters(draw):
 
 for _layer in (torch.nn.Linear, torch.nn.Embedding):
     _layer.reset_parameters = _drawn_where_it_matters(_layer.reset_parameters)
+
+re._MAXCACHE = 1 << 16  # loading a model compiles about a thousand patterns, twice as many as `re` remembers
 
 
 @pytest.fixture(params=LAYOUTS)

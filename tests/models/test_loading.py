@@ -60,6 +60,7 @@ def python(code, *args):
     return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_fresh_process_gives_the_same_logits(tmp_path):
     """A new process with only the path and the library computes the outputs to the bit, with the right class."""
     every = [SHARE, PARTS, (Fuse("layer", (1, 2)),), RESIDUAL, BASIS]

@@ -342,7 +342,8 @@ def test_interrupted_while_saving(tmp_path, monkeypatch, capsys):
     assert set(tmp_path.iterdir()) == {*before, out}
 
 
-@pytest.mark.parametrize("streaming", ["false", pytest.param("true", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", ["false", "true"])
 def test_interrupted_while_healing(tmp_path, monkeypatch, interrupt, streaming):
     """A run interrupted in any step resumes without fusing again, and ends with the same file to the bit, also with
     streamed rows. With other data it starts afresh."""

@@ -148,7 +148,7 @@ def test_healing_trains_the_parts():
     assert student.transformer.h[1].mlp.c_fc.weight is student.transformer.h[3].mlp.c_fc.weight
 
 
-@pytest.mark.parametrize("moment", [1, 3, 4, 6])
+@pytest.mark.parametrize("moment", [4, *(pytest.param(moment, marks=pytest.mark.slow) for moment in (1, 3, 6))])
 def test_interrupted_and_started_again(tmp_path, interrupt, moment):
     """Checkpoints hold the parts, so an interrupted training ends with the same result."""
     whole, _, _ = healed()

@@ -48,6 +48,9 @@ FRONT_DOORS = {
     "merge": lambda model: merge(model, latency_budget=0.7, batches=some_batches(model)),
 }
 
+QUICK = ("apply", "fuse, low", "merge")
+"""One of those that only change weights, one that also searches, and one of convolutions."""
+
 
 def model_for(name: str) -> PreTrainedModel:
     return network("cifar") if name == "merge" else tiny_model("llama", num_hidden_layers=LAYERS)
@@ -55,7 +58,9 @@ def model_for(name: str) -> PreTrainedModel:
 
 @pytest.mark.filterwarnings("ignore::hf_layerfuse.LayerFuseWarning")
 @pytest.mark.usefixtures("steady")
-@pytest.mark.parametrize("name", FRONT_DOORS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FRONT_DOORS]
+)
 def test_weights_are_read_once(name: str, monkeypatch: pytest.MonkeyPatch):
     """One scan finds weights that are NaN or not loaded, for any number of candidates of a search."""
     scanned = []

@@ -62,7 +62,7 @@ def test_distances_are_drawn_with_what_was_grouped(tmp_path) -> None:
     assert "distances.png" in draw(plan, None, tmp_path)
 
 
-@pytest.mark.parametrize("spread", [0, 1e-9, 1e-3, 1e9])
+@pytest.mark.parametrize("spread", [0, 1e9, *(pytest.param(small, marks=pytest.mark.slow) for small in (1e-9, 1e-3))])
 def test_distances_of_any_size_are_drawn(tmp_path, spread) -> None:
     """This also works if all distances are nearly equal, or if there is only one."""
     for count in (2, 6):
