@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,24 @@ def test_help_is_light(function, words) -> None:
     )
     assert len(printed) > 300
     assert printed.splitlines()[-1] == "HEAVY []"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "--help"], "usage: hf-layerfuse run"),
+        (["adapt", "--help"], "usage: hf-layerfuse adapt"),
+        (["--help"], "usage: accelerate launch fuse.py"),
+        (["recipe.yaml", "--help"], "usage: accelerate launch fuse.py"),
+        (["dance"], "invalid choice: 'dance'"),
+    ],
+)
+def test_the_module_takes_commands_and_recipes(words, said, monkeypatch, capsys) -> None:
+    """`python -m hf_layerfuse` is `hf-layerfuse`, or `fuse.py` if a recipe or an option comes first."""
+    monkeypatch.setattr(sys, "argv", ["hf_layerfuse", *words])
+    with pytest.raises(SystemExit):
+        runpy.run_module("hf_layerfuse", run_name="__main__")
+    assert said in "".join(capsys.readouterr())
 
 
 def test_run_is_fuse_py(tmp_path, capsys) -> None:
