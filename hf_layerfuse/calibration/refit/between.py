@@ -1,4 +1,4 @@
-"""What lies between an output projection and the residual sum: nothing, a factor, or a norm."""
+"""Fits of output projections that a factor or a norm separates from the residual sum."""
 
 from __future__ import annotations
 
@@ -42,15 +42,27 @@ class Between:
             small = self._factor.abs() < least
             self._factor = torch.where(small, least.copysign(self._factor), self._factor)
 
-    def aims(self, added: Tensor, output: Tensor) -> Tensor:
-        """Outputs of the projection for which `added`, (..., width), reaches the sum; `output` is the one of now."""
+    def aims(self, added: Tensor, output: Tensor | None) -> Tensor:
+        """Outputs that the projection should have.
+
+        Args:
+            added: What has to reach the residual sum, (..., width).
+            output: Current output of the projection, (..., width). Only blocks with a norm need it.
+
+        Returns:
+            The aims, (..., width).
+        """
         if self._factor is None:
             return added
         aims = added / self._factor.to(added)
         return aims if self.norm is None else aims * _size(output)
 
     def weights(self, output: Tensor) -> tuple[Tensor, ...]:
-        """Weights of the tokens, (..., 1), behind a norm: the inverse of the size that it divides by."""
+        """Weights of the tokens in a fit of the aims: none, or one tensor (..., 1) for blocks with a norm.
+
+        Args:
+            output: Current output of the projection, (..., width).
+        """
         return () if self.norm is None else (1 / _size(output),)
 
     @torch.no_grad()

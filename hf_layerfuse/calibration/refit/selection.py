@@ -162,9 +162,9 @@ class Selection:
         while (steps := [next(one, None) for one in passes])[0] is not None:
             index, first = steps[0]
             x = torch.cat([self.layerwise.rows(index, step[features]) for _, step in steps], dim=-1)
-            start = self.start.to(x)
             added = self.layerwise.rows(index, target[index].to(x.device) - first[residual].float())
-            y = self.between.aims(added, x @ start[:-1] + start[-1])
+            start = None if self.between.norm is None else self.start.to(x)  # the product takes long
+            y = self.between.aims(added, None if start is None else x @ start[:-1] + start[-1])
             del steps, first
             yield x, y
             del x, y
