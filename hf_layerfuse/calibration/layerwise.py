@@ -17,8 +17,8 @@ from ..evaluation.divergence import divergence
 from ..evaluation.hooks import StopForward, uncached
 from ..math.ridge import Moments
 from ..models.architectures import LayerArchitecture, architecture_for
+from .disk import StoredTensors
 from .layer_hooks import HookPoint, layer_hooks
-from .mmap import MappedActivations
 from .samples import SELECTION_EVERY, Sample
 
 
@@ -43,7 +43,7 @@ class LayerwiseForward:
         self.model, self.architecture, self.sample = model, architecture or architecture_for(model), sample
         self.layers = self.architecture.layer_list(model)
         self.depth = 0
-        self.states = MappedActivations()
+        self.states = StoredTensors()
         self._more_outputs: tuple[Any, ...] | None = None
         self._fitted: list[Tensor] = []
         self._selection: list[Tensor] = []
@@ -131,7 +131,7 @@ class LayerwiseForward:
 
     def advance(self) -> None:
         """Run the layer at `depth` on all batches, and move to the next layer."""
-        after = MappedActivations()
+        after = StoredTensors()
         for _, tensors in self.look(None):
             after.append(tensors[None])
         self.states = after
@@ -211,15 +211,15 @@ class TeacherStates:
     def __init__(self, layerwise: LayerwiseForward) -> None:
         self.layerwise, self.layers, self.architecture = layerwise, layerwise.layers, layerwise.architecture
         self._at = [layerwise.states]
-        self._seen: dict[tuple[int, HookPoint], MappedActivations] = {}
+        self._seen: dict[tuple[int, HookPoint], StoredTensors] = {}
 
-    def states(self, depth: int) -> MappedActivations:
+    def states(self, depth: int) -> StoredTensors:
         """The inputs of the layer at `depth`; at the number of layers, the output of the last one."""
         while len(self._at) <= depth:
             self._look(len(self._at) - 1, ())
         return self._at[depth]
 
-    def see(self, places: Collection[tuple[int, HookPoint]]) -> dict[tuple[int, HookPoint], MappedActivations]:
+    def see(self, places: Collection[tuple[int, HookPoint]]) -> dict[tuple[int, HookPoint], StoredTensors]:
         """The states at each (layer, hook point). Layers run only for points that are not recorded yet."""
         known = {place: self._depth(*place) for place in places}
         for layer in sorted({layer for layer, _ in places}):
@@ -266,10 +266,10 @@ class TeacherStates:
 
     def _look(self, layer: int, points: Sequence[HookPoint]) -> None:
         """Run a layer and keep the states at `points`, and its output unless that is known already."""
-        layerwise, after = self.layerwise, MappedActivations()
+        layerwise, after = self.layerwise, StoredTensors()
         layerwise.depth, layerwise.states = layer, self._at[layer]
         whole = len(self._at) == layer + 1
-        found = {(layer, point): MappedActivations() for point in points}
+        found = {(layer, point): StoredTensors() for point in points}
         for _, seen in layerwise.look(*points, *([None] if whole else [])):
             for point in points:
                 found[layer, point].append(seen[point].float())

@@ -9,9 +9,9 @@ import torch
 from helpers import HEADS, LAYERS, TINY, heads_of, tiny_model
 
 from hf_layerfuse import Drop, Fuse, Plan, UnsupportedModelError, apply
+from hf_layerfuse.calibration.disk import StoredTensors
 from hf_layerfuse.calibration.layer_hooks import HookPoint
 from hf_layerfuse.calibration.layerwise import LayerwiseForward
-from hf_layerfuse.calibration.mmap import MappedActivations
 from hf_layerfuse.calibration.refit.between import through
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.evaluation.divergence import prediction
@@ -344,7 +344,7 @@ def test_models_that_skip_layers_are_refused():
 def test_states_leave_no_files(tmp_path, monkeypatch):
     """States of any shape and data type are in files that are unlinked at once. They outlive their container."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    states = MappedActivations()
+    states = StoredTensors()
     tensors = [torch.randn(3, 4), torch.randn(2, 1, 5).half(), torch.arange(3)]
     for tensor in tensors:
         states.append(tensor)

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from ...plan import Plan, RefitReport, Slot
+from ..disk import StoredTensors, WeightSnapshot
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward, TeacherStates
-from ..mmap import MappedActivations, WeightSnapshot
 
 RefitMethod = Literal["full", "maps", "linear", "none"]
 """Extent of a repair, see `refit`."""
@@ -82,7 +82,7 @@ class Repair(ABC):
         """The (layer, hook point) pairs of the teacher that the repair of a slot needs."""
 
     @abstractmethod
-    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], MappedActivations]) -> None:
+    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], StoredTensors]) -> None:
         """Repair the layer at `index`, which the student has not run yet."""
 
     def _note(self, layer: int, kind: str, role: str, before: float, after: float, **more: float) -> None:

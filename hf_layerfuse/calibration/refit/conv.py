@@ -13,8 +13,8 @@ from ...math.lowrank import low_rank
 from ...math.ridge import Moments, compose, fit, identity
 from ...models.modules.shared_linear import Relaxed, ResidualConv2d, as_stored, out_in, theta_of
 from ...plan import Slot
+from ..disk import StoredTensors
 from ..layer_hooks import HookPoint
-from ..mmap import MappedActivations
 from .base import Repair
 from .linear import fit_norm
 
@@ -34,7 +34,7 @@ class ConvRepair(Repair):
         return {(slot.layers[-1], SUM)}
 
     @torch.no_grad()
-    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], MappedActivations]) -> None:
+    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], StoredTensors]) -> None:
         table, layer = self.student.architecture.table("conv"), self.student.layers[index]
         target = seen[slot.layers[-1], SUM]
         conv, norm = layer.get_submodule(table["out"]), layer.get_submodule(table["norm"])
@@ -58,7 +58,7 @@ class ConvRepair(Repair):
             every = moments[0] + moments[1]
             _store(conv, norm, found.theta, every)
 
-    def _fit_residual(self, index: int, conv: ResidualConv2d, norm: nn.BatchNorm2d, target: MappedActivations) -> None:
+    def _fit_residual(self, index: int, conv: ResidualConv2d, norm: nn.BatchNorm2d, target: StoredTensors) -> None:
         """Refit the residual of this depth on the shared convolution: the free fit of all weights, projected on its
         rank."""
         train, selection = self._moments(norm, HookPoint("conv", "features"), target, lambda x: _patches(conv, x))
@@ -79,7 +79,7 @@ class ConvRepair(Repair):
             conv.residual_in.copy_(right)
             _set_norm(conv, norm, theta, gain.squeeze(1), every)
 
-    def _fit_outputs(self, index: int, conv: nn.Conv2d, norm: nn.BatchNorm2d, target: MappedActivations) -> None:
+    def _fit_outputs(self, index: int, conv: nn.Conv2d, norm: nn.BatchNorm2d, target: StoredTensors) -> None:
         """Refit the layer's output by one linear map, folded into the convolution (ReplaceMe)."""
         moments = self._moments(norm, HookPoint("conv", "norm"), target, norm)
         found = fit(*moments, identity(moments[0]))
@@ -89,7 +89,7 @@ class ConvRepair(Repair):
             patches = self._moments(norm, HookPoint("conv", "features"), target, lambda x: _patches(conv, x))
             _store(conv, norm, compose(theta, found.theta), patches[0] + patches[1])
 
-    def _moments(self, norm: nn.BatchNorm2d, point: HookPoint, target: MappedActivations, inputs) -> list[Moments]:
+    def _moments(self, norm: nn.BatchNorm2d, point: HookPoint, target: StoredTensors, inputs) -> list[Moments]:
         """Moments of `inputs` of the states at a hook point, and of the layer's target output."""
 
         def rows(index: int, total: Tensor, given: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

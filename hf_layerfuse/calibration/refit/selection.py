@@ -15,9 +15,9 @@ from ...models.architectures import MAPS, READERS, Block, TransformerArchitectur
 from ...models.architectures.block_weights import HEAD_NORMS, POSITIONS, rows_of, write_rows
 from ...models.modules.shared_linear import theta_of
 from ...plan import Source
+from ..disk import PerBatch, StoredTensors
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward
-from ..mmap import MappedActivations, PerBatch
 from .between import Between
 from .linear import store
 
@@ -192,7 +192,7 @@ def _columns(units: Tensor, size: int) -> Tensor:
 class Total:
     """The original's states plus the attention outputs of some layers, as if these layers ran at once, by batch."""
 
-    def __init__(self, seen: Mapping[tuple[int, HookPoint], MappedActivations], layers: Sequence[int]) -> None:
+    def __init__(self, seen: Mapping[tuple[int, HookPoint], StoredTensors], layers: Sequence[int]) -> None:
         self._before, self._after = (
             [seen[n, HookPoint("attention", at)] for n in layers] for at in ("residual", "sum")
         )

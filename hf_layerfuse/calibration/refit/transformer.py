@@ -11,9 +11,9 @@ from ...models.align import aligned
 from ...models.architectures import READERS, Block
 from ...models.modules.shared_linear import theta_of
 from ...plan import Kind, LinearForm, Plan, Slot
+from ..disk import PerBatch, StoredTensors, WeightSnapshot
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward, TeacherStates
-from ..mmap import MappedActivations, PerBatch, WeightSnapshot
 from .base import RefitMethod, Repair
 from .between import Between
 from .linear import fit_gain, fit_linear, fit_map, fit_norm, fold, store
@@ -48,7 +48,7 @@ class TransformerRepair(Repair):
                 wanted |= {(layer, point) for layer in slot.whole.layers for point in places}
         return wanted
 
-    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], MappedActivations]) -> None:
+    def _repair(self, index: int, slot: Slot, seen: Mapping[tuple[int, HookPoint], StoredTensors]) -> None:
         architecture, model = self.student.architecture, self.student.model
         layer = self.student.layers[index]
         blocks = [block for block in architecture.blocks(model) if block.layer == index and "out" in block.modules]
@@ -83,7 +83,7 @@ class TransformerRepair(Repair):
         also_positions = self.student.architecture.also_positions
         return {role: path for role, path in block.modules.items() if role in READERS and role not in also_positions}
 
-    def _reading(self, block: Block, original: MappedActivations) -> list[Moments]:
+    def _reading(self, block: Block, original: StoredTensors) -> list[Moments]:
         """Moments of the inputs of a block in the student, with the inputs of the original block as targets."""
 
         def rows(index: int, read: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ class TransformerRepair(Repair):
 
         return self.student.moments(rows, HookPoint(block.kind, "read"))
 
-    def _fit_inputs(self, block: Block, source: int, original: MappedActivations) -> None:
+    def _fit_inputs(self, block: Block, source: int, original: StoredTensors) -> None:
         """Refit the maps that read the stream, so that they give their outputs in the original."""
         moments = self._reading(block, original)
         if (block.layer, block.kind) in self.tied:
@@ -182,7 +182,7 @@ class TransformerRepair(Repair):
         self._note(block.layer, block.kind, "linear map", found.before, found.after, r2=1 - found.after / variance)
 
     def _select(
-        self, slot: Slot, attention: Block | None, mlp: Block, seen: Mapping[tuple[int, HookPoint], MappedActivations]
+        self, slot: Slot, attention: Block | None, mlp: Block, seen: Mapping[tuple[int, HookPoint], StoredTensors]
     ) -> None:
         """Build a layer from the heads and hidden units of its whole group.
 
@@ -216,12 +216,12 @@ class TransformerRepair(Repair):
         self._fit_projection(mlp, target)
 
     def _selection(
-        self, block: Block, layers: Sequence[int], seen: Mapping[tuple[int, HookPoint], MappedActivations]
+        self, block: Block, layers: Sequence[int], seen: Mapping[tuple[int, HookPoint], StoredTensors]
     ) -> Selection:
         reads = {layer: seen[layer, HookPoint(block.kind, "read")] for layer in layers}
         return Selection(self.student, block, self.teacher.layers, reads)
 
-    def _fit_outputs(self, block: Block, target: MappedActivations) -> None:
+    def _fit_outputs(self, block: Block, target: StoredTensors) -> None:
         """Refit the output of a block by one linear map, folded into the output projection."""
         between = Between(self.student, block)
 

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...calibration.contract import check_contract
+from ...calibration.disk import WeightSnapshot
 from ...calibration.layerwise import LayerwiseForward, TeacherStates
-from ...calibration.mmap import WeightSnapshot
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.refit import refit_by
 from ...calibration.samples import Sample
