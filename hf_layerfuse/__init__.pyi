@@ -42,6 +42,7 @@ from .models.finalize import linearize_mlps, merge_convs
 from .models.layer_map import fused_parameters, heal_scope, layer_map, mixed_weights
 from .models.modeling import expand, register_architecture
 from .models.verify import verify
+from .pipeline.fuse_checkpoint import fuse_checkpoint
 from .pipeline.report.card import model_card
 from .pipeline.report.plots import plot_distances, plot_plan
 from .plan import Blend, Drop, Fuse, Linearize, MergeConvs, Plan, PlanNotes
@@ -99,6 +100,7 @@ __all__ = [
     "evaluate",
     "expand",
     "fuse",
+    "fuse_checkpoint",
     "fused_parameters",
     "heal",
     "heal_scope",

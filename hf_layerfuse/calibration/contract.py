@@ -22,6 +22,7 @@ from ..evaluation.divergence import near, prediction
 from ..evaluation.hooks import watch
 from ..evaluation.modes import eval_mode, outside_inference_mode
 from ..models.architectures import READERS, Block, LayerArchitecture, TransformerArchitecture, architecture_for, part_at
+from ..models.paging import in_memory
 from ..models.removal import replaced, silenced
 from ..models.surgery.checks import shapes_of
 from ..models.symmetries import disguise
@@ -81,7 +82,8 @@ class _Contract:
         chosen = self._representatives(layerwise.layers)
         for index in range(len(layerwise.layers)):
             if index in chosen:
-                self._check_layer(layerwise, index)
+                with in_memory([layerwise.layers[index]]):
+                    self._check_layer(layerwise, index)
             layerwise.advance()
         for (output, _), evaluated in zip(layerwise.outputs(), layerwise.sample.held_out_batches, strict=True):
             with torch.inference_mode():

@@ -202,7 +202,7 @@ class LayerwiseForward:
 class TeacherStates:
     """Hidden states of a teacher, from one layer-wise forward that several students share.
 
-    The states at every depth, and at every hook point that a student asked for, are kept on disk.
+    The states at every depth, and at every hook point that a student asked for, are kept on disk until `forget`.
 
     Args:
         layerwise: Layer-wise forward of the teacher, at the first layer.
@@ -210,14 +210,21 @@ class TeacherStates:
 
     def __init__(self, layerwise: LayerwiseForward) -> None:
         self.layerwise, self.layers, self.architecture = layerwise, layerwise.layers, layerwise.architecture
-        self._at = [layerwise.states]
+        self._at = {layerwise.depth: layerwise.states}
         self._seen: dict[tuple[int, HookPoint], StoredTensors] = {}
 
     def states(self, depth: int) -> StoredTensors:
         """The inputs of the layer at `depth`; at the number of layers, the output of the last one."""
-        while len(self._at) <= depth:
-            self._look(len(self._at) - 1, ())
+        while self._reached < depth:
+            self._look(self._reached, ())
         return self._at[depth]
+
+    def forget(self, depth: int) -> None:
+        """Delete all states before the layer at `depth`."""
+        self.states(depth)
+        self._at = {at: states for at, states in self._at.items() if at >= depth}
+        self._seen = {place: states for place, states in self._seen.items() if place[0] >= depth}
+        self.layerwise.depth, self.layerwise.states = depth, self._at[depth]
 
     def see(self, places: Collection[tuple[int, HookPoint]]) -> dict[tuple[int, HookPoint], StoredTensors]:
         """The states at each (layer, hook point). Layers run only for points that are not recorded yet."""
@@ -232,8 +239,8 @@ class TeacherStates:
 
     def ahead(self, points: Collection[HookPoint]) -> None:
         """Run all remaining layers and keep the states at `points` in each, so that no layer has to run again."""
-        while len(self._at) <= len(self.layers):
-            layer = len(self._at) - 1
+        while not self.whole:
+            layer = self._reached
             self._look(layer, sorted((point for point in points if self._depth(layer, point) is None), key=str))
 
     def _depth(self, layer: int, point: HookPoint) -> int | None:
@@ -246,7 +253,11 @@ class TeacherStates:
     @property
     def whole(self) -> bool:
         """Whether all layers of the teacher have run, so that a loss costs a pass of the student alone."""
-        return len(self._at) > len(self.layers)
+        return self._reached == len(self.layers)
+
+    @property
+    def _reached(self) -> int:
+        return max(self._at)
 
     def loss(self, student: LayerwiseForward) -> float:
         """Mean divergence (`evaluation.divergence`) of a student whose layer-wise forward has reached the end."""
@@ -268,7 +279,7 @@ class TeacherStates:
         """Run a layer and keep the states at `points`, and its output unless that is known already."""
         layerwise, after = self.layerwise, StoredTensors()
         layerwise.depth, layerwise.states = layer, self._at[layer]
-        whole = len(self._at) == layer + 1
+        whole = self._reached == layer
         found = {(layer, point): StoredTensors() for point in points}
         for _, seen in layerwise.look(*points, *([None] if whole else [])):
             for point in points:
@@ -277,7 +288,7 @@ class TeacherStates:
                 after.append(seen[None])
         self._seen |= found
         if whole:
-            self._at.append(after)
+            self._at[layer + 1] = after
 
 
 @torch.inference_mode()

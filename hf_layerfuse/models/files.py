@@ -6,12 +6,13 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from ..errors import CheckpointError
 from ..recipe.pointer import is_pointer
 
 _DTYPES = {
@@ -31,7 +32,20 @@ def stored_names(path: str, **hub: Any) -> list[str]:
         path: Directory or Hub name.
         hub: Options of the Hub, such as `revision` and `token`.
     """
-    return [name for name, _, _ in _stored(path, hub)]
+    return [weight.name for weight in _stored(path, hub)]
+
+
+def stored_files(path: str, **hub: Any) -> dict[str, Path]:
+    """The file that holds each weight of a checkpoint, by the name of the weight.
+
+    Args:
+        path: Directory or Hub name.
+        hub: Options of the Hub, such as `revision` and `token`.
+
+    Raises:
+        CheckpointError: The index names a file that is missing.
+    """
+    return {weight.name: weight.file for weight in _stored(path, hub, whole=True)}
 
 
 def stored_dtype(path: str, **hub: Any) -> torch.dtype | None:
@@ -44,14 +58,21 @@ def stored_dtype(path: str, **hub: Any) -> torch.dtype | None:
         hub: Options of the Hub, such as `revision` and `token`.
     """
     sizes: Counter[torch.dtype] = Counter()
-    for _, dtype, size in _stored(path, hub):
-        if dtype in _DTYPES:
-            sizes[_DTYPES[dtype]] += size
+    for weight in _stored(path, hub):
+        if weight.dtype in _DTYPES:
+            sizes[_DTYPES[weight.dtype]] += weight.size
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def _stored(path: str, hub: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]:
-    """Name, data type and number of elements of each weight, from the headers of the files."""
+class _Stored(NamedTuple):
+    name: str
+    file: Path
+    dtype: str
+    size: int
+
+
+def _stored(path: str, hub: Mapping[str, Any], whole: bool = False) -> Iterator[_Stored]:
+    """Each weight with its number of elements, from the headers of the files. With `whole`, no file may be missing."""
     names = [SAFE_WEIGHTS_NAME]
     index = _local(path, SAFE_WEIGHTS_INDEX_NAME, hub)
     if index is not None and _local(path, SAFE_WEIGHTS_NAME, hub) is None:
@@ -59,11 +80,15 @@ def _stored(path: str, hub: Mapping[str, Any]) -> Iterator[tuple[str, str, int]]
     for name in names:
         file = _local(path, name, hub)
         if file is None:
+            if whole and index is not None:
+                raise CheckpointError(
+                    f"the checkpoint at {path!r} lacks {name}, a file that its index names: download it again."
+                )
             continue
         with safe_open(file, "pt") as weights:
             for key in weights.keys():  # noqa: SIM118  # not a dict
                 part = weights.get_slice(key)
-                yield key, part.get_dtype(), torch.Size(part.get_shape()).numel()
+                yield _Stored(key, Path(file), part.get_dtype(), torch.Size(part.get_shape()).numel())
 
 
 def _local(path: str, name: str, hub: Mapping[str, Any]) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -47,7 +48,7 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
     wants_report = kwargs.pop("output_loading_info", False)
     hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
     kwargs.setdefault("use_safetensors", True)  # only safetensors, unless the caller sets it otherwise
-    try:
+    with explained(path, hub):
         if config is None:
             # as in the Auto classes: arguments that are config fields go to the config, except for the data type
             fields = {k: v for k, v in kwargs.items() if k not in (*_HUB_ARGUMENTS, "dtype", "torch_dtype")}
@@ -58,6 +59,30 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
         architectures = config.architectures
         cls = auto_class or _class_of(path, config, kwargs, hub)
         model, report = cls.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    wrong = [str(key) for key in (*report["missing_keys"], *report["mismatched_keys"])]
+    if model.base_model is model:
+        # published bodies often lack the pooler of their class; all other weights must be in the checkpoint
+        wrong = [key for key in wrong if not key.startswith("pooler.")]
+    if wrong:
+        raise CheckpointError(
+            f"the checkpoint at {path!r} lacks weights that {type(model).__name__} needs: "
+            f"{', '.join(sorted(wrong)[:5])}{' and more' if len(wrong) > 5 else ''}. Download it again if it is "
+            "damaged; fine-tune it first if it has no head for this task."
+        )
+    _check_layers(model, path, report["unexpected_keys"])
+    if auto_class is None and not architectures and report["unexpected_keys"]:
+        raise CheckpointError(
+            f"config.json of {path!r} has no `architectures`, and {type(model).__name__} has no place for "
+            f"{sorted(report['unexpected_keys'])[0]}: add the class of the model to config.json."
+        )
+    return (model, report) if wants_report else model
+
+
+@contextmanager
+def explained(path: str, hub: Mapping[str, Any]) -> Iterator[None]:
+    """Turn any error while a checkpoint is read into a `CheckpointError` that says what is wrong with it."""
+    try:
+        yield
     except Exception as error:  # configs of users lead to anything, such as KeyError for an unknown activation
         if (why := _why_unknown(path, hub)) is not None:
             raise CheckpointError(why) from error
@@ -76,23 +101,6 @@ def load_checkpoint(path: str | os.PathLike, *, auto_class: type | None = None, 
         if not isinstance(error, OSError | ValueError) or not reason:
             reason = f"{type(error).__name__}: {reason}"
         raise CheckpointError(f"cannot load a model from {path!r}: {reason[:400]}") from error
-    wrong = [str(key) for key in (*report["missing_keys"], *report["mismatched_keys"])]
-    if model.base_model is model:
-        # published bodies often lack the pooler of their class; all other weights must be in the checkpoint
-        wrong = [key for key in wrong if not key.startswith("pooler.")]
-    if wrong:
-        raise CheckpointError(
-            f"the checkpoint at {path!r} lacks weights that {type(model).__name__} needs: "
-            f"{', '.join(sorted(wrong)[:5])}{' and more' if len(wrong) > 5 else ''}. Download it again if it is "
-            "damaged; fine-tune it first if it has no head for this task."
-        )
-    _check_layers(model, path, report["unexpected_keys"])
-    if auto_class is None and not architectures and report["unexpected_keys"]:
-        raise CheckpointError(
-            f"config.json of {path!r} has no `architectures`, and {type(model).__name__} has no place for "
-            f"{sorted(report['unexpected_keys'])[0]}: add the class of the model to config.json."
-        )
-    return (model, report) if wants_report else model
 
 
 def _why_unknown(path: str, hub: Mapping[str, Any]) -> str | None:

@@ -68,6 +68,14 @@ def unfinished(path: str | Path, run: object) -> Path:
     return path.with_name(f".{path.name}-{digest}.unfinished")
 
 
+def stamp(path: str | None) -> list[int] | None:
+    """Number, total size and latest date of the files under a path, to detect changes; None without such a path."""
+    if path is None or not Path(path).exists():
+        return None
+    stats = [file.stat() for file in (Path(path), *Path(path).rglob("*")) if file.is_file()]
+    return [len(stats), sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
+
+
 @contextmanager
 def new_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A fresh directory to write to, which takes the name `path` when the block ends without an exception.

@@ -28,7 +28,7 @@ from ..plan import Plan
 from ..recipe import Recipe
 from ..training.distributed import process_state
 from .companions import companions_of, copy_companions
-from .output import check_output, new_directory, unfinished
+from .output import check_output, new_directory, stamp, unfinished
 from .progress import say, steps
 from .report.closing import closing
 from .report.hub import check_publish, publish
@@ -65,7 +65,7 @@ def run(recipe: Recipe, command: str) -> RunResults:
         check_publish(recipe.hub)  # before hours of work
     companions = companions_of(recipe.model)
     original, processor, inputs = prepare_run(recipe)
-    files = [_stamp(path) for path in (recipe.model, data.train, data.validation, data.test)]
+    files = [stamp(path) for path in (recipe.model, data.train, data.validation, data.test)]
     # one fused model serves every way to heal it; later rounds of fusing depend on the healing before them
     other = ("overwrite", "output_dir", "with_code", "hub", *(("heal",) if recipe.heal.schedule == "one-shot" else ()))
     work = unfinished(recipe.output_dir, [files, identity_of(recipe, *other)])
@@ -132,14 +132,6 @@ def _publish(recipe: Recipe) -> str:
         raise PublishError(
             f"{error} The result is complete in {recipe.output_dir}; `{command}` publishes it."
         ) from error
-
-
-def _stamp(path: str | None) -> list[int] | None:
-    """Number, total size and latest date of the files under a path, to detect changes; None without such a path."""
-    if path is None or not Path(path).exists():
-        return None
-    stats = [file.stat() for file in (Path(path), *Path(path).rglob("*")) if file.is_file()]
-    return [len(stats), sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
 
 
 def _load(recipe: Recipe) -> tuple[PreTrainedModel, Any]:

@@ -59,16 +59,19 @@ class Repair(ABC):
         self.slots = layout.slots
         self.tied = {(slot, tie.kind) for tie in layout.ties for slot in tie.slots}
         self.blocks: list[dict[str, Any]] = []
-        self._differs = any(map(self._edited, range(student.depth)))
+        self._first = next((index for index in range(len(self.slots)) if self._edited(index)), len(self.slots))
 
     def step(self) -> None:
         """Repair the student's next layer, and run it."""
+        self.repair()
+        self.student.advance()
+
+    def repair(self) -> None:
+        """Repair the student's next layer."""
         index = self.student.depth
-        self._differs = self._differs or self._edited(index)
-        if self._differs:
+        if index >= self._first:
             slot = self.slots[index]
             self._repair(index, slot, self.teacher.see(self._wanted(slot)))
-        self.student.advance()
 
     def _edited(self, index: int) -> bool:
         slot = self.slots[index]

@@ -41,7 +41,7 @@ def longest(layers: int, groups: int) -> int:
     return min(layers - groups + 1, math.ceil(layers / groups) + 2)
 
 
-def unexplained(teacher_states: TeacherStates, size: int) -> np.ndarray:
+def unexplained(teacher_states: TeacherStates, size: int, *, forget: bool = False) -> np.ndarray:
     """Estimate the cost of fusing each run of layers, from the nonlinearity of the run.
 
     The states after a run are fitted linearly to the states before it. The cost is the unexplained share of their
@@ -50,24 +50,27 @@ def unexplained(teacher_states: TeacherStates, size: int) -> np.ndarray:
     Args:
         teacher_states: States of the original.
         size: Largest number of layers of a run.
+        forget: Whether to delete states that no run to come begins at.
 
     Returns:
         Cost of the run i .. j-1 at [i, j], (layers + 1, layers + 1); infinite where there is no such run, or where it
         is longer than `size`.
     """
-    depth = len(teacher_states.layers)
-    states = [teacher_states.states(layer) for layer in range(depth + 1)]
-    width = states[0][0].shape[-1]
+    depth, first = len(teacher_states.layers), teacher_states.states(0)[0]
+    width = first.shape[-1]
     batches = teacher_states.layerwise.spread(TOKENS_PER_STATE * width)
     cost = np.full((depth + 1, depth + 1), np.inf)
     cost[range(depth), range(1, depth + 1)] = 0
-    for start, end in itertools.combinations(range(depth + 1), 2):
-        if 2 <= end - start <= size:
-            moments = Moments.empty(width, width, states[0][0].device)
+    for end in range(2, depth + 1):
+        after = teacher_states.states(end)
+        for start in range(max(0, end - size), end - 1):
+            before, moments = teacher_states.states(start), Moments.empty(width, width, first.device)
             for index in batches:
-                moments.add(*(teacher_states.layerwise.rows(index, states[layer][index]) for layer in (start, end)))
+                moments.add(*(teacher_states.layerwise.rows(index, states[index]) for states in (before, after)))
             left = moments.error(moments.ridge(identity(moments), 1e-2)) * moments.rows
             cost[start, end] = (end - start - 1) * left / max(moments.centred()[2].trace().item(), 1e-30)
+        if forget:
+            teacher_states.forget(max(0, end + 1 - size))
     return cost
 
 

@@ -22,6 +22,12 @@ from .linear_mlp import check_form
 
 def check_model(model: PreTrainedModel, architecture: LayerArchitecture) -> None:
     """Raise `UnsupportedModelError` unless the model can be fused."""
+    check_structure(model, architecture)
+    check_weights(model)
+
+
+def check_structure(model: PreTrainedModel, architecture: LayerArchitecture) -> None:
+    """Raise `UnsupportedModelError` unless a model of this structure can be fused. It reads no weights."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a model: pass a model with its weights, as from_pretrained returns it."
@@ -36,7 +42,6 @@ def check_model(model: PreTrainedModel, architecture: LayerArchitecture) -> None
         raise UnsupportedModelError("config.per_layer_config makes layers differ: such models cannot be fused yet.")
     architecture.check(model)
     check_unaltered(model)
-    check_weights(model)
 
 
 def check_weights(model: PreTrainedModel) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...math.lowrank import low_rank, shared_basis
-from ...plan import Layout, Source
+from ...plan import Layout, Slot, Source
 from ..architectures import LayerArchitecture
 from ..modules.shared_linear import Relaxed, out_in
 from .layers import is_shared, relaxed_maps
@@ -39,20 +39,13 @@ def fused_weights(
     states = [layer.state_dict() for layer in layers]
     ties = {(slot, tie.kind): tie for tie in layout.ties for slot in tie.slots}
     for index, slot in enumerate(layout.slots):
-        for name, tensor in states[slot.layers[0]].items():
-            kind = architecture.owner(name)
-            source = slot.source(kind)
-            tie = ties.get((index, kind))
-            if tie is not None and is_shared(tensor):
-                if index != tie.slots[0]:
-                    continue
-                source = tie.source
-            if source is None and architecture.stays(name):
-                source = Source(slot.layers[:1])
-            if source is not None and not replaces(name, architecture, source.form):
-                group = [states[layer][name] for layer in source.layers]
-                seed = zlib.crc32(name.encode())  # the seed depends on name and group, and is the same in every process
-                weights[f"{path}.{index}.{name}"] = combine(group, source, seed=seed + source.layers[0])
+        shared = {
+            kind: tie.source if index == tie.slots[0] else None
+            for kind in slot.blocks
+            if (tie := ties.get((index, kind)))
+        }
+        made = layer_weights(architecture, states, slot, shared)
+        weights |= {f"{path}.{index}.{name}": tensor for name, tensor in made.items()}
         for source in filter(None, slot.blocks.values()):
             if source.form is not None:
                 layer = source.layers[0]
@@ -70,6 +63,36 @@ def fused_weights(
                 for slot, tensors in zip(tie.slots, made, strict=True)
                 for name, tensor in tensors.items()
             }
+    return weights
+
+
+def layer_weights(
+    architecture: LayerArchitecture,
+    states: Mapping[int, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]],
+    slot: Slot,
+    shared: Mapping[str, Source | None] = MappingProxyType({}),
+) -> dict[str, Tensor]:
+    """Weights of one layer of the result by their names in the layer, without those of blocks that change their form.
+
+    Args:
+        architecture: Architecture table of the model.
+        states: `state_dict` of each original layer of the slot, by its depth.
+        slot: Layer of the result.
+        shared: Kind of block -> source of the matrices that it shares with other depths; None where another depth has
+            them.
+    """
+    weights = {}
+    for name, tensor in states[slot.layers[0]].items():
+        kind = architecture.owner(name)
+        source = slot.source(kind)
+        if kind in shared and is_shared(tensor):
+            source = shared[kind]
+        elif source is None and architecture.stays(name):
+            source = Source(slot.layers[:1])
+        if source is not None and not replaces(name, architecture, source.form):
+            group = [states[layer][name] for layer in source.layers]
+            seed = zlib.crc32(name.encode())  # the seed depends on name and group, and is the same in every process
+            weights[name] = combine(group, source, seed=seed + source.layers[0])
     return weights
 
 

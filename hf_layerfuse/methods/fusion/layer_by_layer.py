@@ -1,0 +1,189 @@
+"""Fusion of a model that is larger than memory: original and result move through the layers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ...calibration.contract import check_contract
+from ...calibration.layerwise import LayerwiseForward, TeacherStates
+from ...calibration.refit.base import RefitReport
+from ...calibration.refit.refit import repair_of
+from ...calibration.samples import Sample
+from ...errors import RecipeError
+from ...evaluation.precision import dtype_in_file
+from ...models.architectures import architecture_for
+from ...models.paging import PagedWeights, empty, fill, hollow, in_memory
+from ...models.surgery.checks import check_plan, check_structure
+from ...models.surgery.layers import target_config
+from ...models.surgery.weights import layer_weights
+from ...plan import Plan
+from ...recipe import FusionRecipe
+from .grouping import TOKENS_PER_STATE, groups_of, longest, of_one_shape, unexplained
+from .planner import divider, group_edit, layer_importance_of, plan_evenly
+from .targets import settled
+
+_NEEDED = {"mode": ("depth",), "blocks": ("layer",), "cluster": ("auto",), "align": ("none",), "effort": ("low",)}
+"""Values of recipe fields that need no more than one layer at a time."""
+
+_OPERATORS = ("auto", "select", "freeze")
+
+Layer = dict[str, Tensor]
+"""Weights of a layer by their names in it, in the data type of the file."""
+
+Row = Mapping[str, Any]
+
+
+class Finished(NamedTuple):
+    """A layer of the result, and the rows of the report for its maps."""
+
+    layer: Layer
+    rows: list[Row]
+
+
+def plan_by_layers(model: PreTrainedModel, recipe: FusionRecipe, batches: list[Mapping[str, Any]]) -> Plan:
+    """Choose the groups of effort `low`, in one pass of the original over some of the batches.
+
+    Args:
+        model: Model from `paged_model`.
+        recipe: Settings of the fusion.
+        batches: Calibration batches.
+
+    Raises:
+        RecipeError: Setting that needs the whole model in memory, or target that cannot be met.
+        UnsupportedModelError: Unknown architecture, or model that cannot be fused.
+    """
+    for name, allowed in _NEEDED.items():
+        if getattr(recipe, name) not in allowed:
+            raise RecipeError(
+                f"{name}={getattr(recipe, name)!r} needs the whole model in memory: use {name}={allowed[0]!r}, or load "
+                "the model and pass it to fuse()."
+            )
+    if recipe.operator not in _OPERATORS or recipe.is_timed:
+        asked = "a latency target" if recipe.is_timed else f"operator={recipe.operator!r}"
+        raise RecipeError(
+            f"{asked} needs the whole model in memory: use {', '.join(_OPERATORS)}, and a target in layers, parameters "
+            "or bytes; or load the model and pass it to fuse()."
+        )
+    architecture = architecture_for(model, stack=recipe.stack)
+    check_structure(model, architecture)
+    recipe = settled(model, recipe)
+    even = plan_evenly(model, recipe)
+    count = len(groups_of(even, "layer"))
+    check_contract(model, batches, architecture)
+    sample = Sample.of(batches)
+    layerwise = LayerwiseForward(model, sample, architecture)
+    chosen = layerwise.spread(TOKENS_PER_STATE * layerwise.states[0].shape[-1])
+    part = Sample(*([of[index] for index in chosen] for of in (sample.batches, sample.held_out, sample.selection)))
+    states = TeacherStates(LayerwiseForward(model, part, architecture))
+    cost = of_one_shape(states.layers, unexplained(states, longest(even.num_layers, count), forget=True))
+    importance = layer_importance_of(model, batches, recipe.stack)
+    groups = [group for group in divider(model, recipe)(cost, count) if len(group) > 1]
+    notes = replace(even.notes, recipe=asdict(recipe), calibration=f"{sum(map(len, sample.held_out))} sequences")
+    return replace(even, edits=tuple(group_edit("layer", each, recipe, importance) for each in groups), notes=notes)
+
+
+class LayerByLayer:
+    """Fusion by a plan of whole layers in depth, with one layer of the result in memory at a time.
+
+    The original and the result move through the layers side by side. Each layer of the result is combined, repaired,
+    and rounded to the data type of the file before it runs, so that later layers repair the rounding too, and so that
+    a run that resumes computes the same.
+
+    Args:
+        model: Model from `paged_model`, with its weights attached.
+        weights: Weights of the model.
+        plan: Plan from `plan_by_layers`.
+        batches: Calibration batches.
+
+    Attributes:
+        result: The smaller model. Its layers have no weights once they have run.
+        names: Name in the files of the original of each weight outside the layers.
+
+    Raises:
+        PlanError: The plan does not fit the model.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, weights: PagedWeights, plan: Plan, batches: list[Mapping[str, Any]]
+    ) -> None:
+        recipe = FusionRecipe(**plan.notes.recipe)
+        self.architecture = architecture_for(model, stack=plan.stack)
+        check_plan(model, self.architecture, plan)
+        self.plan, self.slots, self.dtype = plan, plan.layout().slots, dtype_in_file(model)
+        self.result = hollow(type(model), target_config(model.config, self.architecture, plan.layout()))
+        weights.attach(self.result, self.architecture, layers=False)
+        self.names = weights.names_of(self.result)
+        sample = Sample.of(batches)
+        every = [mask[mask] for mask in sample.evaluated if mask.any()]
+        held_out = Sample(sample.held_out_batches, every, [~mask for mask in every])
+        self._teacher = TeacherStates(LayerwiseForward(model, sample, self.architecture))
+        self._student = LayerwiseForward(self.result, sample, self.architecture)
+        self._unrepaired = LayerwiseForward(self.result, held_out, self.architecture)
+        self._refit = recipe.refit
+        self._repair = None if recipe.refit == "none" else repair_of(self._student, self._teacher, plan, recipe.refit)
+        self._rows: list[Row] = []
+
+    @torch.no_grad()
+    def run(self, finished: Callable[[int], Finished | None], write: Callable[[int, Finished], None]) -> RefitReport:
+        """Make all layers of the result, front to back.
+
+        Args:
+            finished: Function that returns a layer that an earlier run has written, by its depth in the result; None
+                for other layers.
+            write: Function that writes a layer.
+
+        Returns:
+            The calibration loss before and after the repair. If it rose, the unrepaired layers are written instead.
+        """
+        for index, slot in enumerate(tqdm(self.slots, "Fusing", unit="layer", disable=None)):
+            with in_memory([self._teacher.layers[layer] for layer in slot.layers]):
+                layer = self._student.layers[index]
+                fill(layer, self._combined(index))
+                self._unrepaired.advance()
+                made = finished(index)
+                if made is None:
+                    made = self._repaired(index)
+                    write(index, made)
+                fill(layer, _to(self.result.dtype, made.layer))
+                self._rows += made.rows
+                self._student.advance()
+                empty(layer, made.layer)
+                self._teacher.forget(slot.layers[-1] + 1)
+        before, after = self._teacher.loss(self._unrepaired), self._teacher.loss(self._student)
+        if after <= before:
+            return RefitReport(before, after, kept=self._repair is not None, blocks=tuple(self._rows))
+        for index, slot in enumerate(tqdm(self.slots, "Undoing the repair", unit="layer", disable=None)):
+            with in_memory([self._teacher.layers[layer] for layer in slot.layers]):
+                write(index, Finished(_to(self.dtype, self._combined(index)), []))
+        return RefitReport(before, before, kept=False, blocks=tuple(self._rows))
+
+    def loss_of(self, model: PreTrainedModel) -> float:
+        """Calibration loss of another model on the same held-out sequences, after `run`."""
+        layerwise = LayerwiseForward(model, self._unrepaired.sample, self.architecture)
+        while layerwise.depth < len(layerwise.layers):
+            layerwise.advance()
+        return self._teacher.loss(layerwise)
+
+    def _combined(self, index: int) -> Layer:
+        """Weights of a layer of the result before its repair, in float32, rounded to the data type of the file."""
+        slot = self.slots[index]
+        states = {layer: self._teacher.layers[layer].state_dict() for layer in slot.layers}
+        return _to(self.result.dtype, _to(self.dtype, layer_weights(self.architecture, states, slot)))
+
+    def _repaired(self, index: int) -> Finished:
+        rows = len(self._repair.blocks) if self._repair else 0
+        if self._repair is not None:
+            self._repair.repair()
+        layer = self._student.layers[index]
+        return Finished(_to(self.dtype, layer.state_dict()), self._repair.blocks[rows:] if self._repair else [])
+
+
+def _to(dtype: torch.dtype, layer: Layer) -> Layer:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in layer.items()}
