@@ -11,14 +11,17 @@ import copy
 import functools
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
 from transformers.pytorch_utils import Conv1D
 
@@ -282,6 +285,28 @@ def build(cls: type, config: PreTrainedConfig, weights: dict[str, Any], like: Pr
     if any(getattr(module, "gradient_checkpointing", False) for module in like.modules()):
         checkpoint_activations(model, True)
     return model.to(like.device).train(like.training)
+
+
+def names_in_files(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Name in the files of a checkpoint of each weight of a model, as far as it is stored as it is.
+
+    Transformers renames some weights while it loads them, and computes others, such as those of experts.
+
+    Args:
+        model: Model without fused parts; its weights are not read.
+        stored: Names in the files.
+    """
+    weights, transforms = model.state_dict(), get_model_conversion_mapping(model)
+    renamings, converters = (
+        [each for each in transforms if isinstance(each, kind)] for kind in (WeightRenaming, WeightConverter)
+    )
+    found = {}
+    for name in stored:
+        live, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, weights)
+        if converter is None and live in weights:
+            found[live] = name
+    tied = {copy: found[name] for copy, name in model.all_tied_weights_keys.items() if name in found}
+    return tied | found
 
 
 def model_classes(config_class: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:

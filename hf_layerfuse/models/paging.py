@@ -9,7 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import torch
 from accelerate import init_empty_weights
@@ -23,20 +23,25 @@ from .architectures import LayerArchitecture
 from .files import stored_dtype, stored_files
 from .heads import head_class
 from .loading import explained
+from .modeling import names_in_files
 
 MEMORY = 1 << 30
 """Bytes of weights that stay in memory although they are not in use."""
 
+_LARGE = (nn.Embedding, nn.Linear)
+_SMALL = 1 << 24
+"""Most bytes of a module outside the stack of layers that stays in memory."""
 
-_PAGED: WeakKeyDictionary[nn.Module, PagedWeights] = WeakKeyDictionary()
+_WEIGHTS = "_layerfuse_weights"
+"""Attribute of a module that reads its weights from a checkpoint."""
 
 
 class PagedWeights:
     """The weights of a checkpoint in pages, of which only some are in memory.
 
-    Each layer is a page, and so is each other module with weights of its own. A page is read in float32 when its module
-    runs. The pages that ran longest ago are dropped, once all pages in memory take more than `memory`. Weights that are
-    not in memory are NaN, so that a computation with them cannot go unnoticed.
+    Each layer is a page, and so is each large embedding and head. A page is read in float32 when its module runs. The
+    pages that ran longest ago are dropped, once all pages in memory take more than `memory`. Weights that are not in
+    memory are NaN, so that a computation with them cannot go unnoticed.
 
     Args:
         path: Directory or Hub name of the checkpoint.
@@ -71,30 +76,36 @@ class PagedWeights:
         """
         stack = list(architecture.layer_list(model))
         inside = {module for layer in stack for module in layer.modules()}
-        pages = {layer: list(layer.state_dict()) for layer in stack if layers}
-        pages |= {module: own for module in model.modules() if module not in inside and (own := _own(module))}
-        names = self.names_of(model)
+        own = {layer: list(layer.state_dict()) for layer in stack if layers}
+        own |= {module: names for module in model.modules() if module not in inside and (names := _own(module))}
+        names = names_in_files(model, self.files)
         at = {module: f"{name}." if name else "" for name, module in model.named_modules()}
-        for page, own in pages.items():
-            if lost := [at[page] + name for name in own if at[page] + name not in names]:
+        for module, weights in own.items():
+            if lost := [at[module] + name for name in weights if at[module] + name not in names]:
                 raise CheckpointError(
-                    f"the checkpoint at {self.path!r} has no weights under the name {lost[0]!r}, so that they cannot "
-                    "be read layer by layer: load the whole model, and pass it to fuse()."
+                    f"the checkpoint at {self.path!r} holds no {lost[0]!r}: it is damaged, or Transformers computes "
+                    "this weight from others while it loads the model. Load the whole model, and pass it to fuse()."
                 )
-            self._names[page] = {name: names[at[page] + name] for name in own}
-            page.forward = functools.partial(self._run, page, page.forward)
-            _PAGED[page] = self
+            self._names[module] = {name: names[at[module] + name] for name in weights}
+            setattr(module, _WEIGHTS, self)
+            if module in stack or (type(module) in _LARGE and self._size(module) > _SMALL):
+                module.forward = functools.partial(self._run, module, module.forward)
+            else:  # others may read such weights without running their module
+                self._read(module)
+                self._users[module] += 1
 
     @contextmanager
-    def kept(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """Keep the weights of attached modules in memory inside the `with` block."""
-        self._users.update(modules)
+    def kept(self, module: nn.Module) -> Iterator[None]:
+        """Keep the weights of a module in memory inside the `with` block. A copy of a module has its own weights."""
+        if module not in self._names:
+            yield
+            return
+        self._users[module] += 1
         try:
-            for module in modules:
-                self._read(module)
+            self._read(module)
             yield
         finally:
-            self._users.subtract(modules)
+            self._users[module] -= 1
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A weight of the checkpoint, by default in the data type of its file.
@@ -105,7 +116,7 @@ class PagedWeights:
         with safe_open(self.files[name], "pt") as weights:
             stored = weights.get_tensor(name)  # mapped, so that only the copy takes memory
             found = stored.to(dtype if stored.is_floating_point() else None, copy=True)
-        if found.is_floating_point() and not torch.isfinite(found.sum()):
+        if not torch.isfinite(found).all():
             raise UnsupportedModelError(
                 f"{name} holds NaN or infinite values: the checkpoint is damaged or was trained past divergence; "
                 "use an earlier one."
@@ -117,20 +128,8 @@ class PagedWeights:
         with safe_open(self.files[name], "pt") as weights:
             return weights.get_tensor(name).nbytes
 
-    def names_of(self, model: PreTrainedModel) -> dict[str, str]:
-        """Name in the files of each weight of a model. Files of a body lack the prefix that a head puts before it."""
-        prefix, found = f"{model.base_model_prefix}.", {}
-        for name in model.state_dict():
-            tied = model.all_tied_weights_keys.get(name, name)
-            for stored in (name, tied, tied.removeprefix(prefix), prefix + tied):
-                if stored in self.files:
-                    found.setdefault(name, stored)
-        return found
-
     def _run(self, page: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if page not in self._names:  # a copy has weights of its own
-            return forward(*args, **kwargs)
-        with self.kept([page]):
+        with self.kept(page):
             return forward(*args, **kwargs)
 
     def _read(self, page: nn.Module) -> None:
@@ -138,7 +137,7 @@ class PagedWeights:
             self._pages.move_to_end(page)
             return
         shapes = {name: tensor.shape for name, tensor in page.state_dict().items() if name in self._names[page]}
-        size = 4 * sum(map(torch.Size.numel, shapes.values()))
+        size = self._size(page)
         self._make_room(size)
         found = {}
         for name, stored in self._names[page].items():
@@ -155,6 +154,10 @@ class PagedWeights:
         fill(page, found)
         self._pages[page] = size
 
+    def _size(self, module: nn.Module) -> int:
+        """Number of bytes of the weights of a module in float32."""
+        return sum(4 * tensor.numel() for name, tensor in module.state_dict().items() if name in self._names[module])
+
     def _make_room(self, size: int) -> None:
         for page in [page for page in self._pages if not self._users[page]]:
             if sum(self._pages.values()) + size <= self.memory:
@@ -168,8 +171,8 @@ def in_memory(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Keep the weights of modules in memory inside the `with` block. Nothing changes for those of ordinary models."""
     with ExitStack() as stack:
         for module in modules:
-            if module in _PAGED:
-                stack.enter_context(_PAGED[module].kept([module]))
+            if (weights := getattr(module, _WEIGHTS, None)) is not None:
+                stack.enter_context(weights.kept(module))
         yield
 
 

@@ -25,7 +25,6 @@ from ..calibration.samples import read
 from ..errors import RecipeError, VerificationError
 from ..evaluation.batches import Batches
 from ..evaluation.modes import outside_inference_mode
-from ..evaluation.precision import dtype_in_file
 from ..evaluation.whole_file import write_whole
 from ..methods.fusion.layer_by_layer import Finished, LayerByLayer, plan_by_layers
 from ..methods.report import FusionReport
@@ -105,12 +104,12 @@ def fuse_checkpoint(
         plan = plan_by_layers(model, recipe, sequences)
         write_whole(work / _PLAN, plan.to_json())
     fusion = LayerByLayer(model, weights, plan, sequences)
-    layers = _Layers(work, fusion.architecture.layers_path(fusion.result))
+    layers = _Layers(work, fusion)
     refit = fusion.run(layers.read, layers.write)
     plan = replace(plan, notes=replace(plan.notes, refit=refit))
     with new_directory(output, overwrite=overwrite) as fresh:
         _save_weights(fresh, fusion, weights, layers)
-        _save_configs(fresh, fusion.result, path)
+        _save_configs(fresh, fusion, path)
         report = FusionReport(
             method="fusion",
             plan=plan,
@@ -127,10 +126,14 @@ def fuse_checkpoint(
 
 
 class _Layers:
-    """The finished layers of a result, each in a file of its own, with the rows of its report beside it."""
+    """The finished layers of a result, each in a file of its own, with the rows of its report beside it.
 
-    def __init__(self, work: Path, prefix: str) -> None:
-        self.work, self.prefix = work, prefix
+    Weights have the names that Transformers gave them in the files of the original.
+    """
+
+    def __init__(self, work: Path, fusion: LayerByLayer) -> None:
+        self.work, self.names = work, fusion.names
+        self.path = fusion.architecture.layers_path(fusion.result)
 
     def file(self, index: int) -> Path:
         return self.work / f"layer-{index:05}.safetensors"
@@ -138,13 +141,17 @@ class _Layers:
     def read(self, index: int) -> Finished | None:
         if not self.file(index).exists():
             return None
-        prefix = f"{self.prefix}.{index}."
-        layer = {name.removeprefix(prefix): tensor for name, tensor in load_file(self.file(index)).items()}
+        prefix = f"{self.path}.{index}."
+        live = {stored: name for name, stored in self.names.items() if name.startswith(prefix)}
+        layer = {
+            live.get(name, name).removeprefix(prefix): tensor for name, tensor in load_file(self.file(index)).items()
+        }
         return Finished(layer, json.loads(self.file(index).with_suffix(".json").read_text(encoding="utf-8")))
 
     def write(self, index: int, made: Finished) -> None:
         write_whole(self.file(index).with_suffix(".json"), json.dumps(made.rows))
-        _write({f"{self.prefix}.{index}.{name}": tensor for name, tensor in made.layer.items()}, self.file(index))
+        named = {f"{self.path}.{index}.{name}": tensor for name, tensor in made.layer.items()}
+        _write({self.names.get(name, name): tensor for name, tensor in named.items()}, self.file(index))
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
@@ -160,7 +167,7 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _save_weights(fresh: Path, fusion: LayerByLayer, weights: PagedWeights, layers: _Layers) -> None:
     """Write the weights in shards: those outside the stack, and one for each layer, with an index."""
-    outside = [name for name in _unique(fusion.result) if not name.startswith(f"{layers.prefix}.")]
+    outside = [name for name in _unique(fusion.result) if not name.startswith(f"{layers.path}.")]
     shards: list[list[str]] = [[]]
     room = _SHARD
     for name in outside:
@@ -174,8 +181,9 @@ def _save_weights(fresh: Path, fusion: LayerByLayer, weights: PagedWeights, laye
     places: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{count:05}.safetensors"
-        _write({name: weights.tensor(fusion.names[name]) for name in names}, fresh / file)
-        places |= dict.fromkeys(names, file)
+        stored = [fusion.names[name] for name in names]
+        _write({name: weights.tensor(name) for name in stored}, fresh / file)
+        places |= dict.fromkeys(stored, file)
     for index in range(len(fusion.slots)):
         file = f"model-{len(shards) + index + 1:05}-of-{count:05}.safetensors"
         _link(layers.file(index), fresh / file)
@@ -194,9 +202,9 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _save_configs(fresh: Path, result: PreTrainedModel, path: str) -> None:
-    config = copy.deepcopy(result.config)
-    config.architectures, config.dtype = [type(result).__name__], dtype_in_file(result)
+def _save_configs(fresh: Path, fusion: LayerByLayer, path: str) -> None:
+    config = copy.deepcopy(fusion.result.config)
+    config.architectures, config.dtype = [type(fusion.result).__name__], fusion.dtype
     config.save_pretrained(fresh)
     if (
         generation := cached_file(path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)

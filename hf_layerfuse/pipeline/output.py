@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..methods.report import REPORT_FILE
 
-MARK = "results.json"  # the file that identifies an earlier result
+MARK = "results.json"
+"""File of the results of a run. It identifies an earlier result, as a report beside the weights does."""
 
 
 def check_output(path: str | Path, overwrite: bool, keep: Iterable[str | None] = ()) -> None:
@@ -38,9 +40,10 @@ def check_output(path: str | Path, overwrite: bool, keep: Iterable[str | None] =
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise CheckpointError(
-                f"output_dir={str(path)!r} is not empty: choose another directory, or pass --overwrite to replace it."
+                f"output_dir={str(path)!r} is not empty: choose another directory, or replace it with --overwrite, in "
+                "Python overwrite=True."
             )
-        if not (target / MARK).is_file():
+        if not any((target / mark).is_file() for mark in (MARK, REPORT_FILE)):
             raise CheckpointError(
                 f"output_dir={str(path)!r} holds no {MARK}, so it is not an earlier result and is not replaced: choose "
                 "another directory, or empty this one yourself."

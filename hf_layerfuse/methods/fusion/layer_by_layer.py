@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,7 +19,8 @@ from ...calibration.refit.refit import repair_of
 from ...calibration.samples import Sample
 from ...errors import RecipeError
 from ...evaluation.precision import dtype_in_file
-from ...models.architectures import architecture_for
+from ...models.architectures import LayerArchitecture, architecture_for
+from ...models.modeling import names_in_files
 from ...models.paging import PagedWeights, empty, fill, hollow, in_memory
 from ...models.surgery.checks import check_plan, check_structure
 from ...models.surgery.layers import target_config
@@ -75,18 +77,25 @@ def plan_by_layers(model: PreTrainedModel, recipe: FusionRecipe, batches: list[M
     check_structure(model, architecture)
     recipe = settled(model, recipe)
     even = plan_evenly(model, recipe)
-    count = len(groups_of(even, "layer"))
     check_contract(model, batches, architecture)
     sample = Sample.of(batches)
+    groups = groups_of(even, "layer")
+    if recipe.refit != "none":  # what is lost without a repair is another matter than what a repair can restore
+        cost = _costs(model, architecture, sample, longest(even.num_layers, len(groups)))
+        groups = divider(model, recipe)(cost, len(groups))
+    importance = layer_importance_of(model, batches, recipe.stack)
+    edits = tuple(group_edit("layer", group, recipe, importance) for group in groups if len(group) > 1)
+    notes = replace(even.notes, recipe=asdict(recipe), calibration=f"{sum(map(len, sample.held_out))} sequences")
+    return replace(even, edits=edits, notes=notes)
+
+
+def _costs(model: PreTrainedModel, architecture: LayerArchitecture, sample: Sample, size: int) -> np.ndarray:
+    """Cost of each run of up to `size` layers, from one pass over as many of the batches as the costs need."""
     layerwise = LayerwiseForward(model, sample, architecture)
     chosen = layerwise.spread(TOKENS_PER_STATE * layerwise.states[0].shape[-1])
     part = Sample(*([of[index] for index in chosen] for of in (sample.batches, sample.held_out, sample.selection)))
     states = TeacherStates(LayerwiseForward(model, part, architecture))
-    cost = of_one_shape(states.layers, unexplained(states, longest(even.num_layers, count), forget=True))
-    importance = layer_importance_of(model, batches, recipe.stack)
-    groups = [group for group in divider(model, recipe)(cost, count) if len(group) > 1]
-    notes = replace(even.notes, recipe=asdict(recipe), calibration=f"{sum(map(len, sample.held_out))} sequences")
-    return replace(even, edits=tuple(group_edit("layer", each, recipe, importance) for each in groups), notes=notes)
+    return of_one_shape(states.layers, unexplained(states, size, forget=True))
 
 
 class LayerByLayer:
@@ -104,7 +113,7 @@ class LayerByLayer:
 
     Attributes:
         result: The smaller model. Its layers have no weights once they have run.
-        names: Name in the files of the original of each weight outside the layers.
+        names: Name of each weight of the original in its files.
 
     Raises:
         PlanError: The plan does not fit the model.
@@ -119,13 +128,17 @@ class LayerByLayer:
         self.plan, self.slots, self.dtype = plan, plan.layout().slots, dtype_in_file(model)
         self.result = hollow(type(model), target_config(model.config, self.architecture, plan.layout()))
         weights.attach(self.result, self.architecture, layers=False)
-        self.names = weights.names_of(self.result)
+        self.names = names_in_files(model, weights.files)
         sample = Sample.of(batches)
         every = [mask[mask] for mask in sample.evaluated if mask.any()]
         held_out = Sample(sample.held_out_batches, every, [~mask for mask in every])
         self._teacher = TeacherStates(LayerwiseForward(model, sample, self.architecture))
-        self._student = LayerwiseForward(self.result, sample, self.architecture)
-        self._unrepaired = LayerwiseForward(self.result, held_out, self.architecture)
+        first = self.slots[0].layers
+        with in_memory([self._teacher.layers[layer] for layer in first]):
+            # outputs of the first layer may be arguments of the others, such as the position bias of T5
+            fill(self.architecture.layer_list(self.result)[0], self._combined(0))
+            self._student = LayerwiseForward(self.result, sample, self.architecture)
+            self._unrepaired = LayerwiseForward(self.result, held_out, self.architecture)
         self._refit = recipe.refit
         self._repair = None if recipe.refit == "none" else repair_of(self._student, self._teacher, plan, recipe.refit)
         self._rows: list[Row] = []
