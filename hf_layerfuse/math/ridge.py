@@ -13,6 +13,10 @@ ROUNDS = 4
 _BLOCK = 256
 """Columns of a block of the moments. For many inputs, only blocks on and above the diagonal are computed."""
 
+_WIDE = 4096
+"""Number of inputs up to which sums are float64. For more inputs they take too much memory, and sums of float32
+products gain little from it."""
+
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 
 
@@ -22,9 +26,9 @@ class Moments:
     Inputs get a last column of ones, so that every fit has a free constant. Memory does not grow with the rows.
 
     Attributes:
-        xx: Sum of [x, 1]^T [x, 1], (in + 1, in + 1) float64.
-        xy: Sum of [x, 1]^T y, (in + 1, out) float64.
-        yy: Sum of y^T y, (out, out) float64.
+        xx: Sum of [x, 1]^T [x, 1], (in + 1, in + 1) float64, or float32 if there are many inputs.
+        xy: Sum of [x, 1]^T y, (in + 1, out).
+        yy: Sum of y^T y, (out, out).
     """
 
     def __init__(self, xx: Tensor, xy: Tensor, yy: Tensor) -> None:
@@ -32,9 +36,17 @@ class Moments:
 
     @classmethod
     def empty(
-        cls, inputs: int, outputs: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64
+        cls, inputs: int, outputs: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> Moments:
-        """Return moments of zero rows, for `inputs` and `outputs` columns. float32 is enough to rank inputs."""
+        """Return moments of zero rows, for `inputs` and `outputs` columns.
+
+        Args:
+            inputs: Number of inputs.
+            outputs: Number of targets.
+            device: Device of the sums.
+            dtype: Data type of the sums; by default, that of the class. float32 is enough to rank inputs.
+        """
+        dtype = dtype or (torch.float64 if inputs <= _WIDE else torch.float32)
         shapes = ((inputs + 1, inputs + 1), (inputs + 1, outputs), (outputs, outputs))
         return cls(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
 
@@ -44,7 +56,7 @@ class Moments:
         return self.xx[-1, -1].item()
 
     def add(self, x: Tensor, y: Tensor, scale: Tensor | None = None) -> None:
-        """Add rows x (rows, in) and y (rows, out): products in their data type, sums in float64.
+        """Add rows x (rows, in) and y (rows, out): products in their data type, sums in that of the moments.
 
         `scale`, (rows, 1), multiplies the error of each row, so that sums are weighted by its square.
         """
@@ -70,8 +82,10 @@ class Moments:
         Args:
             theta: Map, (in + 1, out) float64, with the constant in its last row.
         """
-        total = self.yy.trace()
-        left = (theta * (self.xx @ theta - 2 * self.xy)).sum() + total
+        total = left = self.yy.double().trace()
+        for start in range(0, len(theta), _WIDE):
+            rows = slice(start, start + _WIDE)
+            left = left + (theta[rows] * (self.xx[rows].double() @ theta - 2 * self.xy[rows])).sum()
         # less is a rounding error; scales below one give fewer than one row
         return torch.where(left < 1e-12 * total, 0, left).item() / (self.rows or 1.0)
 
@@ -84,21 +98,20 @@ class Moments:
             start: Map that the fit is pulled towards, (in + 1, out) float64.
             strength: Penalty, relative to the mean square of the inputs.
         """
-        factor, failed = torch.linalg.cholesky_ex(self._penalised(strength))
-        return start if failed else start + torch.cholesky_solve(self.xy - self.xx @ start, factor)
+        left = self.xy - torch.cat([rows.double() @ start for rows in self.xx.split(_WIDE)])
+        system = self._penalised(strength)
+        failed = _factorise(system)
+        return start if failed else start + torch.cholesky_solve(left, system)
 
     def inverse(self, strength: float) -> Tensor:
         """Return the inverse of the system that `ridge` solves, (in + 1, in + 1), or its pseudoinverse if singular."""
-        system = self._penalised(strength)
-        torch.linalg.cholesky_ex(
-            system, out=(system, failed := torch.zeros((), dtype=torch.int32, device=system.device))
-        )
-        if failed:
-            return torch.linalg.pinv(self._penalised(strength), hermitian=True)
+        system = self._penalised(strength, self.xx.dtype)
+        if _factorise(system):
+            return torch.linalg.pinv(self._penalised(strength, self.xx.dtype), hermitian=True)
         return torch.cholesky_inverse(system, out=system)
 
-    def _penalised(self, strength: float) -> Tensor:
-        system = self.xx.clone()
+    def _penalised(self, strength: float, dtype: torch.dtype = torch.float64) -> Tensor:
+        system = self.xx.to(dtype, copy=True)
         diagonal = system.diagonal()
         diagonal[:-1] += strength * diagonal[:-1].mean()
         return system
@@ -179,6 +192,13 @@ def identity(moments: Moments) -> Tensor:
     """Return the map from [x, 1] to x, (in + 1, in)."""
     width = len(moments.xx) - 1
     return torch.eye(width + 1, width, dtype=torch.float64, device=moments.xx.device)
+
+
+def _factorise(system: Tensor) -> bool:
+    """Replace a matrix by its lower Cholesky factor, in its memory; returns whether that failed."""
+    failed = torch.zeros((), dtype=torch.int32, device=system.device)
+    torch.linalg.cholesky_ex(system, out=(system, failed))
+    return bool(failed)
 
 
 def _with_one(theta: Tensor) -> Tensor:
