@@ -96,7 +96,7 @@ class _Watch:
 def _size(file: Path) -> int:
     """Number of bytes of an open temporary file; 0 for other files."""
     try:
-        return os.stat(file).st_size if "layerfuse-" in os.readlink(file) else 0
+        return os.stat(file).st_size if os.readlink(file).endswith("(deleted)") else 0
     except OSError:
         return 0
 

@@ -14,8 +14,8 @@ from ..errors import DataError, UnsupportedModelError
 from .batches import model_inputs, output_mask
 from .modes import eval_mode
 
-_ROWS = 256
-"""Number of distributions to compare at a time: float64 over a large vocabulary takes much memory."""
+_VALUES = 1 << 22
+"""Number of values to compare at a time: float64 over a large vocabulary takes much memory."""
 
 
 def prediction(output: Mapping[str, Any]) -> Tensor:
@@ -76,7 +76,8 @@ def divergence(ours: Mapping[str, Any], theirs: Mapping[str, Any], mask: Tensor 
         p, q = (logits.masked_fill(~mask, -1e9) for logits in (p, q))
     if "logits" in name and p.shape[-1] > 1:
         p, q = p.flatten(0, -2), q.flatten(0, -2)
-        return sum(_kl(*rows) for rows in zip(p.split(_ROWS), q.split(_ROWS), strict=True)), len(p)
+        rows = max(1, _VALUES // p.shape[-1])
+        return sum(_kl(*parts) for parts in zip(p.split(rows), q.split(rows), strict=True)), len(p)
     p, q = p.double(), q.double()
     return (p - q).square().sum().item(), p.square().sum().item()
 
