@@ -115,15 +115,18 @@ class LayerwiseForward:
                 if before is not None:  # for example a forward that accelerate wrapped in its hooks
                     layer.forward = before
 
+    def held_out_states(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the states of the sequences for evaluation: (batch index, states), for each batch that has some."""
+        for index, chosen in enumerate(self.sample.evaluated):
+            if chosen.any():
+                states = self.states[index]
+                yield index, states[_per_sequence(chosen, states)]
+
     @torch.inference_mode()
     def outputs(self) -> Iterator[tuple[Any, Tensor | None]]:
         """Yield the model's outputs for the held-out sequences, once all layers have run: (output, mask) per batch."""
-        for index, batch in enumerate(self.sample.batches):
-            chosen = self.sample.evaluated[index]
-            if not chosen.any():
-                continue
-            inputs = model_inputs(take(batch, chosen), self.model)
-            states = self.states[index][_per_sequence(chosen, self.states[index])]
+        for index, states in self.held_out_states():
+            inputs = model_inputs(take(self.sample.batches[index], self.sample.evaluated[index]), self.model)
             states = states.to(self.model.device, self.model.dtype)
             with self._layers_replaced(lambda *args, states=states, **kwargs: self._as_output(states)):
                 output = self.model(**inputs)

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import family_batches, family_inputs, family_model
@@ -22,6 +24,7 @@ from hf_layerfuse import (
 )
 from hf_layerfuse.calibration.layerwise import TeacherStates
 from hf_layerfuse.evaluation.divergence import prediction
+from hf_layerfuse.methods.fusion import layer_by_layer
 from hf_layerfuse.pipeline import fuse_checkpoint as module
 
 LOW = {"keep_layers": 4, "effort": "low"}
@@ -121,18 +124,31 @@ def test_other_data_do_not_resume(tmp_path, monkeypatch):
     assert len([path for path in tmp_path.iterdir() if path.name.endswith(".unfinished")]) == 2
 
 
-def test_a_repair_that_makes_it_worse_is_undone(tmp_path, monkeypatch):
-    """If the loss rises, the result is the one without a repair."""
-    _, batches = saved(tmp_path / "model")
-    fuse_checkpoint(tmp_path / "model", tmp_path / "plain", **LOW, refit="none", operator="freeze", batches=batches)
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_a_repair_that_makes_it_worse_is_undone(best, tmp_path, monkeypatch):
+    """No repair, the repair up to the last edit, and that of all layers compete: the lowest loss wins."""
+    model, batches = saved(tmp_path / "model")
+    recipe = {**LOW, "keep_layers": 5, "operator": "freeze", "batches": batches}
     monkeypatch.setattr(module, "_verify", lambda *_: None)
-    loss = TeacherStates.loss
-    signs = iter([1, -1])
-    monkeypatch.setattr(TeacherStates, "loss", lambda self, student: -next(signs) * loss(self, student))
-    report = fuse_checkpoint(tmp_path / "model", tmp_path / "out", **LOW, operator="freeze", batches=batches)
-    assert not report.plan.notes.refit.kept
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        assert file.read_bytes() == (tmp_path / "plain" / file.name).read_bytes()
+    cost = np.ones((7, 7))
+    cost[2, 4] = cost[range(6), range(1, 7)] = 0  # layers 2 and 3 become one
+    monkeypatch.setattr(layer_by_layer, "unexplained", lambda *_, **__: cost)
+    monkeypatch.setattr(TeacherStates, "loss", lambda self, student: next(left))
+    left = iter([2.0, 2.0, 1.0])
+    fuse_checkpoint(tmp_path / "model", tmp_path / "whole", **recipe)
+    repaired = AutoFusedModel.from_pretrained(tmp_path / "whole").model.layers
+
+    left = iter(([1.0, 2.0, math.nan], [2.0, 1.0, 3.0], [3.0, 2.0, 1.0])[best])
+    report = fuse_checkpoint(tmp_path / "model", tmp_path / "out", **recipe)
+    found = AutoFusedModel.from_pretrained(tmp_path / "out").model.layers
+    slots = report.plan.layout().slots
+    assert [len(slot.layers) for slot in slots] == [1, 1, 2, 1, 1]
+    end = (0, 3, 5)[best]
+    assert report.plan.notes.refit.kept == (best > 0)
+    for index, slot in enumerate(slots):
+        expected = repaired[index] if index < end else model.model.layers[slot.whole.kept]
+        for ours, theirs in zip(found[index].parameters(), expected.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ class Repair(ABC):
 
     Attributes:
         blocks: One row for each map refitted so far.
+        changed: Depths in the student of the layers that the plan changes.
     """
 
     def __init__(self, student: LayerwiseForward, teacher: TeacherStates, plan: Plan, method: str) -> None:
@@ -59,7 +60,7 @@ class Repair(ABC):
         self.slots = layout.slots
         self.tied = {(slot, tie.kind) for tie in layout.ties for slot in tie.slots}
         self.blocks: list[dict[str, Any]] = []
-        self._first = next((index for index in range(len(self.slots)) if self._edited(index)), len(self.slots))
+        self.changed = [index for index, slot in enumerate(self.slots) if self._is_changed(index, slot)]
 
     def step(self) -> None:
         """Repair the student's next layer, and run it."""
@@ -69,16 +70,21 @@ class Repair(ABC):
     def repair(self) -> None:
         """Repair the student's next layer."""
         index = self.student.depth
-        if index >= self._first:
-            slot = self.slots[index]
+        slot = self.slots[index]
+        if self.changed and index >= self.changed[0]:
             self._repair(index, slot, self.teacher.see(self._wanted(slot)))
 
-    def _edited(self, index: int) -> bool:
-        slot = self.slots[index]
+    def _is_changed(self, index: int, slot: Slot) -> bool:
         sources = slot.blocks.values()
         fused = any(source is None or len(source.layers) > 1 or source.linear for source in sources)
         tied = any((index, kind) in self.tied for kind in slot.blocks)
-        return len(slot.layers) > 1 or fused or tied or slot.layers[0] > index
+        return len(slot.layers) > 1 or fused or tied or (index == 0 and slot.layers[0] > 0)
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the plan leaves the layers to come as they are, so that the repair may end here."""
+        depth = self.student.depth
+        return self.method == "full" and bool(self.changed) and self.changed[-1] + 1 == depth < len(self.slots)
 
     @abstractmethod
     def _wanted(self, slot: Slot) -> set[tuple[int, HookPoint]]:

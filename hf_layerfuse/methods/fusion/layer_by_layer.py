@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -13,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...calibration.contract import check_contract
+from ...calibration.disk import StoredTensors
 from ...calibration.layerwise import LayerwiseForward, TeacherStates
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.refit import repair_of
@@ -133,13 +137,12 @@ class LayerByLayer:
         every = [mask[mask] for mask in sample.evaluated if mask.any()]
         held_out = Sample(sample.held_out_batches, every, [~mask for mask in every])
         self._teacher = TeacherStates(LayerwiseForward(model, sample, self.architecture))
-        first = self.slots[0].layers
-        with in_memory([self._teacher.layers[layer] for layer in first]):
+        with self._originals(0):
             # outputs of the first layer may be arguments of the others, such as the position bias of T5
             fill(self.architecture.layer_list(self.result)[0], self._combined(0))
             self._student = LayerwiseForward(self.result, sample, self.architecture)
-            self._unrepaired = LayerwiseForward(self.result, held_out, self.architecture)
-        self._refit = recipe.refit
+            unrepaired = LayerwiseForward(self.result, held_out, self.architecture)
+        self._stopped = {0: unrepaired}  # the held-out sequences, by the depth in the result where the repair ends
         self._repair = None if recipe.refit == "none" else repair_of(self._student, self._teacher, plan, recipe.refit)
         self._rows: list[Row] = []
 
@@ -153,13 +156,15 @@ class LayerByLayer:
             write: Function that writes a layer.
 
         Returns:
-            The calibration loss before and after the repair. If it rose, the unrepaired layers are written instead.
+            The calibration loss before and after the repair. If it is lower without the repair of all layers, or of
+            those behind the last edit, these are written again.
         """
-        for index, slot in enumerate(tqdm(self.slots, "Fusing", unit="layer", disable=None)):
-            with in_memory([self._teacher.layers[layer] for layer in slot.layers]):
+        for index in tqdm(range(len(self.slots)), "Fusing", unit="layer", disable=None):
+            with self._originals(index):
                 layer = self._student.layers[index]
                 fill(layer, self._combined(index))
-                self._unrepaired.advance()
+                for stopped in self._stopped.values():
+                    stopped.advance()
                 made = finished(index)
                 if made is None:
                     made = self._repaired(index)
@@ -168,21 +173,37 @@ class LayerByLayer:
                 self._rows += made.rows
                 self._student.advance()
                 empty(layer, made.layer)
-                self._teacher.forget(slot.layers[-1] + 1)
-        before, after = self._teacher.loss(self._unrepaired), self._teacher.loss(self._student)
-        if after <= before:
-            return RefitReport(before, after, kept=self._repair is not None, blocks=tuple(self._rows))
-        for index, slot in enumerate(tqdm(self.slots, "Undoing the repair", unit="layer", disable=None)):
-            with in_memory([self._teacher.layers[layer] for layer in slot.layers]):
+                self._teacher.forget(self.slots[index].layers[-1] + 1)
+            if self._repair is not None and self._repair.may_stop:
+                self._stopped[index + 1] = self._held_out()
+        losses = {depth: self._teacher.loss(stopped) for depth, stopped in self._stopped.items()}
+        losses[len(self.slots)] = self._teacher.loss(self._student)
+        end = min(losses, key=lambda depth: (math.inf if math.isnan(losses[depth]) else losses[depth], -depth))
+        for index in tqdm(range(end, len(self.slots)), "Undoing the repair", unit="layer", disable=None):
+            with self._originals(index):
                 write(index, Finished(_to(self.dtype, self._combined(index)), []))
-        return RefitReport(before, before, kept=False, blocks=tuple(self._rows))
+        kept = self._repair is not None and end > 0
+        rows = tuple(row for row in self._rows if row["layer"] < (end or len(self.slots)))
+        return RefitReport(losses[0], losses[end], kept=kept, blocks=rows)
 
     def loss_of(self, model: PreTrainedModel) -> float:
         """Calibration loss of another model on the same held-out sequences, after `run`."""
-        layerwise = LayerwiseForward(model, self._unrepaired.sample, self.architecture)
+        layerwise = LayerwiseForward(model, self._stopped[0].sample, self.architecture)
         while layerwise.depth < len(layerwise.layers):
             layerwise.advance()
         return self._teacher.loss(layerwise)
+
+    def _originals(self, index: int) -> AbstractContextManager[None]:
+        """Keeps the layers of the original that become a layer of the result in memory."""
+        return in_memory([self._teacher.layers[layer] for layer in self.slots[index].layers])
+
+    def _held_out(self) -> LayerwiseForward:
+        """The held-out sequences where the student is."""
+        found = copy.copy(self._stopped[0])
+        found.depth, found.states = self._student.depth, StoredTensors()
+        for _, states in self._student.held_out_states():
+            found.states.append(states)
+        return found
 
     def _combined(self, index: int) -> Layer:
         """Weights of a layer of the result before its repair, in float32, rounded to the data type of the file."""

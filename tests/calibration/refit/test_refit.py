@@ -403,12 +403,35 @@ def test_what_makes_it_worse_is_undone(monkeypatch, name, value):
 
     monkeypatch.setattr(refit_module, "calibration_loss", lambda model, reference, batches: 1.0)
     monkeypatch.setattr(refit_module.TeacherStates, "loss", fake)
+    monkeypatch.setattr(refit_module.TeacherStates, "loss_of", lambda *_: value)
     report = refit(student, teacher, plan, batches_of(teacher))
     assert (report.before, report.after, report.kept) == (1.0, 1.0, False)
     assert report.blocks
     assert not same(seen[0], given), "nothing was repaired: this test is blind"
     assert same(state_of(student), given)
     assert ties_of(student) == ties
+
+
+@pytest.mark.parametrize("value", [1e9, math.nan])
+def test_the_repair_may_end_behind_the_last_edit(monkeypatch, value):
+    """If the repair of later layers raises the loss, they stay as the plan made them, and the report has no rows for
+    them; otherwise they are repaired."""
+    teacher = whole("gpt2")
+    plan, batches = plan_for(teacher, *PLANS["depth"]), batches_of(teacher)
+    student, report, given, before = refitted(teacher, plan, batches)
+    monkeypatch.setattr(refit_module.TeacherStates, "loss", lambda *_: value)
+    stopped, early, _, _ = refitted(teacher, plan, batches)
+    assert early.kept
+    check(stopped, teacher, batches, early, given, before)
+    assert {row["layer"] for row in early.blocks} == {1}
+    for name, tensor in state_of(stopped).items():
+        if ".h.1." not in name:
+            assert torch.equal(tensor, given[name]), name
+    monkeypatch.setattr(refit_module.TeacherStates, "loss", lambda *_: 0.0)
+    _, whole_report, _, _ = refitted(teacher, plan, batches)
+    assert {row["layer"] for row in whole_report.blocks} == {1, 2}
+    assert report.after <= early.after
+    assert student is not stopped
 
 
 def test_exact_sharing_needs_no_repair(model_type):
@@ -548,8 +571,9 @@ def test_modes_come_back_after_errors(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["attention", "mlp"])
-def test_blocks_fused_alone_are_refitted_where_they_run(name):
+def test_blocks_fused_alone_are_refitted_where_they_run(name, monkeypatch):
     """A fused block is refitted at the depth where it runs, and later blocks are repaired too."""
+    monkeypatch.setattr(refit_module.TeacherStates, "loss_of", lambda *_: math.inf)
     teacher = whole("llama")
     plan = plan_for(teacher, *PLANS[name])
     _, report, _, _ = refitted(teacher, plan, batches_of(teacher))
