@@ -14,8 +14,8 @@ _BLOCK = 256
 """Columns of a block of the moments. For many inputs, only blocks on and above the diagonal are computed."""
 
 _WIDE = 4096
-"""Number of inputs up to which sums are float64. For more inputs they take too much memory, and sums of float32
-products gain little from it."""
+"""Number of inputs up to which sums and solutions are float64. For more inputs they take too much memory, and sums of
+float32 products gain little from it."""
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 
@@ -76,6 +76,12 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.xx + other.xx, self.xy + other.xy, self.yy + other.yy)
 
+    def include(self, other: Moments) -> Moments:
+        """Add the rows of other moments to these, in place."""
+        for own, more in ((self.xx, other.xx), (self.xy, other.xy), (self.yy, other.yy)):
+            own += more
+        return self
+
     def error(self, theta: Tensor) -> float:
         """Return the mean of ||[x, 1] theta - y||^2 over the rows; 0 without rows, so that all maps are equal there.
 
@@ -85,7 +91,9 @@ class Moments:
         total = left = self.yy.double().trace()
         for start in range(0, len(theta), _WIDE):
             rows = slice(start, start + _WIDE)
-            left = left + (theta[rows] * (self.xx[rows].double() @ theta - 2 * self.xy[rows])).sum()
+            product = self.xx[rows] @ theta.to(self.xx) - 2 * self.xy[rows]
+            left = left + (theta[rows].double() * product).sum()
+            del product
         # less is a rounding error; scales below one give fewer than one row
         return torch.where(left < 1e-12 * total, 0, left).item() / (self.rows or 1.0)
 
@@ -98,20 +106,21 @@ class Moments:
             start: Map that the fit is pulled towards, (in + 1, out) float64.
             strength: Penalty, relative to the mean square of the inputs.
         """
-        left = self.xy - torch.cat([rows.double() @ start for rows in self.xx.split(_WIDE)])
         system = self._penalised(strength)
-        failed = _factorise(system)
-        return start if failed else start + torch.cholesky_solve(left, system)
+        if _factorise(system):
+            return start
+        left = self.xy - self.xx @ start.to(self.xx)
+        return start + torch.cholesky_solve(left, system)
 
     def inverse(self, strength: float) -> Tensor:
         """Return the inverse of the system that `ridge` solves, (in + 1, in + 1), or its pseudoinverse if singular."""
-        system = self._penalised(strength, self.xx.dtype)
+        system = self._penalised(strength)
         if _factorise(system):
-            return torch.linalg.pinv(self._penalised(strength, self.xx.dtype), hermitian=True)
+            return torch.linalg.pinv(self._penalised(strength), hermitian=True)
         return torch.cholesky_inverse(system, out=system)
 
-    def _penalised(self, strength: float, dtype: torch.dtype = torch.float64) -> Tensor:
-        system = self.xx.to(dtype, copy=True)
+    def _penalised(self, strength: float) -> Tensor:
+        system = self.xx.clone()
         diagonal = system.diagonal()
         diagonal[:-1] += strength * diagonal[:-1].mean()
         return system
@@ -119,33 +128,43 @@ class Moments:
     def only(self, inputs: Tensor) -> Moments:
         """Return the moments of the same rows with only the inputs at some indices."""
         chosen = torch.cat([inputs, inputs.new_tensor([len(self.xx) - 1])])
-        return Moments(self.xx[chosen][:, chosen], self.xy[chosen], self.yy)
+        return Moments(self.xx[chosen.unsqueeze(1), chosen], self.xy[chosen], self.yy)
 
     def single(self) -> Moments:
         """Return the moments in float32, without a copy if they are float32 already."""
         return Moments(self.xx.float(), self.xy.float(), self.yy.float())
 
+    def double(self) -> Moments:
+        """Return the moments in float64, without a copy if they are float64 already."""
+        return Moments(self.xx.double(), self.xy.double(), self.yy.double())
+
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return centred sums of products: inputs (in, in), inputs and targets (in, out), targets (out, out)."""
-        mean, x, y = self.xx[-1:, :-1] / self.rows, self.xx[-1:, :-1], self.xy[-1:]
-        return self.xx[:-1, :-1] - mean.T @ x, self.xy[:-1] - mean.T @ y, self.yy - y.T @ y / self.rows
+        own = self.double()
+        mean, x, y = own.xx[-1:, :-1] / own.rows, own.xx[-1:, :-1], own.xy[-1:]
+        return own.xx[:-1, :-1] - mean.T @ x, own.xy[:-1] - mean.T @ y, own.yy - y.T @ y / own.rows
 
-    def linear(self) -> Moments:
-        """Remove the correlation of inputs and targets with the constant, so that fits from 0 keep a constant of 0."""
-        xx, xy = self.xx.clone(), self.xy.clone()
-        xx[-1, :-1] = xx[:-1, -1] = xy[-1] = 0
-        return Moments(xx, xy, self.yy)
+    def linear(self, *, consume: bool = False) -> Moments:
+        """Remove the correlation of inputs and targets with the constant, so that fits from 0 keep a constant of 0.
+
+        Args:
+            consume: Whether these moments may change, which saves the memory of a copy.
+        """
+        found = self if consume else Moments(self.xx.clone(), self.xy.clone(), self.yy)
+        found.xx[-1, :-1] = found.xx[:-1, -1] = found.xy[-1] = 0
+        return found
 
     def through(self, theta: Tensor) -> Moments:
         """Return the moments of the same rows with the inputs [x, 1] @ theta, theta (in + 1, width), instead of x."""
-        full = _with_one(theta)
-        return Moments(full.T @ self.xx @ full, full.T @ self.xy, self.yy)
+        full, own = _with_one(theta), self.double()
+        return Moments(full.T @ own.xx @ full, full.T @ own.xy, own.yy)
 
     def towards(self, theta: Tensor) -> Moments:
         """Return the moments of the same rows with the targets [y, 1] @ theta, theta (out + 1, width), instead of y."""
-        total = self.xy[-1:]
-        yy = torch.cat([torch.cat([self.yy, total.T], dim=1), torch.cat([total, self.xx[-1:, -1:]], dim=1)])
-        return Moments(self.xx, torch.cat([self.xy, self.xx[:, -1:]], dim=1) @ theta, theta.T @ yy @ theta)
+        own = self.double()
+        total = own.xy[-1:]
+        yy = torch.cat([torch.cat([own.yy, total.T], dim=1), torch.cat([total, own.xx[-1:, -1:]], dim=1)])
+        return Moments(own.xx, torch.cat([own.xy, own.xx[:, -1:]], dim=1) @ theta, theta.T @ yy @ theta)
 
 
 def eliminate(moments: Moments, start: Tensor, keep: int, strength: float = 0.1, size: int = 1) -> Tensor:
@@ -167,19 +186,21 @@ def eliminate(moments: Moments, start: Tensor, keep: int, strength: float = 0.1,
     """
     total = (len(start) - 1) // size
     left = torch.arange(total, device=start.device)
-    moments = moments.single()
+    part, begin = moments.single(), start.float()
+    del moments  # with the last reference, the moments of all inputs go as soon as fewer are left
     for step in range(1, ROUNDS + 1):
-        inputs = (left[:, None] * size + torch.arange(size, device=left.device)).flatten()
-        part = moments if step == 1 else moments.only(inputs)
-        begin = torch.cat([start[inputs], start[-1:]]).float()
         right = part.xy - part.xx @ begin
         inverse = part.inverse(strength)
         theta = (begin + inverse @ right)[:-1].unflatten(0, (len(left), size))
         within = inverse[:-1, :-1].unflatten(0, (len(left), size)).unflatten(2, (len(left), size))
         own = within.diagonal(dim1=0, dim2=2).movedim(-1, 0)
         cost = (theta * torch.linalg.solve_ex(own, theta).result).sum((1, 2)).nan_to_num(0)  # dead units: 0 / 0
-        left = left[cost.topk(round(total * (keep / total) ** (step / ROUNDS))).indices].sort().values
-        del part, inverse, within, own  # the largest tensors of a refit must not exist twice
+        kept = cost.topk(round(total * (keep / total) ** (step / ROUNDS))).indices.sort().values
+        del inverse, within, own  # the largest tensors of a refit must not exist twice
+        left = left[kept]
+        inputs = (kept[:, None] * size + torch.arange(size, device=left.device)).flatten()
+        if step < ROUNDS:
+            part, begin = part.only(inputs), torch.cat([begin[inputs], begin[-1:]])
     return left
 
 
@@ -225,7 +246,9 @@ class Fit:
     strength: float | None
 
 
-def fit(train: Moments, selection: Moments, start: Tensor, strengths: Sequence[float] = STRENGTHS) -> Fit:
+def fit(
+    train: Moments, selection: Moments, start: Tensor, strengths: Sequence[float] = STRENGTHS, *, consume: bool = False
+) -> Fit:
     """Return the ridge fit with the best strength on the selection split; `start` itself is a candidate.
 
     The returned map is fitted to all rows with the chosen strength.
@@ -235,6 +258,7 @@ def fit(train: Moments, selection: Moments, start: Tensor, strengths: Sequence[f
         selection: Moments of the selection split, for choosing the strength.
         start: Original map, (in + 1, out) float64.
         strengths: Candidate penalties, relative to the mean square of the inputs.
+        consume: Whether `train` may change, which saves the memory of a copy.
     """
     before = selection.error(start)
     strengths = sorted(strengths)
@@ -253,4 +277,5 @@ def fit(train: Moments, selection: Moments, start: Tensor, strengths: Sequence[f
     after = error(best)
     if not after < before * (1 - 1e-6):  # rounding errors do not justify a new map
         return Fit(start, before, before, None)
-    return Fit((train + selection).ridge(start, strengths[best]), before, after, strengths[best])
+    every = train.include(selection) if consume else train + selection
+    return Fit(every.ridge(start, strengths[best]), before, after, strengths[best])

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_layerfuse.calibration.refit.linear import fit_gain, fit_map, fold, store
+from hf_layerfuse.math import ridge
 from hf_layerfuse.math.ridge import STRENGTHS, Moments, compose, eliminate, fit
 from hf_layerfuse.models.modules.shared_linear import Relaxed, out_in, relax, theta_of
 
@@ -484,7 +485,8 @@ def test_folding(data, kind):
 def test_half_precision_is_rounded_once(data, split, dtype):
     """A map in half precision is fitted in float64 and rounded once."""
     module, twin = linear().to(dtype), linear().to(dtype).double()
-    assert fit_map(module, *split, tied=False).after == pytest.approx(fit_map(twin, *split, tied=False).after)
+    fits = [fit_map(each, *copy.deepcopy(split), tied=False) for each in (module, twin)]
+    assert fits[0].after == pytest.approx(fits[1].after)
     assert torch.equal(module.weight, twin.weight.to(dtype))
     assert torch.equal(module.bias, twin.bias.to(dtype))
 
@@ -577,3 +579,29 @@ def test_a_weight_that_is_no_gain_is_left_alone():
     assert torch.equal(norm.weight, before)
     assert found.strength is None
     assert found.before == found.after
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_wide_fits_are_near_those_in_double_precision(data, monkeypatch, tied):
+    """With float32 sums and solutions, as for wide inputs, errors and maps are those of float64 up to rounding."""
+    x, y = data
+    found = []
+    for wide in (4096, IN - 1):
+        monkeypatch.setattr(ridge, "_WIDE", wide)
+        train, selection = (moments_of(*rows) for rows in ((x[:48], y[:48]), (x[48:], y[48:])))
+        assert train.xx.dtype == (torch.float64 if wide == 4096 else torch.float32)
+        module = linear()
+        found.append((fit_map(module, train, selection, tied=tied), module.weight))
+    (exact, expected), (ours, weight) = found
+    assert ours.strength == exact.strength
+    assert (ours.before, ours.after) == pytest.approx((exact.before, exact.after), rel=1e-4)
+    torch.testing.assert_close(weight, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_moments_that_may_change_give_the_same_fit(split):
+    """`consume` only saves memory."""
+    start = theta_of(linear())
+    plain = fit(*copy.deepcopy(split), start)
+    consumed = fit(*copy.deepcopy(split), start, consume=True)
+    assert torch.equal(plain.theta, consumed.theta)
+    assert torch.equal(split[0].linear().xx, copy.deepcopy(split[0]).linear(consume=True).xx)

@@ -23,8 +23,8 @@ def fit_map(module: nn.Module, train: Moments, selection: Moments, *, tied: bool
 
     Args:
         module: Map to fit, changed in place.
-        train: Moments of the inputs and the targets of the map.
-        selection: Moments of the selection split, which choose the strength of the penalty.
+        train: Moments of the inputs and the targets of the map. They may change, which saves the memory of copies.
+        selection: Moments of the selection split, which choose the strength of the penalty. They may change too.
         tied: Whether other depths share the weight.
 
     Returns:
@@ -35,11 +35,12 @@ def fit_map(module: nn.Module, train: Moments, selection: Moments, *, tied: bool
     start = theta_of(module)
     if not tied:
         if module.bias is None:
-            train, selection = train.linear(), selection.linear()
-        found = fit(train, selection, start)
+            train, selection = train.linear(consume=True), selection.linear(consume=True)
+        found = fit(train, selection, start, consume=True)
         if found.strength is not None:
             store(module, found.theta)
         return found
+    train, selection = train.double(), selection.double()
     every = train + selection
     before = selection.error(start)
     weight, factors, strength = start[:-1].T, None, 0.0
@@ -87,7 +88,7 @@ def fit_linear(maps: Sequence[nn.Module], train: Moments, selection: Moments) ->
     if not first:
         store(last, found.theta)
         return found
-    every = train + selection
+    every = (train + selection).double()
     left, right = low_rank(found.theta[:-1].T, first[0].out_features, every.centred()[0])
     weight, mean = (left @ right).T, every.xx[-1:] / every.rows
     theta = torch.cat([weight, every.xy[-1:] / every.rows - mean[:, :-1] @ weight])
@@ -163,6 +164,7 @@ def fit_norm(norm: nn.Module, train: Moments, selection: Moments) -> Fit:
         shift = shift if bias is not None else torch.zeros_like(shift)
         return torch.cat([scale.diag(), shift.unsqueeze(0)])
 
+    train, selection = train.double(), selection.double()
     start, bias = identity(train), getattr(norm, "bias", None)
     before = selection.error(start)
     after, strength = min((selection.error(at(train, strength)), strength) for strength in STRENGTHS)
@@ -200,6 +202,7 @@ def _scale(norm: nn.Module, scale: Tensor) -> bool:
 
 def _gain_moments(readers: Sequence[tuple[nn.Module, Tensor]], part: Moments) -> Moments:
     """The normal equations of `fit_gain`, written as the moments of a fit with one output."""
+    part = part.double()
     system, right, total = torch.zeros_like(part.xx), part.xx.new_zeros(len(part.xx), 1), part.yy.new_zeros(1, 1)
     system[-1, -1] = part.xx[-1, -1]
     for module, aim in readers:

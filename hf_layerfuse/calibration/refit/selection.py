@@ -29,6 +29,9 @@ WIDTHS = 2
 """Largest number of candidate units, in widths of the MLP. In larger groups, the candidates are the units that add
 most to the stream."""
 
+MOST = 12288
+"""Largest number of candidate inputs, unless the block keeps more: their moments take the square of it."""
+
 
 class Selection:
     """Selection of a student's block from the blocks of several layers of the original.
@@ -106,13 +109,8 @@ class Selection:
         keep, size = self._units(self.variants[0])["out"].shape[:2]
         able = self._able(target, keep, size)
         columns = _columns(able, size)
-        # single precision is enough to rank units, and these moments are the largest of all
-        moments = Moments.empty(len(columns), self.start.shape[1], columns.device, torch.float32)
-        for x, y in self._rows(target, TOKENS_PER_INPUT * len(columns)):
-            moments.add(x if len(columns) == x.shape[1] else x[:, columns], y)
-            del x, y
-        kept = able[eliminate(moments, torch.cat([self.start[columns], self.start[-1:]]), keep, size=size)]
-        del moments
+        begin = torch.cat([self.start[columns], self.start[-1:]])
+        kept = able[eliminate(self._moments(target, columns), begin, keep, size=size)]
         chosen: dict[str, list[Tensor]] = {}
         for place, variant in enumerate(self.variants):  # one layer at a time, because rows are in double precision
             own = kept[kept // keep == place] - place * keep
@@ -124,6 +122,17 @@ class Selection:
         out = self.layer.get_submodule(self.table["out"])
         if out.bias is not None:
             out.bias.copy_(self.start[-1])
+
+    def _moments(self, target: PerBatch, columns: Tensor) -> Moments:
+        """Moments of some inputs of all output projections side by side.
+
+        Single precision is enough to rank units, and these moments are the largest of all.
+        """
+        moments = Moments.empty(len(columns), self.start.shape[1], columns.device, torch.float32)
+        for x, y in self._rows(target, TOKENS_PER_INPUT * len(columns)):
+            moments.add(x if len(columns) == x.shape[1] else x[:, columns], y)
+            del x, y
+        return moments
 
     @property
     def _part(self) -> Block:
@@ -142,7 +151,7 @@ class Selection:
         """
         total = (len(self.start) - 1) // size
         width = theta_of(self.variants[0].get_submodule(self.layerwise.architecture.mlp["out"])).shape[0] - 1
-        most = max(keep, WIDTHS * width // size)
+        most = max(keep, min(WIDTHS * width, MOST) // size)
         if total <= most:
             return torch.arange(total, device=self.start.device)
         features = torch.cat([x for x, _ in self._rows(target, TOKENS_PER_INPUT * self.start.shape[1])])
