@@ -32,6 +32,9 @@ _LARGE = (nn.Embedding, nn.Linear)
 _SMALL = 1 << 24
 """Most bytes of a module outside the stack of layers that stays in memory."""
 
+_PART = 1 << 22
+"""Number of values to check at a time."""
+
 _WEIGHTS = "_layerfuse_weights"
 """Attribute of a module that reads its weights from a checkpoint."""
 
@@ -116,7 +119,8 @@ class PagedWeights:
         with safe_open(self.files[name], "pt") as weights:
             stored = weights.get_tensor(name)  # mapped, so that only the copy takes memory
             found = stored.to(dtype if stored.is_floating_point() else None, copy=True)
-        if not torch.isfinite(found).all():
+            del stored
+        if not all(torch.isfinite(part).all() for part in found.flatten().split(_PART)):
             raise UnsupportedModelError(
                 f"{name} holds NaN or infinite values: the checkpoint is damaged or was trained past divergence; "
                 "use an earlier one."
