@@ -215,12 +215,14 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
         `parameters`, and `non_embedding_parameters`: those outside `nn.Embedding` tables (tokens, positions, token
         types), and so without an output layer that is tied to one.
     """
-    unique = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    tables = {
-        id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)
-    }
-    total = sum(unique.values())
-    return {"parameters": total, "non_embedding_parameters": total - sum(tables.values())}
+    total = sum({id(parameter): parameter.numel() for parameter in model.parameters()}.values())
+    return {"parameters": total, "non_embedding_parameters": total - embeddings_of(model)}
+
+
+def embeddings_of(model: nn.Module) -> int:
+    """Number of parameters in `nn.Embedding` tables; shared ones count once."""
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    return sum({id(table): table.numel() for table in tables}.values())
 
 
 def bytes_in_memory(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -87,15 +87,42 @@ def fuse_checkpoint(
         ...     "meta-llama/Llama-3.1-8B", "small", keep_layers=26, effort="low", batches=batches
         ... )  # doctest: +SKIP
     """
-    start = time.perf_counter()
-    path, output = os.path.expanduser(os.fspath(path)), Path(os.path.expanduser(os.fspath(output_dir)))
     recipe = FusionRecipe(**overrides) if recipe is None else replace(recipe, **overrides)
+    return fuse_layers(os.fspath(path), os.fspath(output_dir), recipe, batches, overwrite=overwrite, memory=memory)
+
+
+def fuse_layers(
+    path: str,
+    output_dir: str,
+    recipe: FusionRecipe,
+    batches: Batches | Dataset,
+    *,
+    overwrite: bool,
+    memory: int = MEMORY,
+    finish: Callable[[Path, FusionReport, PreTrainedModel], None] = lambda *_: None,
+) -> FusionReport:
+    """Run `fuse_checkpoint`, and complete its directory before it appears.
+
+    Args:
+        path: Directory or Hub name of a stock checkpoint.
+        output_dir: Directory of the result.
+        recipe: Settings of the fusion.
+        batches: Calibration data.
+        overwrite: Whether to replace an earlier result.
+        memory: Number of bytes of weights that stay in memory although they are not in use.
+        finish: Function that adds to the directory. It receives its path, the report, and the result as a model that
+            reads its weights from there.
+    """
+    start = time.perf_counter()
+    path, output = os.path.expanduser(path), Path(os.path.expanduser(output_dir))
     check_output(output, overwrite, keep=[path])
     model, weights = paged_model(path, memory)
     weights.attach(model, architecture_for(model, stack=recipe.stack))
     sequences = read(batches, model)
     if not sequences:
-        raise RecipeError("fuse_checkpoint needs calibration data: pass batches=, or load the model and use fuse().")
+        raise RecipeError(
+            "fusing layer by layer needs calibration data: pass batches=, or load the model and pass it to fuse()."
+        )
     work = unfinished(output, [stamp(path), asdict(recipe), _digest(sequences)])
     work.mkdir(parents=True, exist_ok=True)
     if (work / _PLAN).exists():
@@ -113,14 +140,14 @@ def fuse_checkpoint(
         report = FusionReport(
             method="fusion",
             plan=plan,
-            parameters=(_parameters(model), _parameters(fusion.result)),
-            bytes=tuple(_parameters(each) * fusion.dtype.itemsize for each in (model, fusion.result)),
+            parameters=(parameters_of(model), parameters_of(fusion.result)),
+            bytes=tuple(parameters_of(each) * fusion.dtype.itemsize for each in (model, fusion.result)),
             seconds=time.perf_counter() - start,
         )
         report.save(fresh)
         write_whole(fresh / _PLAN, plan.to_json())
         copy_companions(companions_of(path), fresh)
-        _verify(fresh, fusion, refit.after, memory)
+        finish(fresh, report, _verified(fresh, fusion, refit.after, memory))
     shutil.rmtree(work)
     return report
 
@@ -217,13 +244,14 @@ def _unique(model: PreTrainedModel) -> list[str]:
     return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
 
 
-def _parameters(model: PreTrainedModel) -> int:
+def parameters_of(model: PreTrainedModel) -> int:
+    """Number of parameters of a hollow model; tied ones count once."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return sum(sizes.get(name, 0) for name in _unique(model))
 
 
-def _verify(fresh: Path, fusion: LayerByLayer, expected: float, memory: int) -> None:
-    """Reload the result, and require that it has the calibration loss that was measured."""
+def _verified(fresh: Path, fusion: LayerByLayer, expected: float, memory: int) -> PreTrainedModel:
+    """The result, reloaded. It must have the calibration loss that was measured."""
     model, weights = paged_model(fresh, memory)
     weights.attach(model, fusion.architecture)
     found = fusion.loss_of(model)
@@ -232,6 +260,7 @@ def _verify(fresh: Path, fusion: LayerByLayer, expected: float, memory: int) -> 
             f"the calibration loss of the result is {expected:.6g}, and {found:.6g} after reloading it: the result is "
             "not saved. Please report this with the config of the model."
         )
+    return model
 
 
 def _digest(batches: Iterable[Mapping[str, Any]]) -> str:

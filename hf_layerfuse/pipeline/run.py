@@ -17,17 +17,22 @@ import transformers
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, set_seed
 
 from ..discovery import ensure_architecture
-from ..errors import CheckpointError, PublishError
+from ..errors import CheckpointError, PublishError, RecipeError
+from ..evaluation.metrics import embeddings_of
 from ..evaluation.timing import device_name
 from ..methods import method_of
+from ..methods.report import FusionReport
+from ..models.architectures import architecture_for
 from ..models.files import why_unreadable
 from ..models.loading import load_checkpoint
 from ..models.modeling import check_with_code
+from ..models.paging import paged_model
 from ..models.verify import verify
 from ..plan import Plan
 from ..recipe import Recipe
 from ..training.distributed import process_state
 from .companions import companions_of, copy_companions
+from .fuse_checkpoint import fuse_layers
 from .output import check_output, new_directory, stamp, unfinished
 from .progress import say, steps
 from .report.closing import closing
@@ -36,7 +41,7 @@ from .report.plots import draw
 from .report.run_card import run_card
 from .report.sections import licence_of
 from .report.tables import rows, text_table
-from .results import SAMPLES, RetrainedOriginal, RunResults
+from .results import SAMPLES, Measurement, RetrainedOriginal, RunResults
 from .rounds import auto_class_of, fuse_and_heal, identity_of, retrain_original, round_to
 from .run_data import RunData, save_weights
 from .samples import sample_outputs
@@ -63,6 +68,8 @@ def run(recipe: Recipe, command: str) -> RunResults:
     check_output(recipe.output_dir, recipe.overwrite, keep=inputs)
     if recipe.hub.push_to_hub is not None:
         check_publish(recipe.hub)  # before hours of work
+    if recipe.low_memory:
+        return _run_by_layers(recipe, command)
     companions = companions_of(recipe.model)
     original, processor, inputs = prepare_run(recipe)
     files = [stamp(path) for path in (recipe.model, data.train, data.validation, data.test)]
@@ -99,14 +106,68 @@ def run(recipe: Recipe, command: str) -> RunResults:
         say(f"saving and verifying {recipe.output_dir}")
         _save(recipe, fused, processor, inputs.dtype, plan, results, companions)
         shutil.rmtree(work, ignore_errors=True)
-        print(text_table(rows(results)))
-        print(f"\n{closing(recipe, plan, results)}")
-        if recipe.hub.push_to_hub is not None:
-            say(f"publishing as {recipe.hub.push_to_hub}")
-            print(f"Published: {_publish(recipe)}")
+        _conclude(recipe, plan, results)
     state.wait_for_everyone()
     state.destroy_process_group()
     return results
+
+
+def _run_by_layers(recipe: Recipe, command: str) -> RunResults:
+    """Run a recipe with `low_memory`, in one process."""
+    if process_state().num_processes > 1:
+        raise RecipeError("low_memory=True has one layer in memory, in one process: start the run without accelerate.")
+    set_seed(recipe.seed)
+    say(f"opening {recipe.model}")
+    original, weights = paged_model(recipe.model)
+    ensure_architecture(original, method_of(recipe).architecture_type, stack=recipe.fusion.stack)
+    weights.attach(original, architecture_for(original, stack=recipe.fusion.stack))
+    processor = _processor(recipe, original)
+    inputs = RunData(recipe, processor, original)
+    kept: list[RunResults] = []
+
+    def complete(path: Path, report: FusionReport, result: PreTrainedModel) -> None:
+        say("measuring the original and the result")
+        measured = [
+            Measurement(
+                parameters=parameters,
+                non_embedding_parameters=parameters - embeddings_of(model),
+                bytes=size,
+                metrics=inputs.metrics(model, original),
+            )
+            for model, parameters, size in zip((original, result), report.parameters, report.bytes, strict=True)
+        ]
+        results = RunResults(
+            before=measured[0],
+            fused=measured[1],
+            metrics_on=inputs.reported,
+            recipe=dataclasses.asdict(recipe),
+            command=command,
+            environment=_environment(),
+        )
+        processor.save_pretrained(path)
+        _describe(recipe, report.plan, results, path)
+        kept.append(results)
+
+    say("fusing layer by layer; if interrupted, rerun the same command to resume")
+    report = fuse_layers(
+        recipe.model,
+        recipe.output_dir,
+        recipe.fusion,
+        inputs.calibration(),
+        overwrite=recipe.overwrite,
+        finish=complete,
+    )
+    _conclude(recipe, report.plan, kept[0])
+    return kept[0]
+
+
+def _conclude(recipe: Recipe, plan: Plan, results: RunResults) -> None:
+    """Print the results of a finished run, and publish it if the recipe asks for that."""
+    print(text_table(rows(results)))
+    print(f"\n{closing(recipe, plan, results)}")
+    if recipe.hub.push_to_hub is not None:
+        say(f"publishing as {recipe.hub.push_to_hub}")
+        print(f"Published: {_publish(recipe)}")
 
 
 def prepare_run(recipe: Recipe) -> tuple[PreTrainedModel, Any, RunData]:
@@ -137,8 +198,13 @@ def _publish(recipe: Recipe) -> str:
 def _load(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
     say(f"loading {recipe.model}")
     trust = {"trust_remote_code": True} if recipe.trust_remote_code else {}
-    auto_class = AutoImageProcessor if recipe.task == "image-classification" else AutoTokenizer
     model = load_checkpoint(recipe.model, auto_class=auto_class_of(recipe), dtype=torch.float32, **trust)
+    return model, _processor(recipe, model, **trust)
+
+
+def _processor(recipe: Recipe, model: PreTrainedModel, **trust: bool) -> Any:
+    """The tokenizer or image processor of a model. The config of the model gets its padding token, if it lacks one."""
+    auto_class = AutoImageProcessor if recipe.task == "image-classification" else AutoTokenizer
     try:
         processor = auto_class.from_pretrained(recipe.model, **trust)
     except (OSError, ValueError) as error:
@@ -156,7 +222,7 @@ def _load(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
             processor.pad_token = processor.eos_token  # GPT-2 has none; the attention mask hides it
         if model.config.pad_token_id is None:
             model.config.pad_token_id = processor.pad_token_id
-    return model, processor
+    return processor
 
 
 def _environment() -> dict[str, str]:
@@ -186,10 +252,15 @@ def _save(
         save_weights(model, dtype, path, with_code=recipe.with_code)
         processor.save_pretrained(path)
         copy_companions(companions, path)
-        (path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-        pictures = draw(plan, results.heal, path)
-        results.save(path)
-        beside = [file.name for file in path.iterdir()]
-        card = run_card(recipe, plan, results, drawn=pictures, licence=licence_of(recipe.model), beside=beside)
-        card.save(path / "README.md")
+        _describe(recipe, plan, results, path)
         verify(model, path)
+
+
+def _describe(recipe: Recipe, plan: Plan, results: RunResults, path: Path) -> None:
+    """Write the plan, the results, the plots and the card into the directory of a result."""
+    (path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    pictures = draw(plan, results.heal, path)
+    results.save(path)
+    beside = [file.name for file in path.iterdir()]
+    card = run_card(recipe, plan, results, drawn=pictures, licence=licence_of(recipe.model), beside=beside)
+    card.save(path / "README.md")

@@ -90,7 +90,7 @@ class RunData:
         figures = None
         if state.is_main_process:
             say(f"measuring {name}")
-            figures = Measurement(**self.size(model, original), metrics=self._metrics(model, original))
+            figures = Measurement(**self.size(model, original), metrics=self.metrics(model, original))
         state.wait_for_everyone()
         return figures
 
@@ -123,7 +123,7 @@ class RunData:
         state.wait_for_everyone()
         return measured
 
-    def _metrics(self, model: PreTrainedModel, original: PreTrainedModel) -> dict[str, Any]:
+    def metrics(self, model: PreTrainedModel, original: PreTrainedModel) -> dict[str, Any]:
         """Metrics of a model, with intervals of their changes from those of the original."""
         scores: evaluate.Scores = []
         metrics = self._scored(model, original, scores)

@@ -57,6 +57,8 @@ class Recipe:
         overwrite: Whether to replace `output_dir` once the new result is complete.
         trust_remote_code: Whether a Hub model may run its own code.
         with_code: Whether to save the code of a fused class beside its weights, for use without this library.
+        low_memory: Whether to fuse layer by layer, for a model larger than memory. Such a run fuses whole layers in
+            depth with effort `low`. It measures quality, and neither heals nor times the models.
         seed: Seed of shuffling, sampling and dropout.
     """
 
@@ -66,6 +68,7 @@ class Recipe:
     overwrite: bool = False
     trust_remote_code: bool = False
     with_code: bool = False
+    low_memory: bool = False
     seed: int = 0
     data: DataRecipe
     fusion: FusionRecipe | None = None
@@ -114,6 +117,11 @@ class Recipe:
         )
         if self.fusion is not None:
             self._check_fusion()
+        require(
+            not self.low_memory or (self.fusion is not None and self.heal.steps == 0 and not self.trust_remote_code),
+            "low_memory=True fuses layer by layer, with one layer in memory: it needs the section fusion, heal.steps 0 "
+            "and no trust_remote_code. Heal the result in another run, on a machine that holds it.",
+        )
         same = ("causal-lm", "text-classification", "token-classification")
         require(
             self.heal.teacher_top_k is None or (self.task in same and not self.data.streaming),

@@ -130,7 +130,7 @@ def test_a_repair_that_makes_it_worse_is_undone(best, tmp_path, monkeypatch):
     """No repair, the repair up to the last edit, and that of all layers compete: the lowest loss wins."""
     model, batches = saved(tmp_path / "model")
     recipe = {**LOW, "keep_layers": 5, "operator": "freeze", "batches": batches}
-    monkeypatch.setattr(module, "_verify", lambda *_: None)
+    monkeypatch.setattr(module, "_verified", lambda *_: None)
     cost = np.ones((7, 7))
     cost[2, 4] = cost[range(6), range(1, 7)] = 0  # layers 2 and 3 become one
     monkeypatch.setattr(layer_by_layer, "unexplained", lambda *_, **__: cost)

@@ -254,6 +254,44 @@ def test_homotopy_end_to_end(tmp_path, capsys):
     assert AutoFusedModel.from_pretrained(tmp_path / "bent").num_parameters() == results["before"]["parameters"] + 2
 
 
+LOW_MEMORY = ["--low_memory", "true", "--heal.steps", "0"]
+
+
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=() if task == "causal-lm" else pytest.mark.slow) for task in JOBS]
+)
+def test_low_memory_end_to_end(tmp_path, capsys, task):
+    """A run that fuses layer by layer gives the figures of the run that loads the model."""
+    prepare, metrics = JOBS[task]
+    words = [*prepare(tmp_path), "--heal.steps", "0", "--fusion.refit", "linear"]
+    assert main([*words, "--output_dir", str(tmp_path / "loaded"), "--evaluate.latency", "false"]) == 0
+    capsys.readouterr()
+    assert main([*words, *LOW_MEMORY]) == 0
+    printed = capsys.readouterr().out
+    out, loaded = ({**json.loads((tmp_path / name / "results.json").read_text())} for name in ("out", "loaded"))
+    for stage in ("before", "fused"):
+        for name in ("parameters", "non_embedding_parameters"):
+            assert out[stage][name] == loaded[stage][name]
+        assert out[stage]["metrics"][metrics[0]] == pytest.approx(loaded[stage]["metrics"][metrics[0]], rel=1e-3)
+    assert f"{out['fused']['parameters']:,}" in printed
+    assert Plan.load(tmp_path / "out" / "plan.json").edits == Plan.load(tmp_path / "loaded" / "plan.json").edits
+    model = AutoFusedModel.from_pretrained(tmp_path / "out")
+    assert model.num_parameters() == out["fused"]["parameters"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all((tmp_path / "out" / file).is_file() for file in files_named_by(card))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_low_memory_is_refused_where_it_cannot_be(tmp_path, capsys):
+    """Healing, other methods, and settings that need the whole model are refused by name."""
+    words = causal_lm(tmp_path)
+    assert main([*words, "--low_memory", "true"]) == 1
+    assert "heal.steps 0" in capsys.readouterr().err
+    assert main([*words, *LOW_MEMORY, "--fusion.effort", "medium"]) == 1
+    assert "needs the whole model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_recipe_has_one_method(tmp_path, capsys):
     """Two methods in one recipe, no method, and rounds of collapse are refused."""
     words = causal_lm(tmp_path)
