@@ -133,24 +133,47 @@ def gpt2() -> Job:
     )
 
 
+def smollm2() -> Job:
+    """SmolLM2 135M."""
+    return _language_model("smollm2-135m", "HuggingFaceTB/SmolLM2-135M", keeps=(27, 24, 22, 20), count=48, size=8)
+
+
 def gemma3() -> Job:
-    """Gemma 3 270M. Its vocabulary is large, so that batches are small.
+    """Gemma 3 270M. Its vocabulary is large, so that batches are small."""
+    return _language_model("gemma3-270m", "google/gemma-3-270m", keeps=(16, 14, 12), count=24, size=2)
+
+
+def _language_model(folder: str, name: str, keeps: tuple[int, ...], count: int, size: int) -> Job:
+    """A language model of LAYERFUSE_MODELS.
 
     Calibration windows are spread over the training text: the fits of few windows of one article overfit it.
+
+    Args:
+        folder: Folder of the checkpoint.
+        name: Name on the Hub.
+        keeps: Numbers of layers to keep.
+        count: Number of calibration windows.
+        size: Windows in a batch.
     """
-    path = LANGUAGE_MODELS / "gemma3-270m"
+    path = LANGUAGE_MODELS / folder
     if not path.is_dir():
-        raise SystemExit(f"{path} is missing: save google/gemma-3-270m there, or set LAYERFUSE_MODELS to its folder.")
+        raise SystemExit(f"{path} is missing: save {name} there, or set LAYERFUSE_MODELS to its folder.")
     model = AutoFusedModel.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    test = windows(tokenizer, "test", 32, size=2)
+    test = windows(tokenizer, "test", 32, size=size)
     return Job(
         model,
-        spread_windows(tokenizer, "train", 24, size=2),
-        windows(tokenizer, "valid", 8, size=2),
+        spread_windows(tokenizer, "train", count, size=size),
+        windows(tokenizer, "valid", 8, size=size),
         lambda student: perplexity(student, test),
-        keeps=(16, 14, 12),
-        methods=("drop: block influence", "drop: last layers", "ReplaceMe", "ours: refit (low)"),
+        keeps=keeps,
+        methods=(
+            "drop: block influence",
+            "drop: angular (UIDL)",
+            "drop: last layers",
+            "ReplaceMe",
+            "ours: refit (low)",
+        ),
     )
 
 

@@ -11,6 +11,7 @@ MODELS = {
     "minilm": "MiniLM, 6 x 384",
     "gpt2": "GPT-2, 12 x 256",
     "gemma3-270m": "Gemma 3, 18 x 640",
+    "smollm2-135m": "SmolLM2, 30 x 576",
     "resnet56": "ResNet-56, 27 x 16-64",
     "resnet34": "ResNet-34, 16 x 32-256",
     "mobilenet-v2": "MobileNetV2, half width",
@@ -23,10 +24,16 @@ DATA = {
     "minilm": "WikiText-2",
     "gpt2": "WikiText-2",
     "gemma3-270m": "WikiText-2",
+    "smollm2-135m": "WikiText-2",
     **dict.fromkeys(("resnet56", "resnet34", "mobilenet-v2", "vit-cifar10"), "CIFAR-10"),
 }
 
-HEADLINE = {"minilm": "cosine", "gpt2": "token_perplexity", "gemma3-270m": "token_perplexity"}
+HEADLINE = {
+    "minilm": "cosine",
+    "gpt2": "token_perplexity",
+    "gemma3-270m": "token_perplexity",
+    "smollm2-135m": "token_perplexity",
+}
 """Metric that the tables of a checkpoint show; accuracy for all others."""
 
 FORMS = {"accuracy": "{:.2%}", "cosine": "{:.3f}", "cross_entropy": "{:.3f}", "token_perplexity": "{:,.1f}"}

@@ -5,8 +5,9 @@
 Data and checkpoints come from LAYERFUSE_DATA (default ../shared). All choices are made on calibration data (training
 text) or validation data, and results are reported on test data: WikiText-2 test lines and windows, and SST-2 validation
 sentences (the split that is usually reported; choices for SST-2 use rows of train). Rows that are already in
-benchmarks/results/fusion.json are not measured again. Delete the file to start afresh. Gemma 3 270M is measured if it
-is asked for; its checkpoint is LAYERFUSE_MODELS/gemma3-270m (default outputs/models).
+benchmarks/results/fusion.json are not measured again. Delete the file to start afresh. SmolLM2 135M and Gemma 3 270M
+are measured if they are asked for; their checkpoints are LAYERFUSE_MODELS/smollm2-135m and LAYERFUSE_MODELS/gemma3-270m
+(default outputs/models).
 """
 
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ from hf_layerfuse.pipeline.report.tables import text_table
 RESULT = common.RESULTS / "fusion.json"
 PLOT = common.RESULTS / "fusion.png"
 
-MODELS = {**JOBS, "gemma3-270m": common.gemma3}
+MODELS = {**JOBS, "smollm2-135m": common.smollm2, "gemma3-270m": common.gemma3}
 """Checkpoints. Without a choice, those of `JOBS` are measured."""
 
 METHODS = (

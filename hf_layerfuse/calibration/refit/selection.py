@@ -14,6 +14,7 @@ from ...math.ridge import Moments, compose, eliminate, fit, identity
 from ...models.architectures import MAPS, READERS, Block, TransformerArchitecture
 from ...models.architectures.block_weights import HEAD_NORMS, POSITIONS, rows_of, write_rows
 from ...models.modules.shared_linear import theta_of
+from ...models.paging import in_memory
 from ...plan import Source
 from ..disk import PerBatch, StoredTensors
 from ..layer_hooks import HookPoint
@@ -29,7 +30,7 @@ WIDTHS = 2
 """Largest number of candidate units, in widths of the MLP. In larger groups, the candidates are the units that add
 most to the stream."""
 
-MOST = 12288
+MOST = 10240
 """Largest number of candidate inputs, unless the block keeps more: their moments take the square of it."""
 
 
@@ -64,11 +65,13 @@ class Selection:
         shared = {id(p): p for p in self.layer.parameters() if id(p) not in own}
         for depth, reading in self._readings(originals).items():
             variant = copy.deepcopy(self.layer, shared.copy())
-            for role, path in self.table.items():
-                if role in MAPS:
-                    theta = theta_of(stocks[depth].get_submodule(path))
-                    folds = role in READERS and role not in layerwise.architecture.also_positions
-                    store(variant.get_submodule(path), compose(reading, theta) if folds else theta)
+            with in_memory([stocks[depth]]):
+                for role, path in self.table.items():
+                    if role in MAPS:
+                        theta = theta_of(stocks[depth].get_submodule(path))
+                        folds = role in READERS and role not in layerwise.architecture.also_positions
+                        store(variant.get_submodule(path), compose(reading, theta) if folds else theta)
+                        del theta
             self.variants.append(variant)
         parts = [theta_of(variant.get_submodule(self.table["out"])) for variant in self.variants]
         self.start = torch.cat([*(theta[:-1] for theta in parts), sum(theta[-1:] for theta in parts)])

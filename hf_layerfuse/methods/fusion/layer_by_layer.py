@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -137,11 +136,10 @@ class LayerByLayer:
         every = [mask[mask] for mask in sample.evaluated if mask.any()]
         held_out = Sample(sample.held_out_batches, every, [~mask for mask in every])
         self._teacher = TeacherStates(LayerwiseForward(model, sample, self.architecture))
-        with self._originals(0):
-            # outputs of the first layer may be arguments of the others, such as the position bias of T5
-            fill(self.architecture.layer_list(self.result)[0], self._combined(0))
-            self._student = LayerwiseForward(self.result, sample, self.architecture)
-            unrepaired = LayerwiseForward(self.result, held_out, self.architecture)
+        # outputs of the first layer may be arguments of the others, such as the position bias of T5
+        fill(self.architecture.layer_list(self.result)[0], self._combined(0))
+        self._student = LayerwiseForward(self.result, sample, self.architecture)
+        unrepaired = LayerwiseForward(self.result, held_out, self.architecture)
         self._stopped = {0: unrepaired}  # the held-out sequences, by the depth in the result where the repair ends
         self._repair = None if recipe.refit == "none" else repair_of(self._student, self._teacher, plan, recipe.refit)
         self._rows: list[Row] = []
@@ -160,28 +158,26 @@ class LayerByLayer:
             those behind the last edit, these are written again.
         """
         for index in tqdm(range(len(self.slots)), "Fusing", unit="layer", disable=None):
-            with self._originals(index):
-                layer = self._student.layers[index]
-                fill(layer, self._combined(index))
-                for stopped in self._stopped.values():
-                    stopped.advance()
-                made = finished(index)
-                if made is None:
-                    made = self._repaired(index)
-                    write(index, made)
-                fill(layer, _to(self.result.dtype, made.layer))
-                self._rows += made.rows
-                self._student.advance()
-                empty(layer, made.layer)
-                self._teacher.forget(self.slots[index].layers[-1] + 1)
+            layer = self._student.layers[index]
+            fill(layer, self._combined(index))
+            for stopped in self._stopped.values():
+                stopped.advance()
+            made = finished(index)
+            if made is None:
+                made = self._repaired(index)
+                write(index, made)
+            fill(layer, _to(self.result.dtype, made.layer))
+            self._rows += made.rows
+            self._student.advance()
+            empty(layer, made.layer)
+            self._teacher.forget(self.slots[index].layers[-1] + 1)
             if self._repair is not None and self._repair.may_stop:
                 self._stopped[index + 1] = self._held_out()
         losses = {depth: self._teacher.loss(stopped) for depth, stopped in self._stopped.items()}
         losses[len(self.slots)] = self._teacher.loss(self._student)
         end = min(losses, key=lambda depth: (math.inf if math.isnan(losses[depth]) else losses[depth], -depth))
         for index in tqdm(range(end, len(self.slots)), "Undoing the repair", unit="layer", disable=None):
-            with self._originals(index):
-                write(index, Finished(_to(self.dtype, self._combined(index)), []))
+            write(index, Finished(_to(self.dtype, self._combined(index)), []))
         kept = self._repair is not None and end > 0
         rows = tuple(row for row in self._rows if row["layer"] < (end or len(self.slots)))
         return RefitReport(losses[0], losses[end], kept=kept, blocks=rows)
@@ -193,10 +189,6 @@ class LayerByLayer:
             layerwise.advance()
         return self._teacher.loss(layerwise)
 
-    def _originals(self, index: int) -> AbstractContextManager[None]:
-        """Keeps the layers of the original that become a layer of the result in memory."""
-        return in_memory([self._teacher.layers[layer] for layer in self.slots[index].layers])
-
     def _held_out(self) -> LayerwiseForward:
         """The held-out sequences where the student is."""
         found = copy.copy(self._stopped[0])
@@ -207,9 +199,10 @@ class LayerByLayer:
 
     def _combined(self, index: int) -> Layer:
         """Weights of a layer of the result before its repair, in float32, rounded to the data type of the file."""
-        slot = self.slots[index]
-        states = {layer: self._teacher.layers[layer].state_dict() for layer in slot.layers}
-        return _to(self.result.dtype, _to(self.dtype, layer_weights(self.architecture, states, slot)))
+        slot, layers = self.slots[index], self._teacher.layers
+        with in_memory([layers[slot.whole.kept]]):  # all operators of `_OPERATORS` start from this layer alone
+            states = {layer: layers[layer].state_dict() for layer in slot.layers}
+            return _to(self.result.dtype, _to(self.dtype, layer_weights(self.architecture, states, slot)))
 
     def _repaired(self, index: int) -> Finished:
         rows = len(self._repair.blocks) if self._repair else 0
