@@ -74,11 +74,11 @@ class _Stored(NamedTuple):
 def _stored(path: str, hub: Mapping[str, Any], whole: bool = False) -> Iterator[_Stored]:
     """Each weight with its number of elements, from the headers of the files. With `whole`, no file may be missing."""
     names = [SAFE_WEIGHTS_NAME]
-    index = _local(path, SAFE_WEIGHTS_INDEX_NAME, hub)
-    if index is not None and _local(path, SAFE_WEIGHTS_NAME, hub) is None:
+    index = local_file(path, SAFE_WEIGHTS_INDEX_NAME, hub)
+    if index is not None and local_file(path, SAFE_WEIGHTS_NAME, hub) is None:
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     for name in names:
-        file = _local(path, name, hub)
+        file = local_file(path, name, hub)
         if file is None:
             if whole and index is not None:
                 raise CheckpointError(
@@ -91,7 +91,7 @@ def _stored(path: str, hub: Mapping[str, Any], whole: bool = False) -> Iterator[
                 yield _Stored(key, Path(file), part.get_dtype(), torch.Size(part.get_shape()).numel())
 
 
-def _local(path: str, name: str, hub: Mapping[str, Any]) -> str | None:
+def local_file(path: str, name: str, hub: Mapping[str, Any]) -> str | None:
     """Local path of a file of a checkpoint, downloaded if need be; None if there is no such file."""
     try:
         return cached_file(path, name, **hub)

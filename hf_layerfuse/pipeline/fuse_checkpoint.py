@@ -19,16 +19,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..calibration.samples import read
-from ..errors import RecipeError, VerificationError
+from ..errors import CheckpointError, RecipeError, VerificationError
 from ..evaluation.batches import Batches
 from ..evaluation.modes import outside_inference_mode
 from ..evaluation.whole_file import write_whole
 from ..methods.fusion.layer_by_layer import Finished, LayerByLayer, plan_by_layers
 from ..methods.report import FusionReport
 from ..models.architectures import architecture_for
+from ..models.files import local_file
 from ..models.paging import MEMORY, PagedWeights, paged_model
 from ..plan import Plan
 from ..recipe import FusionRecipe
@@ -87,6 +88,8 @@ def fuse_checkpoint(
         ...     "meta-llama/Llama-3.1-8B", "small", keep_layers=26, effort="low", batches=batches
         ... )  # doctest: +SKIP
     """
+    if isinstance(path, PreTrainedModel):
+        raise CheckpointError("the model is in memory already: call fuse(model, recipe) to fuse it.")
     recipe = FusionRecipe(**overrides) if recipe is None else replace(recipe, **overrides)
     return fuse_layers(os.fspath(path), os.fspath(output_dir), recipe, batches, overwrite=overwrite, memory=memory)
 
@@ -233,9 +236,7 @@ def _save_configs(fresh: Path, fusion: LayerByLayer, path: str) -> None:
     config = copy.deepcopy(fusion.result.config)
     config.architectures, config.dtype = [type(fusion.result).__name__], fusion.dtype
     config.save_pretrained(fresh)
-    if (
-        generation := cached_file(path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
-    ) is not None:
+    if (generation := local_file(path, GENERATION_CONFIG_NAME, {})) is not None:
         shutil.copyfile(generation, fresh / GENERATION_CONFIG_NAME)
 
 

@@ -19,6 +19,7 @@ from hf_layerfuse import (
     FusionReport,
     LayerFuseWarning,
     RecipeError,
+    UnsupportedModelError,
     fuse,
     fuse_checkpoint,
 )
@@ -173,7 +174,7 @@ def test_settings_that_need_the_whole_model_are_refused(settings, match, tmp_pat
 
 def test_bad_input_is_refused(tmp_path):
     """Missing data, tokens that the model does not know, an output that exists, and a missing checkpoint are named."""
-    _, batches = saved(tmp_path / "model")
+    model, batches = saved(tmp_path / "model")
     with pytest.raises(RecipeError, match="calibration data"):
         fuse_checkpoint(tmp_path / "model", tmp_path / "out", **LOW, batches=[])
     with pytest.raises(DataError, match="token"):
@@ -184,6 +185,11 @@ def test_bad_input_is_refused(tmp_path):
         fuse_checkpoint(tmp_path / "model", tmp_path / "full", **LOW, batches=batches)
     with pytest.raises(CheckpointError, match="no directory"):
         fuse_checkpoint(tmp_path / "nothing", tmp_path / "out", **LOW, batches=batches)
+    with pytest.raises(CheckpointError, match="in memory already"):
+        fuse_checkpoint(model, tmp_path / "out", **LOW, batches=batches)
+    fuse(model, keep_layers=3, mode="share").save_pretrained(tmp_path / "fused")
+    with pytest.raises(UnsupportedModelError, match="already fused"):
+        fuse_checkpoint(tmp_path / "fused", tmp_path / "out", **LOW, batches=batches)
 
 
 @pytest.mark.slow

@@ -20,19 +20,20 @@ from ...calibration.layerwise import LayerwiseForward, TeacherStates
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.refit import repair_of
 from ...calibration.samples import Sample
-from ...errors import RecipeError
+from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.precision import dtype_in_file
-from ...models.architectures import LayerArchitecture, architecture_for
+from ...models.architectures import LayerArchitecture, TransformerArchitecture, architecture_for
 from ...models.modeling import names_in_files
 from ...models.paging import PagedWeights, empty, fill, hollow, in_memory
 from ...models.surgery.checks import check_plan, check_structure
 from ...models.surgery.layers import target_config
+from ...models.surgery.size import are_unlike
 from ...models.surgery.weights import layer_weights
 from ...plan import Plan
 from ...recipe import FusionRecipe
 from .grouping import TOKENS_PER_STATE, groups_of, longest, of_one_shape, unexplained
 from .planner import divider, group_edit, layer_importance_of, plan_evenly
-from .targets import settled
+from .targets import kinds_of, settled
 
 _NEEDED = {"mode": ("depth",), "blocks": ("layer",), "cluster": ("auto",), "align": ("none",), "effort": ("low",)}
 """Values of recipe fields that need no more than one layer at a time."""
@@ -78,16 +79,23 @@ def plan_by_layers(model: PreTrainedModel, recipe: FusionRecipe, batches: list[M
         )
     architecture = architecture_for(model, stack=recipe.stack)
     check_structure(model, architecture)
+    if not isinstance(architecture, TransformerArchitecture):
+        raise UnsupportedModelError(
+            f"{model.config.model_type!r} is a convolutional network, and only transformers are fused layer by layer: "
+            "load the model, and pass it to fuse()."
+        )
     recipe = settled(model, recipe)
     even = plan_evenly(model, recipe)
     check_contract(model, batches, architecture)
-    sample = Sample.of(batches)
-    groups = groups_of(even, "layer")
+    sample, (kind,) = Sample.of(batches), kinds_of(model, recipe)
+    groups = groups_of(even, kind)
     if recipe.refit != "none":  # what is lost without a repair is another matter than what a repair can restore
-        cost = _costs(model, architecture, sample, longest(even.num_layers, len(groups)))
+        unlike = are_unlike(model, recipe.stack)
+        size = even.num_layers if unlike else longest(even.num_layers, len(groups))
+        cost = _costs(model, architecture, sample, size)
         groups = divider(model, recipe)(cost, len(groups))
     importance = layer_importance_of(model, batches, recipe.stack)
-    edits = tuple(group_edit("layer", group, recipe, importance) for group in groups if len(group) > 1)
+    edits = tuple(group_edit(kind, group, recipe, importance) for group in groups if len(group) > 1)
     notes = replace(even.notes, recipe=asdict(recipe), calibration=f"{sum(map(len, sample.held_out))} sequences")
     return replace(even, edits=edits, notes=notes)
 
