@@ -1,7 +1,6 @@
 """The guide in CONTRIBUTING.md works as written: its code registers an architecture that is new to the package."""
 
 import os
-import re
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ from helpers import GUIDE, NETWORKS, blocks_of
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_layerfuse import UnsupportedModelError, fuse, register_architecture
-from hf_layerfuse.models.architectures import ARCHITECTURES, BUILTIN, LayerArchitecture, TransformerArchitecture
+from hf_layerfuse.models.architectures import ARCHITECTURES, BUILTIN, TransformerArchitecture, architecture_for
 
 # in a process of its own, so that the registries of this one stay as they are
 USE = """
@@ -88,21 +87,23 @@ def test_adding_an_architecture_works_as_written(tmp_path):
 
 
 def test_an_unknown_architecture_is_refused_with_directions():
-    """The error for an unknown architecture lists the known ones and refers to the guide, which exists."""
+    """The error for an unknown architecture names the next step first, then the closest names, and pages that exist."""
 
     class UnknownConfig(PreTrainedConfig):
-        model_type = "unheard-of"
+        model_type = "my-gemma3"
 
     class UnknownModel(PreTrainedModel):
         config_class = UnknownConfig
 
-    with pytest.raises(UnsupportedModelError, match="unknown architecture 'unheard-of'") as refused:
+    with pytest.raises(UnsupportedModelError, match="unknown architecture 'my-gemma3'") as refused:
         fuse(UnknownModel(UnknownConfig()), keep_layers=1)
-    known = re.search(r"Known: (.*?)\. ", str(refused.value))[1]
-    assert known.split(", ") == sorted(
-        name for name, architecture in ARCHITECTURES.items() if isinstance(architecture, LayerArchitecture)
-    )
-    assert "see 'Add an architecture' in CONTRIBUTING.md" in str(refused.value)
+    with pytest.raises(UnsupportedModelError, match="adapt MODEL` finds and prints a table for it") as looked_up:
+        architecture_for(UnknownConfig())
+    for message in map(str, (refused.value, looked_up.value)):
+        direction, closest = message.index("see 'Add an architecture' in CONTRIBUTING.md"), message.index("gemma3, ")
+        assert direction < closest < message.index("docs/architectures.md lists all")
+        assert len(message) < 400
+    assert (GUIDE.parent / "docs/architectures.md").exists()
     assert blocks_of("Add an architecture")
 
 

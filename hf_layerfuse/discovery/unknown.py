@@ -19,6 +19,7 @@ from ..models.architectures import (
     LayerArchitecture,
     TransformerArchitecture,
     architecture_for,
+    known_architectures,
 )
 from ..models.modeling import register_architecture
 from .discovery import check_discoverable, discover_architecture
@@ -81,10 +82,9 @@ def _discovered(
         found = discover_architecture(wide, batch, stack=stack)
         architecture = found.architecture()
     except UnsupportedModelError as error:
-        known = ", ".join(sorted(name for name, each in ARCHITECTURES.items() if isinstance(each, kind)))
         raise UnsupportedModelError(
-            f"unknown architecture {model_type!r}, and no table was found for it: {error} Known: {known}. To write "
-            "one, see 'Add an architecture' in CONTRIBUTING.md."
+            f"unknown architecture {model_type!r}, and no table was found for it: {str(error).rstrip('.')}. To write "
+            f"one, see 'Add an architecture' in CONTRIBUTING.md. {known_architectures(model_type, kind)}"
         ) from error
     if found.unverified:
         raise UnsupportedModelError(

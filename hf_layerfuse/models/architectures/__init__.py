@@ -40,7 +40,7 @@ from .modernbert import ModernBertArchitecture
 from .opt import BartArchitecture, MarianArchitecture, MBartArchitecture, OPTArchitecture, WhisperArchitecture
 from .phi import Phi3Architecture, PhiArchitecture
 from .placeholders import One, OneBeside, Placeholder, ZeroAttention, ZeroBlock
-from .registry import ARCHITECTURES, FUSED_PREFIX, architecture_for
+from .registry import ARCHITECTURES, FUSED_PREFIX, architecture_for, known_architectures
 from .resnet import ResNetArchitecture
 from .speech import HubertArchitecture, Wav2Vec2Architecture
 from .t5 import T5Architecture
@@ -143,6 +143,7 @@ __all__ = [
     "ZeroAttention",
     "ZeroBlock",
     "architecture_for",
+    "known_architectures",
     "linear_maps",
     "part_at",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from typing import Any, TypeVar
 
@@ -41,14 +42,26 @@ def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture, stack: s
     architecture = ARCHITECTURES.get(model_type)
     if isinstance(architecture, kind):
         return (_of_stack(architecture, stack) if stack else architecture).variant(config)
-    known = ", ".join(sorted(name for name, architecture in ARCHITECTURES.items() if isinstance(architecture, kind)))
     if architecture is not None:
         what = "layers to fuse, drop or make linear" if kind is LayerArchitecture else "convolutions to merge"
-        raise UnsupportedModelError(f"the architecture of {model_type!r} has no {what}. Those that have: {known}.")
+        raise UnsupportedModelError(
+            f"the architecture of {model_type!r} has no {what}: choose another method, or a model of another "
+            f"architecture. {known_architectures(model_type, kind)}"
+        )
     raise UnsupportedModelError(
-        f"unknown architecture {model_type!r}. Known: {known}. `hf-layerfuse adapt MODEL` prints a table for it; see "
-        "'Add an architecture' in CONTRIBUTING.md."
+        f"unknown architecture {model_type!r}: `hf-layerfuse adapt MODEL` finds and prints a table for it; see 'Add an "
+        f"architecture' in CONTRIBUTING.md. {known_architectures(model_type, kind)}"
     )
+
+
+def known_architectures(model_type: str, kind: type[Architecture]) -> str:
+    """Sentence for messages: the registered names closest to another one, and the page that lists all."""
+    names = sorted(name for name, architecture in ARCHITECTURES.items() if isinstance(architecture, kind))
+    if len(names) <= 3:  # those with convolutions to merge
+        return f"Known: {', '.join(names)}."
+    close = difflib.get_close_matches(model_type, names, n=3)
+    start = f"The closest of the {len(names)} known architectures: {', '.join(close)}. " if close else ""
+    return f"{start}docs/architectures.md lists all known architectures."
 
 
 def _of_stack(architecture: _Kind, stack: str) -> _Kind:
