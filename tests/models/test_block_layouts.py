@@ -16,7 +16,7 @@ from hf_layerfuse.math.turn import Planes
 from hf_layerfuse.models.align import align
 from hf_layerfuse.models.architectures import (
     ARCHITECTURES,
-    One,
+    UnitGate,
     architecture_for,
     linear_maps,
 )
@@ -260,7 +260,7 @@ def test_a_norm_of_two_blocks_changes_with_both():
 def test_an_mlp_with_a_joint_map_becomes_linear():
     """An MLP whose gate is open becomes the linear map that it is, after a fit, and the joint map has no weights."""
     model = family_model("phi3", num_hidden_layers=LAYERS)
-    model.model.layers[2].mlp.activation_fn = One()
+    model.model.layers[2].mlp.activation_fn = UnitGate()
     plan = Plan("phi3", LAYERS, (Linearize(2),))
     small = apply(model, plan)
     report = refit(small, model, plan, [dummy_inputs(model, 8, 12, seed=seed) for seed in range(4)])

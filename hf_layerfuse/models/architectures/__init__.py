@@ -39,7 +39,7 @@ from .mobilenet_v2 import MobileNetV2Architecture
 from .modernbert import ModernBertArchitecture
 from .opt import BartArchitecture, MarianArchitecture, MBartArchitecture, OPTArchitecture, WhisperArchitecture
 from .phi import Phi3Architecture, PhiArchitecture
-from .placeholders import One, OneBeside, Placeholder, ZeroAttention, ZeroBlock
+from .placeholders import IdentityWithUnitGate, Placeholder, UnitGate, ZeroAttention, ZeroBlock
 from .registry import ARCHITECTURES, FUSED_PREFIX, architecture_for, known_architectures
 from .resnet import ResNetArchitecture
 from .speech import HubertArchitecture, Wav2Vec2Architecture
@@ -131,15 +131,15 @@ __all__ = [
     "ConvGraphArchitecture",
     "Convolutions",
     "Heads",
+    "IdentityWithUnitGate",
     "LayerArchitecture",
     "LinearMap",
-    "One",
-    "OneBeside",
     "Place",
     "Placeholder",
     "Skip",
     "TransformerArchitecture",
     "Unit",
+    "UnitGate",
     "ZeroAttention",
     "ZeroBlock",
     "architecture_for",

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...errors import UnsupportedModelError
 from ...plan import TRANSFORMER, Edit, Plan, PlanNotes
 from .layouts import Heads, JointLayout, Pairing, heads_in
-from .placeholders import One, OneBeside
+from .placeholders import IdentityWithUnitGate, UnitGate
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class LayerArchitecture(Architecture, ABC):
                         role: f"{path}.{index}.{at}"
                         for role, at in self.table(kind).items()
                         if (part := part_at(layer, at)) is not None
-                        and (role == "norm" or type(part) not in (nn.Identity, One, OneBeside))
+                        and (role == "norm" or type(part) not in (nn.Identity, UnitGate, IdentityWithUnitGate))
                     }
                     found.append(self.block(self.config_of(model.config), index, kind, modules))
         return found

@@ -25,14 +25,14 @@ class ZeroBlock(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-class One(nn.Module):
+class UnitGate(nn.Module):
     """Placeholder for the removed gate of an MLP: multiplies by one."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states.new_ones(())
 
 
-class OneBeside(nn.Module):
+class IdentityWithUnitGate(nn.Module):
     """Placeholder for the removed joint map of an MLP: returns its input, with ones in place of the gate.
 
     Args:

@@ -14,7 +14,7 @@ from ...errors import PlanError, UnsupportedModelError
 from ...math.lowrank import low_rank
 from ...math.ridge import compose
 from ...plan import BlendedForm, LinearForm
-from ..architectures import One, OneBeside, TransformerArchitecture
+from ..architectures import IdentityWithUnitGate, TransformerArchitecture, UnitGate
 from ..architectures.layouts import JointLayout
 from ..modules.conv import Parts
 from ..modules.homotopy import Homotopy
@@ -35,15 +35,15 @@ class Collapsed(nn.Linear):
     """Linear map that replaces an MLP, or the second of two such maps."""
 
 
-class CollapsedBeside(nn.Linear):
+class CollapsedWithUnitGate(nn.Linear):
     """First of two linear maps that replace an MLP with a joint map: its outputs, with ones in place of the gate."""
 
     def __init__(self, ins: int, rank: int, layout: JointLayout, **like: Any) -> None:
         super().__init__(ins, rank, bias=False, **like)
-        self.beside = OneBeside(layout)
+        self.unit_gate = IdentityWithUnitGate(layout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.beside(super().forward(x))
+        return self.unit_gate(super().forward(x))
 
 
 def needs_fit(architecture: TransformerArchitecture) -> bool:
@@ -142,11 +142,11 @@ def _linearize(layer: nn.Module, architecture: TransformerArchitecture, linear: 
     layer.set_submodule(architecture.activation, nn.Identity())
     if "gate_in" in table:
         layout = architecture.joint["gate_in"]
-        first = OneBeside(layout) if rank is None else CollapsedBeside(ins, rank, layout, **like)
+        first = IdentityWithUnitGate(layout) if rank is None else CollapsedWithUnitGate(ins, rank, layout, **like)
     else:
         first = nn.Identity() if rank is None else nn.Linear(ins, rank, bias=False, **like)
     if "gate" in table:
-        layer.set_submodule(table["gate"], One())
+        layer.set_submodule(table["gate"], UnitGate())
     layer.set_submodule(_reader(architecture), first)
     layer.set_submodule(table["out"], Collapsed(rank or ins, outs, **like))
     if linear.fold:

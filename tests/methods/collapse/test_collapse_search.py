@@ -29,7 +29,7 @@ from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.math.lowrank import low_rank
 from hf_layerfuse.math.ridge import Moments
-from hf_layerfuse.models.architectures import ARCHITECTURES, One, architecture_for
+from hf_layerfuse.models.architectures import ARCHITECTURES, UnitGate, architecture_for
 from hf_layerfuse.models.modules.conv import Parts
 from hf_layerfuse.models.modules.shared_linear import out_in, theta_of
 from hf_layerfuse.models.surgery.linear_mlp import Collapsed
@@ -49,7 +49,7 @@ def without_activation(model_type, layers=range(LAYERS), **changes):
     architecture = architecture_for(model)
     for index in layers:
         layer = architecture.layer_list(model)[index]
-        layer.set_submodule(architecture.activation, One() if model_type in GATED else nn.Identity())
+        layer.set_submodule(architecture.activation, UnitGate() if model_type in GATED else nn.Identity())
     return model
 
 
