@@ -133,21 +133,21 @@ def _show(known: argparse.Namespace, rest: Sequence[str]) -> None:
     if known.command == "adapt":
         from .pipeline.adapt import adapt
 
-        print(adapt(known.model, known.batch, known.stack))
+        print(adapt(known.model, known.batch, known.stack, known.trust_remote_code))
         return
     if known.command == "plan":
-        check_options(rest, OF_FUSION, "hf-layerfuse plan", ("text",))
+        check_options(rest, OF_FUSION, "hf-layerfuse plan", ("text", "trust_remote_code"))
         names = vars(known).keys() & {field.name for field in fields(FusionRecipe)}
         given = [f"--{name}={getattr(known, name)}" for name in names]
         recipe = FusionRecipe(**parse_overrides([*given, *rest]))
         from .pipeline.planning import plan_model
 
-        print(plan_model(known.model, recipe, known.text))
+        print(plan_model(known.model, recipe, known.text, known.trust_remote_code))
         return
     from .pipeline.inspect import inspect_tables
     from .pipeline.report.tables import text_table
 
-    tables = inspect_tables(known.model, known.similarity, known.text, known.stack)
+    tables = inspect_tables(known.model, known.similarity, known.text, known.stack, known.trust_remote_code)
     print("\n\n".join(map(text_table, tables)))
 
 

@@ -49,6 +49,11 @@ _RUN_OPTIONS: dict[str, Any] = {
 
 _STACK: dict[str, Any] = {"metavar": "NAME", "help": "stack of layers, such as decoder, if the model has several"}
 
+_TRUST: dict[str, Any] = {
+    "action": "store_true",
+    "help": "run the code that comes with the model (default: refuse such a model). Read it before",
+}
+
 OF_RECIPE: Mapping[type, str] = {Recipe: "", **{kind: f"{section}." for section, kind in SECTIONS.items()}}
 """Start of the option of a field, by the class that has it, in commands that take the recipe of a run."""
 
@@ -113,6 +118,7 @@ def main_parser() -> argparse.ArgumentParser:
         "--text", type=Path, metavar="FILE", help="text file whose lines are used to compare activations"
     )
     inspect.add_argument("--stack", **_STACK)
+    inspect.add_argument("--trust_remote_code", **_TRUST)
     model.complete = text.complete = shtab.FILE
     adapt = commands.add_parser(
         "adapt",
@@ -130,6 +136,7 @@ def main_parser() -> argparse.ArgumentParser:
         "inputs)",
     )
     adapt.add_argument("--stack", **_STACK)
+    adapt.add_argument("--trust_remote_code", **_TRUST)
     model.complete = batch.complete = shtab.FILE
     plan = commands.add_parser(
         "plan",
@@ -149,6 +156,7 @@ def main_parser() -> argparse.ArgumentParser:
     )
     text = plan.add_argument("--text", type=Path, metavar="FILE", help="text file whose lines are used to calibrate")
     model.complete = text.complete = shtab.FILE
+    plan.add_argument("--trust_remote_code", **_TRUST)
     add_fields(plan, "the fusion of a MODEL (fields of FusionRecipe)", FusionRecipe)
     report = commands.add_parser(
         "report",

@@ -47,6 +47,22 @@ def head_class(config: PreTrainedConfig, stored: Collection[str] = ()) -> type[P
     )
 
 
+def own_auto_class(config: PreTrainedConfig) -> type | None:
+    """Auto class that loads a model with code of its own, from `auto_map` in its config; None for other models.
+
+    Fused checkpoints with code are loaded by this library.
+    """
+    if config.model_type.startswith(FUSED_PREFIX):
+        return None
+    auto_map = getattr(config, "auto_map", None) or {}
+    named = {
+        str(target).rpartition(".")[2]: getattr(transformers, auto_class, None)
+        for auto_class, target in auto_map.items()
+        if auto_class.startswith("AutoModel")
+    }
+    return next((named[name] for name in config.architectures or () if name in named), None)
+
+
 def _head_of(
     config: PreTrainedConfig, heads: Sequence[type[PreTrainedModel]], stored: Collection[str]
 ) -> type[PreTrainedModel]:

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, LayerFuseError
 from ..evaluation.modes import outside_inference_mode
 from .architectures import ARCHITECTURES, FUSED_PREFIX
 from .files import stored_names, why_unreadable
-from .heads import head_class
+from .heads import head_class, own_auto_class
 
 _HUB_ARGUMENTS = (
     "cache_dir",
@@ -95,8 +95,9 @@ def explained(path: str, hub: Mapping[str, Any]) -> Iterator[None]:
         reason = " ".join(str(error).split())
         if "trust_remote_code=True" in reason:
             raise CheckpointError(
-                f"the checkpoint at {path!r} has code of its own, which is not run unasked: read it, then load the "
-                "model in Python with trust_remote_code=True, or set trust_remote_code in the recipe of a run."
+                f"the checkpoint at {path!r} has code of its own, which is not run unasked: read it, then pass "
+                "trust_remote_code=True in Python, add --trust_remote_code to `inspect`, `adapt` or `plan`, or set "
+                "trust_remote_code in the recipe of a run."
             ) from error
         if not isinstance(error, OSError | ValueError) or not reason:
             reason = f"{type(error).__name__}: {reason}"
@@ -123,7 +124,7 @@ def _why_unknown(path: str, hub: Mapping[str, Any]) -> str | None:
 def _class_of(path: str, config: PreTrainedConfig, kwargs: Mapping[str, Any], hub: Mapping[str, Any]) -> type:
     """Class of a checkpoint: that of its config, else the one that takes all its weights."""
     if config.architectures:
-        return head_class(config)
+        return (own_auto_class(config) if hub.get("trust_remote_code") else None) or head_class(config)
     if "gguf_file" in kwargs:
         return AutoModelForCausalLM  # a GGUF file holds a language model, and its config names no class
     return head_class(config, stored_names(path, **hub))

@@ -21,13 +21,14 @@ from .report.tables import text_table
 
 
 @steps()
-def adapt(name: str, batch: Path | None = None, stack: str | None = None) -> str:
+def adapt(name: str, batch: Path | None = None, stack: str | None = None, trust_remote_code: bool = False) -> str:
     """Discover the architecture of a checkpoint, and print its table.
 
     Args:
         name: Checkpoint or Hub name.
         batch: File with a tensor for each input of the model, `.safetensors` or `.npz`; by default, random inputs.
         stack: Name of the stack of layers, needed only if the model has several.
+        trust_remote_code: Whether the model may run its own code.
 
     Returns:
         Python source of the table, with the checks as comments at its end.
@@ -39,7 +40,7 @@ def adapt(name: str, batch: Path | None = None, stack: str | None = None) -> str
     """
     inputs = None if batch is None else read_batch(batch)
     say(f"loading {name}")
-    model = load_model(name)
+    model = load_model(name, trust_remote_code)
     if model.device.type == "meta":
         raise CheckpointError(
             f"{name!r} is a config, and an architecture is found by running a model: name a checkpoint with weights."

@@ -18,7 +18,7 @@ from ..math.similarity import ON_ACTIVATIONS
 from ..methods.fusion.distances import block_distances
 from ..models.architectures import ConvGraphArchitecture, LayerArchitecture, TransformerArchitecture, architecture_for
 from ..models.files import stored_dtype
-from ..models.heads import head_class
+from ..models.heads import head_class, own_auto_class
 from ..models.loading import load_checkpoint
 from ..models.surgery.checks import check_model, check_plan
 from ..models.surgery.conv_graph import check_merges
@@ -31,7 +31,11 @@ Rows = list[list[str]]
 
 @steps()
 def inspect_tables(
-    name: str, similarity: str | None = None, text: Path | None = None, stack: str | None = None
+    name: str,
+    similarity: str | None = None,
+    text: Path | None = None,
+    stack: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Rows]:
     """Tables that describe a model, see `overview`.
 
@@ -40,13 +44,14 @@ def inspect_tables(
         similarity: Distance between neighbouring layers. The default is `cosine`, or none for a config.
         text: File with lines of text, for a similarity of activations.
         stack: Stack of layers to show, in models that have several.
+        trust_remote_code: Whether the model may run its own code.
 
     Raises:
         CheckpointError: The model cannot be loaded, or a config has no weights to compare.
         DataError: The text is missing or cannot be read.
         UnsupportedModelError: The architecture is unknown, or has no such stack.
     """
-    model = load_model(name)
+    model = load_model(name, trust_remote_code)
     if model.device.type != "meta":
         similarity = similarity or "cosine"
     elif similarity is not None:
@@ -54,7 +59,7 @@ def inspect_tables(
             f"{name!r} is a config, and a config has no weights to compare: leave --similarity out, or name a "
             "checkpoint."
         )
-    batches = text_batches(name, text, similarity)
+    batches = text_batches(name, text, similarity, trust_remote_code)
     if is_unknown(model) and model.device.type != "meta":
         ensure_architecture(model, LayerArchitecture, batches, stack)
     return overview(model, similarity, batches, stack)
@@ -169,13 +174,14 @@ def _convolutions(model: PreTrainedModel, architecture: ConvGraphArchitecture) -
     ]
 
 
-def load_model(name: str) -> PreTrainedModel:
+def load_model(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a checkpoint in float32, or make a model without weights where there is only a config.
 
     The model records the data type of the file.
 
     Args:
         name: Checkpoint or Hub name; or a config, or the directory of one.
+        trust_remote_code: Whether the model may run its own code.
 
     Raises:
         CheckpointError: There is neither a checkpoint nor a valid config.
@@ -183,12 +189,14 @@ def load_model(name: str) -> PreTrainedModel:
     path = Path(name).expanduser()
     name = str(path) if path.exists() else name
     folder = path if path.is_dir() else path.parent
+    trust = {"trust_remote_code": True} if trust_remote_code else {}
     weights = any(any(folder.glob(f"*.{ending}")) for ending in ("safetensors", "bin", "h5", "msgpack"))
     if path.exists() and (path.is_file() or not weights):
         try:
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, **trust)
             with torch.device("meta"):
-                model = head_class(config)(config)
+                own = own_auto_class(config) if trust else None
+                model = own.from_config(config, **trust) if own else head_class(config)(config)
             return store_as(model, config.dtype or model.dtype)
         except LayerFuseError:
             raise
@@ -196,17 +204,20 @@ def load_model(name: str) -> PreTrainedModel:
             raise CheckpointError(
                 f"{name!r} holds neither a checkpoint nor a valid config: {type(error).__name__}: {error}"
             ) from error
-    model = load_checkpoint(name, dtype=torch.float32)
+    model = load_checkpoint(name, dtype=torch.float32, **trust)
     return store_as(model, stored_dtype(name) or model.dtype)
 
 
-def text_batches(name: str, text: Path | None, similarity: str | None = None) -> Batches | None:
+def text_batches(
+    name: str, text: Path | None, similarity: str | None = None, trust_remote_code: bool = False
+) -> Batches | None:
     """Lines of a file as batches of 16, cut after 128 tokens; 256 lines at most. None without a file.
 
     Args:
         name: Checkpoint or Hub name of the tokenizer.
         text: File with lines of text.
         similarity: Similarity that the batches are for; some need them.
+        trust_remote_code: Whether the tokenizer may run its own code.
 
     Raises:
         DataError: The file is missing, empty or needed, or there is no tokenizer.
@@ -217,7 +228,7 @@ def text_batches(name: str, text: Path | None, similarity: str | None = None) ->
         return None
     try:
         lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()][:256]
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **({"trust_remote_code": True} if trust_remote_code else {}))
     except (OSError, ValueError) as error:
         raise DataError(f"--text {text}: {error}") from error
     if not lines:

@@ -97,13 +97,16 @@ def plan_run(recipe: Recipe) -> Prediction:
 
 
 @steps()
-def plan_model(name: str, recipe: FusionRecipe, text: Path | None = None) -> Prediction:
+def plan_model(
+    name: str, recipe: FusionRecipe, text: Path | None = None, trust_remote_code: bool = False
+) -> Prediction:
     """Plan a fusion without a recipe of a run.
 
     Args:
         name: Checkpoint or Hub name; or a config, or the directory of one, which is planned evenly.
         recipe: Recipe of the fusion.
         text: File with lines of text to calibrate on. Without it, the weights alone decide.
+        trust_remote_code: Whether the model may run its own code.
 
     Raises:
         CheckpointError: The model cannot be loaded, or has no weights to calibrate.
@@ -111,13 +114,13 @@ def plan_model(name: str, recipe: FusionRecipe, text: Path | None = None) -> Pre
         LayerFuseError: The recipe does not fit the model.
     """
     say(f"loading {name}")
-    model = load_model(name)
+    model = load_model(name, trust_remote_code)
     has_weights = model.device.type != "meta"
     if text is not None and not has_weights:
         raise CheckpointError(
             f"{name!r} is a config, which has no weights to calibrate: leave --text out, or name a checkpoint."
         )
-    batches = text_batches(name, text, recipe.similarity) if has_weights else None
+    batches = text_batches(name, text, recipe.similarity, trust_remote_code) if has_weights else None
     if batches is None and recipe.is_timed:
         raise RecipeError(
             "a latency target needs measurements on calibration data: give --text FILE with lines of text, or the "

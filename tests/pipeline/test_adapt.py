@@ -64,7 +64,40 @@ def test_code_of_a_checkpoint_is_not_run(checkpoint, tmp_path, capsys):
     (tmp_path / "own" / "config.json").write_text(json.dumps(config))
     (tmp_path / "own" / "own.py").write_text("raise AssertionError")
     assert main(["adapt", str(tmp_path / "own")]) == 1
-    assert "has code of its own, which is not run unasked: read it, then load the model" in capsys.readouterr().err
+    assert "has code of its own, which is not run unasked: read it, then pass" in capsys.readouterr().err
+
+
+OWN = """
+from transformers import GPT2Config, GPT2LMHeadModel
+
+class OwnConfig(GPT2Config):
+    model_type = "own"
+
+class Own(GPT2LMHeadModel):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_checkpoint_is_run_on_request(checkpoint, tmp_path, capsys, monkeypatch):
+    """Every command that loads a model runs its code with `--trust_remote_code`, and refuses it without. Only `adapt`
+    needs no registration of its classes."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    path = tmp_path / "own_code"
+    shutil.copytree(checkpoint, path)
+    config = json.loads((path / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["Own"]}
+    config |= {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "own.py").write_text(OWN)
+    for words in (["inspect"], ["plan", "--keep_layers", "3"]):
+        command = [words[0], str(path), *words[1:]]
+        assert main(command) == 1
+        assert "add --trust_remote_code to `inspect`" in capsys.readouterr().err
+        assert main([*command, "--trust_remote_code"]) == 1
+        assert "call AutoConfig.register('own', YourConfig)" in capsys.readouterr().err
+    assert main(["adapt", str(path)]) == 1
+    assert main(["adapt", str(path), "--trust_remote_code"]) == 0
+    assert "class Own" in capsys.readouterr().out
 
 
 def test_batches_are_read_without_pickle(tmp_path):
