@@ -212,9 +212,20 @@ class _Contract:
         if not met:
             raise UnsupportedModelError(
                 f"{type(self.architecture).__name__}, the table of {self.architecture.model_type!r}, does not describe "
-                f"this {type(self.model).__name__}: {what}. If you wrote the table, correct it; otherwise please "
-                "report this with the config of the model."
+                f"this {type(self.model).__name__}: {what}. {self._next_step()}"
             )
+
+    def _next_step(self) -> str:
+        """Sentence for messages, by the origin of the table."""
+        if self.architecture.discovered:
+            return (
+                "The table was discovered on another batch: pass batches that are representative of the inputs, or "
+                "print the table with `hf-layerfuse adapt MODEL`, correct it, and register it with "
+                "register_architecture."
+            )
+        if type(self.architecture).__module__.startswith(f"{__name__.partition('.')[0]}."):
+            return "The table is part of hf_layerfuse: please report this with the config of the model."
+        return "Correct the table, and register it again with register_architecture."
 
 
 def _first(found: Iterator[tuple[int, dict[Any, Tensor]]]) -> dict[Any, Tensor]:

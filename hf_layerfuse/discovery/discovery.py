@@ -97,9 +97,8 @@ class Discovery:
         Raises:
             UnsupportedModelError: `TransformerArchitecture` cannot describe this architecture.
         """
-        return type(
-            class_name(self.model_type), (TransformerArchitecture,), {"__module__": __name__, **fields_of(self)}
-        )
+        entries = {"__module__": __name__, "discovered": True, **fields_of(self)}
+        return type(class_name(self.model_type), (TransformerArchitecture,), entries)
 
     def source(self) -> str:
         """The table as Python source, which registers the architecture when it is executed.

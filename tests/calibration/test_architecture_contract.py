@@ -1,5 +1,7 @@
 """The contract of architecture tables: it refuses wrong tables, naming table, layer and role, and passes right ones."""
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -125,6 +127,25 @@ def test_silent_faults_are_refused(table):
     with pytest.raises(UnsupportedModelError, match=words) as refused:
         check_contract(model, some_batches(model, 1), table())
     assert str(refused.value).startswith(f"{table.__name__}, the table of {table.model_type!r}, does not describe")
+
+
+@pytest.mark.parametrize(
+    ("origin", "step"),
+    [
+        ({}, "Correct the table, and register it again with register_architecture."),
+        (
+            {"discovered": True},
+            "pass batches that are representative of the inputs, or print the table",
+        ),
+        ({"__module__": LlamaArchitecture.__module__}, "is part of hf_layerfuse: please report this with the config"),
+    ],
+)
+def test_the_next_step_depends_on_the_origin_of_the_table(origin, step):
+    """An author corrects a table, a user of a discovered one passes other batches, and only others report it."""
+    model = family_model("smollm3")
+    table = type("Forgetful", (ForgottenList,), {"__module__": __name__, **origin})
+    with pytest.raises(UnsupportedModelError, match=re.escape(step)):
+        check_contract(model, some_batches(model, 1), table())
 
 
 def test_a_layer_between_layers_is_refused():

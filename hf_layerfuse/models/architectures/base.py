@@ -48,9 +48,11 @@ class Architecture:
 
     Attributes:
         model_type: `model_type` of its configs.
+        discovered: Whether `discover_architecture` made the table.
     """
 
     model_type: ClassVar[str]
+    discovered: ClassVar[bool] = False
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise `UnsupportedModelError` for a model of this architecture that cannot be made smaller."""
