@@ -43,7 +43,7 @@ def lists_of_depth(config: PreTrainedConfig, field: str) -> tuple[str, ...]:
     length = getattr(owner, field.rpartition(".")[2])
     return tuple(
         name
-        for name, value in owner.to_dict().items()
+        for name, value in _fields(owner).items()
         if isinstance(value, list) and len(value) == length and isinstance(getattr(owner, name, None), list)
     )
 
@@ -108,10 +108,16 @@ def _candidates(config: PreTrainedConfig, length: int) -> list[str]:
     """Fields with the value `length`, the usual names first."""
     found = []
     for prefix, part in _parts(config):
-        names = [_USUAL, *part.to_dict()] if isinstance(getattr(part, _USUAL, None), int) else [*part.to_dict()]
+        names = [_USUAL, *_fields(part)] if isinstance(getattr(part, _USUAL, None), int) else [*_fields(part)]
         equal = [name for name in dict.fromkeys(names) if getattr(part, name, None) == length]
         found += [prefix + name for name in equal if not isinstance(getattr(part, name), bool)]
     return sorted(found, key=lambda name: (not name.endswith(_USUAL), "layer" not in name, name.count(".")))
+
+
+def _fields(config: PreTrainedConfig) -> dict[str, object]:
+    """Fields of a config with one value for all layers: those in its `per_layer_config` cannot be read from it."""
+    unlike = {*(getattr(config, "per_layer_attributes", None) or ()), "per_layer_config"}
+    return {name: value for name, value in config.to_dict().items() if name not in unlike}
 
 
 def _parts(config: PreTrainedConfig, prefix: str = "") -> Iterator[tuple[str, PreTrainedConfig]]:

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from families import family_config
 from helpers import LAYERS, heads_of, on_two_processes, tiny_model
 from safetensors import safe_open
 
@@ -526,19 +525,21 @@ def test_12_accelerate_shards_what_shares_as_one_unit(tmp_path, loading):
     assert on_two_processes(tmp_path, PROGRAM, loading).count(REFUSED) == 2
 
 
-def test_13_layers_that_differ_by_config_are_refused():
-    """`per_layer_config` makes layers of different shapes, which cannot be fused; they are refused before anything is
-    read."""
-    config = family_config("llama", per_layer_config={2: {"intermediate_size": 24}})
-    assert config.is_heterogeneous
+def test_13_layers_that_differ_by_config_need_a_class_that_reads_them():
+    """Llama reads no `per_layer_config`: its classes ignore `skip`, and cannot be built with other fields in it."""
     model = causal_lm("llama")
-    model.config.per_layer_config = {2: {"intermediate_size": 24}}
-    for attempt in (
-        lambda: fuse(model, keep_layers=3),
-        lambda: apply(model, Plan("llama", LAYERS, (Drop("layer", 2),))),
+    for fields, words in (
+        ({"intermediate_size": 24}, "per_layer_config makes layers differ in intermediate_size, and LlamaForCausalLM"),
+        ({"skip": ["mlp"]}, "per_layer_config skips mlp in layer 2, and no model of Transformers reads `skip`"),
     ):
-        with pytest.raises(UnsupportedModelError, match="per_layer_config makes layers differ"):
-            attempt()
+        model.config.per_layer_config = {2: fields}
+        assert model.config.is_heterogeneous
+        for attempt in (
+            lambda: fuse(model, keep_layers=3),
+            lambda: apply(model, Plan("llama", LAYERS, (Drop("layer", 2),))),
+        ):
+            with pytest.raises(UnsupportedModelError, match=words):
+                attempt()
 
 
 def test_attention_that_depends_on_its_depth_is_refused():

@@ -15,6 +15,7 @@ from ...models.architectures import MAPS, READERS, Block, TransformerArchitectur
 from ...models.architectures.block_weights import HEAD_NORMS, POSITIONS, rows_of, write_rows
 from ...models.modules.shared_linear import theta_of
 from ...models.paging import in_memory
+from ...models.surgery.layers import overrides_of
 from ...plan import Source
 from ..disk import PerBatch, StoredTensors
 from ..layer_hooks import HookPoint
@@ -194,6 +195,7 @@ def alike(model: PreTrainedModel, architecture: TransformerArchitecture, source:
     if any(role in architecture.attention for role in (*HEAD_NORMS, *POSITIONS)) or (heads and heads.bound):
         return [kept]
     lists = [values for name in architecture.per_layer_config if (values := getattr(config, name, None))]
+    lists.append(overrides_of(config) or [None] * (max(source.layers) + 1))
     return [n for n in source.layers if n == kept or all(values[n] == values[kept] for values in lists)]
 
 

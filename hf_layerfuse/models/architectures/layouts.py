@@ -61,6 +61,8 @@ def heads_in(config: PreTrainedConfig, layer: int, pairing: Pairing, bound: bool
         pairing: See `Heads`.
         bound: See `Heads`.
     """
+    if getattr(config, "is_heterogeneous", False):  # layers may have heads of different widths, as in Gemma 4
+        config = config.per_layer_config[layer]
     count, width = (getattr(config, name, None) for name in ("num_attention_heads", "hidden_size"))
     dim = getattr(config, "head_dim", None) or (width // count if count and width else None)
     if not isinstance(count, int) or dim is None:

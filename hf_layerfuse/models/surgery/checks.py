@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import PlanError, UnsupportedModelError
 from ...plan import Plan
 from ..architectures import FUSED_PREFIX, LayerArchitecture
 from .altered import check_unaltered
-from .layers import relaxed_maps, target_config
+from .layers import overrides_of, relaxed_maps, target_config
 from .linear_mlp import check_form
 
 
@@ -38,10 +38,29 @@ def check_structure(model: PreTrainedModel, architecture: LayerArchitecture) -> 
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError("the model is quantised: fuse the full-precision model, then quantise the result.")
-    if getattr(model.config, "is_heterogeneous", False):
-        raise UnsupportedModelError("config.per_layer_config makes layers differ: such models cannot be fused yet.")
-    architecture.check(model)
-    check_unaltered(model)
+    config = architecture.config_of(model.config)
+    _check_skips(config)
+    try:
+        architecture.check(model)
+        check_unaltered(model)
+    except RuntimeError as error:
+        if overrides_of(config) is None:
+            raise
+        raise UnsupportedModelError(
+            f"config.per_layer_config makes layers differ in {', '.join(sorted(config.per_layer_attributes))}, and "
+            f"{type(model).__name__} cannot be built from it: {str(error).partition('.')[0]}. Remove per_layer_config, "
+            "or use a model class that reads it, such as Step3p7TextModel."
+        ) from error
+
+
+def _check_skips(config: PreTrainedConfig) -> None:
+    """Raise `UnsupportedModelError` if a config asks for layers without a block: no class of Transformers reads it."""
+    skips = {layer: each["skip"] for layer, each in enumerate(overrides_of(config) or ()) if each.get("skip")}
+    for layer, names in skips.items():
+        raise UnsupportedModelError(
+            f"config.per_layer_config skips {', '.join(names)} in layer {layer}, and no model of Transformers reads "
+            "`skip`, so that the layer has these blocks nevertheless: remove `skip`, and drop the blocks with a plan."
+        )
 
 
 def check_weights(model: PreTrainedModel) -> None:
@@ -83,6 +102,8 @@ def check_plan(model: PreTrainedModel, architecture: LayerArchitecture, plan: Pl
             f"the plan is for layers of {' and '.join(plan.kinds)} blocks, but {architecture.model_type!r} has layers "
             f"of {' and '.join(architecture.kinds)} blocks: make a new plan."
         )
+    if overrides_of(architecture.config_of(model.config)) is not None:
+        target_config(model.config, architecture, plan.layout())  # layers whose fields differ cannot be combined
     shapes = [shapes_of(layer) for layer in architecture.layer_list(model)]
     if len(set(shapes)) > 1:
         _check_places(model, architecture, plan, shapes)

@@ -37,9 +37,23 @@ def target_config(config: PreTrainedConfig, architecture: LayerArchitecture, lay
     for name in _NUMBERS_OF_FIRST_LAYERS:
         if getattr(config, name, None) is not None:
             setattr(target, name, sum(slot.layers[0] < getattr(config, name) for slot in layout.slots))
+    differences = overrides_of(config)
+    if differences is not None:
+        moved = [_per_layer(differences, slot, "per_layer_config") for slot in layout.slots]
+        target.per_layer_config = None  # the entries of the original have other places
     setattr(target, architecture.depth, len(layout.slots))
+    if differences is not None:
+        target.per_layer_config = {i: copy.deepcopy(fields) for i, fields in enumerate(moved) if fields}
     architecture.complete(target)
     return whole
+
+
+def overrides_of(config: PreTrainedConfig) -> list[dict[str, Any]] | None:
+    """Fields in which each layer differs from its config, from `per_layer_config` of Transformers; None without it."""
+    if not getattr(config, "is_heterogeneous", False):
+        return None
+    found = {int(layer): fields for layer, fields in config.to_dict()["per_layer_config"].items()}
+    return [found.get(layer, {}) for layer in range(len(config.per_layer_config))]
 
 
 def _per_layer(values: Sequence[Any], slot: Slot, name: str) -> Any:
