@@ -9,10 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..calibration.layerwise import LayerwiseForward, TeacherStates
+from ..calibration.layerwise import LayerwiseForward
 from ..calibration.refit.base import RefitMethod
 from ..calibration.refit.refit import repair_of
 from ..calibration.samples import Sample
+from ..calibration.teacher_states import TeacherStates
 from ..errors import PlanError, UnsupportedModelError
 from ..evaluation.modes import eval_mode
 from ..models.apply import applied

@@ -23,7 +23,7 @@ from hf_layerfuse import (
     fuse,
     fuse_checkpoint,
 )
-from hf_layerfuse.calibration.layerwise import TeacherStates
+from hf_layerfuse.calibration.teacher_states import TeacherStates
 from hf_layerfuse.evaluation.divergence import prediction
 from hf_layerfuse.methods.fusion import layer_by_layer
 from hf_layerfuse.pipeline import fuse_checkpoint as module

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from ...plan import Plan, RefitReport, Slot
 from ..disk import StoredTensors, WeightSnapshot
 from ..layer_hooks import HookPoint
-from ..layerwise import LayerwiseForward, TeacherStates
+from ..layerwise import LayerwiseForward
+from ..teacher_states import TeacherStates
 
 RefitMethod = Literal["full", "maps", "linear", "none"]
 """Extent of a repair, see `refit`."""

@@ -18,8 +18,9 @@ from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...models.surgery.checks import check_model, check_plan
 from ...plan import Plan
 from ..disk import WeightSnapshot
-from ..layerwise import LayerwiseForward, TeacherStates
+from ..layerwise import LayerwiseForward
 from ..samples import Sample
+from ..teacher_states import TeacherStates
 from .base import RefitMethod, RefitReport, Repair, unless_worse
 from .conv import ConvRepair
 from .conv_graph import refit_conv_graph

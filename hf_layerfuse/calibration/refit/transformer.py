@@ -13,7 +13,8 @@ from ...models.modules.shared_linear import theta_of
 from ...plan import Kind, LinearForm, Plan, Slot
 from ..disk import PerBatch, StoredTensors, WeightSnapshot
 from ..layer_hooks import HookPoint
-from ..layerwise import LayerwiseForward, TeacherStates
+from ..layerwise import LayerwiseForward
+from ..teacher_states import TeacherStates
 from .base import RefitMethod, Repair
 from .between import Between
 from .linear import fit_gain, fit_linear, fit_map, fit_norm, fold, store

@@ -11,10 +11,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ...calibration.contract import check_contract
-from ...calibration.layerwise import LayerwiseForward, TeacherStates
+from ...calibration.layerwise import LayerwiseForward
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.refit import refit_by
 from ...calibration.samples import Sample
+from ...calibration.teacher_states import TeacherStates
 from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.batches import Batches
 from ...evaluation.modes import eval_mode, outside_inference_mode, take_modes

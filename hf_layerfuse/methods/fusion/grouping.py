@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from ...calibration.layerwise import TeacherStates
+from ...calibration.teacher_states import TeacherStates
 from ...math.ridge import Moments, identity
 from ...models.surgery.checks import shapes_of
 from ...plan import Kind, Plan

@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from ...calibration.contract import check_contract
 from ...calibration.disk import WeightSnapshot
-from ...calibration.layerwise import LayerwiseForward, TeacherStates
+from ...calibration.layerwise import LayerwiseForward
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.refit import refit_by
 from ...calibration.samples import Sample
+from ...calibration.teacher_states import TeacherStates
 from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.fingerprint import digest
 from ...evaluation.modes import eval_mode, take_modes

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from ...calibration.contract import check_contract
 from ...calibration.disk import StoredTensors
-from ...calibration.layerwise import LayerwiseForward, TeacherStates
+from ...calibration.layerwise import LayerwiseForward
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.refit import repair_of
 from ...calibration.samples import Sample
+from ...calibration.teacher_states import TeacherStates
 from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.precision import dtype_in_file
 from ...models.architectures import LayerArchitecture, TransformerArchitecture, architecture_for

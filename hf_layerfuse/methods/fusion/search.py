@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 
 from ...calibration.contract import check_contract
 from ...calibration.disk import WeightSnapshot
-from ...calibration.layerwise import LayerwiseForward, TeacherStates
+from ...calibration.layerwise import LayerwiseForward
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.refit import refit_by
 from ...calibration.refit.transformer import SELECTING
 from ...calibration.samples import Sample
+from ...calibration.teacher_states import TeacherStates
 from ...evaluation.batches import Batches
 from ...evaluation.divergence import calibration_loss
 from ...evaluation.modes import eval_mode, outside_inference_mode, take_modes

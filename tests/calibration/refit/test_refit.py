@@ -11,13 +11,14 @@ from helpers import GATED, LAYOUTS, TINY, in_turn, tiny_model
 
 from hf_layerfuse import AutoFusedModel, Drop, Fuse, Plan, apply, expand, verify
 from hf_layerfuse.calibration.layer_hooks import HookPoint
-from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
+from hf_layerfuse.calibration.layerwise import LayerwiseForward
 from hf_layerfuse.calibration.refit import refit as refit_module
 from hf_layerfuse.calibration.refit import transformer
 from hf_layerfuse.calibration.refit.linear import store
 from hf_layerfuse.calibration.refit.refit import refit
 from hf_layerfuse.calibration.refit.transformer import SELECTING
 from hf_layerfuse.calibration.samples import Sample
+from hf_layerfuse.calibration.teacher_states import TeacherStates
 from hf_layerfuse.errors import DataError
 from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs

@@ -9,10 +9,11 @@ from helpers import LAYOUTS, tiny_model
 
 from hf_layerfuse import Fuse, Plan, apply
 from hf_layerfuse.calibration.layer_hooks import HookPoint
-from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
+from hf_layerfuse.calibration.layerwise import LayerwiseForward
 from hf_layerfuse.calibration.refit.refit import refit
 from hf_layerfuse.calibration.refit.selection import Selection, alike
 from hf_layerfuse.calibration.samples import Sample
+from hf_layerfuse.calibration.teacher_states import TeacherStates
 from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.models.architectures import architecture_for, linear_maps
 from hf_layerfuse.models.architectures.block_weights import rows_of, write_rows

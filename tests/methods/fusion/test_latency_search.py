@@ -24,10 +24,11 @@ from hf_layerfuse import (
     search,
     verify,
 )
-from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
+from hf_layerfuse.calibration.layerwise import LayerwiseForward
 from hf_layerfuse.calibration.refit.base import RefitReport
 from hf_layerfuse.calibration.refit.refit import refit
 from hf_layerfuse.calibration.samples import Sample
+from hf_layerfuse.calibration.teacher_states import TeacherStates
 from hf_layerfuse.evaluation.cache import MeasurementCache
 from hf_layerfuse.evaluation.divergence import calibration_loss
 from hf_layerfuse.evaluation.timing import Timed

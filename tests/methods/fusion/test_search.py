@@ -23,8 +23,9 @@ from hf_layerfuse import (
     search,
     verify,
 )
-from hf_layerfuse.calibration.layerwise import LayerwiseForward, TeacherStates
+from hf_layerfuse.calibration.layerwise import LayerwiseForward
 from hf_layerfuse.calibration.samples import Sample, read
+from hf_layerfuse.calibration.teacher_states import TeacherStates
 from hf_layerfuse.evaluation.divergence import calibration_loss, prediction
 from hf_layerfuse.math.cluster import partition
 from hf_layerfuse.methods.fusion.grouping import even, groups_of, unexplained
