@@ -38,7 +38,7 @@ def check_structure(model: PreTrainedModel, architecture: LayerArchitecture) -> 
         )
     if getattr(model, "hf_quantizer", None) is not None:
         raise UnsupportedModelError("the model is quantised: fuse the full-precision model, then quantise the result.")
-    config = architecture.config_of(model.config)
+    config = architecture.config_of(model.config) if isinstance(architecture, LayerArchitecture) else model.config
     _check_skips(config)
     try:
         architecture.check(model)
