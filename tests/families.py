@@ -280,6 +280,7 @@ FAMILIES = {
     "glm4": Family("Glm4ForCausalLM", {**_LM, "head_dim": 8}),
     "gpt_neo": Family("GPTNeoForCausalLM", _GPT_NEO),
     "gpt2, cross-attention": Family("GPT2LMHeadModel", {**_GPT2, "add_cross_attention": True}),
+    "bert, cross-attention": Family("BertLMHeadModel", {**_BERT, "is_decoder": True, "add_cross_attention": True}),
     "opt": Family("OPTForCausalLM", _OPT),
     "opt, norms behind": Family("OPTForCausalLM", {**_OPT, "do_layer_norm_before": False}),
     "xlm-roberta": Family("XLMRobertaForMaskedLM", _ROBERTA),

@@ -52,7 +52,7 @@ def differences(model, hand, found) -> dict[str, tuple]:
         same(f"{kind}, placeholders", *(dict(each.skip[kind]) for each in (hand, found)))
         silent = [{path.removesuffix(".weight") for path in each.silent.get(kind, ())} for each in (hand, found)]
         same(f"{kind}, silent", *silent)
-    fields = ("kinds", "layers", "activation", "adds", "crossed", "parallel", "between", "post_norm", "config", "fixed")
+    fields = ("kinds", "layers", "activation", "adds", "parallel", "between", "post_norm", "config", "fixed")
     fields += ("also_positions", "joint", "pairing", "bound_heads", "stack", "mask")
     for field in fields:
         same(field, getattr(hand, field), getattr(found, field))

@@ -33,7 +33,7 @@ ALIGNS = ["permutation", "activation", "transport", "rotation"]
 
 def _alike(model, source):
     """Layers of a group whose heads can be combined with those of the kept layer."""
-    return alike(model, architecture_for(model), source)
+    return alike(model, architecture_for(model), source, "attention")
 
 
 # one name per layout: the class of the model and the fields that change, of the row with this name

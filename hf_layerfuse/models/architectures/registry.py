@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
+from ...plan import Plan
 from .base import Architecture, LayerArchitecture
 
 FUSED_PREFIX = "fused_"
@@ -49,6 +50,11 @@ def architecture_for(model: Any, kind: type[_Kind] = LayerArchitecture, stack: s
         f"unknown architecture {model_type!r}. Known: {known}. `hf-layerfuse adapt MODEL` prints a table for it; see "
         "'Add an architecture' in CONTRIBUTING.md."
     )
+
+
+def architecture_of(plan: Plan, model: Any) -> LayerArchitecture:
+    """Look up the architecture of the stack and the kinds of blocks of a plan, as `architecture_for`."""
+    return architecture_for(model, stack=plan.stack).with_kinds(plan.kinds)
 
 
 def _of_stack(architecture: _Kind, stack: str) -> _Kind:
