@@ -473,6 +473,9 @@ OTHERS = {
     ),
 }
 
+CROSSED = tuple(name for name in FAMILIES if name.endswith(("cross-attention", "decoder")))
+"""Rows whose layers have a cross-attention block."""
+
 _ROWS = {**TINY, **FAMILIES, **OTHERS}
 
 

@@ -154,7 +154,7 @@ class _Contract:
         inputs: dict[tuple[str, str], list[Tensor]] = {}
         with watch(readers, lambda key, tensor: inputs.setdefault(key, []).append(tensor)):
             seen = _first(layerwise.look(*points, None))
-        idle = next((point.kind for point in points if point not in seen), None)
+        idle = next((kind for kind in places if HookPoint(kind, "read") not in seen), None)
         if idle is not None:
             raise UnsupportedModelError(
                 f"{where}the {idle} block does not run on the calibration batches: pass batches with the states "
