@@ -484,6 +484,12 @@ def model_type_of(name: str) -> str:
     return name.partition(",")[0]
 
 
+def takes_states(name: str, head: str) -> bool:
+    """Whether a class takes the states that the cross-attention blocks of a row read."""
+    alone = name.endswith("cross-attention")  # without an encoder in the model
+    return not alone or "encoder_hidden_states" in inspect.signature(getattr(transformers, head).forward).parameters
+
+
 def heads_of(model_type: str) -> list[type[PreTrainedModel]]:
     """Every public model class of transformers with this `model_type`."""
     package = CONFIG_MAPPING[model_type].__module__.rpartition(".")[0]

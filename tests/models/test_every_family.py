@@ -1,12 +1,10 @@
 """Properties of every family of `FAMILIES`: one compact test each, and all heads, edits and searches in slow tests."""
 
-import inspect
 from functools import partial
 from itertools import product
 
 import pytest
 import torch
-import transformers
 from families import (
     CROSSED,
     FAMILIES,
@@ -17,6 +15,7 @@ from families import (
     family_table,
     heads_of,
     model_type_of,
+    takes_states,
 )
 from helpers import EDITS, STOCK, slow_except
 
@@ -58,8 +57,7 @@ REFUSED = {
 
 def refusal(name, head) -> str | None:
     """Part of the message with which a head is refused, or None."""
-    takes = inspect.signature(getattr(transformers, head).forward).parameters
-    if name.endswith("cross-attention") and "encoder_hidden_states" not in takes:
+    if not takes_states(name, head):
         return "the cross block does not run"
     return "the layers in the table of" if head in WITHOUT[FAMILIES[name].stack] else REFUSED.get(head)
 
