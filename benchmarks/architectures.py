@@ -197,6 +197,8 @@ def measured(model_type: str) -> dict[str, Any]:
     for row in rows_of(model_type):
         for head in families.heads_of(model_type):
             answers, stack = heads.setdefault(head.__name__, {}), stack_of(row) or ""
+            if not families.takes_states(row, head.__name__):
+                continue
             if answers.get(stack, WORKS) == WORKS:  # the first variant that is refused stays
                 answers[stack] = head_answer(row, head.__name__)
     return {

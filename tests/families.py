@@ -280,6 +280,7 @@ FAMILIES = {
     "glm4": Family("Glm4ForCausalLM", {**_LM, "head_dim": 8}),
     "gpt_neo": Family("GPTNeoForCausalLM", _GPT_NEO),
     "gpt2, cross-attention": Family("GPT2LMHeadModel", {**_GPT2, "add_cross_attention": True}),
+    "bert, cross-attention": Family("BertLMHeadModel", {**_BERT, "is_decoder": True, "add_cross_attention": True}),
     "opt": Family("OPTForCausalLM", _OPT),
     "opt, norms behind": Family("OPTForCausalLM", {**_OPT, "do_layer_norm_before": False}),
     "xlm-roberta": Family("XLMRobertaForMaskedLM", _ROBERTA),
@@ -472,12 +473,21 @@ OTHERS = {
     ),
 }
 
+CROSSED = tuple(name for name in FAMILIES if name.endswith(("cross-attention", "decoder")))
+"""Rows whose layers have a cross-attention block."""
+
 _ROWS = {**TINY, **FAMILIES, **OTHERS}
 
 
 def model_type_of(name: str) -> str:
     """`model_type` of a row."""
     return name.partition(",")[0]
+
+
+def takes_states(name: str, head: str) -> bool:
+    """Whether a class takes the states that the cross-attention blocks of a row read."""
+    alone = name.endswith("cross-attention")  # without an encoder in the model
+    return not alone or "encoder_hidden_states" in inspect.signature(getattr(transformers, head).forward).parameters
 
 
 def heads_of(model_type: str) -> list[type[PreTrainedModel]]:

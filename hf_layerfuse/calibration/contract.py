@@ -21,7 +21,14 @@ from ..evaluation.batches import Batches, first_rows, model_inputs
 from ..evaluation.divergence import near, prediction
 from ..evaluation.hooks import watch
 from ..evaluation.modes import eval_mode, outside_inference_mode
-from ..models.architectures import READERS, Block, LayerArchitecture, TransformerArchitecture, architecture_for, part_at
+from ..models.architectures import (
+    Block,
+    LayerArchitecture,
+    TransformerArchitecture,
+    architecture_for,
+    part_at,
+    reads_stream,
+)
 from ..models.paging import in_memory
 from ..models.removal import replaced, silenced
 from ..models.surgery.checks import shapes_of
@@ -142,11 +149,18 @@ class _Contract:
             (block.kind, role): (self.model.get_submodule(path), "before")
             for block in blocks
             for role, path in block.modules.items()
-            if role in READERS
+            if reads_stream(block.kind, role)
         }
         inputs: dict[tuple[str, str], list[Tensor]] = {}
         with watch(readers, lambda key, tensor: inputs.setdefault(key, []).append(tensor)):
             seen = _first(layerwise.look(*points, None))
+        idle = next((kind for kind in places if HookPoint(kind, "read") not in seen), None)
+        if idle is not None:
+            raise UnsupportedModelError(
+                f"{where}the {idle} block does not run on the calibration batches: pass batches with the states "
+                "that it reads, such as encoder_hidden_states, or load the model without the block "
+                "(add_cross_attention=False)."
+            )
         for (kind, role), tensors in inputs.items():
             read = seen[HookPoint(kind, "read")]
             self._require(

@@ -63,10 +63,8 @@ class TeacherStates:
 
     def _depth(self, layer: int, point: HookPoint) -> int | None:
         """The depth whose states equal those at a hook point; None for a point inside the layer."""
-        post = self.architecture.post_norm
-        if point in (HookPoint("attention", "residual"), *([HookPoint("attention", "read")] if post else [])):
-            return layer
-        return layer + 1 if point == HookPoint("mlp", "sum") and not post else None
+        place = self.architecture.place(point.kind, point.place)
+        return None if place.module else layer + (place.when == "after")
 
     @property
     def whole(self) -> bool:

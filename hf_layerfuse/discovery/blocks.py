@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from ..models.architectures import ATTENDING
 from .behaviour import mixes_tokens
 from .dataflow import LayerGraph, ModuleCall
 from .placeholders import placeholders
@@ -60,9 +61,9 @@ class DiscoveredBlock:
 
     @property
     def has_known_maps(self) -> bool:
-        """Whether all its maps that read the stream have a role with a meaning, so that alignment can change them."""
-        needed = ({"q", "k", "v"}, {"qkv"}) if self.kind == "attention" else ({"in"}, {"gate_in"})
-        return self.kind != "cross" and not self.opaque and any(roles <= self.roles.keys() for roles in needed)
+        """Whether all its maps have a role with a meaning, so that alignment can change them."""
+        needed = ({"in"}, {"gate_in"}) if self.kind == "mlp" else ({"q", "k", "v"}, {"q", "kv"}, {"qkv"})
+        return not self.opaque and any(roles <= self.roles.keys() for roles in needed)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _block(graph: LayerGraph, branch: Branch) -> DiscoveredBlock:
     elif branch.sum.norm is not None:
         roles["norm"] = branch.sum.norm.path
     activation = None
-    if kind in ("attention", "cross") and out is not None:
+    if kind in ATTENDING and out is not None:
         roles |= attention_roles(graph, branch, operands, readers, small)
         roles |= memory_roles(graph, operands) if kind == "cross" else {}
     elif kind == "mlp" and out is not None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import UnsupportedModelError
 from ..evaluation.divergence import near
-from ..models.architectures import Block
+from ..models.architectures import ATTENDING, Block
 from ..models.architectures.layouts import JointLayout, Pairing, heads_in
 from ..models.symmetries import disguise
 from .blocks import DiscoveredBlock
@@ -57,7 +57,7 @@ def block_layout(
     expected, why = first_tensor(call.run(layer)), None
     for layout in _layouts(block):
         heads = None
-        if block.kind == "attention":
+        if block.kind in ATTENDING:
             heads = heads_in(config, index, layout.pairing, layout.bound_heads)
         changed = copy.deepcopy(layer)
         try:
@@ -75,6 +75,6 @@ def block_layout(
 def _layouts(block: DiscoveredBlock) -> list[BlockLayout]:
     """Layouts that a block can have, those with the strictest check first."""
     joints = [{role: layout} for role, layouts in _JOINT.items() if role in block.roles for layout in layouts] or [{}]
-    if block.kind != "attention":
+    if block.kind not in ATTENDING:
         return [BlockLayout(joint) for joint in joints]
     return [BlockLayout(joint, pairing, bound) for bound, joint, pairing in product((False, True), joints, _PAIRINGS)]

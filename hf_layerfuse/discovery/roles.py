@@ -9,7 +9,7 @@ from torch import nn
 from .dataflow import LayerGraph, ModuleCall
 from .sums import Branch
 
-MEANINGS = frozenset({"norm", "q", "k", "v", "qkv", "q_norm", "k_norm", "in", "gate", "gate_in", "out"})
+MEANINGS = frozenset({"norm", "q", "k", "v", "qkv", "kv", "q_norm", "k_norm", "in", "gate", "gate_in", "out"})
 """Roles of maps and norms that alignment and refit know."""
 
 _FUSED = ("scaled_dot_product", "flash_attn", "flex_attention")
@@ -132,7 +132,7 @@ def memory_roles(graph: LayerGraph, operands: Operands) -> dict[str, str]:
     for call in graph.calls:
         if call.behaviour == "linear" and call.inputs and not graph.on_stream(call.inputs[0]):
             role = operands.fed_by(graph, call.outputs[0])
-            if role in ("k", "v"):
+            if role in ("k", "v", "kv"):
                 found[role] = call.path
     return found
 

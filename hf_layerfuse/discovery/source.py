@@ -10,12 +10,13 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..models.architectures import Placeholder, TransformerArchitecture, ZeroAttention, ZeroBlock
+from ..plan import DECODER, TRANSFORMER
 
 if TYPE_CHECKING:
     from .discovery import Discovery
 
-_SUPPORTED = (("attention", "mlp"), ("attention",), ("attention", "cross", "mlp"))
-"""Kinds of the blocks of a layer that a `TransformerArchitecture` describes. It leaves cross-attention as it is."""
+_SUPPORTED = (TRANSFORMER, ("attention",), DECODER)
+"""Kinds of the blocks of a layer that a `TransformerArchitecture` describes."""
 
 _IMPORTS = {"TransformerArchitecture", "register_architecture"}
 """Names that the source of every table imports."""
@@ -37,7 +38,7 @@ def fields_of(found: Discovery) -> dict[str, Any]:
         UnsupportedModelError: `TransformerArchitecture` cannot describe the architecture.
     """
     _check_describable(found)
-    blocks = {block.table: block for block in found.blocks if block.kind != "cross"}
+    blocks = {block.table: block for block in found.blocks}
     mlp = blocks.get("mlp")
     config, _, depth = found.depth_field.rpartition(".")
     usual = TransformerArchitecture.joint
@@ -53,7 +54,6 @@ def fields_of(found: Discovery) -> dict[str, Any]:
         "activation": mlp and mlp.activation,
         "adds": mlp and mlp.adds,
         "also_positions": tuple(role for block in blocks.values() for role in block.also_positions),
-        "crossed": len(found.blocks) > 2,
         "parallel": found.parallel,
         "between": {kind: block.between[0] for kind, block in blocks.items() if block.between},
         "joint": usual if found.joint.items() <= usual.items() else dict(found.joint),

@@ -113,11 +113,11 @@ def decode(model: nn.Module, ids: Tensor, cache: Any = None, **encoded: Tensor) 
         model: Model that generates text.
         ids: Tokens; of the decoder, if the model has an encoder.
         cache: Cache from an earlier call; None starts afresh.
-        encoded: Inputs of the encoder, if the model has one.
+        encoded: Inputs of the encoder, if the model has one, or the states that its cross-attention reads.
     """
     # transformers 5.24 renames it, in what a model is given and in what it gives
     renamed = "cache" in inspect.signature(model.forward).parameters
     name = "cache" if renamed else "past_key_values"
-    tokens = "decoder_input_ids" if encoded else "input_ids"
+    tokens = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     output = model(**encoded, **{tokens: ids}, use_cache=True, **{name: cache})
     return output.logits, output[name]

@@ -21,9 +21,17 @@ from ..evaluation.hooks import When, watch_tokens
 from ..evaluation.modes import outside_inference_mode
 from ..math.align import CrossCorrelation, Rows, Turns, fit, gain, in_place, inner_product, scores, transport
 from ..plan import Fuse, Plan
-from .architectures import architecture_for
-from .architectures.base import Block
-from .architectures.block_weights import HEAD_NORMS, POSITIONS, READERS, batch_norm_gain, rows_of, write_rows
+from .architectures import architecture_of
+from .architectures.base import ATTENDING, Block
+from .architectures.block_weights import (
+    HEAD_NORMS,
+    POSITIONS,
+    READERS,
+    batch_norm_gain,
+    reads_stream,
+    rows_of,
+    write_rows,
+)
 from .surgery.checks import check_model, check_plan
 from .symmetries import is_bound, turns_of
 
@@ -86,7 +94,7 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
         PlanError: The plan is for another architecture or number of layers.
         UnsupportedModelError: The model cannot be fused, or its blocks have parts that alignment does not support.
     """
-    architecture = architecture_for(model, stack=plan.stack)
+    architecture = architecture_of(plan, model)
     check_model(model, architecture)
     check_plan(model, architecture, plan)
     return aligned(model, plan, batches)
@@ -95,7 +103,7 @@ def align(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
 @torch.no_grad()
 def aligned(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) -> PreTrainedModel:
     """Run `align` for a model and a plan that `check_model` and `check_plan` have accepted."""
-    architecture = architecture_for(model, stack=plan.stack)
+    architecture = architecture_of(plan, model)
     edits = [edit for edit in plan.edits if edit.align != "none"]
     if not edits:
         return model
@@ -139,7 +147,7 @@ def _fit(pair: _Pair, reference: Rows, rows: Rows, correlations: Correlations) -
         # that is on where the other is off does not match it.
         groups, heads, dim, _ = rows["out"].shape
         split = correlations[pair.key].value().reshape(groups, heads, dim, groups, heads, dim)
-        score = gain(split.permute(0, 3, 1, 4, 2, 5), "any" if pair.block.kind == "attention" else "none")
+        score = gain(split.permute(0, 3, 1, 4, 2, 5), "any" if pair.block.kind in ATTENDING else "none")
         return fit(reference, rows, score, fixed)
     if pair.edit.align == "transport":
         return fit(reference, rows, scores(*matched, fixed, cosine=True), fixed, transport)
@@ -180,7 +188,7 @@ def _share_norms(model: PreTrainedModel, layer: list[Block], pairs: list[_Pair],
         if any(_has_other_maps(model, block) for block in reading):
             continue
         reference, norm = model.get_submodule(own[0][0].reference.modules["norm"]), model.get_submodule(path)
-        readers = [values[role] for _, values in own for role in values if role in READERS]
+        readers = [values[role] for pair, values in own for role in values if reads_stream(pair.block.kind, role)]
         _share_norm(reference, norm, readers)
 
 
@@ -246,7 +254,7 @@ def _correlations(model: PreTrainedModel, pairs: list[_Pair], batches: Batches |
     modules: dict[str, tuple[nn.Module, When]] = {}
 
     def listen(block: Block) -> str:
-        before_out = block.kind == "attention" or not {"gate", "gate_in"}.isdisjoint(block.modules)
+        before_out = block.kind in ATTENDING or not {"gate", "gate_in"}.isdisjoint(block.modules)
         path = block.modules["out" if before_out else "in_norm" if block.kind == "conv" else "in"]
         modules[path] = model.get_submodule(path), "before" if before_out else "after"
         return path

@@ -13,7 +13,7 @@ from ..plan import Blend, Plan
 from ..plan.layout import Layout
 from .activation_fit import fit_lines
 from .align import aligned
-from .architectures import ConvGraphArchitecture, LayerArchitecture, architecture_for
+from .architectures import ConvGraphArchitecture, LayerArchitecture, architecture_for, architecture_of
 from .families import CONV_GRAPH, LAYERS, family_of
 from .modeling import build, fused_class, skeleton, with_plan
 from .surgery.checks import check_model, check_plan
@@ -42,7 +42,7 @@ def apply(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) ->
     conv_graph = family_of(plan) is CONV_GRAPH
     check_model(
         model,
-        architecture_for(model, ConvGraphArchitecture) if conv_graph else architecture_for(model, stack=plan.stack),
+        architecture_for(model, ConvGraphArchitecture) if conv_graph else architecture_of(plan, model),
     )
     return applied(model, plan, batches)
 
@@ -53,7 +53,7 @@ def applied(model: PreTrainedModel, plan: Plan, batches: Batches | None = None) 
 
 
 def _with_fused_layers(model: PreTrainedModel, plan: Plan, batches: Batches | None) -> PreTrainedModel:
-    architecture = architecture_for(model, stack=plan.stack)
+    architecture = architecture_of(plan, model)
     check_plan(model, architecture, plan)
     layout = plan.layout()
     blended = [edit.layer for edit in plan.edits if isinstance(edit, Blend) and not edit.faithful]

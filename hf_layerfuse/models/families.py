@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..errors import PlanError, UnsupportedModelError
 from ..plan import CONV_GRAPH_KINDS, Layout, Plan
-from .architectures import ConvGraphArchitecture, LayerArchitecture, architecture_for
+from .architectures import ConvGraphArchitecture, architecture_for, architecture_of
 from .surgery.conv_graph import reshape_conv_graph
 from .surgery.layers import reshape, tied_weights
 from .surgery.weights import expanded_weights
@@ -59,7 +59,7 @@ class _Layers(PlanFamily):
     saves_parameters = True
 
     def reshape(self, model: PreTrainedModel, plan: Plan) -> dict[str, str]:
-        architecture, layout = architecture_for(model, LayerArchitecture, plan.stack), _layout_of(plan, model)
+        architecture, layout = architecture_of(plan, model), _layout_of(plan, model)
         reshape(model, architecture, layout)
         return tied_weights(model, architecture, layout)
 
@@ -72,7 +72,7 @@ class _Layers(PlanFamily):
                 f"{type(model).__name__} cannot represent without this library: save the model as it is, without "
                 "expanded=True."
             )
-        return expanded_weights(model, architecture_for(model, LayerArchitecture, plan.stack), layout)
+        return expanded_weights(model, architecture_of(plan, model), layout)
 
 
 class _ConvGraph(PlanFamily):
@@ -102,7 +102,7 @@ def family_of(plan: Plan) -> PlanFamily:
 
 def _layout_of(plan: Plan, model: PreTrainedModel) -> Layout:
     """Layout of the plan of a fused model, after checking that its config has the same number of layers."""
-    layout, architecture = plan.layout(), architecture_for(model, LayerArchitecture, plan.stack)
+    layout, architecture = plan.layout(), architecture_of(plan, model)
     depth = getattr(architecture.config_of(model.config), architecture.depth)
     if len(layout.slots) != depth:
         raise PlanError(

@@ -12,7 +12,7 @@ from ..plan.heal_scope import HealScope
 from ..plan.match import Match
 from ..recipe import HealRecipe
 from .align import align
-from .architectures import ConvGraphArchitecture, architecture_for
+from .architectures import ConvGraphArchitecture, architecture_for, architecture_of
 from .families import CONV_GRAPH, LAYERS, family_of
 from .modeling import skeleton
 from .modules.conv import module_at
@@ -74,7 +74,7 @@ def layer_map(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) ->
 
 
 def _matches_of_layers(student: PreTrainedModel, teacher: PreTrainedModel, plan: Plan) -> tuple[Match, ...]:
-    architecture = architecture_for(teacher, stack=plan.stack)
+    architecture = architecture_of(plan, teacher)
     slots = plan.layout().slots
     ours, theirs = ((architecture.layers_path(model), model) for model in (student, teacher))
     for (path, model), count in ((ours, len(slots)), (theirs, plan.num_layers)):
@@ -125,7 +125,7 @@ def _fused_modules_of_layers(student: PreTrainedModel, plan: Plan) -> list[str]:
     layout = plan.layout()
     tied = {(slot, tie.kind) for tie in layout.ties for slot in tie.slots}
     paths = []
-    for block in architecture_for(student, stack=plan.stack).blocks(student):
+    for block in architecture_of(plan, student).blocks(student):
         source = layout.slots[block.layer].source(block.kind)
         if len(source.layers) > 1 or (block.layer, block.kind) in tied:
             paths += block.modules.values()
@@ -158,7 +158,7 @@ def mixed_weights(
     Raises:
         UnsupportedModelError: The architecture is unknown.
     """
-    architecture, slots = architecture_for(teacher, stack=plan.stack), plan.layout().slots
+    architecture, slots = architecture_of(plan, teacher), plan.layout().slots
     ties = {(slot, tie.kind): tie.source for tie in plan.layout().ties for slot in tie.slots}
     prefix, originals = architecture.layers_path(student), architecture.layer_list(align(teacher, plan, batches))
     known = dict(student.named_parameters(remove_duplicate=False))

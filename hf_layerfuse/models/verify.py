@@ -132,7 +132,8 @@ def _compare_cached(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
     name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     ids = inputs[name]
     ids = ids.reshape(-1, ids.shape[-1])[:1, :16]  # double-head models have an extra dimension for choices
-    encoded = {model.main_input_name: inputs[model.main_input_name][:1]} if model.config.is_encoder_decoder else {}
+    encoder = model.main_input_name if model.config.is_encoder_decoder else "encoder_hidden_states"
+    encoded = {encoder: inputs[encoder][:1]} if encoder in inputs else {}
     prefix = max(1, ids.shape[1] // 2)
     whole = model(**encoded, **{name: ids}, use_cache=False).logits
     logits, cache = decode(model, ids[:, :prefix], **encoded)

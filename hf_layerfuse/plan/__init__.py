@@ -13,10 +13,11 @@ from .notes import (
     RefitReport,
     SegmentLoss,
 )
-from .plan import CONV_GRAPH_KINDS, TRANSFORMER, Plan
+from .plan import CONV_GRAPH_KINDS, DECODER, TRANSFORMER, Plan
 
 __all__ = [
     "CONV_GRAPH_KINDS",
+    "DECODER",
     "TRANSFORMER",
     "Align",
     "Blend",

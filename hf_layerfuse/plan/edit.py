@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, get_args
 from ..errors import PlanError
 from .layout import BlendedForm, LinearForm, MergedForm, Operator, Source
 
-Kind = Literal["layer", "attention", "mlp", "conv"]
+Kind = Literal["layer", "attention", "cross", "mlp", "conv"]
 Mode = Literal["depth", "share", "basis"]
 Align = Literal["none", "permutation", "activation", "transport", "rotation"]
 
@@ -71,7 +71,7 @@ class Fuse(_Edit):
     one. `align` removes a symmetry of the blocks before their weights are combined.
 
     Attributes:
-        kind: Kind of the blocks: `attention`, `mlp` or `conv`, or `layer` for whole layers.
+        kind: Kind of the blocks: `attention`, `cross` (cross-attention), `mlp` or `conv`, or `layer` for whole layers.
         layers: Two or more layers of the original, counted from 0, in ascending order.
         mode: Result of the edit: one block (`depth`), or all blocks with shared weights (`share`, `basis`).
         operator: Operator that combines the weights.
@@ -169,7 +169,7 @@ class Drop(_OneLayer):
     is removed.
 
     Attributes:
-        kind: Kind of the block: `attention`, `mlp` or `conv`, or `layer` for a whole layer.
+        kind: Kind of the block: `attention`, `cross` (cross-attention), `mlp` or `conv`, or `layer` for a whole layer.
         layer: Layer of the original, counted from 0.
     """
 

@@ -65,7 +65,7 @@ class Slot:
     blocks: Mapping[str, Source | None]
 
     def source(self, kind: str | None) -> Source | None:
-        """Source of the block `kind`; None stands for modules outside the blocks, such as cross-attention."""
+        """Source of the block `kind`; None stands for modules outside the blocks."""
         if kind is not None:
             return self.blocks.get(kind)
         return self.whole or Source(self.layers[:1])
@@ -85,7 +85,7 @@ class Tie:
     combinations of a shared basis of `rank` vectors.
     """
 
-    kind: Literal["attention", "mlp", "conv"]
+    kind: Literal["attention", "cross", "mlp", "conv"]
     slots: tuple[int, ...]
     source: Source
     mode: Literal["share", "basis"] = "share"

@@ -19,6 +19,9 @@ FORMAT_VERSION = 1
 TRANSFORMER = ("attention", "mlp")
 """Kinds of blocks in a transformer layer."""
 
+DECODER = ("attention", "cross", "mlp")
+"""Kinds of blocks in a transformer layer that also attends to the states of an encoder."""
+
 CONV_GRAPH_KINDS = ("convolution",)
 """Kinds of blocks in a plan that merges convolutions: each convolution is a layer of one block."""
 
@@ -34,8 +37,9 @@ class Plan:
         num_layers: Number of layers of the original; for a conv graph, number of its convolutions.
         edits: Edits of the blocks. Blocks without an edit stay as they are.
         notes: Recipe and measurements behind the edits. A mapping of JSON types is converted.
-        kinds: Kinds of blocks in a layer, in the order in which they run: `("attention", "mlp")`, `("conv",)`, or for
-            a conv graph `("convolution",)`.
+        kinds: Kinds of blocks in a layer, in the order in which they run: `("attention", "mlp")`,
+            `("attention", "cross", "mlp")`, `("conv",)`, or for a conv graph `("convolution",)`. A plan of the first
+            kinds for a stack with cross-attention moves the cross-attention with its layer.
         stack: Name of the stack of layers in models that have several, such as `decoder`; empty in others.
 
     Raises:

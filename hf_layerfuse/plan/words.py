@@ -38,6 +38,7 @@ def describe(plan: Plan) -> list[str]:
 _BLOCKS = {
     "layer": ("layer", "layers"),
     "attention": ("the attention of layer", "the attention of layers"),
+    "cross": ("the cross-attention of layer", "the cross-attention of layers"),
     "mlp": ("the MLP of layer", "the MLPs of layers"),
     "conv": ("the convolutions of layer", "the convolutions of layers"),
     "convolution": ("convolution", "convolutions"),
@@ -111,7 +112,13 @@ _FUSED = {
     "basis": ("group of {} shares a basis", "groups of {} share a basis"),
 }
 
-_PLURAL = {"layer": "layers", "attention": "attention blocks", "mlp": "MLPs", "conv": "convolutions"}
+_PLURAL = {
+    "layer": "layers",
+    "attention": "attention blocks",
+    "cross": "cross-attention blocks",
+    "mlp": "MLPs",
+    "conv": "convolutions",
+}
 
 
 def _merged_count(edit: MergeConvs) -> tuple[str, str] | None:

@@ -32,8 +32,8 @@ class FusionRecipe:
         rank: Rank of the residual that each depth adds to a shared matrix (`share`), or size of the basis (`basis`).
             With `auto`, all layers of one shape share one set of weights, and the rank is the largest that meets the
             target: a few more numbers per depth help more than a few more sets of weights.
-        blocks: Blocks to fuse: whole layers (`layer`), only their `attention` or `mlp` blocks, or both kinds in
-            separate groups, with the same number of blocks (`separate`).
+        blocks: Blocks to fuse: whole layers (`layer`), only their `attention`, `cross` (cross-attention) or `mlp`
+            blocks, or all kinds in separate groups, with the same number of blocks (`separate`).
         similarity: Distance between blocks. `euclidean`, `cosine`, `covariance`, `kl` and `wasserstein` compare
             weights; `cka`, `cka_unbiased`, `angular` and `block_influence` compare activations on calibration
             `batches`.
@@ -79,7 +79,7 @@ class FusionRecipe:
     latency_ms: float | None = None
     mode: Literal["depth", "share", "basis"] = "depth"
     rank: int | Literal["auto"] = 0
-    blocks: Literal["layer", "attention", "mlp", "separate"] = "layer"
+    blocks: Literal["layer", "attention", "cross", "mlp", "separate"] = "layer"
     similarity: Literal[
         "euclidean",
         "cosine",

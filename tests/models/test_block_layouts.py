@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, family_model, model_type_of
+from helpers import slow_except
 from torch import nn
 
 from hf_layerfuse import Fuse, Linearize, Plan, apply, verify
@@ -16,6 +17,7 @@ from hf_layerfuse.math.turn import Planes
 from hf_layerfuse.models.align import align
 from hf_layerfuse.models.architectures import (
     ARCHITECTURES,
+    ATTENDING,
     UnitGate,
     architecture_for,
     linear_maps,
@@ -33,11 +35,13 @@ ALIGNS = ["permutation", "activation", "transport", "rotation"]
 
 def _alike(model, source):
     """Layers of a group whose heads can be combined with those of the kept layer."""
-    return alike(model, architecture_for(model), source)
+    return alike(model, architecture_for(model), source, "attention")
 
 
 # one name per layout: the class of the model and the fields that change, of the row with this name
 CASES = {
+    "gpt2, cross-attention": ("", {}),
+    "bert, cross-attention": ("", {}),
     "gpt_neox": ("", {}),
     "gpt_neox, sequential": ("GPTNeoXModel", {}),
     "bloom": ("", {}),
@@ -60,7 +64,9 @@ CASES = {
 }
 BOUND = ("bloom", "falcon, sequential", "mpnet", "t5", "beit")
 
-every_case = pytest.mark.parametrize("name", CASES)
+every_case = pytest.mark.parametrize(
+    "name", slow_except([name for name in CASES if name != "bert, cross-attention"], CASES)
+)
 
 
 def model_of(name, **changes):
@@ -98,11 +104,11 @@ def test_allowed_changes_leave_the_outputs(name):
     model, generator = model_of(name), torch.Generator().manual_seed(0)
     expected, before = outputs(model), {n: p.clone() for n, p in model.named_parameters()}
     blocks = architecture_for(model).blocks(model)
-    assert len(blocks) == 2 * LAYERS
+    assert len(blocks) == len(architecture_for(model).kinds) * LAYERS
     for block in blocks:
         disguise(model, block, generator)
         for role, path in block.modules.items():
-            if role in ("q", "k", "v", "qkv", "in", "gate", "gate_in", "out"):
+            if role in ("q", "k", "v", "qkv", "kv", "in", "gate", "gate_in", "out"):
                 weight = f"{path}.weight"
                 same = torch.equal(before[weight], model.get_parameter(weight))
                 assert not same or "q_norm" in block.modules, role
@@ -116,13 +122,14 @@ def test_alignment_leaves_the_outputs(name):
     expected = outputs(model)
     batches = [dummy_inputs(model, 4, 12, seed=seed) for seed in range(2)]
     for how in ALIGNS:
+        alone = "cross" if "cross" in architecture_for(model).kinds else "attention"
         edits = (
             Fuse("layer", (1, 2), operator="mean", align=how),
-            Fuse("attention", (0, 3), "share", operator="freeze", align=how),
+            Fuse(alone, (0, 3), "share", operator="freeze", align=how),
         )
         if name in ("modernbert", "t5"):  # layer 0 has one norm less, or the biases of all layers
             edits = edits[:1]
-        aligned = align(model, Plan(model.config.model_type, LAYERS, edits), batches)
+        aligned = align(model, architecture_for(model).plan(LAYERS, edits), batches)
         assert difference(aligned, expected) < 1e-6, how
         changed = [n for n, p in aligned.named_parameters() if not torch.equal(p, model.get_parameter(n))]
         assert changed
@@ -197,19 +204,19 @@ def test_heads_that_a_config_states():
     assert heads("falcon, sequential") == heads("bloom") == heads("t5") == (4, 4, 8, 0, "halves")
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "falcon, two norms", "phi3", "glm4"])
+@pytest.mark.parametrize("name", ["gpt2, cross-attention", "gpt_neox", "falcon, two norms", "phi3", "glm4"])
 def test_parts_of_joint_maps(name):
     """The parts of a joint map compute what the model's own code takes for queries, keys, values, gates and units, and
     writing to one part leaves the others."""
     model = model_of(name)
     for block in architecture_for(model).blocks(model)[:2]:
-        joint = {"qkv", "gate_in"} & block.modules.keys()
+        joint = {"qkv", "kv", "gate_in"} & block.modules.keys()
         maps = linear_maps(model, block)
-        assert maps.keys() == ({"q", "k", "v", "out"} if block.kind == "attention" else {*maps.keys(), "in", "out"})
+        assert maps.keys() == ({"q", "k", "v", "out"} if block.kind in ATTENDING else {*maps.keys(), "in", "out"})
         for role in joint:
             module = model.get_submodule(block.modules[role])
-            parts = [part for part in maps if part != "out"]
-            assert sum(len(maps[part].weight) for part in parts) == len(module.weight)
+            parts = [part for part in maps if part in (role if block.kind in ATTENDING else ("gate", "in"))]
+            assert sum(len(maps[part].weight) for part in parts) == max(module.weight.shape)
             before = {part: maps[part].weight.clone() for part in parts}
             maps[parts[0]].write(before[parts[0]] + 1)
             assert torch.equal(maps[parts[0]].weight, before[parts[0]] + 1)

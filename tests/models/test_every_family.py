@@ -1,10 +1,12 @@
 """Properties of every family of `FAMILIES`: one compact test each, and all heads, edits and searches in slow tests."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from families import (
+    CROSSED,
     FAMILIES,
     LAYERS,
     family_batches,
@@ -13,6 +15,7 @@ from families import (
     family_table,
     heads_of,
     model_type_of,
+    takes_states,
 )
 from helpers import EDITS, STOCK, slow_except
 
@@ -54,6 +57,8 @@ REFUSED = {
 
 def refusal(name, head) -> str | None:
     """Part of the message with which a head is refused, or None."""
+    if not takes_states(name, head):
+        return "the cross block does not run"
     return "the layers in the table of" if head in WITHOUT[FAMILIES[name].stack] else REFUSED.get(head)
 
 
@@ -86,7 +91,7 @@ def near(ours, theirs):
 
 def drops(name, model) -> list[Drop]:
     """One dropped block of each kind."""
-    return [Drop(kind, layer) for kind, layer in zip(family_table(name, model).kinds, (1, 3), strict=False)]
+    return [Drop(kind, layer) for kind, layer in zip(family_table(name, model).kinds, (1, 3, 2), strict=False)]
 
 
 def zeroed(name, model):
@@ -104,9 +109,14 @@ def decodes(model) -> bool:
     return model.can_generate() and not hasattr(model.config, "vision_config")
 
 
+CROSS = {"cross": (Fuse("cross", (0, 1)), Drop("cross", 3), Fuse("cross", (4, 5), "share", "mean", rank=2))}
+EDITS_OF = {name: EDITS | (CROSS if name in CROSSED else {}) for name in FAMILIES}
+"""Edits by family."""
+
+
 def ruled_out(name, edit) -> str | None:
     """Part of the message with which a family refuses an edit, or None."""
-    edits = EDITS[edit]
+    edits = EDITS_OF[name][edit]
     if name == "mamba" and edit in ("mlp", "linear"):
         return "has a kind that layers of 'mamba' do not have"
     if name in HYBRID and edit in ("attention", "mlp", "relaxed"):
@@ -129,7 +139,7 @@ def ruled_out(name, edit) -> str | None:
 # rows whose layers are those of another row, and variants, are left to the longer run
 SAME = ("xlm-roberta", "camembert", "electra", "marian", "whisper", "hubert", "siglip", "vit_mae")
 SAME += ("clip_text_model", "siglip_vision_model", "siglip_text_model")
-QUICK = [name for name in FAMILIES if name not in SAME and "," not in name]
+QUICK = [name for name in FAMILIES if name not in SAME and ("," not in name or name == "t5, decoder")]
 
 
 @pytest.mark.parametrize("name", slow_except(QUICK, FAMILIES))
@@ -160,13 +170,40 @@ def test_every_edit_of_a_family(name):
     near(outputs(dropped, inputs), outputs(zeroed(name, model), inputs))
 
 
+@pytest.mark.parametrize("name", slow_except(["t5, decoder"], CROSSED))
+def test_sharing_equal_cross_attention_is_the_identity(name):
+    """Sharing equal cross-attention blocks changes no output bit."""
+    model = family_model(name)
+    first, *others = family_table(name, model).layer_list(model)
+    for layer in others:
+        for path in family_table(name, model).cross.values():
+            layer.get_submodule(path).load_state_dict(first.get_submodule(path).state_dict())
+    inputs = family_inputs(name, model)
+    small = applied(name, model, Fuse("cross", (0, 2, 3), "share", "mean"), Fuse("cross", (4, 5), "share", "telescope"))
+    assert small.num_parameters() < model.num_parameters()
+    assert torch.equal(outputs(small, inputs), outputs(model, inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("steady")
+@pytest.mark.parametrize("name", ["t5, decoder", "gpt2, cross-attention"])
+def test_a_latency_search_compares_cross_attention(name):
+    """Within a latency budget, each cross-attention block is kept, dropped or fused with its layer."""
+    model = family_model(name)
+    batches = family_batches(name, model)
+    small = fuse(model, latency_budget=0.7, stack=stack_of(name), batches=batches, effort="low")
+    notes = small.fusion_report.plan.notes
+    assert notes.latency_ms.measured <= 0.7 * notes.latency_ms.original
+    assert {row.edit.kind for row in notes.losses} >= {"cross"}
+
+
 def three_in_turn() -> list:
     """Three edits for each head, the next three each time, so that each edit meets each family and most heads."""
     heads = [(name, head) for name, head in HEADS if not refusal(name, head)]
-    names = list(EDITS)
     return [
         pytest.param(name, head, names[(3 * i + j) % len(names)], id=f"{name}-{head}-{names[(3 * i + j) % len(names)]}")
         for i, (name, head) in enumerate(heads)
+        for names in [list(EDITS_OF[name])]
         for j in range(3)
     ]
 
@@ -179,9 +216,9 @@ def test_edits_of_every_head(name, head, edit):
     inputs = family_inputs(name, model)
     if words := ruled_out(name, edit):
         with pytest.raises((PlanError, UnsupportedModelError), match=words):
-            verify(applied(name, model, *EDITS[edit]), inputs=inputs)
+            verify(applied(name, model, *EDITS_OF[name][edit]), inputs=inputs)
         return
-    small = applied(name, model, *EDITS[edit])
+    small = applied(name, model, *EDITS_OF[name][edit])
     assert isinstance(small, FusedMixin) == (edit not in STOCK)
     assert small.num_parameters() < model.num_parameters()
     assert verify(small, inputs=inputs)["reload"] == 0
@@ -218,6 +255,10 @@ SEARCHES = {
     "attention": {"ratio": 0.5, "blocks": "attention"},
     "collapse": {"count": 2},
 }
+SEARCHES_OF_CROSSED = {
+    "cross": {"keep_layers": 3, "blocks": "cross"},
+    "separate": {"keep_layers": 3, "blocks": "separate"},
+}
 REFUSED_SEARCHES = {
     **{(name, "collapse"): "cannot become linear" for name in OPAQUE},
     ("mamba", "collapse"): "has a kind that layers of 'mamba' do not have",
@@ -229,13 +270,12 @@ REFUSED_SEARCHES = {
 # the outputs of a random model are nearly the same for all inputs
 @pytest.mark.filterwarnings("ignore:the fused model is worse than chance")
 @pytest.mark.slow
-@pytest.mark.parametrize("search", SEARCHES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "search"), [*product(FAMILIES, SEARCHES), *product(CROSSED, SEARCHES_OF_CROSSED)])
 def test_every_search_of_a_family(name, search, tmp_path):
     """A search ends with a model that is smaller and reloads; its refit did not make the calibration loss worse."""
     model = family_model(name)
     batches = family_batches(name, model)
-    asked = {"stack": stack_of(name), "batches": batches, **SEARCHES[search]}
+    asked = {"stack": stack_of(name), "batches": batches, **(SEARCHES | SEARCHES_OF_CROSSED)[search]}
     find = collapse if search == "collapse" else partial(fuse, effort="low")
     if words := REFUSED_SEARCHES.get((name, search)):
         with pytest.raises(LayerFuseError, match=words):

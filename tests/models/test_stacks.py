@@ -13,7 +13,17 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_layerfuse import AutoFusedModel, Drop, FusionRecipe, Plan, UnsupportedModelError, apply, architecture_for, fuse
+from hf_layerfuse import (
+    AutoFusedModel,
+    Drop,
+    Fuse,
+    FusionRecipe,
+    Plan,
+    UnsupportedModelError,
+    apply,
+    architecture_for,
+    fuse,
+)
 from hf_layerfuse.errors import PlanError
 from hf_layerfuse.evaluation.divergence import prediction
 
@@ -85,6 +95,24 @@ def test_a_stack_is_fused_and_the_others_stay(make, stack, tmp_path):
     again = AutoFusedModel.from_pretrained(tmp_path)
     with torch.inference_mode():
         assert torch.equal(prediction(again(**batch)), prediction(small(**batch)))
+
+
+def test_plans_without_cross_attention_move_it_with_its_layer():
+    """Plans of older releases know two kinds of blocks in decoders: a layer without both is removed, and a layer whose
+    two blocks share their weights keeps its cross-attention."""
+    model = made(bart)
+    edits = [{"edit": "drop", "kind": kind, "layer": 1} for kind in ("attention", "mlp")]
+    edits.append({"edit": "fuse", "kind": "layer", "layers": [2, 3], "mode": "share", "operator": "mean"})
+    tree = {"format_version": 1, "model_type": "bart", "num_layers": 4, "stack": "decoder", "edits": edits}
+    table, older = architecture_for(model, stack="decoder"), Plan.from_dict(tree)
+    assert (older.kinds, table.kinds) == (("attention", "mlp"), ("attention", "cross", "mlp"))
+    shared = [Fuse(kind, (2, 3), "share", "mean") for kind in older.kinds]
+    same = table.plan(4, (Drop("layer", 1), *shared))
+    ours, theirs = apply(model, older), apply(model, same)
+    batch = inputs(model)
+    with torch.inference_mode():
+        assert torch.equal(prediction(ours(**batch)), prediction(theirs(**batch)))
+    assert ours.num_parameters() == theirs.num_parameters()
 
 
 def test_both_stacks_of_a_model():

@@ -80,7 +80,7 @@ def test_layout():
         (lambda: Fuse("layer", (1,)), "two or more"),
         (lambda: Fuse("layer", (2, 1)), "ascending"),
         (lambda: Fuse("layer", (1, 3)), "neighbours"),
-        (lambda: Fuse("head", (1, 2)), "allowed: 'layer', 'attention', 'mlp'"),
+        (lambda: Fuse("head", (1, 2)), "allowed: 'layer', 'attention', 'cross', 'mlp'"),
         (lambda: Fuse("mlp", (1, 2), "wide"), "allowed: 'depth', 'share'"),
         (lambda: Fuse("mlp", (1, 2), "share", "median"), "allowed: 'mean', 'weighted', 'freeze', 'mix', 'telescope'"),
         (lambda: Drop("head", 1), "Drop.kind"),

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ...evaluation.batches import Batches
 from ...evaluation.divergence import calibration_loss
 from ...evaluation.modes import eval_mode, outside_inference_mode
-from ...models.architectures import ConvArchitecture, architecture_for
+from ...models.architectures import ConvArchitecture, architecture_of
 from ...models.families import CONV_GRAPH, LAYERS, family_of
 from ...models.surgery.checks import check_model, check_plan
 from ...plan import Plan
@@ -84,7 +84,7 @@ def _refit_layers(
     before = calibration_loss(student, teacher, sample.held_out_batches)
     if method == "none":
         return RefitReport(before, before, kept=False)
-    architecture = architecture_for(teacher, stack=plan.stack)
+    architecture = architecture_of(plan, teacher)
     check_model(teacher, architecture)
     check_plan(teacher, architecture, plan)
     with eval_mode(student, teacher):
@@ -114,7 +114,7 @@ def refit_by(
     """
 
     def carry_out() -> tuple[list[dict[str, Any]], float]:
-        architecture = architecture_for(student, stack=plan.stack)
+        architecture = architecture_of(plan, student)
         layerwise = LayerwiseForward(student, teacher_states.layerwise.sample, architecture)
         repair = repair_of(layerwise, teacher_states, plan, method)
         early: tuple[float, WeightSnapshot, int] | None = None

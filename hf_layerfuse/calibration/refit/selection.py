@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...math.ridge import Moments, compose, eliminate, fit, identity
-from ...models.architectures import MAPS, READERS, Block, TransformerArchitecture
+from ...models.architectures import ATTENDING, MAPS, Block, TransformerArchitecture, reads_stream
 from ...models.architectures.block_weights import HEAD_NORMS, POSITIONS, rows_of, write_rows
 from ...models.modules.shared_linear import theta_of
 from ...models.paging import in_memory
 from ...models.surgery.layers import overrides_of
-from ...plan import Source
+from ...plan import Kind, Source
 from ..disk import PerBatch, StoredTensors
 from ..layer_hooks import HookPoint
 from ..layerwise import LayerwiseForward
@@ -70,7 +70,7 @@ class Selection:
                 for role, path in self.table.items():
                     if role in MAPS:
                         theta = theta_of(stocks[depth].get_submodule(path))
-                        folds = role in READERS and role not in layerwise.architecture.also_positions
+                        folds = reads_stream(block.kind, role) and role not in layerwise.architecture.also_positions
                         store(variant.get_submodule(path), compose(reading, theta) if folds else theta)
                         del theta
             self.variants.append(variant)
@@ -89,7 +89,8 @@ class Selection:
                     found[depth] = [Moments.empty(x[0].shape[1], y[0].shape[1], x[0].device) for _ in range(2)]
                 for part, *pair in zip(found[depth], x, y, strict=True):
                     part.add(*pair)
-        if any(self.layer.get_submodule(self.table[role]).bias is None for role in READERS if role in self.table):
+        readers = [path for role, path in self.table.items() if reads_stream(self.block.kind, role)]
+        if any(self.layer.get_submodule(path).bias is None for path in readers):
             found = {depth: [part.linear() for part in moments] for depth, moments in found.items()}
         return {depth: fit(*moments, identity(moments[0])).theta for depth, moments in found.items()}
 
@@ -145,7 +146,7 @@ class Selection:
 
     def _units(self, layer: nn.Module) -> dict[str, Tensor]:
         """Weights of the units, (units, rows of a unit, features), by role. A unit is kept or removed as a whole."""
-        axis = 1 if self.block.kind == "attention" else 2  # heads that share keys and values; a hidden unit
+        axis = 1 if self.block.kind in ATTENDING else 2  # heads that share keys and values; a hidden unit
         return {role: rows.flatten(0, axis - 1).flatten(1, -2) for role, rows in rows_of(layer, self._part).items()}
 
     def _able(self, target: PerBatch, keep: int, size: int) -> Tensor:
@@ -183,7 +184,7 @@ class Selection:
             del x, y
 
 
-def alike(model: PreTrainedModel, architecture: TransformerArchitecture, source: Source) -> list[int]:
+def alike(model: PreTrainedModel, architecture: TransformerArchitecture, source: Source, kind: Kind) -> list[int]:
     """The layers of a group whose heads can be combined with those of the kept layer.
 
     They have the same kind of attention, such as sliding-window or full. Their heads have no norms and no maps of
@@ -191,8 +192,8 @@ def alike(model: PreTrainedModel, architecture: TransformerArchitecture, source:
     bind them to their places. The kept layer is always included.
     """
     config, kept = architecture.config_of(model.config), source.kept
-    heads = architecture.heads(config, kept)
-    if any(role in architecture.attention for role in (*HEAD_NORMS, *POSITIONS)) or (heads and heads.bound):
+    heads = architecture.block(config, kept, kind, {}).heads
+    if any(role in architecture.table(kind) for role in (*HEAD_NORMS, *POSITIONS)) or (heads and heads.bound):
         return [kept]
     lists = [values for name in architecture.per_layer_config if (values := getattr(config, name, None))]
     lists.append(overrides_of(config) or [None] * (max(source.layers) + 1))
@@ -204,11 +205,19 @@ def _columns(units: Tensor, size: int) -> Tensor:
 
 
 class Total:
-    """The original's states plus the attention outputs of some layers, as if these layers ran at once, by batch."""
+    """The original's states plus the outputs of some blocks of several layers, as if all ran at once, by batch.
 
-    def __init__(self, seen: Mapping[tuple[int, HookPoint], StoredTensors], layers: Sequence[int]) -> None:
+    Args:
+        seen: States of the original, by layer and hook point.
+        kinds: Kinds of the blocks, of which the first is the first one of a layer.
+        layers: Layers of the original.
+    """
+
+    def __init__(
+        self, seen: Mapping[tuple[int, HookPoint], StoredTensors], kinds: Sequence[Kind], layers: Sequence[int]
+    ) -> None:
         self._before, self._after = (
-            [seen[n, HookPoint("attention", at)] for n in layers] for at in ("residual", "sum")
+            [seen[n, HookPoint(kind, at)] for kind in kinds for n in layers] for at in ("residual", "sum")
         )
 
     def __getitem__(self, index: int) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
 from ...math.ridge import Moments, compose, fit, identity
 from ...models.align import aligned
-from ...models.architectures import READERS, Block
+from ...models.architectures import ATTENDING, Block, reads_stream
 from ...models.modules.shared_linear import theta_of
 from ...plan import Kind, LinearForm, Plan, Slot
 from ..disk import PerBatch, StoredTensors, WeightSnapshot
@@ -20,8 +21,10 @@ from .between import Between
 from .linear import fit_gain, fit_linear, fit_map, fit_norm, fold, store
 from .selection import Selection, Total, alike
 
-SELECTING = tuple(HookPoint(kind, place) for kind in ("attention", "mlp") for place in ("read", "sum"))
-"""Hook points that `select` needs from every layer of a group, besides the states."""
+
+def selecting(kinds: Sequence[Kind]) -> tuple[HookPoint, ...]:
+    """Hook points that `select` needs from every layer of a group, besides the states."""
+    return tuple(HookPoint(kind, place) for kind in kinds for place in ("read", "sum"))
 
 
 class TransformerRepair(Repair):
@@ -38,14 +41,15 @@ class TransformerRepair(Repair):
     def _wanted(self, slot: Slot) -> set[tuple[int, HookPoint]]:
         wanted = {_target(slot, kind) for kind, source in slot.blocks.items() if source}
         if self.method == "maps":
-            return {place for place in wanted if place == _target(slot, "mlp")}
+            return {place for place in wanted if place == _end(slot)}
         if self.method == "full":
             for kind, source in slot.blocks.items():
                 if source and not source.linear:
                     reads = source.layers if _selects(slot) and source == slot.source("mlp") else (source.kept,)
                     wanted |= {(layer, HookPoint(kind, "read")) for layer in reads}
             if _selects(slot) and slot.whole:
-                places = [HookPoint("attention", place) for place in ("residual", "sum")]
+                kinds = [kind for kind in slot.blocks if kind in ATTENDING]
+                places = [HookPoint(kind, place) for kind in kinds for place in ("residual", "sum")]
                 wanted |= {(layer, point) for layer in slot.whole.layers for point in places}
         return wanted
 
@@ -64,14 +68,14 @@ class TransformerRepair(Repair):
             if len(slot.layers) > 1 and blocks:
                 self._fit_outputs(blocks[-1], seen[_target(slot, blocks[-1].kind)])
             return
-        attention = blocks[0] if slot.whole and len(blocks) == len(architecture.kinds) else None
+        attending = blocks[:-1] if slot.whole and len(blocks) == len(architecture.kinds) else []
         for block in blocks:
             if (form := slot.source(block.kind).linear) is not None:
                 self._fit_linear(block, form, seen[_target(slot, block.kind)])
             elif self.method == "maps":
                 continue
             elif block.kind == "mlp" and _selects(slot):
-                self._select(slot, attention, block, seen)
+                self._select(slot, attending, block, seen)
             else:
                 kept = slot.source(block.kind).kept
                 self._fit_inputs(block, kept, seen[kept, HookPoint(block.kind, "read")])
@@ -81,8 +85,11 @@ class TransformerRepair(Repair):
 
     def _readers(self, block: Block) -> dict[str, str]:
         """Paths of the maps that read the inputs of a block, by role."""
-        also_positions = self.student.architecture.also_positions
-        return {role: path for role, path in block.modules.items() if role in READERS and role not in also_positions}
+        return {
+            role: path
+            for role, path in block.modules.items()
+            if reads_stream(block.kind, role) and role not in self.student.architecture.also_positions
+        }
 
     def _reading(self, block: Block, original: StoredTensors) -> list[Moments]:
         """Moments of the inputs of a block in the student, with the inputs of the original block as targets."""
@@ -125,9 +132,10 @@ class TransformerRepair(Repair):
 
     def _fit_norm(self, block: Block, slot: Slot) -> None:
         """Refit the norm that follows a block, so that it gives the output of the original's norm."""
+        following = dict(pairwise(slot.blocks))
         depth, point = _target(slot, block.kind)
-        if point.kind == "attention":
-            after = HookPoint("mlp", "residual")
+        if point.kind in following:
+            after = HookPoint(following[point.kind], "residual")
             target = self.teacher.see([(depth, after)])[depth, after]
         else:
             target = self.teacher.states(depth + 1)
@@ -135,7 +143,7 @@ class TransformerRepair(Repair):
         def rows(index: int, states: Tensor) -> tuple[Tensor, Tensor]:
             return states, target[index].to(states.device)
 
-        own = HookPoint("mlp", "residual") if block.kind == "attention" else None
+        own = HookPoint(following[block.kind], "residual") if block.kind in following else None
         moments = self.student.moments(rows, own)
         found = fit_norm(self.student.model.get_submodule(block.modules["norm"]), *moments)
         self._note(block.layer, block.kind, "norm", found.before, found.after)
@@ -183,36 +191,38 @@ class TransformerRepair(Repair):
         self._note(block.layer, block.kind, "linear map", found.before, found.after, r2=1 - found.after / variance)
 
     def _select(
-        self, slot: Slot, attention: Block | None, mlp: Block, seen: Mapping[tuple[int, HookPoint], StoredTensors]
+        self,
+        slot: Slot,
+        attending: Sequence[Block],
+        mlp: Block,
+        seen: Mapping[tuple[int, HookPoint], StoredTensors],
     ) -> None:
         """Build a layer from the heads and hidden units of its whole group.
 
         The target of attention limits how well the MLP can fit the end of the group, so two targets are tried. The sum
         of all attention outputs of the group contains the states that the later MLPs read. However, these MLPs then
         miss the outputs of the first MLPs. If those are a large part of the stream, as in the first layers of GPT-2,
-        the state after the attention of the kept layer is the better target.
+        the state after the attention of the kept layer is the better target. Cross-attention is attention here.
         """
         target = seen[_target(slot, "mlp")]
-        if attention is not None:
-            own, rows = WeightSnapshot(self.student.layers[attention.layer]), len(self.blocks)
+        if attending:
+            own, rows = WeightSnapshot(self.student.layers[mlp.layer]), len(self.blocks)
         units = self._selection(mlp, slot.source("mlp").layers, seen)
-        if attention is not None:
+        if attending:
             before = units.missed(target)
-            total = Total(seen, slot.source("attention").layers)
-            self._selection(
-                attention,
-                alike(self.teacher.layerwise.model, self.teacher.architecture, slot.source("attention")),
-                seen,
-            ).choose(total)
-            self._fit_projection(attention, total)
+            for place, block in enumerate(attending):
+                total = Total(seen, [each.kind for each in attending[: place + 1]], slot.whole.layers)
+                heads = alike(self.teacher.layerwise.model, self.teacher.architecture, slot.whole, block.kind)
+                self._selection(block, heads, seen).choose(total)
+                self._fit_projection(block, total)
             found = self._selection(mlp, slot.source("mlp").layers, seen)
             after = found.missed(target)
             if after < before:
                 units = found
             else:
-                own.restore(self.student.layers[attention.layer])
+                own.restore(self.student.layers[mlp.layer])
                 del self.blocks[rows:]
-            self._note(attention.layer, attention.kind, "heads", before, min(before, after))
+            self._note(mlp.layer, attending[0].kind, "heads", before, min(before, after))
         units.choose(target)
         self._fit_projection(mlp, target)
 
@@ -263,10 +273,16 @@ def _selects(slot: Slot) -> bool:
 def _target(slot: Slot, kind: Kind) -> tuple[int, HookPoint]:
     """The target of the stream after a block: (layer of the original, hook point).
 
-    The target of attention is the stream before its MLP. The target of an MLP, or of a single block, is the end of the
-    slot.
+    The target of a block is the stream in front of the next one: of attention, that before its cross-attention or MLP.
+    The target of the last block is the end of the slot.
     """
-    mlp = slot.source("mlp")
-    if kind == "attention" and mlp is not None:
-        return min(mlp.kept, slot.layers[-1]), HookPoint("attention", "sum")
-    return slot.layers[-1], HookPoint("mlp", "sum")
+    kinds = list(slot.blocks)
+    for before, after in pairwise(kinds[kinds.index(kind) :]):
+        if (source := slot.source(after)) is not None:
+            return min(source.kept, slot.layers[-1]), HookPoint(before, "sum")
+    return _end(slot)
+
+
+def _end(slot: Slot) -> tuple[int, HookPoint]:
+    """The stream behind the last block of a slot: (layer of the original, hook point)."""
+    return slot.layers[-1], HookPoint(list(slot.blocks)[-1], "sum")

@@ -21,8 +21,8 @@ class BlockLatencies(LatencyTable):
     """Latency of each block of a model, in milliseconds, measured inside the whole model.
 
     Layers of one shape and type have the same latency: the time that the model saves per removed layer. It is measured
-    by running variants and the original in turn: without such layers, without their attention or MLPs, and with
-    linear MLPs. The latency of a layer is divided between its two blocks in proportion to their own savings.
+    by running variants and the original in turn: without such layers, without one kind of their blocks, and with
+    linear MLPs. The latency of a layer is divided between its blocks in proportion to their own savings.
 
     Args:
         model, inputs, path, rounds: Arguments of `LatencyTable`.

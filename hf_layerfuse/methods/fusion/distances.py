@@ -13,7 +13,7 @@ from ...calibration.recorder import observe
 from ...errors import RecipeError
 from ...evaluation.batches import Batches
 from ...math.similarity import ON_ACTIVATIONS, ON_WEIGHTS
-from ...models.architectures import READERS, Block, LayerArchitecture, architecture_for, linear_maps
+from ...models.architectures import Block, LayerArchitecture, architecture_for, linear_maps, reads_stream
 from ...models.architectures.block_weights import batch_norm_gain
 from ...models.surgery.checks import shapes_of
 from ...models.surgery.layers import is_shared
@@ -76,7 +76,7 @@ def _aligned_maps(
     The columns are coordinates of the residual stream, also for maps that write to it. The gain of a norm before
     the block is multiplied into the maps that read its output. The matrices of an opaque block are yielded as they are.
     """
-    for part in ("attention", "mlp") if kind == "layer" else (kind,):
+    for part in architecture.kinds if kind == "layer" else (kind,):
         blocks = [block for block in architecture.blocks(model) if block.kind == part and block.layer in layers]
         if "out" not in blocks[0].modules:
             owned = [
@@ -96,7 +96,7 @@ def _aligned_maps(
             weights = torch.stack([found[role].weight.double() for found in maps])
             if role == "out":
                 weights = weights.transpose(1, 2)
-            elif role in READERS and gains[0] is not None:
+            elif reads_stream(part, role) and gains[0] is not None:
                 weights = weights * torch.stack(gains).unsqueeze(1)
             yield weights.contiguous()
 

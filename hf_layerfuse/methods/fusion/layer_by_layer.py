@@ -23,7 +23,7 @@ from ...calibration.samples import Sample
 from ...calibration.teacher_states import TeacherStates
 from ...errors import RecipeError, UnsupportedModelError
 from ...evaluation.precision import dtype_in_file
-from ...models.architectures import LayerArchitecture, TransformerArchitecture, architecture_for
+from ...models.architectures import LayerArchitecture, TransformerArchitecture, architecture_for, architecture_of
 from ...models.modeling import names_in_files
 from ...models.paging import PagedWeights, empty, fill, hollow, in_memory
 from ...models.surgery.checks import check_plan, check_structure
@@ -135,7 +135,7 @@ class LayerByLayer:
         self, model: PreTrainedModel, weights: PagedWeights, plan: Plan, batches: list[Mapping[str, Any]]
     ) -> None:
         recipe = FusionRecipe(**plan.notes.recipe)
-        self.architecture = architecture_for(model, stack=plan.stack)
+        self.architecture = architecture_of(plan, model)
         check_plan(model, self.architecture, plan)
         self.plan, self.slots, self.dtype = plan, plan.layout().slots, dtype_in_file(model)
         self.result = hollow(type(model), target_config(model.config, self.architecture, plan.layout()))

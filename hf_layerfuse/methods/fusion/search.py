@@ -18,14 +18,14 @@ from ...calibration.disk import WeightSnapshot
 from ...calibration.layerwise import LayerwiseForward
 from ...calibration.refit.base import RefitReport
 from ...calibration.refit.refit import refit_by
-from ...calibration.refit.transformer import SELECTING
+from ...calibration.refit.transformer import selecting
 from ...calibration.samples import Sample
 from ...calibration.teacher_states import TeacherStates
 from ...evaluation.batches import Batches
 from ...evaluation.divergence import calibration_loss
 from ...evaluation.modes import eval_mode, outside_inference_mode, take_modes
 from ...models.apply import applied
-from ...models.architectures import architecture_for
+from ...models.architectures import ATTENDING, architecture_for
 from ...models.surgery.checks import check_model
 from ...models.surgery.size import are_unlike
 from ...plan import CandidatePlan, Kind, OperatorLoss, Plan
@@ -148,8 +148,8 @@ class _Search:
             return groups_of(self.first, kind)
         if self.recipe.refit == "none":
             return even(self.first.num_layers, self._count(kind))
-        if self.recipe.refit == "full" and self.recipe.operator in ("auto", "select") and kind != "attention":
-            self.teacher_states.ahead(SELECTING)  # for any groups that will be chosen
+        if self.recipe.refit == "full" and self.recipe.operator in ("auto", "select") and kind not in ATTENDING:
+            self.teacher_states.ahead(selecting(self.architecture.kinds))  # for any groups that will be chosen
         count, depth = self._count(kind), self.first.num_layers
         unlike = are_unlike(self.model, self.recipe.stack)
         cost = unexplained(self.teacher_states, depth if unlike else longest(depth, count))

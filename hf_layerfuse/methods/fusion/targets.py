@@ -24,7 +24,7 @@ def kinds_of(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[Kind, ...]:
     """Return the kinds of block that are grouped, each independently.
 
     Raises:
-        RecipeError: Recipe for parts of layers, where layers have a single kind of block.
+        RecipeError: Recipe for parts of layers, where layers have a single kind of block, or lack this kind.
     """
     kinds = architecture_for(model, stack=recipe.stack).kinds
     if len(kinds) == 1:
@@ -34,6 +34,11 @@ def kinds_of(model: PreTrainedModel, recipe: FusionRecipe) -> tuple[Kind, ...]:
                 "'layer'."
             )
         return kinds
+    if recipe.blocks not in ("layer", "separate", *kinds):
+        raise RecipeError(
+            f"blocks={recipe.blocks!r}: layers of {model.config.model_type!r} have {' and '.join(kinds)} blocks; use "
+            "one of these, 'layer' or 'separate'."
+        )
     return kinds if recipe.blocks == "separate" else (recipe.blocks,)
 
 

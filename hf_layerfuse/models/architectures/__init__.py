@@ -1,6 +1,15 @@
 """One table per architecture; `BUILTIN` lists the architectures that ship with the package."""
 
-from .base import Architecture, Block, ConvArchitecture, LayerArchitecture, Place, TransformerArchitecture, part_at
+from .base import (
+    ATTENDING,
+    Architecture,
+    Block,
+    ConvArchitecture,
+    LayerArchitecture,
+    Place,
+    TransformerArchitecture,
+    part_at,
+)
 from .bert import (
     BertArchitecture,
     CamembertArchitecture,
@@ -12,7 +21,7 @@ from .bert import (
     RobertaArchitecture,
     XLMRobertaArchitecture,
 )
-from .block_weights import MAPS, READERS, LinearMap, linear_maps
+from .block_weights import MAPS, LinearMap, linear_maps, reads_stream
 from .bloom import BloomArchitecture
 from .cohere import CohereArchitecture
 from .conv_graph import ConvGraphArchitecture, Convolutions, Skip, Unit
@@ -40,7 +49,7 @@ from .modernbert import ModernBertArchitecture
 from .opt import BartArchitecture, MarianArchitecture, MBartArchitecture, OPTArchitecture, WhisperArchitecture
 from .phi import Phi3Architecture, PhiArchitecture
 from .placeholders import IdentityWithUnitGate, Placeholder, UnitGate, ZeroAttention, ZeroBlock
-from .registry import ARCHITECTURES, FUSED_PREFIX, architecture_for, known_architectures
+from .registry import ARCHITECTURES, FUSED_PREFIX, architecture_for, architecture_of, known_architectures
 from .resnet import ResNetArchitecture
 from .speech import HubertArchitecture, Wav2Vec2Architecture
 from .t5 import T5Architecture
@@ -121,10 +130,10 @@ BUILTIN: tuple[type[Architecture], ...] = (
 
 __all__ = [
     "ARCHITECTURES",
+    "ATTENDING",
     "BUILTIN",
     "FUSED_PREFIX",
     "MAPS",
-    "READERS",
     "Architecture",
     "Block",
     "ConvArchitecture",
@@ -143,7 +152,9 @@ __all__ = [
     "ZeroAttention",
     "ZeroBlock",
     "architecture_for",
+    "architecture_of",
     "known_architectures",
     "linear_maps",
     "part_at",
+    "reads_stream",
 ]

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
-from ...plan import TRANSFORMER, Edit, Plan, PlanNotes
+from ...plan import DECODER, TRANSFORMER, Edit, Plan, PlanNotes
 from .layouts import Heads, JointLayout, Pairing, heads_in
 from .placeholders import IdentityWithUnitGate, UnitGate
+
+ATTENDING = ("attention", "cross")
+"""Kinds of blocks with heads."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One attention, MLP or convolutional block at one depth.
+    """One attention, cross-attention, MLP or convolutional block at one depth.
 
     `modules` maps a role to a live module path. `norm` is the norm that the block owns, `out` is the map back to the
     residual stream. The architecture chooses the roles of the other maps and small norms. `joint` maps the role of a
-    joint map to the layout of its rows. `heads` are the heads of an attention block, if the config states them.
+    joint map to the layout of its rows. `heads` are the heads of a block with attention, if the config states them.
     """
 
     layer: int
-    kind: Literal["attention", "mlp", "conv"]
+    kind: Literal["attention", "cross", "mlp", "conv"]
     modules: Mapping[str, str]
     joint: Mapping[str, JointLayout] = field(default_factory=dict)
     heads: Heads | None = None
@@ -107,6 +111,14 @@ class LayerArchitecture(Architecture, ABC):
     @abstractmethod
     def place(self, kind: str, name: str) -> Place:
         """Place of a `HookPoint` in a kind of block."""
+
+    def with_kinds(self, kinds: Sequence[str]) -> LayerArchitecture:
+        """The table for a plan of these kinds. In plans of older releases, cross-attention belongs to no block."""
+        if (tuple(kinds), self.kinds) != (TRANSFORMER, DECODER):
+            return self
+        older = copy.copy(self)
+        older.kinds = TRANSFORMER
+        return older
 
     def plan(self, depth: int, edits: Sequence[Edit] = (), notes: PlanNotes | None = None) -> Plan:
         """A plan for the stack, which has `depth` layers."""
@@ -193,28 +205,29 @@ class LayerArchitecture(Architecture, ABC):
 
 
 class TransformerArchitecture(LayerArchitecture):
-    """Layers of one attention and one MLP block each.
+    """Layers of one attention and one MLP block each, in decoders also one cross-attention block between them.
 
-    Roles with a meaning are `norm`, `q`, `k`, `v`, `q_norm`, `k_norm`, `in`, `gate` and `out`; the joint maps `qkv` and
-    `gate_in`; and the maps `q_position` and `k_position` from position embeddings to vectors that keys and queries are
-    multiplied with (DeBERTa). Parts with another role belong to the block, but nothing fits them. A block without the
-    role `out` is opaque: it can be dropped, kept or shared, but not aligned or refitted. `norm` is the norm in front of
-    the block, or the one behind the residual sum with `post_norm`.
+    Roles with a meaning are `norm`, `q`, `k`, `v`, `q_norm`, `k_norm`, `in`, `gate` and `out`; the joint maps `qkv`,
+    `gate_in` and, in cross-attention, `kv`; and the maps `q_position` and `k_position` from position embeddings to
+    vectors that keys and queries are multiplied with (DeBERTa). Parts with another role belong to the block, but
+    nothing fits them. A block without the role `out` is opaque: it can be dropped, kept or shared, but not aligned or
+    refitted. `norm` is the norm in front of the block, or the one behind the residual sum with `post_norm`.
 
     Attributes:
         attention: Role -> path, for the parts of the attention block.
+        cross: Role -> path, for the parts of the cross-attention block, if `kinds` has it. Its `q` reads the stream,
+            its `k` and `v` the states of the encoder, so that the refit folds nothing into these.
         mlp: Role -> path, for the parts of the MLP block.
         activation: Path of the module between the maps of the MLP. Without it, MLPs cannot become linear.
         adds: Path of a module that contains only `out` and `norm` and returns norm(out(a) + b), where a is the input
             of `out` and b the input of the MLP. Without it, the residual sum cannot be folded.
-        crossed: Whether another block, such as cross-attention, runs between attention and MLP.
         parallel: Whether both blocks read the input of the layer, which adds their outputs in one sum (GPT-NeoX).
         between: Kind -> path of what lies between the output of `out` and the residual sum: a norm (Gemma 2), a
             parameter (BEiT) or a number (Granite) that multiplies.
         joint: Role of a joint map -> layout of its rows. A `qkv` holds all queries, all keys and all values ("parts",
-            GPT-2), or for each key-value head its queries, its key and its value ("groups", GPT-NeoX). A `gate_in`
-            holds the units that pass the activation, then those that do not ("gate_first"), or the reverse
-            ("gate_last").
+            GPT-2), or for each key-value head its queries, its key and its value ("groups", GPT-NeoX). A `kv` holds all
+            keys and all values. A `gate_in` holds the units that pass the activation, then those that do not
+            ("gate_first"), or the reverse ("gate_last").
         pairing: Coordinates of a head that rotate together with the position, if the config states rotary positions:
             "halves" (Llama) or "neighbours" (GLM-4), see `Heads`.
         bound_heads: Whether each head has its own position bias (T5, ALiBi). Such heads can be rotated, but they
@@ -225,10 +238,10 @@ class TransformerArchitecture(LayerArchitecture):
     """
 
     attention: ClassVar[Mapping[str, str]]
+    cross: ClassVar[Mapping[str, str]]
     mlp: ClassVar[Mapping[str, str]]
     activation: ClassVar[str | None] = None
     adds: ClassVar[str | None] = None
-    crossed: ClassVar[bool] = False
     parallel: ClassVar[bool] = False
     between: ClassVar[Mapping[str, str]] = {}
     joint: ClassVar[Mapping[str, JointLayout]] = {"qkv": "parts", "gate_in": "gate_first"}
@@ -243,7 +256,10 @@ class TransformerArchitecture(LayerArchitecture):
         return heads_in(config, layer, self.pairing, self.bound_heads)
 
     def block(self, config: PreTrainedConfig, layer: int, kind: str, modules: Mapping[str, str]) -> Block:
-        return Block(layer, kind, modules, self.joint, self.heads(config, layer) if kind == "attention" else None)
+        heads = self.heads(config, layer) if kind in ATTENDING else None
+        if heads is not None and kind == "cross":  # the states of an encoder have no positions in the stream
+            heads = replace(heads, rotary=0, bound=False)
+        return Block(layer, kind, modules, self.joint, heads)
 
     def place(self, kind: str, name: str) -> Place:
         table = self.table(kind)
@@ -255,11 +271,12 @@ class TransformerArchitecture(LayerArchitecture):
             return Place("before", table["norm"])
         if name == "sum" and kind == self.kinds[-1]:
             return Place("after", "")
-        if kind == "attention" and name in ("read", "residual"):
+        if kind == self.kinds[0] and name in ("read", "residual"):
             return Place("before", "")
-        if self.parallel or (self.crossed and kind == "attention"):
+        if self.parallel:
             return Place("added", self.between.get("attention", self.attention["out"]))
-        return Place("before", self.entry("mlp"))
+        order = type(self).kinds  # all kinds, also for the plans of older releases
+        return Place("before", self.entry(order[order.index(kind) + 1] if name == "sum" else kind))
 
     def parts(self, kind: str) -> tuple[str, ...]:
         between = self.between.get(kind)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ...plan import DECODER
 from .base import Architecture, TransformerArchitecture
 from .placeholders import ZeroAttention, ZeroBlock
 
@@ -29,6 +30,23 @@ class BertArchitecture(TransformerArchitecture):
         "mlp": {"intermediate": ZeroBlock, "output.dense": nn.Identity},
     }
     post_norm = True
+
+    def variant(self, config: PreTrainedConfig) -> Architecture:
+        return _CrossedBert(self.model_type) if getattr(config, "add_cross_attention", False) else self
+
+
+class _CrossedBert(BertArchitecture):
+    """Decoders of BERT and its relatives, which have the same layers."""
+
+    kinds = DECODER
+    cross = {role: f"cross{path}" for role, path in BertArchitecture.attention.items()}
+    skip = {
+        **BertArchitecture.skip,
+        "cross": {"crossattention.self": ZeroAttention, "crossattention.output.dense": nn.Identity},
+    }
+
+    def __init__(self, model_type: str) -> None:
+        self.model_type = model_type
 
 
 class RobertaArchitecture(BertArchitecture):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import UnsupportedModelError
-from .base import Block
+from .base import ATTENDING, Block
 from .layouts import Rows, parts_of
 
 HEAD_NORMS = ("q_norm", "k_norm")
@@ -19,13 +19,24 @@ HEAD_NORMS = ("q_norm", "k_norm")
 POSITIONS = ("q_position", "k_position")
 """Roles of the maps from position embeddings to vectors that keys and queries are multiplied with."""
 
-READERS = ("qkv", "q", "k", "v", "gate_in", "gate", "in")
-"""Roles of the maps that read the input of a block."""
+READERS = ("qkv", "q", "k", "v", "kv", "gate_in", "gate", "in")
+"""Roles of the maps that read the input of a block, or the states of an encoder."""
+
+_OF_MEMORY = ("k", "v", "kv")
+"""Roles of the maps of cross-attention that read the states of an encoder."""
 
 MAPS = (*READERS, *POSITIONS, "out")
 """Roles of linear maps and convolutions. Parts with other roles are not fitted, aligned or relaxed."""
 
-_NEEDED = {"attention": ({"q", "k", "v", "out"},), "mlp": ({"in", "out"}, {"in", "gate", "out"})}
+_NEEDED = {
+    **dict.fromkeys(ATTENDING, ({"q", "k", "v", "out"},)),
+    "mlp": ({"in", "out"}, {"in", "gate", "out"}),
+}
+
+
+def reads_stream(kind: str, role: str) -> bool:
+    """Whether a part of a kind of block is a map that reads the input of the block."""
+    return role in READERS and not (kind == "cross" and role in _OF_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ def linear_maps(root: nn.Module, block: Block) -> dict[str, LinearMap]:
         module = root.get_submodule(block.modules[role])
         weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
         bias = None if module.bias is None else module.bias.detach()
-        if role in ("qkv", "gate_in"):
+        if role in ("qkv", "kv", "gate_in"):
             parts = parts_of(role, block.joint.get(role, "parts"), len(weight), block.heads)
             found |= {part: LinearMap(weight, bias, rows) for part, rows in parts.items()}
         else:
@@ -101,9 +112,9 @@ def rows_of(root: nn.Module, block: Block) -> dict[str, Tensor]:
     if maps.keys() - POSITIONS not in _NEEDED[block.kind]:
         raise UnsupportedModelError(
             f"the {block.kind} block of layer {block.layer} has the parts {', '.join(block.modules)}; needed are "
-            "'qkv' (or 'q', 'k', 'v') and 'out' of attention, and 'in' (with 'gate', or 'gate_in' for both) and 'out' "
-            "of an MLP. Use these names in the architecture's table, or use align='none' and an operator other than "
-            "'select'."
+            "'qkv' (or 'q', 'k', 'v', or 'q' and 'kv') and 'out' of attention, and 'in' (with 'gate', or 'gate_in' for "
+            "both) and 'out' of an MLP. Use these names in the architecture's table, or use align='none' and an "
+            "operator other than 'select'."
         )
     groups, dim = _shape(block)
     rows = {}

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
+from ...plan import DECODER
 from .base import Architecture, TransformerArchitecture
 from .placeholders import ZeroAttention, ZeroBlock
 
@@ -33,7 +34,17 @@ class GPT2Architecture(TransformerArchitecture):
 
 
 class _CrossedGPT2(GPT2Architecture):
-    crossed = True
+    kinds = DECODER
+    cross = {
+        "norm": "ln_cross_attn",
+        "q": "crossattention.q_attn",
+        "kv": "crossattention.c_attn",
+        "out": "crossattention.c_proj",
+    }
+    skip = {
+        **GPT2Architecture.skip,
+        "cross": {"ln_cross_attn": nn.Identity, "crossattention": ZeroAttention},
+    }
 
 
 class GPTNeoArchitecture(GPT2Architecture):

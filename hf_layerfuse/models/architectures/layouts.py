@@ -84,10 +84,10 @@ def parts_of(role: str, layout: JointLayout, rows: int, heads: Heads | None) -> 
     """Part -> its rows, for a joint map.
 
     Args:
-        role: `qkv` or `gate_in`.
+        role: `qkv`, `kv` or `gate_in`.
         layout: Layout of the rows, see `TransformerArchitecture.joint`.
         rows: Number of rows.
-        heads: Heads of the block; without them, the parts of `qkv` are thirds.
+        heads: Heads of the block; without them, the parts of `qkv` and `kv` are equal.
 
     Raises:
         UnsupportedModelError: The rows do not fit the heads.
@@ -95,7 +95,11 @@ def parts_of(role: str, layout: JointLayout, rows: int, heads: Heads | None) -> 
     if role == "gate_in":
         halves = slice(0, rows // 2), slice(rows // 2, rows)
         return dict(zip(("gate", "in") if layout == "gate_first" else ("in", "gate"), halves, strict=True))
-    sizes = [rows // 3] * 3 if heads is None else [n * heads.dim for n in (heads.count, heads.groups, heads.groups)]
+    sizes = (
+        [rows // len(role)] * 3 if heads is None else [n * heads.dim for n in (heads.count, heads.groups, heads.groups)]
+    )
+    if role == "kv":
+        sizes[0] = 0
     if sum(sizes) != rows or (layout == "groups" and heads is None):
         raise UnsupportedModelError(
             f"a joint map of {rows} rows does not fit {heads}: in the architecture's table, override heads(config, "
@@ -105,4 +109,5 @@ def parts_of(role: str, layout: JointLayout, rows: int, heads: Heads | None) -> 
         index = torch.arange(rows).view(heads.groups, -1, heads.dim)
         return {"q": index[:, :-2].flatten(), "k": index[:, -2].flatten(), "v": index[:, -1].flatten()}
     starts = (0, sizes[0], sizes[0] + sizes[1])
-    return {part: slice(start, start + size) for part, start, size in zip("qkv", starts, sizes, strict=True)}
+    found = {part: slice(start, start + size) for part, start, size in zip("qkv", starts, sizes, strict=True)}
+    return {part: found[part] for part in role}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ...plan import DECODER
 from .base import Architecture, TransformerArchitecture
 from .placeholders import ZeroAttention, ZeroBlock
 
@@ -59,7 +60,9 @@ class _BartDecoder(BartArchitecture):
     layers = "decoder.layers"
     depth = "decoder_layers"
     mask = "decoder_attention_mask"
-    crossed = True
+    kinds = DECODER
+    cross = {role: path.replace("self_attn", "encoder_attn") for role, path in OPTArchitecture.attention.items()}
+    skip = {**BartArchitecture.skip, "cross": {"encoder_attn": ZeroAttention}}
 
 
 class MarianArchitecture(BartArchitecture):
@@ -82,7 +85,10 @@ class MBartArchitecture(BartArchitecture):
 
 class _MBartDecoder(_BartDecoder):
     model_type = "mbart"
-    skip = OPTArchitecture.skip
+    skip = {
+        **OPTArchitecture.skip,
+        "cross": {"encoder_attn_layer_norm": nn.Identity, "encoder_attn": ZeroAttention},
+    }
     post_norm = False
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedModelError
+from ...plan import Plan
 from .base import Architecture, LayerArchitecture
 
 FUSED_PREFIX = "fused_"
@@ -62,6 +63,11 @@ def known_architectures(model_type: str, kind: type[Architecture]) -> str:
     close = difflib.get_close_matches(model_type, names, n=3)
     start = f"The closest of the {len(names)} known architectures: {', '.join(close)}. " if close else ""
     return f"{start}docs/architectures.md lists all known architectures."
+
+
+def architecture_of(plan: Plan, model: Any) -> LayerArchitecture:
+    """Look up the architecture of the stack and the kinds of blocks of a plan, as `architecture_for`."""
+    return architecture_for(model, stack=plan.stack).with_kinds(plan.kinds)
 
 
 def _of_stack(architecture: _Kind, stack: str) -> _Kind:

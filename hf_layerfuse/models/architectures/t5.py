@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ...plan import DECODER
 from .base import Architecture, TransformerArchitecture
 from .placeholders import Placeholder, ZeroBlock
 
@@ -53,17 +54,20 @@ class _GatedT5(T5Architecture):
 
 
 class _T5Decoder(T5Architecture):
-    """Its MLP follows the cross-attention."""
-
     stack = "decoder"
     layers = "decoder.block"
     depth = "num_decoder_layers"
     mask = "decoder_attention_mask"
-    crossed = True
+    kinds = DECODER
+    cross = {
+        role: path.replace("layer.0.", "layer.1.").replace("SelfAttention", "EncDecAttention")
+        for role, path in T5Architecture.attention.items()
+    }
     mlp = {role: path.replace("layer.1.", "layer.2.") for role, path in T5Architecture.mlp.items()}
     activation = T5Architecture.activation.replace("layer.1.", "layer.2.")
     skip = {
         "attention": T5Architecture.skip["attention"],
+        "cross": {"layer.1.layer_norm": nn.Identity, "layer.1.EncDecAttention": ZeroT5Attention},
         "mlp": {"layer.2.layer_norm": nn.Identity, _MLP.replace("layer.1.", "layer.2."): ZeroBlock},
     }
 

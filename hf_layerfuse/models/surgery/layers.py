@@ -12,7 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from ...errors import PlanError, UnsupportedModelError
 from ...plan import Layout, Slot, Source, Tie
-from ..architectures import MAPS, LayerArchitecture, part_at
+from ..architectures import ATTENDING, MAPS, LayerArchitecture, part_at
 from ..modules.shared_linear import PER_DEPTH, Linear, Relaxed, can_relax, out_in, relax
 from .linear_mlp import reshape_mlp
 
@@ -77,11 +77,16 @@ def reshape(model: PreTrainedModel, architecture: LayerArchitecture, layout: Lay
     MLPs their form.
 
     The key-value cache of Transformers has one entry per layer of the config and reads the sequence length from the
-    first entry of each layer type. Therefore, the remaining attention blocks take the first entries of their type.
+    first entry of each layer type. Therefore, the remaining attention blocks take the first entries of their type. So
+    do cross-attention blocks, which have a cache of their own.
     """
     layers = architecture.layer_list(model)
     types = getattr(architecture.config_of(model.config), "layer_types", None) or ["full_attention"] * len(layers)
-    free = {kind: iter([i for i, other in enumerate(types) if other == kind]) for kind in types}
+    free = {
+        (kind, each): iter([i for i, other in enumerate(types) if other == each])
+        for kind in ATTENDING
+        for each in types
+    }
     for layer, slot, layer_type in zip(layers, layout.slots, types, strict=True):
         for kind in architecture.kinds:
             if slot.source(kind) is None:
@@ -90,14 +95,15 @@ def reshape(model: PreTrainedModel, architecture: LayerArchitecture, layout: Lay
                         layer.set_submodule(path, placeholder())
             elif (form := slot.source(kind).form) is not None:
                 reshape_mlp(layer, architecture, form)
-        if slot.source("attention") is None:
-            continue
-        index = next(free[layer_type])
-        for path in architecture.skip["attention"]:
-            part = part_at(layer, path)
-            for module in () if part is None else part.modules():
-                if hasattr(module, "layer_idx"):
-                    module.layer_idx = index
+        for kind in ATTENDING:
+            if slot.source(kind) is None:
+                continue
+            index = next(free[kind, layer_type])
+            for path in architecture.skip[kind]:
+                part = part_at(layer, path)
+                for module in () if part is None else part.modules():
+                    if hasattr(module, "layer_idx"):
+                        module.layer_idx = index
     for tie in layout.ties:
         for slot in tie.slots:
             for at, (module, rank) in relaxed_maps(layers[slot], architecture, tie).items():

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ...evaluation.precision import dtype_in_file
 from ...plan import Fuse, Plan, Source, Tie
 from ...recipe import FusionRecipe
-from ..architectures import LayerArchitecture, architecture_for
+from ..architectures import LayerArchitecture, architecture_for, architecture_of
 from ..modules.shared_linear import out_in
 from .checks import shapes_of
 from .layers import is_shared, relaxed_maps, reshape, target_config, tied_weights
@@ -40,7 +40,7 @@ def planned_size(model: PreTrainedModel, plan: Plan) -> dict[str, int]:
         buffers on disk, without the file header.
     """
     dtype = dtype_in_file(model)
-    architecture = architecture_for(model, stack=plan.stack)
+    architecture = architecture_of(plan, model)
     # the operator does not change shapes, and 'freeze' is allowed for all layers, even if their types differ
     frozen = [replace(edit, operator="freeze", weights=None) if isinstance(edit, Fuse) else edit for edit in plan.edits]
     layout = replace(plan, edits=frozen).layout()

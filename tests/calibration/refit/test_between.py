@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from families import family_batches, family_model
+from families import family_batches, family_model, family_table
 
 from hf_layerfuse.calibration.layer_hooks import HookPoint
 from hf_layerfuse.calibration.layerwise import LayerwiseForward
 from hf_layerfuse.calibration.refit.between import Between, through
 from hf_layerfuse.calibration.samples import Sample
-from hf_layerfuse.models.architectures import architecture_for
 
 BEHIND_NORMS = ("gemma2", "gemma3_text", "olmo2")
 BEHIND_FACTORS = ("granite",)
@@ -17,11 +16,12 @@ BEHIND_FACTORS = ("granite",)
 def _at_layer_one(name):
     """The layer-wise forward at the second layer, and for each block: the block, its output, and what the sum gets."""
     model = family_model(name).eval()
-    layerwise = LayerwiseForward(model, Sample.of(family_batches(name, model)))
+    table = family_table(name, model)
+    layerwise = LayerwiseForward(model, Sample.of(family_batches(name, model)), table)
     layerwise.advance()
-    places = [HookPoint(kind, place) for kind in ("attention", "mlp") for place in ("output", "residual", "sum")]
+    places = [HookPoint(kind, place) for kind in table.kinds for place in ("output", "residual", "sum")]
     (_, seen), *_ = layerwise.look(*places)
-    for block in architecture_for(model).blocks(model):
+    for block in table.blocks(model):
         if block.layer == 1:
             output, residual, total = (seen[HookPoint(block.kind, place)] for place in ("output", "residual", "sum"))
             yield layerwise, block, output, total - residual

@@ -16,7 +16,7 @@ from hf_layerfuse.calibration.refit import refit as refit_module
 from hf_layerfuse.calibration.refit import transformer
 from hf_layerfuse.calibration.refit.linear import store
 from hf_layerfuse.calibration.refit.refit import refit
-from hf_layerfuse.calibration.refit.transformer import SELECTING
+from hf_layerfuse.calibration.refit.transformer import selecting
 from hf_layerfuse.calibration.samples import Sample
 from hf_layerfuse.calibration.teacher_states import TeacherStates
 from hf_layerfuse.errors import DataError
@@ -25,6 +25,7 @@ from hf_layerfuse.evaluation.dummy_inputs import dummy_inputs
 from hf_layerfuse.math.ridge import fit
 from hf_layerfuse.models.architectures import architecture_for
 from hf_layerfuse.models.modules.shared_linear import theta_of
+from hf_layerfuse.plan import TRANSFORMER
 
 LAYERS = 4
 
@@ -612,12 +613,12 @@ def test_a_trace_that_went_ahead_runs_no_layer_again(model_type, monkeypatch):
                 hooked[layer, point].append(seen[point].float())
         layerwise.advance()
     teacher_states = TeacherStates(LayerwiseForward(teacher, sample))
-    teacher_states.ahead(SELECTING)
+    teacher_states.ahead(selecting(TRANSFORMER))
     monkeypatch.setattr(LayerwiseForward, "look", lambda *args, **options: pytest.fail("a layer ran again"))
     for key, states in teacher_states.see(hooked).items():
         for one, other in zip(states, hooked[key], strict=True):
             assert torch.equal(one, other)
-    teacher_states.ahead(SELECTING)
+    teacher_states.ahead(selecting(TRANSFORMER))
 
 
 @pytest.mark.parametrize("name", ["attention", "mlp"])
