@@ -154,12 +154,10 @@ class _Contract:
         inputs: dict[tuple[str, str], list[Tensor]] = {}
         with watch(readers, lambda key, tensor: inputs.setdefault(key, []).append(tensor)):
             seen = _first(layerwise.look(*points, None))
-        idle = next((kind for kind in places if HookPoint(kind, "read") not in seen), None)
-        if idle is not None:
+        if any(point not in seen for point in points) and "cross" in places:
             raise UnsupportedModelError(
-                f"{where}the {idle} block does not run on the calibration batches: pass batches with the states "
-                "that it reads, such as encoder_hidden_states, or load the model without the block "
-                "(add_cross_attention=False)."
+                f"{where}the cross-attention does not run on the calibration batches: add the states of the encoder to "
+                "each batch, as encoder_hidden_states (encoder_outputs for Whisper) of shape (batch, tokens, width)."
             )
         for (kind, role), tensors in inputs.items():
             read = seen[HookPoint(kind, "read")]

@@ -55,7 +55,7 @@ def dummy_inputs(
         shape (batch, channels, height, width), with `bool_masked_pos` (batch, patches) for masked image modelling;
         `input_values` of shape (batch, samples); or `input_features` of shape (batch, mel bins, frames).
         Encoder-decoder models also get `decoder_input_ids` of shape (batch, tokens), and decoders with cross-attention
-        alone get `encoder_hidden_states` of shape (batch, tokens, width).
+        alone get `encoder_hidden_states` (`encoder_outputs` in Whisper) of shape (batch, tokens, width).
 
     Raises:
         UnsupportedModelError: The main input of the model is none of these, or it takes several kinds at once.
@@ -73,10 +73,13 @@ def dummy_inputs(
     inputs = make(model, batch_size, sequence_length, generator)
     if model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(model.forward).parameters:
         inputs["decoder_input_ids"] = _token_inputs(model, batch_size, sequence_length, generator)["input_ids"]
-    takes_states = "encoder_hidden_states" in inspect.signature(model.forward).parameters
-    if takes_states and getattr(model.config, "add_cross_attention", False):
+    takes = inspect.signature(model.forward).parameters
+    states = next((name for name in ("encoder_hidden_states", "encoder_outputs") if name in takes), None)
+    # decoders of models that have an encoder, and those of others that were made to read one
+    crosses = getattr(model.config, "add_cross_attention", False) or hasattr(model.config, "decoder_layers")
+    if states is not None and crosses and not model.config.is_encoder_decoder:
         shape = (batch_size, sequence_length, model.config.hidden_size)
-        inputs["encoder_hidden_states"] = torch.randn(shape, generator=generator).to(model.dtype)
+        inputs[states] = torch.randn(shape, generator=generator).to(model.dtype)
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 

@@ -75,5 +75,5 @@ def test_batches_without_the_states_of_an_encoder_are_refused():
     """Cross-attention that does not run on the batches cannot be compared or repaired."""
     model = family_model(CASES[0])
     batches = [{"input_ids": torch.randint(60, (4, 12))}]
-    with pytest.raises(UnsupportedModelError, match="the cross block does not run on the calibration batches"):
+    with pytest.raises(UnsupportedModelError, match="the cross-attention does not run on the calibration batches"):
         fuse(model, keep_layers=3, batches=batches, effort="low")

@@ -173,10 +173,10 @@ def test_heads_that_can_stand_side_by_side():
     """Heads can be mixed if their layers see the same tokens, and never if a norm spans all heads of a layer."""
     types = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
     model = body("qwen2", layer_types=types, use_sliding_window=True, sliding_window=6)
-    assert alike(model, architecture_for(model), Source((0, 1, 2), "select", 0)) == [0, 2]
-    assert alike(model, architecture_for(model), Source((0, 1, 2), "select", 1)) == [1]
-    assert alike(body("gpt2"), architecture_for(body("gpt2")), Source((0, 1, 2), "select", 1)) == [0, 1, 2]
-    assert alike(body("qwen3"), architecture_for(body("qwen3")), Source((0, 1, 2), "select", 1)) == [1]
+    assert alike(model, architecture_for(model), Source((0, 1, 2), "select", 0), "attention") == [0, 2]
+    assert alike(model, architecture_for(model), Source((0, 1, 2), "select", 1), "attention") == [1]
+    assert alike(body("gpt2"), architecture_for(body("gpt2")), Source((0, 1, 2), "select", 1), "attention") == [0, 1, 2]
+    assert alike(body("qwen3"), architecture_for(body("qwen3")), Source((0, 1, 2), "select", 1), "attention") == [1]
 
 
 @pytest.mark.parametrize("tokens", [1, 90, math.inf])
