@@ -179,21 +179,20 @@ def test_sharing_equal_cross_attention_is_the_identity(name):
         for path in family_table(name, model).cross.values():
             layer.get_submodule(path).load_state_dict(first.get_submodule(path).state_dict())
     inputs = family_inputs(name, model)
-    small = applied(name, model, Fuse("cross", (0, 2, 3), "share", "mean"), Fuse("cross", (4, 5), "share", "telescope"))
+    small = applied(name, model, Fuse("cross", (1, 2, 3), "share", "mean"), Fuse("cross", (4, 5), "share", "telescope"))
     assert small.num_parameters() < model.num_parameters()
     assert torch.equal(outputs(small, inputs), outputs(model, inputs))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("steady")
-@pytest.mark.parametrize("name", ["t5, decoder", "gpt2, cross-attention"])
-def test_a_latency_search_compares_cross_attention(name):
+def test_a_latency_search_compares_cross_attention():
     """Within a latency budget, each cross-attention block is kept, dropped or fused with its layer."""
-    model = family_model(name)
-    batches = family_batches(name, model)
-    small = fuse(model, latency_budget=0.7, stack=stack_of(name), batches=batches, effort="low")
+    model = family_model("mbart, decoder")
+    batches = family_batches("mbart, decoder", model, 2)
+    small = fuse(model, latency_budget=0.9, stack="decoder", batches=batches, effort="low")
     notes = small.fusion_report.plan.notes
-    assert notes.latency_ms.measured <= 0.7 * notes.latency_ms.original
+    assert notes.latency_ms.measured <= 0.9 * notes.latency_ms.original
     assert {row.edit.kind for row in notes.losses} >= {"cross"}
 
 
