@@ -36,7 +36,7 @@ from .grouping import TOKENS_PER_STATE, groups_of, longest, of_one_shape, unexpl
 from .planner import divider, group_edit, layer_importance_of, plan_evenly
 from .targets import kinds_of, settled
 
-_NEEDED = {"mode": ("depth",), "blocks": ("layer",), "cluster": ("auto",), "align": ("none",), "effort": ("low",)}
+_NEEDED = {"mode": "depth", "blocks": "layer", "cluster": "auto", "align": "none", "effort": "low"}
 """Values of recipe fields that need no more than one layer at a time."""
 
 _OPERATORS = ("auto", "select", "freeze")
@@ -66,11 +66,11 @@ def plan_by_layers(model: PreTrainedModel, recipe: FusionRecipe, batches: list[M
         RecipeError: Setting that needs the whole model in memory, or target that cannot be met.
         UnsupportedModelError: Unknown architecture, or model that cannot be fused.
     """
-    for name, allowed in _NEEDED.items():
-        if getattr(recipe, name) not in allowed:
+    for name, needed in _NEEDED.items():
+        if (value := getattr(recipe, name)) != needed:
             raise RecipeError(
-                f"{name}={getattr(recipe, name)!r} needs the whole model in memory: use {name}={allowed[0]!r}, or load "
-                "the model and pass it to fuse()."
+                f"{name}={value!r} needs the whole model in memory: use {name}={needed!r}, or load the model and pass "
+                "it to fuse()."
             )
     if recipe.operator not in _OPERATORS or recipe.is_timed:
         asked = "a latency target" if recipe.is_timed else f"operator={recipe.operator!r}"
@@ -90,7 +90,7 @@ def plan_by_layers(model: PreTrainedModel, recipe: FusionRecipe, batches: list[M
     check_contract(model, batches, architecture)
     sample, (kind,) = Sample.of(batches), kinds_of(model, recipe)
     groups = groups_of(even, kind)
-    if recipe.refit != "none":  # what is lost without a repair is another matter than what a repair can restore
+    if recipe.refit != "none":  # the costs are what a repair cannot restore
         unlike = are_unlike(model, recipe.stack)
         size = even.num_layers if unlike else longest(even.num_layers, len(groups))
         cost = _costs(model, architecture, sample, size)
