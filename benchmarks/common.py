@@ -135,7 +135,7 @@ def gpt2() -> Job:
 
 def smollm2() -> Job:
     """SmolLM2 135M."""
-    return _language_model("smollm2-135m", "HuggingFaceTB/SmolLM2-135M", keeps=(27, 24, 22, 20), count=48, size=8)
+    return _language_model("smollm2-135m", "HuggingFaceTB/SmolLM2-135M", keeps=(27, 24), count=48, size=8)
 
 
 def gemma3() -> Job:

@@ -26,7 +26,7 @@ from ..errors import CheckpointError, RecipeError, VerificationError
 from ..evaluation.batches import Batches
 from ..evaluation.modes import outside_inference_mode
 from ..evaluation.whole_file import write_whole
-from ..methods.fusion.layer_by_layer import Finished, LayerByLayer, plan_by_layers
+from ..methods.fusion.layer_by_layer import Finished, Layer, LayerByLayer, plan_by_layers
 from ..methods.report import FusionReport
 from ..models.architectures import architecture_for
 from ..models.files import local_file
@@ -135,7 +135,7 @@ def fuse_layers(
         write_whole(work / _PLAN, plan.to_json())
     fusion = LayerByLayer(model, weights, plan, sequences)
     layers = _Layers(work, fusion)
-    refit = fusion.run(layers.read, layers.write)
+    refit = fusion.run(layers.read, layers.write, layers.undo)
     plan = replace(plan, notes=replace(plan.notes, refit=refit))
     with new_directory(output, overwrite=overwrite) as fresh:
         _save_weights(fresh, fusion, weights, layers)
@@ -164,24 +164,39 @@ class _Layers:
     def __init__(self, work: Path, fusion: LayerByLayer) -> None:
         self.work, self.names = work, fusion.names
         self.path = fusion.architecture.layers_path(fusion.result)
+        self._undone: set[int] = set()
 
     def file(self, index: int) -> Path:
-        return self.work / f"layer-{index:05}.safetensors"
+        """File of a layer of the result."""
+        return self._file(index, "unrepaired" if index in self._undone else "layer")
 
     def read(self, index: int) -> Finished | None:
-        if not self.file(index).exists():
+        """A layer that an earlier call has written, with its repair; None if there is none."""
+        file = self._file(index, "layer")
+        if not file.exists():
             return None
         prefix = f"{self.path}.{index}."
         live = {stored: name for name, stored in self.names.items() if name.startswith(prefix)}
-        layer = {
-            live.get(name, name).removeprefix(prefix): tensor for name, tensor in load_file(self.file(index)).items()
-        }
-        return Finished(layer, json.loads(self.file(index).with_suffix(".json").read_text(encoding="utf-8")))
+        layer = {live.get(name, name).removeprefix(prefix): tensor for name, tensor in load_file(file).items()}
+        return Finished(layer, json.loads(file.with_suffix(".json").read_text(encoding="utf-8")))
 
     def write(self, index: int, made: Finished) -> None:
-        write_whole(self.file(index).with_suffix(".json"), json.dumps(made.rows))
-        named = {f"{self.path}.{index}.{name}": tensor for name, tensor in made.layer.items()}
-        _write({self.names.get(name, name): tensor for name, tensor in named.items()}, self.file(index))
+        """Write a layer with its repair."""
+        file = self._file(index, "layer")
+        write_whole(file.with_suffix(".json"), json.dumps(made.rows))
+        self._save(index, made.layer, file)
+
+    def undo(self, index: int, layer: Layer) -> None:
+        """Write a layer without its repair, beside the other, so that a later call finds what it resumes with."""
+        self._undone.add(index)
+        self._save(index, layer, self.file(index))
+
+    def _file(self, index: int, kind: str) -> Path:
+        return self.work / f"{kind}-{index:05}.safetensors"
+
+    def _save(self, index: int, layer: Layer, file: Path) -> None:
+        named = {f"{self.path}.{index}.{name}": tensor for name, tensor in layer.items()}
+        _write({self.names.get(name, name): tensor for name, tensor in named.items()}, file)
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:

@@ -114,6 +114,36 @@ def test_resumes_at_any_layer(layer, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_an_interrupted_undo_resumes(tmp_path, monkeypatch):
+    """A call that stops while it writes layers without their repair ends as an undisturbed one, to the bit."""
+    _, batches = saved(tmp_path / "model")
+    recipe = {**LOW, "operator": "freeze", "batches": batches}
+    monkeypatch.setattr(module, "_verified", lambda *_: None)
+    loss = TeacherStates.loss
+    monkeypatch.setattr(TeacherStates, "loss", lambda self, student: next(left, None) or loss(self, student))
+    left = iter([1.0, 2.0, 2.0])
+    fuse_checkpoint(tmp_path / "model", tmp_path / "whole", **recipe)
+    undo = module._Layers.undo
+
+    def interrupted(self, index, layer):
+        if index == 2:
+            raise KeyboardInterrupt
+        undo(self, index, layer)
+
+    monkeypatch.setattr(module._Layers, "undo", interrupted)
+    left = iter([1.0, 2.0, 2.0])
+    with pytest.raises(KeyboardInterrupt):
+        fuse_checkpoint(tmp_path / "model", tmp_path / "out", **recipe)
+    monkeypatch.setattr(module._Layers, "undo", undo)
+    seen = []
+    monkeypatch.setattr(module._Layers, "write", lambda self, index, made: seen.append(index))
+    left = iter([1.0, 2.0, 2.0])
+    fuse_checkpoint(tmp_path / "model", tmp_path / "out", **recipe)
+    assert not seen, "a repaired layer was lost"
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_other_data_do_not_resume(tmp_path, monkeypatch):
     """Work that another recipe or other calibration data left is not used."""
     _, batches = saved(tmp_path / "model")

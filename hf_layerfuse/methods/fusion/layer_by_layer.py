@@ -154,17 +154,23 @@ class LayerByLayer:
         self._rows: list[Row] = []
 
     @torch.no_grad()
-    def run(self, finished: Callable[[int], Finished | None], write: Callable[[int, Finished], None]) -> RefitReport:
+    def run(
+        self,
+        finished: Callable[[int], Finished | None],
+        write: Callable[[int, Finished], None],
+        undo: Callable[[int, Layer], None],
+    ) -> RefitReport:
         """Make all layers of the result, front to back.
 
         Args:
             finished: Function that returns a layer that an earlier run has written, by its depth in the result; None
                 for other layers.
             write: Function that writes a layer.
+            undo: Function that writes a layer without its repair. It is called in the end, for all layers or for those
+                behind the last edit, if the calibration loss is lower without their repair.
 
         Returns:
-            The calibration loss before and after the repair. If it is lower without the repair of all layers, or of
-            those behind the last edit, these are written again.
+            The calibration loss before and after the repair.
         """
         for index in tqdm(range(len(self.slots)), "Fusing", unit="layer", disable=None):
             layer = self._student.layers[index]
@@ -186,7 +192,7 @@ class LayerByLayer:
         losses[len(self.slots)] = self._teacher.loss(self._student)
         end = min(losses, key=lambda depth: (math.inf if math.isnan(losses[depth]) else losses[depth], -depth))
         for index in tqdm(range(end, len(self.slots)), "Undoing the repair", unit="layer", disable=None):
-            write(index, Finished(_to(self.dtype, self._combined(index)), []))
+            undo(index, _to(self.dtype, self._combined(index)))
         kept = self._repair is not None and end > 0
         rows = tuple(row for row in self._rows if row["layer"] < (end or len(self.slots)))
         return RefitReport(losses[0], losses[end], kept=kept, blocks=rows)
