@@ -21,7 +21,7 @@ from hf_layerfuse.plan.words import describe, in_brief
 @pytest.mark.parametrize("mode", get_args(Mode))
 def test_every_edit_has_words(kind, mode):
     """A description names the layers, their change, and the rank if there is one."""
-    kinds = ("conv",) if kind == "conv" else ("attention", "mlp")
+    kinds = {"conv": ("conv",), "cross": ("attention", "cross", "mlp")}.get(kind, ("attention", "mlp"))
     rank = 0 if mode == "depth" else 8
     plan = Plan("gpt2", 12, (Fuse(kind, (2, 3), mode, rank=rank), Drop(kind, 7)), kinds=kinds)
     fused, dropped = describe(plan)
