@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from families import family_batches, family_model, family_table
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -24,6 +25,7 @@ from hf_layerfuse import (
     architecture_for,
     fuse,
 )
+from hf_layerfuse.calibration.contract import check_contract
 from hf_layerfuse.errors import PlanError
 from hf_layerfuse.evaluation.divergence import prediction
 
@@ -147,3 +149,13 @@ def test_unknown_stacks_are_refused():
         apply(model, dataclasses.replace(plan, stack="vision"))
     with pytest.raises(PlanError, match="for 5 layers, the model has 4"):
         apply(model, dataclasses.replace(plan, num_layers=5, stack="decoder"))
+
+
+@pytest.mark.parametrize("name", ["bart, decoder", "whisper, decoder"])
+def test_decoders_may_have_other_heads_than_their_encoder(name):
+    """The heads of a decoder are those of its own field in the config."""
+    model = family_model(name, decoder_attention_heads=2)
+    assert model.config.encoder_attention_heads == 4
+    table = family_table(name, model)
+    assert {block.heads.count for block in table.blocks(model) if block.heads} == {2}
+    check_contract(model, family_batches(name, model, 1), table)

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from ...plan import DECODER
 from .base import Architecture, TransformerArchitecture
+from .layouts import Heads
 from .placeholders import ZeroAttention, ZeroBlock
 
 # a zero in front of `out` would leave its bias, so `out` is replaced
@@ -63,6 +64,10 @@ class _BartDecoder(BartArchitecture):
     kinds = DECODER
     cross = {role: path.replace("self_attn", "encoder_attn") for role, path in OPTArchitecture.attention.items()}
     skip = {**BartArchitecture.skip, "cross": {"encoder_attn": ZeroAttention}}
+
+    def heads(self, config: PreTrainedConfig, layer: int) -> Heads:
+        count = config.decoder_attention_heads  # num_attention_heads is the number of the encoder
+        return Heads(count, count, config.d_model // count, 0, self.pairing, self.bound_heads)
 
 
 class MarianArchitecture(BartArchitecture):
