@@ -58,7 +58,7 @@ REFUSED = {
 def refusal(name, head) -> str | None:
     """Part of the message with which a head is refused, or None."""
     if not takes_states(name, head):
-        return "the cross block does not run"
+        return "the cross-attention does not run"
     return "the layers in the table of" if head in WITHOUT[FAMILIES[name].stack] else REFUSED.get(head)
 
 
@@ -109,7 +109,7 @@ def decodes(model) -> bool:
     return model.can_generate() and not hasattr(model.config, "vision_config")
 
 
-CROSS = {"cross": (Fuse("cross", (0, 1)), Drop("cross", 3), Fuse("cross", (4, 5), "share", "mean", rank=2))}
+CROSS = {"cross": (Fuse("cross", (1, 2)), Drop("cross", 3), Fuse("cross", (4, 5), "share", "mean", rank=2))}
 EDITS_OF = {name: EDITS | (CROSS if name in CROSSED else {}) for name in FAMILIES}
 """Edits by family."""
 

@@ -11,6 +11,7 @@ from ...math.ridge import Moments, compose, fit, identity
 from ...models.align import aligned
 from ...models.architectures import ATTENDING, Block, reads_stream
 from ...models.modules.shared_linear import theta_of
+from ...models.paging import in_memory
 from ...plan import Kind, LinearForm, Plan, Slot
 from ..disk import PerBatch, StoredTensors, WeightSnapshot
 from ..layer_hooks import HookPoint
@@ -63,7 +64,9 @@ class TransformerRepair(Repair):
                 # the target of the sum is the input of this norm of the original
                 path = architecture.table(point.kind)["norm"]
                 own = architecture.table(block.kind)["norm"]
-                layer.get_submodule(own).load_state_dict(self.teacher.layers[depth].get_submodule(path).state_dict())
+                stock = self.teacher.layers[depth]
+                with in_memory([stock]):
+                    layer.get_submodule(own).load_state_dict(stock.get_submodule(path).state_dict())
         if self.method == "linear":
             if len(slot.layers) > 1 and blocks:
                 self._fit_outputs(blocks[-1], seen[_target(slot, blocks[-1].kind)])
